@@ -1,0 +1,97 @@
+//! Many matrices, one after the other and side by side, in bounded memory.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::cancel::CancelToken;
+use crate::eigen::spectrum_in_pool;
+use crate::metrics::SpectralMetrics;
+use crate::parallel::{Strategy, pool};
+use crate::source::StoredMatrix;
+use crate::spectrum::Spectrum;
+use crate::{Error, Result};
+
+/// What is known of a matrix after its analysis.
+#[derive(Clone, Debug)]
+pub struct Analysis {
+    /// The condensed numbers.
+    pub metrics: SpectralMetrics,
+    /// The spectrum that they condense.
+    pub spectrum: Spectrum,
+}
+
+/// Analyses every matrix with up to `threads` threads and hands each result to `emit` with the
+/// index of its matrix, in the order in which they finish; `emit` is called from several threads.
+///
+/// Large matrices come first, one at a time with all threads; then the rest, one per thread,
+/// costliest first. At most `threads` matrices are in memory at any time. A matrix that fails does
+/// not stop the others. The results do not depend on `threads`.
+///
+/// # Errors
+/// [`Error::Cancelled`], and a lack of threads; errors of single matrices go to `emit`.
+pub fn analyze(
+    matrices: &[StoredMatrix],
+    threads: usize,
+    cancel: &CancelToken,
+    emit: &(dyn Fn(usize, Result<Analysis>) + Sync),
+) -> Result<()> {
+    let (mut together, mut alone): (Vec<usize>, Vec<usize>) =
+        (0..matrices.len()).partition(|&i| strategy(&matrices[i]) == Strategy::Together);
+    let costliest_first = |i: &usize| std::cmp::Reverse(cost(&matrices[*i]));
+    together.sort_by_key(costliest_first);
+    alone.sort_by_key(costliest_first);
+
+    pool(threads)?.install(|| {
+        for &i in &together {
+            cancel.check()?;
+            emit(i, guarded(&matrices[i], Strategy::Together, cancel));
+        }
+        let next = AtomicUsize::new(0);
+        rayon::scope(|scope| {
+            for _ in 0..threads.clamp(1, alone.len().max(1)) {
+                scope.spawn(|_| {
+                    while let Some(&i) = alone.get(next.fetch_add(1, Ordering::Relaxed))
+                        && !cancel.is_cancelled()
+                    {
+                        emit(i, guarded(&matrices[i], Strategy::Alone, cancel));
+                    }
+                });
+            }
+        });
+        cancel.check()
+    })
+}
+
+fn strategy(matrix: &StoredMatrix) -> Strategy {
+    let (rows, cols) = matrix.shape();
+    Strategy::for_shape(rows, cols)
+}
+
+/// Multiplications of the Gram matrix and the reduction, up to a constant.
+fn cost(matrix: &StoredMatrix) -> u128 {
+    let (rows, cols) = matrix.shape();
+    let (p, q) = (rows.min(cols) as u128, rows.max(cols) as u128);
+    p * p * (q + 4 * p)
+}
+
+/// One matrix; a panic within it becomes its error and leaves the others alone.
+fn guarded(matrix: &StoredMatrix, strategy: Strategy, cancel: &CancelToken) -> Result<Analysis> {
+    catch_unwind(AssertUnwindSafe(|| {
+        matrix.with_view(cancel, |view| {
+            let spectrum = spectrum_in_pool(view, strategy, cancel)?;
+            Ok(Analysis { metrics: SpectralMetrics::new(&spectrum, matrix.shape())?, spectrum })
+        })
+    }))
+    .unwrap_or_else(|panic| Err(Error::Numerical(format!("internal error: {}", panic_message(&*panic)))))
+}
+
+/// What a panic said.
+#[must_use]
+pub fn panic_message(panic: &(dyn Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "unknown panic".into())
+}

@@ -1,0 +1,55 @@
+//! The one error type of the crate.
+
+use std::path::{Path, PathBuf};
+
+/// What can go wrong, from a hostile file to a matrix without a spectrum.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused to open or read a file.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file is not what its format promises.
+    #[error("{}: {}{reason}", path.display(), tensor.as_ref().map(|t| format!("tensor `{t}`: ")).unwrap_or_default())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// The tensor at fault, where one can be named.
+        tensor: Option<String>,
+        /// What is wrong and, where that helps, what to do.
+        reason: String,
+    },
+    /// An argument does not fit the others (a length, a shape, a negative eigenvalue).
+    #[error("{0}")]
+    InvalidInput(String),
+    /// The values have no spectrum in float64.
+    #[error("{0}")]
+    Numerical(String),
+    /// An iteration did not converge.
+    #[error("{0} did not converge")]
+    NoConvergence(&'static str),
+    /// The caller asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// `Result` with the crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
+        Self::Io { path: path.to_path_buf(), source }
+    }
+
+    pub(crate) fn format(path: &Path, reason: impl Into<String>) -> Self {
+        Self::Format { path: path.to_path_buf(), tensor: None, reason: reason.into() }
+    }
+
+    pub(crate) fn tensor(path: &Path, tensor: &str, reason: impl Into<String>) -> Self {
+        Self::Format { path: path.to_path_buf(), tensor: Some(tensor.to_owned()), reason: reason.into() }
+    }
+}

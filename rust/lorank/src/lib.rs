@@ -1,0 +1,43 @@
+//! Spectra of weight matrices, and the statistics that LoRA ranks are chosen by.
+//!
+//! The crate reads matrices ([`matrix`], [`safetensors`], [`checkpoint`]), computes the eigenvalues
+//! of `W^T W` and singular value decompositions ([`eigen`], [`svd`]), and condenses a spectrum into
+//! the metrics of heavy-tailed self-regularisation and random-matrix theory ([`hill`],
+//! [`marchenko_pastur`], [`powerlaw`], [`effective_rank`]; all at once: [`metrics`]).
+//! [`analysis`] runs many matrices in parallel and in bounded memory.
+//!
+//! ```
+//! use lorank::{cancel::CancelToken, eigen, hill, matrix::MatrixView};
+//!
+//! let weight: Vec<f32> = vec![3.0, 0.0, 0.0, 1.0, 0.0, 0.0]; // 2 x 3, row major
+//! let view = MatrixView::from_f32(&weight, 2, 3).unwrap();
+//! let spectrum = eigen::spectrum(&view, 1, &CancelToken::default()).unwrap();
+//! assert!((spectrum.eigenvalues()[1] - 9.0).abs() < 1e-12);
+//! let alpha = hill::alpha_hill(&spectrum, hill::Convention::Median);
+//! assert!((alpha - (1.0 + 1.0 / 9f64.ln())).abs() < 1e-12);
+//! ```
+#![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
+
+pub mod analysis;
+pub mod cancel;
+pub mod checkpoint;
+pub mod dtype;
+pub mod effective_rank;
+pub mod eigen;
+pub mod error;
+pub mod gram;
+pub mod hill;
+mod jacobi;
+pub mod marchenko_pastur;
+pub mod matrix;
+pub mod metrics;
+pub mod parallel;
+pub mod powerlaw;
+pub mod qr;
+pub mod safetensors;
+pub mod source;
+pub mod spectrum;
+pub mod svd;
+pub mod tridiag;
+
+pub use error::{Error, Result};

@@ -1,0 +1,103 @@
+//! Matrices that are not in memory yet, or that somebody else keeps there.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::cancel::CancelToken;
+use crate::checkpoint::StoredTensor;
+use crate::dtype::DType;
+use crate::matrix::MatrixView;
+use crate::{Error, Result};
+
+/// Bytes that outlive every view of them.
+pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+#[derive(Clone)]
+enum Storage {
+    /// A range of a tensor's bytes in a file.
+    File { tensor: StoredTensor, start: usize, len: usize },
+    Memory(SharedBytes),
+}
+
+/// A matrix that becomes a [`MatrixView`] when it is needed.
+#[derive(Clone)]
+pub struct StoredMatrix {
+    storage: Storage,
+    dtype: DType,
+    shape: (usize, usize),
+    strides: (usize, usize),
+}
+
+impl fmt::Debug for StoredMatrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (rows, cols) = self.shape;
+        write!(f, "StoredMatrix({rows}x{cols} {})", self.dtype.name())
+    }
+}
+
+impl StoredMatrix {
+    /// The `index`-th of the row-major `shape` matrices that lie one after the other in a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if the tensor's type has no spectrum or it holds too few elements.
+    pub fn in_file(tensor: StoredTensor, shape: (usize, usize), index: usize) -> Result<Self> {
+        let fail = |reason: String| Error::tensor(tensor.file.path(), &tensor.info.name, reason);
+        let dtype = DType::from_safetensors(&tensor.info.dtype)
+            .ok_or_else(|| fail(format!("{} values have no spectrum", tensor.info.dtype)))?;
+        let len = shape.0.checked_mul(shape.1).and_then(|n| n.checked_mul(dtype.size()));
+        let end = len.and_then(|len| index.checked_add(1)?.checked_mul(len));
+        match len.zip(end) {
+            Some((len, end)) if end <= tensor.info.len => {
+                let storage = Storage::File { start: end - len, len, tensor };
+                Ok(Self { storage, dtype, shape, strides: (shape.1, 1) })
+            }
+            _ => Err(fail(format!("matrix {index} of shape {shape:?} lies outside shape {:?}", tensor.info.shape))),
+        }
+    }
+
+    /// A matrix in memory, strides counted in elements.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] if an element would lie outside `bytes`.
+    pub fn in_memory(
+        bytes: SharedBytes,
+        dtype: DType,
+        shape: (usize, usize),
+        strides: (usize, usize),
+    ) -> Result<Self> {
+        MatrixView::new((*bytes).as_ref(), dtype, shape, strides)?;
+        Ok(Self { storage: Storage::Memory(bytes), dtype, shape, strides })
+    }
+
+    /// Rows and columns.
+    #[must_use]
+    pub const fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    /// The element type.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Calls `work` with a view, reading the matrix first if it lies in a file.
+    ///
+    /// # Errors
+    /// Those of reading, and those of `work`.
+    pub fn with_view<R>(
+        &self,
+        cancel: &CancelToken,
+        work: impl FnOnce(&MatrixView<'_>) -> Result<R>,
+    ) -> Result<R> {
+        match &self.storage {
+            Storage::File { tensor, start, len } => {
+                let bytes = tensor.file.read(&tensor.info, *start, *len, cancel)?;
+                work(&MatrixView::new(&bytes, self.dtype, self.shape, self.strides)?)
+            }
+            Storage::Memory(bytes) => {
+                work(&MatrixView::new((**bytes).as_ref(), self.dtype, self.shape, self.strides)?)
+            }
+        }
+    }
+}

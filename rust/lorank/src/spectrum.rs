@@ -1,0 +1,100 @@
+//! The spectrum of a matrix: the eigenvalues of `W^T W`, checked and in order.
+
+use crate::{Error, Result};
+
+/// The `p = min(out, in)` possibly non-zero eigenvalues of `W^T W`, ascending.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spectrum {
+    eigenvalues: Vec<f64>,
+    /// Index of the first numerically non-zero eigenvalue.
+    first_nonzero: usize,
+}
+
+impl Spectrum {
+    /// Sorts and checks eigenvalues in any order.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] at a NaN, an infinity, or a value negative beyond rounding.
+    pub fn new(mut eigenvalues: Vec<f64>) -> Result<Self> {
+        if let Some(bad) = eigenvalues.iter().find(|x| !x.is_finite()) {
+            return Err(Error::InvalidInput(format!("eigenvalues must be finite, one is {bad}")));
+        }
+        eigenvalues.sort_unstable_by(f64::total_cmp);
+        let largest = eigenvalues.last().copied().unwrap_or(0.0).max(0.0);
+        let cut_off = eigenvalues.len() as f64 * f64::EPSILON * largest;
+        if let Some(&smallest) = eigenvalues.first()
+            && smallest < -cut_off
+        {
+            return Err(Error::InvalidInput(format!(
+                "eigenvalues of W^T W cannot be negative, one is {smallest:e} (the largest is {largest:e})"
+            )));
+        }
+        for value in eigenvalues.iter_mut().take_while(|x| **x <= 0.0) {
+            *value = 0.0;
+        }
+        let first_nonzero = eigenvalues.partition_point(|&x| x <= cut_off);
+        Ok(Self { eigenvalues, first_nonzero })
+    }
+
+    /// All `p` eigenvalues, ascending.
+    #[must_use]
+    pub fn eigenvalues(&self) -> &[f64] {
+        &self.eigenvalues
+    }
+
+    /// The eigenvalues, given away.
+    #[must_use]
+    pub fn into_eigenvalues(self) -> Vec<f64> {
+        self.eigenvalues
+    }
+
+    /// The eigenvalues above `p * eps(float64) * lambda_max`, ascending: the numerically non-zero.
+    #[must_use]
+    pub fn nonzero(&self) -> &[f64] {
+        &self.eigenvalues[self.first_nonzero..]
+    }
+
+    /// The largest eigenvalue; 0 if there is none.
+    #[must_use]
+    pub fn largest(&self) -> f64 {
+        self.eigenvalues.last().copied().unwrap_or(0.0)
+    }
+
+    /// The sum of the eigenvalues: the squared Frobenius norm of `W`.
+    #[must_use]
+    pub fn sum(&self) -> f64 {
+        self.eigenvalues.iter().sum()
+    }
+
+    /// The relative precision to which eigenvalues of this many dimensions are known.
+    #[must_use]
+    pub fn resolution(&self) -> f64 {
+        self.eigenvalues.len() as f64 * f64::EPSILON
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_clips_and_cuts_off() {
+        let spectrum = Spectrum::new(vec![4.0, -1e-17, 1.0, 1e-16, 0.0]).unwrap();
+        assert_eq!(spectrum.eigenvalues(), [0.0, 0.0, 1e-16, 1.0, 4.0]);
+        assert_eq!(spectrum.nonzero(), [1.0, 4.0]);
+        assert!((spectrum.largest() - 4.0).abs() < 1e-300);
+    }
+
+    #[test]
+    fn zero_and_empty_have_no_nonzero_part() {
+        assert!(Spectrum::new(vec![0.0; 3]).unwrap().nonzero().is_empty());
+        assert!(Spectrum::new(vec![]).unwrap().nonzero().is_empty());
+    }
+
+    #[test]
+    fn refuses_what_no_gram_matrix_has() {
+        for bad in [f64::NAN, f64::INFINITY, -1.0] {
+            assert!(Spectrum::new(vec![1.0, bad]).is_err());
+        }
+    }
+}

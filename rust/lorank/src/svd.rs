@@ -1,0 +1,166 @@
+//! Singular value decompositions in float64: values only, and thin.
+//!
+//! Matrices are scaled by a power of two so that their largest entry is near 1: faer's
+//! divide-and-conquer compares with absolute thresholds and would deflate tiny matrices away.
+//! Where its iteration does not converge, one-sided Jacobi ([`jacobi`](crate::jacobi)) takes over.
+
+use faer::diag::Diag;
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
+use faer::{Mat, MatMut, Par, Spec};
+
+use crate::eigen::{binary_exponent, power_of_two};
+use crate::jacobi::jacobi_svd;
+use crate::matrix::MatrixView;
+use crate::qr::thin_qr;
+use crate::Result;
+
+/// `A = U diag(s) V^T`.
+#[derive(Clone, Debug)]
+pub struct ThinSvd {
+    /// `(m, k)`, orthonormal columns.
+    pub u: Mat<f64>,
+    /// The `k = min(m, n)` singular values, descending.
+    pub singular_values: Vec<f64>,
+    /// `(n, k)`, orthonormal columns.
+    pub v: Mat<f64>,
+}
+
+/// The singular values of a matrix, descending, without squaring it: small ones keep the absolute
+/// accuracy `eps * s_1`, where the square root of an eigenvalue keeps only `sqrt(eps) * s_1`.
+///
+/// # Errors
+/// [`crate::Error::Numerical`] for NaN, infinite, and extremely large or small entries.
+pub fn singular_values(view: &MatrixView<'_>) -> Result<Vec<f64>> {
+    let Some((matrix, unit)) = scaled(view)? else {
+        return Ok(vec![0.0; view.rows().min(view.cols())]);
+    };
+    let values = match faer_svd(&matrix, None, None) {
+        Some(values) => values,
+        None => fallback(&matrix)?.singular_values,
+    };
+    Ok(values.into_iter().map(|s| s * unit).collect())
+}
+
+/// The thin SVD of a matrix, on the calling thread.
+///
+/// # Errors
+/// [`crate::Error::Numerical`] for NaN, infinite, and extremely large or small entries.
+pub fn thin_svd(view: &MatrixView<'_>) -> Result<ThinSvd> {
+    let (m, n) = (view.rows(), view.cols());
+    let k = m.min(n);
+    let Some((matrix, unit)) = scaled(view)? else {
+        return Ok(ThinSvd { u: Mat::identity(m, k), singular_values: vec![0.0; k], v: Mat::identity(n, k) });
+    };
+    let (mut u, mut v) = (Mat::zeros(m, k), Mat::zeros(n, k));
+    let mut decomposition = match faer_svd(&matrix, Some(u.as_mut()), Some(v.as_mut())) {
+        Some(singular_values) => ThinSvd { u, singular_values, v },
+        None => fallback(&matrix)?,
+    };
+    for s in &mut decomposition.singular_values {
+        *s *= unit;
+    }
+    Ok(decomposition)
+}
+
+/// The matrix in float64 divided by a power of two, and that power; `None` for a zero matrix.
+fn scaled(view: &MatrixView<'_>) -> Result<Option<(Mat<f64>, f64)>> {
+    let largest = view.max_abs()?;
+    if largest == 0.0 {
+        return Ok(None);
+    }
+    let exponent = binary_exponent(largest)?;
+    let mut matrix = Mat::zeros(view.rows(), view.cols());
+    view.upcast(0..view.rows(), 0..view.cols(), power_of_two(-exponent), matrix.as_mut());
+    Ok(Some((matrix, power_of_two(exponent))))
+}
+
+/// `None` where the iteration does not converge.
+fn faer_svd(a: &Mat<f64>, u: Option<MatMut<'_, f64>>, v: Option<MatMut<'_, f64>>) -> Option<Vec<f64>> {
+    let (m, n) = (a.nrows(), a.ncols());
+    let vectors = if u.is_some() { ComputeSvdVectors::Thin } else { ComputeSvdVectors::No };
+    let par = Par::Seq;
+    let mut memory = MemBuffer::new(svd_scratch::<f64>(m, n, vectors, vectors, par, Spec::default()));
+    let mut values = Diag::zeros(m.min(n));
+    svd(a.as_ref(), values.as_mut(), u, v, par, MemStack::new(&mut memory), Spec::default()).ok()?;
+    Some(values.column_vector().iter().copied().collect())
+}
+
+/// Jacobi on the triangular factor of the tall orientation.
+fn fallback(a: &Mat<f64>) -> Result<ThinSvd> {
+    if a.nrows() < a.ncols() {
+        let ThinSvd { u, singular_values, v } = fallback(&a.transpose().to_owned())?;
+        return Ok(ThinSvd { u: v, singular_values, v: u });
+    }
+    let qr = thin_qr(a.as_ref());
+    let core = jacobi_svd(&qr.r)?;
+    Ok(ThinSvd { u: &qr.q * &core.u, ..core })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn view(values: &[f64], m: usize, n: usize) -> MatrixView<'_> {
+        MatrixView::from_f64(values, m, n).unwrap()
+    }
+
+    fn oracle(values: &[f64], m: usize, n: usize) -> Vec<f64> {
+        let dense = nalgebra::DMatrix::from_row_slice(m, n, values);
+        let mut s: Vec<f64> = dense.singular_values().iter().copied().collect();
+        s.sort_by(|a, b| b.total_cmp(a));
+        s
+    }
+
+    fn assert_decomposes(d: &ThinSvd, values: &[f64], m: usize, n: usize) {
+        let k = m.min(n);
+        let s = &d.singular_values;
+        let tolerance = 1e-14 * (m + n) as f64;
+        for (mine, theirs) in s.iter().zip(oracle(values, m, n)) {
+            assert!((mine - theirs).abs() <= tolerance * s[0], "{mine} {theirs}");
+        }
+        let identity = Mat::<f64>::identity(k, k);
+        assert!((d.u.transpose() * &d.u - &identity).norm_max() < tolerance);
+        assert!((d.v.transpose() * &d.v - &identity).norm_max() < tolerance);
+        let product = Mat::from_fn(m, k, |i, j| d.u[(i, j)] * s[j]) * d.v.transpose();
+        let dense = Mat::from_fn(m, n, |i, j| values[i * n + j]);
+        assert!((product - dense).norm_max() <= tolerance * s[0].max(f64::MIN_POSITIVE));
+    }
+
+    fn check(values: &[f64], m: usize, n: usize) {
+        let a = view(values, m, n);
+        assert_decomposes(&thin_svd(&a).unwrap(), values, m, n);
+        let fast: Vec<f64> = singular_values(&a).unwrap();
+        for (mine, theirs) in fast.iter().zip(oracle(values, m, n)) {
+            assert!((mine - theirs).abs() <= 1e-13 * fast[0]);
+        }
+        // The fallback is a decomposition in its own right.
+        if let Some((matrix, unit)) = scaled(&a).unwrap() {
+            let mut jacobi = fallback(&matrix).unwrap();
+            jacobi.singular_values.iter_mut().for_each(|s| *s *= unit);
+            assert_decomposes(&jacobi, values, m, n);
+        }
+    }
+
+    #[test]
+    fn shapes_that_hurt() {
+        for (m, n) in [(1, 1), (1, 9), (9, 1), (6, 6), (40, 7), (7, 40)] {
+            check(&vec![0.0; m * n], m, n);
+            check(&vec![-3.0; m * n], m, n);
+            for norm in [1e-30, 1e30] {
+                let values: Vec<f64> = (0..m * n).map(|i| norm * ((i * 37 % 11) as f64 - 5.0)).collect();
+                check(&values, m, n);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_matrix((m, n, values) in (1usize..16, 1usize..16).prop_flat_map(|(m, n)| {
+            (Just(m), Just(n), prop::collection::vec(prop_oneof![Just(0.0), -1.0f64..1.0], m * n))
+        })) {
+            check(&values, m, n);
+        }
+    }
+}
