@@ -1,1 +1,32 @@
-//! empty for now
+//! `lorank._core`: conversions, the GIL and errors between Python and the `lorank` crate. No
+//! arithmetic and no policy lives here.
+
+use pyo3::prelude::*;
+
+mod analysis;
+mod detached;
+mod errors;
+mod matrix;
+mod statistics;
+
+/// The Rust core of lorank.
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use crate::analysis::analyze;
+    #[pymodule_export]
+    use crate::errors::{FormatError, LorankError, NumericalError};
+    #[pymodule_export]
+    use crate::matrix::{Checkpoint, Matrix};
+    #[pymodule_export]
+    use crate::statistics::{
+        alpha_hill, available_threads, marchenko_pastur, marchenko_pastur_median, spectral_metrics, spectrum,
+    };
+
+    use super::{Bound, PyModule, PyModuleMethods, PyResult};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

@@ -1,0 +1,290 @@
+"""From a signal and a budget to a rank for every module."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorank import lora_config, naming, signals
+from lorank._core import FormatError
+from lorank.atomic import write_text
+from lorank.budget import Budget, average_rank_budget, fit_ranks, parse_budget
+from lorank.lora_config import ScaleRule
+from lorank.report import SpectralReport
+from lorank.signals import AdaptedModule
+from lorank.sources import AnySource, MatrixInfo, Source, open_source
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_FORMAT = "lorank.RankAllocation"
+
+
+@dataclass(frozen=True, slots=True)
+class RankAllocation:
+    """Ranks of modules.
+
+    Attributes
+    ----------
+    modules
+        The adapted modules, in the model's order.
+    ranks
+        Module name -> rank, in the same order.
+    scores
+        Module name -> what its method said.
+    method
+        The method's name.
+    other_modules
+        Modules of the model that are not adapted: patterns must not touch them.
+    flags
+        Remarks on single modules, by name.
+    source
+        What the ranks were derived from.
+    base_parameters
+        Parameters of the whole base model, None if unknown.
+    """
+
+    modules: Sequence[AdaptedModule]
+    ranks: Mapping[str, int]
+    scores: Mapping[str, float]
+    method: str
+    other_modules: Sequence[str] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+    base_parameters: int | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the adapter: ``sum rank * copies * (out + in)``."""
+        return sum(self.ranks[module.name] * module.cost for module in self.modules)
+
+    @property
+    def average_rank(self) -> float:
+        """The mean rank over the modules."""
+        return float(np.mean(list(self.ranks.values())))
+
+    def to_lora_config(
+        self, model: Any = None, *, scale_rule: ScaleRule = "constant", **lora_config_kwargs: Any
+    ) -> LoraConfig:
+        """A `peft.LoraConfig` with these ranks.
+
+        Parameters
+        ----------
+        model
+            The model that will be adapted, before PEFT. With it, names are resolved to those of its
+            own modules, and one that fits no module, or several, is an error. Without it, names
+            match as suffixes, so that prefixes may differ.
+        scale_rule
+            ``"constant"``: every module is scaled by ``lora_alpha / r``, `r` the rounded average
+            rank, as in plain LoRA. ``"rank-stabilized"``: by ``lora_alpha / sqrt(rank)``.
+        **lora_config_kwargs
+            Everything else of `LoraConfig`: `lora_alpha`, `lora_dropout`, `task_type`, ...
+
+        Raises
+        ------
+        ImportError
+            Without PEFT (extra ``peft``).
+        ValueError
+            If `r`, patterns, targets or `use_rslora` are passed (they are the allocation's), or if
+            names do not fit the model.
+        """
+        from lorank import extras
+
+        peft = extras.require("peft", "peft", "to build a LoraConfig")
+        settings = self.lora_settings(model, scale_rule=scale_rule, **lora_config_kwargs)
+        config: LoraConfig = peft.LoraConfig(**settings)
+        return config
+
+    def lora_settings(
+        self, model: Any = None, *, scale_rule: ScaleRule = "constant", **lora_config_kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of `to_lora_config`'s result, without PEFT: for `adapter_config.json`."""
+        return lora_config.settings(
+            self.modules, self.ranks, self.other_modules, model, scale_rule, lora_config_kwargs
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the allocation as JSON; the file appears whole or not at all."""
+        write_text(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
+
+    def to_json(self) -> dict[str, Any]:
+        """The allocation as values that JSON knows."""
+        modules = [
+            {
+                "name": module.name,
+                "kind": module.kind,
+                "shape": list(module.shape),
+                "copies": module.copies,
+                "rank": self.ranks[module.name],
+                "score": self.scores[module.name],
+                "flag": self.flags.get(module.name),
+            }
+            for module in self.modules
+        ]
+        return {
+            "format": _FORMAT,
+            "version": 1,
+            "source": self.source,
+            "method": self.method,
+            "num_parameters": self.num_parameters,
+            "average_rank": self.average_rank,
+            "base_parameters": self.base_parameters,
+            "modules": modules,
+            "other_modules": list(self.other_modules),
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankAllocation:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FormatError
+            If the file is no allocation.
+        """
+        try:
+            content = json.loads(Path(path).read_text("utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']!r}")
+            entries = content["modules"]
+            return cls(
+                [AdaptedModule(m["name"], m["kind"], (m["shape"][0], m["shape"][1]), m["copies"]) for m in entries],
+                {m["name"]: int(m["rank"]) for m in entries},
+                {m["name"]: float(m["score"]) for m in entries},
+                content["method"],
+                content["other_modules"],
+                {m["name"]: m["flag"] for m in entries if m["flag"]},
+                content["source"],
+                content["base_parameters"],
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise FormatError(f"{path}: is no rank allocation: {error!r}") from error
+
+
+def allocate(
+    signal_source: SpectralReport | AnySource,
+    method: str = "htsr",
+    *,
+    r_min: int = 4,
+    r_max: int = 32,
+    budget: Budget | None = None,
+    avg_rank: float | None = None,
+    targets: naming.Targets = None,
+    **method_options: Any,
+) -> RankAllocation:
+    """Choose a rank for every adapted module.
+
+    Parameters
+    ----------
+    signal_source
+        A `SpectralReport`, or anything that `analyze` reads (it is then analysed if the method
+        needs spectra).
+    method
+        ``"htsr"``: heavy tails and spikes of the weights' spectra. ``"uniform"``: equal ranks.
+    r_min, r_max
+        Bounds of every rank.
+    budget
+        Parameters of the adapter: a number, ``"500k"``, or ``"0.5%"`` of the base model's.
+    avg_rank
+        Instead of `budget`: the average of the ranks. With neither, the method's own formula holds.
+    targets
+        Which modules: a list of names or suffixes, or one regular expression for whole names,
+        exactly as PEFT reads ``target_modules``; ``"all-linear"`` or None for every linear layer
+        and stack of experts but the output head and the experts' routers.
+    **method_options
+        Those of the method: see `lorank.signals`.
+
+    Returns
+    -------
+    RankAllocation
+        Its parameters never exceed the budget, and no module below `r_max` could take one more
+        rank within it.
+
+    Raises
+    ------
+    ValueError
+        If no module is selected, the budget is infeasible (the message states the range), both
+        `budget` and `avg_rank` are given, or the method needs one of them.
+    """
+    if budget is not None and avg_rank is not None:
+        raise ValueError("give either budget or avg_rank")
+    registered = signals.find(method)
+    opened = signal_source if isinstance(signal_source, SpectralReport) else open_source(signal_source)
+    every = adaptable_modules(opened)
+    modules = _targeted(every, targets)
+    evidence = _measured(opened, modules) if registered.needs == "spectra" else opened
+    signal = registered.function(evidence, modules, r_min, r_max, **method_options)
+    costs = [module.cost for module in modules]
+    if budget is not None:
+        limit = parse_budget(budget, evidence.num_parameters)
+        ranks = fit_ranks(signal.scores, costs, r_min, r_max, limit)
+    elif avg_rank is not None:
+        limit = average_rank_budget(avg_rank, modules)
+        ranks = fit_ranks(signal.scores, np.ones(len(modules)), r_min, r_max, limit)
+    elif signal.ranks is not None:
+        ranks = signal.ranks
+    else:
+        raise ValueError(f"method {method!r} needs a budget or avg_rank")
+    names = [module.name for module in modules]
+    chosen = set(names)
+    return RankAllocation(
+        modules,
+        dict(zip(names, (int(rank) for rank in ranks), strict=True)),
+        dict(zip(names, (float(score) for score in signal.scores), strict=True)),
+        method,
+        [module.name for module in every if module.name not in chosen],
+        signal.flags,
+        _label(evidence),
+        evidence.num_parameters,
+    )
+
+
+def _measured(opened: SpectralReport | Source, modules: Sequence[AdaptedModule]) -> SpectralReport:
+    """The report that was given, or a fresh analysis of the modules that matter."""
+    if isinstance(opened, SpectralReport):
+        return opened
+    from lorank.analysis import analyze
+
+    return analyze(opened, include=[module.name for module in modules])
+
+
+def _label(evidence: SpectralReport | Source) -> str:
+    return evidence.source if isinstance(evidence, SpectralReport) else evidence.label
+
+
+def adaptable_modules(evidence: SpectralReport | Source) -> list[AdaptedModule]:
+    """Every module of a source or report, experts of one stack together."""
+    infos: Iterable[Any] = (
+        evidence.modules if isinstance(evidence, SpectralReport) else (m.info for m in evidence.matrices)
+    )
+    by_module: dict[str, list[MatrixInfo]] = defaultdict(list)
+    for info in infos:
+        by_module[info.module].append(info)
+    return [
+        AdaptedModule(name, members[0].kind, members[0].shape, len(members))
+        for name, members in by_module.items()
+    ]
+
+
+def _targeted(modules: Sequence[AdaptedModule], targets: naming.Targets) -> list[AdaptedModule]:
+    if targets is None or targets == naming.ALL_LINEAR:
+        chosen = [
+            module
+            for module in modules
+            if module.kind in ("linear", "expert")
+            and not naming.is_output_head(module.name)
+            and not naming.is_router(module.name)
+        ]
+    else:
+        is_target = naming.matcher(targets)
+        chosen = [module for module in modules if is_target(module.name)]
+    if not chosen:
+        some = ", ".join(module.name for module in modules[:3])
+        raise ValueError(f"targets {targets!r} select none of the {len(modules)} modules ({some}, ...)")
+    return chosen

@@ -1,0 +1,196 @@
+"""Budgets, and the one way in which scores become integer ranks under them."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Budget: TypeAlias = "int | str"
+"""Parameters (``500_000``, ``"500k"``, ``"1.5M"``) or a share of the base model's (``"0.5%"``)."""
+
+_COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?)\s*([kKmMbB]?)")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_budget(budget: Budget, num_parameters: int | None) -> int:
+    """A budget as a number of parameters.
+
+    Parameters
+    ----------
+    budget
+        An integer, or a string: a count with an optional unit, or a percentage.
+    num_parameters
+        Parameters of the whole base model, for percentages; None if unknown.
+
+    Raises
+    ------
+    ValueError
+        If it is no budget, or a percentage of an unknown number.
+    """
+    if isinstance(budget, (int, np.integer)) and not isinstance(budget, bool):
+        parameters = float(budget)
+    elif isinstance(budget, str) and budget.strip().endswith("%"):
+        parameters = _share(budget.strip(), num_parameters)
+    elif isinstance(budget, str) and (found := _COUNT.fullmatch(budget.strip())):
+        parameters = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
+    else:
+        raise ValueError(f"a budget is a number of parameters (500000, '500k') or a share ('0.5%'), not {budget!r}")
+    if parameters < 0:
+        raise ValueError(f"a budget cannot be negative: {budget!r}")
+    return math.floor(parameters)
+
+
+def _share(budget: str, num_parameters: int | None) -> float:
+    try:
+        percent = float(budget[:-1])
+    except ValueError:
+        raise ValueError(f"not a percentage: {budget!r}") from None
+    if not 0 <= percent < math.inf:
+        raise ValueError(f"not a percentage: {budget!r}")
+    if num_parameters is None:
+        raise ValueError(
+            f"{budget} of an unknown number of parameters: this report was read from CSV, which keeps "
+            "rows only; use JSON or parquet, or give the budget as a number of parameters"
+        )
+    # Rounding must not turn an exact product (0.5 % of 10,000) into one less.
+    return percent * num_parameters / 100 * (1 + 4 * np.finfo(float).eps)
+
+
+def fit_ranks(
+    scores: npt.ArrayLike, costs: npt.ArrayLike, r_min: int, r_max: int, budget: int
+) -> npt.NDArray[np.int64]:
+    """Integer ranks, proportional in the score, that use a budget up.
+
+    ``r_l = r_min + c * score_l``, rounded half up and clipped to ``[r_min, r_max]``, with the
+    largest ``c`` whose total cost fits; what is left goes out by largest remainder until no module
+    below `r_max` can take one more rank.
+
+    Parameters
+    ----------
+    scores
+        One per module, finite and >= 0, in any unit.
+    costs
+        Cost of one rank in each module (``out + in`` parameters), positive integers.
+    r_min, r_max
+        Bounds of every rank, ``0 <= r_min <= r_max``.
+    budget
+        What ``sum(ranks * costs)`` must not exceed.
+
+    Returns
+    -------
+    numpy.ndarray
+        Ranks, int64, in the order of the scores. Deterministic: ties go to the higher score, then
+        to the earlier module. At equal cost a higher score never gets a lower rank, and equal
+        scores differ by at most one.
+
+    Raises
+    ------
+    ValueError
+        If an argument is malformed, or the budget lies outside what `r_min` and `r_max` can use;
+        the message states the feasible range.
+
+    Examples
+    --------
+    >>> import lorank
+    >>> lorank.fit_ranks([3.0, 1.0, 0.0], [10, 10, 10], r_min=1, r_max=8, budget=100).tolist()
+    [6, 3, 1]
+    """
+    score, cost = _checked(scores, costs, r_min, r_max)
+    if len(score) == 0:
+        return np.zeros(0, dtype=np.int64)
+    least, most = r_min * int(cost.sum()), r_max * int(cost.sum())
+    if not least <= budget <= most:
+        raise ValueError(
+            f"budget {budget:,} is not feasible: ranks from {r_min} to {r_max} of {len(score)} modules "
+            f"cost {least:,} to {most:,}"
+        )
+    largest = score.max()
+    # Scores count relative to each other; all zero means all equal.
+    relative = score / largest if largest > 0 else np.ones_like(score)
+    exact = _proportional(relative, cost, r_min, r_max, budget)
+    ranks = _rounded(exact, r_min, r_max)
+    _hand_out(ranks, exact, relative, cost, r_max, budget - int(ranks @ cost))
+    return ranks
+
+
+def _checked(
+    scores: npt.ArrayLike, costs: npt.ArrayLike, r_min: int, r_max: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    score = np.asarray(scores, dtype=np.float64)
+    cost: npt.NDArray[Any] = np.asarray(costs)
+    if score.ndim != 1 or cost.shape != score.shape:
+        raise ValueError(f"one score and one cost per module, got shapes {score.shape} and {cost.shape}")
+    if not np.all(np.isfinite(score)) or np.any(score < 0):
+        raise ValueError("scores must be finite and not negative")
+    if cost.size and (np.any(cost != np.floor(cost)) or np.any(cost < 1)):
+        raise ValueError("costs must be positive integers")
+    if not 0 <= r_min <= r_max:
+        raise ValueError(f"ranks need 0 <= r_min <= r_max, got {r_min} and {r_max}")
+    return score, cost.astype(np.int64)
+
+
+def _rounded(exact: npt.NDArray[np.float64], r_min: int, r_max: int) -> npt.NDArray[np.int64]:
+    return np.clip(np.floor(exact + 0.5), r_min, r_max).astype(np.int64)
+
+
+def _proportional(
+    score: npt.NDArray[np.float64], cost: npt.NDArray[np.int64], r_min: int, r_max: int, budget: int
+) -> npt.NDArray[np.float64]:
+    """``r_min + c * score`` for the largest float64 `c` whose rounded ranks fit the budget.
+
+    Positive float64 numbers have the order of their bit patterns, so bisection over the patterns
+    ends at that very number after 63 steps, whatever the scale of the scores.
+    """
+
+    def exact(pattern: int) -> npt.NDArray[np.float64]:
+        c = np.array(pattern, dtype=np.int64).view(np.float64)
+        # Clipped, as a larger product says no more and would lose the remainder's digits.
+        return np.minimum(r_min + c * score, r_max + 1.0)
+
+    fits, too_much = 0, int(np.array(np.finfo(np.float64).max).view(np.int64)) + 1
+    while too_much - fits > 1:
+        middle = (fits + too_much) // 2
+        if int(_rounded(exact(middle), r_min, r_max) @ cost) <= budget:
+            fits = middle
+        else:
+            too_much = middle
+    return exact(fits)
+
+
+def _hand_out(
+    ranks: npt.NDArray[np.int64],
+    exact: npt.NDArray[np.float64],
+    score: npt.NDArray[np.float64],
+    cost: npt.NDArray[np.int64],
+    r_max: int,
+    left: int,
+) -> None:
+    """Give single ranks to the largest remainders, in place, while any module can take one."""
+    queue: list[tuple[float, float, int]] = [
+        (float(ranks[i] - exact[i]), -float(score[i]), i)
+        for i in range(len(ranks))
+        if ranks[i] < r_max and cost[i] <= left
+    ]
+    heapq.heapify(queue)
+    while queue:
+        negative_remainder, negative_score, i = heapq.heappop(queue)
+        # A module that has become too dear stays so: what is left only shrinks.
+        if cost[i] > left:
+            continue
+        ranks[i] += 1
+        left -= int(cost[i])
+        if ranks[i] < r_max:
+            heapq.heappush(queue, (negative_remainder + 1.0, negative_score, i))
+
+
+def average_rank_budget(avg_rank: float, modules: Sequence[object]) -> int:
+    """The number of ranks that an average allows, for `fit_ranks` with costs of one."""
+    if not avg_rank >= 0 or math.isinf(avg_rank):
+        raise ValueError(f"avg_rank must be a non-negative number, not {avg_rank!r}")
+    return math.floor(avg_rank * len(modules) + 1e-9)

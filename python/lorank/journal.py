@@ -1,0 +1,90 @@
+"""The journal of a long analysis: what is done survives an interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lorank._core import FormatError
+from lorank.report import ModuleSpectrum, SpectralReport
+from lorank.report.files import from_json, to_json
+
+_FORMAT = "lorank.journal"
+
+
+class Journal:
+    """An append-only file: a line that says what is analysed, then a line a finished matrix.
+
+    Parameters
+    ----------
+    path
+        The file; made if it is not there.
+    identity
+        What the run depends on: the source's fingerprint and the options that change results.
+
+    Raises
+    ------
+    FormatError
+        If the file is no journal.
+    ValueError
+        If it belongs to another source or other options.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        header = {"format": _FORMAT, **identity}
+        self.finished = {row.name: row for row in _read(path, header)} if path.exists() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _drop_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+        if self._file.tell() == 0:
+            self._write(header)
+
+    def add(self, row: ModuleSpectrum) -> None:
+        """Write a finished row to disk."""
+        self._write(to_json(SpectralReport([row]))["modules"][0])
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _read(path: Path, header: dict[str, Any]) -> Iterable[ModuleSpectrum]:
+    lines = path.read_text("utf-8").split("\n")[:-1]  # what follows the last newline was cut off
+    if not lines:
+        return []
+    try:
+        found = json.loads(lines[0])
+        if found["format"] != _FORMAT:
+            raise ValueError(found["format"])
+        entries = [json.loads(line) for line in lines[1:]]
+        template = {"format": "lorank.SpectralReport", "version": 1, "source": "", "accuracy": "exact"}
+        rows = from_json({**template, "num_parameters": None, "skipped": [], "modules": entries}).modules
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path}: is no journal of lorank: {error!r}") from error
+    different = [key for key in header if found.get(key) != header[key]]
+    if different:
+        raise ValueError(
+            f"{path}: was written for another run (different {', '.join(different)}): "
+            "name another file, or delete it to start over"
+        )
+    return rows
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that an interruption left without its end."""
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)

@@ -1,0 +1,179 @@
+"""Ranks in PEFT's terms. The one place that knows how PEFT matches names to ranks.
+
+PEFT looks a module's rank up by regular expressions: `rank_pattern`'s keys are matched as
+``(.*\\.)?(KEY)$`` against the module's full name, in order, the first wins, and saving sorts them.
+So keys here never overlap, and there is one per rank: a key per module would run into Python's
+limited cache of compiled expressions (tens of seconds for a thousand modules).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+from lorank import naming
+from lorank.signals import AdaptedModule
+
+ScaleRule = Literal["constant", "rank-stabilized"]
+
+_OURS = (
+    "r",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "use_rslora",
+)
+_DEFAULT_LORA_ALPHA = 8  # PEFT's own
+
+
+def settings(
+    modules: Sequence[AdaptedModule],
+    ranks: Mapping[str, int],
+    other_modules: Sequence[str],
+    model: Any,
+    scale_rule: ScaleRule,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The arguments of a `LoraConfig`, all of them values that JSON knows.
+
+    Raises
+    ------
+    ValueError
+        If `extra` holds an argument that the ranks decide, the rule is unknown, every rank is 0, or
+        a name does not resolve to exactly one module of the model.
+    """
+    if clash := [name for name in _OURS if name in extra]:
+        raise ValueError(f"{', '.join(clash)}: decided by the allocation, cannot be passed")
+    if scale_rule not in ("constant", "rank-stabilized"):
+        raise ValueError(f"scale_rule must be 'constant' or 'rank-stabilized', not {scale_rule!r}")
+    adapted = [module for module in modules if ranks[module.name] > 0]
+    if not adapted:
+        raise ValueError("every rank is 0: nothing is left to adapt")
+    if model is None:
+        names = {module.name: module.name for module in adapted}
+        others: Iterable[str] = [*other_modules, *(m.name for m in modules if ranks[m.name] == 0)]
+    else:
+        names = resolve(adapted, model)
+        others = [name for name, _ in model.named_modules()]
+    by_name = {names[module.name]: ranks[module.name] for module in adapted}
+    lora_alpha = extra.get("lora_alpha", _DEFAULT_LORA_ALPHA)
+    r = max(1, math.floor(sum(by_name.values()) / len(by_name) + 0.5))
+
+    linear = [names[module.name] for module in adapted if module.kind != "expert"]
+    stacks = [names[module.name] for module in adapted if module.kind == "expert"]
+    keys = _rank_keys(by_name)
+    result: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": {key: rank for rank, key in keys.items() if rank != r},
+        "alpha_pattern": {
+            key: alpha
+            for rank, key in keys.items()
+            if (alpha := _alpha(rank, r, lora_alpha, scale_rule)) != lora_alpha
+        },
+        "target_modules": linear,
+        "use_rslora": False,
+    }
+    if stacks:
+        result["target_parameters"] = stacks
+    if excluded := _accidental(linear, others):
+        result["exclude_modules"] = excluded
+    return {**extra, **result}
+
+
+def _alpha(rank: int, r: int, lora_alpha: float, scale_rule: ScaleRule) -> float:
+    """The module's alpha, so that ``alpha / rank`` is the scale that the rule asks for."""
+    alpha = rank * lora_alpha / r if scale_rule == "constant" else lora_alpha * math.sqrt(rank)
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _rank_keys(ranks: Mapping[str, int]) -> dict[int, str]:
+    """One regular expression per rank that matches its modules, under any prefix, and no other's."""
+    shadowed = _shadowed(ranks)
+    by_rank: dict[int, list[str]] = defaultdict(list)
+    for name, rank in ranks.items():
+        # `^` forbids a prefix: needed where another module's name ends with this one's.
+        by_rank[rank].append(("^" if name in shadowed else "") + re.escape(name))
+    return {rank: f"(?:{'|'.join(members)})" for rank, members in sorted(by_rank.items())}
+
+
+def _shadowed(names: Iterable[str]) -> set[str]:
+    """The names that are a dotted suffix of another name."""
+    known = set(names)
+    return {suffix for name in known for suffix in _proper_suffixes(name) if suffix in known}
+
+
+def _proper_suffixes(name: str) -> Iterator[str]:
+    """The dotted suffixes of a name without itself, longest first."""
+    return islice(naming.suffixes(name), 1, None)
+
+
+def _accidental(targets: Sequence[str], others: Iterable[str]) -> str | None:
+    """A regular expression for modules that a target selects as a suffix although nobody chose them."""
+    chosen = set(targets)
+    suffixes = {suffix for target in targets for suffix in _proper_suffixes(target)}
+    hit = sorted({other for other in others if other not in chosen and not chosen.isdisjoint(_proper_suffixes(other))})
+    # Prefixes of the live model may differ, but must not reach a target that ends with the name.
+    patterns = [re.escape(name) if name in suffixes else rf"(?:.*\.)?{re.escape(name)}" for name in hit]
+    return "|".join(patterns) or None
+
+
+def resolve(modules: Sequence[AdaptedModule], model: Any) -> dict[str, str]:
+    """Every module's name in a live model.
+
+    A name fits a module of that very name, or else the only one whose name ends with it, or else
+    the longest one that it ends with: prefixes like ``bert.`` come and go between files and models.
+
+    Raises
+    ------
+    ValueError
+        If a name fits none or several, two names fit the same, or shapes differ.
+    """
+    live: dict[str, Any] = dict(model.named_modules())
+    live |= {name: p for name, p in model.named_parameters() if p.ndim == 3}
+    ending: dict[str, list[str]] = defaultdict(list)
+    for name in live:
+        for suffix in _proper_suffixes(name):
+            ending[suffix].append(name)
+    resolved: dict[str, str] = {}
+    for module in modules:
+        name = module.name
+        if name in live:
+            found = [name]
+        else:
+            found = ending[name] or [s for s in _proper_suffixes(name) if s in live][:1]
+        if len(found) != 1:
+            what = f"fits several of its modules ({', '.join(found[:3])})" if found else "fits none of its modules"
+            raise ValueError(
+                f"{name!r} {what}: {type(model).__name__} names its modules otherwise than the source "
+                "did; pass the live model itself to analyze or allocate"
+            )
+        _check_shape(module, found[0], live[found[0]])
+        resolved[name] = found[0]
+    if len(set(resolved.values())) < len(resolved):
+        raise ValueError("two names of the allocation fit the same module of the model")
+    return resolved
+
+
+def _check_shape(module: AdaptedModule, live_name: str, target: Any) -> None:
+    from lorank.sources import quantized
+
+    weight = getattr(target, "weight", target)
+    if not hasattr(weight, "shape"):
+        raise ValueError(f"{live_name!r} is a {type(target).__name__}, which has no weight to adapt")
+    shape = quantized.shape(target, weight)
+    experts, matrix = (shape[0], shape[1:]) if module.kind == "expert" else (1, shape)
+    flattened = (matrix[0], math.prod(matrix[1:]))
+    if sorted(flattened) != sorted(module.shape) or experts != module.copies:
+        raise ValueError(
+            f"{module.name!r} has shape {module.shape} in the source, but {live_name!r} of the model "
+            f"has {tuple(shape)}"
+        )
+
+

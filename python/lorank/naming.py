@@ -1,0 +1,107 @@
+"""What a module's dotted name tells: its block, its role, whether a target selects it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeAlias
+
+Targets: TypeAlias = "str | Sequence[str] | None"
+"""Which modules: suffixes, or one regular expression, exactly as PEFT reads `target_modules`."""
+
+ALL_LINEAR = "all-linear"
+
+_EMBEDDING = re.compile(
+    r"embeddings?|embed|embed_(tokens|positions|in|position|token)|(word|tok|token|position)_?embeddings?"
+    r"|token_type_embeddings|wte|wpe|shared|relative_attention_bias"
+)
+_OUTPUT_HEADS = {
+    "lm_head",
+    "embed_out",
+    "output_projection",
+    "score",
+    "classifier",
+    "qa_outputs",
+    "classification_head",
+    "seq_relationship",
+    "vocab_projector",
+    "lm_prediction_head",
+}
+_ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a module looks up rows by index, judged by the last part of its name."""
+    return _EMBEDDING.fullmatch(name.rpartition(".")[2]) is not None
+
+
+def is_output_head(name: str) -> bool:
+    """Whether a module maps hidden states to logits; PEFT's "all-linear" leaves it out."""
+    parts = name.split(".")
+    return not _OUTPUT_HEADS.isdisjoint(parts) or parts[:2] == ["cls", "predictions"]
+
+
+def is_router(name: str) -> bool:
+    """Whether a module distributes tokens over experts; adapting it is rarely wanted."""
+    return name.rpartition(".")[2] in _ROUTERS
+
+
+def is_in_experts(name: str) -> bool:
+    """Whether a parameter belongs to a container of experts."""
+    parts = name.split(".")
+    return any(part == "experts" or "moe" in part for part in parts)
+
+
+def block_of(name: str) -> str:
+    """The block that a module belongs to: its name up to the first number, or its own name.
+
+    Examples
+    --------
+    >>> block_of("model.layers.3.self_attn.q_proj")
+    'model.layers.3'
+    >>> block_of("encoder.block.0.layer.1.DenseReluDense.wi")
+    'encoder.block.0'
+    >>> block_of("pooler.dense")
+    'pooler.dense'
+    """
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return name
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """The dotted suffixes of a name, longest first: the name itself, then without its first part, ..."""
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
+
+
+def is_suffix(short: str, name: str) -> bool:
+    """Whether `short` is `name` or a dotted suffix of it."""
+    return name == short or name.endswith(f".{short}")
+
+
+def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
+    """A test for names: a string is matched in full, a list holds names or suffixes.
+
+    Raises
+    ------
+    ValueError
+        If the string is no regular expression.
+    """
+    if isinstance(targets, str):
+        try:
+            expression = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"{targets!r} is no regular expression: {error}") from None
+        return lambda name: expression.fullmatch(name) is not None
+    wanted = frozenset(targets)
+    return lambda name: not wanted.isdisjoint(suffixes(name))
+
+
+def filtered(names: Iterable[str], include: Targets, exclude: Targets) -> list[str]:
+    """The names that `include` selects (all for None) and `exclude` does not."""
+    included = (lambda _: True) if include is None else matcher(include)
+    excluded = (lambda _: False) if exclude is None else matcher(exclude)
+    return [name for name in names if included(name) and not excluded(name)]

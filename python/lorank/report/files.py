@@ -1,0 +1,185 @@
+"""Reports as JSON, parquet and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorank import extras
+from lorank._core import FormatError
+from lorank.atomic import atomic_path, write_text
+from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
+from lorank.sources.base import Skipped
+
+_FORMAT = "lorank.SpectralReport"
+_VERSION = 1
+_COUNTS = {"num_nonzero", "mp_spikes", "mp_spikes_median"}
+
+
+def save(report: SpectralReport, path: Path) -> None:
+    """Write a report in the format that the path's ending names."""
+    writers = {".json": _save_json, ".parquet": _save_parquet, ".csv": _save_csv}
+    _by_suffix(path, writers)(report, path)
+
+
+def load(path: Path) -> SpectralReport:
+    """Read a report in the format that the path's ending names."""
+    readers = {".json": _load_json, ".parquet": _load_parquet, ".csv": _load_csv}
+    reader = _by_suffix(path, readers)
+    try:
+        report: SpectralReport = reader(path)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+            raise
+        raise FormatError(f"{path}: is no lorank report: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: is no lorank report: {error!r}") from error
+    return report
+
+
+def _by_suffix(path: Path, table: Mapping[str, Any]) -> Any:
+    if path.suffix not in table:
+        raise ValueError(f"{path}: reports end with {', '.join(table)}")
+    return table[path.suffix]
+
+
+def columns(report: SpectralReport) -> dict[str, list[Any]]:
+    """The rows as columns of plain values, without eigenvalues."""
+    rows = report.modules
+    table: dict[str, list[Any]] = {
+        "name": [row.name for row in rows],
+        "module": [row.module for row in rows],
+        "kind": [row.kind for row in rows],
+        "out": [row.shape[0] for row in rows],
+        "in": [row.shape[1] for row in rows],
+        "dtype": [row.dtype for row in rows],
+        "expert": [row.expert for row in rows],
+    }
+    table |= {metric: [getattr(row, metric) for row in rows] for metric in METRICS}
+    table["flags"] = ["; ".join(row.flags) for row in rows]
+    return table
+
+
+def to_json(report: SpectralReport) -> dict[str, Any]:
+    """The report as values that JSON knows: nan is null, infinity is the string "inf"."""
+    table = columns(report)
+    modules = [dict(zip(table, map(_plain, values), strict=True)) for values in zip(*table.values(), strict=True)]
+    for row, entry in zip(report.modules, modules, strict=True):
+        entry["flags"] = list(row.flags)
+        if row.eigenvalues is not None:
+            entry["eigenvalues"] = row.eigenvalues.tolist()
+    return {**_header(report), "modules": modules}
+
+
+def from_json(content: Mapping[str, Any]) -> SpectralReport:
+    """The inverse of `to_json`."""
+    return _report(content, [_row(entry, tuple(entry["flags"])) for entry in content["modules"]])
+
+
+def _header(report: SpectralReport) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "source": report.source,
+        "accuracy": report.accuracy,
+        "num_parameters": report.num_parameters,
+        "skipped": [asdict(entry) for entry in report.skipped],
+    }
+
+
+def _report(header: Mapping[str, Any], rows: list[ModuleSpectrum]) -> SpectralReport:
+    if header["format"] != _FORMAT or header["version"] > _VERSION:
+        raise ValueError(f"format {header['format']!r}, version {header['version']}")
+    skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in header["skipped"]]
+    return SpectralReport(rows, skipped, header["source"], header["accuracy"], header["num_parameters"])
+
+
+def _row(entry: Mapping[str, Any], flags: tuple[str, ...]) -> ModuleSpectrum:
+    metrics: dict[str, Any] = {
+        name: int(entry[name]) if name in _COUNTS else _number(entry[name]) for name in METRICS
+    }
+    eigenvalues, expert = entry.get("eigenvalues"), entry["expert"]
+    return ModuleSpectrum(
+        name=entry["name"],
+        module=entry["module"],
+        kind=entry["kind"],
+        shape=(int(entry["out"]), int(entry["in"])),
+        dtype=entry["dtype"],
+        expert=None if expert in (None, "") else int(expert),
+        flags=flags,
+        eigenvalues=None if eigenvalues is None else np.asarray(eigenvalues, dtype=np.float64),
+        **metrics,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else repr(value)
+    return value
+
+
+def _number(value: Any) -> float:
+    return math.nan if value in (None, "") else float(value)
+
+
+def _save_json(report: SpectralReport, path: Path) -> None:
+    write_text(path, json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
+
+
+def _load_json(path: Path) -> SpectralReport:
+    return from_json(json.loads(path.read_text("utf-8")))
+
+
+def _save_csv(report: SpectralReport, path: Path) -> None:
+    table = columns(report)
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(table)
+        writer.writerows(zip(*table.values(), strict=True))
+
+
+def _load_csv(path: Path) -> SpectralReport:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [_row(entry, _split_flags(entry["flags"])) for entry in csv.DictReader(file)]
+    return SpectralReport(rows, source=str(path))
+
+
+def _split_flags(text: str) -> tuple[str, ...]:
+    return tuple(text.split("; ")) if text else ()
+
+
+def _save_parquet(report: SpectralReport, path: Path) -> None:
+    pyarrow = extras.require("pyarrow", "report", "for parquet files")
+    parquet = extras.require("pyarrow.parquet", "report", "for parquet files")
+    table = columns(report)
+    if any(row.eigenvalues is not None for row in report.modules):
+        table["eigenvalues"] = [row.eigenvalues for row in report.modules]
+    arrays = {name: pyarrow.array(values, type=_arrow_type(pyarrow, name)) for name, values in table.items()}
+    content = pyarrow.table(arrays).replace_schema_metadata({_FORMAT: json.dumps(_header(report))})
+    with atomic_path(path) as temporary:
+        parquet.write_table(content, temporary)
+
+
+def _arrow_type(pyarrow: Any, column: str) -> Any:
+    if column in {"out", "in", "expert", *_COUNTS}:
+        return pyarrow.int64()
+    if column in METRICS:
+        return pyarrow.float64()
+    return pyarrow.list_(pyarrow.float64()) if column == "eigenvalues" else pyarrow.string()
+
+
+def _load_parquet(path: Path) -> SpectralReport:
+    parquet = extras.require("pyarrow.parquet", "report", "for parquet files")
+    content = parquet.read_table(path)
+    metadata = content.schema.metadata or {}
+    if _FORMAT.encode() not in metadata:
+        raise ValueError("a parquet file of another program")
+    header = json.loads(metadata[_FORMAT.encode()])
+    return _report(header, [_row(entry, _split_flags(entry["flags"])) for entry in content.to_pylist()])

@@ -1,0 +1,111 @@
+"""Signals: per-module numbers that say how much capacity a module wants. One file a method.
+
+A method is a function that is registered here under its name. It knows neither budgets nor PEFT:
+it returns scores, and where its source defines one, the ranks of its own formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank.sources.base import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """A module that gets a rank.
+
+    Attributes
+    ----------
+    name
+        The module's (or stacked parameter's) dotted name.
+    kind
+        What it does with its weight.
+    shape
+        ``(out, in)`` of its matrix.
+    copies
+        Matrices that share its rank: the experts of a stack, else 1.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, int]
+    copies: int = 1
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one rank: ``copies * (out + in)``."""
+        return self.copies * sum(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What a method says.
+
+    Attributes
+    ----------
+    scores
+        One per module, finite and >= 0: ranks under a budget grow in proportion.
+    ranks
+        The ranks of the method's own formula, for use without a budget; None if it has none.
+    flags
+        What a reader should know of single modules, by name.
+    """
+
+    scores: npt.NDArray[np.float64]
+    ranks: npt.NDArray[np.int64] | None
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """The shape of a signal function."""
+
+    def __call__(
+        self, report: Any, modules: Sequence[AdaptedModule], r_min: int, r_max: int, **options: Any
+    ) -> Signal: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A method and what it needs: module shapes alone, or a `SpectralReport`."""
+
+    function: Method
+    needs: Literal["shapes", "spectra"]
+
+
+METHODS: dict[str, Registered] = {}
+
+
+def register(name: str, *, needs: Literal["shapes", "spectra"]) -> Callable[[Method], Method]:
+    """Offer a function as ``allocate(..., method=name)``."""
+
+    def decorate(function: Method) -> Method:
+        METHODS[name] = Registered(function, needs)
+        return function
+
+    return decorate
+
+
+def find(name: str) -> Registered:
+    """The method of that name.
+
+    Raises
+    ------
+    ValueError
+        If there is none; names those that there are.
+    """
+    from lorank.signals import htsr, schedule  # noqa: F401  (importing them registers them)
+
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}: choose one of {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def linear_ranks(position: npt.NDArray[np.float64], r_min: int, r_max: int) -> npt.NDArray[np.int64]:
+    """``r_min + (r_max - r_min) * position``, rounded half up, for positions in [0, 1]."""
+    return np.clip(np.floor(r_min + (r_max - r_min) * position + 0.5), r_min, r_max).astype(np.int64)

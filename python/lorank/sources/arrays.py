@@ -1,0 +1,80 @@
+"""NumPy arrays and torch tensors as matrices for the core, without a copy where layout allows.
+
+torch is never imported here: whoever hands over a tensor has imported it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lorank._core import Matrix
+from lorank.sources.layout import FLOAT_TYPES
+
+# Containers by which types that NumPy lacks cross to the core.
+_CONTAINERS = {"bfloat16": ("uint16", np.uint16), "float8_e4m3fn": ("uint8", np.uint8), "float8_e5m2": ("uint8", np.uint8)}
+
+
+def is_array(value: object) -> bool:
+    """Whether something has a shape and elements."""
+    return isinstance(value, np.ndarray) or is_tensor(value)
+
+
+def is_tensor(value: object) -> bool:
+    """Whether something is a torch tensor."""
+    return any(base.__module__.startswith("torch") and base.__name__ == "Tensor" for base in type(value).__mro__)
+
+
+def dtype_name(value: Any) -> str:
+    """The element type's name, as NumPy, torch and ml_dtypes spell it."""
+    return str(value.dtype).removeprefix("torch.")
+
+
+def identity(value: Any) -> object:
+    """Equal for arrays that are the same memory with the same shape."""
+    if is_tensor(value):
+        if value.device.type == "meta" or value.numel() == 0:
+            return id(value)
+        return (str(value.device), value.data_ptr(), tuple(value.shape), tuple(value.stride()))
+    if value.size == 0:
+        return id(value)
+    return (value.__array_interface__["data"][0], value.shape, value.strides)
+
+
+def needs_copy(value: Any) -> bool:
+    """Whether turning it into a matrix takes memory of its own."""
+    return is_tensor(value) and value.device.type != "cpu"
+
+
+def matrix(value: Any) -> Matrix:
+    """A 2-D array or tensor for the core.
+
+    Raises
+    ------
+    TypeError
+        If the elements are no floating-point numbers, or live on torch's meta device.
+    """
+    name = dtype_name(value)
+    if name not in FLOAT_TYPES:
+        raise TypeError(f"{name} values have no spectrum: pass floating-point numbers")
+    if is_tensor(value):
+        if value.device.type == "meta":
+            raise TypeError("the tensor is on the meta device: it has no values")
+        value = value.detach().cpu()
+        if name in _CONTAINERS:
+            import torch
+
+            return Matrix.from_array(value.view(getattr(torch, _CONTAINERS[name][0])).numpy(), name)
+        return Matrix.from_array(value.numpy())
+    if name in _CONTAINERS:
+        return Matrix.from_array(readable(value).view(_CONTAINERS[name][1]), name)
+    return Matrix.from_array(readable(value))
+
+
+def readable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The array itself, or a copy where strides or byte order keep the core from reading it."""
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    regular = all(s >= 0 and s % array.itemsize == 0 for s, n in zip(array.strides, array.shape) if n > 1)
+    return array if regular else np.ascontiguousarray(array)

@@ -1,0 +1,103 @@
+"""What every source hands over: a list of matrices, and a list of what is no matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from lorank import naming
+from lorank._core import Matrix
+
+Kind = Literal["linear", "embedding", "conv", "expert"]
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixInfo:
+    """One matrix of a model.
+
+    Attributes
+    ----------
+    name
+        The module's dotted name; an expert's is its parameter's name with its number in brackets.
+    module
+        The module, or for experts the stacked parameter, that an adapter would name.
+    kind
+        What the module does with its weight.
+    shape
+        `(out, in)`; kernels of convolutions are flattened to `(out, in * kh * kw)`.
+    dtype
+        The stored element type.
+    expert
+        The expert's number in its stack, else None.
+    """
+
+    name: str
+    module: str
+    kind: Kind
+    shape: tuple[int, int]
+    dtype: str
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A tensor without a row in the report, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceMatrix:
+    """A matrix and the way to its values.
+
+    Attributes
+    ----------
+    info
+        What it is.
+    load
+        Returns the matrix for the core; cheap unless the source is `lazy`.
+    lazy
+        Whether `load` materialises the values (dequantizes, copies from a device): such matrices
+        are loaded a few at a time.
+    """
+
+    info: MatrixInfo
+    load: Callable[[], Matrix]
+    lazy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An opened source.
+
+    Attributes
+    ----------
+    label
+        What to call it in tables and reports.
+    matrices
+        In the source's own order.
+    skipped
+        Everything else.
+    num_parameters
+        Parameters of the whole model, tied ones once.
+    fingerprint
+        Identifies the content of files, so that an interrupted run can be resumed; None for what
+        lives in memory.
+    """
+
+    label: str
+    matrices: tuple[SourceMatrix, ...]
+    skipped: tuple[Skipped, ...]
+    num_parameters: int
+    fingerprint: str | None = None
+
+    def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> Source:
+        """The same source with the matrices whose module is included and not excluded."""
+        if include is None and exclude is None:
+            return self
+        names = set(naming.filtered({m.info.module for m in self.matrices}, include, exclude))
+        matrices = tuple(m for m in self.matrices if m.info.module in names)
+        return Source(self.label, matrices, self.skipped, self.num_parameters, self.fingerprint)

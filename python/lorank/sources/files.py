@@ -1,0 +1,134 @@
+"""Sources on disk and on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorank._core import Checkpoint, FormatError
+from lorank.sources.base import Skipped, Source, SourceMatrix
+from lorank.sources.layout import FLOAT_TYPES, Layout
+
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+
+
+def open_path_or_hub_id(source: str | Path) -> Source:
+    """Open a path if it exists, else download (or find in the cache) what may be a hub id."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return open_path(path, str(source))
+    if isinstance(source, Path) or path.is_absolute() or not _HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    return open_path(download(source), source)
+
+
+def open_path(path: Path, label: str) -> Source:
+    """Open a safetensors file, index or folder, or a pickled state dict."""
+    if path.is_dir():
+        if not any(path.glob("*.safetensors")) and not any(path.glob("*.safetensors.index.json")):
+            return _open_pickles(path, label)
+    elif path.suffix in PICKLE_SUFFIXES or path.name.endswith(".bin.index.json"):
+        return _open_pickles(path, label)
+    elif path.suffix not in {".safetensors", ".json"}:
+        raise FormatError(f"{path}: expected .safetensors, .index.json, .bin, .pt or .pth")
+    return _open_safetensors(path, label)
+
+
+def _open_safetensors(path: Path, label: str) -> Source:
+    checkpoint = Checkpoint(path)
+    tensors = checkpoint.tensors()
+    layout = Layout({name: tuple(shape) for name, _, shape, _ in tensors}, read_config(path))
+    matrices: list[SourceMatrix] = []
+    skipped: list[Skipped] = []
+    for position, (name, dtype, shape, _) in enumerate(tensors):
+        found = layout.matrices(name, dtype)
+        if isinstance(found, str):
+            skipped.append(Skipped(name, tuple(shape), found))
+            continue
+        matrices += [
+            SourceMatrix(m.info, partial(checkpoint.matrix, position, m.rows, m.cols, m.index)) for m in found
+        ]
+    num_parameters = sum(math.prod(shape) for _, dtype, shape, _ in tensors if dtype in FLOAT_TYPES)
+    return Source(label, tuple(matrices), tuple(skipped), num_parameters, _fingerprint(tensors))
+
+
+def _open_pickles(path: Path, label: str) -> Source:
+    from lorank.sources import state_dict
+
+    return state_dict.from_pickles(path, label, read_config(path))
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """The model's `config.json` beside its weights; empty if there is none that can be read."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _fingerprint(tensors: list[tuple[str, str, list[int], Path]]) -> str:
+    """A digest of what a checkpoint holds: headers, and size and time of change of every file."""
+    digest = hashlib.sha256()
+    for file in sorted({file for *_, file in tensors}):
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for name, dtype, shape, _ in tensors:
+        digest.update(f"{name} {dtype} {shape}\n".encode())
+    return digest.hexdigest()
+
+
+def download(hub_id: str) -> Path:
+    """The local folder of a hub model, `name[@revision]`: from the cache if it is there in whole.
+
+    Only the configuration and one format of weights are fetched, safetensors if there are any.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, revision = hub_id.partition("@")
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    fallback = ["config.json", "*.bin", "*.bin.index.json"]
+
+    def cached() -> Path | None:
+        try:
+            folder = Path(
+                snapshot_download(repo, revision=revision or None, allow_patterns=wanted, local_files_only=True)
+            )
+        except LocalEntryNotFoundError:
+            return None
+        return folder if _is_complete(folder) else None
+
+    def fetched(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+
+    try:
+        folder = cached() or fetched(wanted)
+        return folder if _is_complete(folder) else fetched(fallback)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(
+            f"{hub_id}: no such file or folder, and as a hub id it is neither in the local cache "
+            f"nor could it be downloaded ({reason})"
+        ) from error
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a snapshot holds weights, and every shard that its index names."""
+    indices = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
+    for index in indices:
+        try:
+            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return True  # complete or not, the reader will say what is wrong with it
+        if not all((folder / str(shard)).exists() for shard in shards):
+            return False
+    return bool(indices) or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))

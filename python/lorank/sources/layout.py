@@ -1,0 +1,120 @@
+"""From a tensor's name and shape to the matrices in it. The one place that knows how models store
+linear layers, convolutions, embeddings and experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorank import naming
+from lorank.sources.base import Kind, MatrixInfo
+
+# Element types with a spectrum, by the names that safetensors and torch/NumPy give them.
+FLOAT_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+} | {name: name for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
+
+# Architectures whose linear layers are transformers' Conv1D: stored (in, out).
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+
+_SCALE_SUFFIXES = ("_scale_inv", "_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """A matrix within a tensor: `rows x cols` values in row-major order, the `index`-th of its kind."""
+
+    info: MatrixInfo
+    rows: int
+    cols: int
+    index: int = 0
+
+
+class Layout:
+    """Reads the tensors of one model.
+
+    Parameters
+    ----------
+    shapes
+        Every tensor's shape by name; siblings decide what some tensors are.
+    config
+        The model's `config.json`, or an empty mapping.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+        self.shapes = shapes
+        self.conv1d = config.get("model_type") in _CONV1D_MODELS or (
+            not config and _looks_like_gpt2(shapes)
+        )
+        text = config.get("text_config")
+        experts = text if isinstance(text, Mapping) else config
+        self.num_experts = experts.get("num_local_experts") or experts.get("num_experts")
+        # Without a single `.weight`, the mapping's keys are the modules' names themselves.
+        self.plain_names = not any(name == "weight" or name.endswith(".weight") for name in shapes)
+
+    def matrices(self, name: str, dtype: str) -> list[StoredMatrix] | str:
+        """The matrices of a tensor, or the reason why there are none."""
+        shape = self.shapes[name]
+        if math.prod(shape) == 0:
+            return "empty tensor"
+        if len(shape) < 2:
+            return f"{len(shape)}-D tensor"
+        if dtype not in FLOAT_TYPES:
+            return f"{dtype} values have no spectrum"
+        if dtype in ("F8_E4M3", "F8_E5M2", "float8_e4m3fn", "float8_e5m2") and self._has_scales(name):
+            return "float8 values with separate scales: load the model and analyse it live"
+        is_weight = self.plain_names or name == "weight" or name.endswith(".weight")
+        module = name.removesuffix(".weight") if not self.plain_names else name
+        stored_as = FLOAT_TYPES[dtype]
+        if len(shape) == 3 and self._is_expert_stack(module, shape):
+            return _experts(module, shape, stored_as)
+        if not is_weight:
+            return "not the weight of a module"
+        if len(shape) == 2:
+            return [self._matrix(module, shape, stored_as)]
+        if len(shape) <= 5:
+            out, fan_in = shape[0], math.prod(shape[1:])
+            info = MatrixInfo(module, module, "conv", (out, fan_in), stored_as)
+            return [StoredMatrix(info, out, fan_in)]
+        return f"{len(shape)}-D tensor"
+
+    def _matrix(self, module: str, shape: tuple[int, ...], dtype: str) -> StoredMatrix:
+        rows, cols = shape
+        kind: Kind = "embedding" if naming.is_embedding(module) else "linear"
+        transposed = self.conv1d and kind == "linear" and not naming.is_output_head(module)
+        oriented = (cols, rows) if transposed else (rows, cols)
+        return StoredMatrix(MatrixInfo(module, module, kind, oriented, dtype), rows, cols)
+
+    def _is_expert_stack(self, module: str, shape: tuple[int, ...]) -> bool:
+        in_experts = naming.is_in_experts(module)
+        return in_experts and (self.num_experts is None or shape[0] == self.num_experts)
+
+    def _has_scales(self, name: str) -> bool:
+        return any(f"{name}{suffix}" in self.shapes for suffix in _SCALE_SUFFIXES)
+
+
+def _experts(module: str, shape: tuple[int, ...], dtype: str) -> list[StoredMatrix]:
+    # Whether a stack is (E, out, in) or (E, in, out) differs by model; the spectrum does not depend
+    # on it, and neither does the cost of a rank. Shapes are reported as stored.
+    experts, rows, cols = shape
+    return [
+        StoredMatrix(
+            MatrixInfo(f"{module}[{i}]", module, "expert", (rows, cols), dtype, expert=i), rows, cols, index=i
+        )
+        for i in range(experts)
+    ]
+
+
+def _looks_like_gpt2(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a fused query-key-value weight is stored (in, 3 in), as Conv1D does."""
+    return any(
+        name.endswith("attn.c_attn.weight") and len(shape) == 2 and shape[1] == 3 * shape[0]
+        for name, shape in shapes.items()
+    )

@@ -1,0 +1,138 @@
+"""Live torch models, quantized ones included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from lorank import naming
+from lorank._core import Matrix
+from lorank.sources import arrays, quantized
+from lorank.sources.base import Kind, MatrixInfo, Skipped, Source, SourceMatrix
+from lorank.sources.layout import FLOAT_TYPES, Layout
+
+# PEFT wraps a module and keeps the original as `base_layer`.
+_PEFT_PREFIX = "base_model.model."
+_PEFT_PARTS = ("lora_", "modules_to_save", "original_module")
+
+
+def is_module(value: object) -> bool:
+    """Whether something is a `torch.nn.Module`, without importing torch."""
+    return any(base.__module__.startswith("torch.nn") and base.__name__ == "Module" for base in type(value).__mro__)
+
+
+def from_module(model: Any) -> Source:
+    """A source over a live model's parameters, which stay where they are.
+
+    Modules that share a parameter are tied: the first counts, the others are skipped. Quantized
+    weights are dequantized one matrix at a time. Adapters of PEFT are left out: the base model is
+    what is analysed, under the names that it has without PEFT.
+    """
+    weights = list(_weights(model))
+    layout = Layout(
+        {name: shape for name, _, shape in weights}, {"num_experts": _num_experts(model), "live": True}
+    )
+    matrices: list[SourceMatrix] = []
+    skipped: list[Skipped] = []
+    owners: dict[int, str] = {}
+    num_parameters = 0
+    for name, weight, shape in weights:
+        owner = owners.setdefault(id(weight.parameter), name)
+        if owner != name:
+            skipped.append(Skipped(name, shape, f"tied to {owner}"))
+            continue
+        num_parameters += math.prod(shape)
+        found = _matrices(layout, name, weight, shape)
+        if isinstance(found, str):
+            skipped.append(Skipped(name, shape, found))
+        else:
+            matrices += found
+    return Source(type(model).__name__, tuple(matrices), tuple(skipped), num_parameters)
+
+
+class _Weight:
+    """A parameter and the module that owns it."""
+
+    __slots__ = ("module", "parameter")
+
+    def __init__(self, module: Any, parameter: Any) -> None:
+        self.module = module
+        self.parameter = parameter
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the parameter is a plain tensor of floats that can be read in place."""
+        return not quantized.is_quantized(self.module, self.parameter)
+
+
+def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
+    """Every parameter under its name without PEFT, with the shape that it has when dequantized."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{prefix}.{local}" if prefix else local
+            if any(part.startswith(_PEFT_PARTS) for part in name.split(".")):
+                continue
+            name = name.removeprefix(_PEFT_PREFIX).replace(".base_layer", "")
+            yield name, _Weight(module, parameter), quantized.shape(module, parameter)
+
+
+def _matrices(
+    layout: Layout, name: str, weight: _Weight, shape: tuple[int, ...]
+) -> list[SourceMatrix] | str:
+    parameter = weight.parameter
+    if parameter.device.type == "meta":
+        return "on the meta device: it has no values"
+    if weight.is_direct:
+        dtype, load = arrays.dtype_name(parameter), partial(_identity, parameter)
+    else:
+        loader = quantized.loader(weight.module, parameter)
+        if loader is None:
+            return f"quantized ({type(parameter).__name__}), and its library offers no way back"
+        dtype, load = "float32", loader
+    found = layout.matrices(name, dtype)
+    if isinstance(found, str):
+        return found
+    lazy = not weight.is_direct or arrays.needs_copy(parameter)
+    kind, transposed = _role(weight.module)
+    described = []
+    for stored in found:
+        info = stored.info
+        if kind is not None and info.expert is None:
+            oriented = (stored.cols, stored.rows) if transposed else (stored.rows, stored.cols)
+            info = MatrixInfo(info.name, info.module, kind, oriented, info.dtype)
+        described.append(
+            SourceMatrix(info, partial(_load, load, stored.index, stored.rows, stored.cols), lazy=lazy)
+        )
+    return described
+
+
+def _role(module: Any) -> tuple[Kind | None, bool]:
+    """What a module's class says of its weight: its kind, and whether it is stored (in, out)."""
+    classes = {base.__name__ for base in type(module).__mro__}
+    if "Embedding" in classes:
+        return "embedding", False
+    if "_ConvNd" in classes:
+        return "conv", False
+    if "Conv1D" in classes:
+        return "linear", True
+    if "Linear" in classes:
+        return "linear", False
+    return None, False
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _load(values: Callable[[], Any], index: int, rows: int, cols: int) -> Matrix:
+    tensor = values()
+    tensor = tensor[index] if tensor.ndim == 3 and tuple(tensor.shape[1:]) == (rows, cols) else tensor
+    return arrays.matrix(tensor if tensor.ndim == 2 else tensor.reshape(rows, cols))
+
+
+def _num_experts(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)

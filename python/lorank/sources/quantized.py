@@ -1,0 +1,83 @@
+"""Weights of live models that are stored in fewer bits, and their libraries' own way back.
+
+bitsandbytes 4- and 8-bit, torch's and torchao's and quanto's tensor subclasses, HQQ modules: each
+is dequantized by the library that quantized it, one matrix at a time. What offers no way back is
+reported as skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lorank.sources.layout import FLOAT_TYPES
+from lorank.sources import arrays
+
+
+def is_quantized(module: Any, parameter: Any) -> bool:
+    """Whether a parameter's values are codes rather than numbers."""
+    return (
+        _bits(parameter) is not None
+        or getattr(parameter, "is_quantized", False)
+        or _is_subclass_with_dequantize(parameter)
+        or (hasattr(module, "W_q") and hasattr(module, "dequantize"))
+    )
+
+
+def shape(module: Any, parameter: Any) -> tuple[int, ...]:
+    """The shape of the dequantized weight."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None and getattr(state, "shape", None) is not None:
+        return tuple(state.shape)
+    return tuple(parameter.shape)
+
+
+def loader(module: Any, parameter: Any) -> Callable[[], Any] | None:
+    """A function that returns the dequantized float32 weight, or None if there is no way back."""
+    bits = _bits(parameter)
+    if bits == 4 and getattr(parameter, "quant_state", None) is not None:
+        return partial(_bitsandbytes_4bit, parameter)
+    if bits == 8:
+        return partial(_bitsandbytes_8bit, module, parameter)
+    if getattr(parameter, "is_quantized", False) or _is_subclass_with_dequantize(parameter):
+        return partial(_own_dequantize, parameter)
+    if hasattr(module, "W_q") and hasattr(module, "dequantize"):
+        return partial(_own_dequantize, module)
+    return None
+
+
+def _bits(parameter: Any) -> int | None:
+    """4 or 8 for a parameter of bitsandbytes."""
+    names = {base.__name__ for base in type(parameter).__mro__}
+    if "Params4bit" in names:
+        return 4
+    return 8 if "Int8Params" in names else None
+
+
+def _is_subclass_with_dequantize(parameter: Any) -> bool:
+    # Every tensor has a `dequantize` method; only subclasses of quantization libraries override it.
+    owner = next((base for base in type(parameter).__mro__ if "dequantize" in vars(base)), None)
+    return owner is not None and not owner.__module__.startswith(("torch._C", "torch._tensor")) and owner.__name__ not in ("Tensor", "TensorBase", "_TensorBase")
+
+
+def _own_dequantize(quantized: Any) -> Any:
+    return quantized.dequantize().detach().float()
+
+
+def _bitsandbytes_4bit(parameter: Any) -> Any:
+    import bitsandbytes
+
+    return bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state).float()
+
+
+def _bitsandbytes_8bit(module: Any, parameter: Any) -> Any:
+    import bitsandbytes
+
+    codes, scales = parameter.data, getattr(parameter, "SCB", None)
+    if scales is None:
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+    if scales is None:
+        return codes.float()  # not quantized yet: that happens on the way to the device
+    return bitsandbytes.functional.int8_vectorwise_dequant(codes, scales).float()

@@ -1,0 +1,46 @@
+//! The analysis of many matrices, results handed over as they come.
+
+use lorank::analysis::{Analysis, analyze as analyze_matrices};
+use lorank::source::StoredMatrix;
+use numpy::IntoPyArray;
+use pyo3::prelude::*;
+
+use crate::detached::detached;
+use crate::errors::to_py;
+use crate::matrix::Matrix;
+use crate::statistics::metrics_dict;
+
+/// Analyses matrices and calls `on_result(index, outcome)` for each as it finishes, on the calling
+/// thread. The outcome is `(metrics, eigenvalues or None)`, or the exception that the matrix met.
+#[pyfunction]
+pub fn analyze<'py>(
+    py: Python<'py>,
+    matrices: Vec<Bound<'py, Matrix>>,
+    threads: usize,
+    keep_eigenvalues: bool,
+    on_result: &Bound<'py, PyAny>,
+) -> PyResult<()> {
+    let stored: Vec<StoredMatrix> = matrices.iter().map(|m| m.get().0.clone()).collect();
+    drop(matrices);
+    detached(
+        py,
+        move |cancel, outbox| {
+            analyze_matrices(&stored, threads, cancel, &|index, result| outbox.send((index, result)))
+        },
+        |py, (index, result): (usize, lorank::Result<Analysis>)| {
+            match result {
+                Ok(analysis) => {
+                    let metrics = metrics_dict(py, &analysis.metrics)?;
+                    let eigenvalues =
+                        keep_eigenvalues.then(|| analysis.spectrum.into_eigenvalues().into_pyarray(py));
+                    on_result.call1((index, (metrics, eigenvalues)))?;
+                }
+                Err(lorank::Error::Cancelled) => {}
+                Err(error) => {
+                    on_result.call1((index, to_py(error)))?;
+                }
+            }
+            Ok(())
+        },
+    )
+}

@@ -1,0 +1,103 @@
+//! The one way into heavy work: without the GIL, with Ctrl-C, without panics.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use lorank::analysis::panic_message;
+use lorank::cancel::CancelToken;
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+
+use crate::errors::{LorankError, to_py};
+
+/// How long a Ctrl-C can stay unnoticed.
+const POLL: Duration = Duration::from_millis(50);
+
+/// From the worker to the waiting Python thread.
+enum Message<M, T> {
+    Item(M),
+    Done(Result<T, Error>),
+}
+
+enum Error {
+    Core(lorank::Error),
+    Panic(String),
+}
+
+/// Where the work sends items that Python code should see while it goes on.
+pub struct Outbox<'a, M>(&'a (dyn Fn(M) + Sync));
+
+impl<M> Outbox<'_, M> {
+    /// Never blocks; what is sent after the caller has left is dropped.
+    pub fn send(&self, item: M) {
+        (self.0)(item);
+    }
+}
+
+/// Runs `work` on a thread of its own and waits without the GIL, handing every item that the work
+/// sends to `on_item`. At a signal, or when `on_item` raises, the work is told to stop and is left
+/// behind: it owns its input, so a library call that cannot be interrupted just finishes alone.
+pub fn detached<T, M>(
+    py: Python<'_>,
+    work: impl FnOnce(&CancelToken, &Outbox<'_, M>) -> lorank::Result<T> + Send + 'static,
+    mut on_item: impl FnMut(Python<'_>, M) -> PyResult<()>,
+) -> PyResult<T>
+where
+    T: Send + 'static,
+    M: Send + 'static,
+{
+    let cancel = CancelToken::default();
+    let (sender, receiver) = channel::<Message<M, T>>();
+    let worker = {
+        let cancel = cancel.clone();
+        move || {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                let send: &(dyn Fn(M) + Sync) = &|item| ignore_hangup(&sender, Message::Item(item));
+                work(&cancel, &Outbox(send))
+            }))
+            .map_err(|panic| Error::Panic(panic_message(&*panic)))
+            .and_then(|result| result.map_err(Error::Core));
+            ignore_hangup(&sender, Message::Done(outcome));
+        }
+    };
+    std::thread::Builder::new()
+        .name("lorank".into())
+        .spawn(worker)
+        .map_err(|e| PyRuntimeError::new_err(format!("could not start a thread: {e}")))?;
+
+    let mut receiver = receiver;
+    loop {
+        let message;
+        // Moved in and out, as a receiver cannot be shared with the closure's thread.
+        (message, receiver) = py.detach(move || (receiver.recv_timeout(POLL), receiver));
+        let step = match message {
+            Ok(Message::Done(outcome)) => {
+                return outcome.map_err(|error| match error {
+                    Error::Core(error) => to_py(error),
+                    Error::Panic(message) => LorankError::new_err(format!("internal error: {message}")),
+                });
+            }
+            Ok(Message::Item(item)) => on_item(py, item),
+            Err(RecvTimeoutError::Timeout) => Ok(()),
+            Err(RecvTimeoutError::Disconnected) => Err(LorankError::new_err("internal error: worker lost")),
+        };
+        if let Err(error) = step.and_then(|()| py.check_signals()) {
+            cancel.cancel();
+            return Err(error);
+        }
+    }
+}
+
+/// [`detached`] for work that sends nothing on its way.
+pub fn detached_quiet<T: Send + 'static>(
+    py: Python<'_>,
+    work: impl FnOnce(&CancelToken) -> lorank::Result<T> + Send + 'static,
+) -> PyResult<T> {
+    detached(py, move |cancel, _: &Outbox<'_, ()>| work(cancel), |_, ()| Ok(()))
+}
+
+fn ignore_hangup<M>(sender: &Sender<M>, message: M) {
+    // The receiver is gone once the caller was interrupted: nobody is left to tell.
+    let _ = sender.send(message);
+}

@@ -1,0 +1,143 @@
+//! Matrices and checkpoints as Python sees them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use lorank::dtype::DType;
+use lorank::source::StoredMatrix;
+use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::errors::to_py;
+
+/// A matrix, in memory or in a file, that can be analysed.
+#[pyclass(frozen, module = "lorank._core")]
+pub struct Matrix(pub StoredMatrix);
+
+/// The memory of a NumPy array, kept alive by a reference to it.
+struct ArrayMemory {
+    start: *const u8,
+    len: usize,
+    _owner: Py<PyUntypedArray>,
+}
+
+// SAFETY: the pointer is only read through, and the memory lives as long as `_owner`, which may be
+// released on any thread.
+unsafe impl Send for ArrayMemory {}
+// SAFETY: as above; shared reads need no synchronisation.
+unsafe impl Sync for ArrayMemory {}
+
+impl AsRef<[u8]> for ArrayMemory {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: `from_array` computed `start` and `len` from the array's own shape and strides, so
+        // the range lies within its buffer. NumPy does not move or free the buffer while the array
+        // lives. Python code that writes to it meanwhile changes the values read, as with any NumPy
+        // function that releases the GIL.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+    }
+}
+
+#[pymethods]
+impl Matrix {
+    /// A view of a 2-D array without a copy. `dtype` names the type of arrays whose own type is
+    /// only a container (uint16 for bfloat16, uint8 for float8).
+    #[staticmethod]
+    #[pyo3(signature = (array, dtype=None))]
+    fn from_array(array: &Bound<'_, PyUntypedArray>, dtype: Option<&str>) -> PyResult<Self> {
+        let &[rows, cols] = array.shape() else {
+            return Err(PyValueError::new_err(format!(
+                "a matrix has 2 dimensions, the array has shape {:?}",
+                array.shape()
+            )));
+        };
+        let dtype = element_type(array, dtype)?;
+        let stride = |axis: usize, length: usize| -> PyResult<usize> {
+            if length <= 1 {
+                return Ok(1); // never stepped over, so NumPy may store anything
+            }
+            let bytes = usize::try_from(array.strides()[axis]).ok();
+            bytes.filter(|b| b % dtype.size() == 0).map(|b| b / dtype.size()).ok_or_else(|| {
+                PyValueError::new_err("negative or fractional strides: pass numpy.ascontiguousarray(W)")
+            })
+        };
+        let strides = (stride(0, rows)?, stride(1, cols)?);
+        let len = if rows == 0 || cols == 0 {
+            0
+        } else {
+            ((rows - 1) * strides.0 + (cols - 1) * strides.1 + 1) * dtype.size()
+        };
+        // SAFETY: the pointer is valid while `array` is borrowed; only its `data` field is read.
+        let data: *const u8 = unsafe { (*array.as_array_ptr()).data }.cast_const().cast();
+        // An empty array's pointer may be anything; a slice's may not be null.
+        let start = if len == 0 { std::ptr::NonNull::dangling().as_ptr() } else { data };
+        let memory = ArrayMemory { start, len, _owner: array.clone().unbind() };
+        StoredMatrix::in_memory(Arc::new(memory), dtype, (rows, cols), strides).map(Self).map_err(to_py)
+    }
+
+    /// `(rows, cols)`.
+    #[getter]
+    fn shape(&self) -> (usize, usize) {
+        self.0.shape()
+    }
+
+    /// The element type: "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2".
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.0.dtype().name()
+    }
+
+    fn __repr__(&self) -> String {
+        let (rows, cols) = self.shape();
+        format!("Matrix({rows}x{cols}, {})", self.dtype())
+    }
+}
+
+fn element_type(array: &Bound<'_, PyUntypedArray>, name: Option<&str>) -> PyResult<DType> {
+    let descr = array.dtype();
+    let (kind, size) = (descr.kind(), descr.itemsize());
+    let dtype = match (name, kind, size) {
+        (Some(name), _, _) => DType::from_name(name),
+        (None, b'f', 8) => Some(DType::F64),
+        (None, b'f', 4) => Some(DType::F32),
+        (None, b'f', 2) => Some(DType::F16),
+        _ => None,
+    };
+    match dtype {
+        Some(dtype) if dtype.size() == size && descr.is_native_byteorder() != Some(false) => Ok(dtype),
+        _ => Err(PyTypeError::new_err(format!(
+            "cannot read an array of dtype {descr}{}: pass float64, float32 or float16",
+            name.map(|n| format!(" as {n}")).unwrap_or_default()
+        ))),
+    }
+}
+
+/// A tensor of a checkpoint: name, safetensors dtype, shape, file.
+type TensorEntry = (String, String, Vec<usize>, PathBuf);
+
+/// An opened safetensors file, index, or folder of shards.
+#[pyclass(frozen, module = "lorank._core")]
+pub struct Checkpoint(lorank::checkpoint::Checkpoint);
+
+#[pymethods]
+impl Checkpoint {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        py.detach(|| lorank::checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_py)
+    }
+
+    /// Every tensor as `(name, dtype, shape, file)`.
+    fn tensors(&self) -> Vec<TensorEntry> {
+        let entry = |t: &lorank::checkpoint::StoredTensor| {
+            (t.info.name.clone(), t.info.dtype.clone(), t.info.shape.clone(), t.file.path().to_path_buf())
+        };
+        self.0.tensors.iter().map(entry).collect()
+    }
+
+    /// The `index`-th of the row-major `(rows, cols)` matrices that make up a tensor.
+    #[pyo3(signature = (position, rows, cols, index=0))]
+    fn matrix(&self, position: usize, rows: usize, cols: usize, index: usize) -> PyResult<Matrix> {
+        let tensor = self.0.tensors.get(position).ok_or_else(|| PyIndexError::new_err("no such tensor"))?;
+        StoredMatrix::in_file(tensor.clone(), (rows, cols), index).map(Matrix).map_err(to_py)
+    }
+}

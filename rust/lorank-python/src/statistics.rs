@@ -1,0 +1,121 @@
+//! Spectra and the statistics of spectra.
+
+use lorank::hill::{self, Convention};
+use lorank::marchenko_pastur::{self as mp, Scale};
+use lorank::metrics::SpectralMetrics;
+use lorank::spectrum::Spectrum;
+use numpy::{AllowTypeChange, IntoPyArray, PyArray1, PyArrayLike1};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::detached::detached_quiet;
+use crate::errors::to_py;
+use crate::matrix::Matrix;
+
+type Values<'py> = PyArrayLike1<'py, f64, AllowTypeChange>;
+
+fn checked(values: &Values<'_>) -> PyResult<Spectrum> {
+    Spectrum::new(values.as_array().to_vec()).map_err(to_py)
+}
+
+fn scale(name: &str) -> PyResult<Scale> {
+    match name {
+        "mean" => Ok(Scale::Mean),
+        "median" => Ok(Scale::Median),
+        _ => Err(PyValueError::new_err(format!("scale must be 'mean' or 'median', not {name:?}"))),
+    }
+}
+
+/// The eigenvalues of `W^T W`, ascending.
+#[pyfunction]
+pub fn spectrum<'py>(
+    py: Python<'py>,
+    matrix: &Bound<'py, Matrix>,
+    threads: usize,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let matrix = matrix.get().0.clone();
+    let spectrum = detached_quiet(py, move |cancel| {
+        matrix.with_view(cancel, |view| lorank::eigen::spectrum(view, threads, cancel))
+    })?;
+    Ok(spectrum.into_eigenvalues().into_pyarray(py))
+}
+
+/// The Hill estimator.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // PyO3 hands over its extracted arguments
+pub fn alpha_hill(eigenvalues: Values<'_>, convention: &str) -> PyResult<f64> {
+    let convention = match convention {
+        "median" => Convention::Median,
+        "xmin_mid" => Convention::XminMid,
+        _ => {
+            return Err(PyValueError::new_err(format!(
+                "convention must be 'median' or 'xmin_mid', not {convention:?}"
+            )));
+        }
+    };
+    Ok(hill::alpha_hill(&checked(&eigenvalues)?, convention))
+}
+
+/// The Marchenko-Pastur edge and the number of eigenvalues above it.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // PyO3 hands over its extracted arguments
+pub fn marchenko_pastur(
+    eigenvalues: Values<'_>,
+    shape: (usize, usize),
+    scale: &str,
+) -> PyResult<(f64, usize)> {
+    let found = mp::marchenko_pastur(&checked(&eigenvalues)?, shape, self::scale(scale)?).map_err(to_py)?;
+    Ok((found.edge, found.spikes))
+}
+
+/// The median of the Marchenko-Pastur law of mean 1 and ratio `1/Q`.
+#[pyfunction]
+pub fn marchenko_pastur_median(ratio: f64) -> PyResult<f64> {
+    if ratio > 0.0 && ratio <= 1.0 {
+        Ok(mp::unit_median(ratio))
+    } else {
+        Err(PyValueError::new_err(format!("the ratio 1/Q lies in (0, 1], not {ratio}")))
+    }
+}
+
+/// Every metric of a spectrum, by name.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // PyO3 hands over its extracted arguments
+pub fn spectral_metrics<'py>(
+    py: Python<'py>,
+    eigenvalues: Values<'py>,
+    shape: (usize, usize),
+) -> PyResult<Bound<'py, PyDict>> {
+    let metrics = SpectralMetrics::new(&checked(&eigenvalues)?, shape).map_err(to_py)?;
+    metrics_dict(py, &metrics)
+}
+
+/// Metrics under the names of their fields.
+pub fn metrics_dict<'py>(py: Python<'py>, metrics: &SpectralMetrics) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("num_nonzero", metrics.num_nonzero)?;
+    dict.set_item("alpha_hill", metrics.alpha_hill)?;
+    dict.set_item("alpha_hill_xmin_mid", metrics.alpha_hill_xmin_mid)?;
+    dict.set_item("mp_edge", metrics.mp_edge)?;
+    dict.set_item("mp_spikes", metrics.mp_spikes)?;
+    dict.set_item("mp_edge_median", metrics.mp_edge_median)?;
+    dict.set_item("mp_spikes_median", metrics.mp_spikes_median)?;
+    dict.set_item("mp_soft_rank", metrics.mp_soft_rank)?;
+    dict.set_item("powerlaw_alpha", metrics.powerlaw_alpha)?;
+    dict.set_item("powerlaw_xmin", metrics.powerlaw_xmin)?;
+    dict.set_item("powerlaw_distance", metrics.powerlaw_distance)?;
+    dict.set_item("alpha_weighted", metrics.alpha_weighted)?;
+    dict.set_item("frobenius_norm", metrics.frobenius_norm)?;
+    dict.set_item("spectral_norm", metrics.spectral_norm)?;
+    dict.set_item("stable_rank", metrics.stable_rank)?;
+    dict.set_item("effective_rank", metrics.effective_rank)?;
+    dict.set_item("participation_ratio", metrics.participation_ratio)?;
+    Ok(dict)
+}
+
+/// The processors that this process may use.
+#[pyfunction]
+pub fn available_threads() -> usize {
+    lorank::parallel::available_threads()
+}
