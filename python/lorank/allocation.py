@@ -176,6 +176,8 @@ def allocate(
     budget: Budget | None = None,
     avg_rank: float | None = None,
     targets: naming.Targets = None,
+    threads: int | None = None,
+    progress: bool = True,
     **method_options: Any,
 ) -> RankAllocation:
     """Choose a rank for every adapted module.
@@ -197,6 +199,8 @@ def allocate(
         Which modules: a list of names or suffixes, or one regular expression for whole names,
         exactly as PEFT reads ``target_modules``; ``"all-linear"`` or None for every linear layer
         and stack of experts but the output head and the experts' routers.
+    threads, progress
+        For the analysis, if there is one: as in `analyze`.
     **method_options
         Those of the method: see `lorank.signals`.
 
@@ -218,7 +222,12 @@ def allocate(
     opened = signal_source if isinstance(signal_source, SpectralReport) else open_source(signal_source)
     every = adaptable_modules(opened)
     modules = _targeted(every, targets)
-    evidence = _measured(opened, modules) if registered.needs == "spectra" else opened
+    evidence = opened
+    if registered.needs == "spectra" and not isinstance(opened, SpectralReport):
+        from lorank.analysis import analyze
+
+        names = [module.name for module in modules]
+        evidence = analyze(opened, include=names, threads=threads, progress=progress)
     signal = registered.function(evidence, modules, r_min, r_max, **method_options)
     costs = [module.cost for module in modules]
     if budget is not None:
@@ -243,15 +252,6 @@ def allocate(
         _label(evidence),
         evidence.num_parameters,
     )
-
-
-def _measured(opened: SpectralReport | Source, modules: Sequence[AdaptedModule]) -> SpectralReport:
-    """The report that was given, or a fresh analysis of the modules that matter."""
-    if isinstance(opened, SpectralReport):
-        return opened
-    from lorank.analysis import analyze
-
-    return analyze(opened, include=[module.name for module in modules])
 
 
 def _label(evidence: SpectralReport | Source) -> str:

@@ -79,6 +79,11 @@ class ModuleSpectrum:
         """Entries of the matrix."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def has_spectrum(self) -> bool:
+        """Whether the matrix could be analysed; a zero matrix can."""
+        return not np.isnan(self.frobenius_norm)
+
     @classmethod
     def of(
         cls, info: MatrixInfo, metrics: dict[str, Any], eigenvalues: npt.NDArray[np.float64] | None = None

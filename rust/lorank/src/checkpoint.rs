@@ -97,23 +97,23 @@ impl Checkpoint {
 
     fn open_index(path: &Path) -> Result<Self> {
         let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let index: Index =
-            serde_json::from_slice(&text).map_err(|e| Error::format(path, format!("is no shard index: {e}")))?;
+        let index: Index = serde_json::from_slice(&text)
+            .map_err(|e| Error::format(path, format!("is no shard index: {e}")))?;
         let folder = path.parent().unwrap_or_else(|| Path::new("."));
         let mut shards: BTreeMap<&str, Arc<SafetensorsFile>> = BTreeMap::new();
         let mut tensors = Vec::with_capacity(index.weight_map.len());
         for (tensor, shard) in &index.weight_map {
             if !is_plain_name(shard) {
-                let reason = format!("lies in `{shard}`, which is not a plain file name: the index points elsewhere");
+                let reason =
+                    format!("lies in `{shard}`, which is not a plain file name: the index points elsewhere");
                 return Err(Error::tensor(path, tensor, reason));
             }
-            let file = match shards.get(shard.as_str()) {
-                Some(file) => Arc::clone(file),
-                None => {
-                    let file = Arc::new(SafetensorsFile::open(&folder.join(shard))?);
-                    shards.insert(shard, Arc::clone(&file));
-                    file
-                }
+            let file = if let Some(file) = shards.get(shard.as_str()) {
+                Arc::clone(file)
+            } else {
+                let file = Arc::new(SafetensorsFile::open(&folder.join(shard))?);
+                shards.insert(shard, Arc::clone(&file));
+                file
             };
             let position = file.position(tensor).ok_or_else(|| {
                 Error::tensor(path, tensor, format!("the index says it lies in `{shard}`, which lacks it"))
@@ -131,5 +131,6 @@ impl Checkpoint {
 
 fn is_plain_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
-    matches!((components.next(), components.next()), (Some(Component::Normal(_)), None)) && !name.contains('\\')
+    matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
+        && !name.contains('\\')
 }

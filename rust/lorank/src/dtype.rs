@@ -49,7 +49,7 @@ impl DType {
         })
     }
 
-    /// The name that NumPy, torch and the reports use.
+    /// The name that `NumPy`, torch and the reports use.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -119,7 +119,7 @@ static E5M2: [f32; 256] = e5m2_table();
 /// `(-1)^s * 2^(e-7) * (1 + m/8)`, subnormals `(-1)^s * 2^-6 * m/8`, NaN at `S.1111.111`.
 const fn e4m3_table() -> [f32; 256] {
     let mut table = [0.0f32; 256];
-    let mut code = 0;
+    let mut code = 0u16;
     while code < 256 {
         let exponent = (code >> 3) & 15;
         let mantissa = code & 7;
@@ -129,9 +129,9 @@ const fn e4m3_table() -> [f32; 256] {
             mantissa as f32 / 512.0
         } else {
             // 2^(e-10) as a float32, times the integer mantissa with its hidden bit.
-            f32::from_bits(((exponent + 117) as u32) << 23) * (8 + mantissa) as f32
+            f32::from_bits((exponent as u32 + 117) << 23) * (8 + mantissa) as f32
         };
-        table[code] = if code >= 128 { -magnitude } else { magnitude };
+        table[code as usize] = if code >= 128 { -magnitude } else { magnitude };
         code += 1;
     }
     table
@@ -139,9 +139,9 @@ const fn e4m3_table() -> [f32; 256] {
 
 const fn e5m2_table() -> [f32; 256] {
     let mut table = [0.0f32; 256];
-    let mut code = 0;
+    let mut code = 0u16;
     while code < 256 {
-        table[code] = f16::from_bits((code as u16) << 8).to_f32_const();
+        table[code as usize] = f16::from_bits(code << 8).to_f32_const();
         code += 1;
     }
     table
@@ -166,7 +166,9 @@ mod tests {
     #[test]
     fn fp8_landmarks() {
         // The format's own landmarks: smallest subnormal, one, largest, NaN (and infinity for E5M2).
-        for (code, value) in [(0x01, 2f32.powi(-9)), (0x38, 1.0), (0x7e, 448.0), (0xfe, -448.0), (0x08, 2f32.powi(-6))] {
+        for (code, value) in
+            [(0x01, 2f32.powi(-9)), (0x38, 1.0), (0x7e, 448.0), (0xfe, -448.0), (0x08, 2f32.powi(-6))]
+        {
             assert!(same(E4M3[code], value), "{code:#x}");
         }
         assert!(E4M3[0x7f].is_nan() && E4M3[0xff].is_nan());
@@ -181,7 +183,7 @@ mod tests {
         let bytes: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|x| x.to_le_bytes()).collect();
         let mut out = [0.0; 2];
         DType::F32.decode(&bytes, 4.0, &mut out);
-        assert_eq!(out, [6.0, -8.0]);
+        assert_eq!(out.map(f64::to_bits), [6.0f64, -8.0].map(f64::to_bits));
         for dtype in [DType::F64, DType::F32, DType::F16, DType::Bf16, DType::F8E4M3, DType::F8E5M2] {
             assert_eq!(DType::from_name(dtype.name()), Some(dtype));
         }

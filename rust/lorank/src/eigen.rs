@@ -31,9 +31,7 @@ const EXPONENT_LIMIT: i32 = 480;
 pub fn spectrum(view: &MatrixView<'_>, threads: usize, cancel: &CancelToken) -> Result<Spectrum> {
     match Strategy::for_shape(view.rows(), view.cols()) {
         Strategy::Alone => spectrum_in_pool(view, Strategy::Alone, cancel),
-        Strategy::Together => {
-            pool(threads)?.install(|| spectrum_in_pool(view, Strategy::Together, cancel))
-        }
+        Strategy::Together => pool(threads)?.install(|| spectrum_in_pool(view, Strategy::Together, cancel)),
     }
 }
 
@@ -85,7 +83,8 @@ pub fn tridiagonal_eigenvalues(matrix: &Tridiagonal) -> Result<Vec<f64>> {
 
 /// The exponent `e` with `2^(e-1) <= x < 2^e`.
 pub(crate) fn binary_exponent(x: f64) -> Result<i32> {
-    let exponent = x.log2().floor() as i32 + 1;
+    // Read from the bits: the logarithm of a number just below a power of two may round up to it.
+    let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1022;
     if exponent.abs() > EXPONENT_LIMIT {
         return Err(Error::Numerical(format!(
             "its largest absolute value is {x:e}: the squares leave the range of float64; rescale the matrix"

@@ -36,7 +36,8 @@ pub fn gram(view: &MatrixView<'_>, scale: f64, strategy: Strategy, cancel: &Canc
     for first in (0..m).step_by(DEPTH) {
         cancel.check()?;
         let columns = first..m.min(first + DEPTH);
-        let mut panel = if wide.is_column_major() { buffer.as_mut() } else { buffer.as_mut().transpose_mut() };
+        let mut panel =
+            if wide.is_column_major() { buffer.as_mut() } else { buffer.as_mut().transpose_mut() };
         let mut panel = panel.rb_mut().subcols_mut(0, columns.len());
         match strategy {
             Strategy::Alone => {
@@ -103,7 +104,11 @@ mod tests {
                 let gram = pool.install(|| gram(&view, 1.0, strategy, &cancel)).unwrap();
                 for j in 0..gram.ncols() {
                     for i in j..gram.nrows() {
-                        assert_eq!(gram[(i, j)].to_bits(), expected[(i, j)].to_bits(), "{rows}x{cols} {strategy:?}");
+                        assert_eq!(
+                            gram[(i, j)].to_bits(),
+                            expected[(i, j)].to_bits(),
+                            "{rows}x{cols} {strategy:?}"
+                        );
                     }
                 }
             }

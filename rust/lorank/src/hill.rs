@@ -1,6 +1,6 @@
 //! `PL_Alpha_Hill`: the Hill estimator of the power-law exponent of a spectrum's tail.
 //!
-//! Source: *Fine-Tuning Large Language Models using LoRA with Adaptive Rank Allocation Based on
+//! Source: *Fine-Tuning Large Language Models using `LoRA` with Adaptive Rank Allocation Based on
 //! Spectral Analysis*, equation 2.
 
 use crate::spectrum::Spectrum;
@@ -11,7 +11,7 @@ pub enum Convention {
     /// The upper `k = ceil(n/2)` eigenvalues over `lambda_{n-k}` (1-based, ascending).
     Median,
     /// Threshold `lambda[n // 2]` (0-based, ascending), itself part of the tail: that of the
-    /// published AlphaPruning and TempBalance code.
+    /// published `AlphaPruning` and `TempBalance` code.
     XminMid,
 }
 

@@ -1,4 +1,4 @@
-//! Spectra of weight matrices, and the statistics that LoRA ranks are chosen by.
+//! Spectra of weight matrices, and the statistics that `LoRA` ranks are chosen by.
 //!
 //! The crate reads matrices ([`matrix`], [`safetensors`], [`checkpoint`]), computes the eigenvalues
 //! of `W^T W` and singular value decompositions ([`eigen`], [`svd`]), and condenses a spectrum into
@@ -9,7 +9,7 @@
 //! ```
 //! use lorank::{cancel::CancelToken, eigen, hill, matrix::MatrixView};
 //!
-//! let weight: Vec<f32> = vec![3.0, 0.0, 0.0, 1.0, 0.0, 0.0]; // 2 x 3, row major
+//! let weight: Vec<f32> = vec![3.0, 0.0, 0.0, 0.0, 1.0, 0.0]; // 2 x 3, row major
 //! let view = MatrixView::from_f32(&weight, 2, 3).unwrap();
 //! let spectrum = eigen::spectrum(&view, 1, &CancelToken::default()).unwrap();
 //! assert!((spectrum.eigenvalues()[1] - 9.0).abs() < 1e-12);
@@ -41,3 +41,8 @@ pub mod svd;
 pub mod tridiag;
 
 pub use error::{Error, Result};
+
+/// Runs the README's example as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,6 +1,6 @@
 //! The Marchenko-Pastur edge of a spectrum and the eigenvalues ("spikes") beyond it.
 //!
-//! Source: *Fine-Tuning Large Language Models using LoRA with Adaptive Rank Allocation Based on
+//! Source: *Fine-Tuning Large Language Models using `LoRA` with Adaptive Rank Allocation Based on
 //! Spectral Analysis*, equations 3 and 4, with `Q = max(out, in) / min(out, in)`: only the larger
 //! over the smaller makes the edge right for the `p = min(out, in)` eigenvalues.
 
@@ -24,7 +24,8 @@ pub enum Scale {
 pub struct MarchenkoPastur {
     /// `sigma^2 (1 + 1/sqrt(Q))^2`, in units of the eigenvalues.
     pub edge: f64,
-    /// The number of eigenvalues above the edge.
+    /// The number of eigenvalues above the edge. Those that are zero up to rounding never count, even
+    /// where the median of a rank-deficient matrix puts the edge among them.
     pub spikes: usize,
 }
 
@@ -51,7 +52,8 @@ pub fn marchenko_pastur(
         Scale::Median => f64::midpoint(values[(p - 1) / 2], values[p / 2]) / unit_median(ratio),
     };
     let edge = variance * (1.0 + ratio.sqrt()).powi(2);
-    Ok(MarchenkoPastur { edge, spikes: p - values.partition_point(|&x| x <= edge) })
+    let nonzero = spectrum.nonzero();
+    Ok(MarchenkoPastur { edge, spikes: nonzero.len() - nonzero.partition_point(|&x| x <= edge) })
 }
 
 /// The median of the Marchenko-Pastur law of mean 1 and ratio `y = 1/Q`, `0 < y <= 1`.
@@ -67,7 +69,8 @@ pub fn unit_median(y: f64) -> f64 {
         if t == 0.0 { if y < 1.0 { 0.0 } else { 2.0 / PI } } else { 2.0 / PI * t.sin().powi(2) / x(t) }
     };
     let step = PI / INTERVALS as f64;
-    let simpson = |a: f64, b: f64| (b - a) / 6.0 * (density(a) + 4.0 * density(f64::midpoint(a, b)) + density(b));
+    let simpson =
+        |a: f64, b: f64| (b - a) / 6.0 * (density(a) + 4.0 * density(f64::midpoint(a, b)) + density(b));
     let mut below = 0.0;
     for i in 0..INTERVALS {
         let start = i as f64 * step;

@@ -17,7 +17,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use crate::{Error, Result};
 
 /// Headers beyond this are refused, as the format's own library does.
-const MAX_HEADER: u64 = 100_000_000;
+const MAX_HEADER: usize = 100_000_000;
 
 /// Bytes read between two polls of the cancel token.
 const READ_CHUNK: usize = 64 << 20;
@@ -49,7 +49,7 @@ pub struct SafetensorsFile {
 #[derive(Deserialize)]
 struct RawTensor {
     dtype: String,
-    shape: Vec<u64>,
+    shape: Vec<usize>,
     data_offsets: (u64, u64),
 }
 
@@ -91,27 +91,30 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::Io`] if it cannot be read, [`Error::Format`] if anything in it is inconsistent.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        let metadata = file.metadata().map_err(|e| Error::io(path, e))?;
-        if !metadata.is_file() {
+        // Asked before opening: opening a named pipe would wait for somebody to write to it.
+        if !std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_file() {
             return Err(Error::format(path, "is not a regular file"));
         }
-        let size = metadata.len();
+        let file = File::open(path).map_err(|e| Error::io(path, e))?;
+        let size = file.metadata().map_err(|e| Error::io(path, e))?.len();
         let mut length = [0; 8];
         if size < 8 {
             return Err(Error::format(path, format!("is no safetensors file: only {size} bytes long")));
         }
         file.read_exact_at(&mut length, 0).map_err(|e| Error::io(path, e))?;
-        let length = u64::from_le_bytes(length);
-        if length > MAX_HEADER || length > size - 8 {
-            let reason = format!("is no safetensors file, or is truncated: header of {length} bytes in a file of {size}");
+        let promised = u64::from_le_bytes(length);
+        let fits = |&n: &usize| n <= MAX_HEADER && promised <= size - 8;
+        let Some(length) = usize::try_from(promised).ok().filter(fits) else {
+            let reason = format!(
+                "is no safetensors file, or is truncated: header of {promised} bytes in a file of {size}"
+            );
             return Err(Error::format(path, reason));
-        }
-        let mut header = vec![0; length as usize];
+        };
+        let mut header = vec![0; length];
         file.read_exact_at(&mut header, 8).map_err(|e| Error::io(path, e))?;
         let RawHeader(entries) = serde_json::from_slice(&header)
             .map_err(|e| Error::format(path, format!("has a malformed header: {e}")))?;
-        let tensors = check(path, entries, 8 + length, size)?;
+        let tensors = check(path, entries, 8 + promised, size)?;
         let mut positions = HashMap::with_capacity(tensors.len());
         for (position, tensor) in tensors.iter().enumerate() {
             if positions.insert(tensor.name.clone(), position).is_some() {
@@ -157,7 +160,8 @@ impl SafetensorsFile {
         }
         let mut bytes = Vec::new();
         bytes.try_reserve_exact(len).map_err(|_| {
-            Error::Numerical(format!("tensor `{}`: no memory for its {len} bytes", tensor.name))
+            let (path, name) = (self.path.display(), &tensor.name);
+            Error::Numerical(format!("{path}: tensor `{name}`: no memory for its {len} bytes"))
         })?;
         bytes.resize(len, 0);
         let mut position = tensor.offset + start as u64;
@@ -176,16 +180,23 @@ impl SafetensorsFile {
 }
 
 /// Turns header entries into tensors whose bytes lie in the file, each byte in at most one.
-fn check(path: &Path, entries: Vec<(String, RawTensor)>, data_start: u64, size: u64) -> Result<Vec<TensorInfo>> {
+fn check(
+    path: &Path,
+    entries: Vec<(String, RawTensor)>,
+    data_start: u64,
+    size: u64,
+) -> Result<Vec<TensorInfo>> {
     let mut tensors = Vec::with_capacity(entries.len());
     for (name, raw) in entries {
         let fail = |reason: String| Err(Error::tensor(path, &name, reason));
         let (begin, end) = raw.data_offsets;
         let available = size - data_start;
         if begin > end || end > available {
-            return fail(format!("offsets {begin} to {end} in {available} bytes of data: the file is truncated or damaged"));
+            return fail(format!(
+                "offsets {begin} to {end} in {available} bytes of data: the file is truncated or damaged"
+            ));
         }
-        let elements = raw.shape.iter().try_fold(1u64, |product, &n| product.checked_mul(n));
+        let elements = raw.shape.iter().try_fold(1u64, |product, &n| product.checked_mul(n as u64));
         let bits = elements.and_then(|n| n.checked_mul(bits_per_element(&raw.dtype).unwrap_or(0)));
         let Some(bits) = bits else {
             return fail(format!("shape {:?} overflows", raw.shape));
@@ -199,13 +210,11 @@ fn check(path: &Path, entries: Vec<(String, RawTensor)>, data_start: u64, size: 
                 end - begin
             ));
         }
-        tensors.push(TensorInfo {
-            dtype: raw.dtype,
-            shape: raw.shape.iter().map(|&n| n as usize).collect(),
-            offset: data_start + begin,
-            len: (end - begin) as usize,
-            name,
-        });
+        let Ok(len) = usize::try_from(end - begin) else {
+            return fail(format!("its {} bytes are too many for this machine", end - begin));
+        };
+        let offset = data_start + begin;
+        tensors.push(TensorInfo { dtype: raw.dtype, shape: raw.shape, offset, len, name });
     }
     let mut by_offset: Vec<&TensorInfo> = tensors.iter().filter(|t| t.len > 0).collect();
     by_offset.sort_by_key(|t| t.offset);

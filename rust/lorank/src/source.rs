@@ -15,7 +15,11 @@ pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 #[derive(Clone)]
 enum Storage {
     /// A range of a tensor's bytes in a file.
-    File { tensor: StoredTensor, start: usize, len: usize },
+    File {
+        tensor: StoredTensor,
+        start: usize,
+        len: usize,
+    },
     Memory(SharedBytes),
 }
 
@@ -51,7 +55,10 @@ impl StoredMatrix {
                 let storage = Storage::File { start: end - len, len, tensor };
                 Ok(Self { storage, dtype, shape, strides: (shape.1, 1) })
             }
-            _ => Err(fail(format!("matrix {index} of shape {shape:?} lies outside shape {:?}", tensor.info.shape))),
+            _ => Err(fail(format!(
+                "matrix {index} of shape {shape:?} lies outside shape {:?}",
+                tensor.info.shape
+            ))),
         }
     }
 

@@ -9,11 +9,11 @@ use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::{Mat, MatMut, Par, Spec};
 
+use crate::Result;
 use crate::eigen::{binary_exponent, power_of_two};
 use crate::jacobi::jacobi_svd;
 use crate::matrix::MatrixView;
 use crate::qr::thin_qr;
-use crate::Result;
 
 /// `A = U diag(s) V^T`.
 #[derive(Clone, Debug)]

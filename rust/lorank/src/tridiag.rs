@@ -32,7 +32,8 @@ const PIECES: NonZero<usize> = NonZero::new(8).unwrap();
 #[must_use]
 pub fn tridiagonalize(mut a: Mat<f64>, strategy: Strategy) -> Tridiagonal {
     let n = a.nrows();
-    let par = if strategy == Strategy::Together && n >= PARALLEL_FROM { Par::Rayon(PIECES) } else { Par::Seq };
+    let par =
+        if strategy == Strategy::Together && n >= PARALLEL_FROM { Par::Rayon(PIECES) } else { Par::Seq };
     // One reflection per block: their products are only needed for eigenvectors.
     let mut reflections = Mat::zeros(1, n.saturating_sub(1));
     let mut memory = MemBuffer::new(tridiag_in_place_scratch::<f64>(n, par, faer::Spec::default()));

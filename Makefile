@@ -1,0 +1,55 @@
+# One verb for each thing that a person wants. The environment is made on first use.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := build-demo
+
+RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml)
+
+.PHONY: help demo test test-rust test-python bench lint format clean
+
+help: ## Show the verbs.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
+
+# Editable: Python changes need no reinstall, Rust changes do.
+$(VENV)/installed: pyproject.toml Cargo.toml Cargo.lock $(RUST_SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed ## Analyse a real model, allocate ranks, build the PEFT model.
+	$(BIN)/python tests/demo.py $(DEMO)
+
+test: test-rust test-python ## Run all tests.
+
+test-rust:
+	cargo test --release --package lorank
+
+test-python: $(VENV)/installed
+	$(BIN)/pytest
+
+bench: $(VENV)/installed ## Measure speed and memory beside the peers (about ten minutes).
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	cargo bench --package lorank
+	$(BIN)/python benches/fit_ranks.py
+	$(BIN)/python benches/imports.py
+	$(BIN)/python benches/peft_build.py
+	PYTHONPATH=tests $(BIN)/python benches/analyze.py
+
+lint: $(VENV)/installed ## Check format, lints, types and stubs.
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- --deny warnings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest lorank._core
+
+format: $(VENV)/installed ## Rewrite files in the house format.
+	cargo fmt --all
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove everything that the other verbs made.
+	rm -rf $(VENV) target $(DEMO) dist

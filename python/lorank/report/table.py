@@ -1,0 +1,158 @@
+"""Reports and allocations as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from lorank import naming
+from lorank.allocation import RankAllocation
+from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
+
+DEFAULT_COLUMNS = (
+    "alpha_hill",
+    "mp_spikes",
+    "powerlaw_alpha",
+    "powerlaw_distance",
+    "stable_rank",
+    "effective_rank",
+    "spectral_norm",
+)
+
+# Widths on a terminal: of a column of numbers, and of what must be left for names and shapes.
+_COLUMN_WIDTH = 12
+_NAME_WIDTH = 44
+
+# The column of modules that are no part of a numbered block.
+_ITSELF = "(itself)"
+
+# From few ranks to many.
+_PALETTE = ("bright_black", "blue", "cyan", "green", "yellow", "red")
+
+
+def ordered(report: SpectralReport, sort: str | None, descending: bool, top: int | None) -> list[ModuleSpectrum]:
+    """The rows in the order asked for; undefined values come last either way.
+
+    Raises
+    ------
+    ValueError
+        If `sort` is neither "name" nor a metric.
+    """
+    rows = list(report.modules)
+    if sort is not None:
+        if sort != "name" and sort not in METRICS:
+            raise ValueError(f"cannot sort by {sort!r}: choose name or one of {', '.join(METRICS)}")
+        known = [row for row in rows if sort == "name" or not math.isnan(getattr(row, sort))]
+        unknown = [row for row in rows if row not in known] if len(known) < len(rows) else []
+        rows = sorted(known, key=lambda row: getattr(row, sort), reverse=descending) + unknown
+    elif descending:
+        rows.reverse()
+    return rows if top is None else rows[:top]
+
+
+def fitting_columns(width: int) -> Sequence[str]:
+    """As many of the default columns as a terminal of that width shows beside the names."""
+    return DEFAULT_COLUMNS[: max(2, (width - _NAME_WIDTH) // _COLUMN_WIDTH)]
+
+
+def spectral_table(report: SpectralReport, rows: Sequence[ModuleSpectrum], columns: Sequence[str]) -> Table:
+    """Rows of a report.
+
+    Raises
+    ------
+    ValueError
+        If a column is no metric.
+    """
+    if unknown := [column for column in columns if column not in METRICS]:
+        raise ValueError(f"no column {', '.join(unknown)}: choose from {', '.join(METRICS)}")
+    some = "" if len(rows) == len(report) else f", {len(rows)} shown"
+    table = Table(title=f"{report.source}: {len(report)} matrices{some}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("module", overflow="fold")
+    table.add_column("shape", justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
+    flagged = any(row.flags for row in rows)
+    if flagged:
+        table.add_column("note", overflow="fold")
+    for row in rows:
+        cells = [row.name, f"{row.shape[0]}x{row.shape[1]}"]
+        cells += [_number(getattr(row, column)) for column in columns]
+        table.add_row(*cells, *(["; ".join(row.flags)] if flagged else []), style="yellow" if row.flags else "")
+    return table
+
+
+def skipped_table(report: SpectralReport) -> Table:
+    """What has no row, and why."""
+    table = Table(title=f"{len(report.skipped)} tensors skipped", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape", justify="right")
+    table.add_column("reason", overflow="fold")
+    for entry in report.skipped:
+        table.add_row(entry.name, "x".join(map(str, entry.shape)), entry.reason)
+    return table
+
+
+def skipped_summary(report: SpectralReport) -> str:
+    """One line: how many tensors were skipped, by reason."""
+    reasons: dict[str, int] = {}
+    for entry in report.skipped:
+        reason = "tied" if entry.reason.startswith("tied to") else entry.reason
+        reasons[reason] = reasons.get(reason, 0) + 1
+    counted = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda e: -e[1]))
+    return f"{len(report.skipped)} tensors skipped: {counted}" if reasons else ""
+
+
+def rank_map(allocation: RankAllocation) -> Table:
+    """Ranks by block (rows) and by module within the block (columns)."""
+    cells: dict[str, dict[str, int]] = {}
+    columns: dict[str, None] = {}
+    for name, rank in allocation.ranks.items():
+        block = naming.block_of(name)
+        inner = name[len(block) + 1 :] or _ITSELF
+        columns.setdefault(inner)
+        cells.setdefault(block, {})[inner] = rank
+    low, high = min(allocation.ranks.values()), max(allocation.ranks.values())
+    table = Table(title=f"ranks by {allocation.method}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("block", overflow="fold")
+    for inner in columns:
+        heading = _shortest_unique_suffix(inner, columns)
+        table.add_column(heading.replace(".", "\n"), justify="right", no_wrap=True)
+    for block, ranks in cells.items():
+        row = [_coloured(ranks[inner], low, high) if inner in ranks else Text("") for inner in columns]
+        table.add_row(block, *row)
+    return table
+
+
+def _shortest_unique_suffix(name: str, names: Iterable[str]) -> str:
+    """The shortest dotted suffix of a name that no other name ends with."""
+    others = [other for other in names if other != name]
+    unique = [s for s in naming.suffixes(name) if not any(naming.is_suffix(s, other) for other in others)]
+    return unique[-1] if unique else name
+
+
+def allocation_summary(allocation: RankAllocation) -> str:
+    """One line: modules, ranks, parameters."""
+    ranks = allocation.ranks.values()
+    base = allocation.base_parameters
+    share = f" ({100 * allocation.num_parameters / base:.3g} % of the base model)" if base else ""
+    return (
+        f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, average {allocation.average_rank:.2f}: "
+        f"{allocation.num_parameters:,} parameters{share}"
+    )
+
+
+def _coloured(rank: int, low: int, high: int) -> Text:
+    step = 0 if high == low else (rank - low) * (len(_PALETTE) - 1) // (high - low)
+    return Text(str(rank), style=_PALETTE[step])
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    if math.isnan(value):
+        return "-"
+    return f"{value:.4g}"

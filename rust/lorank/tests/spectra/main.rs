@@ -1,0 +1,9 @@
+//! Spectra of matrices whose eigenvalues are known, or that nalgebra computes in another way.
+
+mod accuracy;
+mod analysis;
+mod dtypes;
+mod marchenko_pastur;
+mod matrices;
+mod range;
+mod threads;

@@ -1,0 +1,63 @@
+//! The bits of a spectrum do not depend on the number of threads.
+
+use lorank::cancel::CancelToken;
+use lorank::dtype::DType;
+use lorank::eigen::{spectrum, spectrum_in_pool};
+use lorank::matrix::MatrixView;
+use lorank::parallel::{Strategy, pool};
+use lorank::spectrum::Spectrum;
+use lorank::{Error, Result};
+
+use crate::matrices::{Gaussian, assert_eigenvalues, bits, codes};
+
+fn in_pool(view: &MatrixView<'_>, threads: usize, strategy: Strategy) -> Result<Spectrum> {
+    pool(threads).unwrap().install(|| spectrum_in_pool(view, strategy, &CancelToken::default()))
+}
+
+fn assert_independent_of_threads(view: &MatrixView<'_>) {
+    let alone = in_pool(view, 1, Strategy::Alone).unwrap();
+    let together = in_pool(view, 1, Strategy::Together).unwrap();
+    assert_eigenvalues(&together, alone.eigenvalues(), "together and alone");
+    for threads in [2, 3, 5] {
+        let found = in_pool(view, threads, Strategy::Together).unwrap();
+        assert_eq!(bits(found.eigenvalues()), bits(together.eigenvalues()), "{threads} threads");
+    }
+}
+
+#[test]
+fn large_enough_for_a_parallel_reduction() {
+    let numbers = Gaussian::new(1).numbers(1100 * 1100);
+    assert_independent_of_threads(&MatrixView::from_f64(&numbers, 1100, 1100).unwrap());
+}
+
+#[test]
+fn tall_and_wide() {
+    let numbers = Gaussian::new(2).numbers(3000 * 300);
+    let view = MatrixView::from_f64(&numbers, 3000, 300).unwrap();
+    assert_independent_of_threads(&view);
+    assert_independent_of_threads(&view.transposed());
+}
+
+#[test]
+fn shapes_smaller_than_one_strip() {
+    let numbers = Gaussian::new(3).numbers(1000);
+    for (rows, cols) in [(1, 1), (1, 1000), (1000, 1), (2, 500), (25, 40)] {
+        assert_independent_of_threads(&MatrixView::from_f64(&numbers, rows, cols).unwrap());
+    }
+}
+
+#[test]
+fn the_entry_point_chooses_by_shape_alone() {
+    // 600 x 600 x 22,300 multiplications: together, whatever the number of threads.
+    let bytes = codes(&Gaussian::new(4).numbers(22_300 * 600));
+    let view = MatrixView::row_major(&bytes, DType::F8E4M3, 22_300, 600).unwrap();
+    assert_eq!(Strategy::for_shape(22_300, 600), Strategy::Together);
+    assert_eq!(Strategy::for_shape(600, 600), Strategy::Alone);
+    let cancel = CancelToken::default();
+    let one = spectrum(&view, 1, &cancel).unwrap();
+    let three = spectrum(&view, 3, &cancel).unwrap();
+    assert_eq!(bits(one.eigenvalues()), bits(three.eigenvalues()));
+
+    cancel.cancel();
+    assert!(matches!(spectrum(&view, 3, &cancel), Err(Error::Cancelled)));
+}

@@ -1,0 +1,196 @@
+"""The command line as its users see it: output, files, exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import lorank
+
+EXECUTABLE = Path(sys.executable).with_name("lorank")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(EXECUTABLE), *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def ok(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    names = [f"model.layers.{i}.self_attn.{m}_proj" for i in range(3) for m in "qkvo"] + ["lm_head"]
+    weights = {f"{name}.weight": rng.standard_normal((24, 32)).astype(np.float32) for name in names}
+    weights["model.norm.weight"] = np.ones(32, dtype=np.float32)
+    save_file(weights, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_analyze_prints_every_module_and_what_was_skipped(checkpoint: Path) -> None:
+    text = ok("analyze", checkpoint)
+    for name in ("model.layers.0.self_attn.q_proj", "lm_head", "24x32", "1 tensors skipped: 1 1-D tensor"):
+        assert name in text
+    assert "model.norm.weight" in ok("analyze", checkpoint, "--skipped")
+
+
+def test_analyze_sorts_filters_and_limits(checkpoint: Path) -> None:
+    content = json.loads(
+        ok("analyze", checkpoint, "-i", "q_proj,v_proj", "--exclude", "re:.*layers.2.*", "--sort", "alpha_hill", "-d", "--json")
+    )
+    alphas = [row["alpha_hill"] for row in content["modules"]]
+    assert len(alphas) == 4
+    assert alphas == sorted(alphas, reverse=True)
+    assert all(row["module"].endswith(("q_proj", "v_proj")) for row in content["modules"])
+    top = json.loads(ok("analyze", checkpoint, "--top", 2, "--json"))
+    assert len(top["modules"]) == 2
+
+
+def test_json_holds_the_numbers_of_the_library(checkpoint: Path) -> None:
+    content = json.loads(ok("analyze", checkpoint, "--json"))
+    report = lorank.analyze(checkpoint)
+    assert [row["alpha_hill"] for row in content["modules"]] == [row.alpha_hill for row in report]
+
+
+@pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
+def test_a_saved_report_is_shown_and_allocated_from(checkpoint: Path, tmp_path: Path, ending: str) -> None:
+    saved = tmp_path / f"report.{ending}"
+    ok("analyze", checkpoint, "-o", saved)
+    direct = json.loads(ok("analyze", checkpoint, "--json"))["modules"]
+    assert json.loads(ok("report", saved, "--json"))["modules"] == direct
+    options = ("--budget", "5k", "--json")
+    from_report = json.loads(ok("allocate", saved, *options))["modules"]
+    from_weights = json.loads(ok("allocate", checkpoint, *options))["modules"]
+    assert from_report == from_weights
+
+
+def test_existing_output_is_kept_unless_told(checkpoint: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "report.json"
+    saved.write_text("precious")
+    refused = run("analyze", checkpoint, "-o", saved)
+    assert refused.returncode == 2
+    assert "--overwrite" in refused.stderr
+    assert saved.read_text() == "precious"
+    ok("analyze", checkpoint, "-o", saved, "--overwrite")
+    assert len(lorank.SpectralReport.load(saved)) == 13
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("precious")
+    assert run("allocate", checkpoint, "--budget", "5k", "-o", folder).returncode == 2
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+def test_allocate_writes_what_peft_loads(checkpoint: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    folder = tmp_path / "adapter"
+    text = ok("allocate", checkpoint, "--method", "htsr", "--r-min", 2, "--r-max", 16, "--budget", "3k", "-o", folder)
+    allocation = lorank.RankAllocation.load(folder / "allocation.json")
+    assert allocation.num_parameters <= 3000
+    assert f"{allocation.num_parameters:,} parameters" in text
+    config = peft.LoraConfig.from_pretrained(folder)
+    assert set(config.target_modules) == set(allocation.ranks)
+    assert config.base_model_name_or_path == str(checkpoint)
+    from peft.utils.other import get_pattern_key
+
+    for name, rank in allocation.ranks.items():
+        assert config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r) == rank
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--budget", "30%"), {"modules": 12}),
+        (("--avg-rank", "6"), {"average": 6.0}),
+        (("--method", "uniform", "--avg-rank", "8"), {"ranks": {8}}),
+        (("--targets", "q_proj", "--avg-rank", "5"), {"modules": 3}),
+        (("--option", "granularity=block", "--r-max", "8"), {"modules": 12}),
+    ],
+)
+def test_allocate_options(checkpoint: Path, options: tuple[str, ...], expected: dict[str, object]) -> None:
+    content = json.loads(ok("allocate", checkpoint, *options, "--json"))
+    ranks = [module["rank"] for module in content["modules"]]
+    found = {"modules": len(ranks), "average": content["average_rank"], "ranks": set(ranks)}
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("analyze", "{missing}"), "no such file"),
+        (("analyze", "{damaged}"), "damaged.safetensors"),
+        (("analyze", "{checkpoint}", "-i", "nothing"), "none of its 13 matrices"),
+        (("analyze", "{checkpoint}", "--sort", "beauty"), "cannot sort by 'beauty'"),
+        (("analyze", "{checkpoint}", "--columns", "beauty"), "no column beauty"),
+        (("allocate", "{checkpoint}", "--budget", "1"), "ranks from 4 to 32 of 12 modules cost"),
+        (("allocate", "{checkpoint}", "--method", "magic", "--budget", "5k"), "choose one of"),
+        (("allocate", "{checkpoint}", "--budget", "a lot"), "a budget is"),
+        (("allocate", "{checkpoint}", "--option", "mood=good"), "mood"),
+        (("report", "{checkpoint}"), "reports end with"),
+    ],
+)
+def test_errors_are_one_line_and_status_one(
+    checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(checkpoint.read_bytes()[:500])
+    places = {"checkpoint": checkpoint, "missing": tmp_path / "missing.safetensors", "damaged": damaged}
+    result = run(*(argument.format(**places) for argument in arguments))
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("analyze",),
+        ("analyze", "x.safetensors", "--threads", "0"),
+        ("analyze", "x.safetensors", "-o", "report.txt"),
+        ("allocate", "x.safetensors", "--budget", "1", "--avg-rank", "1"),
+        ("allocate", "x.safetensors", "--option", "nonsense"),
+        ("fly",),
+    ],
+)
+def test_bad_usage_is_status_two(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in run("--debug", "analyze", tmp_path / "missing.safetensors").stderr
+
+
+def test_a_matrix_without_a_spectrum_fails_the_run_but_keeps_the_rest(tmp_path: Path) -> None:
+    bad = np.ones((4, 4), dtype=np.float32)
+    bad[1, 2] = np.nan
+    good = np.eye(4, dtype=np.float32) * np.arange(1, 5, dtype=np.float32)
+    save_file({"a.weight": good, "b.weight": bad}, tmp_path / "model.safetensors")
+    saved = tmp_path / "report.json"
+    result = run("analyze", tmp_path, "-o", saved)
+    assert result.returncode == 1
+    assert "1 of 2 matrices have no spectrum, the first is b" in result.stderr
+    report = lorank.SpectralReport.load(saved)
+    assert report["a"].spectral_norm == pytest.approx(4.0)
+    assert "NaN" in report["b"].flags[0]
+
+
+def test_resume_goes_on_from_the_journal(checkpoint: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    first = ok("analyze", checkpoint, "--resume", journal, "--json")
+    assert ok("analyze", checkpoint, "--resume", journal, "--json") == first
+    assert len(journal.read_text().splitlines()) == 14  # a header and 13 matrices, once
+
+
+def test_version() -> None:
+    assert ok("--version").strip() == f"lorank {lorank.__version__}"

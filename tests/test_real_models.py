@@ -1,0 +1,68 @@
+"""The default accuracy on real models, against singular values from NumPy in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lorank
+
+Array = np.ndarray
+
+
+def hill(eigenvalues: Array) -> float:
+    nonzero = eigenvalues[eigenvalues > len(eigenvalues) * np.finfo(float).eps * eigenvalues[-1]]
+    k = -(-len(nonzero) // 2)
+    return float(1 + k / np.sum(np.log(nonzero[-k:] / nonzero[-k - 1])))
+
+
+def spikes(eigenvalues: Array, shape: tuple[int, int]) -> int:
+    edge = eigenvalues.mean() * (1 + np.sqrt(min(shape) / max(shape))) ** 2
+    return int(np.sum(eigenvalues > edge))
+
+
+@pytest.mark.parametrize("model", ["minilm", "smollm2"])
+def test_every_matrix_matches_a_float64_svd(model: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(model)
+    report = lorank.analyze(folder, keep_eigenvalues=True, progress=False)
+    weights = load_file(folder / "model.safetensors")
+    assert {row.name + ".weight" for row in report} == {name for name, w in weights.items() if w.ndim == 2 and w.dtype == np.float32}
+    for row in report:
+        weight = weights[row.name + ".weight"].astype(np.float64)
+        assert row.shape == weight.shape
+        oracle = np.linalg.svd(weight, compute_uv=False)[::-1] ** 2
+        assert row.alpha_hill == pytest.approx(hill(oracle), abs=1e-6), row.name
+        assert row.mp_spikes == spikes(oracle, row.shape), row.name
+        upper = len(oracle) // 2
+        np.testing.assert_allclose(row.eigenvalues[upper:], oracle[upper:], rtol=1e-9, err_msg=row.name)
+        assert row.frobenius_norm == pytest.approx(np.linalg.norm(weight), rel=1e-12)
+    assert report.num_parameters == sum(w.size for w in weights.values() if w.dtype == np.float32)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 16, 64])
+def test_gaussian_noise_has_almost_no_spikes(ratio: int) -> None:
+    rng = np.random.default_rng(ratio)
+    for p in (64, 256, 512):
+        noise = rng.standard_normal((p, ratio * p))
+        eigenvalues = lorank.spectrum(noise)
+        for scale in ("mean", "median"):
+            found = lorank.marchenko_pastur(eigenvalues, noise.shape, scale=scale)
+            assert found.spikes <= max(2, 0.01 * p)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 1024), (1024, 256), (512, 2048)])
+@pytest.mark.parametrize("planted", [1, 3, 5])
+def test_planted_directions_are_all_counted(shape: tuple[int, int], planted: int) -> None:
+    out, fan_in = shape
+    rng = np.random.default_rng(planted)
+    sigma = 0.02
+    left = np.linalg.qr(rng.standard_normal((out, planted)))[0]
+    right = np.linalg.qr(rng.standard_normal((fan_in, planted)))[0]
+    strength = 2 * sigma * (out * fan_in) ** 0.25
+    weight = sigma * rng.standard_normal(shape) + strength * left @ right.T
+    found = lorank.marchenko_pastur(lorank.spectrum(weight), shape)
+    assert found.spikes >= planted
+    assert found.spikes <= planted + max(2, 0.01 * min(shape))
