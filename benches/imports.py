@@ -19,16 +19,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     arguments = parser.parse_args()
     runs = [
-        [float(x) for x in subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout.split()]
+        [
+            float(x)
+            for x in subprocess.run(
+                [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+            ).stdout.split()
+        ]
         for _ in range(arguments.repeats)
     ]
     numpy_seconds, lorank_seconds = (statistics.median(column) for column in zip(*runs, strict=True))
     probe = f"import lorank, sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"
-    loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+    ).stdout.split()
     print(f"import numpy {numpy_seconds * 1e3:.0f} ms, import lorank on top {lorank_seconds * 1e3:.0f} ms")
     print(f"heavy modules loaded with lorank: {', '.join(loaded) or 'none'}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"numpy": numpy_seconds, "lorank": lorank_seconds, "heavy": loaded}))
+        arguments.json.write_text(
+            json.dumps({"numpy": numpy_seconds, "lorank": lorank_seconds, "heavy": loaded})
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def build_peft_model(checkpoint: Path, allocation_file: Path) -> None:
         for name, layer in adapted.named_modules()
         if hasattr(layer, "lora_A") and hasattr(layer, "r")
     }
-    table = Table("adapter layer", "allocated", "rank in PEFT", "scaling", title="PEFT model", title_justify="left")
+    table = Table(
+        "adapter layer", "allocated", "rank in PEFT", "scaling", title="PEFT model", title_justify="left"
+    )
     for name, layer_rank in found.items():
         scaling = adapted.get_submodule(f"base_model.model.{name}").scaling["default"]
         table.add_row(name, str(allocation.ranks.get(name, "-")), str(layer_rank), f"{scaling:.3g}")

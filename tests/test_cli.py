@@ -17,7 +17,9 @@ EXECUTABLE = Path(sys.executable).with_name("lorank")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(EXECUTABLE), *map(str, arguments)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [str(EXECUTABLE), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
 
 
 def ok(*arguments: object) -> str:
@@ -45,7 +47,18 @@ def test_analyze_prints_every_module_and_what_was_skipped(checkpoint: Path) -> N
 
 def test_analyze_sorts_filters_and_limits(checkpoint: Path) -> None:
     content = json.loads(
-        ok("analyze", checkpoint, "-i", "q_proj,v_proj", "--exclude", "re:.*layers.2.*", "--sort", "alpha_hill", "-d", "--json")
+        ok(
+            "analyze",
+            checkpoint,
+            "-i",
+            "q_proj,v_proj",
+            "--exclude",
+            "re:.*layers.2.*",
+            "--sort",
+            "alpha_hill",
+            "-d",
+            "--json",
+        )
     )
     alphas = [row["alpha_hill"] for row in content["modules"]]
     assert len(alphas) == 4
@@ -92,7 +105,20 @@ def test_existing_output_is_kept_unless_told(checkpoint: Path, tmp_path: Path) -
 def test_allocate_writes_what_peft_loads(checkpoint: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     folder = tmp_path / "adapter"
-    text = ok("allocate", checkpoint, "--method", "htsr", "--r-min", 2, "--r-max", 16, "--budget", "3k", "-o", folder)
+    text = ok(
+        "allocate",
+        checkpoint,
+        "--method",
+        "htsr",
+        "--r-min",
+        2,
+        "--r-max",
+        16,
+        "--budget",
+        "3k",
+        "-o",
+        folder,
+    )
     allocation = lorank.RankAllocation.load(folder / "allocation.json")
     assert allocation.num_parameters <= 3000
     assert f"{allocation.num_parameters:,} parameters" in text
@@ -190,6 +216,17 @@ def test_resume_goes_on_from_the_journal(checkpoint: Path, tmp_path: Path) -> No
     first = ok("analyze", checkpoint, "--resume", journal, "--json")
     assert ok("analyze", checkpoint, "--resume", journal, "--json") == first
     assert len(journal.read_text().splitlines()) == 14  # a header and 13 matrices, once
+
+
+def test_a_report_becomes_a_page_that_needs_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
+    saved, page = tmp_path / "report.parquet", tmp_path / "report.html"
+    ok("analyze", checkpoint, "--keep-eigenvalues", "-o", saved)
+    ok("report", saved, "--html", page)
+    text = page.read_text()
+    assert "model.layers.2.self_attn.v_proj" in text
+    assert "Marchenko-Pastur edge" in text
+    assert "<script src=" not in text
+    assert run("report", saved, "--html", page).returncode == 2
 
 
 def test_version() -> None:

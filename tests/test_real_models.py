@@ -29,7 +29,9 @@ def test_every_matrix_matches_a_float64_svd(model: str, request: pytest.FixtureR
     folder: Path = request.getfixturevalue(model)
     report = lorank.analyze(folder, keep_eigenvalues=True, progress=False)
     weights = load_file(folder / "model.safetensors")
-    assert {row.name + ".weight" for row in report} == {name for name, w in weights.items() if w.ndim == 2 and w.dtype == np.float32}
+    assert {row.name + ".weight" for row in report} == {
+        name for name, w in weights.items() if w.ndim == 2 and w.dtype == np.float32
+    }
     for row in report:
         weight = weights[row.name + ".weight"].astype(np.float64)
         assert row.shape == weight.shape

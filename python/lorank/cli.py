@@ -35,9 +35,13 @@ Source = Annotated[
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option("--include", "-i", help="Only these modules: names or suffixes, or re:REGEX. Repeatable, or a,b."),
+    typer.Option(
+        "--include", "-i", help="Only these modules: names or suffixes, or re:REGEX. Repeatable, or a,b."
+    ),
 ]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", "-x", help="Not these modules; read as --include.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", "-x", help="Not these modules; read as --include.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="At most so many threads (default: all).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
@@ -46,7 +50,8 @@ Sort = Annotated[str | None, typer.Option(help="Order rows by name or by a metri
 Descending = Annotated[bool, typer.Option("--descending", "-d", help="Largest first.")]
 Top = Annotated[int | None, typer.Option(min=1, help="Show only the first rows.")]
 Columns = Annotated[
-    str | None, typer.Option(help=f"Columns of the table, or 'all': {', '.join(METRICS)}.", show_default=False)
+    str | None,
+    typer.Option(help=f"Columns of the table, or 'all': {', '.join(METRICS)}.", show_default=False),
 ]
 ShowSkipped = Annotated[bool, typer.Option("--skipped", help="List what was skipped, and why.")]
 
@@ -68,7 +73,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
 ) -> None:
     del version
     global _debug
@@ -131,10 +138,17 @@ def report(
     top: Top = None,
     columns: Columns = None,
     skipped: ShowSkipped = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with pictures, to open in a browser.")] = None,
     json_output: Json = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Show a saved report."""
+    """Show a saved report, or draw it."""
+    if html is not None and html.exists() and not overwrite:
+        raise UsageError(f"{html} exists: choose another name or --overwrite")
     loaded = SpectralReport.load(file).select(_targets(include), _targets(exclude))
+    if html is not None:
+        loaded.to_html(html)
+        _err(f"saved to {html}")
     _show(loaded, sort, descending, top, columns, skipped, json_output)
 
 
@@ -191,7 +205,9 @@ def allocate(
         allocation.save(output / "allocation.json")
         adapter_config.write(output, settings, allocation.source or None)
     if json_output:
-        _print_json({**allocation.to_json(), "adapter_config": adapter_config.content(settings, allocation.source)})
+        _print_json(
+            {**allocation.to_json(), "adapter_config": adapter_config.content(settings, allocation.source)}
+        )
         return
     _show_allocation(allocation)
     if output is not None:
@@ -204,7 +220,15 @@ def main() -> None:
         app()
     except UsageError as error:
         _fail(f"usage: {error}", 2)
-    except (lorank.LorankError, IncompleteError, OSError, ValueError, TypeError, ImportError, KeyError) as error:
+    except (
+        lorank.LorankError,
+        IncompleteError,
+        OSError,
+        ValueError,
+        TypeError,
+        ImportError,
+        KeyError,
+    ) as error:
         if _debug:
             raise
         _fail(str(error) or type(error).__name__, 1)
@@ -279,7 +303,9 @@ def _show(
 ) -> None:
     rows = table.ordered(shown, sort, descending, top)
     if json_output:
-        _print_json(to_json(SpectralReport(rows, shown.skipped, shown.source, shown.accuracy, shown.num_parameters)))
+        _print_json(
+            to_json(SpectralReport(rows, shown.skipped, shown.source, shown.accuracy, shown.num_parameters))
+        )
         return
     console = _console()
     if columns is None:

@@ -190,6 +190,15 @@ class SpectralReport:
 
         save(self, Path(path))
 
+    def to_html(self, path: str | Path) -> None:
+        """Write a self-contained page with interactive pictures and the table (extra ``report``).
+
+        Metrics by block for every module type; the spectra themselves if they were kept.
+        """
+        from lorank.report.html import write_html
+
+        write_html(self, Path(path))
+
     @classmethod
     def load(cls, path: str | Path) -> SpectralReport:
         """Read what `save` wrote.

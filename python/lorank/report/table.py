@@ -34,7 +34,9 @@ _ITSELF = "(itself)"
 _PALETTE = ("bright_black", "blue", "cyan", "green", "yellow", "red")
 
 
-def ordered(report: SpectralReport, sort: str | None, descending: bool, top: int | None) -> list[ModuleSpectrum]:
+def ordered(
+    report: SpectralReport, sort: str | None, descending: bool, top: int | None
+) -> list[ModuleSpectrum]:
     """The rows in the order asked for; undefined values come last either way.
 
     Raises
@@ -70,7 +72,9 @@ def spectral_table(report: SpectralReport, rows: Sequence[ModuleSpectrum], colum
     if unknown := [column for column in columns if column not in METRICS]:
         raise ValueError(f"no column {', '.join(unknown)}: choose from {', '.join(METRICS)}")
     some = "" if len(rows) == len(report) else f", {len(rows)} shown"
-    table = Table(title=f"{report.source}: {len(report)} matrices{some}", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{report.source}: {len(report)} matrices{some}", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("module", overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
     for column in columns:
@@ -81,7 +85,9 @@ def spectral_table(report: SpectralReport, rows: Sequence[ModuleSpectrum], colum
     for row in rows:
         cells = [row.name, f"{row.shape[0]}x{row.shape[1]}"]
         cells += [_number(getattr(row, column)) for column in columns]
-        table.add_row(*cells, *(["; ".join(row.flags)] if flagged else []), style="yellow" if row.flags else "")
+        table.add_row(
+            *cells, *(["; ".join(row.flags)] if flagged else []), style="yellow" if row.flags else ""
+        )
     return table
 
 

@@ -50,9 +50,7 @@ class Layout:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
         self.shapes = shapes
-        self.conv1d = config.get("model_type") in _CONV1D_MODELS or (
-            not config and _looks_like_gpt2(shapes)
-        )
+        self.conv1d = config.get("model_type") in _CONV1D_MODELS or (not config and _looks_like_gpt2(shapes))
         text = config.get("text_config")
         experts = text if isinstance(text, Mapping) else config
         self.num_experts = experts.get("num_local_experts") or experts.get("num_experts")

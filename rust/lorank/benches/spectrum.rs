@@ -1,2 +1,63 @@
-//! placeholder
-fn main() {}
+//! The three steps of a spectrum, and the whole, for square float32 matrices on one thread.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
+use lorank::cancel::CancelToken;
+use lorank::eigen::{spectrum_in_pool, tridiagonal_eigenvalues};
+use lorank::gram::gram;
+use lorank::matrix::MatrixView;
+use lorank::parallel::Strategy;
+use lorank::tridiag::tridiagonalize;
+
+const ORDERS: [usize; 3] = [256, 576, 1024];
+
+/// Roughly normal numbers: the sum of four uniform ones from a linear congruential generator.
+fn numbers(count: usize) -> Vec<f32> {
+    let mut state = 1u64;
+    let mut uniform = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    };
+    (0..count).map(|_| uniform() + uniform() + uniform() + uniform()).collect()
+}
+
+fn steps(criterion: &mut Criterion) {
+    let cancel = CancelToken::default();
+    let alone = Strategy::Alone;
+    for p in ORDERS {
+        let weight = numbers(p * p);
+        let view = MatrixView::from_f32(&weight, p, p).expect("p * p numbers");
+        let product = gram(&view, 1.0, alone, &cancel).expect("nobody cancels");
+        let reduced = tridiagonalize(product.clone(), alone);
+
+        criterion.benchmark_group("gram").bench_function(BenchmarkId::from_parameter(p), |bencher| {
+            bencher.iter(|| gram(black_box(&view), 1.0, alone, &cancel));
+        });
+        criterion.benchmark_group("tridiagonalize").bench_function(
+            BenchmarkId::from_parameter(p),
+            |bencher| {
+                bencher.iter_batched(|| product.clone(), |a| tridiagonalize(a, alone), BatchSize::LargeInput);
+            },
+        );
+        criterion
+            .benchmark_group("tridiagonal_eigenvalues")
+            .bench_function(BenchmarkId::from_parameter(p), |bencher| {
+                bencher.iter(|| tridiagonal_eigenvalues(black_box(&reduced)))
+            });
+        criterion.benchmark_group("spectrum").bench_function(BenchmarkId::from_parameter(p), |bencher| {
+            bencher.iter(|| spectrum_in_pool(black_box(&view), alone, &cancel));
+        });
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = steps
+}
+criterion_main!(benches);

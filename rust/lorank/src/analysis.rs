@@ -95,3 +95,59 @@ pub fn panic_message(panic: &(dyn Any + Send)) -> String {
         .or_else(|| panic.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "unknown panic".into())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::dtype::DType;
+
+    #[test]
+    fn panics_keep_their_message() {
+        for (panic, said) in [
+            (catch_unwind(|| panic!("plain")), "plain"),
+            (catch_unwind(|| panic!("formatted {}", 7)), "formatted 7"),
+            (catch_unwind(|| std::panic::panic_any(7)), "unknown panic"),
+        ] {
+            let panic: Box<dyn Any + Send> = panic.map(|()| unreachable!()).unwrap_err();
+            assert_eq!(panic_message(&*panic), said);
+        }
+    }
+
+    /// Bytes whose owner panics the second time that they are asked for.
+    struct Vanishing(std::sync::atomic::AtomicBool);
+
+    impl AsRef<[u8]> for Vanishing {
+        fn as_ref(&self) -> &[u8] {
+            assert!(!self.0.swap(true, Ordering::Relaxed), "the bytes are gone");
+            &[0; 16]
+        }
+    }
+
+    #[test]
+    fn a_panic_is_the_error_of_its_matrix() {
+        let bytes = Arc::new(Vanishing(false.into()));
+        let bad = StoredMatrix::in_memory(bytes, DType::F64, (1, 2), (2, 1)).unwrap();
+        let good = StoredMatrix::in_memory(Arc::new(vec![0x3f; 16]), DType::F64, (1, 2), (2, 1)).unwrap();
+        let failures = std::sync::Mutex::new(Vec::new());
+        analyze(&[bad, good], 2, &CancelToken::default(), &|i, result| {
+            if let Err(error) = result {
+                failures.lock().unwrap().push((i, error.to_string()));
+            }
+        })
+        .unwrap();
+        assert_eq!(failures.into_inner().unwrap(), [(0, "internal error: the bytes are gone".to_owned())]);
+    }
+
+    #[test]
+    fn costs_rank_by_both_sides() {
+        let matrix = |rows, cols| {
+            let bytes = Arc::new(vec![0; rows * cols]);
+            StoredMatrix::in_memory(bytes, DType::F8E4M3, (rows, cols), (cols, 1)).unwrap()
+        };
+        assert_eq!(cost(&matrix(3, 50)), cost(&matrix(50, 3)));
+        assert!(cost(&matrix(20, 20)) > cost(&matrix(4, 100)), "the reduction counts, not just the elements");
+        assert!(cost(&matrix(20, 30)) > cost(&matrix(20, 20)));
+    }
+}

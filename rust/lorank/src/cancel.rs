@@ -28,3 +28,19 @@ impl CancelToken {
         if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clones_share_one_flag() {
+        let (token, other) = (CancelToken::default(), CancelToken::default());
+        let clone = token.clone();
+        assert!(token.check().is_ok());
+        std::thread::scope(|scope| scope.spawn(|| clone.cancel()).join()).unwrap();
+        assert!(token.is_cancelled());
+        assert!(matches!(token.check(), Err(Error::Cancelled)));
+        assert!(!other.is_cancelled());
+    }
+}

@@ -96,6 +96,9 @@ impl Checkpoint {
     }
 
     fn open_index(path: &Path) -> Result<Self> {
+        if !std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_file() {
+            return Err(Error::format(path, "is not a regular file"));
+        }
         let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
         let index: Index = serde_json::from_slice(&text)
             .map_err(|e| Error::format(path, format!("is no shard index: {e}")))?;
@@ -133,4 +136,20 @@ fn is_plain_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
         && !name.contains('\\')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_plain_name;
+
+    #[test]
+    fn plain_names_stay_in_their_folder() {
+        for name in ["model.safetensors", "model-00001-of-00002.safetensors", "...", "a b", "ä.safetensors"]
+        {
+            assert!(is_plain_name(name), "{name}");
+        }
+        for name in ["", ".", "..", "../x", "a/b", "a/../b", "./a", "/", "/etc/passwd", "..\\x", "C:\\x"] {
+            assert!(!is_plain_name(name), "{name}");
+        }
+    }
 }

@@ -97,3 +97,70 @@ pub(crate) fn binary_exponent(x: f64) -> Result<i32> {
 pub(crate) fn power_of_two(exponent: i32) -> f64 {
     2f64.powi(exponent)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::f64::consts::PI;
+
+    use super::*;
+
+    fn eigenvalues(diagonal: Vec<f64>, off_diagonal: Vec<f64>) -> Vec<f64> {
+        tridiagonal_eigenvalues(&Tridiagonal { diagonal, off_diagonal }).unwrap()
+    }
+
+    #[test]
+    fn wilkinson_21() {
+        // Diagonal 10, 9, ..., 0, ..., 9, 10: pairs of eigenvalues that agree to 14 digits.
+        let found = eigenvalues((-10..=10).map(|i| f64::from(i).abs()).collect(), vec![1.0; 20]);
+        for (x, expected) in found.iter().rev().zip([
+            10.746_194_182_903_393,
+            10.746_194_182_903_322,
+            9.210_678_647_361_332,
+            9.210_678_647_304_919,
+            8.038_941_122_829_024,
+            8.038_941_115_814_274,
+        ]) {
+            assert!((x - expected).abs() < 1e-13, "{x} {expected}");
+        }
+        assert!((found[0] + 1.125_441_522_119_984).abs() < 1e-13, "{}", found[0]);
+    }
+
+    #[test]
+    fn second_differences() {
+        for n in [1, 2, 3, 10, 257, 1500] {
+            let found = eigenvalues(vec![2.0; n], vec![-1.0; n - 1]);
+            for (k, x) in (1..).zip(&found) {
+                let expected = 2.0 - 2.0 * (f64::from(k) * PI / (n as f64 + 1.0)).cos();
+                assert!((x - expected).abs() <= 4.0 * n as f64 * f64::EPSILON * 4.0, "n = {n}, k = {k}");
+            }
+        }
+    }
+
+    #[test]
+    fn diagonal_and_empty() {
+        assert!(eigenvalues(vec![], vec![]).is_empty());
+        let found = eigenvalues(vec![3.0, -1.0, 2.0], vec![0.0, 0.0]);
+        assert_eq!(
+            found.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+            [-1.0f64, 2.0, 3.0].map(f64::to_bits)
+        );
+    }
+
+    #[test]
+    fn what_is_not_a_number_does_not_converge() {
+        let matrix = Tridiagonal { diagonal: vec![f64::NAN, 1.0, 2.0], off_diagonal: vec![1.0, 1.0] };
+        assert!(matches!(tridiagonal_eigenvalues(&matrix), Err(Error::NoConvergence(_))));
+    }
+
+    #[test]
+    fn exponents_bracket_their_number() {
+        for power in [-479, -100, -1, 0, 1, 3, 100, 480] {
+            let edge = power_of_two(power - 1);
+            assert_eq!(binary_exponent(edge).unwrap(), power, "2^{}", power - 1);
+            assert_eq!(binary_exponent(edge * (2.0 - f64::EPSILON)).unwrap(), power, "below 2^{power}");
+        }
+        for outside in [power_of_two(480), power_of_two(-482), f64::MAX, f64::MIN_POSITIVE, 5e-324] {
+            assert!(matches!(binary_exponent(outside), Err(Error::Numerical(_))), "{outside:e}");
+        }
+    }
+}

@@ -80,3 +80,51 @@ fn sorted(rotated: &Mat<f64>, v: &Mat<f64>, negligible: f64) -> ThinSvd {
         v: Mat::from_fn(n, n, |i, j| v[(i, order[j])]),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Orthonormal factors, descending values, and the product: `svd.rs` compares with an oracle.
+    fn check(a: &Mat<f64>) -> Vec<f64> {
+        let (m, n) = (a.nrows(), a.ncols());
+        let ThinSvd { u, singular_values: s, v } = jacobi_svd(a).unwrap();
+        let tolerance = 1e-14 * (m + n) as f64;
+        assert!((u.transpose() * &u - Mat::<f64>::identity(n, n)).norm_max() < tolerance);
+        assert!((v.transpose() * &v - Mat::<f64>::identity(n, n)).norm_max() < tolerance);
+        assert!(s.is_sorted_by(|a, b| a >= b));
+        let product = Mat::from_fn(m, n, |i, j| u[(i, j)] * s[j]) * v.transpose();
+        assert!((product - a).norm_max() <= tolerance * s[0].max(f64::MIN_POSITIVE));
+        s
+    }
+
+    #[test]
+    fn diagonal_values_come_back_in_order() {
+        let a = Mat::from_fn(5, 3, |i, j| if i == j { [2.0, -7.0, 0.5][i] } else { 0.0 });
+        for (x, expected) in check(&a).into_iter().zip([7.0, 2.0, 0.5]) {
+            assert!((x - expected).abs() < 1e-15);
+        }
+    }
+
+    #[test]
+    fn two_by_two_by_hand() {
+        // A^T A = [[25, 20], [20, 25]]: eigenvalues 45 and 5.
+        let s = check(&Mat::from_fn(2, 2, |i, j| [[3.0, 0.0], [4.0, 5.0]][i][j]));
+        assert!((s[0] - 45f64.sqrt()).abs() < 1e-14 && (s[1] - 5f64.sqrt()).abs() < 1e-14);
+    }
+
+    #[test]
+    fn deficient_parallel_and_graded_columns() {
+        assert!(check(&Mat::zeros(4, 4)).iter().all(|&s| s == 0.0));
+        let equal = check(&Mat::from_fn(30, 8, |_, _| 1.0));
+        assert!((equal[0] - 240f64.sqrt()).abs() < 1e-13 && equal[1] < 1e-13);
+        check(&Mat::from_fn(20, 6, |i, j| if j < 3 { (i * j) as f64 } else { (i * (j - 3)) as f64 * -2.0 }));
+        // One-sided Jacobi keeps the relative accuracy of column-scaled matrices.
+        let graded =
+            Mat::from_fn(6, 6, |i, j| if i == j { 10f64.powi(-2 * i32::try_from(i).unwrap()) } else { 0.0 });
+        for (k, s) in (0..).zip(check(&graded)) {
+            assert!((s / 10f64.powi(-2 * k) - 1.0).abs() < 1e-14);
+        }
+        check(&Mat::from_fn(12, 12, |i, j| 1.0 / (i + j + 1) as f64)); // Hilbert
+    }
+}

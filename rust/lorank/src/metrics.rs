@@ -77,3 +77,58 @@ impl SpectralMetrics {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_zero_matrix_has_norms_and_nothing_else() {
+        let m = SpectralMetrics::new(&Spectrum::new(vec![0.0; 3]).unwrap(), (3, 8)).unwrap();
+        assert_eq!((m.num_nonzero, m.mp_spikes, m.mp_spikes_median), (0, 0, 0));
+        for zero in [m.frobenius_norm, m.spectral_norm, m.mp_edge, m.mp_edge_median] {
+            assert!(zero == 0.0, "{m:?}");
+        }
+        for undefined in [
+            m.alpha_hill,
+            m.alpha_hill_xmin_mid,
+            m.mp_soft_rank,
+            m.powerlaw_alpha,
+            m.powerlaw_xmin,
+            m.powerlaw_distance,
+            m.alpha_weighted,
+            m.stable_rank,
+            m.effective_rank,
+            m.participation_ratio,
+        ] {
+            assert!(undefined.is_nan(), "{m:?}");
+        }
+    }
+
+    #[test]
+    fn worked_by_hand() {
+        let m = SpectralMetrics::new(&Spectrum::new(vec![1.0, 1.0, 1.0, 100.0]).unwrap(), (4, 16)).unwrap();
+        let close = |x: f64, y: f64| (x - y).abs() < 1e-12;
+        // Mean 25.75, Q = 4: edge 25.75 (3/2)^2.
+        assert!(close(m.mp_edge, 25.75 * 2.25) && close(m.mp_soft_rank, 25.75 * 2.25 / 100.0), "{m:?}");
+        assert_eq!((m.num_nonzero, m.mp_spikes), (4, 1));
+        assert!(close(m.frobenius_norm, 103f64.sqrt()) && close(m.spectral_norm, 10.0));
+        assert!(close(m.stable_rank, 1.03) && close(m.participation_ratio, 103.0 * 103.0 / 10003.0));
+        assert!(close(m.alpha_hill, 1.0 + 2.0 / 100f64.ln()), "{m:?}");
+        assert!(close(m.alpha_weighted, 2.0 * m.powerlaw_alpha), "{m:?}");
+    }
+
+    #[test]
+    fn exponents_of_one_eigenvalue_are_undefined() {
+        let m = SpectralMetrics::new(&Spectrum::new(vec![4.0]).unwrap(), (1, 9)).unwrap();
+        assert!(m.alpha_hill.is_nan() && m.powerlaw_alpha.is_nan() && m.alpha_weighted.is_nan());
+        assert!((m.stable_rank - 1.0).abs() < 1e-15 && (m.effective_rank - 1.0).abs() < 1e-15);
+    }
+
+    #[test]
+    fn the_shape_must_fit() {
+        let spectrum = Spectrum::new(vec![1.0; 3]).unwrap();
+        assert!(SpectralMetrics::new(&spectrum, (4, 4)).is_err());
+        assert!(SpectralMetrics::new(&Spectrum::new(vec![]).unwrap(), (0, 4)).is_err());
+    }
+}

@@ -108,3 +108,43 @@ impl StoredMatrix {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shared(values: &[f32]) -> SharedBytes {
+        Arc::new(values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())
+    }
+
+    #[test]
+    fn memory_becomes_a_view_of_the_same_values() {
+        let values = [1.0, -2.0, 3.0, 4.0, -5.0, 6.0];
+        let matrix = StoredMatrix::in_memory(shared(&values), DType::F32, (3, 2), (1, 3)).unwrap();
+        assert_eq!((matrix.shape(), matrix.dtype()), ((3, 2), DType::F32));
+        assert_eq!(format!("{matrix:?}"), "StoredMatrix(3x2 float32)");
+        let mut transposed = faer::Mat::zeros(3, 2);
+        matrix
+            .with_view(&CancelToken::default(), |view| {
+                view.upcast(0..3, 0..2, 1.0, transposed.as_mut());
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(transposed, faer::Mat::from_fn(3, 2, |i, j| f64::from(values[j * 3 + i])));
+    }
+
+    #[test]
+    fn memory_must_hold_every_element() {
+        for (shape, strides) in [((2, 4), (4, 1)), ((3, 2), (3, 1)), ((usize::MAX, 2), (2, 1))] {
+            let error = StoredMatrix::in_memory(shared(&[0.0; 6]), DType::F32, shape, strides).unwrap_err();
+            assert!(matches!(error, Error::InvalidInput(_)), "{shape:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn errors_of_the_work_come_through() {
+        let matrix = StoredMatrix::in_memory(shared(&[1.0]), DType::F32, (1, 1), (1, 1)).unwrap();
+        let result: Result<()> = matrix.with_view(&CancelToken::default(), |_| Err(Error::Cancelled));
+        assert!(matches!(result, Err(Error::Cancelled)));
+    }
+}
