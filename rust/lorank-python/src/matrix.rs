@@ -15,7 +15,7 @@ use crate::errors::to_py;
 #[pyclass(frozen, module = "lorank._core")]
 pub struct Matrix(pub StoredMatrix);
 
-/// The memory of a NumPy array, kept alive by a reference to it.
+/// The memory of a `NumPy` array, kept alive by a reference to it.
 struct ArrayMemory {
     start: *const u8,
     len: usize,
@@ -81,7 +81,7 @@ impl Matrix {
         self.0.shape()
     }
 
-    /// The element type: "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2".
+    /// The element type: `float64`, `float32`, `float16`, `bfloat16`, `float8_e4m3fn` or `float8_e5m2`.
     #[getter]
     fn dtype(&self) -> &'static str {
         self.0.dtype().name()
@@ -122,6 +122,7 @@ pub struct Checkpoint(lorank::checkpoint::Checkpoint);
 #[pymethods]
 impl Checkpoint {
     #[new]
+    #[allow(clippy::needless_pass_by_value)] // PyO3 hands over its extracted arguments
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         py.detach(|| lorank::checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_py)
     }

@@ -36,7 +36,7 @@ pub fn spectrum<'py>(
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let matrix = matrix.get().0.clone();
     let spectrum = detached_quiet(py, move |cancel| {
-        matrix.with_view(cancel, |view| lorank::eigen::spectrum(view, threads, cancel))
+        matrix.with_view(&mut Vec::new(), cancel, |view| lorank::eigen::spectrum(view, threads, cancel))
     })?;
     Ok(spectrum.into_eigenvalues().into_pyarray(py))
 }

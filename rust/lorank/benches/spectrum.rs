@@ -4,12 +4,15 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
+use faer::Mat;
+use faer::dyn_stack::{MemBuffer, MemStack};
 use lorank::cancel::CancelToken;
 use lorank::eigen::{spectrum_in_pool, tridiagonal_eigenvalues};
-use lorank::gram::gram;
+use lorank::gram::{gram, gram_scratch};
 use lorank::matrix::MatrixView;
 use lorank::parallel::Strategy;
-use lorank::tridiag::tridiagonalize;
+use lorank::tridiag::{tridiagonalize, tridiagonalize_scratch};
+use lorank::workspace::Scratch;
 
 const ORDERS: [usize; 3] = [256, 576, 1024];
 
@@ -29,25 +32,35 @@ fn steps(criterion: &mut Criterion) {
     for p in ORDERS {
         let weight = numbers(p * p);
         let view = MatrixView::from_f32(&weight, p, p).expect("p * p numbers");
-        let product = gram(&view, 1.0, alone, &cancel).expect("nobody cancels");
-        let reduced = tridiagonalize(product.clone(), alone);
+        let mut memory = MemBuffer::new(gram_scratch(p, p).or(tridiagonalize_scratch(p, alone)));
+        let stack = MemStack::new(&mut memory);
+        let mut product = Mat::zeros(p, p);
+        gram(&view, 1.0, alone, &cancel, product.as_mut(), stack).expect("nobody cancels");
+        let reduced = tridiagonalize(product.clone().as_mut(), alone, stack);
+        let mut scratch = Scratch::default();
 
         criterion.benchmark_group("gram").bench_function(BenchmarkId::from_parameter(p), |bencher| {
-            bencher.iter(|| gram(black_box(&view), 1.0, alone, &cancel));
+            let mut out = Mat::zeros(p, p);
+            bencher.iter(|| gram(black_box(&view), 1.0, alone, &cancel, out.as_mut(), stack));
         });
         criterion.benchmark_group("tridiagonalize").bench_function(
             BenchmarkId::from_parameter(p),
             |bencher| {
-                bencher.iter_batched(|| product.clone(), |a| tridiagonalize(a, alone), BatchSize::LargeInput);
+                bencher.iter_batched_ref(
+                    || product.clone(),
+                    |a| tridiagonalize(a.as_mut(), alone, stack),
+                    BatchSize::LargeInput,
+                );
             },
         );
-        criterion
-            .benchmark_group("tridiagonal_eigenvalues")
-            .bench_function(BenchmarkId::from_parameter(p), |bencher| {
-                bencher.iter(|| tridiagonal_eigenvalues(black_box(&reduced)))
-            });
+        criterion.benchmark_group("tridiagonal_eigenvalues").bench_function(
+            BenchmarkId::from_parameter(p),
+            |bencher| {
+                bencher.iter(|| tridiagonal_eigenvalues(black_box(&reduced)));
+            },
+        );
         criterion.benchmark_group("spectrum").bench_function(BenchmarkId::from_parameter(p), |bencher| {
-            bencher.iter(|| spectrum_in_pool(black_box(&view), alone, &cancel));
+            bencher.iter(|| spectrum_in_pool(black_box(&view), alone, &cancel, &mut scratch));
         });
     }
 }

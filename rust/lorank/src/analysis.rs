@@ -10,6 +10,7 @@ use crate::metrics::SpectralMetrics;
 use crate::parallel::{Strategy, pool};
 use crate::source::StoredMatrix;
 use crate::spectrum::Spectrum;
+use crate::workspace::Workspace;
 use crate::{Error, Result};
 
 /// What is known of a matrix after its analysis.
@@ -43,18 +44,21 @@ pub fn analyze(
     alone.sort_by_key(costliest_first);
 
     pool(threads)?.install(|| {
+        let mut workspace = Workspace::default();
         for &i in &together {
             cancel.check()?;
-            emit(i, guarded(&matrices[i], Strategy::Together, cancel));
+            emit(i, guarded(&matrices[i], Strategy::Together, cancel, &mut workspace));
         }
+        drop(workspace);
         let next = AtomicUsize::new(0);
         rayon::scope(|scope| {
             for _ in 0..threads.clamp(1, alone.len().max(1)) {
                 scope.spawn(|_| {
+                    let mut workspace = Workspace::default();
                     while let Some(&i) = alone.get(next.fetch_add(1, Ordering::Relaxed))
                         && !cancel.is_cancelled()
                     {
-                        emit(i, guarded(&matrices[i], Strategy::Alone, cancel));
+                        emit(i, guarded(&matrices[i], Strategy::Alone, cancel, &mut workspace));
                     }
                 });
             }
@@ -76,10 +80,15 @@ fn cost(matrix: &StoredMatrix) -> u128 {
 }
 
 /// One matrix; a panic within it becomes its error and leaves the others alone.
-fn guarded(matrix: &StoredMatrix, strategy: Strategy, cancel: &CancelToken) -> Result<Analysis> {
+fn guarded(
+    matrix: &StoredMatrix,
+    strategy: Strategy,
+    cancel: &CancelToken,
+    workspace: &mut Workspace,
+) -> Result<Analysis> {
     catch_unwind(AssertUnwindSafe(|| {
-        matrix.with_view(cancel, |view| {
-            let spectrum = spectrum_in_pool(view, strategy, cancel)?;
+        matrix.with_view(&mut workspace.bytes, cancel, |view| {
+            let spectrum = spectrum_in_pool(view, strategy, cancel, &mut workspace.scratch)?;
             Ok(Analysis { metrics: SpectralMetrics::new(&spectrum, matrix.shape())?, spectrum })
         })
     }))

@@ -8,15 +8,19 @@
 
 use faer::diag::{Diag, DiagRef};
 use faer::dyn_stack::{MemBuffer, MemStack};
-use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd_scratch, tridiagonal_self_adjoint_evd};
+use faer::linalg::evd::tridiagonal_self_adjoint_evd;
+use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
+use faer::mat::AsMatMut;
+use faer::prelude::ReborrowMut;
 use faer::{Par, Spec};
 
 use crate::cancel::CancelToken;
-use crate::gram::gram;
+use crate::gram::{gram, gram_scratch};
 use crate::matrix::MatrixView;
 use crate::parallel::{Strategy, pool};
 use crate::spectrum::Spectrum;
-use crate::tridiag::{Tridiagonal, tridiagonalize};
+use crate::tridiag::{Tridiagonal, tridiagonalize, tridiagonalize_scratch};
+use crate::workspace::Scratch;
 use crate::{Error, Result};
 
 /// Largest binary exponent of an entry (and smallest, negated) whose square, times any number of
@@ -29,26 +33,38 @@ const EXPONENT_LIMIT: i32 = 480;
 /// [`Error::Numerical`] if `W` holds NaN or infinite values, or if its entries are so large or
 /// small (beyond `2^±480`) that eigenvalues leave the range of float64; [`Error::Cancelled`].
 pub fn spectrum(view: &MatrixView<'_>, threads: usize, cancel: &CancelToken) -> Result<Spectrum> {
-    match Strategy::for_shape(view.rows(), view.cols()) {
-        Strategy::Alone => spectrum_in_pool(view, Strategy::Alone, cancel),
-        Strategy::Together => pool(threads)?.install(|| spectrum_in_pool(view, Strategy::Together, cancel)),
+    let mut scratch = Scratch::default();
+    let strategy = Strategy::for_shape(view.rows(), view.cols());
+    let mut work = || spectrum_in_pool(view, strategy, cancel, &mut scratch);
+    match strategy {
+        Strategy::Alone => work(),
+        Strategy::Together => pool(threads)?.install(work),
     }
 }
 
-/// [`spectrum`] for a caller who already runs inside the thread pool to use.
+/// [`spectrum`] for a caller who already runs inside the thread pool to use, and keeps memory for it.
 ///
 /// # Errors
-/// As [`spectrum`].
-pub fn spectrum_in_pool(view: &MatrixView<'_>, strategy: Strategy, cancel: &CancelToken) -> Result<Spectrum> {
+/// As [`spectrum`], and [`Error::Numerical`] if memory runs out.
+pub fn spectrum_in_pool(
+    view: &MatrixView<'_>,
+    strategy: Strategy,
+    cancel: &CancelToken,
+    scratch: &mut Scratch,
+) -> Result<Spectrum> {
     let p = view.rows().min(view.cols());
     let largest = view.max_abs()?;
     if largest == 0.0 {
         return Spectrum::new(vec![0.0; p]);
     }
     let exponent = binary_exponent(largest)?;
-    let gram = gram(view, power_of_two(-exponent), strategy, cancel)?;
+    let steps = gram_scratch(view.rows(), view.cols()).or(tridiagonalize_scratch(p, strategy));
+    let stack = scratch.stack(temp_mat_scratch::<f64>(p, p).and(steps))?;
+    let (mut a, stack) = temp_mat_zeroed::<f64, _, _>(p, p, stack);
+    let mut a = a.as_mat_mut();
+    gram(view, power_of_two(-exponent), strategy, cancel, a.rb_mut(), stack)?;
     cancel.check()?;
-    let tridiagonal = tridiagonalize(gram, strategy);
+    let tridiagonal = tridiagonalize(a, strategy, stack);
     cancel.check()?;
     let mut eigenvalues = tridiagonal_eigenvalues(&tridiagonal)?;
     for value in &mut eigenvalues {
@@ -65,15 +81,14 @@ pub fn spectrum_in_pool(view: &MatrixView<'_>, strategy: Strategy, cancel: &Canc
 pub fn tridiagonal_eigenvalues(matrix: &Tridiagonal) -> Result<Vec<f64>> {
     let n = matrix.diagonal.len();
     let mut eigenvalues = Diag::<f64>::zeros(n);
-    let par = Par::Seq;
-    let scratch = self_adjoint_evd_scratch::<f64>(n, ComputeEigenvectors::No, par, Spec::default());
-    let mut memory = MemBuffer::new(scratch);
+    // Two copies of a diagonal. `self_adjoint_evd_scratch` counts a dense matrix in, for the reduction.
+    let mut memory = MemBuffer::new(temp_mat_scratch::<f64>(n, 1).array(2));
     tridiagonal_self_adjoint_evd(
         DiagRef::from_slice(&matrix.diagonal),
         DiagRef::from_slice(&matrix.off_diagonal),
         eigenvalues.as_mut(),
         None,
-        par,
+        Par::Seq,
         MemStack::new(&mut memory),
         Spec::default(),
     )

@@ -4,9 +4,13 @@
 //! stored matrix is `p^2 + p * DEPTH` numbers; each panel adds `p^2 * DEPTH` multiplications at the
 //! speed of faer's GEMM, half of what a full product would cost.
 
+use faer::dyn_stack::{MemStack, StackReq};
+use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{BlockStructure, matmul as triangular_matmul};
+use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
+use faer::mat::AsMatMut;
 use faer::prelude::{Reborrow, ReborrowMut};
-use faer::{Accum, Mat, MatMut, MatRef, Par, linalg::matmul::matmul};
+use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use crate::Result;
@@ -20,40 +24,57 @@ const DEPTH: usize = 256;
 /// Columns of `G` that one thread updates at a time when threads work together.
 const STRIP: usize = 128;
 
-/// The lower triangle of `scale^2 * X X^T`, `(p, p)`; the strict upper triangle is unspecified.
+/// The memory that [`gram`] of a `(rows, cols)` matrix needs.
+#[must_use]
+pub fn gram_scratch(rows: usize, cols: usize) -> StackReq {
+    let (p, depth) = (rows.min(cols), DEPTH.min(rows.max(cols)));
+    temp_mat_scratch::<f64>(p, depth).or(temp_mat_scratch::<f64>(depth, p))
+}
+
+/// Writes the lower triangle of `scale^2 * X X^T` to `gram`, `(p, p)`; what lies above the diagonal
+/// is unspecified.
 ///
 /// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
 ///
 /// # Errors
 /// [`crate::Error::Cancelled`] if the token says so between two panels.
-pub fn gram(view: &MatrixView<'_>, scale: f64, strategy: Strategy, cancel: &CancelToken) -> Result<Mat<f64>> {
+pub fn gram(
+    view: &MatrixView<'_>,
+    scale: f64,
+    strategy: Strategy,
+    cancel: &CancelToken,
+    mut gram: MatMut<'_, f64>,
+    stack: &mut MemStack,
+) -> Result<()> {
     let wide = view.wide();
     let (p, m) = (wide.rows(), wide.cols());
-    let mut gram = Mat::zeros(p, p);
     let depth = DEPTH.min(m);
+    gram.fill(0.0);
     // The panel lies in memory as the view does, so that upcasting reads and writes in runs.
-    let mut buffer = if wide.is_column_major() { Mat::zeros(p, depth) } else { Mat::zeros(depth, p) };
+    let column_major = wide.is_column_major();
+    let (rows, cols) = if column_major { (p, depth) } else { (depth, p) };
+    let (mut buffer, _) = temp_mat_zeroed::<f64, _, _>(rows, cols, stack);
+    let mut buffer = buffer.as_mat_mut();
     for first in (0..m).step_by(DEPTH) {
         cancel.check()?;
         let columns = first..m.min(first + DEPTH);
-        let mut panel =
-            if wide.is_column_major() { buffer.as_mut() } else { buffer.as_mut().transpose_mut() };
-        let mut panel = panel.rb_mut().subcols_mut(0, columns.len());
+        let panel = if column_major { buffer.rb_mut() } else { buffer.rb_mut().transpose_mut() };
+        let mut panel = panel.subcols_mut(0, columns.len());
         match strategy {
             Strategy::Alone => {
                 wide.upcast(0..p, columns, scale, panel.rb_mut());
-                add_lower(gram.as_mut(), panel.rb());
+                add_lower(gram.rb_mut(), panel.rb());
             }
             Strategy::Together => {
                 panel.rb_mut().par_row_chunks_mut(STRIP).enumerate().for_each(|(i, block)| {
                     let rows = i * STRIP..i * STRIP + block.nrows();
                     wide.upcast(rows, columns.clone(), scale, block);
                 });
-                add_lower_in_strips(gram.as_mut(), panel.rb());
+                add_lower_in_strips(gram.rb_mut(), panel.rb());
             }
         }
     }
-    Ok(gram)
+    Ok(())
 }
 
 /// `G += X X^T`, lower triangle, on this thread.
@@ -86,8 +107,21 @@ fn add_lower_in_strips(gram: MatMut<'_, f64>, x: MatRef<'_, f64>) {
 
 #[cfg(test)]
 mod tests {
+    use faer::Mat;
+
     use super::*;
     use crate::parallel;
+    use crate::workspace::Scratch;
+
+    /// Into memory that holds NaN, to show that all of the triangle is written.
+    fn gram_of(view: &MatrixView<'_>, strategy: Strategy, cancel: &CancelToken) -> Result<Mat<f64>> {
+        let p = view.rows().min(view.cols());
+        let mut out = Mat::from_fn(p, p, |_, _| f64::NAN);
+        let mut scratch = Scratch::default();
+        let stack = scratch.stack(gram_scratch(view.rows(), view.cols()))?;
+        gram(view, 1.0, strategy, cancel, out.as_mut(), stack)?;
+        Ok(out)
+    }
 
     #[test]
     fn both_strategies_match_the_plain_product() {
@@ -101,7 +135,7 @@ mod tests {
             let pool = parallel::pool(3).unwrap();
             for strategy in [Strategy::Alone, Strategy::Together] {
                 // Integers this small add up exactly, so equality is exact whatever the order.
-                let gram = pool.install(|| gram(&view, 1.0, strategy, &cancel)).unwrap();
+                let gram = pool.install(|| gram_of(&view, strategy, &cancel)).unwrap();
                 for j in 0..gram.ncols() {
                     for i in j..gram.nrows() {
                         assert_eq!(
@@ -120,6 +154,6 @@ mod tests {
         let cancel = CancelToken::default();
         cancel.cancel();
         let view = MatrixView::from_f32(&[1.0], 1, 1).unwrap();
-        assert!(gram(&view, 1.0, Strategy::Alone, &cancel).is_err());
+        assert!(gram_of(&view, Strategy::Alone, &cancel).is_err());
     }
 }

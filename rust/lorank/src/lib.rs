@@ -39,6 +39,7 @@ pub mod source;
 pub mod spectrum;
 pub mod svd;
 pub mod tridiag;
+pub mod workspace;
 
 pub use error::{Error, Result};
 

@@ -154,12 +154,31 @@ impl SafetensorsFile {
         len: usize,
         cancel: &crate::cancel::CancelToken,
     ) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.read_into(&mut bytes, tensor, start, len, cancel)?;
+        Ok(bytes)
+    }
+
+    /// [`read`](Self::read) into a buffer that may be used again.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_into(
+        &self,
+        bytes: &mut Vec<u8>,
+        tensor: &TensorInfo,
+        start: usize,
+        len: usize,
+        cancel: &crate::cancel::CancelToken,
+    ) -> Result<()> {
         if start.checked_add(len).is_none_or(|end| end > tensor.len) {
             let reason = format!("bytes {start} to {start}+{len} of {} asked for", tensor.len);
             return Err(Error::tensor(&self.path, &tensor.name, reason));
         }
-        let mut bytes = Vec::new();
-        bytes.try_reserve_exact(len).map_err(|_| {
+        if len > bytes.capacity() {
+            *bytes = Vec::new(); // Not copied, and never held together with the larger one.
+        }
+        bytes.try_reserve_exact(len.saturating_sub(bytes.len())).map_err(|_| {
             let (path, name) = (self.path.display(), &tensor.name);
             Error::Numerical(format!("{path}: tensor `{name}`: no memory for its {len} bytes"))
         })?;
@@ -175,7 +194,7 @@ impl SafetensorsFile {
             })?;
             position += chunk.len() as u64;
         }
-        Ok(bytes)
+        Ok(())
     }
 }
 

@@ -88,19 +88,20 @@ impl StoredMatrix {
         self.dtype
     }
 
-    /// Calls `work` with a view, reading the matrix first if it lies in a file.
+    /// Calls `work` with a view; a matrix in a file is read into `buffer` first.
     ///
     /// # Errors
     /// Those of reading, and those of `work`.
     pub fn with_view<R>(
         &self,
+        buffer: &mut Vec<u8>,
         cancel: &CancelToken,
         work: impl FnOnce(&MatrixView<'_>) -> Result<R>,
     ) -> Result<R> {
         match &self.storage {
             Storage::File { tensor, start, len } => {
-                let bytes = tensor.file.read(&tensor.info, *start, *len, cancel)?;
-                work(&MatrixView::new(&bytes, self.dtype, self.shape, self.strides)?)
+                tensor.file.read_into(buffer, &tensor.info, *start, *len, cancel)?;
+                work(&MatrixView::new(buffer, self.dtype, self.shape, self.strides)?)
             }
             Storage::Memory(bytes) => {
                 work(&MatrixView::new((**bytes).as_ref(), self.dtype, self.shape, self.strides)?)
@@ -125,7 +126,7 @@ mod tests {
         assert_eq!(format!("{matrix:?}"), "StoredMatrix(3x2 float32)");
         let mut transposed = faer::Mat::zeros(3, 2);
         matrix
-            .with_view(&CancelToken::default(), |view| {
+            .with_view(&mut Vec::new(), &CancelToken::default(), |view| {
                 view.upcast(0..3, 0..2, 1.0, transposed.as_mut());
                 Ok(())
             })
@@ -144,7 +145,8 @@ mod tests {
     #[test]
     fn errors_of_the_work_come_through() {
         let matrix = StoredMatrix::in_memory(shared(&[1.0]), DType::F32, (1, 1), (1, 1)).unwrap();
-        let result: Result<()> = matrix.with_view(&CancelToken::default(), |_| Err(Error::Cancelled));
+        let result: Result<()> =
+            matrix.with_view(&mut Vec::new(), &CancelToken::default(), |_| Err(Error::Cancelled));
         assert!(matches!(result, Err(Error::Cancelled)));
     }
 }

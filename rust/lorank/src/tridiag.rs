@@ -2,9 +2,12 @@
 
 use std::num::NonZero;
 
-use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::evd::tridiag::{tridiag_in_place, tridiag_in_place_scratch};
-use faer::{Mat, Par};
+use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
+use faer::mat::AsMatMut;
+use faer::prelude::ReborrowMut;
+use faer::{MatMut, Par, Spec};
 
 use crate::parallel::Strategy;
 
@@ -25,30 +28,46 @@ const PARALLEL_FROM: usize = 1024;
 /// this saturate no memory system that they have been tried on.
 const PIECES: NonZero<usize> = NonZero::new(8).unwrap();
 
+/// The memory that [`tridiagonalize`] of a matrix of order `n` needs.
+#[must_use]
+pub fn tridiagonalize_scratch(n: usize, strategy: Strategy) -> StackReq {
+    temp_mat_scratch::<f64>(1, n).and(tridiag_in_place_scratch::<f64>(n, par(n, strategy), Spec::default()))
+}
+
 /// Reduces the symmetric matrix in the lower triangle of `a`, `(n, n)`, by Householder reflections:
-/// `4/3 n^3` operations, half of them at the speed of memory (one stage; level 2 of the BLAS).
+/// `4/3 n^3` operations, half of them at the speed of memory (one stage; level 2 of the BLAS). What
+/// `a` held is lost.
 ///
 /// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
 #[must_use]
-pub fn tridiagonalize(mut a: Mat<f64>, strategy: Strategy) -> Tridiagonal {
+pub fn tridiagonalize(mut a: MatMut<'_, f64>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
     let n = a.nrows();
-    let par =
-        if strategy == Strategy::Together && n >= PARALLEL_FROM { Par::Rayon(PIECES) } else { Par::Seq };
     // One reflection per block: their products are only needed for eigenvectors.
-    let mut reflections = Mat::zeros(1, n.saturating_sub(1));
-    let mut memory = MemBuffer::new(tridiag_in_place_scratch::<f64>(n, par, faer::Spec::default()));
-    let stack = MemStack::new(&mut memory);
-    tridiag_in_place(a.as_mut(), reflections.as_mut(), par, stack, faer::Spec::default());
+    let (mut reflections, stack) = temp_mat_zeroed::<f64, _, _>(1, n.saturating_sub(1), stack);
+    tridiag_in_place(a.rb_mut(), reflections.as_mat_mut(), par(n, strategy), stack, Spec::default());
     Tridiagonal {
         diagonal: (0..n).map(|i| a[(i, i)]).collect(),
         off_diagonal: (1..n).map(|i| a[(i, i - 1)]).collect(),
     }
 }
 
+fn par(n: usize, strategy: Strategy) -> Par {
+    if strategy == Strategy::Together && n >= PARALLEL_FROM { Par::Rayon(PIECES) } else { Par::Seq }
+}
+
 #[cfg(test)]
 mod tests {
+    use faer::Mat;
+
     use super::*;
     use crate::parallel;
+    use crate::workspace::Scratch;
+
+    fn reduce(mut a: Mat<f64>, strategy: Strategy) -> Tridiagonal {
+        let mut scratch = Scratch::default();
+        let stack = scratch.stack(tridiagonalize_scratch(a.nrows(), strategy)).unwrap();
+        tridiagonalize(a.as_mut(), strategy, stack)
+    }
 
     /// Symmetric, dense, from a small linear congruence; NaN above the diagonal, which must not be read.
     fn symmetric(n: usize) -> Mat<f64> {
@@ -61,7 +80,7 @@ mod tests {
     fn eigenvalues_survive() {
         for n in [1, 2, 3, 4, 5, 31, 64, 100] {
             let a = symmetric(n);
-            let found = tridiagonalize(a.clone(), Strategy::Alone);
+            let found = reduce(a.clone(), Strategy::Alone);
             assert_eq!((found.diagonal.len(), found.off_diagonal.len()), (n, n - 1));
             // The same solver on both sides, so that a difference can only come from the reduction.
             let sorted = |matrix: nalgebra::DMatrix<f64>| {
@@ -84,18 +103,17 @@ mod tests {
 
     #[test]
     fn nothing_to_reduce() {
-        let empty = tridiagonalize(Mat::zeros(0, 0), Strategy::Alone);
+        let empty = reduce(Mat::zeros(0, 0), Strategy::Alone);
         assert!(empty.diagonal.is_empty() && empty.off_diagonal.is_empty());
-        let zero = tridiagonalize(Mat::zeros(6, 6), Strategy::Alone);
+        let zero = reduce(Mat::zeros(6, 6), Strategy::Alone);
         assert!(zero.diagonal.iter().chain(&zero.off_diagonal).all(|&x| x == 0.0));
     }
 
     #[test]
     fn pieces_are_independent_of_threads() {
         let n = PARALLEL_FROM + 1;
-        let with = |threads| {
-            parallel::pool(threads).unwrap().install(|| tridiagonalize(symmetric(n), Strategy::Together))
-        };
+        let with =
+            |threads| parallel::pool(threads).unwrap().install(|| reduce(symmetric(n), Strategy::Together));
         let (one, four) = (with(1), with(4));
         let bits = |values: &[f64]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&one.diagonal), bits(&four.diagonal));

@@ -52,8 +52,9 @@ fn the_same_with_one_thread_and_with_four() {
         let (one, four) = (one.unwrap(), four.unwrap());
         assert_eq!(bits(one.spectrum.eigenvalues()), bits(four.spectrum.eigenvalues()), "{matrix:?}");
         assert_eq!(format!("{:?}", one.metrics), format!("{:?}", four.metrics), "{matrix:?}");
-        let direct = matrix
-            .with_view(&CancelToken::default(), |view| eigen::spectrum(view, 2, &CancelToken::default()));
+        let direct = matrix.with_view(&mut Vec::new(), &CancelToken::default(), |view| {
+            eigen::spectrum(view, 2, &CancelToken::default())
+        });
         assert_eq!(bits(direct.unwrap().eigenvalues()), bits(one.spectrum.eigenvalues()), "{matrix:?}");
     }
 }

@@ -83,7 +83,8 @@ pub fn assert_matches_nalgebra(found: &Spectrum, matrix: &DMatrix<f64>, label: &
     assert_within(found, &expected, 8.0 * (p as f64).max((q as f64).sqrt()), label);
 }
 
-fn assert_within(found: &Spectrum, expected: &[f64], multiple_of_eps: f64, label: &str) {
+/// Checks every eigenvalue to within a multiple of `eps lambda_max`.
+pub fn assert_within(found: &Spectrum, expected: &[f64], multiple_of_eps: f64, label: &str) {
     let mut expected = expected.to_vec();
     expected.sort_by(f64::total_cmp);
     let largest = expected.last().copied().unwrap_or(0.0);

@@ -6,12 +6,15 @@ use lorank::eigen::{spectrum, spectrum_in_pool};
 use lorank::matrix::MatrixView;
 use lorank::parallel::{Strategy, pool};
 use lorank::spectrum::Spectrum;
+use lorank::workspace::Scratch;
 use lorank::{Error, Result};
 
 use crate::matrices::{Gaussian, assert_eigenvalues, bits, codes};
 
 fn in_pool(view: &MatrixView<'_>, threads: usize, strategy: Strategy) -> Result<Spectrum> {
-    pool(threads).unwrap().install(|| spectrum_in_pool(view, strategy, &CancelToken::default()))
+    pool(threads)
+        .unwrap()
+        .install(|| spectrum_in_pool(view, strategy, &CancelToken::default(), &mut Scratch::default()))
 }
 
 fn assert_independent_of_threads(view: &MatrixView<'_>) {
