@@ -9,7 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = "import time; s = time.perf_counter(); import numpy; n = time.perf_counter(); import lorank; e = time.perf_counter(); print(n - s, e - n)"
+PROGRAM = """
+from time import perf_counter
+start = perf_counter()
+import numpy
+middle = perf_counter()
+import lorank
+print(middle - start, perf_counter() - middle)
+"""
 HEAVY = ("torch", "transformers", "peft", "pandas", "pyarrow", "plotly", "huggingface_hub", "rich", "typer")
 
 

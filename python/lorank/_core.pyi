@@ -8,6 +8,21 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "Checkpoint",
+    "FormatError",
+    "LorankError",
+    "Matrix",
+    "NumericalError",
+    "__version__",
+    "alpha_hill",
+    "analyze",
+    "available_threads",
+    "marchenko_pastur",
+    "marchenko_pastur_median",
+    "spectral_metrics",
+    "spectrum",
+]
 __version__: str
 
 class LorankError(Exception): ...

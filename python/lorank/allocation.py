@@ -154,7 +154,10 @@ class RankAllocation:
                 raise ValueError(f"format {content['format']!r}")
             entries = content["modules"]
             return cls(
-                [AdaptedModule(m["name"], m["kind"], (m["shape"][0], m["shape"][1]), m["copies"]) for m in entries],
+                [
+                    AdaptedModule(m["name"], m["kind"], (m["shape"][0], m["shape"][1]), m["copies"])
+                    for m in entries
+                ],
                 {m["name"]: int(m["rank"]) for m in entries},
                 {m["name"]: float(m["score"]) for m in entries},
                 content["method"],

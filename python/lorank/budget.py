@@ -40,7 +40,9 @@ def parse_budget(budget: Budget, num_parameters: int | None) -> int:
     elif isinstance(budget, str) and (found := _COUNT.fullmatch(budget.strip())):
         parameters = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
     else:
-        raise ValueError(f"a budget is a number of parameters (500000, '500k') or a share ('0.5%'), not {budget!r}")
+        raise ValueError(
+            f"a budget is a number of parameters (500000, '500k') or a share ('0.5%'), not {budget!r}"
+        )
     if parameters < 0:
         raise ValueError(f"a budget cannot be negative: {budget!r}")
     return math.floor(parameters)

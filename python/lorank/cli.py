@@ -30,7 +30,7 @@ _REPORT_ENDINGS = (".json", ".parquet", ".csv")
 Source = Annotated[
     str,
     typer.Argument(
-        help="A .safetensors file, a folder of shards, a .bin/.pt/.pth state dict, a hub id, or a saved report."
+        help="A .safetensors file, a folder of shards, a .bin/.pt state dict, a hub id, or a saved report."
     ),
 ]
 Include = Annotated[
@@ -138,7 +138,9 @@ def report(
     top: Top = None,
     columns: Columns = None,
     skipped: ShowSkipped = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with pictures, to open in a browser.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with pictures, to open in a browser.")
+    ] = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
 ) -> None:

@@ -1,7 +1,7 @@
-"""Ranks in PEFT's terms. The one place that knows how PEFT matches names to ranks.
+r"""Ranks in PEFT's terms. The one place that knows how PEFT matches names to ranks.
 
 PEFT looks a module's rank up by regular expressions: `rank_pattern`'s keys are matched as
-``(.*\\.)?(KEY)$`` against the module's full name, in order, the first wins, and saving sorts them.
+``(.*\.)?(KEY)$`` against the module's full name, in order, the first wins, and saving sorts them.
 So keys here never overlap, and there is one per rank: a key per module would run into Python's
 limited cache of compiled expressions (tens of seconds for a thousand modules).
 """
@@ -118,7 +118,9 @@ def _accidental(targets: Sequence[str], others: Iterable[str]) -> str | None:
     """A regular expression for modules that a target selects as a suffix although nobody chose them."""
     chosen = set(targets)
     suffixes = {suffix for target in targets for suffix in _proper_suffixes(target)}
-    hit = sorted({other for other in others if other not in chosen and not chosen.isdisjoint(_proper_suffixes(other))})
+    hit = sorted(
+        {other for other in others if other not in chosen and not chosen.isdisjoint(_proper_suffixes(other))}
+    )
     # Prefixes of the live model may differ, but must not reach a target that ends with the name.
     patterns = [re.escape(name) if name in suffixes else rf"(?:.*\.)?{re.escape(name)}" for name in hit]
     return "|".join(patterns) or None
@@ -149,7 +151,11 @@ def resolve(modules: Sequence[AdaptedModule], model: Any) -> dict[str, str]:
         else:
             found = ending[name] or [s for s in _proper_suffixes(name) if s in live][:1]
         if len(found) != 1:
-            what = f"fits several of its modules ({', '.join(found[:3])})" if found else "fits none of its modules"
+            what = (
+                f"fits several of its modules ({', '.join(found[:3])})"
+                if found
+                else "fits none of its modules"
+            )
             raise ValueError(
                 f"{name!r} {what}: {type(model).__name__} names its modules otherwise than the source "
                 "did; pass the live model itself to analyze or allocate"
@@ -167,7 +173,7 @@ def _check_shape(module: AdaptedModule, live_name: str, target: Any) -> None:
     weight = getattr(target, "weight", target)
     if not hasattr(weight, "shape"):
         raise ValueError(f"{live_name!r} is a {type(target).__name__}, which has no weight to adapt")
-    shape = quantized.shape(target, weight)
+    shape = quantized.shape(weight)
     experts, matrix = (shape[0], shape[1:]) if module.kind == "expert" else (1, shape)
     flattened = (matrix[0], math.prod(matrix[1:]))
     if sorted(flattened) != sorted(module.shape) or experts != module.copies:
@@ -175,5 +181,3 @@ def _check_shape(module: AdaptedModule, live_name: str, target: Any) -> None:
             f"{module.name!r} has shape {module.shape} in the source, but {live_name!r} of the model "
             f"has {tuple(shape)}"
         )
-
-

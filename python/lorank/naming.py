@@ -27,6 +27,7 @@ _OUTPUT_HEADS = {
     "vocab_projector",
     "lm_prediction_head",
 }
+_NUMBERS = re.compile(r"(\d+)")
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 
 
@@ -69,6 +70,11 @@ def block_of(name: str) -> str:
         if part.isdigit():
             return ".".join(parts[: i + 1])
     return name
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names with their numbers as numbers: block 2 before block 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _NUMBERS.split(name)]
 
 
 def suffixes(name: str) -> Iterator[str]:

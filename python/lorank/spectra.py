@@ -27,9 +27,7 @@ def check_accuracy(accuracy: str) -> None:
         raise ValueError(f"accuracy must be 'exact' (float64 arithmetic), not {accuracy!r}")
 
 
-def spectrum(
-    W: Any, *, accuracy: Accuracy = "exact", threads: int | None = None
-) -> npt.NDArray[np.float64]:
+def spectrum(W: Any, *, accuracy: Accuracy = "exact", threads: int | None = None) -> npt.NDArray[np.float64]:
     """Eigenvalues of ``W^T W``: the squared singular values of a weight.
 
     Parameters
@@ -66,9 +64,7 @@ def spectrum(
     return _core.spectrum(arrays.matrix(array), thread_count(threads))
 
 
-def alpha_hill(
-    eigenvalues: npt.ArrayLike, *, convention: Literal["median", "xmin_mid"] = "median"
-) -> float:
+def alpha_hill(eigenvalues: npt.ArrayLike, *, convention: Literal["median", "xmin_mid"] = "median") -> float:
     """PL_Alpha_Hill, the Hill estimate of a spectrum's power-law exponent.
 
     ``alpha = 1 + k / sum_{i=1..k} ln(lambda_{n-i+1} / lambda_{n-k})`` with ``k = ceil(n/2)``, over

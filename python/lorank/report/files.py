@@ -70,7 +70,9 @@ def columns(report: SpectralReport) -> dict[str, list[Any]]:
 def to_json(report: SpectralReport) -> dict[str, Any]:
     """The report as values that JSON knows: nan is null, infinity is the string "inf"."""
     table = columns(report)
-    modules = [dict(zip(table, map(_plain, values), strict=True)) for values in zip(*table.values(), strict=True)]
+    modules = [
+        dict(zip(table, map(_plain, values), strict=True)) for values in zip(*table.values(), strict=True)
+    ]
     for row, entry in zip(report.modules, modules, strict=True):
         entry["flags"] = list(row.flags)
         if row.eigenvalues is not None:

@@ -16,7 +16,8 @@ from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
 
 _FIRST_METRIC = "alpha_hill"
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1200px }
+body { margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px } th, td { padding: .2em .7em; text-align: right }
 th { position: sticky; top: 0; background: #eee } tr:nth-child(even) { background: #f7f7f7 }
 th:first-child, td:first-child, td:last-child { text-align: left } .flagged { color: #a40 }
@@ -31,7 +32,8 @@ def write_html(report: SpectralReport, path: Path) -> None:
     if kept := [row for row in report.modules if row.eigenvalues is not None]:
         figures.append(_spectra(graph_objects, kept))
     pictures = "\n".join(
-        figure.to_html(full_html=False, include_plotlyjs=position == 0) for position, figure in enumerate(figures)
+        figure.to_html(full_html=False, include_plotlyjs=position == 0)
+        for position, figure in enumerate(figures)
     )
     parameters = "" if report.num_parameters is None else f", {report.num_parameters:,} parameters"
     title = html.escape(report.source)
@@ -63,15 +65,28 @@ def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
         {
             "label": metric,
             "method": "update",
-            "args": [{"y": [_finite(members, metric) for members in blocks.values()]}, {"yaxis.title.text": metric}],
+            "args": [
+                {"y": [_finite(members, metric) for members in blocks.values()]},
+                {"yaxis.title.text": metric},
+            ],
         }
         for metric in METRICS
     ]
     figure.update_layout(
         title="Metrics by block",
+        # All blocks in the report's order, whichever of them the first module type is in.
+        xaxis={"categoryorder": "array", "categoryarray": [naming.block_of(row.module) for row in rows]},
         yaxis_title=_FIRST_METRIC,
         height=560,
-        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.12, "active": METRICS.index(_FIRST_METRIC)}],
+        updatemenus=[
+            {
+                "buttons": buttons,
+                "x": 1,
+                "xanchor": "right",
+                "y": 1.12,
+                "active": METRICS.index(_FIRST_METRIC),
+            }
+        ],
     )
     return figure
 

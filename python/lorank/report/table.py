@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 from rich import box
 from rich.table import Table
@@ -48,9 +49,12 @@ def ordered(
     if sort is not None:
         if sort != "name" and sort not in METRICS:
             raise ValueError(f"cannot sort by {sort!r}: choose name or one of {', '.join(METRICS)}")
-        known = [row for row in rows if sort == "name" or not math.isnan(getattr(row, sort))]
-        unknown = [row for row in rows if row not in known] if len(known) < len(rows) else []
-        rows = sorted(known, key=lambda row: getattr(row, sort), reverse=descending) + unknown
+        if sort == "name":
+            rows.sort(key=lambda row: naming.natural_key(row.name), reverse=descending)
+        else:
+            known = [row for row in rows if not math.isnan(getattr(row, sort))]
+            unknown = [row for row in rows if math.isnan(getattr(row, sort))]
+            rows = sorted(known, key=attrgetter(sort), reverse=descending) + unknown
     elif descending:
         rows.reverse()
     return rows if top is None else rows[:top]

@@ -6,9 +6,9 @@ it returns scores, and where its source defines one, the ranks of its own formul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -62,12 +62,8 @@ class Signal:
     flags: Mapping[str, str] = field(default_factory=dict)
 
 
-class Method(Protocol):
-    """The shape of a signal function."""
-
-    def __call__(
-        self, report: Any, modules: Sequence[AdaptedModule], r_min: int, r_max: int, **options: Any
-    ) -> Signal: ...
+# A signal function: (report, modules, r_min, r_max, **its own options).
+Method = Callable[..., Signal]
 
 
 @dataclass(frozen=True, slots=True)

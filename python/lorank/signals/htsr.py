@@ -90,7 +90,9 @@ def _alphas(
         values[i] = finite.mean() if len(finite) else np.nan
         reasons = sorted({flag for row in rows[name] for flag in row.flags})
         if len(finite) < len(exponents):
-            where = "" if not len(finite) else f" in {len(exponents) - len(finite)} of {len(exponents)} experts"
+            where = (
+                "" if not len(finite) else f" in {len(exponents) - len(finite)} of {len(exponents)} experts"
+            )
             flags[name] = f"alpha is not finite{where} ({'; '.join(reasons) or 'too few eigenvalues'})"
     known = values[~np.isnan(values)]
     return np.where(np.isnan(values), known.max() if len(known) else 0.0, values), flags
@@ -112,7 +114,8 @@ def _min_max(values: Array) -> Array:
     """Equations 5 and 8: scaled to [0, 1), all equal to 0."""
     if not len(values):
         return values
-    return (values - values.min()) / (values.max() - values.min() + _EPSILON)
+    scaled: Array = (values - values.min()) / (values.max() - values.min() + _EPSILON)
+    return scaled
 
 
 def _check_choice(option: str, value: str, choices: Iterable[str]) -> None:

@@ -13,7 +13,11 @@ from lorank._core import Matrix
 from lorank.sources.layout import FLOAT_TYPES
 
 # Containers by which types that NumPy lacks cross to the core.
-_CONTAINERS = {"bfloat16": ("uint16", np.uint16), "float8_e4m3fn": ("uint8", np.uint8), "float8_e5m2": ("uint8", np.uint8)}
+_CONTAINERS = {
+    "bfloat16": ("uint16", np.uint16),
+    "float8_e4m3fn": ("uint8", np.uint8),
+    "float8_e5m2": ("uint8", np.uint8),
+}
 
 
 def is_array(value: object) -> bool:
@@ -23,7 +27,9 @@ def is_array(value: object) -> bool:
 
 def is_tensor(value: object) -> bool:
     """Whether something is a torch tensor."""
-    return any(base.__module__.startswith("torch") and base.__name__ == "Tensor" for base in type(value).__mro__)
+    return any(
+        base.__module__.startswith("torch") and base.__name__ == "Tensor" for base in type(value).__mro__
+    )
 
 
 def dtype_name(value: Any) -> str:
@@ -76,5 +82,7 @@ def readable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The array itself, or a copy where strides or byte order keep the core from reading it."""
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    regular = all(s >= 0 and s % array.itemsize == 0 for s, n in zip(array.strides, array.shape) if n > 1)
+    regular = all(
+        s >= 0 and s % array.itemsize == 0 for s, n in zip(array.strides, array.shape, strict=True) if n > 1
+    )
     return array if regular else np.ascontiguousarray(array)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorank import naming
 from lorank._core import Checkpoint, FormatError
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
@@ -55,6 +56,8 @@ def _open_safetensors(path: Path, label: str) -> Source:
         matrices += [
             SourceMatrix(m.info, partial(checkpoint.matrix, position, m.rows, m.cols, m.index)) for m in found
         ]
+    # Writers sort by type and by name as text: block 10 before block 2.
+    matrices.sort(key=lambda matrix: naming.natural_key(matrix.info.name))
     num_parameters = sum(math.prod(shape) for _, dtype, shape, _ in tensors if dtype in FLOAT_TYPES)
     return Source(label, tuple(matrices), tuple(skipped), num_parameters, _fingerprint(tensors))
 
@@ -101,7 +104,9 @@ def download(hub_id: str) -> Path:
     def cached() -> Path | None:
         try:
             folder = Path(
-                snapshot_download(repo, revision=revision or None, allow_patterns=wanted, local_files_only=True)
+                snapshot_download(
+                    repo, revision=revision or None, allow_patterns=wanted, local_files_only=True
+                )
             )
         except LocalEntryNotFoundError:
             return None

@@ -1,5 +1,7 @@
-"""From a tensor's name and shape to the matrices in it. The one place that knows how models store
-linear layers, convolutions, embeddings and experts."""
+"""From a tensor's name and shape to the matrices in it.
+
+The one place that knows how models store linear layers, convolutions, embeddings and experts.
+"""
 
 from __future__ import annotations
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from lorank import naming
 from lorank._core import Matrix
 from lorank.sources import arrays, quantized
 from lorank.sources.base import Kind, MatrixInfo, Skipped, Source, SourceMatrix
-from lorank.sources.layout import FLOAT_TYPES, Layout
+from lorank.sources.layout import Layout
 
 # PEFT wraps a module and keeps the original as `base_layer`.
 _PEFT_PREFIX = "base_model.model."
@@ -20,7 +19,9 @@ _PEFT_PARTS = ("lora_", "modules_to_save", "original_module")
 
 def is_module(value: object) -> bool:
     """Whether something is a `torch.nn.Module`, without importing torch."""
-    return any(base.__module__.startswith("torch.nn") and base.__name__ == "Module" for base in type(value).__mro__)
+    return any(
+        base.__module__.startswith("torch.nn") and base.__name__ == "Module" for base in type(value).__mro__
+    )
 
 
 def from_module(model: Any) -> Source:
@@ -31,9 +32,7 @@ def from_module(model: Any) -> Source:
     what is analysed, under the names that it has without PEFT.
     """
     weights = list(_weights(model))
-    layout = Layout(
-        {name: shape for name, _, shape in weights}, {"num_experts": _num_experts(model), "live": True}
-    )
+    layout = Layout({name: shape for name, _, shape in weights}, {"num_experts": _num_experts(model)})
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     owners: dict[int, str] = {}
@@ -44,7 +43,7 @@ def from_module(model: Any) -> Source:
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
             continue
         num_parameters += math.prod(shape)
-        found = _matrices(layout, name, weight, shape)
+        found = _matrices(layout, name, weight)
         if isinstance(found, str):
             skipped.append(Skipped(name, shape, found))
         else:
@@ -75,22 +74,20 @@ def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
             if any(part.startswith(_PEFT_PARTS) for part in name.split(".")):
                 continue
             name = name.removeprefix(_PEFT_PREFIX).replace(".base_layer", "")
-            yield name, _Weight(module, parameter), quantized.shape(module, parameter)
+            yield name, _Weight(module, parameter), quantized.shape(parameter)
 
 
-def _matrices(
-    layout: Layout, name: str, weight: _Weight, shape: tuple[int, ...]
-) -> list[SourceMatrix] | str:
+def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] | str:
     parameter = weight.parameter
     if parameter.device.type == "meta":
         return "on the meta device: it has no values"
+    load: Callable[[], Any] | None
     if weight.is_direct:
         dtype, load = arrays.dtype_name(parameter), partial(_identity, parameter)
     else:
-        loader = quantized.loader(weight.module, parameter)
-        if loader is None:
+        dtype, load = "float32", quantized.loader(weight.module, parameter)
+        if load is None:
             return f"quantized ({type(parameter).__name__}), and its library offers no way back"
-        dtype, load = "float32", loader
     found = layout.matrices(name, dtype)
     if isinstance(found, str):
         return found

@@ -7,13 +7,9 @@ reported as skipped.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-from lorank.sources.layout import FLOAT_TYPES
-from lorank.sources import arrays
 
 
 def is_quantized(module: Any, parameter: Any) -> bool:
@@ -21,12 +17,12 @@ def is_quantized(module: Any, parameter: Any) -> bool:
     return (
         _bits(parameter) is not None
         or getattr(parameter, "is_quantized", False)
-        or _is_subclass_with_dequantize(parameter)
+        or _is_foreign_tensor(parameter)
         or (hasattr(module, "W_q") and hasattr(module, "dequantize"))
     )
 
 
-def shape(module: Any, parameter: Any) -> tuple[int, ...]:
+def shape(parameter: Any) -> tuple[int, ...]:
     """The shape of the dequantized weight."""
     state = getattr(parameter, "quant_state", None)
     if state is not None and getattr(state, "shape", None) is not None:
@@ -41,7 +37,7 @@ def loader(module: Any, parameter: Any) -> Callable[[], Any] | None:
         return partial(_bitsandbytes_4bit, parameter)
     if bits == 8:
         return partial(_bitsandbytes_8bit, module, parameter)
-    if getattr(parameter, "is_quantized", False) or _is_subclass_with_dequantize(parameter):
+    if getattr(parameter, "is_quantized", False) or _is_foreign_tensor(parameter):
         return partial(_own_dequantize, parameter)
     if hasattr(module, "W_q") and hasattr(module, "dequantize"):
         return partial(_own_dequantize, module)
@@ -56,10 +52,10 @@ def _bits(parameter: Any) -> int | None:
     return 8 if "Int8Params" in names else None
 
 
-def _is_subclass_with_dequantize(parameter: Any) -> bool:
-    # Every tensor has a `dequantize` method; only subclasses of quantization libraries override it.
-    owner = next((base for base in type(parameter).__mro__ if "dequantize" in vars(base)), None)
-    return owner is not None and not owner.__module__.startswith(("torch._C", "torch._tensor")) and owner.__name__ not in ("Tensor", "TensorBase", "_TensorBase")
+def _is_foreign_tensor(parameter: Any) -> bool:
+    """Whether it is a quantization library's own kind of tensor, with a way back to numbers."""
+    library = type(parameter).__module__.partition(".")[0]
+    return library != "torch" and hasattr(parameter, "dequantize")
 
 
 def _own_dequantize(quantized: Any) -> Any:

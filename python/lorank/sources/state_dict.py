@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from lorank.sources.layout import FLOAT_TYPES, Layout
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
-def from_mapping(mapping: Mapping[str, Any], label: str = "mapping", config: Mapping[str, Any] | None = None) -> Source:
+def from_mapping(
+    mapping: Mapping[str, Any], label: str = "mapping", config: Mapping[str, Any] | None = None
+) -> Source:
     """A source over arrays that stay where they are.
 
     Tensors that share memory and shape are tied: the first name counts, the others are skipped.
@@ -49,7 +52,9 @@ def from_mapping(mapping: Mapping[str, Any], label: str = "mapping", config: Map
             skipped.append(Skipped(name, shape, found))
             continue
         matrices += [
-            SourceMatrix(m.info, partial(_load, value, m.index, m.rows, m.cols), lazy=arrays.needs_copy(value))
+            SourceMatrix(
+                m.info, partial(_load, value, m.index, m.rows, m.cols), lazy=arrays.needs_copy(value)
+            )
             for m in found
         ]
     return Source(label, tuple(matrices), tuple(skipped), num_parameters)
@@ -72,22 +77,21 @@ def from_pickles(path: Path, label: str, config: Mapping[str, Any]) -> Source:
     torch = extras.require("torch", "peft", "to read .bin, .pt and .pth files")
     merged: dict[str, Any] = {}
     for file in _pickle_files(path):
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except OSError:
-            raise
-        except Exception as error:  # torch raises many types, and legacy formats refuse mmap
-            content = _load_legacy(torch, file, error)
-        merged |= _unwrapped(file, content)
+        merged |= _unwrapped(file, _unpickled(torch, file))
     return from_mapping(merged, label, config)
 
 
-def _load_legacy(torch: Any, file: Path, first_error: Exception) -> Any:
+def _unpickled(torch: Any, file: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(first_error).splitlines()[0]
-        raise FormatError(f"{file}: is no state dict that can be read safely (weights only): {reason}") from error
+        # Files of torch before 1.6 are no archives and cannot be mapped.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except OSError:
+        raise
+    except Exception as error:  # a broken pickle can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(
+            f"{file}: is no state dict that can be read safely (weights only): {reason}"
+        ) from error
 
 
 def _unwrapped(file: Path, content: Any) -> Mapping[str, Any]:
@@ -115,6 +119,8 @@ def _pickle_files(path: Path) -> Iterable[Path]:
     single = path / "pytorch_model.bin"
     found = [single] if single.exists() else sorted(path.glob("*.bin"))
     if len(found) != 1:
-        what = "several .bin files and no index: name one of them" if found else "no .safetensors or .bin file"
+        what = (
+            "several .bin files and no index: name one of them" if found else "no .safetensors or .bin file"
+        )
         raise FormatError(f"{path}: holds {what}")
     return found
