@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorank import naming
+from lorank import extras, naming
 from lorank._core import Checkpoint, FormatError
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
@@ -94,7 +94,9 @@ def download(hub_id: str) -> Path:
 
     Only the configuration and one format of weights are fetched, safetensors if there are any.
     """
-    from huggingface_hub import snapshot_download
+    hub = extras.require(
+        "huggingface_hub", "hub", f"as there is no file or folder {hub_id!r}, to look for a hub id"
+    )
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repo, _, revision = hub_id.partition("@")
@@ -104,7 +106,7 @@ def download(hub_id: str) -> Path:
     def cached() -> Path | None:
         try:
             folder = Path(
-                snapshot_download(
+                hub.snapshot_download(
                     repo, revision=revision or None, allow_patterns=wanted, local_files_only=True
                 )
             )
@@ -113,7 +115,7 @@ def download(hub_id: str) -> Path:
         return folder if _is_complete(folder) else None
 
     def fetched(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+        return Path(hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
 
     try:
         folder = cached() or fetched(wanted)
