@@ -115,10 +115,11 @@ def fit_ranks(
     largest = score.max()
     # Scores count relative to each other; all zero means all equal.
     relative = score / largest if largest > 0 else np.ones_like(score)
-    exact = _proportional(relative, cost, r_min, r_max, budget)
-    ranks = _rounded(exact, r_min, r_max)
-    _hand_out(ranks, exact, relative, cost, r_max, budget - int(ranks @ cost))
-    return ranks
+    # Ranks above r_min: adding r_min first would round the remainders.
+    most_gain, left = r_max - r_min, int(budget) - least
+    gains, exact = _proportional(relative, cost, most_gain, left)
+    _hand_out(gains, exact, relative, cost, most_gain, left - int(gains @ cost))
+    return r_min + gains
 
 
 def _checked(
@@ -137,14 +138,19 @@ def _checked(
     return score, cost.astype(np.int64)
 
 
-def _rounded(exact: npt.NDArray[np.float64], r_min: int, r_max: int) -> npt.NDArray[np.int64]:
-    return np.clip(np.floor(exact + 0.5), r_min, r_max).astype(np.int64)
+def _rounded(exact: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.int64]:
+    whole = np.floor(exact)
+    # Not floor(x + 0.5): that sum rounds up to 1 for the number just below 0.5.
+    return np.minimum(whole + (exact - whole >= 0.5), most).astype(np.int64)
 
 
 def _proportional(
-    score: npt.NDArray[np.float64], cost: npt.NDArray[np.int64], r_min: int, r_max: int, budget: int
-) -> npt.NDArray[np.float64]:
-    """``r_min + c * score`` for the largest float64 `c` whose rounded ranks fit the budget.
+    score: npt.NDArray[np.float64], cost: npt.NDArray[np.int64], most: int, budget: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """``c * score``, rounded for the largest `c` that fits the budget, and exact at its limit.
+
+    The limit is the smallest float64 `c` that does not fit: there, not one bit below, remainders are
+    what they are in exact arithmetic, and ties among them are ties.
 
     Positive float64 numbers have the order of their bit patterns, so bisection over the patterns
     ends at that very number after 63 steps, whatever the scale of the scores.
@@ -153,31 +159,33 @@ def _proportional(
     def exact(pattern: int) -> npt.NDArray[np.float64]:
         c = np.array(pattern, dtype=np.int64).view(np.float64)
         # Clipped, as a larger product says no more and would lose the remainder's digits.
-        return np.minimum(r_min + c * score, r_max + 1.0)
+        return np.minimum(c * score, most + 1.0)
 
-    fits, too_much = 0, int(np.array(np.finfo(np.float64).max).view(np.int64)) + 1
+    fits, too_much = 0, int(np.array(np.finfo(np.float64).max).view(np.int64))
+    if int(_rounded(exact(too_much), most) @ cost) <= budget:
+        fits = too_much
     while too_much - fits > 1:
         middle = (fits + too_much) // 2
-        if int(_rounded(exact(middle), r_min, r_max) @ cost) <= budget:
+        if int(_rounded(exact(middle), most) @ cost) <= budget:
             fits = middle
         else:
             too_much = middle
-    return exact(fits)
+    return _rounded(exact(fits), most), exact(too_much)
 
 
 def _hand_out(
-    ranks: npt.NDArray[np.int64],
+    gains: npt.NDArray[np.int64],
     exact: npt.NDArray[np.float64],
     score: npt.NDArray[np.float64],
     cost: npt.NDArray[np.int64],
-    r_max: int,
+    most: int,
     left: int,
 ) -> None:
     """Give single ranks to the largest remainders, in place, while any module can take one."""
     queue: list[tuple[float, float, int]] = [
-        (float(ranks[i] - exact[i]), -float(score[i]), i)
-        for i in range(len(ranks))
-        if ranks[i] < r_max and cost[i] <= left
+        (float(gains[i] - exact[i]), -float(score[i]), i)
+        for i in range(len(gains))
+        if gains[i] < most and cost[i] <= left
     ]
     heapq.heapify(queue)
     while queue:
@@ -185,9 +193,9 @@ def _hand_out(
         # A module that has become too dear stays so: what is left only shrinks.
         if cost[i] > left:
             continue
-        ranks[i] += 1
+        gains[i] += 1
         left -= int(cost[i])
-        if ranks[i] < r_max:
+        if gains[i] < most:
             heapq.heappush(queue, (negative_remainder + 1.0, negative_score, i))
 
 

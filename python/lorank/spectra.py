@@ -130,4 +130,6 @@ def marchenko_pastur(
     Spectral Analysis, equations 3 and 4.
     """
     out, fan_in = shape
+    if out < 0 or fan_in < 0:
+        raise ValueError(f"no weight has the shape {out}x{fan_in}")
     return MarchenkoPastur(*_core.marchenko_pastur(np.ravel(eigenvalues), (int(out), int(fan_in)), scale))

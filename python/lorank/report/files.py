@@ -149,7 +149,10 @@ def _save_csv(report: SpectralReport, path: Path) -> None:
 
 def _load_csv(path: Path) -> SpectralReport:
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [_row(entry, _split_flags(entry["flags"])) for entry in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        if missing := columns(SpectralReport([])).keys() - set(reader.fieldnames or ()):
+            raise ValueError(f"without columns {', '.join(sorted(missing))}")
+        rows = [_row(entry, _split_flags(entry["flags"])) for entry in reader]
     return SpectralReport(rows, source=str(path))
 
 

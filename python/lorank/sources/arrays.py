@@ -34,7 +34,8 @@ def is_tensor(value: object) -> bool:
 
 def dtype_name(value: Any) -> str:
     """The element type's name, as NumPy, torch and ml_dtypes spell it."""
-    return str(value.dtype).removeprefix("torch.")
+    # NumPy's str() of a type in the other byte order is ">f8"; torch's types have no name.
+    return str(getattr(value.dtype, "name", value.dtype)).removeprefix("torch.")
 
 
 def identity(value: Any) -> object:

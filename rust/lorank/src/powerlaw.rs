@@ -34,7 +34,8 @@ const PROBES: usize = 16;
 pub fn fit_power_law(spectrum: &Spectrum) -> PowerLaw {
     let values = spectrum.nonzero();
     let n = values.len();
-    let logarithms: Vec<f64> = values.iter().map(|x| x.ln()).collect();
+    let largest = spectrum.largest();
+    let logarithms: Vec<f64> = values.iter().map(|&x| log_ratio(x, largest)).collect();
     // Sums of logarithms from each index on, so that every candidate's exponent costs O(1).
     let mut suffix_sums = vec![0.0; n + 1];
     for i in (0..n).rev() {
@@ -66,6 +67,11 @@ pub fn fit_power_law(spectrum: &Spectrum) -> PowerLaw {
         }
     }
     best
+}
+
+/// `ln(x / largest)`: small where the values are close, so that sums of them keep their digits.
+fn log_ratio(x: f64, largest: f64) -> f64 {
+    if x > largest / 2.0 { ((x - largest) / largest).ln_1p() } else { (x / largest).ln() }
 }
 
 /// The distance between a tail and its law, or `None` as soon as it exceeds `bound`.
@@ -134,6 +140,21 @@ mod tests {
             assert!(fit(few).alpha.is_nan());
         }
         assert!((fit(&[1.0, 2.0]).alpha - (1.0 + 2.0 / 2f64.ln())).abs() < 1e-12);
+    }
+
+    #[test]
+    fn nearly_equal_values_keep_their_digits_in_any_unit() {
+        let spread = |unit: f64| -> Vec<f64> {
+            (0..40).map(|i| unit * (1.0 + f64::from(i * i) * 2f64.powi(-30))).collect()
+        };
+        let expected = fit(&spread(1.0)).alpha;
+        for unit in [2f64.powi(-200), 2f64.powi(200)] {
+            let found = fit(&spread(unit)).alpha;
+            assert!((found - expected).abs() < 1e-12 * expected, "{found} {expected}");
+        }
+        let two = fit(&[2f64.powi(200), 2f64.powi(200) * (1.0 + 2f64.powi(-30))]).alpha;
+        let exact = 1.0 + 2.0 / 2f64.powi(-30).ln_1p();
+        assert!((two - exact).abs() < 1e-12 * exact, "{two} {exact}");
     }
 
     proptest! {

@@ -1,0 +1,142 @@
+"""Reports and journals on disk: nothing is lost, and other files are told apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import lorank
+from lorank.report.spectral import METRICS
+from lorank.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def report() -> lorank.SpectralReport:
+    rng = np.random.default_rng(0)
+    weights = {
+        "layers.0.w.weight": rng.standard_normal((20, 30)).astype(np.float32),
+        "layers.1.w.weight": np.zeros((4, 5)),
+        "layers.2.w.weight": np.eye(6),
+        "layers.3.w.weight": np.full((3, 3), np.nan),
+        "layers.4.mlp.experts.gate_up_proj": rng.standard_normal((2, 6, 8)),
+        "norm.weight": np.ones(4),
+    }
+    return lorank.analyze(weights, keep_eigenvalues=True)
+
+
+def assert_rows_equal(a: lorank.SpectralReport, b: lorank.SpectralReport, *, eigenvalues: bool) -> None:
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        for name in ("name", "module", "kind", "shape", "dtype", "expert", "flags"):
+            assert getattr(left, name) == getattr(right, name)
+        for metric in METRICS:
+            np.testing.assert_equal(getattr(left, metric), getattr(right, metric))
+        if eigenvalues:
+            np.testing.assert_equal(left.eigenvalues, right.eigenvalues)
+
+
+@pytest.mark.parametrize("ending", [".json", ".parquet"])
+def test_everything_survives(report: lorank.SpectralReport, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"report{ending}"
+    report.save(path)
+    loaded = lorank.SpectralReport.load(path)
+    assert_rows_equal(report, loaded, eigenvalues=True)
+    assert tuple(loaded.skipped) == tuple(report.skipped)
+    for name in ("source", "accuracy", "num_parameters"):
+        assert getattr(loaded, name) == getattr(report, name)
+
+
+def test_csv_keeps_the_rows(report: lorank.SpectralReport, tmp_path: Path) -> None:
+    report.save(tmp_path / "report.csv")
+    loaded = lorank.SpectralReport.load(tmp_path / "report.csv")
+    assert_rows_equal(report, loaded, eigenvalues=False)
+    with pytest.raises(ValueError, match="read from CSV"):
+        lorank.allocate(loaded, budget="5%")
+
+
+def test_a_data_frame(report: lorank.SpectralReport) -> None:
+    frame = report.to_pandas()
+    assert list(frame["name"]) == [row.name for row in report]
+    assert frame["alpha_hill"].isna().tolist() == [bool(np.isnan(row.alpha_hill)) for row in report]
+
+
+def test_a_page(report: lorank.SpectralReport, tmp_path: Path) -> None:
+    report.to_html(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "layers.0.w" in text
+    assert "NaN" in text
+    assert "<script src=" not in text, "the page needs nothing from elsewhere"
+
+
+def test_rows_are_found_by_name_or_ending(report: lorank.SpectralReport) -> None:
+    assert report["0.w"] is report["layers.0.w"]
+    with pytest.raises(KeyError, match="4 modules end with 'w'"):
+        report["w"]
+    with pytest.raises(KeyError, match="no module is named 'x'"):
+        report["x"]
+    assert [row.name for row in report.select(["0.w", "1.w"], ["1.w"])] == ["layers.0.w"]
+
+
+@pytest.mark.parametrize("ending", [".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"a,b\n1,2\n", b"\xff\x00PAR1"])
+def test_files_that_are_no_report(tmp_path: Path, ending: str, content: bytes) -> None:
+    path = tmp_path / f"report{ending}"
+    path.write_bytes(content)
+    with pytest.raises(lorank.FormatError, match=rf"report\{ending}: is no lorank report"):
+        lorank.SpectralReport.load(path)
+
+
+def test_other_endings_and_paths(report: lorank.SpectralReport, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reports end with"):
+        report.save(tmp_path / "report.txt")
+    with pytest.raises(FileNotFoundError):
+        lorank.SpectralReport.load(tmp_path / "none.json")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(1)
+    weights = {f"layers.{i}.w.weight": rng.standard_normal((8 + i, 12)) for i in range(6)}
+    save_file(weights, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("cut", [0, 7], ids=["between lines", "within a line"])
+def test_a_cut_off_run_goes_on(checkpoint: Path, tmp_path: Path, cut: int) -> None:
+    journal = tmp_path / "journal"
+    whole = lorank.analyze(checkpoint, resume=journal, threads=1)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 7
+    # What the first rows say is taken as it is: a number that no analysis gives must come through.
+    marked = lines[1].replace(b'"num_nonzero": ', b'"num_nonzero": 1')
+    journal.write_bytes(lines[0] + marked + lines[2] + lines[3][:cut])
+    resumed = lorank.analyze(checkpoint, resume=journal, threads=1)
+    changed = [a.name for a, b in zip(whole, resumed, strict=True) if a.num_nonzero != b.num_nonzero]
+    assert len(changed) == 1
+    restored = [replace(b, num_nonzero=a.num_nonzero) for a, b in zip(whole, resumed, strict=True)]
+    assert_rows_equal(whole, lorank.SpectralReport(restored), eigenvalues=False)
+    assert len(journal.read_bytes().splitlines()) == 7
+
+
+def test_a_journal_belongs_to_one_run(checkpoint: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    lorank.analyze(checkpoint, resume=journal)
+    with pytest.raises(ValueError, match="different keep_eigenvalues"):
+        lorank.analyze(checkpoint, resume=journal, keep_eigenvalues=True)
+    save_file({"a.weight": np.eye(3)}, checkpoint)
+    with pytest.raises(ValueError, match="different fingerprint"):
+        lorank.analyze(checkpoint, resume=journal)
+    journal.write_text("something else\n")
+    with pytest.raises(lorank.FormatError, match="is no journal"):
+        lorank.analyze(checkpoint, resume=journal)
+    with pytest.raises(ValueError, match="resume needs safetensors"):
+        lorank.analyze({"a": np.eye(3)}, resume=tmp_path / "other")
+
+
+def test_an_opened_source_can_be_passed_on(checkpoint: Path) -> None:
+    opened = open_source(checkpoint)
+    assert len(lorank.analyze(opened)) == len(opened.matrices) == 6
