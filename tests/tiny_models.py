@@ -1,0 +1,79 @@
+"""Real architectures with tiny, seeded weights: what adapters and sources meet, in milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+}
+
+
+def _built(model: type[Any], config: Any) -> Any:
+    torch.manual_seed(0)
+    return model(config).eval()
+
+
+def bert() -> Any:
+    """A bare encoder: module names without a prefix."""
+    return _built(transformers.BertModel, transformers.BertConfig(**_SIZES))
+
+
+def bert_classifier() -> Any:
+    """The same encoder under a classification head: names begin with `bert.`."""
+    return _built(transformers.BertForSequenceClassification, transformers.BertConfig(**_SIZES))
+
+
+def llama() -> Any:
+    """Grouped-query attention: key and value projections are narrower."""
+    config = transformers.LlamaConfig(**_SIZES, num_key_value_heads=2, tie_word_embeddings=False)
+    return _built(transformers.LlamaForCausalLM, config)
+
+
+def llama_tied() -> Any:
+    """Input and output embeddings are one parameter."""
+    config = transformers.LlamaConfig(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True)
+    return _built(transformers.LlamaForCausalLM, config)
+
+
+def gpt2() -> Any:
+    """Conv1D layers: weights are stored (in, out)."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)
+    return _built(transformers.GPT2LMHeadModel, config)
+
+
+def mixtral() -> Any:
+    """Stacked experts under routers."""
+    config = transformers.MixtralConfig(**_SIZES, num_key_value_heads=2, num_local_experts=4)
+    return _built(transformers.MixtralForCausalLM, config)
+
+
+def gpt_oss() -> Any:
+    """Stacked experts that are stored (in, out)."""
+    config = transformers.GptOssConfig(
+        **_SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2
+    )
+    return _built(transformers.GptOssForCausalLM, config)
+
+
+def t5() -> Any:
+    """Encoder and decoder with shared embeddings."""
+    config = transformers.T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=64)
+    return _built(transformers.T5ForConditionalGeneration, config)
+
+
+def vit() -> Any:
+    """Patches enter through a convolution."""
+    sizes = {
+        key: value for key, value in _SIZES.items() if key not in ("vocab_size", "max_position_embeddings")
+    }
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=4)
+    return _built(transformers.ViTForImageClassification, config)
