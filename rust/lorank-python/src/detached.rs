@@ -4,8 +4,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-use lorank::analysis::panic_message;
 use lorank::cancel::CancelToken;
+use lorank::parallel::panic_message;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 

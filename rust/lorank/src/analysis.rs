@@ -1,17 +1,13 @@
 //! Many matrices, one after the other and side by side, in bounded memory.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-
+use crate::Result;
 use crate::cancel::CancelToken;
 use crate::eigen::spectrum_in_pool;
 use crate::metrics::SpectralMetrics;
-use crate::parallel::{Strategy, pool};
+use crate::parallel::{Strategy, guarded, pool, side_by_side};
 use crate::source::StoredMatrix;
 use crate::spectrum::Spectrum;
 use crate::workspace::Workspace;
-use crate::{Error, Result};
 
 /// What is known of a matrix after its analysis.
 #[derive(Clone, Debug)]
@@ -43,26 +39,17 @@ pub fn analyze(
     together.sort_by_key(costliest_first);
     alone.sort_by_key(costliest_first);
 
+    let analyze_one = |i: usize, strategy, workspace: &mut Workspace| {
+        emit(i, guarded(|| analyze_matrix(&matrices[i], strategy, cancel, workspace)));
+    };
     pool(threads)?.install(|| {
         let mut workspace = Workspace::default();
         for &i in &together {
             cancel.check()?;
-            emit(i, guarded(&matrices[i], Strategy::Together, cancel, &mut workspace));
+            analyze_one(i, Strategy::Together, &mut workspace);
         }
         drop(workspace);
-        let next = AtomicUsize::new(0);
-        rayon::scope(|scope| {
-            for _ in 0..threads.clamp(1, alone.len().max(1)) {
-                scope.spawn(|_| {
-                    let mut workspace = Workspace::default();
-                    while let Some(&i) = alone.get(next.fetch_add(1, Ordering::Relaxed))
-                        && !cancel.is_cancelled()
-                    {
-                        emit(i, guarded(&matrices[i], Strategy::Alone, cancel, &mut workspace));
-                    }
-                });
-            }
-        });
+        side_by_side(&alone, threads, cancel, &|i, workspace| analyze_one(i, Strategy::Alone, workspace));
         cancel.check()
     })
 }
@@ -79,50 +66,25 @@ fn cost(matrix: &StoredMatrix) -> u128 {
     p * p * (q + 4 * p)
 }
 
-/// One matrix; a panic within it becomes its error and leaves the others alone.
-fn guarded(
+fn analyze_matrix(
     matrix: &StoredMatrix,
     strategy: Strategy,
     cancel: &CancelToken,
     workspace: &mut Workspace,
 ) -> Result<Analysis> {
-    catch_unwind(AssertUnwindSafe(|| {
-        matrix.with_view(&mut workspace.bytes, cancel, |view| {
-            let spectrum = spectrum_in_pool(view, strategy, cancel, &mut workspace.scratch)?;
-            Ok(Analysis { metrics: SpectralMetrics::new(&spectrum, matrix.shape())?, spectrum })
-        })
-    }))
-    .unwrap_or_else(|panic| Err(Error::Numerical(format!("internal error: {}", panic_message(&*panic)))))
-}
-
-/// What a panic said.
-#[must_use]
-pub fn panic_message(panic: &(dyn Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(ToString::to_string)
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "unknown panic".into())
+    matrix.with_view(&mut workspace.bytes, cancel, |view| {
+        let spectrum = spectrum_in_pool(view, strategy, cancel, &mut workspace.scratch)?;
+        Ok(Analysis { metrics: SpectralMetrics::new(&spectrum, matrix.shape())?, spectrum })
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::Ordering;
 
     use super::*;
     use crate::dtype::DType;
-
-    #[test]
-    fn panics_keep_their_message() {
-        for (panic, said) in [
-            (catch_unwind(|| panic!("plain")), "plain"),
-            (catch_unwind(|| panic!("formatted {}", 7)), "formatted 7"),
-            (catch_unwind(|| std::panic::panic_any(7)), "unknown panic"),
-        ] {
-            let panic: Box<dyn Any + Send> = panic.map(|()| unreachable!()).unwrap_err();
-            assert_eq!(panic_message(&*panic), said);
-        }
-    }
 
     /// Bytes whose owner panics the second time that they are asked for.
     struct Vanishing(std::sync::atomic::AtomicBool);

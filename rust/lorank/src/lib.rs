@@ -33,6 +33,7 @@ pub mod matrix;
 pub mod metrics;
 pub mod parallel;
 pub mod powerlaw;
+pub mod product_svd;
 pub mod qr;
 pub mod safetensors;
 pub mod source;

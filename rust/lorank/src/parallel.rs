@@ -6,8 +6,13 @@
 //!
 //! Pools are made for one call and dropped with it: a process may fork between calls.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::cancel::CancelToken;
 use crate::{Error, Result};
 
 /// How threads are spent on one matrix.
@@ -52,4 +57,88 @@ pub fn pool(threads: usize) -> Result<ThreadPool> {
         .thread_name(|i| format!("lorank-{i}"))
         .build()
         .map_err(|e| Error::Numerical(format!("could not start {threads} threads: {e}")))
+}
+
+/// Does `work` for every index of `order`, in that order, side by side within the current pool of
+/// `threads` threads. Each worker keeps one workspace from one index to the next.
+pub fn side_by_side<W: Default>(
+    order: &[usize],
+    threads: usize,
+    cancel: &CancelToken,
+    work: &(dyn Fn(usize, &mut W) + Sync),
+) {
+    let next = AtomicUsize::new(0);
+    rayon::scope(|scope| {
+        for _ in 0..threads.clamp(1, order.len().max(1)) {
+            scope.spawn(|_| {
+                let mut workspace = W::default();
+                while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed))
+                    && !cancel.is_cancelled()
+                {
+                    work(i, &mut workspace);
+                }
+            });
+        }
+    });
+}
+
+/// Runs `work`; a panic within it becomes an error, and other work goes on.
+///
+/// # Errors
+/// Those of `work`, and [`Error::Numerical`] for a panic.
+pub fn guarded<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|panic| Err(Error::Numerical(format!("internal error: {}", panic_message(&*panic)))))
+}
+
+/// What a panic said.
+#[must_use]
+pub fn panic_message(panic: &(dyn Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "unknown panic".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[test]
+    fn panics_become_errors_with_their_message() {
+        for (panic, said) in [
+            (catch_unwind(|| panic!("plain")), "plain"),
+            (catch_unwind(|| panic!("formatted {}", 7)), "formatted 7"),
+            (catch_unwind(|| std::panic::panic_any(7)), "unknown panic"),
+        ] {
+            let panic: Box<dyn Any + Send> = panic.map(|()| unreachable!()).unwrap_err();
+            assert_eq!(panic_message(&*panic), said);
+        }
+        let error = guarded::<()>(|| panic!("lost")).unwrap_err();
+        assert_eq!(error.to_string(), "internal error: lost");
+    }
+
+    #[test]
+    fn every_index_once_and_none_after_cancelling() {
+        for threads in [1, 3] {
+            let (seen, cancel) = (Mutex::new(Vec::new()), CancelToken::default());
+            let order: Vec<usize> = (0..50).rev().collect();
+            let work = |i: usize, calls: &mut usize| {
+                *calls += 1;
+                seen.lock().unwrap().push((i, *calls));
+                if i == 10 {
+                    cancel.cancel();
+                }
+            };
+            pool(threads).unwrap().install(|| side_by_side(&order, threads, &cancel, &work));
+            let mut indices: Vec<usize> = seen.lock().unwrap().iter().map(|&(i, _)| i).collect();
+            indices.sort_unstable();
+            indices.dedup();
+            assert_eq!(indices.len(), seen.lock().unwrap().len());
+            assert!((40..40 + threads).contains(&indices.len()), "{}", indices.len());
+        }
+    }
 }

@@ -6,7 +6,7 @@ use faer::linalg::householder::{
     apply_block_householder_sequence_on_the_left_in_place_with_conj as apply_reflections,
 };
 use faer::linalg::qr::no_pivoting::factor::{qr_in_place, qr_in_place_scratch, recommended_block_size};
-use faer::{Conj, Mat, MatRef, Par, Spec};
+use faer::{Conj, Mat, MatMut, MatRef, Par, Spec};
 
 /// Orthonormal columns and an upper triangular factor.
 #[derive(Clone, Debug)]
@@ -21,23 +21,60 @@ pub struct ThinQr {
 /// `2 n^2 (m - n/3)` operations for `R` and as many for `Q`.
 #[must_use]
 pub fn thin_qr(a: MatRef<'_, f64>) -> ThinQr {
-    let (m, n) = (a.nrows(), a.ncols());
-    let k = m.min(n);
-    let mut factors = a.to_owned();
-    let block = recommended_block_size::<f64>(m, n);
-    let mut reflections = Mat::zeros(block, k);
-    let par = Par::Seq;
-    let mut memory = MemBuffer::new(
-        qr_in_place_scratch::<f64>(m, n, block, par, Spec::default()).or(apply_scratch::<f64>(m, block, k)),
-    );
-    let stack = MemStack::new(&mut memory);
-    qr_in_place(factors.as_mut(), reflections.as_mut(), par, stack, Spec::default());
+    let factored = HouseholderQr::new(a.to_owned());
+    let mut q = Mat::identity(a.nrows(), factored.rank_bound());
+    factored.apply(q.as_mut());
+    ThinQr { q, r: factored.r() }
+}
 
-    let r = Mat::from_fn(k, n, |i, j| if i <= j { factors[(i, j)] } else { 0.0 });
-    let mut q = Mat::identity(m, k);
-    let basis = factors.as_ref().subcols(0, k);
-    apply_reflections(basis, reflections.as_ref(), Conj::No, q.as_mut(), par, stack);
-    ThinQr { q, r }
+/// A QR decomposition whose `Q` stays a product of reflections: to multiply with it costs less than
+/// to form it first.
+#[derive(Clone, Debug)]
+pub struct HouseholderQr {
+    factors: Mat<f64>,
+    reflections: Mat<f64>,
+}
+
+impl HouseholderQr {
+    /// Factors a matrix `(m, n)` in its own memory, on the calling thread.
+    #[must_use]
+    pub fn new(mut a: Mat<f64>) -> Self {
+        let (m, n) = (a.nrows(), a.ncols());
+        let block = recommended_block_size::<f64>(m, n);
+        let mut reflections = Mat::zeros(block, m.min(n));
+        let request = qr_in_place_scratch::<f64>(m, n, block, Par::Seq, Spec::default());
+        let mut memory = MemBuffer::new(request);
+        let stack = MemStack::new(&mut memory);
+        qr_in_place(a.as_mut(), reflections.as_mut(), Par::Seq, stack, Spec::default());
+        Self { factors: a, reflections }
+    }
+
+    /// `k = min(m, n)`, the number of columns of `Q`.
+    #[must_use]
+    pub fn rank_bound(&self) -> usize {
+        self.reflections.ncols()
+    }
+
+    /// `R`, `(k, n)`.
+    #[must_use]
+    pub fn r(&self) -> Mat<f64> {
+        let at = |i, j| if i <= j { self.factors[(i, j)] } else { 0.0 };
+        Mat::from_fn(self.rank_bound(), self.factors.ncols(), at)
+    }
+
+    /// Replaces `x`, `(m, l)`, by the product of the reflections with it: `Q` times the first `k`
+    /// rows of `x` where the others are zero.
+    ///
+    /// # Panics
+    /// If `x` has another number of rows than the factored matrix.
+    pub fn apply(&self, x: MatMut<'_, f64>) {
+        let (m, block) = (self.factors.nrows(), self.reflections.nrows());
+        assert_eq!(x.nrows(), m, "as many rows as the factored matrix");
+        let mut memory = MemBuffer::new(apply_scratch::<f64>(m, block, x.ncols()));
+        let basis = self.factors.as_ref().subcols(0, self.rank_bound());
+        let stack = MemStack::new(&mut memory);
+        apply_reflections(basis, self.reflections.as_ref(), Conj::No, x, Par::Seq, stack);
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,422 @@
+//! The singular value decomposition of a low-rank update, from its factors alone.
+//!
+//! An update is a sum of terms, `sum_j w_j B_j A_j` with `B_j (out, r_j)` and `A_j (r_j, in)`: one
+//! term is an adapter's module, several are a merge. The terms are stacked into one product `B A` of
+//! rank at most `K = sum r_j`. With `B = Q_B R_B` and `A^T = Q_A R_A`, the decomposition of the small
+//! core `R_B R_A^T = U S V^T` gives that of the whole, `(Q_B U) S (Q_A V)^T`: about
+//! `8 (out + in) K^2` operations, and `out * in` numbers never exist.
+//!
+//! Source: PARA, Post-Optimization Adaptive Rank Allocation for `LoRA`, equations 2 to 5 and 13.
+//!
+//! Arithmetic is float64: in float32 the core loses digits wherever terms cancel. Powers of two are
+//! taken out of every factor first, so that `B = 1e-30, A = 1e30` is as good as any other pair.
+
+use faer::{Mat, MatMut, MatRef};
+
+use crate::cancel::CancelToken;
+use crate::dtype::DType;
+use crate::eigen::{binary_exponent, power_of_two};
+use crate::matrix::MatrixView;
+use crate::parallel::{guarded, pool, side_by_side};
+use crate::qr::HouseholderQr;
+use crate::source::StoredMatrix;
+use crate::svd::{ThinSvd, thin_svd};
+use crate::{Error, Result};
+
+/// One term of an update: `weight * B A`.
+#[derive(Clone, Debug)]
+pub struct Term {
+    /// `(out, r)`.
+    pub b: StoredMatrix,
+    /// `(r, in)`.
+    pub a: StoredMatrix,
+    /// The term's scaling, times its weight in a merge.
+    pub weight: f64,
+}
+
+/// Row-major numbers: float32 unless a factor was float64.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Values {
+    /// Rounded once, at the end.
+    F32(Vec<f32>),
+    /// As computed.
+    F64(Vec<f64>),
+}
+
+/// An update in balanced spectral form, `B A = sum_i s_i u_i v_i^T` with `B = U sqrt(S)` and
+/// `A = sqrt(S) V^T`: its best approximation of any rank `r` is the first `r` columns and rows.
+#[derive(Clone, Debug)]
+pub struct Decomposition {
+    /// `(k, out)`: the columns of `B` one after the other.
+    pub b_columns: Values,
+    /// The `k` singular values of the update, descending; those that are zero up to rounding are 0.
+    pub singular_values: Vec<f64>,
+    /// `(k, in)`: the rows of `A`.
+    pub a_rows: Values,
+}
+
+/// Decomposes every update with up to `threads` threads and hands each result to `emit` with the
+/// index of its update, as they finish; `emit` is called from several threads.
+///
+/// The factors of at most `threads` updates are in memory at any time. An update that fails does not
+/// stop the others. The results do not depend on `threads`.
+///
+/// # Errors
+/// [`Error::Cancelled`], and a lack of threads; errors of single updates go to `emit`.
+pub fn decompose_all(
+    updates: &[Vec<Term>],
+    threads: usize,
+    cancel: &CancelToken,
+    emit: &(dyn Fn(usize, Result<Decomposition>) + Sync),
+) -> Result<()> {
+    let mut order: Vec<usize> = (0..updates.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(cost(&updates[i])));
+    pool(threads)?.install(|| {
+        side_by_side(&order, threads, cancel, &|i, bytes: &mut Vec<u8>| {
+            emit(i, guarded(|| decompose(&updates[i], bytes, cancel)));
+        });
+        cancel.check()
+    })
+}
+
+/// Multiplications, up to a constant.
+fn cost(update: &[Term]) -> u128 {
+    let rank: usize = update.iter().map(|term| term.a.shape().0).sum();
+    let sides = update.first().map_or(0, |term| term.b.shape().0 + term.a.shape().1);
+    (rank as u128).pow(2) * sides as u128
+}
+
+/// Decomposes one update; `bytes` is a buffer for factors in files.
+///
+/// # Errors
+/// [`Error::InvalidInput`] if the shapes do not fit, [`Error::Numerical`] for NaN and infinite
+/// values, and those of reading.
+pub fn decompose(update: &[Term], bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<Decomposition> {
+    let (out, fan_in, rank) = checked_shape(update)?;
+    let scales = Scales::of(update, bytes, cancel)?;
+    let mut b = Mat::zeros(out, rank);
+    let mut a_transposed = Mat::zeros(fan_in, rank);
+    let mut column = 0;
+    for (term, (b_scale, a_scale)) in update.iter().zip(&scales.factors) {
+        let r = term.a.shape().0;
+        upcast(&term.b, *b_scale, b.as_mut().subcols_mut(column, r), bytes, cancel)?;
+        let rows = a_transposed.as_mut().subcols_mut(column, r).transpose_mut();
+        upcast(&term.a, *a_scale, rows, bytes, cancel)?;
+        column += r;
+    }
+    let (b, a) = (HouseholderQr::new(b), HouseholderQr::new(a_transposed));
+    let (r_b, r_a) = (b.r(), a.r());
+    // What rounding can leave of a singular value that is zero.
+    let noise = rank as f64 * f64::EPSILON * r_b.norm_l2() * r_a.norm_l2();
+    let core = core_svd(&(r_b * r_a.transpose()))?;
+
+    let values: Vec<f64> = core.singular_values.iter().map(|&s| if s > noise { s } else { 0.0 }).collect();
+    let unit = power_of_two(scales.half_exponent);
+    let roots: Vec<f64> = values.iter().map(|s| s.sqrt() * unit).collect();
+    let wide = update.iter().any(|term| term.a.dtype() == DType::F64 || term.b.dtype() == DType::F64);
+    Ok(Decomposition {
+        b_columns: rotated(&b, core.u.as_ref(), &roots, out, wide),
+        singular_values: values.into_iter().map(|s| s * unit * unit).collect(),
+        a_rows: rotated(&a, core.v.as_ref(), &roots, fan_in, wide),
+    })
+}
+
+/// `(out, in, K)` of a sum of terms.
+fn checked_shape(update: &[Term]) -> Result<(usize, usize, usize)> {
+    let Some(first) = update.first() else {
+        return Err(Error::InvalidInput("an update needs at least one term".into()));
+    };
+    let (out, fan_in) = (first.b.shape().0, first.a.shape().1);
+    for term in update {
+        let ((rows, inner), (r, cols)) = (term.b.shape(), term.a.shape());
+        if (rows, cols) != (out, fan_in) || inner != r {
+            return Err(Error::InvalidInput(format!(
+                "factors of shapes {rows}x{inner} and {r}x{cols} do not make a {out}x{fan_in} update"
+            )));
+        }
+        if !term.weight.is_finite() {
+            return Err(Error::Numerical(format!("the weight {} is not finite", term.weight)));
+        }
+    }
+    Ok((out, fan_in, update.iter().map(|term| term.a.shape().0).sum()))
+}
+
+/// What the factors are multiplied with before the decomposition.
+struct Scales {
+    /// For `B` and for `A` of every term: together `weight / 4^half_exponent`.
+    factors: Vec<(f64, f64)>,
+    /// Half the binary exponent that was taken out of the update.
+    half_exponent: i32,
+}
+
+impl Scales {
+    /// Brings the largest term near 1, the others in proportion, and both factors of each to the
+    /// same size.
+    fn of(update: &[Term], bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<Self> {
+        let mut exponents = Vec::with_capacity(update.len());
+        for term in update {
+            let b = exponent(&term.b, bytes, cancel)?;
+            let a = exponent(&term.a, bytes, cancel)?;
+            let weight = if term.weight == 0.0 { None } else { Some(binary_exponent(term.weight.abs())?) };
+            exponents.push(b.zip(a).zip(weight).map(|((b, a), weight)| (b, a, weight)));
+        }
+        let total = |&(b, a, weight): &(i32, i32, i32)| b + a + weight;
+        let half_exponent = exponents.iter().flatten().map(total).max().unwrap_or(0).div_euclid(2);
+        let factors = exponents
+            .iter()
+            .zip(update)
+            .map(|(exponents, term)| {
+                let Some((b, a, weight)) = exponents else { return (0.0, 0.0) };
+                let mantissa = term.weight * power_of_two(-weight);
+                let size = b + a + weight - 2 * half_exponent;
+                let b_size = size.div_euclid(2).max(-500);
+                let a_size = (size - b_size).max(-500);
+                (mantissa * power_of_two(b_size - b), power_of_two(a_size - a))
+            })
+            .collect();
+        Ok(Self { factors, half_exponent })
+    }
+}
+
+/// The binary exponent of the largest entry, `None` for a matrix of zeros.
+fn exponent(matrix: &StoredMatrix, bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<Option<i32>> {
+    matrix.with_view(bytes, cancel, |view| {
+        let largest = view.max_abs()?;
+        if largest == 0.0 { Ok(None) } else { binary_exponent(largest).map(Some) }
+    })
+}
+
+fn upcast(
+    matrix: &StoredMatrix,
+    scale: f64,
+    out: MatMut<'_, f64>,
+    bytes: &mut Vec<u8>,
+    cancel: &CancelToken,
+) -> Result<()> {
+    if scale == 0.0 {
+        return Ok(()); // `out` is zero already.
+    }
+    let (rows, cols) = matrix.shape();
+    matrix.with_view(bytes, cancel, |view| {
+        view.upcast(0..rows, 0..cols, scale, out);
+        Ok(())
+    })
+}
+
+fn core_svd(core: &Mat<f64>) -> Result<ThinSvd> {
+    let (rows, cols) = (core.nrows(), core.ncols());
+    let row_major: Vec<f64> = (0..rows).flat_map(|i| (0..cols).map(move |j| core[(i, j)])).collect();
+    thin_svd(&MatrixView::from_f64(&row_major, rows, cols)?)
+}
+
+/// The columns of `Q X diag(roots)`, one after the other.
+fn rotated(q: &HouseholderQr, x: MatRef<'_, f64>, roots: &[f64], length: usize, wide: bool) -> Values {
+    let mut columns = Mat::zeros(length, roots.len());
+    columns.as_mut().subrows_mut(0, x.nrows()).copy_from(x);
+    q.apply(columns.as_mut());
+    let scaled =
+        columns.col_iter().zip(roots).flat_map(|(column, root)| column.iter().map(move |x| x * root));
+    if wide {
+        Values::F64(scaled.collect())
+    } else {
+        #[allow(clippy::cast_possible_truncation)] // Rounding is the point.
+        Values::F32(scaled.map(|x| x as f32).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn stored(values: &[f64], rows: usize, cols: usize, dtype: DType) -> StoredMatrix {
+        #[allow(clippy::cast_possible_truncation)]
+        let bytes: Vec<u8> = match dtype {
+            DType::F64 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            _ => values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
+        };
+        StoredMatrix::in_memory(Arc::new(bytes), dtype, (rows, cols), (cols, 1)).unwrap()
+    }
+
+    fn term(out: usize, fan_in: usize, b: &[f64], a: &[f64], weight: f64, dtype: DType) -> Term {
+        let r = b.len() / out;
+        Term { b: stored(b, out, r, dtype), a: stored(a, r, fan_in, dtype), weight }
+    }
+
+    /// The same numbers on every run, between -1 and 1.
+    fn noise(count: usize, seed: u64) -> Vec<f64> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        (0..count)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+            })
+            .collect()
+    }
+
+    fn dense(update: &[Term]) -> nalgebra::DMatrix<f64> {
+        let matrix = |m: &StoredMatrix| {
+            let (rows, cols) = m.shape();
+            let mut out = Mat::zeros(rows, cols);
+            upcast(m, 1.0, out.as_mut(), &mut Vec::new(), &CancelToken::default()).unwrap();
+            nalgebra::DMatrix::from_fn(rows, cols, |i, j| out[(i, j)])
+        };
+        update.iter().map(|t| matrix(&t.b) * matrix(&t.a) * t.weight).reduce(|sum, next| sum + next).unwrap()
+    }
+
+    fn numbers(values: &Values) -> Vec<f64> {
+        match values {
+            Values::F32(x) => x.iter().map(|&x| f64::from(x)).collect(),
+            Values::F64(x) => x.clone(),
+        }
+    }
+
+    fn of(update: &[Term]) -> Decomposition {
+        decompose(update, &mut Vec::new(), &CancelToken::default()).unwrap()
+    }
+
+    /// Every singular value and every truncation against the dense update, relative to `size`.
+    fn check(update: &[Term], tolerance: f64) {
+        let found = of(update);
+        let target = dense(update);
+        let (out, fan_in) = target.shape();
+        let mut expected: Vec<f64> = target.clone().singular_values().iter().copied().collect();
+        expected.sort_by(|a, b| b.total_cmp(a));
+        let largest = expected[0].max(f64::MIN_POSITIVE);
+        let k = found.singular_values.len();
+        for (i, s) in found.singular_values.iter().enumerate() {
+            assert!((s - expected[i]).abs() <= 1e-13 * largest, "{i}: {s:e} {:e}", expected[i]);
+        }
+        assert!(expected[k..].iter().all(|s| *s <= 1e-13 * largest));
+        let (b, a) = (numbers(&found.b_columns), numbers(&found.a_rows));
+        for r in 0..=k {
+            let left = nalgebra::DMatrix::from_column_slice(out, r, &b[..out * r]);
+            let right = nalgebra::DMatrix::from_row_slice(r, fan_in, &a[..fan_in * r]);
+            let error = (&target - left * right).norm();
+            let optimal = expected[r..].iter().map(|s| s * s).sum::<f64>().sqrt();
+            assert!((error - optimal).abs() <= tolerance * target.norm(), "rank {r}: {error:e} {optimal:e}");
+        }
+    }
+
+    #[test]
+    fn shapes_that_hurt() {
+        for (out, fan_in, r) in [(1, 1, 1), (1, 9, 3), (9, 1, 3), (6, 40, 4), (40, 6, 16), (30, 30, 8)] {
+            for dtype in [DType::F32, DType::F64] {
+                let (b, a) = (noise(out * r, 1), noise(r * fan_in, 2));
+                let tolerance = if dtype == DType::F32 { 1e-6 } else { 1e-13 };
+                check(&[term(out, fan_in, &b, &a, 2.0, dtype)], tolerance);
+                let zero = vec![0.0; out * r];
+                let found = of(&[term(out, fan_in, &zero, &a, 2.0, dtype)]);
+                assert!(found.singular_values.iter().all(|&s| s == 0.0));
+                assert!(numbers(&found.b_columns).iter().all(|&x| x == 0.0));
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_are_zero_are_exactly_zero() {
+        let (mut b, a) = (noise(20 * 6, 3), noise(6 * 30, 4));
+        for row in b.chunks_mut(6) {
+            row[4] = row[0] - 2.0 * row[1]; // rank 4
+            row[5] = row[2];
+        }
+        let update = [term(20, 30, &b, &a, 1.0, DType::F64)];
+        let found = of(&update);
+        assert_eq!(found.singular_values.iter().filter(|&&s| s > 0.0).count(), 4);
+        check(&update, 1e-13);
+    }
+
+    #[test]
+    fn sizes_do_not_matter() {
+        let (b, a) = (noise(12 * 4, 5), noise(4 * 10, 6));
+        let reference = of(&[term(12, 10, &b, &a, 1.0, DType::F64)]).singular_values;
+        for (b_size, a_size) in [(-100, 100), (100, -100), (-100, -100), (100, 100), (-110, 120)] {
+            let scaled = |x: &[f64], e: i32| x.iter().map(|x| x * power_of_two(e)).collect::<Vec<_>>();
+            let update = [term(12, 10, &scaled(&b, b_size), &scaled(&a, a_size), 1.0, DType::F64)];
+            let found = of(&update);
+            for (mine, theirs) in found.singular_values.iter().zip(&reference) {
+                let theirs = theirs * power_of_two(b_size + a_size);
+                assert!((mine - theirs).abs() <= 1e-14 * theirs, "{mine:e} {theirs:e}");
+            }
+            let largest = |values: &Values| numbers(values).iter().fold(0.0f64, |m, x| m.max(x.abs()));
+            let (left, right) = (largest(&found.b_columns), largest(&found.a_rows));
+            assert!(left < 100.0 * right && right < 100.0 * left, "balanced: {left:e} {right:e}");
+        }
+    }
+
+    #[test]
+    fn terms_are_added_with_their_signs() {
+        let terms = |weights: &[f64]| -> Vec<Term> {
+            (0..weights.len())
+                .map(|j| {
+                    let (r, seed) = (2 + 3 * j, j as u64);
+                    let size = power_of_two(30 * i32::try_from(j).unwrap());
+                    let b: Vec<f64> = noise(14 * r, 7 + seed).iter().map(|x| x * size).collect();
+                    let a: Vec<f64> = noise(r * 11, 70 + seed).iter().map(|x| x / size).collect();
+                    term(14, 11, &b, &a, weights[j], DType::F64)
+                })
+                .collect()
+        };
+        check(&terms(&[0.7, 0.3]), 1e-13);
+        check(&terms(&[0.5, -1.5, 1e-3]), 1e-13);
+        check(&terms(&[1.0, 0.0, 0.0]), 1e-13);
+        // A difference of nearly equal updates: what is left has the digits that float64 leaves it.
+        let (b, a) = (noise(14 * 4, 90), noise(4 * 11, 91));
+        let close: Vec<f64> = b.iter().map(|x| x + 1e-6).collect();
+        let pair = [term(14, 11, &b, &a, 1.0, DType::F64), term(14, 11, &close, &a, -1.0, DType::F64)];
+        let found = of(&pair).singular_values[0];
+        let expected = dense(&pair).singular_values()[0];
+        assert!((found - expected).abs() < 1e-9 * expected, "{found:e} {expected:e}");
+        let same = [term(14, 11, &b, &a, 1.0, DType::F64), term(14, 11, &b, &a, -1.0, DType::F64)];
+        assert!(of(&same).singular_values.iter().all(|&s| s == 0.0));
+    }
+
+    #[test]
+    fn misfits_are_errors() {
+        let good = term(4, 5, &noise(8, 1), &noise(10, 2), 1.0, DType::F64);
+        let fail = |update: &[Term]| {
+            decompose(update, &mut Vec::new(), &CancelToken::default()).unwrap_err().to_string()
+        };
+        assert!(fail(&[]).contains("at least one term"));
+        let other = term(3, 5, &noise(6, 1), &noise(10, 2), 1.0, DType::F64);
+        assert!(fail(&[good.clone(), other]).contains("3x2 and 2x5 do not make a 4x5 update"));
+        let inner = Term { a: stored(&noise(15, 1), 3, 5, DType::F64), ..good.clone() };
+        assert!(fail(&[inner]).contains("4x2 and 3x5"));
+        assert!(fail(&[Term { weight: f64::NAN, ..good.clone() }]).contains("not finite"));
+        let mut nan = noise(8, 1);
+        nan[3] = f64::NAN;
+        assert!(fail(&[term(4, 5, &nan, &noise(10, 2), 1.0, DType::F32)]).contains("NaN"));
+    }
+
+    #[test]
+    fn many_updates_give_the_same_bits_on_any_number_of_threads() {
+        let updates: Vec<Vec<Term>> = (1..20)
+            .map(|i| vec![term(10 + i, 30, &noise((10 + i) * 4, i as u64), &noise(120, 99), 0.5, DType::F32)])
+            .collect();
+        let run = |threads| {
+            let results = std::sync::Mutex::new(vec![None; updates.len()]);
+            decompose_all(&updates, threads, &CancelToken::default(), &|i, result| {
+                let d = result.unwrap();
+                results.lock().unwrap()[i] = Some((d.b_columns, d.singular_values, d.a_rows));
+            })
+            .unwrap();
+            results.into_inner().unwrap()
+        };
+        assert_eq!(run(1), run(4));
+    }
+
+    proptest! {
+        #[test]
+        fn any_update((out, fan_in, r, seed, dtype) in (1usize..14, 1usize..14, 1usize..9, any::<u64>(),
+            prop_oneof![Just(DType::F32), Just(DType::F64)]))
+        {
+            let update = [term(out, fan_in, &noise(out * r, seed), &noise(r * fan_in, seed ^ 5), -3.0, dtype)];
+            check(&update, if dtype == DType::F32 { 1e-6 } else { 1e-12 });
+        }
+    }
+}
