@@ -21,6 +21,7 @@
 pub mod analysis;
 pub mod cancel;
 pub mod checkpoint;
+pub mod difference_svd;
 pub mod dtype;
 pub mod effective_rank;
 pub mod eigen;

@@ -16,11 +16,10 @@ use faer::{Mat, MatMut, MatRef};
 use crate::cancel::CancelToken;
 use crate::dtype::DType;
 use crate::eigen::{binary_exponent, power_of_two};
-use crate::matrix::MatrixView;
 use crate::parallel::{guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::StoredMatrix;
-use crate::svd::{ThinSvd, thin_svd};
+use crate::svd::dense_svd;
 use crate::{Error, Result};
 
 /// One term of an update: `weight * B A`.
@@ -108,7 +107,7 @@ pub fn decompose(update: &[Term], bytes: &mut Vec<u8>, cancel: &CancelToken) -> 
     let (r_b, r_a) = (b.r(), a.r());
     // What rounding can leave of a singular value that is zero.
     let noise = rank as f64 * f64::EPSILON * r_b.norm_l2() * r_a.norm_l2();
-    let core = core_svd(&(r_b * r_a.transpose()))?;
+    let core = dense_svd((r_b * r_a.transpose()).as_ref())?;
 
     let values: Vec<f64> = core.singular_values.iter().map(|&s| if s > noise { s } else { 0.0 }).collect();
     let unit = power_of_two(scales.half_exponent);
@@ -203,10 +202,20 @@ fn upcast(
     })
 }
 
-fn core_svd(core: &Mat<f64>) -> Result<ThinSvd> {
-    let (rows, cols) = (core.nrows(), core.ncols());
-    let row_major: Vec<f64> = (0..rows).flat_map(|i| (0..cols).map(move |j| core[(i, j)])).collect();
-    thin_svd(&MatrixView::from_f64(&row_major, rows, cols)?)
+/// Balanced spectral form of `2^exponent * U diag(s) V^T`, in float32.
+pub(crate) fn balanced(
+    u: MatRef<'_, f64>,
+    singular_values: &[f64],
+    v: MatRef<'_, f64>,
+    exponent: i32,
+) -> Decomposition {
+    let singular_values: Vec<f64> = singular_values.iter().map(|s| s * power_of_two(exponent)).collect();
+    let roots: Vec<f64> = singular_values.iter().map(|s| s.sqrt()).collect();
+    Decomposition {
+        b_columns: scaled_columns(u, &roots, false),
+        a_rows: scaled_columns(v, &roots, false),
+        singular_values,
+    }
 }
 
 /// The columns of `Q X diag(roots)`, one after the other.
@@ -214,8 +223,11 @@ fn rotated(q: &HouseholderQr, x: MatRef<'_, f64>, roots: &[f64], length: usize, 
     let mut columns = Mat::zeros(length, roots.len());
     columns.as_mut().subrows_mut(0, x.nrows()).copy_from(x);
     q.apply(columns.as_mut());
-    let scaled =
-        columns.col_iter().zip(roots).flat_map(|(column, root)| column.iter().map(move |x| x * root));
+    scaled_columns(columns.as_ref(), roots, wide)
+}
+
+fn scaled_columns(x: MatRef<'_, f64>, scales: &[f64], wide: bool) -> Values {
+    let scaled = x.col_iter().zip(scales).flat_map(|(column, scale)| column.iter().map(move |x| x * scale));
     if wide {
         Values::F64(scaled.collect())
     } else {

@@ -7,13 +7,13 @@
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
-use faer::{Mat, MatMut, Par, Spec};
+use faer::{Mat, MatMut, MatRef, Par, Spec};
 
-use crate::Result;
 use crate::eigen::{binary_exponent, power_of_two};
 use crate::jacobi::jacobi_svd;
 use crate::matrix::MatrixView;
 use crate::qr::thin_qr;
+use crate::{Error, Result};
 
 /// `A = U diag(s) V^T`.
 #[derive(Clone, Debug)]
@@ -30,7 +30,7 @@ pub struct ThinSvd {
 /// accuracy `eps * s_1`, where the square root of an eigenvalue keeps only `sqrt(eps) * s_1`.
 ///
 /// # Errors
-/// [`crate::Error::Numerical`] for NaN, infinite, and extremely large or small entries.
+/// [`Error::Numerical`] for NaN, infinite, and extremely large or small entries.
 pub fn singular_values(view: &MatrixView<'_>) -> Result<Vec<f64>> {
     let Some((matrix, unit)) = scaled(view)? else {
         return Ok(vec![0.0; view.rows().min(view.cols())]);
@@ -45,17 +45,42 @@ pub fn singular_values(view: &MatrixView<'_>) -> Result<Vec<f64>> {
 /// The thin SVD of a matrix, on the calling thread.
 ///
 /// # Errors
-/// [`crate::Error::Numerical`] for NaN, infinite, and extremely large or small entries.
+/// [`Error::Numerical`] for NaN, infinite, and extremely large or small entries.
 pub fn thin_svd(view: &MatrixView<'_>) -> Result<ThinSvd> {
-    let (m, n) = (view.rows(), view.cols());
+    match scaled(view)? {
+        Some((matrix, unit)) => decomposed(&matrix, unit),
+        None => Ok(zero_svd(view.rows(), view.cols())),
+    }
+}
+
+/// [`thin_svd`] of a matrix that is in float64 already.
+///
+/// # Errors
+/// As [`thin_svd`].
+pub fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
+    if !matrix.is_all_finite() {
+        return Err(Error::Numerical("holds NaN or infinite values".into()));
+    }
+    let largest = matrix.norm_max();
+    if largest == 0.0 {
+        return Ok(zero_svd(matrix.nrows(), matrix.ncols()));
+    }
+    let exponent = binary_exponent(largest)?;
+    decomposed(&(matrix * faer::Scale(power_of_two(-exponent))), power_of_two(exponent))
+}
+
+fn zero_svd(m: usize, n: usize) -> ThinSvd {
     let k = m.min(n);
-    let Some((matrix, unit)) = scaled(view)? else {
-        return Ok(ThinSvd { u: Mat::identity(m, k), singular_values: vec![0.0; k], v: Mat::identity(n, k) });
-    };
-    let (mut u, mut v) = (Mat::zeros(m, k), Mat::zeros(n, k));
-    let mut decomposition = match faer_svd(&matrix, Some(u.as_mut()), Some(v.as_mut())) {
+    ThinSvd { u: Mat::identity(m, k), singular_values: vec![0.0; k], v: Mat::identity(n, k) }
+}
+
+/// The thin SVD of `unit` times a matrix.
+fn decomposed(matrix: &Mat<f64>, unit: f64) -> Result<ThinSvd> {
+    let (m, n) = (matrix.nrows(), matrix.ncols());
+    let (mut u, mut v) = (Mat::zeros(m, m.min(n)), Mat::zeros(n, m.min(n)));
+    let mut decomposition = match faer_svd(matrix, Some(u.as_mut()), Some(v.as_mut())) {
         Some(singular_values) => ThinSvd { u, singular_values, v },
-        None => fallback(&matrix)?,
+        None => fallback(matrix)?,
     };
     for s in &mut decomposition.singular_values {
         *s *= unit;
