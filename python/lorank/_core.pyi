@@ -1,6 +1,6 @@
 """Types of the Rust core. Private: use the functions that `lorank` exports."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, final
@@ -18,10 +18,17 @@ __all__ = [
     "alpha_hill",
     "analyze",
     "available_threads",
+    "decompose",
     "marchenko_pastur",
     "marchenko_pastur_median",
+    "select_budget",
+    "select_energy",
+    "select_largest",
+    "select_smallest",
     "spectral_metrics",
     "spectrum",
+    "subtract",
+    "write_safetensors",
 ]
 __version__: str
 
@@ -37,11 +44,13 @@ class Matrix:
     def shape(self) -> tuple[int, int]: ...
     @property
     def dtype(self) -> str: ...
+    def to_array(self) -> npt.NDArray[Any]: ...
 
 @final
 class Checkpoint:
     def __new__(cls, path: str | PathLike[str]) -> Checkpoint: ...
     def tensors(self) -> list[tuple[str, str, list[int], Path]]: ...
+    def metadata(self) -> dict[str, str]: ...
     def matrix(self, position: int, rows: int, cols: int, index: int = 0) -> Matrix: ...
 
 def available_threads() -> int: ...
@@ -55,4 +64,26 @@ def analyze(
     threads: int,
     keep_eigenvalues: bool,
     on_result: Callable[[int, Any], object],
+) -> None: ...
+def decompose(
+    updates: Sequence[Sequence[tuple[Matrix, Matrix, float]]],
+    threads: int,
+    on_result: Callable[[int, Any], object],
+) -> None: ...
+def subtract(
+    pairs: Sequence[tuple[Matrix, Matrix]],
+    max_rank: int,
+    threads: int,
+    on_result: Callable[[int, Any], object],
+) -> None: ...
+def select_largest(scores: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_]: ...
+def select_smallest(scores: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_]: ...
+def select_energy(values: npt.NDArray[np.float64], fraction: float) -> npt.NDArray[np.bool_]: ...
+def select_budget(
+    values: npt.NDArray[np.float64], lengths: Sequence[int], costs: Sequence[int], parameters: int
+) -> npt.NDArray[np.bool_]: ...
+def write_safetensors(
+    path: str | PathLike[str],
+    tensors: Sequence[tuple[str, Sequence[int], Matrix | tuple[Checkpoint, int] | bytes, str]],
+    metadata: Mapping[str, str],
 ) -> None: ...

@@ -141,7 +141,8 @@ def _checked(
 def _rounded(exact: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.int64]:
     whole = np.floor(exact)
     # Not floor(x + 0.5): that sum rounds up to 1 for the number just below 0.5.
-    return np.minimum(whole + (exact - whole >= 0.5), most).astype(np.int64)
+    rounded: npt.NDArray[np.int64] = np.minimum(whole + (exact - whole >= 0.5), most).astype(np.int64)
+    return rounded
 
 
 def _proportional(

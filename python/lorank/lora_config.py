@@ -67,7 +67,7 @@ def settings(
 
     linear = [names[module.name] for module in adapted if module.kind != "expert"]
     stacks = [names[module.name] for module in adapted if module.kind == "expert"]
-    keys = _rank_keys(by_name)
+    keys = rank_keys(by_name)
     result: dict[str, Any] = {
         "r": r,
         "lora_alpha": lora_alpha,
@@ -82,7 +82,7 @@ def settings(
     }
     if stacks:
         result["target_parameters"] = stacks
-    if excluded := _accidental(linear, others):
+    if excluded := accidental_matches(linear, others):
         result["exclude_modules"] = excluded
     return {**extra, **result}
 
@@ -93,7 +93,7 @@ def _alpha(rank: int, r: int, lora_alpha: float, scale_rule: ScaleRule) -> float
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _rank_keys(ranks: Mapping[str, int]) -> dict[int, str]:
+def rank_keys(ranks: Mapping[str, int]) -> dict[int, str]:
     """One regular expression per rank that matches its modules, under any prefix, and no other's."""
     shadowed = _shadowed(ranks)
     by_rank: dict[int, list[str]] = defaultdict(list)
@@ -114,7 +114,7 @@ def _proper_suffixes(name: str) -> Iterator[str]:
     return islice(naming.suffixes(name), 1, None)
 
 
-def _accidental(targets: Sequence[str], others: Iterable[str]) -> str | None:
+def accidental_matches(targets: Sequence[str], others: Iterable[str]) -> str | None:
     """A regular expression for modules that a target selects as a suffix although nobody chose them."""
     chosen = set(targets)
     suffixes = {suffix for target in targets for suffix in _proper_suffixes(target)}

@@ -12,9 +12,13 @@ from lorank.sources import arrays, quantized
 from lorank.sources.base import Kind, MatrixInfo, Skipped, Source, SourceMatrix
 from lorank.sources.layout import Layout
 
-# PEFT wraps a module and keeps the original as `base_layer`.
-_PEFT_PREFIX = "base_model.model."
-_PEFT_PARTS = ("lora_", "modules_to_save", "original_module")
+# How PEFT's wrappers, by the names of their base classes, keep the module that they wrap.
+_WRAPPED = {
+    "PeftModel": "base_model",
+    "BaseTuner": "model",
+    "BaseTunerLayer": "base_layer",
+    "AuxiliaryTrainingWrapper": "original_module",
+}
 
 
 def is_module(value: object) -> bool:
@@ -48,6 +52,7 @@ def from_module(model: Any) -> Source:
             skipped.append(Skipped(name, shape, found))
         else:
             matrices += found
+    skipped += _hidden_weights(model)
     return Source(type(model).__name__, tuple(matrices), tuple(skipped), num_parameters)
 
 
@@ -67,14 +72,40 @@ class _Weight:
 
 
 def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
-    """Every parameter under its name without PEFT, with the shape that it has when dequantized."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    """Every parameter of the base model, with the shape that it has when dequantized."""
+    for prefix, module in _modules(model):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{prefix}.{local}" if prefix else local
-            if any(part.startswith(_PEFT_PARTS) for part in name.split(".")):
-                continue
-            name = name.removeprefix(_PEFT_PREFIX).replace(".base_layer", "")
-            yield name, _Weight(module, parameter), quantized.shape(parameter)
+            yield prefix + local, _Weight(module, parameter), quantized.shape(parameter)
+
+
+def _modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every module of the base model with the prefix of its parameters' names, PEFT's wrappers left out."""
+    module = _unwrapped(module)
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _modules(child, f"{prefix}{name}.")
+
+
+def _unwrapped(module: Any) -> Any:
+    classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("peft.")}
+    for wrapper, attribute in _WRAPPED.items():
+        if wrapper in classes and is_module(inner := getattr(module, attribute, None)):
+            return _unwrapped(inner)
+    return module
+
+
+def _hidden_weights(model: Any) -> Iterator[Skipped]:
+    """Weights that are no parameters: packed behind a method, or in buffers of integers."""
+    for prefix, module in _modules(model):
+        if callable(getattr(module, "weight", None)):
+            shape = tuple(module.weight().shape)
+            yield Skipped(f"{prefix}weight", shape, f"quantized ({type(module).__name__}), not a parameter")
+        elif getattr(module, "weight", None) is None:
+            for local, buffer in module.named_buffers(recurse=False):
+                if "weight" in local and buffer.ndim >= 2 and not buffer.dtype.is_floating_point:
+                    reason = f"quantized ({type(module).__name__}), and its library offers no way back"
+                    yield Skipped(prefix + local, tuple(buffer.shape), reason)
 
 
 def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] | str:

@@ -74,14 +74,25 @@ def from_pickles(path: Path, label: str, config: Mapping[str, Any]) -> Source:
 
     Files are mapped into memory and unpickled with `weights_only=True`: no code in them runs.
     """
-    torch = extras.require("torch", "peft", "to read .bin, .pt and .pth files")
     merged: dict[str, Any] = {}
     for file in _pickle_files(path):
-        merged |= _unwrapped(file, _unpickled(torch, file))
+        merged |= read_pickle(file)
     return from_mapping(merged, label, config)
 
 
-def _unpickled(torch: Any, file: Path) -> Any:
+def read_pickle(file: Path) -> Mapping[str, Any]:
+    """The named tensors of a file written by `torch.save`, mapped into memory; no code in it runs.
+
+    Raises
+    ------
+    FormatError
+        If it holds anything but a state dict.
+    """
+    return _unwrapped(file, _unpickled(file))
+
+
+def _unpickled(file: Path) -> Any:
+    torch = extras.require("torch", "peft", "to read .bin, .pt and .pth files")
     try:
         # Files of torch before 1.6 are no archives and cannot be mapped.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

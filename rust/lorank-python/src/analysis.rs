@@ -5,8 +5,7 @@ use lorank::source::StoredMatrix;
 use numpy::IntoPyArray;
 use pyo3::prelude::*;
 
-use crate::detached::detached;
-use crate::errors::to_py;
+use crate::detached::{detached, hand_over};
 use crate::matrix::Matrix;
 use crate::statistics::metrics_dict;
 
@@ -28,19 +27,12 @@ pub fn analyze<'py>(
             analyze_matrices(&stored, threads, cancel, &|index, result| outbox.send((index, result)))
         },
         |py, (index, result): (usize, lorank::Result<Analysis>)| {
-            match result {
-                Ok(analysis) => {
-                    let metrics = metrics_dict(py, &analysis.metrics)?;
-                    let eigenvalues =
-                        keep_eigenvalues.then(|| analysis.spectrum.into_eigenvalues().into_pyarray(py));
-                    on_result.call1((index, (metrics, eigenvalues)))?;
-                }
-                Err(lorank::Error::Cancelled) => {}
-                Err(error) => {
-                    on_result.call1((index, to_py(error)))?;
-                }
-            }
-            Ok(())
+            hand_over(py, on_result, index, result, |analysis| {
+                let metrics = metrics_dict(py, &analysis.metrics)?;
+                let eigenvalues =
+                    keep_eigenvalues.then(|| analysis.spectrum.into_eigenvalues().into_pyarray(py));
+                Ok((metrics, eigenvalues).into_pyobject(py)?.into_any())
+            })
         },
     )
 }

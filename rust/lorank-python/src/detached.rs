@@ -97,6 +97,23 @@ pub fn detached_quiet<T: Send + 'static>(
     detached(py, move |cancel, _: &Outbox<'_, ()>| work(cancel), |_, ()| Ok(()))
 }
 
+/// Calls `on_result(index, outcome)` with what `convert` makes of a result, or with the exception of
+/// its error; nothing is said of work that was cancelled.
+pub fn hand_over<'py, T>(
+    py: Python<'py>,
+    on_result: &Bound<'py, PyAny>,
+    index: usize,
+    result: lorank::Result<T>,
+    convert: impl FnOnce(T) -> PyResult<Bound<'py, PyAny>>,
+) -> PyResult<()> {
+    let outcome = match result {
+        Ok(found) => convert(found)?,
+        Err(lorank::Error::Cancelled) => return Ok(()),
+        Err(error) => to_py(error).into_value(py).into_bound(py).into_any(),
+    };
+    on_result.call1((index, outcome)).map(drop)
+}
+
 fn ignore_hangup<M>(sender: &Sender<M>, message: M) {
     // The receiver is gone once the caller was interrupted: nobody is left to tell.
     let _ = sender.send(message);

@@ -4,10 +4,13 @@
 use pyo3::prelude::*;
 
 mod analysis;
+mod decomposition;
 mod detached;
 mod errors;
 mod matrix;
+mod selection;
 mod statistics;
+mod writing;
 
 /// The Rust core of lorank.
 #[pymodule]
@@ -15,13 +18,20 @@ mod _core {
     #[pymodule_export]
     use crate::analysis::analyze;
     #[pymodule_export]
+    use crate::decomposition::{decompose, subtract};
+    #[pymodule_export]
     use crate::errors::{FormatError, LorankError, NumericalError};
     #[pymodule_export]
     use crate::matrix::{Checkpoint, Matrix};
     #[pymodule_export]
+    use crate::selection::{select_budget, select_energy, select_largest, select_smallest};
+    #[pymodule_export]
     use crate::statistics::{
         alpha_hill, available_threads, marchenko_pastur, marchenko_pastur_median, spectral_metrics, spectrum,
     };
+
+    #[pymodule_export]
+    use crate::writing::write_safetensors;
 
     use super::{Bound, PyModule, PyModuleMethods, PyResult};
 

@@ -1,14 +1,17 @@
 //! Matrices and checkpoints as Python sees them.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
 use lorank::source::StoredMatrix;
-use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{IntoPyArray, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
+use crate::detached::detached_quiet;
 use crate::errors::to_py;
 
 /// A matrix, in memory or in a file, that can be analysed.
@@ -87,6 +90,21 @@ impl Matrix {
         self.0.dtype().name()
     }
 
+    /// The values as a `NumPy` array: float64 for float64, float32 for every narrower type.
+    #[allow(clippy::cast_possible_truncation)] // No value of a narrower type is rounded.
+    fn to_array<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let (stored, (rows, cols)) = (self.0.clone(), self.shape());
+        let values = detached_quiet(py, move |cancel| {
+            stored.with_view(&mut Vec::new(), cancel, |view| Ok(view.to_row_major()))
+        })?;
+        Ok(if self.0.dtype() == DType::F64 {
+            values.into_pyarray(py).reshape([rows, cols])?.into_any()
+        } else {
+            let narrow: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
+            narrow.into_pyarray(py).reshape([rows, cols])?.into_any()
+        })
+    }
+
     fn __repr__(&self) -> String {
         let (rows, cols) = self.shape();
         format!("Matrix({rows}x{cols}, {})", self.dtype())
@@ -129,16 +147,33 @@ impl Checkpoint {
 
     /// Every tensor as `(name, dtype, shape, file)`.
     fn tensors(&self) -> Vec<TensorEntry> {
-        let entry = |t: &lorank::checkpoint::StoredTensor| {
+        let entry = |t: &StoredTensor| {
             (t.info.name.clone(), t.info.dtype.clone(), t.info.shape.clone(), t.file.path().to_path_buf())
         };
         self.0.tensors.iter().map(entry).collect()
     }
 
+    /// What the header says beyond tensors; of a single file only.
+    fn metadata(&self) -> BTreeMap<String, String> {
+        let files: Vec<_> = self.0.tensors.iter().map(|t| &t.file).collect();
+        match files.split_first() {
+            Some((first, rest)) if rest.iter().all(|file| Arc::ptr_eq(file, first)) => {
+                first.metadata().clone()
+            }
+            _ => BTreeMap::new(),
+        }
+    }
+
     /// The `index`-th of the row-major `(rows, cols)` matrices that make up a tensor.
     #[pyo3(signature = (position, rows, cols, index=0))]
     fn matrix(&self, position: usize, rows: usize, cols: usize, index: usize) -> PyResult<Matrix> {
-        let tensor = self.0.tensors.get(position).ok_or_else(|| PyIndexError::new_err("no such tensor"))?;
-        StoredMatrix::in_file(tensor.clone(), (rows, cols), index).map(Matrix).map_err(to_py)
+        StoredMatrix::in_file(self.tensor(position)?.clone(), (rows, cols), index).map(Matrix).map_err(to_py)
+    }
+}
+
+impl Checkpoint {
+    /// The tensor at a position of [`tensors`](Self::tensors).
+    pub fn tensor(&self, position: usize) -> PyResult<&StoredTensor> {
+        self.0.tensors.get(position).ok_or_else(|| PyIndexError::new_err("no such tensor"))
     }
 }

@@ -37,6 +37,8 @@ pub mod powerlaw;
 pub mod product_svd;
 pub mod qr;
 pub mod safetensors;
+pub mod safetensors_writer;
+pub mod select;
 pub mod source;
 pub mod spectrum;
 pub mod svd;

@@ -149,6 +149,15 @@ impl<'a> MatrixView<'a> {
         }
     }
 
+    /// All elements as float64, rows one after the other.
+    #[must_use]
+    pub fn to_row_major(&self) -> Vec<f64> {
+        let mut values = vec![0.0; self.rows * self.cols];
+        let out = MatMut::from_row_major_slice_mut(&mut values, self.rows, self.cols);
+        self.upcast(0..self.rows, 0..self.cols, 1.0, out);
+        values
+    }
+
     /// The largest absolute value, 0 for an empty or zero matrix.
     ///
     /// # Errors
@@ -215,6 +224,8 @@ mod tests {
             let expected = Mat::from_fn(shape.0, shape.1, |i, j| values[i * strides.0 + j * strides.1]);
             assert_eq!(dense(&view), expected);
             assert_eq!(dense(&view.transposed()), expected.transpose().to_owned());
+            let at = |i: usize| expected[(i / shape.1, i % shape.1)];
+            assert_eq!(view.to_row_major(), (0..shape.0 * shape.1).map(at).collect::<Vec<_>>());
             let mut block = Mat::zeros(2, 3);
             view.upcast(1..3, 1..4, 2.0, block.as_mut());
             assert_eq!(block, expected.as_ref().submatrix(1, 1, 2, 3) * faer::Scale(2.0));

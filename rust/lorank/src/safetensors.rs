@@ -5,14 +5,14 @@
 //! Tensors are then read by position into buffers of their own. Nothing is mapped into memory, so
 //! memory stays bounded, and a file that shrinks meanwhile is an error instead of a signal.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserializer, MapAccess, Visitor};
 
 use crate::{Error, Result};
 
@@ -44,6 +44,7 @@ pub struct SafetensorsFile {
     file: File,
     tensors: Vec<TensorInfo>,
     positions: HashMap<String, usize>,
+    metadata: BTreeMap<String, String>,
 }
 
 #[derive(Deserialize)]
@@ -54,7 +55,10 @@ struct RawTensor {
 }
 
 /// The header's entries in file order, duplicates included: a map would hide them.
-struct RawHeader(Vec<(String, RawTensor)>);
+struct RawHeader {
+    tensors: Vec<(String, RawTensor)>,
+    metadata: BTreeMap<String, String>,
+}
 
 impl<'de> Deserialize<'de> for RawHeader {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
@@ -67,18 +71,20 @@ impl<'de> Deserialize<'de> for RawHeader {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<RawHeader, A::Error> {
-                let mut entries = Vec::new();
+                let (mut tensors, mut metadata) = (Vec::new(), BTreeMap::new());
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
-                        map.next_value::<IgnoredAny>()?;
+                        metadata = map
+                            .next_value()
+                            .map_err(|e| serde::de::Error::custom(format!("__metadata__: {e}")))?;
                     } else {
                         let tensor = map
                             .next_value()
                             .map_err(|e| serde::de::Error::custom(format!("tensor `{name}`: {e}")))?;
-                        entries.push((name, tensor));
+                        tensors.push((name, tensor));
                     }
                 }
-                Ok(RawHeader(entries))
+                Ok(RawHeader { tensors, metadata })
             }
         }
         deserializer.deserialize_map(Entries)
@@ -112,7 +118,7 @@ impl SafetensorsFile {
         };
         let mut header = vec![0; length];
         file.read_exact_at(&mut header, 8).map_err(|e| Error::io(path, e))?;
-        let RawHeader(entries) = serde_json::from_slice(&header)
+        let RawHeader { tensors: entries, metadata } = serde_json::from_slice(&header)
             .map_err(|e| Error::format(path, format!("has a malformed header: {e}")))?;
         let tensors = check(path, entries, 8 + promised, size)?;
         let mut positions = HashMap::with_capacity(tensors.len());
@@ -121,7 +127,7 @@ impl SafetensorsFile {
                 return Err(Error::tensor(path, &tensor.name, "appears twice in the header"));
             }
         }
-        Ok(Self { path: path.to_path_buf(), file, tensors, positions })
+        Ok(Self { path: path.to_path_buf(), file, tensors, positions, metadata })
     }
 
     /// The file's path as it was given.
@@ -134,6 +140,12 @@ impl SafetensorsFile {
     #[must_use]
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
+    }
+
+    /// What the header says beyond tensors, under `__metadata__`.
+    #[must_use]
+    pub const fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
     }
 
     /// Where in [`tensors`](Self::tensors) the tensor of that name is.
@@ -248,7 +260,7 @@ fn check(
 
 /// Storage of the header's types; `None` for types this crate has not heard of, whose tensors can
 /// be listed but not measured.
-fn bits_per_element(dtype: &str) -> Option<u64> {
+pub(crate) fn bits_per_element(dtype: &str) -> Option<u64> {
     Some(match dtype {
         "F64" | "I64" | "U64" | "C64" => 64,
         "F32" | "I32" | "U32" => 32,

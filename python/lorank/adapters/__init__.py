@@ -1,0 +1,6 @@
+"""Trained adapters: what they hold, the formats they come in, the profiles they go out in."""
+
+from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.module import LoraModule
+
+__all__ = ["LoraAdapter", "LoraModule"]

@@ -1,0 +1,173 @@
+"""An adapter as a whole: its modules, and everything else that its files carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorank.adapters.module import LoraModule
+from lorank.adapters.tensors import Stored
+
+if TYPE_CHECKING:
+    from lorank.certificate import Certificate
+
+Format = Literal["peft", "kohya"]
+Profile = Literal["compact", "portable", "tensor-rank"]
+Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAdapter:
+    """A trained adapter.
+
+    Attributes
+    ----------
+    modules
+        By name, in the order of their numbers. A module that lost all its rank stays listed.
+    config
+        PEFT's `adapter_config.json`; empty for other formats.
+    carried
+        Tensors that are no factors (`modules_to_save`, biases, DoRA magnitudes), written untouched.
+    notes
+        What was normalised on reading, and what is carried untouched.
+    format
+        ``"peft"`` or ``"kohya"``: which names the files use.
+    label
+        What to call it.
+    is_spectral
+        Whether factors are in balanced spectral form, so that any rank is cut without a decomposition.
+    certificate
+        What compressing, merging or extracting left out; None for an adapter as it was trained.
+    key_style
+        How an image adapter spells the names of its factors.
+    """
+
+    modules: Mapping[str, LoraModule]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    carried: Mapping[str, Stored] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    format: Format = "peft"
+    label: str = ""
+    is_spectral: bool = False
+    certificate: Certificate | None = None
+    key_style: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path, **knobs: Any) -> LoraAdapter:
+        """Read an adapter; factors stay on disk until they are needed.
+
+        Parameters
+        ----------
+        path
+            A PEFT folder (`adapter_config.json` and `adapter_model.safetensors` or `.bin`), or a
+            `.safetensors` file with the keys of kohya or diffusers.
+        **knobs
+            Any of `compress`: the adapter is cut to them, without a decomposition if it is elastic.
+
+        Raises
+        ------
+        FileNotFoundError, OSError
+            If it cannot be read.
+        FormatError
+            If it is damaged, or an adapter of another kind (LoHa, LoKr, IA3, ...), which is named.
+        """
+        from lorank.adapters.reading import read_adapter
+
+        adapter = read_adapter(Path(path))
+        if not knobs:
+            return adapter
+        from lorank.compression import compress
+
+        return compress(adapter, **{"progress": False, **knobs})
+
+    @classmethod
+    def from_model(cls, peft_model: Any, adapter_name: str = "default") -> LoraAdapter:
+        """An adapter of a live PEFT model; its tensors are not copied.
+
+        Raises
+        ------
+        ValueError
+            If the model has no such adapter.
+        """
+        from lorank.adapters.live import from_model
+
+        return from_model(peft_model, adapter_name)
+
+    def into_model(self, peft_model: Any, adapter_name: str = "default") -> None:
+        """Put the adapter into a live PEFT model, in place of the one of that name if there is one.
+
+        Raises
+        ------
+        ValueError
+            If it is no PEFT adapter, or names do not fit the model.
+        """
+        from lorank.adapters.live import into_model
+
+        into_model(self, peft_model, adapter_name)
+
+    def save(
+        self,
+        folder: str | Path,
+        profile: Profile = "compact",
+        dtype: Dtype | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the adapter.
+
+        Parameters
+        ----------
+        folder
+            The folder; for adapters with kohya's keys, a `.safetensors` file.
+        profile
+            ``"compact"``: true ranks (PEFT, vLLM). ``"portable"``: all ranks padded to the largest,
+            right in every runtime. ``"tensor-rank"``: true ranks and no `alpha_pattern` (PEFT, recent
+            vLLM, llama.cpp, TensorRT-LLM).
+        dtype
+            The factors' element type (default: as they were stored).
+        overwrite
+            Whether to replace the files of another adapter.
+
+        Returns
+        -------
+        Path
+            Where the factors were written.
+
+        Raises
+        ------
+        FileExistsError
+            If the target holds something and `overwrite` is false.
+        ValueError
+            If no module has any rank left.
+        NumericalError
+            If a value does not fit the element type; nothing is written then.
+        """
+        from lorank.adapters.writing import write_adapter
+
+        return write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite)
+
+    @property
+    def adapted(self) -> list[LoraModule]:
+        """The modules with a rank above 0."""
+        return [module for module in self.modules.values() if module.rank]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module name -> rank."""
+        return {name: module.rank for name, module in self.modules.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of all factors."""
+        return sum(module.num_parameters for module in self.modules.values())
+
+    @property
+    def base_model(self) -> str | None:
+        """The path or hub id of the base model, as the adapter names it."""
+        return self.config.get("base_model_name_or_path")
+
+    def with_certificate(self, certificate: Certificate) -> LoraAdapter:
+        """The same adapter with another certificate."""
+        return replace(self, certificate=certificate)

@@ -1,0 +1,72 @@
+"""The README.md of a written adapter: what was done, and what it cost."""
+
+from __future__ import annotations
+
+from lorank._core import __version__
+from lorank.adapters.adapter import LoraAdapter, Profile
+from lorank.certificate import Certificate
+
+_LOADS = {
+    "compact": "PEFT and vLLM 0.32 or later",
+    "portable": "PEFT, vLLM, SGLang, LoRAX, llama.cpp and TensorRT-LLM",
+    "tensor-rank": "PEFT, vLLM 0.32 or later, llama.cpp and TensorRT-LLM",
+}
+
+
+def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None) -> str:
+    """The card's markdown, with the front matter that the hub reads."""
+    base = adapter.base_model
+    lines = [
+        "---",
+        "library_name: peft",
+        *([f"base_model: {base}"] if base else []),
+        "tags:",
+        "- lora",
+        "- lorank",
+        "---",
+        "",
+    ]
+    lines += [f"# LoRA adapter{f' for {base}' if base else ''}", ""]
+    lines += [
+        f"{len(adapter.adapted)} adapted modules, {adapter.num_parameters:,} parameters, ranks "
+        f"{_range(adapter)}. Written by lorank {__version__} in the profile `{profile}`, for "
+        f"{_LOADS[profile]}.",
+        "",
+    ]
+    if certificate is not None:
+        lines += _certified(certificate)
+    if adapter.notes:
+        lines += [*(f"- {note}" for note in adapter.notes), ""]
+    return "\n".join(lines)
+
+
+def _range(adapter: LoraAdapter) -> str:
+    ranks = [module.rank for module in adapter.adapted]
+    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
+
+
+def _certified(certificate: Certificate) -> list[str]:
+    c = certificate
+    rounding = (
+        [f"| added by rounding, Frobenius norm | {c.rounding_error:.6g} |"]
+        if c.rounding_error is not None
+        else []
+    )
+    return [
+        "## What was done",
+        "",
+        f"{c.action}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters before | {c.parameters_before:,} |",
+        f"| parameters after | {c.parameters_after:,} |",
+        f"| energy retained | {100 * c.retained_energy:.4f} % |",
+        f"| error, Frobenius norm | {c.error:.6g} of {c.norm:.6g} |",
+        f"| error, spectral norm | {c.spectral_error:.6g} |",
+        *rounding,
+        "",
+        "The error is exact: the root of the sum of the squares of the singular values left out.",
+        "`lorank.json` has it by module.",
+        "",
+    ]

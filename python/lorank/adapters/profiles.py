@@ -1,0 +1,175 @@
+"""Three ways to write an adapter for PEFT and the serving engines.
+
+What they share is that every scaling ends in the factors, so that each runtime's own formula gives
+the same update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank.adapters.adapter import LoraAdapter, Profile
+from lorank.adapters.module import LoraModule
+from lorank.adapters.peft_format import PREFIX
+from lorank.lora_config import accidental_matches, rank_keys
+
+Array = npt.NDArray[Any]
+
+PROFILES: tuple[Profile, ...] = ("compact", "portable", "tensor-rank")
+
+# What configured the training and means nothing, or the wrong thing, for the result.
+_DROPPED = (
+    "arrow_config",
+    "beta1",
+    "beta2",
+    "corda_config",
+    "deltaT",
+    "eva_config",
+    "init_r",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_ga_config",
+    "orth_reg_weight",
+    "target_r",
+    "tfinal",
+    "tinit",
+    "total_step",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a module is written.
+
+    Attributes
+    ----------
+    rank
+        Of the written factors: its own, or the one that it is padded to.
+    b_factor
+        What ``scaling * B`` is multiplied with.
+    """
+
+    rank: int
+    b_factor: float
+
+
+def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
+    """Every written module's layout by name.
+
+    Raises
+    ------
+    ValueError
+        If no module has any rank left, or there is no such profile.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(map(repr, PROFILES))}, not {profile!r}")
+    adapted = adapter.adapted
+    if not adapted:
+        raise ValueError("no module has any rank left: nothing can be written")
+    largest = max(module.rank for module in adapted)
+    if profile == "portable":
+        return {name: Layout(largest, 1.0) for name in adapter.modules}
+    if profile == "compact":
+        return {module.name: Layout(module.rank, 1.0) for module in adapted}
+    return {module.name: Layout(module.rank, module.rank / largest) for module in adapted}
+
+
+def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
+    """The `adapter_config.json` that gives every module its rank and the scale 1 (of `Layout`)."""
+    written = {name: layout.rank for name, layout in layouts(adapter, profile).items()}
+    largest = max(written.values())
+    modules = [adapter.modules[name] for name in written]
+    dropped = [name for name in adapter.modules if name not in written]
+    linear = [module.name for module in modules if module.kind != "expert"]
+    stacks = [module.name for module in modules if module.kind == "expert"]
+    ranks = {key: rank for rank, key in rank_keys(written).items() if rank != largest}
+    before = adapter.config
+    keeps_targets = not dropped and isinstance(before.get("target_modules"), list)
+    has_biases = before.get("bias", "none") != "none" and any(
+        key.endswith(".bias") for key in adapter.carried
+    )
+    return {
+        **{key: value for key, value in before.items() if key not in _DROPPED},
+        "peft_type": "LORA",
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": ranks,
+        "alpha_pattern": dict(ranks) if profile == "compact" else {},
+        "use_rslora": False,
+        # Biases are loaded by name, whatever is said here; but an engine that cannot must hear of them.
+        "bias": before["bias"] if has_biases else "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": sorted(before["target_modules"]) if keeps_targets else linear,
+        "exclude_modules": before.get("exclude_modules")
+        if keeps_targets
+        else accidental_matches(linear, dropped),
+        "target_parameters": stacks or None,
+    }
+
+
+def factors(module: LoraModule, layout: Layout) -> tuple[Array, Array]:
+    """``B`` and ``A`` as PEFT stores them: padded, scaled, experts interleaved, kernels unflattened."""
+    pairs = [(b.to_array(), a.to_array()) for b, a in module.factors()] if module.rank else []
+    pairs = (
+        pairs
+        or [(np.zeros((module.shape[0], 0), np.float32), np.zeros((0, module.shape[1]), np.float32))]
+        * module.copies
+    )
+    factor = module.scaling * layout.b_factor
+    bs, as_ = zip(*[_padded(b, a, layout.rank, factor) for b, a in pairs], strict=True)
+    if module.kind == "expert":
+        # A: expert slowest; B: expert fastest.
+        return np.stack(bs, axis=2).reshape(module.shape[0], -1), np.concatenate(as_)
+    b = bs[0].reshape(*bs[0].shape, *module.b_tail)
+    return b, as_[0].reshape(layout.rank, *(module.a_tail or module.shape[1:]))
+
+
+def _padded(b: Array, a: Array, rank: int, factor: float) -> tuple[Array, Array]:
+    missing = rank - a.shape[0]
+    if factor != 1.0:
+        b = (b.astype(np.float64) * factor).astype(b.dtype)
+    if missing:
+        b, a = np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
+    return np.ascontiguousarray(b), np.ascontiguousarray(a)
+
+
+def keys(adapter: LoraAdapter, names: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Every written module's keys of B and of A."""
+    depth = _depths(adapter, names)
+    found = {}
+    for name in names:
+        module = adapter.modules[name]
+        if module.kind == "embedding":
+            found[name] = (f"{PREFIX}{name}.lora_embedding_B", f"{PREFIX}{name}.lora_embedding_A")
+            continue
+        path = name.rpartition(".")[0] + ".base_layer" * depth[name] if module.kind == "expert" else name
+        found[name] = (f"{PREFIX}{path}.lora_B.weight", f"{PREFIX}{path}.lora_A.weight")
+    return found
+
+
+def _depths(adapter: LoraAdapter, names: Mapping[str, Any]) -> dict[str, int]:
+    """How many wrappers lie around a stacked parameter's own: as many as its module has later ones."""
+    from lorank.adapters.peft_format import held_order
+
+    by_module: dict[str, list[str]] = {}
+    for name in names:
+        if adapter.modules[name].kind == "expert":
+            module, _, parameter = name.rpartition(".")
+            by_module.setdefault(module, []).append(parameter)
+    return {
+        f"{module}.{parameter}": depth
+        for module, parameters in by_module.items()
+        for depth, parameter in enumerate(reversed(held_order(parameters)))
+    }
+
+
+def bias_key(name: str) -> str:
+    """The key of a module's `lora_bias`."""
+    return f"{PREFIX}{name}.lora_B.bias"

@@ -1,0 +1,137 @@
+"""The tensors of an adapter, wherever they lie: in a safetensors file, or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lorank._core import Checkpoint, FormatError, Matrix
+from lorank.sources import arrays
+
+# Element types by the names that safetensors headers and NumPy or torch give them.
+SAFETENSORS_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+NAMES = {short: name for name, short in SAFETENSORS_NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor that is written as it is found: the bytes of a file's tensor, or an array's."""
+
+    origin: Any
+    position: int | None = None
+
+
+class Tensors(Protocol):
+    """Named tensors that are read one at a time."""
+
+    label: str
+    metadata: Mapping[str, str]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor's shape, in order."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """A tensor's element type by NumPy's name."""
+        ...
+
+    def matrix(self, name: str, rows: int, cols: int) -> Matrix:
+        """A tensor as a row-major matrix."""
+        ...
+
+    def stored(self, name: str) -> Stored:
+        """A tensor for a writer that does not look at it."""
+        ...
+
+
+class FileTensors:
+    """The tensors of a safetensors file, which stays open and unread."""
+
+    def __init__(self, path: Path) -> None:
+        self.label = str(path)
+        self._checkpoint = Checkpoint(path)
+        self.metadata: Mapping[str, str] = self._checkpoint.metadata()
+        self._entries = {
+            name: (position, dtype, tuple(shape))
+            for position, (name, dtype, shape, _) in enumerate(self._checkpoint.tensors())
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, in order."""
+        return {name: shape for name, (_, _, shape) in self._entries.items()}
+
+    def dtype(self, name: str) -> str:
+        """A tensor's element type by NumPy's name."""
+        dtype = self._entries[name][1]
+        return NAMES.get(dtype, dtype)
+
+    def matrix(self, name: str, rows: int, cols: int) -> Matrix:
+        """A tensor as a row-major matrix."""
+        return self._checkpoint.matrix(self._entries[name][0], rows, cols)
+
+    def stored(self, name: str) -> Stored:
+        """A tensor for a writer that does not look at it."""
+        return Stored(self._checkpoint, self._entries[name][0])
+
+
+class ArrayTensors:
+    """NumPy arrays or torch tensors in memory."""
+
+    def __init__(self, values: Mapping[str, Any], label: str) -> None:
+        self.label = label
+        self.metadata: Mapping[str, str] = {}
+        self._values = values
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, in order."""
+        return {name: tuple(value.shape) for name, value in self._values.items()}
+
+    def dtype(self, name: str) -> str:
+        """A tensor's element type by NumPy's name."""
+        return arrays.dtype_name(self._values[name])
+
+    def matrix(self, name: str, rows: int, cols: int) -> Matrix:
+        """A tensor as a row-major matrix."""
+        return arrays.matrix(self._values[name].reshape(rows, cols))
+
+    def stored(self, name: str) -> Stored:
+        """A tensor for a writer that does not look at it."""
+        return Stored(self._values[name])
+
+
+def raw_bytes(value: Any, name: str) -> tuple[np.ndarray[Any, Any], str, tuple[int, ...]]:
+    """An array's bytes, its type by safetensors' name, and its shape.
+
+    Raises
+    ------
+    FormatError
+        If safetensors has no such type.
+    """
+    dtype = arrays.dtype_name(value)
+    if dtype not in SAFETENSORS_NAMES:
+        raise FormatError(f"tensor {name!r}: {dtype} values cannot be stored in a safetensors file")
+    shape = tuple(value.shape)
+    if arrays.is_tensor(value):
+        value = value.detach().cpu().contiguous()
+        if dtype == "bfloat16":
+            import torch
+
+            value = value.view(torch.int16)
+        value = value.numpy()
+    contiguous = np.ascontiguousarray(value)
+    return contiguous.reshape(-1).view(np.uint8), SAFETENSORS_NAMES[dtype], shape

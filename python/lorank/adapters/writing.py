@@ -1,0 +1,161 @@
+"""An adapter onto disk: factors, settings and a card, all of them whole or none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank import _core
+from lorank.adapters import card, kohya, profiles
+from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
+from lorank.adapters.peft_format import PREFIX, SPECTRAL_KEY
+from lorank.adapters.reading import CONFIG, WEIGHTS
+from lorank.adapters.tensors import SAFETENSORS_NAMES, FileTensors, Stored, raw_bytes
+from lorank.atomic import write_text
+from lorank.certificate import Certificate
+from lorank.sources import arrays
+
+Array = npt.NDArray[Any]
+Tensor = tuple[str, list[int], Any, str]
+"""Name, shape, values (an array, or a checkpoint and a position), and element type by safetensors' name."""
+
+
+def write_adapter(
+    adapter: LoraAdapter, target: Path, profile: Profile, dtype: Dtype | None, *, overwrite: bool
+) -> Path:
+    """Write an adapter; see `LoraAdapter.save`."""
+    if dtype is not None and dtype not in ("float32", "float16", "bfloat16", "float64"):
+        raise ValueError(f"dtype must be 'float32', 'float16', 'bfloat16' or 'float64', not {dtype!r}")
+    target = target.expanduser()
+    layouts = profiles.layouts(adapter, profile)
+    metadata = {"format": "pt"} | ({SPECTRAL_KEY: "1"} if adapter.is_spectral else {})
+    if adapter.format == "kohya":
+        return _write_image_adapter(adapter, target, layouts, dtype, metadata, overwrite)
+    _refuse_to_overwrite(target, overwrite)
+    tensors: list[Tensor] = []
+    for name, (b_key, a_key) in profiles.keys(adapter, layouts).items():
+        module = adapter.modules[name]
+        b, a = profiles.factors(module, layouts[name])
+        tensors += [_tensor(b_key, b, dtype or module.dtype), _tensor(a_key, a, dtype or module.dtype)]
+        for ending, vector in module.carried.items():
+            scaled = vector * np.float32(module.scaling * layouts[name].b_factor)
+            tensors.append(_tensor(f"{PREFIX}{name}.{ending}", scaled, dtype or module.dtype))
+    tensors += [
+        _carried(key, stored)
+        for key, stored in adapter.carried.items()
+        if _still_has_a_module(adapter, key, layouts)
+    ]
+    target.mkdir(parents=True, exist_ok=True)
+    weights = target / WEIGHTS
+    _core.write_safetensors(weights, tensors, metadata)
+    certificate = _with_rounding(adapter, layouts, target, dtype)
+    write_text(
+        target / CONFIG, json.dumps(profiles.settings(adapter, profile), indent=2, sort_keys=True) + "\n"
+    )
+    write_text(target / "README.md", card.text(adapter, profile, certificate))
+    if certificate is not None:
+        write_text(target / "lorank.json", json.dumps(certificate.to_json(), indent=1) + "\n")
+    return weights
+
+
+def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: is a file, not a folder")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder}: is not empty (overwrite replaces the adapter in it)")
+
+
+def _write_image_adapter(
+    adapter: LoraAdapter,
+    target: Path,
+    layouts: dict[str, profiles.Layout],
+    dtype: Dtype | None,
+    metadata: dict[str, str],
+    overwrite: bool,
+) -> Path:
+    if target.suffix != ".safetensors":
+        target = target / "adapter.safetensors"
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target}: exists (overwrite replaces it)")
+    tensors: list[Tensor] = []
+    for name, layout in layouts.items():
+        module = adapter.modules[name]
+        b, a = profiles.factors(module, profiles.Layout(layout.rank, 1.0))
+        b_key, a_key, alpha_key = kohya.keys(adapter, name)
+        stored = dtype or module.dtype
+        tensors += [_tensor(b_key, b, stored), _tensor(a_key, a, stored)]
+        tensors.append(_tensor(alpha_key, np.array(layout.rank, dtype=np.float32), stored))
+    tensors += [_carried(key, stored) for key, stored in adapter.carried.items()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _core.write_safetensors(target, tensors, {**kohya.metadata(adapter), **metadata})
+    return target
+
+
+def _tensor(key: str, values: Array, dtype: str) -> Tensor:
+    # Narrow types without a rounding rule of their own (float8) go out as bfloat16.
+    name = SAFETENSORS_NAMES.get(dtype, "BF16") if dtype != "float32" else "F32"
+    rows = values.reshape(values.shape[0] if values.ndim else 1, -1)
+    return key, list(values.shape), arrays.matrix(rows), name
+
+
+def _carried(key: str, stored: Stored) -> Tensor:
+    if stored.position is not None:
+        return key, [], (stored.origin, stored.position), ""
+    values, dtype, shape = raw_bytes(stored.origin, key)
+    return key, list(shape), values.tobytes(), dtype
+
+
+def _still_has_a_module(adapter: LoraAdapter, key: str, layouts: dict[str, profiles.Layout]) -> bool:
+    """Whether what belongs to a LoRA layer (its DoRA magnitude) still has that layer."""
+    owner, found, _ = key.removeprefix(PREFIX).partition(".lora_")
+    return not found or owner not in adapter.modules or owner in layouts
+
+
+def _with_rounding(
+    adapter: LoraAdapter, layouts: dict[str, profiles.Layout], folder: Path, dtype: Dtype | None
+) -> Certificate | None:
+    """The certificate with what rounding to a narrow type added, measured on the written file."""
+    certificate = adapter.certificate
+    narrow = {
+        name for name in layouts if (dtype or adapter.modules[name].dtype) not in ("float32", "float64")
+    }
+    if certificate is None or not narrow:
+        return certificate
+    written = FileTensors(folder / WEIGHTS)
+    total = 0.0
+    for name, (b_key, a_key) in profiles.keys(adapter, layouts).items():
+        exact = profiles.factors(adapter.modules[name], layouts[name])
+        rounded = _rows(written, b_key), _rows(written, a_key)
+        copies = adapter.modules[name].copies
+        for (b, a), (b2, a2) in zip(_experts(*exact, copies), _experts(*rounded, copies), strict=True):
+            # The file's update is the adapter's times the layout's factor.
+            total += _squared_distance(b, a, b2, a2) / layouts[name].b_factor ** 2
+    return certificate.with_rounding(math.sqrt(total))
+
+
+def _rows(tensors: FileTensors, key: str) -> Array:
+    first, *rest = tensors.shapes()[key]
+    return tensors.matrix(key, first, math.prod(rest)).to_array()
+
+
+def _experts(b: Array, a: Array, copies: int) -> Iterator[tuple[Array, Array]]:
+    """Every copy's factors from the stored ones."""
+    b, rank = b.reshape(b.shape[0], -1), a.shape[0] // copies
+    a = a.reshape(a.shape[0], -1)
+    return ((b[:, e::copies], a[e * rank : (e + 1) * rank]) for e in range(copies))
+
+
+def _squared_distance(b: Array, a: Array, b2: Array, a2: Array) -> float:
+    """``||B A - B2 A2||_F^2`` from small products of the factors."""
+    left = np.hstack([b, -b2]).astype(np.float64)
+    right = np.vstack([a, a2]).astype(np.float64)
+    # A change of basis first: traces of the products alone would cancel.
+    r_left: Array = np.linalg.qr(left)[1]
+    r_right: Array = np.linalg.qr(right.T)[1]
+    return float(np.square(r_left @ r_right.T).sum())

@@ -1,0 +1,129 @@
+"""What a truncation left out, exactly, from the singular values that it dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCertificate:
+    """One module.
+
+    Attributes
+    ----------
+    name
+        The module.
+    rank_before, rank_after
+        Its ranks.
+    parameters_before, parameters_after
+        Parameters of its factors.
+    energy
+        ``||dW||_F^2`` of its update before.
+    dropped_energy
+        ``||dW - dW_hat||_F^2``.
+    spectral_error
+        ``||dW - dW_hat||_2``: the largest singular value dropped.
+    """
+
+    name: str
+    rank_before: int
+    rank_after: int
+    parameters_before: int
+    parameters_after: int
+    energy: float
+    dropped_energy: float
+    spectral_error: float
+
+    @property
+    def error(self) -> float:
+        """``||dW - dW_hat||_F``."""
+        return math.sqrt(self.dropped_energy)
+
+    @property
+    def retained_energy(self) -> float:
+        """The share of the energy that is kept; 1 for an update of zero."""
+        return 1.0 - self.dropped_energy / self.energy if self.energy > 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """All modules together.
+
+    Attributes
+    ----------
+    action
+        What was done, in words.
+    modules
+        One entry a module, in the adapter's order.
+    rounding_error
+        ``||.||_F`` between the truncated update and what was written, where factors were rounded to a
+        narrower type than float32; None before saving, and for float32.
+    """
+
+    action: str
+    modules: Sequence[ModuleCertificate]
+    rounding_error: float | None = None
+
+    @property
+    def error(self) -> float:
+        """``||dW - dW_hat||_F`` over all modules."""
+        return math.sqrt(math.fsum(module.dropped_energy for module in self.modules))
+
+    @property
+    def norm(self) -> float:
+        """``||dW||_F`` over all modules, before."""
+        return math.sqrt(math.fsum(module.energy for module in self.modules))
+
+    @property
+    def relative_error(self) -> float:
+        """The error by the norm; 0 for an update of zero."""
+        return self.error / self.norm if self.norm > 0 else 0.0
+
+    @property
+    def spectral_error(self) -> float:
+        """The largest singular value dropped anywhere."""
+        return max((module.spectral_error for module in self.modules), default=0.0)
+
+    @property
+    def retained_energy(self) -> float:
+        """The share of the energy that is kept; 1 for an update of zero."""
+        energy = math.fsum(module.energy for module in self.modules)
+        dropped = math.fsum(module.dropped_energy for module in self.modules)
+        return 1.0 - dropped / energy if energy > 0 else 1.0
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of all factors before."""
+        return sum(module.parameters_before for module in self.modules)
+
+    @property
+    def parameters_after(self) -> int:
+        """Parameters of all factors after."""
+        return sum(module.parameters_after for module in self.modules)
+
+    def with_rounding(self, rounding_error: float) -> Certificate:
+        """The same with what rounding added."""
+        return replace(self, rounding_error=rounding_error)
+
+    def to_json(self) -> dict[str, Any]:
+        """Totals and modules as values that JSON knows."""
+        totals = (
+            "error",
+            "norm",
+            "relative_error",
+            "spectral_error",
+            "retained_energy",
+            "parameters_before",
+            "parameters_after",
+        )
+        return {
+            "action": self.action,
+            **{name: getattr(self, name) for name in totals},
+            "rounding_error": self.rounding_error,
+            "modules": [
+                {**asdict(m), "error": m.error, "retained_energy": m.retained_energy} for m in self.modules
+            ],
+        }

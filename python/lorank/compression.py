@@ -1,0 +1,118 @@
+"""PARA: a trained adapter's update, decomposed, truncated where it hurts least, rebuilt smaller.
+
+Source: PARA, Post-Optimization Adaptive Rank Allocation for LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.module import LoraModule
+from lorank.certificate import Certificate, ModuleCertificate
+from lorank.selection import Knobs, Mask, select
+from lorank.spectral_form import SpectralForm, Update, spectral_form
+from lorank.threads import thread_count
+
+
+def compress(
+    adapter: LoraAdapter, *, threads: int | None = None, progress: bool = True, **knobs: Any
+) -> LoraAdapter:
+    """Truncate the updates of an adapter to where most of their energy is.
+
+    Parameters
+    ----------
+    adapter
+        As from `LoraAdapter.load`.
+    threads
+        At most so many (default: all that the process may use). The result does not depend on it.
+    progress
+        Draw a progress bar on standard error, if that is a terminal.
+    **knobs
+        Exactly one of `rank_ratio`, `avg_rank`, `energy`, `budget` and `auto`; and `max_rank`,
+        `scope`, `keep`, `scores`. See `lorank.selection.Knobs`.
+
+    Returns
+    -------
+    LoraAdapter
+        In balanced spectral form, every scaling 1, with its `certificate`.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one knob is given, or one is out of range.
+    NumericalError
+        If factors hold NaN or infinite values.
+
+    Notes
+    -----
+    Source: PARA, equations 2 to 14. The pool of singular values is that of the scaled updates of all
+    modules. The error certificate is exact: ``||dW - dW_hat||_F`` is the root of the sum of the
+    squares of what was dropped.
+    """
+    chosen = Knobs(**knobs)
+    forms = decomposed(adapter, threads, progress)
+    return truncated(adapter, forms, chosen, f"compress, {chosen}")
+
+
+def family(
+    adapter: LoraAdapter, avg_ranks: Sequence[float], *, threads: int | None = None, progress: bool = True
+) -> dict[float, LoraAdapter]:
+    """Children of an adapter at several average ranks, from one decomposition.
+
+    Raises
+    ------
+    ValueError
+        If an average rank is negative, or none is given.
+    """
+    if not avg_ranks:
+        raise ValueError("give at least one average rank")
+    knobs = [Knobs(avg_rank=rank) for rank in avg_ranks]
+    forms = decomposed(adapter, threads, progress)
+    return {
+        rank: truncated(adapter, forms, chosen, f"family, {chosen}")
+        for rank, chosen in zip(avg_ranks, knobs, strict=True)
+    }
+
+
+def elastic(adapter: LoraAdapter, *, threads: int | None = None, progress: bool = True) -> LoraAdapter:
+    """The adapter in spectral form with all its non-zero values: any budget is cut from it at load time."""
+    forms = decomposed(adapter, threads, progress)
+    return truncated(adapter, forms, Knobs(rank_ratio=1.0), "elastic parent, all singular values")
+
+
+def decomposed(adapter: LoraAdapter, threads: int | None, progress: bool) -> list[SpectralForm]:
+    """The spectral form of every adapted module."""
+    updates = [Update.of(module, is_spectral=adapter.is_spectral) for module in adapter.adapted]
+    return spectral_form(updates, thread_count(threads), progress)
+
+
+def truncated(adapter: LoraAdapter, forms: Sequence[SpectralForm], knobs: Knobs, action: str) -> LoraAdapter:
+    """An adapter with the values that the knobs keep; `adapter` gives everything but the factors."""
+    masks = select(forms, knobs)
+    modules: dict[str, LoraModule] = dict(adapter.modules)
+    for form, mask in zip(forms, masks, strict=True):
+        modules[form.module.name] = form.truncated(mask)
+    certificate = Certificate(action, [_certificate(*pair) for pair in zip(forms, masks, strict=True)])
+    return replace(adapter, modules=modules, is_spectral=True, certificate=certificate)
+
+
+def _certificate(form: SpectralForm, keep: Mask) -> ModuleCertificate:
+    dropped = form.values[~keep]
+    kept_energy = float(np.square(form.values[keep]).sum())
+    # What is dropped is summed by itself: the difference of two large sums would lose it.
+    dropped_energy = float(np.square(dropped).sum()) + form.unseen_energy
+    return ModuleCertificate(
+        name=form.module.name,
+        rank_before=form.module.rank,
+        rank_after=int(keep.sum()),
+        parameters_before=form.module.num_parameters,
+        parameters_after=int(keep.sum()) * form.module.cost,
+        energy=kept_energy + dropped_energy,
+        dropped_energy=dropped_energy,
+        spectral_error=float(form.largest_values[~keep].max(initial=0.0)),
+    )

@@ -1,0 +1,214 @@
+"""Which singular values stay: one choice over all modules, by one of five knobs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank import _core
+from lorank.budget import Budget, parse_budget
+from lorank.spectral_form import SpectralForm
+
+Mask = npt.NDArray[np.bool_]
+Scores = Mapping[str, npt.ArrayLike]
+
+# Gavish and Donoho's optimal hard threshold for a square matrix of unknown noise.
+_GAVISH_DONOHO = 2.858
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs:
+    """How much to keep: exactly one of the first five.
+
+    Attributes
+    ----------
+    rank_ratio
+        Keep this share of all singular values (PARA's gamma).
+    avg_rank
+        Keep so many values per module on average.
+    energy
+        Keep the fewest values whose squares reach this share of the energy (PARA's epsilon).
+    budget
+        Keep what fits into so many parameters, the most energy per parameter first.
+    auto
+        Keep what stands out of each module's own noise: a heuristic without a knob.
+    max_rank
+        No module keeps more.
+    scope
+        ``"global"``: modules compete. ``"module"``: one rank everywhere, or energy module by module.
+    keep
+        ``"largest"``, or ``"smallest"`` for the study of reverse pruning.
+    scores
+        By module name, one per singular value, in place of the values: larger is kept first.
+    """
+
+    rank_ratio: float | None = None
+    avg_rank: float | None = None
+    energy: float | None = None
+    budget: Budget | None = None
+    auto: bool = False
+    max_rank: int | None = None
+    scope: Literal["global", "module"] = "global"
+    keep: Literal["largest", "smallest"] = "largest"
+    scores: Scores | None = None
+
+    def __post_init__(self) -> None:
+        given = [
+            name for name in ("rank_ratio", "avg_rank", "energy", "budget") if getattr(self, name) is not None
+        ]
+        given += ["auto"] if self.auto else []
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of rank_ratio, avg_rank, energy, budget and auto"
+                + (f", not {' and '.join(given)}" if given else "")
+            )
+        _check_range("rank_ratio", self.rank_ratio, 1.0)
+        _check_range("energy", self.energy, 1.0)
+        _check_range("avg_rank", self.avg_rank, math.inf)
+        if self.max_rank is not None and self.max_rank < 0:
+            raise ValueError(f"max_rank cannot be negative: {self.max_rank}")
+        if self.scope not in ("global", "module"):
+            raise ValueError(f"scope must be 'global' or 'module', not {self.scope!r}")
+        if self.keep not in ("largest", "smallest"):
+            raise ValueError(f"keep must be 'largest' or 'smallest', not {self.keep!r}")
+        if self.budget is not None and self.scope == "module":
+            raise ValueError("a parameter budget is shared by all modules: scope='module' contradicts it")
+        counted = self.rank_ratio is not None or self.avg_rank is not None
+        if (self.keep == "smallest" or self.scores is not None) and not counted:
+            raise ValueError("keep='smallest' and scores go with rank_ratio or avg_rank only")
+
+    def __str__(self) -> str:
+        name = next(n for n in ("rank_ratio", "avg_rank", "energy", "budget", "auto") if getattr(self, n))
+        words = [f"{name}={getattr(self, name)}", f"{self.scope} scope"]
+        words += [f"max_rank={self.max_rank}"] if self.max_rank is not None else []
+        words += ["smallest kept"] if self.keep == "smallest" else []
+        words += ["custom scores"] if self.scores is not None else []
+        return ", ".join(words)
+
+
+def _check_range(name: str, value: float | None, most: float) -> None:
+    if value is not None and (not 0 <= value <= most or value == math.inf):
+        raise ValueError(f"{name} must lie between 0 and {most:g}, not {value}")
+
+
+def select(forms: Sequence[SpectralForm], knobs: Knobs) -> list[Mask]:
+    """The values that stay, a mask per module.
+
+    Raises
+    ------
+    ValueError
+        If scores do not fit the modules, or a budget is none.
+    """
+    lengths = [len(form.values) for form in forms]
+    scores = _concatenated(_scores(forms, knobs.scores))
+    if knobs.max_rank is not None:
+        scores = _capped(scores, lengths, knobs)
+    if knobs.auto:
+        masks = [_above_noise(form) for form in forms]
+        return [mask & (part > 0) for mask, part in zip(masks, _split(scores, lengths), strict=True)]
+    if knobs.budget is not None:
+        costs = [form.module.cost for form in forms]
+        kept = _core.select_budget(scores, lengths, costs, _parameters(knobs.budget))
+    elif knobs.scope == "module":
+        parts = _split(scores, lengths)
+        return [_local(part, forms, knobs) for part in parts]
+    elif knobs.energy is not None:
+        kept = _core.select_energy(scores, knobs.energy)
+    else:
+        choose = _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
+        kept = choose(scores, count_of(forms, knobs))
+    return _split(kept, lengths)
+
+
+def count_of(forms: Sequence[SpectralForm], knobs: Knobs) -> int:
+    """How many values a ratio or an average rank keeps, rounded half up."""
+    if knobs.rank_ratio is not None:
+        return math.floor(knobs.rank_ratio * sum(form.module.rank for form in forms) + 0.5)
+    assert knobs.avg_rank is not None
+    return math.floor(knobs.avg_rank * len(forms) + 0.5)
+
+
+def _parameters(budget: Budget) -> int:
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        raise ValueError(
+            f"{budget}: an adapter does not know its base model's size: give a number of parameters"
+        )
+    return parse_budget(budget, None)
+
+
+def _local(scores: npt.NDArray[np.float64], forms: Sequence[SpectralForm], knobs: Knobs) -> Mask:
+    if knobs.energy is not None:
+        return _core.select_energy(scores, knobs.energy)
+    choose = _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
+    return choose(scores, math.floor(count_of(forms, knobs) / len(forms) + 0.5))
+
+
+def _scores(forms: Sequence[SpectralForm], scores: Scores | None) -> list[npt.NDArray[np.float64]]:
+    if scores is None:
+        return [form.values for form in forms]
+    chosen = []
+    for form in forms:
+        name, length = form.module.name, len(form.values)
+        if name not in scores:
+            raise ValueError(f"no scores for module {name!r}")
+        given = np.asarray(scores[name], dtype=np.float64)
+        if given.shape != (length,):
+            raise ValueError(
+                f"module {name!r} has {length} singular values, its scores have shape {given.shape}"
+            )
+        # A value of zero is not worth keeping, whatever its score; a score of zero still is a score.
+        chosen.append(np.where(form.values > 0, np.maximum(given, np.finfo(np.float64).tiny), 0.0))
+    return chosen
+
+
+def _capped(scores: npt.NDArray[np.float64], lengths: Sequence[int], knobs: Knobs) -> npt.NDArray[np.float64]:
+    """Scores with all but the best `max_rank` of every module set to zero, which is never kept."""
+    choose = _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
+    assert knobs.max_rank is not None
+    masks = [choose(part, knobs.max_rank) for part in _split(scores, lengths)]
+    return np.where(_concatenated(masks), scores, 0.0)
+
+
+def _above_noise(form: SpectralForm) -> Mask:
+    """The values above a noise floor.
+
+    Where the whole spectrum's energy is known to exceed the computed values' (a difference of dense
+    weights): the Marchenko-Pastur edge of what is left, taken anew until nothing more stands out. For
+    an adapter, whose other values are zero: 2.858 times the median of its own.
+    """
+    values = form.values
+    if not len(values) or values[0] == 0:
+        return np.zeros(len(values), dtype=bool)
+    if form.unseen_energy > 0:
+        return values > _noise_floor(form)
+    mask: Mask = values > _GAVISH_DONOHO * np.median(values)
+    return mask
+
+
+def _noise_floor(form: SpectralForm) -> float:
+    """``sigma (sqrt(out) + sqrt(in))``, `sigma` from the energy below the edge."""
+    out, fan_in = form.module.shape
+    short = min(out, fan_in) * form.module.copies
+    squares = np.square(form.values)
+    kept = 0
+    while True:
+        left = max(form.energy - float(squares[:kept].sum()), 0.0)
+        mean = left / max(short - kept, 1)
+        edge = math.sqrt(mean) * (1 + math.sqrt(min(out, fan_in) / max(out, fan_in)))
+        above = int((form.values > edge).sum())
+        if above <= kept:
+            return edge
+        kept = above
+
+
+def _concatenated(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _split(whole: npt.NDArray[Any], lengths: Sequence[int]) -> list[npt.NDArray[Any]]:
+    return np.split(whole, np.cumsum(lengths)[:-1])

@@ -1,0 +1,183 @@
+"""Updates in balanced spectral form: from here on, every truncation is a choice of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank import _core
+from lorank.adapters.module import LoraModule, in_memory
+from lorank.progress import progress_bar
+
+Array = npt.NDArray[Any]
+Term = tuple[_core.Matrix, _core.Matrix, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a module's new factors are made of.
+
+    Attributes
+    ----------
+    module
+        Its name, kind and shape; its rank is the sum of the terms'.
+    terms
+        Returns, for every copy, the products ``weight * B @ A`` that are summed up.
+    is_spectral
+        Whether there is one term, in balanced spectral form already.
+    """
+
+    module: LoraModule
+    terms: Callable[[], Sequence[Sequence[Term]]]
+    is_spectral: bool = False
+
+    @classmethod
+    def of(cls, module: LoraModule, *, is_spectral: bool = False) -> Update:
+        """A module as it is."""
+        return cls(module, lambda: [[(b, a, module.scaling)] for b, a in module.factors()], is_spectral)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One copy's update: ``b_columns.T @ a_rows``, float32 unless it was float64.
+
+    Attributes
+    ----------
+    b_columns
+        ``(k, out)``, ``sqrt(s_i) u_i``.
+    singular_values
+        ``(k,)``, descending, float64.
+    a_rows
+        ``(k, in)``, ``sqrt(s_i) v_i``.
+    """
+
+    b_columns: Array
+    singular_values: npt.NDArray[np.float64]
+    a_rows: Array
+
+
+@dataclass(frozen=True, slots=True)
+class SpectralForm:
+    """A module's update, decomposed.
+
+    Attributes
+    ----------
+    module
+        As it was before.
+    parts
+        One per copy, all of one `k`.
+    unseen_energy
+        What ``||dW||_F^2`` is beyond the values' squares, where only the leading ones were computed.
+    """
+
+    module: LoraModule
+    parts: Sequence[Part]
+    unseen_energy: float = 0.0
+
+    @property
+    def energy(self) -> float:
+        """``||dW||_F^2``."""
+        return self.unseen_energy + float(np.square(self.values).sum())
+
+    @property
+    def values(self) -> npt.NDArray[np.float64]:
+        """The singular values; of several copies the root of the sum of their squares."""
+        if len(self.parts) == 1:
+            return self.parts[0].singular_values
+        squares = sum(np.square(part.singular_values) for part in self.parts)
+        root: npt.NDArray[np.float64] = np.sqrt(squares)
+        return root
+
+    @property
+    def largest_values(self) -> npt.NDArray[np.float64]:
+        """The largest of the copies' singular values: the spectral norm of leaving one out."""
+        largest: npt.NDArray[np.float64] = np.max([part.singular_values for part in self.parts], axis=0)
+        return largest
+
+    def truncated(self, keep: npt.NDArray[np.bool_]) -> LoraModule:
+        """The module with the values of a mask: factors in memory, scaling 1."""
+        pairs = [(part.b_columns[keep].T, part.a_rows[keep]) for part in self.parts]
+        return replace(
+            self.module,
+            rank=int(keep.sum()),
+            scaling=1.0,
+            factors=lambda: [in_memory(b, a) for b, a in pairs],
+            carried={
+                name: value * np.float32(self.module.scaling) for name, value in self.module.carried.items()
+            },
+        )
+
+
+def spectral_form(
+    updates: Sequence[Update], threads: int, progress: bool, label: str = "decomposing"
+) -> list[SpectralForm]:
+    """Decompose updates, in parallel.
+
+    Raises
+    ------
+    NumericalError
+        If factors hold NaN or infinite values; the message names the module.
+    """
+    forms: dict[int, SpectralForm] = {}
+    with progress_bar(label, len(updates), enabled=progress) as advance:
+        for batch in _batches(updates):
+            for i, form in _decomposed(updates, batch, threads):
+                forms[i] = form
+                advance(1, form.module.name)
+    return [forms[i] for i in range(len(updates))]
+
+
+def _batches(updates: Sequence[Update]) -> Iterator[list[int]]:
+    """Plain modules all at once, stacks one by one.
+
+    The factors of plain modules stay on disk until a worker needs them; experts are taken apart in
+    memory.
+    """
+    yield [i for i, update in enumerate(updates) if update.module.copies == 1]
+    yield from ([i] for i, update in enumerate(updates) if update.module.copies > 1)
+
+
+def _decomposed(
+    updates: Sequence[Update], batch: Sequence[int], threads: int
+) -> Iterator[tuple[int, SpectralForm]]:
+    jobs: list[tuple[int, Sequence[Term]]] = []
+    for i in batch:
+        if updates[i].is_spectral:
+            yield i, _as_it_is(updates[i])
+        else:
+            jobs += [(i, terms) for terms in updates[i].terms()]
+    results: dict[int, Part] = {}
+
+    def on_result(index: int, outcome: Any) -> None:
+        if isinstance(outcome, BaseException):
+            name = updates[jobs[index][0]].module.name
+            raise type(outcome)(f"module {name!r}: {outcome}")
+        results[index] = Part(*outcome)
+
+    _core.decompose([list(terms) for _, terms in jobs], threads, on_result)
+    parts: dict[int, list[Part]] = {}
+    for index, (i, _) in enumerate(jobs):
+        parts.setdefault(i, []).append(results[index])
+    for i, found in parts.items():
+        yield i, SpectralForm(updates[i].module, found)
+
+
+def _as_it_is(update: Update) -> SpectralForm:
+    """Balanced columns have the length of the root of their value, and so have the rows."""
+    parts = []
+    for ((b, a, scaling),) in update.terms():
+        columns, rows = b.to_array().T, a.to_array()
+        # Another profile may have moved a factor from one side to the other.
+        length, width = (np.linalg.norm(x.astype(np.float64), axis=1) for x in (columns, rows))
+        values = length * width * abs(scaling)
+        balance = np.sqrt(np.divide(scaling * width, length, out=np.zeros_like(length), where=length > 0))
+        columns = (columns * balance[:, None]).astype(columns.dtype)
+        inverse = np.divide(scaling, balance, out=np.zeros_like(length), where=balance > 0)
+        parts.append(
+            Part(columns, np.minimum.accumulate(values), (rows * inverse[:, None]).astype(rows.dtype))
+        )
+    return SpectralForm(update.module, parts)

@@ -1,0 +1,51 @@
+//! Masks over the singular values of many modules.
+
+use lorank::select;
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
+use pyo3::prelude::*;
+
+use crate::detached::detached_quiet;
+
+type Values<'py> = PyReadonlyArray1<'py, f64>;
+type Mask<'py> = PyResult<Bound<'py, PyArray1<bool>>>;
+
+/// The `count` largest, or all non-zero ones.
+#[pyfunction]
+pub fn select_largest<'py>(py: Python<'py>, scores: Values<'py>, count: usize) -> Mask<'py> {
+    masked(py, scores, move |scores| select::largest(scores, count))
+}
+
+/// The `count` smallest non-zero ones.
+#[pyfunction]
+pub fn select_smallest<'py>(py: Python<'py>, scores: Values<'py>, count: usize) -> Mask<'py> {
+    masked(py, scores, move |scores| select::smallest(scores, count))
+}
+
+/// The fewest whose squares sum to a fraction of the total.
+#[pyfunction]
+pub fn select_energy<'py>(py: Python<'py>, values: Values<'py>, fraction: f64) -> Mask<'py> {
+    masked(py, values, move |values| select::energy(values, fraction))
+}
+
+/// The most energy that fits into a number of parameters.
+#[pyfunction]
+pub fn select_budget<'py>(
+    py: Python<'py>,
+    values: Values<'py>,
+    lengths: Vec<usize>,
+    costs: Vec<u64>,
+    parameters: u64,
+) -> Mask<'py> {
+    masked(py, values, move |values| select::budget(values, &lengths, &costs, parameters))
+}
+
+fn masked<'py>(
+    py: Python<'py>,
+    values: Values<'py>,
+    choose: impl FnOnce(&[f64]) -> lorank::Result<Vec<bool>> + Send + 'static,
+) -> Mask<'py> {
+    // Owned, as the work outlives an interrupted call.
+    let owned: Vec<f64> = values.as_array().iter().copied().collect();
+    drop(values);
+    Ok(detached_quiet(py, move |_| choose(&owned))?.into_pyarray(py))
+}

@@ -1,0 +1,75 @@
+//! Safetensors files from arrays and from tensors of other files.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use lorank::checkpoint::StoredTensor;
+use lorank::dtype::DType;
+use lorank::safetensors_writer::{Content, OutTensor, write};
+use lorank::source::StoredMatrix;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+
+use crate::detached::detached_quiet;
+use crate::matrix::{Checkpoint, Matrix};
+
+/// Where a tensor's values are, as Python hands it over.
+#[derive(FromPyObject)]
+pub enum PyContent<'py> {
+    /// A matrix that is written as the type that is named.
+    Matrix(Bound<'py, Matrix>),
+    /// A checkpoint and the position of a tensor in it.
+    Stored(Bound<'py, Checkpoint>, usize),
+    /// Bytes of the type that is named.
+    Raw(PyBackedBytes),
+}
+
+/// The same without Python.
+enum Held {
+    Values(StoredMatrix, DType),
+    Stored(StoredTensor),
+    Raw(PyBackedBytes, String),
+}
+
+/// Writes a safetensors file that appears whole or not at all. Tensors are `(name, shape, content,
+/// type by the header's name)`.
+#[pyfunction]
+pub fn write_safetensors(
+    py: Python<'_>,
+    path: PathBuf,
+    tensors: Vec<(String, Vec<usize>, PyContent<'_>, String)>,
+    metadata: BTreeMap<String, String>,
+) -> PyResult<()> {
+    let held: Vec<(String, Vec<usize>, Held)> = tensors
+        .into_iter()
+        .map(|(name, shape, content, dtype)| Ok((name, shape, hold(content, dtype)?)))
+        .collect::<PyResult<_>>()?;
+    detached_quiet(py, move |cancel| {
+        let out: Vec<OutTensor<'_>> = held
+            .iter()
+            .map(|(name, shape, values)| OutTensor {
+                name: name.clone(),
+                shape: shape.clone(),
+                content: match values {
+                    Held::Values(matrix, dtype) => Content::Values { matrix, dtype: *dtype },
+                    Held::Stored(tensor) => Content::Stored(tensor),
+                    Held::Raw(bytes, dtype) => Content::Raw { bytes, dtype: dtype.clone() },
+                },
+            })
+            .collect();
+        write(&path, &out, &metadata, cancel)
+    })
+}
+
+fn hold(content: PyContent<'_>, dtype: String) -> PyResult<Held> {
+    Ok(match content {
+        PyContent::Matrix(matrix) => {
+            let parsed = DType::from_safetensors(&dtype)
+                .ok_or_else(|| PyValueError::new_err(format!("cannot write values as {dtype}")))?;
+            Held::Values(matrix.get().0.clone(), parsed)
+        }
+        PyContent::Stored(checkpoint, position) => Held::Stored(checkpoint.get().tensor(position)?.clone()),
+        PyContent::Raw(bytes) => Held::Raw(bytes, dtype),
+    })
+}
