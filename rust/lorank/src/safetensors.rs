@@ -74,9 +74,7 @@ impl<'de> Deserialize<'de> for RawHeader {
                 let (mut tensors, mut metadata) = (Vec::new(), BTreeMap::new());
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
-                        metadata = map
-                            .next_value()
-                            .map_err(|e| serde::de::Error::custom(format!("__metadata__: {e}")))?;
+                        metadata = texts(map.next_value()?);
                     } else {
                         let tensor = map
                             .next_value()
@@ -89,6 +87,17 @@ impl<'de> Deserialize<'de> for RawHeader {
         }
         deserializer.deserialize_map(Entries)
     }
+}
+
+/// The entries that are texts, as the format wants all of them to be; others carry no tensors and do
+/// no harm.
+fn texts(metadata: serde_json::Value) -> BTreeMap<String, String> {
+    let serde_json::Value::Object(entries) = metadata else { return BTreeMap::new() };
+    let text = |(name, value)| match value {
+        serde_json::Value::String(text) => Some((name, text)),
+        _ => None,
+    };
+    entries.into_iter().filter_map(text).collect()
 }
 
 impl SafetensorsFile {
