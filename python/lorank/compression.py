@@ -110,7 +110,7 @@ def _certificate(form: SpectralForm, keep: Mask) -> ModuleCertificate:
         name=form.module.name,
         rank_before=form.module.rank,
         rank_after=int(keep.sum()),
-        parameters_before=form.module.num_parameters,
+        parameters_before=form.num_parameters,
         parameters_after=int(keep.sum()) * form.module.cost,
         energy=kept_energy + dropped_energy,
         dropped_energy=dropped_energy,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,12 +116,17 @@ def select(forms: Sequence[SpectralForm], knobs: Knobs) -> list[Mask]:
         kept = _core.select_budget(scores, lengths, costs, _parameters(knobs.budget))
     elif knobs.scope == "module":
         parts = _split(scores, lengths)
-        return [_local(part, forms, knobs) for part in parts]
+        if knobs.energy is not None:
+            return [
+                _core.select_energy(part, _known_share(knobs.energy, [form]))
+                for part, form in zip(parts, forms, strict=True)
+            ]
+        count = math.floor(count_of(forms, knobs) / len(forms) + 0.5) if forms else 0
+        return [_choice(knobs)(part, count) for part in parts]
     elif knobs.energy is not None:
-        kept = _core.select_energy(scores, knobs.energy)
+        kept = _core.select_energy(scores, _known_share(knobs.energy, forms))
     else:
-        choose = _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
-        kept = choose(scores, count_of(forms, knobs))
+        kept = _choice(knobs)(scores, count_of(forms, knobs))
     return _split(kept, lengths)
 
 
@@ -141,11 +146,29 @@ def _parameters(budget: Budget) -> int:
     return parse_budget(budget, None)
 
 
-def _local(scores: npt.NDArray[np.float64], forms: Sequence[SpectralForm], knobs: Knobs) -> Mask:
-    if knobs.energy is not None:
-        return _core.select_energy(scores, knobs.energy)
-    choose = _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
-    return choose(scores, math.floor(count_of(forms, knobs) / len(forms) + 0.5))
+def _choice(knobs: Knobs) -> Callable[[npt.NDArray[np.float64], int], Mask]:
+    return _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
+
+
+def _known_share(energy: float, forms: Sequence[SpectralForm]) -> float:
+    """The share of the computed values' energy that is `energy` of the whole.
+
+    Raises
+    ------
+    ValueError
+        If the computed values do not hold so much.
+    """
+    unseen = math.fsum(form.unseen_energy for form in forms)
+    if unseen == 0:
+        return energy
+    whole = math.fsum(form.energy for form in forms)
+    share = energy * whole / (whole - unseen) if whole > unseen else math.inf
+    if share > 1:
+        raise ValueError(
+            f"energy={energy} is out of reach: the computed singular values hold {1 - unseen / whole:.4f}; "
+            "raise max_rank"
+        )
+    return share
 
 
 def _scores(forms: Sequence[SpectralForm], scores: Scores | None) -> list[npt.NDArray[np.float64]]:
@@ -168,9 +191,8 @@ def _scores(forms: Sequence[SpectralForm], scores: Scores | None) -> list[npt.ND
 
 def _capped(scores: npt.NDArray[np.float64], lengths: Sequence[int], knobs: Knobs) -> npt.NDArray[np.float64]:
     """Scores with all but the best `max_rank` of every module set to zero, which is never kept."""
-    choose = _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
     assert knobs.max_rank is not None
-    masks = [choose(part, knobs.max_rank) for part in _split(scores, lengths)]
+    masks = [_choice(knobs)(part, knobs.max_rank) for part in _split(scores, lengths)]
     return np.where(_concatenated(masks), scores, 0.0)
 
 
@@ -184,7 +206,7 @@ def _above_noise(form: SpectralForm) -> Mask:
     values = form.values
     if not len(values) or values[0] == 0:
         return np.zeros(len(values), dtype=bool)
-    if form.unseen_energy > 0:
+    if form.is_dense:
         return values > _noise_floor(form)
     mask: Mask = values > _GAVISH_DONOHO * np.median(values)
     return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,11 +73,20 @@ class SpectralForm:
         One per copy, all of one `k`.
     unseen_energy
         What ``||dW||_F^2`` is beyond the values' squares, where only the leading ones were computed.
+    is_dense
+        Whether it is a difference of dense weights, no product of factors.
     """
 
     module: LoraModule
     parts: Sequence[Part]
     unseen_energy: float = 0.0
+    is_dense: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the update was given by."""
+        module = self.module
+        return module.copies * math.prod(module.shape) if self.is_dense else module.num_parameters
 
     @property
     def energy(self) -> float:

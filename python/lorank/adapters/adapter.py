@@ -146,7 +146,8 @@ class LoraAdapter:
         """
         from lorank.adapters.writing import write_adapter
 
-        return write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite)
+        written, _ = write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite)
+        return written
 
     @property
     def adapted(self) -> list[LoraModule]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def read_adapter(path: Path) -> LoraAdapter:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and (path / CONFIG).exists():
-        return peft_format.read(_weights(path), read_config(path / CONFIG))
+        return replace(peft_format.read(_weights(path), read_config(path / CONFIG)), label=str(path))
     file = path if path.is_file() else _only_safetensors(path)
     if file.suffix != ".safetensors":
         raise FormatError(f"{file}: is neither a PEFT folder nor a .safetensors file")

@@ -28,15 +28,21 @@ Tensor = tuple[str, list[int], Any, str]
 
 def write_adapter(
     adapter: LoraAdapter, target: Path, profile: Profile, dtype: Dtype | None, *, overwrite: bool
-) -> Path:
-    """Write an adapter; see `LoraAdapter.save`."""
+) -> tuple[Path, Certificate | None]:
+    """Write an adapter; see `LoraAdapter.save`.
+
+    Returns
+    -------
+    tuple
+        Where the factors were written, and the certificate with what rounding them added.
+    """
     if dtype is not None and dtype not in ("float32", "float16", "bfloat16", "float64"):
         raise ValueError(f"dtype must be 'float32', 'float16', 'bfloat16' or 'float64', not {dtype!r}")
     target = target.expanduser()
     layouts = profiles.layouts(adapter, profile)
     metadata = {"format": "pt"} | ({SPECTRAL_KEY: "1"} if adapter.is_spectral else {})
     if adapter.format == "kohya":
-        return _write_image_adapter(adapter, target, layouts, dtype, metadata, overwrite)
+        return _write_image_adapter(adapter, target, layouts, dtype, metadata, overwrite), adapter.certificate
     _refuse_to_overwrite(target, overwrite)
     tensors: list[Tensor] = []
     for name, (b_key, a_key) in profiles.keys(adapter, layouts).items():
@@ -61,7 +67,7 @@ def write_adapter(
     write_text(target / "README.md", card.text(adapter, profile, certificate))
     if certificate is not None:
         write_text(target / "lorank.json", json.dumps(certificate.to_json(), indent=1) + "\n")
-    return weights
+    return weights, certificate
 
 
 def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:

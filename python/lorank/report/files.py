@@ -6,7 +6,6 @@ import csv
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def _header(report: SpectralReport) -> dict[str, Any]:
         "source": report.source,
         "accuracy": report.accuracy,
         "num_parameters": report.num_parameters,
-        "skipped": [asdict(entry) for entry in report.skipped],
+        "skipped": [{"name": s.name, "shape": s.shape, "reason": s.reason} for s in report.skipped],
     }
 
 

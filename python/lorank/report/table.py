@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
 from rich import box
@@ -116,23 +116,23 @@ def skipped_summary(report: SpectralReport) -> str:
     return f"{len(report.skipped)} tensors skipped: {counted}" if reasons else ""
 
 
-def rank_map(allocation: RankAllocation) -> Table:
+def rank_map(ranks: Mapping[str, int], title: str) -> Table:
     """Ranks by block (rows) and by module within the block (columns)."""
     cells: dict[str, dict[str, int]] = {}
     columns: dict[str, None] = {}
-    for name, rank in allocation.ranks.items():
+    for name, rank in ranks.items():
         block = naming.block_of(name)
         inner = name[len(block) + 1 :] or _ITSELF
         columns.setdefault(inner)
         cells.setdefault(block, {})[inner] = rank
-    low, high = min(allocation.ranks.values()), max(allocation.ranks.values())
-    table = Table(title=f"ranks by {allocation.method}", title_justify="left", box=box.SIMPLE_HEAD)
+    low, high = min(ranks.values()), max(ranks.values())
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("block", overflow="fold")
     for inner in columns:
         heading = _shortest_unique_suffix(inner, columns)
         table.add_column(heading.replace(".", "\n"), justify="right", no_wrap=True)
-    for block, ranks in cells.items():
-        row = [_coloured(ranks[inner], low, high) if inner in ranks else Text("") for inner in columns]
+    for block, found in cells.items():
+        row = [_coloured(found[inner], low, high) if inner in found else Text("") for inner in columns]
         table.add_row(block, *row)
     return table
 

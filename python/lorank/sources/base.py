@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lorank import naming
@@ -42,11 +42,20 @@ class MatrixInfo:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A tensor without a row in the report, and why."""
+    """A tensor without a row in the report, and why.
+
+    Attributes
+    ----------
+    name, shape, reason
+        What was found.
+    load
+        Returns its values as one row, where it holds floating-point numbers that can be read.
+    """
 
     name: str
     shape: tuple[int, ...]
     reason: str
+    load: Callable[[], Matrix] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +71,14 @@ class SourceMatrix:
     lazy
         Whether `load` materialises the values (dequantizes, copies from a device): such matrices
         are loaded a few at a time.
+    transposed
+        Whether `load` returns ``(in, out)``: how Conv1D layers and some experts are stored.
     """
 
     info: MatrixInfo
     load: Callable[[], Matrix]
     lazy: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

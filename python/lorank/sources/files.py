@@ -51,10 +51,17 @@ def _open_safetensors(path: Path, label: str) -> Source:
     for position, (name, dtype, shape, _) in enumerate(tensors):
         found = layout.matrices(name, dtype)
         if isinstance(found, str):
-            skipped.append(Skipped(name, tuple(shape), found))
+            vector = len(shape) == 1 and dtype in FLOAT_TYPES
+            load = partial(checkpoint.matrix, position, 1, shape[0]) if vector else None
+            skipped.append(Skipped(name, tuple(shape), found, load))
             continue
         matrices += [
-            SourceMatrix(m.info, partial(checkpoint.matrix, position, m.rows, m.cols, m.index)) for m in found
+            SourceMatrix(
+                m.info,
+                partial(checkpoint.matrix, position, m.rows, m.cols, m.index),
+                transposed=m.transposed,
+            )
+            for m in found
         ]
     # Writers sort by type and by name as text: block 10 before block 2.
     matrices.sort(key=lambda matrix: naming.natural_key(matrix.info.name))

@@ -23,6 +23,9 @@ FLOAT_TYPES = {
     "F8_E5M2": "float8_e5m2",
 } | {name: name for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
 
+# Architectures whose stacked experts are stored (experts, in, out).
+_TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
+
 # Architectures whose linear layers are transformers' Conv1D: stored (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
@@ -37,6 +40,7 @@ class StoredMatrix:
     rows: int
     cols: int
     index: int = 0
+    transposed: bool = False
 
 
 class Layout:
@@ -56,6 +60,7 @@ class Layout:
         text = config.get("text_config")
         experts = text if isinstance(text, Mapping) else config
         self.num_experts = experts.get("num_local_experts") or experts.get("num_experts")
+        self.transposed_experts = experts.get("model_type") in _TRANSPOSED_EXPERTS
         # Without a single `.weight`, the mapping's keys are the modules' names themselves.
         self.plain_names = not any(name == "weight" or name.endswith(".weight") for name in shapes)
 
@@ -74,7 +79,7 @@ class Layout:
         module = name.removesuffix(".weight") if not self.plain_names else name
         stored_as = FLOAT_TYPES[dtype]
         if len(shape) == 3 and self._is_expert_stack(module, shape):
-            return _experts(module, shape, stored_as)
+            return _experts(module, shape, stored_as, self.transposed_experts)
         if not is_weight:
             return "not the weight of a module"
         if len(shape) == 2:
@@ -90,7 +95,8 @@ class Layout:
         kind: Kind = "embedding" if naming.is_embedding(module) else "linear"
         transposed = self.conv1d and kind == "linear" and not naming.is_output_head(module)
         oriented = (cols, rows) if transposed else (rows, cols)
-        return StoredMatrix(MatrixInfo(module, module, kind, oriented, dtype), rows, cols)
+        info = MatrixInfo(module, module, kind, oriented, dtype)
+        return StoredMatrix(info, rows, cols, transposed=transposed)
 
     def _is_expert_stack(self, module: str, shape: tuple[int, ...]) -> bool:
         in_experts = naming.is_in_experts(module)
@@ -100,16 +106,14 @@ class Layout:
         return any(f"{name}{suffix}" in self.shapes for suffix in _SCALE_SUFFIXES)
 
 
-def _experts(module: str, shape: tuple[int, ...], dtype: str) -> list[StoredMatrix]:
-    # Whether a stack is (E, out, in) or (E, in, out) differs by model; the spectrum does not depend
-    # on it, and neither does the cost of a rank. Shapes are reported as stored.
+def _experts(module: str, shape: tuple[int, ...], dtype: str, transposed: bool) -> list[StoredMatrix]:
+    # Neither the spectrum nor the cost of a rank depends on the orientation: shapes are reported as
+    # stored.
     experts, rows, cols = shape
-    return [
-        StoredMatrix(
-            MatrixInfo(f"{module}[{i}]", module, "expert", (rows, cols), dtype, expert=i), rows, cols, index=i
-        )
-        for i in range(experts)
-    ]
+    infos = (
+        MatrixInfo(f"{module}[{i}]", module, "expert", (rows, cols), dtype, expert=i) for i in range(experts)
+    )
+    return [StoredMatrix(info, rows, cols, index, transposed) for index, info in enumerate(infos)]
 
 
 def _looks_like_gpt2(shapes: Mapping[str, tuple[int, ...]]) -> bool:

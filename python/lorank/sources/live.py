@@ -49,7 +49,9 @@ def from_module(model: Any) -> Source:
         num_parameters += math.prod(shape)
         found = _matrices(layout, name, weight)
         if isinstance(found, str):
-            skipped.append(Skipped(name, shape, found))
+            readable = weight.is_direct and len(shape) == 1 and weight.parameter.device.type != "meta"
+            load = partial(_load, partial(_identity, weight.parameter), 0, 1, shape[0]) if readable else None
+            skipped.append(Skipped(name, shape, found, load))
         else:
             matrices += found
     skipped += _hidden_weights(model)
@@ -130,9 +132,8 @@ def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] 
         if kind is not None and info.expert is None:
             oriented = (stored.cols, stored.rows) if transposed else (stored.rows, stored.cols)
             info = MatrixInfo(info.name, info.module, kind, oriented, info.dtype)
-        described.append(
-            SourceMatrix(info, partial(_load, load, stored.index, stored.rows, stored.cols), lazy=lazy)
-        )
+        values = partial(_load, load, stored.index, stored.rows, stored.cols)
+        described.append(SourceMatrix(info, values, lazy=lazy, transposed=transposed))
     return described
 
 
@@ -147,7 +148,8 @@ def _role(module: Any) -> tuple[Kind | None, bool]:
         return "linear", True
     if "Linear" in classes:
         return "linear", False
-    return None, False
+    # Experts say it themselves, by the attribute that PEFT looks at.
+    return None, bool(getattr(module, "is_transposed", False))
 
 
 def _identity(value: Any) -> Any:

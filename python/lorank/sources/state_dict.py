@@ -49,11 +49,16 @@ def from_mapping(
         num_parameters += math.prod(shape) if dtype in FLOAT_TYPES else 0
         found = layout.matrices(name, dtype)
         if isinstance(found, str):
-            skipped.append(Skipped(name, shape, found))
+            vector = len(shape) == 1 and dtype in FLOAT_TYPES
+            load = partial(_load, value, 0, 1, shape[0]) if vector else None
+            skipped.append(Skipped(name, shape, found, load))
             continue
         matrices += [
             SourceMatrix(
-                m.info, partial(_load, value, m.index, m.rows, m.cols), lazy=arrays.needs_copy(value)
+                m.info,
+                partial(_load, value, m.index, m.rows, m.cols),
+                lazy=arrays.needs_copy(value),
+                transposed=m.transposed,
             )
             for m in found
         ]

@@ -3,17 +3,22 @@
 //! Values come concatenated, module after module; the answer is a mask of the same length. Ties go to
 //! the lower index: to the earlier module, then to the earlier value. Zeros are never kept.
 //!
-//! Source: PARA, Post-Optimization Adaptive Rank Allocation for `LoRA`, equations 6 to 12. Non-negative
-//! numbers have the order of their bit patterns, so thresholds are found by counting patterns digit by
-//! digit, in passes over what is left in doubt, and never by sorting.
+//! Nothing here sorts all values. Non-negative numbers have the order of their bit patterns, so the last
+//! kept value is found by a histogram of patterns, then by one of the bucket that holds it, and so on.
+//! Squares are summed as 128-bit integers: exactly, so that no count hangs on an order of summation.
 
-use crate::eigen::power_of_two;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
 use crate::{Error, Result};
 
-/// Bits that one pass decides.
+/// Bits of a pattern that one histogram tells apart: its buckets just fill a first-level cache.
 const DIGIT: u32 = 11;
 
-/// What a sum may fall short of, relatively: an energy of 1 must not ask for rounding errors.
+/// Values that [`check`] looks at together.
+const LANES: usize = 8;
+
+/// What a sum may fall short of, relatively: a share of 1 must not ask for rounding errors.
 const SLACK: f64 = 1e-12;
 
 /// Keeps the `count` largest, or all that are not zero.
@@ -21,22 +26,22 @@ const SLACK: f64 = 1e-12;
 /// # Errors
 /// [`Error::InvalidInput`] for a NaN, infinite or negative score.
 pub fn largest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
-    check(scores)?;
-    let nonzero = scores.iter().filter(|&&x| x > 0.0).count();
-    Ok(top(scores, count.min(nonzero)))
+    let range = check(scores)?;
+    Ok(top(scores, range, |_| 1, |nonzero| nonzero.min(count as u128)))
 }
 
-/// Keeps the `count` smallest that are not zero: the paper's reverse pruning.
+/// Keeps the `count` smallest that are not zero, or all of those: the reverse pruning of the ablations.
 ///
 /// # Errors
 /// As [`largest`].
 pub fn smallest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
-    check(scores)?;
-    // Reciprocal order: patterns are counted down from that of infinity.
-    let flipped =
-        |x: &f64| if *x > 0.0 { f64::from_bits(f64::INFINITY.to_bits() - x.to_bits()) } else { 0.0 };
-    let reversed: Vec<f64> = scores.iter().map(flipped).collect();
-    largest(&reversed, count)
+    let range = check(scores)?;
+    // Counted down from infinity, patterns have the reverse order, and none becomes zero but that of zero.
+    let reverse = |bits: u64| if bits == 0 { 0 } else { f64::INFINITY.to_bits() - bits };
+    let patterns = scores.iter().map(|&x| reverse(pattern(x)));
+    let range = range.map(|(low, high)| (reverse(high), reverse(low)));
+    let cut = cut(patterns, range, |_| 1, |nonzero| nonzero.min(count as u128));
+    Ok(mask(scores, cut.map(|cut| Cut { last: reverse(cut.last), ..cut }), |x, last| 0.0 < x && x <= last))
 }
 
 /// Keeps the fewest values, largest first, whose squares sum to at least `fraction` of the total.
@@ -44,60 +49,206 @@ pub fn smallest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
 /// # Errors
 /// As [`largest`], and for a fraction outside `[0, 1]`.
 pub fn energy(values: &[f64], fraction: f64) -> Result<Vec<bool>> {
-    check(values)?;
+    let range = check(values)?;
     if !(0.0..=1.0).contains(&fraction) {
         return Err(Error::InvalidInput(format!("the energy is a share between 0 and 1, not {fraction}")));
     }
-    let unit = unit(values);
-    let target = fraction * (1.0 - SLACK) * sum_of_squares(values.iter().copied(), unit);
-    Ok(top(values, fewest(values, unit, target)))
+    let squares = Squares::new(values.len(), range);
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // A whole number below `total`.
+    let share = |total: u128| (fraction * (1.0 - SLACK) * total as f64).ceil() as u128;
+    Ok(top(values, range, |bits| squares.of(bits), share))
 }
 
 /// Keeps what fits into `parameters`, the most energy per parameter first: by `value^2 / cost`, where a
-/// module of `lengths[m]` descending values pays `costs[m]` for each.
+/// module of `lengths[m]` descending values pays `costs[m]` for each that it keeps.
 ///
-/// Within a module values leave smallest first. Where the globally largest values that fit (PARA's own
-/// choice) hold more energy than this greedy set, they are returned instead.
+/// Within a module values leave smallest first. Where the globally largest values, up to the first that
+/// does not fit (PARA's own choice at this size), hold more energy than this greedy set, they are kept.
 ///
 /// # Errors
 /// As [`largest`], and if lengths do not add up, a cost is 0, or a module's values are not descending.
 pub fn budget(values: &[f64], lengths: &[usize], costs: &[u64], parameters: u64) -> Result<Vec<bool>> {
-    check(values)?;
+    let range = check(values)?;
     let modules = modules(values, lengths, costs)?;
-    let unit = unit(values);
-    let density: Vec<f64> = modules
-        .iter()
-        .flat_map(|&(start, end, cost)| {
-            values[start..end].iter().map(move |x| (x * unit).powi(2) / cost as f64)
-        })
-        .collect();
-    let greedy = fill(&by_score(values, &density), &modules, parameters, Skip::Module);
-    let plain = fill(&by_score(values, values), &modules, parameters, Skip::Everything);
-    let held = |prefixes: &[usize]| {
-        let kept = modules.iter().zip(prefixes).flat_map(|(&(start, _, _), &n)| &values[start..start + n]);
-        sum_of_squares(kept.copied(), unit)
+    // The squares of values below 1e-160 of the largest may vanish: their order is then that of modules.
+    let unit = range.map_or(1.0, |(_, high)| 2f64.powi(-exponent(high)));
+    let density = |x: f64, cost: u64| (x * unit).powi(2) / cost as f64;
+    let greedy = fill(&modules, parameters, Misfit::ClosesModule, density);
+    let plain = fill(&modules, parameters, Misfit::EndsAll, |x, _| x);
+    let squares = Squares::new(values.len(), range);
+    let held = |kept: &[usize]| -> u128 {
+        let values = modules.iter().zip(kept).flat_map(|(module, &count)| &module.values[..count]);
+        values.map(|&x| squares.of(pattern(x))).sum()
     };
     let best = if held(&greedy) >= held(&plain) { greedy } else { plain };
-    let mut mask = vec![false; values.len()];
-    for (&(start, _, _), n) in modules.iter().zip(best) {
-        mask[start..start + n].fill(true);
-    }
-    Ok(mask)
+    let mask = |(module, count): (&Module<'_>, usize)| (0..module.values.len()).map(move |i| i < count);
+    Ok(modules.iter().zip(best).flat_map(mask).collect())
 }
 
-fn check(scores: &[f64]) -> Result<()> {
-    match scores.iter().position(|x| !(x.is_finite() && *x >= 0.0)) {
-        None => Ok(()),
-        Some(i) => Err(Error::InvalidInput(format!(
-            "value {i} is {}: singular values and scores are finite and not negative",
-            scores[i]
-        ))),
+/// The bit pattern of a non-negative number, and that of zero for either zero.
+fn pattern(x: f64) -> u64 {
+    (x + 0.0).to_bits()
+}
+
+/// The smallest and the largest pattern that are not zero.
+type Range = Option<(u64, u64)>;
+
+/// The range of the scores, if all of them are valid.
+fn check(scores: &[f64]) -> Result<Range> {
+    // In lanes and by plain comparisons, which compilers turn into vector instructions. What is no valid
+    // score becomes infinite.
+    let (mut low, mut high) = ([f64::INFINITY; LANES], [0.0f64; LANES]);
+    let mut see = |chunk: &[f64; LANES]| {
+        for i in 0..LANES {
+            let x = if chunk[i] >= 0.0 { chunk[i] } else { f64::INFINITY };
+            let positive = if x > 0.0 { x } else { f64::INFINITY };
+            high[i] = if x > high[i] { x } else { high[i] };
+            low[i] = if positive < low[i] { positive } else { low[i] };
+        }
+    };
+    let (chunks, rest) = scores.as_chunks();
+    chunks.iter().for_each(&mut see);
+    let mut padded = [0.0; LANES];
+    padded[..rest.len()].copy_from_slice(rest);
+    see(&padded);
+    let low = low.into_iter().fold(f64::INFINITY, f64::min);
+    let high = high.into_iter().fold(0.0, f64::max);
+    if high.is_infinite() {
+        let bad = scores.iter().enumerate().find(|(_, x)| !(x.is_finite() && **x >= 0.0));
+        let bad = bad.map_or_else(String::new, |(i, x)| format!("value {i} is {x}: "));
+        return Err(Error::InvalidInput(format!("{bad}singular values and scores are finite, not negative")));
+    }
+    Ok((high > 0.0).then_some((low.to_bits(), high.to_bits())))
+}
+
+fn range(patterns: &[u64]) -> (u64, u64) {
+    patterns.iter().fold((u64::MAX, 0), |(low, high), &bits| (low.min(bits), high.max(bits)))
+}
+
+/// The mask of the fewest non-zero values, largest first, whose weights reach what is `wanted` of the total.
+fn top(
+    values: &[f64],
+    range: Range,
+    weight: impl Fn(u64) -> u128,
+    wanted: impl FnOnce(u128) -> u128,
+) -> Vec<bool> {
+    mask(values, cut(values.iter().map(|&x| pattern(x)), range, weight, wanted), |x, last| x >= last)
+}
+
+fn mask(values: &[f64], cut: Option<Cut>, keeps: impl Fn(f64, f64) -> bool) -> Vec<bool> {
+    let Some(Cut { last, surplus }) = cut else { return vec![false; values.len()] };
+    let last = f64::from_bits(last);
+    let mut mask: Vec<bool> = values.iter().map(|&x| keeps(x, last)).collect();
+    // Of the values equal to the last one the later ones go.
+    let ties = (0..values.len()).rev().filter(|&i| values[i] == last);
+    (0..surplus).zip(ties).for_each(|(_, i)| mask[i] = false);
+    mask
+}
+
+/// Where a selection ends.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// The pattern of the last value that is kept.
+    last: u64,
+    /// How many values equal to the last one are not.
+    surplus: u128,
+}
+
+/// Where the weights of the non-zero patterns, from the largest, reach what is `wanted` of the total.
+fn cut(
+    patterns: impl Iterator<Item = u64> + Clone,
+    range_of_patterns: Range,
+    weight: impl Fn(u64) -> u128,
+    wanted: impl FnOnce(u128) -> u128,
+) -> Option<Cut> {
+    let (mut rest, mut wanted) = narrow(patterns, range_of_patterns?, &weight, wanted)?;
+    loop {
+        let (low, high) = range(&rest);
+        if low == high {
+            return Some(Cut { last: low, surplus: rest.len() as u128 - wanted.div_ceil(weight(low)) });
+        }
+        (rest, wanted) = narrow(rest.iter().copied(), (low, high), &weight, |_| wanted)?;
     }
 }
 
-/// `(start, end, cost)` of every module.
-fn modules(values: &[f64], lengths: &[usize], costs: &[u64]) -> Result<Vec<(usize, usize, u64)>> {
-    if lengths.len() != costs.len() || lengths.iter().sum::<usize>() != values.len() {
+/// The patterns of the one bucket in which the weights, summed from the largest pattern, reach what is
+/// `wanted` of the total, and what the larger ones leave wanted. `None` if nothing is wanted.
+fn narrow(
+    patterns: impl Iterator<Item = u64> + Clone,
+    (low, high): (u64, u64),
+    weight: &impl Fn(u64) -> u128,
+    wanted: impl FnOnce(u128) -> u128,
+) -> Option<(Vec<u64>, u128)> {
+    let shift = (u64::BITS - (high - low).leading_zeros()).saturating_sub(DIGIT);
+    // Zero, less than `low`, wraps round and comes to lie beyond the last bucket.
+    let bucket = |bits: u64| usize::try_from(bits.wrapping_sub(low) >> shift).unwrap_or(usize::MAX);
+    let mut sums = vec![0u128; bucket(high) + 1];
+    for bits in patterns.clone() {
+        if let Some(sum) = sums.get_mut(bucket(bits)) {
+            *sum += weight(bits);
+        }
+    }
+    let (mut wanted, mut chosen) = (wanted(sums.iter().sum()), sums.len() - 1);
+    if wanted == 0 {
+        return None;
+    }
+    while sums[chosen] < wanted {
+        wanted -= sums[chosen];
+        chosen -= 1;
+    }
+    Some((patterns.filter(|&bits| bucket(bits) == chosen).collect(), wanted))
+}
+
+/// Squares as integers, in a unit that lets as many as there are be summed in 128 bits.
+///
+/// The largest has some 100 bits; what a smaller one loses below the unit is beyond any `f64` sum.
+#[derive(Clone, Copy)]
+struct Squares {
+    /// Of the largest value.
+    exponent: u64,
+    /// By which mantissas grow where all values are subnormal, for none of these to have its full length.
+    lift: u32,
+    /// By which squares shrink, for `count` of 106 bits not to overflow.
+    spare: u64,
+}
+
+impl Squares {
+    fn new(count: usize, range: Range) -> Self {
+        let (_, high) = range.unwrap_or((1, 1));
+        let (mantissa, exponent) = parts(high);
+        let carries = u64::from(usize::BITS - count.leading_zeros());
+        Self { exponent, lift: mantissa.leading_zeros() - 11, spare: carries.saturating_sub(22) }
+    }
+
+    #[inline]
+    fn of(self, bits: u64) -> u128 {
+        let (mantissa, exponent) = parts(bits);
+        let mantissa = u128::from(mantissa << self.lift);
+        (mantissa * mantissa) >> (2 * (self.exponent - exponent) + self.spare).min(127)
+    }
+}
+
+/// The mantissa as an integer, and the biased exponent (1 for subnormal numbers, too).
+#[inline]
+fn parts(bits: u64) -> (u64, u64) {
+    let (fraction, exponent) = (bits & ((1 << 52) - 1), bits >> 52);
+    (fraction | (u64::from(exponent > 0) << 52), exponent.max(1))
+}
+
+/// The exponent of a number of this pattern; that of the smallest normal one for subnormal numbers.
+fn exponent(bits: u64) -> i32 {
+    i32::try_from(parts(bits).1).unwrap_or(0) - 1023
+}
+
+/// What every value of one module costs, and the values.
+struct Module<'a> {
+    values: &'a [f64],
+    cost: u64,
+}
+
+fn modules<'a>(values: &'a [f64], lengths: &[usize], costs: &[u64]) -> Result<Vec<Module<'a>>> {
+    let total = lengths.iter().try_fold(0usize, |sum, &length| sum.checked_add(length));
+    if lengths.len() != costs.len() || total != Some(values.len()) {
         return Err(Error::InvalidInput(format!(
             "{} lengths and {} costs do not describe {} values",
             lengths.len(),
@@ -105,202 +256,54 @@ fn modules(values: &[f64], lengths: &[usize], costs: &[u64]) -> Result<Vec<(usiz
             values.len()
         )));
     }
-    let mut start = 0;
-    let mut modules = Vec::with_capacity(lengths.len());
-    for (m, (&length, &cost)) in lengths.iter().zip(costs).enumerate() {
-        let end = start + length;
+    let mut rest = values;
+    let module = |(m, (&length, &cost)): (usize, (&usize, &u64))| {
+        let values;
+        (values, rest) = rest.split_at(length);
         if cost == 0 {
-            return Err(Error::InvalidInput(format!("module {m} costs nothing")));
+            return Err(Error::InvalidInput(format!("the values of module {m} cost nothing")));
         }
-        if values[start..end].is_sorted_by(|a, b| a >= b) {
-            modules.push((start, end, cost));
-        } else {
+        if !values.is_sorted_by(|a, b| a >= b) {
             return Err(Error::InvalidInput(format!("the values of module {m} are not descending")));
         }
-        start = end;
-    }
-    Ok(modules)
+        Ok(Module { values, cost })
+    };
+    lengths.iter().zip(costs).enumerate().map(module).collect()
 }
 
-/// A power of two by which values can be multiplied so that squares and their sums are normal numbers.
-fn unit(values: &[f64]) -> f64 {
-    let largest = values.iter().fold(0.0f64, |m, &x| m.max(x));
-    if largest == 0.0 {
-        return 1.0;
-    }
-    #[allow(clippy::cast_possible_wrap, clippy::cast_possible_truncation)] // Eleven bits.
-    let exponent = (largest.to_bits() >> 52) as i32 - 1023;
-    power_of_two((-exponent).clamp(-1000, 1000))
-}
-
-/// Compensated (Neumaier), as the count that an energy asks for hangs on the last digits.
-fn sum_of_squares(values: impl Iterator<Item = f64>, unit: f64) -> f64 {
-    let mut sum = Compensated::default();
-    for x in values {
-        sum.add((x * unit) * (x * unit));
-    }
-    sum.value()
-}
-
-#[derive(Clone, Copy, Default)]
-struct Compensated {
-    sum: f64,
-    lost: f64,
-}
-
-impl Compensated {
-    #[inline]
-    fn add(&mut self, x: f64) {
-        let next = self.sum + x;
-        self.lost += if self.sum >= x { (self.sum - next) + x } else { (x - next) + self.sum };
-        self.sum = next;
-    }
-
-    const fn value(self) -> f64 {
-        self.sum + self.lost
-    }
-}
-
-/// The mask of the `count` largest.
-fn top(scores: &[f64], count: usize) -> Vec<bool> {
-    let (threshold, mut ties) = threshold(scores, count);
-    scores
-        .iter()
-        .map(|x| {
-            let bits = x.to_bits();
-            let is_tie = bits == threshold && ties > 0;
-            ties -= usize::from(is_tie);
-            bits > threshold || is_tie
-        })
-        .collect()
-}
-
-/// The pattern of the `count`-th largest score, and how many of that very score are wanted.
-fn threshold(scores: &[f64], count: usize) -> (u64, usize) {
-    if count == 0 {
-        return (u64::MAX, 0);
-    }
-    let mut candidates: Vec<u64> = Vec::new();
-    let (mut wanted, mut prefix, mut shift) = (count, 0u64, u64::BITS);
-    while shift > 0 {
-        let width = DIGIT.min(shift);
-        shift -= width;
-        let digit = |bits: u64| usize::try_from(bits >> shift & ((1 << width) - 1)).unwrap_or(0);
-        let mut counts = vec![0usize; 1 << width];
-        let all = || scores.iter().map(|x| x.to_bits());
-        if shift + width == u64::BITS {
-            for bits in all() {
-                counts[digit(bits)] += 1;
-            }
-        } else {
-            for &bits in &candidates {
-                counts[digit(bits)] += 1;
-            }
-        }
-        let mut chosen = counts.len() - 1;
-        while wanted > counts[chosen] {
-            wanted -= counts[chosen];
-            chosen -= 1;
-        }
-        prefix = prefix << width | chosen as u64;
-        if shift + width == u64::BITS {
-            candidates = all().filter(|&bits| digit(bits) == chosen).collect();
-        } else {
-            candidates.retain(|&bits| digit(bits) == chosen);
-        }
-    }
-    (prefix, wanted)
-}
-
-/// How many of the largest values reach a sum of squares.
-fn fewest(values: &[f64], unit: f64, target: f64) -> usize {
-    let square = |bits: u64| (f64::from_bits(bits) * unit).powi(2);
-    let mut candidates: Vec<u64> = values.iter().map(|x| x.to_bits()).filter(|&bits| bits > 0).collect();
-    let (mut reached, mut kept, mut shift) = (Compensated::default(), 0, u64::BITS);
-    if target <= 0.0 {
-        return 0;
-    }
-    while shift > 0 {
-        let width = DIGIT.min(shift);
-        shift -= width;
-        let digit = |bits: u64| usize::try_from(bits >> shift & ((1 << width) - 1)).unwrap_or(0);
-        let mut buckets = vec![(0usize, Compensated::default()); 1 << width];
-        for &bits in &candidates {
-            let bucket = &mut buckets[digit(bits)];
-            bucket.0 += 1;
-            bucket.1.add(square(bits));
-        }
-        // The bucket in which the sum is reached; the last occupied one if rounding hides it.
-        let mut chosen = None;
-        for (index, (count, sum)) in buckets.iter().enumerate().rev().filter(|(_, (count, _))| *count > 0) {
-            if let Some(previous) = chosen.replace(index) {
-                let (count, sum): (usize, Compensated) = buckets[previous];
-                kept += count;
-                reached.add(sum.sum);
-                reached.add(sum.lost);
-            }
-            let mut with = reached;
-            with.add(sum.sum);
-            with.add(sum.lost);
-            if with.value() >= target {
-                break;
-            }
-            debug_assert!(*count > 0);
-        }
-        let Some(chosen) = chosen else { return kept };
-        candidates.retain(|&bits| digit(bits) == chosen);
-    }
-    // All candidates are equal now.
-    let each = candidates.first().map_or(0.0, |&bits| square(bits));
-    let mut taken = 0;
-    while taken < candidates.len() && reached.value() < target {
-        // Exact for equal values: no sum of many small terms.
-        let missing = ((target - reached.value()) / each).ceil().max(1.0);
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Clamped, positive.
-        let step = missing.min((candidates.len() - taken) as f64) as usize;
-        let step = if step > 1 { step - 1 } else { 1 };
-        reached.add(each * step as f64);
-        taken += step;
-    }
-    kept + taken
-}
-
-/// Indices of the non-zero values, best score first, earlier index first among equals.
-fn by_score(values: &[f64], scores: &[f64]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..values.len()).filter(|&i| values[i] > 0.0).collect();
-    order.sort_by(|&i, &j| scores[j].total_cmp(&scores[i]).then(i.cmp(&j)));
-    order
-}
-
-/// What a value that does not fit any more closes.
+/// What a value that does not fit any more puts an end to.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Skip {
-    /// Its module, so that the kept values of a module stay its largest.
-    Module,
+enum Misfit {
+    /// Its module: the kept values of a module stay its largest.
+    ClosesModule,
     /// The whole selection.
-    Everything,
+    EndsAll,
 }
 
-/// How many values of every module are taken, in the given order, within the budget.
-fn fill(order: &[usize], modules: &[(usize, usize, u64)], parameters: u64, skip: Skip) -> Vec<usize> {
-    let (mut prefixes, mut closed) = (vec![0; modules.len()], vec![false; modules.len()]);
-    let mut left = parameters;
-    for &i in order {
-        let m = modules.partition_point(|&(_, end, _)| end <= i);
-        let cost = modules[m].2;
-        if closed[m] {
-            continue;
-        }
-        if cost <= left {
-            left -= cost;
-            prefixes[m] += 1;
-        } else if skip == Skip::Everything {
+/// How many values of every module are taken, the best score first, within the budget.
+fn fill(
+    modules: &[Module<'_>],
+    mut parameters: u64,
+    misfit: Misfit,
+    score: impl Fn(f64, u64) -> f64,
+) -> Vec<usize> {
+    let mut kept = vec![0; modules.len()];
+    // Values descend, so only the next one of every module can be the best: no sorting of them all.
+    let next = |m: usize, count: usize| {
+        let x = modules[m].values.get(count).filter(|x| **x > 0.0)?;
+        Some((score(*x, modules[m].cost).to_bits(), Reverse(m)))
+    };
+    let mut queue: BinaryHeap<_> = (0..modules.len()).filter_map(|m| next(m, 0)).collect();
+    while let Some((_, Reverse(m))) = queue.pop() {
+        if let Some(left) = parameters.checked_sub(modules[m].cost) {
+            parameters = left;
+            kept[m] += 1;
+            queue.extend(next(m, kept[m]));
+        } else if misfit == Misfit::EndsAll {
             break;
-        } else {
-            closed[m] = true;
         }
     }
-    prefixes
+    kept
 }
 
 #[cfg(test)]
@@ -309,95 +312,215 @@ mod tests {
 
     use super::*;
 
-    /// Indices by the definition: sorted, largest first, earlier first among equals.
+    /// Indices of the values that are not zero, by the definition: largest first, earlier among equals.
     fn order(values: &[f64]) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..values.len()).collect();
+        let mut order: Vec<usize> = (0..values.len()).filter(|&i| values[i] > 0.0).collect();
         order.sort_by(|&i, &j| values[j].partial_cmp(&values[i]).unwrap().then(i.cmp(&j)));
         order
     }
 
-    fn mask(length: usize, kept: &[usize]) -> Vec<bool> {
+    fn mask_of(length: usize, kept: &[usize]) -> Vec<bool> {
         let mut mask = vec![false; length];
-        for &i in kept {
-            mask[i] = true;
-        }
+        kept.iter().for_each(|&i| mask[i] = true);
         mask
     }
 
+    fn count(mask: &[bool]) -> usize {
+        mask.iter().filter(|&&kept| kept).count()
+    }
+
+    /// Of numbers whose squares are exact.
     fn energy_of(values: &[f64], mask: &[bool]) -> f64 {
         values.iter().zip(mask).filter(|&(_, &kept)| kept).map(|(x, _)| x * x).sum()
     }
 
+    /// Every way to keep a prefix of each module.
+    fn prefixes(lengths: &[usize]) -> Vec<Vec<usize>> {
+        lengths.iter().fold(vec![vec![]], |all, &length| {
+            let longer = |one: &Vec<usize>| {
+                let one = one.clone();
+                (0..=length).map(move |n| one.iter().copied().chain([n]).collect())
+            };
+            all.iter().flat_map(longer).collect()
+        })
+    }
+
+    /// Anything that is a score: ties, both zeros, neighbours, subnormal numbers, the ends of the range.
     fn scores() -> impl Strategy<Value = Vec<f64>> {
-        let one = prop_oneof![Just(0.0), Just(1.0), Just(2.0), 0.0f64..3.0, Just(1.0 + f64::EPSILON)];
+        let one = prop_oneof![
+            3 => prop::sample::select(vec![0.0, -0.0, 1.0, 2.0, 1.0 + f64::EPSILON, 5e-324, f64::MAX]),
+            3 => 0.0f64..3.0,
+            1 => (-300.0f64..300.0).prop_map(|x| 10f64.powf(x)),
+        ];
         prop::collection::vec(one, 0..40)
+    }
+
+    /// Sixteenths: their squares and the sums of these are exact.
+    fn exact(largest: u32) -> impl Strategy<Value = f64> {
+        (0..=largest).prop_map(|x| f64::from(x) / 16.0)
+    }
+
+    fn problem() -> impl Strategy<Value = (Vec<f64>, Vec<usize>, Vec<u64>)> {
+        let values =
+            prop_oneof![prop::collection::vec(exact(8), 0..5), prop::collection::vec(exact(4000), 0..5)];
+        prop::collection::vec((values, 1u64..9), 0..6).prop_map(|parts| {
+            let (mut parts, costs): (Vec<Vec<f64>>, Vec<u64>) = parts.into_iter().unzip();
+            parts.iter_mut().for_each(|part| part.sort_by(|a, b| b.total_cmp(a)));
+            (parts.concat(), parts.iter().map(Vec::len).collect(), costs)
+        })
     }
 
     proptest! {
         #[test]
-        fn largest_and_smallest_are_exact(values in scores(), count in 0usize..45) {
-            let order = order(&values);
-            let nonzero: Vec<usize> = order.iter().copied().filter(|&i| values[i] > 0.0).collect();
-            let best = &nonzero[..count.min(nonzero.len())];
-            prop_assert_eq!(largest(&values, count).unwrap(), mask(values.len(), best));
-            let mut worst = nonzero.clone();
-            worst.sort_by(|&i, &j| values[i].partial_cmp(&values[j]).unwrap().then(i.cmp(&j)));
-            worst.truncate(count);
-            prop_assert_eq!(smallest(&values, count).unwrap(), mask(values.len(), &worst));
+        fn largest_and_smallest_are_those_of_a_sort(values in scores(), count in 0usize..45) {
+            let mut order = order(&values);
+            let kept = count.min(order.len());
+            prop_assert_eq!(largest(&values, count).unwrap(), mask_of(values.len(), &order[..kept]));
+            order.sort_by(|&i, &j| values[i].partial_cmp(&values[j]).unwrap().then(i.cmp(&j)));
+            prop_assert_eq!(smallest(&values, count).unwrap(), mask_of(values.len(), &order[..kept]));
         }
 
         #[test]
-        fn energy_keeps_the_fewest(values in scores(), fraction in prop_oneof![Just(0.0), Just(1.0), 0.0f64..1.0],
-            exponent in prop_oneof![Just(0), Just(-990), Just(990)])
-        {
-            let kept = energy(&values.iter().map(|x| x * power_of_two(exponent)).collect::<Vec<_>>(), fraction).unwrap();
-            let total: f64 = values.iter().map(|x| x * x).sum();
-            let target = fraction * (1.0 - SLACK) * total;
-            let (mut sum, mut best) = (0.0, Vec::new());
+        fn energy_is_that_of_exact_sums(
+            values in prop_oneof![prop::collection::vec(exact(8), 0..60), prop::collection::vec(exact(1 << 20), 0..60)],
+            fraction in prop_oneof![Just(0.0), Just(1.0), 0.0f64..1.0],
+            scale in prop::sample::select(vec![0, -1022, -1070, 990]),
+        ) {
+            let target = fraction * (1.0 - SLACK) * values.iter().map(|x| x * x).sum::<f64>();
+            let (mut sum, mut kept) = (0.0, Vec::new());
             for i in order(&values) {
-                if sum >= target || values[i] == 0.0 {
+                if sum >= target {
                     break;
                 }
                 sum += values[i] * values[i];
-                best.push(i);
+                kept.push(i);
             }
-            // A sum that meets the target to the last bit may go either way.
-            let count = kept.iter().filter(|&&k| k).count();
-            prop_assert!(count.abs_diff(best.len()) <= usize::from((sum - target).abs() < 1e-9 * total));
-            prop_assert_eq!(kept, largest(&values, count).unwrap());
+            // Down to 2^-1074, sixteenths of which the scale leaves whole.
+            let scaled: Vec<f64> = values.iter().map(|x| x * 2f64.powi(scale / 2) * 2f64.powi(scale - scale / 2)).collect();
+            prop_assert_eq!(energy(&scaled, fraction).unwrap(), mask_of(values.len(), &kept));
         }
 
         #[test]
-        fn budgets_are_kept_and_never_hold_less_than_the_largest_values(
-            parts in prop::collection::vec((prop::collection::vec(prop_oneof![Just(0.0), Just(1.0), 0.0f64..4.0], 0..6), 1u64..9), 1..6),
-            share in 0.0f64..1.1)
-        {
-            let (mut values, mut lengths, mut costs) = (Vec::new(), Vec::new(), Vec::new());
-            for (mut part, cost) in parts {
-                part.sort_by(|a, b| b.total_cmp(a));
-                lengths.push(part.len());
-                costs.push(cost);
-                values.extend(part);
-            }
-            let owners: Vec<usize> = lengths.iter().enumerate().flat_map(|(m, &n)| vec![m; n]).collect();
-            let price = |mask: &[bool]| -> u64 {
-                mask.iter().zip(&owners).filter(|&(&kept, _)| kept).map(|(_, &m)| costs[m]).sum()
-            };
-            let whole = price(&vec![true; values.len()]);
+        fn energy_keeps_the_fewest_of_any_values(values in scores(), fraction in 0.0f64..=1.0) {
+            let mask = energy(&values, fraction).unwrap();
+            let count = count(&mask);
+            prop_assert_eq!(&mask, &largest(&values, count).unwrap());
+            let order = order(&values);
+            let top = order.first().map_or(1.0, |&i| values[i]);
+            // From the smallest, where a plain sum of 40 loses least.
+            let sum = |of: &[usize]| of.iter().rev().map(|&i| (values[i] / top).powi(2)).sum::<f64>();
+            let target = fraction * (1.0 - SLACK) * sum(&order);
+            prop_assert!(sum(&order[..count]) >= target * (1.0 - 1e-14));
+            prop_assert!(count == 0 || sum(&order[..count - 1]) < target * (1.0 + 1e-14));
+        }
+
+        #[test]
+        fn a_budget_is_kept_in_prefixes(
+            (values, lengths, costs) in problem(), share in 0.0f64..1.1
+        ) {
+            let whole: u64 = lengths.iter().zip(&costs).map(|(&n, cost)| n as u64 * cost).sum();
             #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
             let parameters = (whole as f64 * share) as u64;
-            let kept = budget(&values, &lengths, &costs, parameters).unwrap();
-            prop_assert!(price(&kept) <= parameters);
-            for (i, &k) in kept.iter().enumerate() {
-                prop_assert!(!k || values[i] > 0.0);
-                prop_assert!(!k || i == 0 || owners[i] != owners[i - 1] || kept[i - 1], "a prefix of every module");
+            let mask = budget(&values, &lengths, &costs, parameters).unwrap();
+            // Of all ways to cut the modules, the one that was taken, and the best.
+            let (mut taken, mut best) = (None, 0.0f64);
+            for kept in prefixes(&lengths) {
+                let cost: u64 = kept.iter().zip(&costs).map(|(&n, cost)| n as u64 * cost).sum();
+                let parts = kept.iter().zip(&lengths);
+                let these: Vec<bool> = parts.flat_map(|(&n, &length)| (0..length).map(move |i| i < n)).collect();
+                if cost <= parameters {
+                    best = best.max(energy_of(&values, &these));
+                    taken = taken.or((these == mask).then_some(kept));
+                }
             }
+            prop_assert!(taken.is_some(), "neither too much nor anything but prefixes");
+            prop_assert!(values.iter().zip(&mask).all(|(&x, &kept)| x > 0.0 || !kept));
+            // With the first value that does not fit, greedy choice holds more than any that fits.
+            let energy = energy_of(&values, &mask);
+            prop_assert!(energy <= best && best <= energy + values.iter().fold(0.0, |m, &x| x.max(m)).powi(2));
+        }
+
+        /// The `count` largest are a run of the order that `budget` follows, and cost just what they cost:
+        /// the longest run that fits is no shorter. It is no longer either, as another value costs more.
+        #[test]
+        fn a_budget_holds_no_less_than_any_count((values, lengths, costs) in problem()) {
+            let owners: Vec<u64> = lengths.iter().zip(&costs).flat_map(|(&n, &cost)| vec![cost; n]).collect();
             for count in 0..=values.len() {
                 let gamma = largest(&values, count).unwrap();
-                let mine = budget(&values, &lengths, &costs, price(&gamma)).unwrap();
-                prop_assert!(price(&mine) <= price(&gamma));
-                prop_assert!(energy_of(&values, &mine) >= energy_of(&values, &gamma) * (1.0 - 1e-14));
+                let price = |mask: &[bool]| owners.iter().zip(mask).map(|(c, &kept)| c * u64::from(kept)).sum::<u64>();
+                let ours = budget(&values, &lengths, &costs, price(&gamma)).unwrap();
+                prop_assert!(price(&ours) <= price(&gamma));
+                prop_assert!(energy_of(&values, &ours) >= energy_of(&values, &gamma));
+                let modules = modules(&values, &lengths, &costs).unwrap();
+                let run = fill(&modules, price(&gamma), Misfit::EndsAll, |x, _| x);
+                let run = run.iter().zip(&lengths).flat_map(|(&n, &length)| (0..length).map(move |i| i < n));
+                prop_assert_eq!(run.collect::<Vec<_>>(), gamma);
             }
+        }
+
+        #[test]
+        fn at_one_cost_a_budget_is_a_count((values, lengths, _) in problem(), cost in 1u64..9, count in 0usize..30) {
+            let costs = vec![cost; lengths.len()];
+            let parameters = cost * count as u64 + cost - 1;
+            let mask = budget(&values, &lengths, &costs, parameters).unwrap();
+            prop_assert_eq!(mask, largest(&values, count).unwrap());
+        }
+    }
+
+    #[test]
+    fn budgets_worked_by_hand() {
+        // A parameter holds 9/9 and 4/9 in the first module, 4/2 and 1/2 in the second.
+        let of = |parameters| budget(&[3.0, 2.0, 2.0, 1.0], &[2, 2], &[9, 2], parameters).unwrap();
+        assert_eq!(of(1), [false; 4]);
+        assert_eq!(of(2), [false, false, true, false]);
+        // 9 are enough for the single largest value, 9, or for the second module, 4 + 1.
+        assert_eq!(of(9), [true, false, false, false]);
+        assert_eq!(of(12), [true, false, true, false]);
+        assert_eq!(of(13), [true, false, true, true]);
+        // Greedily 4 + 9 + 1, and 8 parameters are left; the largest that fit are 9 + 4 + 4.
+        assert_eq!(of(21), [true, true, true, false]);
+        assert_eq!(of(u64::MAX), [true; 4]);
+        // 2.25 a parameter goes first and leaves too little for the larger one, but something for the last.
+        let mask = budget(&[3.0, 4.0, 0.5], &[1, 1, 1], &[4, 8, 1], 7).unwrap();
+        assert_eq!(mask, [true, false, true]);
+        // Ties go to the earlier module; what is no value is not kept at any price.
+        assert_eq!(
+            budget(&[1.0, 1.0, 2.0, 0.0], &[2, 0, 2], &[1, 7, 4], 2).unwrap(),
+            [true, true, false, false]
+        );
+        assert_eq!(budget(&[1e300, 1e-300, 0.0], &[1, 2], &[2, 1], 99).unwrap(), [true, true, false]);
+        assert!(budget(&[], &[], &[], 5).unwrap().is_empty());
+    }
+
+    #[test]
+    fn nothing_and_all_of_the_same() {
+        for zeros in [&[][..], &[0.0, -0.0]] {
+            let none = vec![false; zeros.len()];
+            assert_eq!(largest(zeros, 3).unwrap(), none);
+            assert_eq!(smallest(zeros, 3).unwrap(), none);
+            assert_eq!(energy(zeros, 1.0).unwrap(), none);
+        }
+        for x in [1.0, 1e-300, 1e300, 5e-324, f64::MAX, 0.1] {
+            let same = [x; 8];
+            assert_eq!(largest(&same, 3).unwrap(), mask_of(8, &[0, 1, 2]));
+            assert_eq!(smallest(&same, 3).unwrap(), mask_of(8, &[0, 1, 2]));
+            for (fraction, kept) in [(0.0, 0), (1e-300, 1), (0.125, 1), (0.126, 2), (0.5, 4), (1.0, 8)] {
+                assert_eq!(count(&energy(&same, fraction).unwrap()), kept, "{x} {fraction}");
+            }
+        }
+        assert_eq!(energy(&[3e-300, 4e300, 3e300], 1.0).unwrap(), [false, true, true]);
+        assert_eq!(energy(&[4e300, 3e300], 0.64).unwrap(), [true, false]);
+        assert_eq!(energy(&[4e-300, 3e-300], 0.641).unwrap(), [true, true]);
+    }
+
+    #[test]
+    fn sums_of_squares_do_not_overflow() {
+        for count in [1, 1 << 22, 1 << 40, usize::MAX] {
+            let squares = Squares::new(count, Some((1, f64::MAX.to_bits())));
+            let largest = squares.of(f64::MAX.to_bits());
+            assert!(largest.checked_mul(count as u128).is_some());
+            assert!(largest > 1 << 63);
+            assert_eq!(squares.of(1), 0);
         }
     }
 
@@ -405,15 +528,14 @@ mod tests {
     fn five_million_values_with_ties() {
         // Every value occurs about five times.
         let mut state = 1u64;
-        let values: Vec<f64> = (0..5_000_000)
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                (state >> 44) as f64 / 1024.0
-            })
-            .collect();
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state >> 44
+        };
+        let values: Vec<f64> = (0..5_000_000).map(|_| random() as f64 / 1024.0).collect();
         let order = order(&values);
         for count in [1, 1_250_000, 4_999_000] {
-            assert_eq!(largest(&values, count).unwrap(), mask(values.len(), &order[..count]));
+            assert_eq!(largest(&values, count).unwrap(), mask_of(values.len(), &order[..count]));
         }
         let mut sums = Vec::with_capacity(values.len());
         let mut sum = 0u128;
@@ -423,18 +545,29 @@ mod tests {
             sum += whole * whole;
             sums.push(sum);
         }
-        for fraction in [0.5, 0.9, 0.99, 0.999_999] {
+        for fraction in [0.5, 0.9, 0.99, 0.999_999, 1.0] {
             let target = fraction * (1.0 - SLACK) * sum as f64;
-            let expected = sums.partition_point(|&s| (s as f64) < target) + 1;
-            let kept = energy(&values, fraction).unwrap().iter().filter(|&&k| k).count();
-            assert_eq!(kept, expected, "{fraction}");
+            let kept = sums.partition_point(|&sum| (sum as f64) < target) + 1;
+            assert_eq!(
+                energy(&values, fraction).unwrap(),
+                mask_of(values.len(), &order[..kept]),
+                "{fraction}"
+            );
         }
     }
 
     #[test]
     fn misfits_are_errors() {
-        for bad in [f64::NAN, f64::INFINITY, -1.0] {
-            assert!(largest(&[1.0, bad], 1).unwrap_err().to_string().contains("value 1 is"));
+        for bad in [f64::NAN, -f64::NAN, f64::INFINITY, -f64::INFINITY, -1.0, -5e-324] {
+            for place in [0, 1, 7, 8, 18] {
+                let mut scores = [1.0; 19];
+                scores[place] = bad;
+                let answers = [largest(&scores, 1), smallest(&scores, 1), energy(&scores, 0.5)];
+                let budget = budget(&scores, &[19], &[1], 1);
+                for answer in answers.into_iter().chain([budget]) {
+                    assert!(answer.unwrap_err().to_string().contains(&format!("value {place} is")));
+                }
+            }
         }
         for bad in [-0.1, 1.1, f64::NAN] {
             assert!(energy(&[1.0], bad).unwrap_err().to_string().contains("between 0 and 1"));
@@ -443,7 +576,9 @@ mod tests {
             budget(values, lengths, costs, 9).unwrap_err().to_string()
         };
         assert!(fail(&[1.0], &[2], &[1]).contains("do not describe"));
-        assert!(fail(&[1.0], &[1], &[0]).contains("costs nothing"));
-        assert!(fail(&[1.0, 2.0], &[2], &[1]).contains("not descending"));
+        assert!(fail(&[1.0], &[1], &[1, 1]).contains("do not describe"));
+        assert!(fail(&[1.0], &[usize::MAX, 2], &[1, 1]).contains("do not describe"));
+        assert!(fail(&[1.0], &[1], &[0]).contains("module 0 cost nothing"));
+        assert!(fail(&[3.0, 1.0, 2.0], &[1, 2], &[1, 1]).contains("module 1 are not descending"));
     }
 }

@@ -1,0 +1,72 @@
+"""What commands share: options, errors, and ways to print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lorank import naming
+
+_PIPE_WIDTH = 160
+
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include", "-i", help="Only these modules: names or suffixes, or re:REGEX. Repeatable, or a,b."
+    ),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", "-x", help="Not these modules; read as --include.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="At most so many threads (default: all).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+
+
+class UsageError(Exception):
+    """A combination of options that makes no sense: exit status 2."""
+
+
+class IncompleteError(Exception):
+    """Everything that could be done was done, and something could not."""
+
+
+def say(message: str) -> None:
+    """Print a line for people, on standard error."""
+    print(message, file=sys.stderr)  # noqa: T201
+
+
+def print_json(content: Any) -> None:
+    """Print values for machines."""
+    print(json.dumps(content, indent=1, allow_nan=False))  # noqa: T201
+
+
+def console() -> Console:
+    """As wide as the terminal; wide enough for every column where there is none (a pipe, a log)."""
+    return Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+
+
+def parse_targets(values: list[str] | None) -> naming.Targets:
+    """Repeated and comma-separated suffixes as a list, ``re:REGEX`` as the one expression."""
+    if not values:
+        return None
+    if any(value.startswith("re:") for value in values):
+        if len(values) > 1:
+            raise UsageError("re: takes one regular expression and nothing beside it")
+        return values[0].removeprefix("re:")
+    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
+    return naming.ALL_LINEAR if names == [naming.ALL_LINEAR] else names
+
+
+def check_output_folder(path: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something, before any work is done."""
+    if path.is_file():
+        raise UsageError(f"{path} is a file: name a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UsageError(f"{path} is not empty: choose another folder or --overwrite")

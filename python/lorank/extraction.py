@@ -1,0 +1,181 @@
+"""An adapter from a full fine-tune: the difference of two checkpoints, truncated."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lorank import _core, naming
+from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.module import LoraModule
+from lorank.compression import truncated
+from lorank.progress import progress_bar
+from lorank.selection import Knobs
+from lorank.sources import AnySource, Source, SourceMatrix, open_source
+from lorank.spectral_form import Part, SpectralForm
+from lorank.threads import thread_count
+
+DEFAULT_MAX_RANK = 128
+
+
+def extract(
+    base: AnySource,
+    tuned: AnySource,
+    *,
+    include: naming.Targets = None,
+    exclude: naming.Targets = None,
+    threads: int | None = None,
+    progress: bool = True,
+    **knobs: Any,
+) -> LoraAdapter:
+    """The best adapter of given ranks for the difference of two models.
+
+    Parameters
+    ----------
+    base, tuned
+        The model before and after: anything that `analyze` takes. Read matrix by matrix.
+    include, exclude
+        Which modules, as in `analyze`: leave out embeddings and heads that an engine cannot adapt.
+    threads, progress
+        As in `compress`.
+    **knobs
+        As in `compress`, without `rank_ratio`. `max_rank` (default 128) also bounds what is computed.
+
+    Returns
+    -------
+    LoraAdapter
+        With its `certificate`, against the dense differences; its `notes` name what an adapter cannot
+        hold: changed vectors, modules of one model only.
+
+    Raises
+    ------
+    ValueError
+        If `rank_ratio` is given, the models have no matrix in common, a shape differs (exclude that
+        module), or nothing has changed.
+
+    Notes
+    -----
+    ``||W_tuned - W_base||_F^2`` is that of the dense difference. Differences with a side of at most 512
+    are decomposed in full, larger ones by randomised subspace iteration.
+    """
+    if knobs.get("rank_ratio") is not None:
+        raise ValueError("rank_ratio has no meaning for a dense difference: use avg_rank, energy or budget")
+    chosen = Knobs(**{"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}})
+    before, after = open_source(base), open_source(tuned)
+    pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
+    notes += _changed_vectors(before, after)
+    assert chosen.max_rank is not None
+    forms = _forms(pairs, chosen.max_rank, thread_count(threads), progress)
+    if all(form.energy == 0 for form in forms):
+        raise ValueError(f"{before.label} and {after.label}: no selected matrix differs")
+    whole = LoraAdapter(
+        {form.module.name: form.module for form in forms},
+        config={"peft_type": "LORA", "base_model_name_or_path": before.label, "task_type": None},
+        notes=notes,
+        label=f"{after.label} - {before.label}",
+    )
+    return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    base: SourceMatrix
+    tuned: SourceMatrix
+
+
+def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
+    tuned = {matrix.info.name: matrix for matrix in after.matrices}
+    pairs = []
+    for matrix in before.matrices:
+        other = tuned.pop(matrix.info.name, None)
+        if other is None:
+            continue
+        if other.info.shape != matrix.info.shape:
+            raise ValueError(
+                f"{matrix.info.name}: {matrix.info.shape} in {before.label}, {other.info.shape} in "
+                f"{after.label}: exclude it to leave it out"
+            )
+        pairs.append(_Pair(matrix, other))
+    if not pairs:
+        raise ValueError(f"{before.label} and {after.label} have no selected matrix in common")
+    known = {pair.base.info.name for pair in pairs}
+    alone = [m.info.name for m in before.matrices if m.info.name not in known]
+    notes = [
+        f"{len(names)} matrices are in {label} only, the first is {names[0]}"
+        for label, names in ((before.label, alone), (after.label, list(tuned)))
+        if names
+    ]
+    return pairs, notes
+
+
+def _changed_vectors(before: Source, after: Source) -> list[str]:
+    """What differs and is no matrix: an adapter cannot hold it."""
+    tuned = {entry.name: entry for entry in after.skipped}
+    changed = []
+    for entry in before.skipped:
+        other = tuned.get(entry.name)
+        if entry.load is None or other is None or other.load is None or other.shape != entry.shape:
+            continue
+        if not np.array_equal(entry.load().to_array(), other.load().to_array()):
+            changed.append(entry.name)
+    if not changed:
+        return []
+    some = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+    return [f"{len(changed)} vectors changed, which no adapter holds: {some}"]
+
+
+def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) -> list[SpectralForm]:
+    """Every module's leading triplets; as many pairs at a time as keep memory bounded."""
+    found: dict[int, tuple[Part, float]] = {}
+    work = [math.prod(pair.base.info.shape) for pair in pairs]
+    with progress_bar("subtracting", sum(work), enabled=progress) as advance:
+        direct = [i for i, pair in enumerate(pairs) if not (pair.base.lazy or pair.tuned.lazy)]
+        lazy = [i for i in range(len(pairs)) if i not in set(direct)]
+        for batch in [direct, *(lazy[k : k + threads] for k in range(0, len(lazy), threads))]:
+
+            def on_result(index: int, outcome: Any, batch: Sequence[int] = batch) -> None:
+                pair = pairs[batch[index]]
+                if isinstance(outcome, BaseException):
+                    raise type(outcome)(f"module {pair.base.info.name!r}: {outcome}")
+                (b, values, a), energy = outcome
+                part = Part(a, values, b) if _is_swapped(pair.base) else Part(b, values, a)
+                found[batch[index]] = part, energy
+                advance(work[batch[index]], pair.base.info.name)
+
+            loaded = [(pairs[i].tuned.load(), pairs[i].base.load()) for i in batch]
+            _core.subtract(loaded, max_rank, threads, on_result)
+    by_module: dict[str, list[int]] = defaultdict(list)
+    for i, pair in enumerate(pairs):
+        by_module[pair.base.info.module].append(i)
+    return [_form(pairs[group[0]].base, [found[i] for i in group]) for group in by_module.values()]
+
+
+def _is_swapped(matrix: SourceMatrix) -> bool:
+    """Whether the loaded matrix is the transpose of the update: PEFT transposes that of an embedding."""
+    return matrix.transposed != (matrix.info.kind == "embedding")
+
+
+def _form(matrix: SourceMatrix, results: Sequence[tuple[Part, float]]) -> SpectralForm:
+    parts = [part for part, _ in results]
+    shape = (parts[0].b_columns.shape[1], parts[0].a_rows.shape[1])
+    energy = math.fsum(energy for _, energy in results)
+    kept = math.fsum(float(np.square(part.singular_values).sum()) for part in parts)
+    info = matrix.info
+    module = LoraModule(
+        info.module,
+        info.kind,
+        shape,
+        rank=min(shape),
+        scaling=1.0,
+        dtype="float32",
+        factors=list,
+        copies=len(parts),
+    )
+    # Rounding must not invent energy where all values were computed.
+    unseen = energy - kept if len(parts[0].singular_values) < min(shape) else 0.0
+    return SpectralForm(module, parts, max(unseen, 0.0), is_dense=True)

@@ -1,0 +1,154 @@
+"""Several adapters as one: the weighted sum of their updates, truncated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lorank import naming
+from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.module import LoraModule
+from lorank.adapters.tensors import Stored
+from lorank.compression import truncated
+from lorank.selection import Knobs
+from lorank.spectral_form import Term, Update, spectral_form
+from lorank.threads import thread_count
+
+
+def merge(
+    adapters: Sequence[LoraAdapter],
+    weights: Sequence[float] | None = None,
+    *,
+    threads: int | None = None,
+    progress: bool = True,
+    **knobs: Any,
+) -> LoraAdapter:
+    """The best adapter of given ranks for ``sum_j weight_j * dW_j``.
+
+    Parameters
+    ----------
+    adapters
+        Of one base model; ranks, scalings and adapted modules may differ.
+    weights
+        One each, negative ones subtract (default: equal, summing to 1).
+    threads, progress
+        As in `compress`.
+    **knobs
+        As in `compress`; `rank_ratio` is of the sum of all ranks.
+
+    Returns
+    -------
+    LoraAdapter
+        With its `certificate`, whose error is against the exact weighted sum.
+
+    Raises
+    ------
+    ValueError
+        If weights do not fit, formats differ, or an adapter has DoRA magnitudes, which do not add up.
+    FormatError
+        If shapes of one module differ.
+
+    Notes
+    -----
+    The terms are stacked, ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, and decomposed by
+    QR and a small SVD: the dense update never exists.
+    """
+    chosen = Knobs(**knobs)
+    shares = _checked_weights(adapters, weights)
+    updates = [
+        _update(name, [(a.modules[name], w) for a, w in zip(adapters, shares, strict=True) if _has(a, name)])
+        for name in _names(adapters)
+    ]
+    forms = spectral_form(updates, thread_count(threads), progress, label="merging")
+    whole = replace(
+        adapters[0],
+        modules={update.module.name: update.module for update in updates},
+        carried=_carried(adapters),
+        notes=_notes(adapters),
+        label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(adapters, shares, strict=True)),
+        key_style=_key_style(adapters),
+    )
+    return truncated(whole, forms, chosen, f"merge of {whole.label}, {chosen}")
+
+
+def _has(adapter: LoraAdapter, name: str) -> bool:
+    return name in adapter.modules and adapter.modules[name].rank > 0
+
+
+def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] | None) -> list[float]:
+    if not adapters:
+        raise ValueError("give at least one adapter")
+    shares = [1 / len(adapters)] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    if len(shares) != len(adapters) or not np.all(np.isfinite(shares)):
+        raise ValueError(f"{len(adapters)} adapters need as many finite weights, not {weights!r}")
+    if len({adapter.format for adapter in adapters}) > 1:
+        raise ValueError("adapters of PEFT and of kohya or diffusers cannot be merged with each other")
+    for adapter in adapters:
+        if adapter.config.get("use_dora") or any("dora_scale" in key for key in adapter.carried):
+            raise ValueError(f"{adapter.label}: DoRA magnitudes do not add up: merge it into a model")
+    bases = {adapter.base_model for adapter in adapters if adapter.base_model}
+    if len(bases) > 1:
+        raise ValueError(f"adapters of different base models: {', '.join(sorted(bases))}")
+    return shares
+
+
+def _names(adapters: Sequence[LoraAdapter]) -> list[str]:
+    names = {module.name for adapter in adapters for module in adapter.adapted}
+    return sorted(names, key=naming.natural_key)
+
+
+def _update(name: str, sources: Sequence[tuple[LoraModule, float]]) -> Update:
+    first = sources[0][0]
+    for module, _ in sources:
+        same = (module.kind, module.shape, module.copies, module.a_tail)
+        if same != (first.kind, first.shape, first.copies, first.a_tail):
+            raise ValueError(
+                f"module {name!r} is {first.kind} {first.shape} in one adapter and {module.kind} "
+                f"{module.shape} in another: they belong to different models"
+            )
+    carried: dict[str, Any] = {}
+    for module, weight in sources:
+        for ending, value in module.carried.items():
+            carried[ending] = carried.get(ending, 0) + value * np.float32(weight * module.scaling)
+    rank = sum(module.rank for module, _ in sources)
+    module = replace(first, rank=rank, scaling=1.0, carried=carried, dtype=_widest(sources))
+    return Update(module, partial(_terms, sources))
+
+
+def _widest(sources: Sequence[tuple[LoraModule, float]]) -> str:
+    dtypes = {module.dtype for module, _ in sources}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+
+def _terms(sources: Sequence[tuple[LoraModule, float]]) -> list[list[Term]]:
+    by_source = [[(b, a, weight * module.scaling) for b, a in module.factors()] for module, weight in sources]
+    return [list(terms) for terms in zip(*by_source, strict=True)]
+
+
+def _carried(adapters: Sequence[LoraAdapter]) -> dict[str, Stored]:
+    merged: dict[str, Stored] = {}
+    for adapter in reversed(adapters):
+        merged |= adapter.carried
+    return merged
+
+
+def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:
+    notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
+    owners = Counter(key for adapter in adapters for key in adapter.carried)
+    if shared := sum(count > 1 for count in owners.values()):
+        notes.append(f"{shared} tensors that are no factors lie in several adapters: the first's were taken")
+    return notes
+
+
+def _key_style(adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
+    if adapters[0].format == "peft":
+        return {}
+    separators: dict[str, Any] = {}
+    for adapter in reversed(adapters):
+        separators |= adapter.key_style["separators"]
+    return {"separators": separators, "metadata": {}}
