@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorank import naming
 from lorank.adapters.adapter import LoraAdapter, Profile
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX
@@ -90,7 +91,9 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
     stacks = [module.name for module in modules if module.kind == "expert"]
     ranks = {key: rank for rank, key in rank_keys(written).items() if rank != largest}
     before = adapter.config
-    keeps_targets = not dropped and isinstance(before.get("target_modules"), list)
+    targets = before.get("target_modules")
+    # A merge may adapt more than its first adapter did.
+    keeps_targets = not dropped and isinstance(targets, list) and all(map(naming.matcher(targets), linear))
     has_biases = before.get("bias", "none") != "none" and any(
         key.endswith(".bias") for key in adapter.carried
     )
@@ -106,7 +109,7 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
         "bias": before["bias"] if has_biases else "none",
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": sorted(before["target_modules"]) if keeps_targets else linear,
+        "target_modules": sorted(targets) if keeps_targets else linear,
         "exclude_modules": before.get("exclude_modules")
         if keeps_targets
         else accidental_matches(linear, dropped),

@@ -137,10 +137,10 @@ fn top(
 
 fn mask(values: &[f64], cut: Option<Cut>, keeps: impl Fn(f64, f64) -> bool) -> Vec<bool> {
     let Some(Cut { last, surplus }) = cut else { return vec![false; values.len()] };
-    let last = f64::from_bits(last);
-    let mut mask: Vec<bool> = values.iter().map(|&x| keeps(x, last)).collect();
+    let score = f64::from_bits(last);
+    let mut mask: Vec<bool> = values.iter().map(|&x| keeps(x, score)).collect();
     // Of the values equal to the last one the later ones go.
-    let ties = (0..values.len()).rev().filter(|&i| values[i] == last);
+    let ties = (0..values.len()).rev().filter(|&i| pattern(values[i]) == last);
     (0..surplus).zip(ties).for_each(|(_, i)| mask[i] = false);
     mask
 }
@@ -321,7 +321,9 @@ mod tests {
 
     fn mask_of(length: usize, kept: &[usize]) -> Vec<bool> {
         let mut mask = vec![false; length];
-        kept.iter().for_each(|&i| mask[i] = true);
+        for &i in kept {
+            mask[i] = true;
+        }
         mask
     }
 
@@ -365,7 +367,9 @@ mod tests {
             prop_oneof![prop::collection::vec(exact(8), 0..5), prop::collection::vec(exact(4000), 0..5)];
         prop::collection::vec((values, 1u64..9), 0..6).prop_map(|parts| {
             let (mut parts, costs): (Vec<Vec<f64>>, Vec<u64>) = parts.into_iter().unzip();
-            parts.iter_mut().for_each(|part| part.sort_by(|a, b| b.total_cmp(a)));
+            for part in &mut parts {
+                part.sort_by(|a, b| b.total_cmp(a));
+            }
             (parts.concat(), parts.iter().map(Vec::len).collect(), costs)
         })
     }

@@ -1,0 +1,60 @@
+"""Trained-looking adapters of tiny models on disk, and what they multiply to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model
+
+import lorank
+
+
+def trained(model: Any, config: Any, seed: int = 0) -> Any:
+    """A PEFT model whose factors are random, with values that decay as trained ones do."""
+    peft_model = get_peft_model(copy.deepcopy(model), config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            rank = parameter.shape[0] if "_A" in name else parameter.shape[1] if parameter.ndim > 1 else 1
+            decay = torch.logspace(0, -1.5, rank)
+            along = decay[:, None] if "_A" in name else decay[None]
+            noise = torch.randn(parameter.shape, generator=generator) * 0.3
+            flat = noise.reshape(parameter.shape[0], -1)
+            if "_B" in name and parameter.ndim > 1:
+                flat = noise.reshape(parameter.shape[0], rank)
+            parameter.data = (flat * along if parameter.ndim > 1 else flat).reshape(parameter.shape)
+    return peft_model.eval()
+
+
+def saved(peft_model: Any, folder: Path) -> Path:
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def loaded(model: Any, folder: Path) -> Any:
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+
+
+def dense(adapter: lorank.LoraAdapter) -> dict[str, np.ndarray[Any, Any]]:
+    """Every update in float64, ``(out, in)`` or ``(copies, out, in)``."""
+    return {
+        name: module.scaling * (module.B.astype(np.float64) @ module.A.astype(np.float64))
+        if module.rank
+        else np.zeros(module.shape if module.copies == 1 else (module.copies, *module.shape))
+        for name, module in adapter.modules.items()
+    }
+
+
+def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """The Frobenius norm of the difference of all updates."""
+    assert set(a) == set(b)
+    return float(np.sqrt(sum(np.square(a[name] - b[name]).sum() for name in a)))
+
+
+def norm(a: Mapping[str, Any]) -> float:
+    return float(np.sqrt(sum(np.square(x).sum() for x in a.values())))

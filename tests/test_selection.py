@@ -1,0 +1,223 @@
+"""Which values stay: every knob against its definition, over modules of mixed shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorank import _core
+from lorank.adapters.module import LoraModule
+from lorank.selection import Knobs, select
+from lorank.spectral_form import Part, SpectralForm
+
+
+def form(
+    values: list[float],
+    shape: tuple[int, int] = (20, 30),
+    name: str = "m",
+    unseen: float = 0.0,
+    dense: bool = False,
+) -> SpectralForm:
+    k = len(values)
+    module = LoraModule(name, "linear", shape, k, 1.0, "float32", list)
+    part = Part(np.zeros((k, shape[0])), np.array(values, dtype=np.float64), np.zeros((k, shape[1])))
+    return SpectralForm(module, [part], unseen, dense)
+
+
+def ranks(forms: list[SpectralForm], **knobs: Any) -> list[int]:
+    return [int(mask.sum()) for mask in select(forms, Knobs(**knobs))]
+
+
+spectra = st.lists(
+    st.tuples(
+        st.lists(st.one_of(st.just(0.0), st.just(1.0), st.floats(1e-3, 10)), min_size=1, max_size=6),
+        st.integers(2, 40),
+        st.integers(2, 40),
+    ),
+    min_size=1,
+    max_size=6,
+).map(lambda parts: [form(sorted(v, reverse=True), (o, i), f"m{k}") for k, (v, o, i) in enumerate(parts)])
+
+
+@given(spectra, st.floats(0, 1))
+def test_a_ratio_keeps_exactly_its_count_of_the_largest(forms: list[SpectralForm], ratio: float) -> None:
+    masks = select(forms, Knobs(rank_ratio=ratio))
+    everything = np.concatenate([f.values for f in forms])
+    kept = np.concatenate([f.values[m] for f, m in zip(forms, masks, strict=True)])
+    count = min(math.floor(ratio * len(everything) + 0.5), int((everything > 0).sum()))
+    assert len(kept) == count
+    assert np.array_equal(np.sort(kept), np.sort(everything)[len(everything) - count :])
+
+
+@given(spectra, st.floats(0, 1))
+def test_an_energy_keeps_the_fewest_that_reach_it(forms: list[SpectralForm], energy: float) -> None:
+    everything = np.sort(np.concatenate([f.values for f in forms]))[::-1]
+    sums = np.concatenate([[0.0], np.cumsum(everything**2)])
+    count = sum(ranks(forms, energy=energy))
+    target = energy * (1 - 1e-12) * sums[-1]
+    assert sums[count] >= target * (1 - 1e-14)
+    assert count == 0 or sums[count - 1] < target * (1 + 1e-14)
+
+
+@given(spectra, st.floats(0, 1))
+def test_a_budget_never_holds_less_than_a_ratio_of_its_cost(forms: list[SpectralForm], ratio: float) -> None:
+    def energy(masks: list[Any]) -> float:
+        return sum(float(np.square(f.values[m]).sum()) for f, m in zip(forms, masks, strict=True))
+
+    def price(masks: list[Any]) -> int:
+        return sum(f.module.cost * int(m.sum()) for f, m in zip(forms, masks, strict=True))
+
+    para = select(forms, Knobs(rank_ratio=ratio))
+    ours = select(forms, Knobs(budget=price(para)))
+    assert price(ours) <= price(para)
+    assert energy(ours) >= energy(para) * (1 - 1e-14)
+    for f, mask in zip(forms, ours, strict=True):
+        assert not np.any(np.diff(mask.astype(int)) > 0), "within a module the smallest leave first"
+        assert not np.any(mask & (f.values == 0))
+
+
+@given(spectra, st.floats(0, 6), st.integers(0, 4), st.sampled_from(["largest", "smallest"]))
+def test_no_module_exceeds_the_largest_rank(
+    forms: list[SpectralForm], average: float, most: int, keep: Any
+) -> None:
+    found = ranks(forms, avg_rank=average, max_rank=most, keep=keep)
+    assert max(found) <= most
+    available = sum(min(most, int((f.values > 0).sum())) for f in forms)
+    assert sum(found) == min(math.floor(average * len(forms) + 0.5), available)
+
+
+def test_grouped_query_attention_gains_strictly() -> None:
+    """Narrow key and value projections hold more energy per parameter: PARA does not see it."""
+    rng = np.random.default_rng(0)
+    forms = []
+    for layer in range(8):
+        for name, shape in {"q": (64, 64), "k": (16, 64), "v": (16, 64), "up": (256, 64)}.items():
+            forms.append(form(sorted(rng.exponential(1, 16), reverse=True), shape, f"{layer}.{name}"))
+    para = select(forms, Knobs(rank_ratio=0.25))
+    parameters = sum(f.module.cost * int(m.sum()) for f, m in zip(forms, para, strict=True))
+    ours = select(forms, Knobs(budget=parameters))
+
+    def energy(masks: Any) -> float:
+        return sum(float(np.square(f.values[m]).sum()) for f, m in zip(forms, masks, strict=True))
+
+    assert energy(ours) > 1.01 * energy(para)
+
+
+def test_scopes() -> None:
+    forms = [form([9.0, 8.0, 7.0, 6.0]), form([4.0, 3.0, 2.0, 1.0])]
+    assert ranks(forms, rank_ratio=0.5) == [4, 0]
+    assert ranks(forms, rank_ratio=0.5, scope="module") == [2, 2]
+    assert ranks(forms, energy=0.5) == [2, 0]
+    assert ranks(forms, energy=0.5, scope="module") == [2, 1]
+    assert ranks(forms, avg_rank=1.0, keep="smallest") == [0, 2]
+    kept = select(forms, Knobs(avg_rank=1, keep="smallest"))
+    assert kept[1].tolist() == [False, False, True, True]
+
+
+def test_scores_take_the_place_of_values() -> None:
+    forms = [form([9.0, 8.0, 7.0], name="a"), form([4.0, 3.0, 0.0], name="b")]
+    scores = {"a": [0.0, 0.0, 5.0], "b": [7.0, 6.0, 9.0]}
+    masks = select(forms, Knobs(avg_rank=1.5, scores=scores))
+    assert [m.tolist() for m in masks] == [[False, False, True], [True, True, False]]
+    # A score of zero still is a score; a value of zero is never kept.
+    assert ranks(forms, rank_ratio=1.0, scores={"a": [0.0] * 3, "b": [0.0] * 3}) == [3, 2]
+    with pytest.raises(ValueError, match="no scores for module 'b'"):
+        ranks(forms, avg_rank=1, scores={"a": [1.0, 2.0, 3.0]})
+    with pytest.raises(ValueError, match=r"'b' has 3 singular values, its scores have shape \(2,\)"):
+        ranks(forms, avg_rank=1, scores={"a": [1.0] * 3, "b": [1.0] * 2})
+
+
+def test_the_automatic_threshold_of_an_adapter() -> None:
+    values = [10.0, 9.0, 1.2, 1.1, 1.0, 0.9, 0.8]
+    assert ranks([form(values), form([0.0, 0.0])], auto=True) == [2, 0]
+    assert 2.858 * np.median(values) < 9
+
+
+def test_the_automatic_threshold_of_a_difference_is_the_noise_edge() -> None:
+    rng = np.random.default_rng(0)
+    out, fan_in, planted = 300, 200, 3
+    noise = rng.standard_normal((out, fan_in))
+    signal = (
+        np.linalg.qr(rng.standard_normal((out, planted)))[0]
+        @ np.linalg.qr(rng.standard_normal((fan_in, planted)))[0].T
+    )
+    values = np.linalg.svd(noise + 80 * signal, compute_uv=False)
+    unseen = float(np.square(values[40:]).sum())
+    assert ranks([form(values[:40].tolist(), (out, fan_in), unseen=unseen, dense=True)], auto=True) == [
+        planted
+    ]
+
+
+def test_an_energy_beyond_the_computed_values() -> None:
+    forms = [form([3.0, 1.0], unseen=10.0, dense=True)]
+    assert ranks(forms, energy=0.45) == [1]
+    assert ranks(forms, energy=0.499) == [2]
+    with pytest.raises(ValueError, match=r"energy=0\.6 is out of reach: .* hold 0\.5000"):
+        ranks(forms, energy=0.6)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({}, "exactly one of"),
+        ({"rank_ratio": 0.5, "energy": 0.9}, "not rank_ratio and energy"),
+        ({"rank_ratio": 0.5, "auto": True}, "not rank_ratio and auto"),
+        ({"rank_ratio": 1.5}, "rank_ratio must lie between 0 and 1"),
+        ({"rank_ratio": float("nan")}, "rank_ratio must lie"),
+        ({"energy": -0.1}, "energy must lie"),
+        ({"avg_rank": float("inf")}, "avg_rank must lie"),
+        ({"avg_rank": 2, "max_rank": -1}, "max_rank cannot be negative"),
+        ({"avg_rank": 2, "scope": "layer"}, "scope must be"),
+        ({"avg_rank": 2, "keep": "some"}, "keep must be"),
+        ({"budget": 100, "scope": "module"}, "contradicts"),
+        ({"energy": 0.9, "keep": "smallest"}, "rank_ratio or avg_rank only"),
+        ({"budget": 9, "scores": {}}, "rank_ratio or avg_rank only"),
+    ],
+)
+def test_knobs_that_make_no_sense(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Knobs(**knobs)
+
+
+def test_a_share_of_an_unknown_model() -> None:
+    with pytest.raises(ValueError, match="does not know its base model"):
+        ranks([form([1.0])], budget="1%")
+
+
+NAN = np.array([1.0, np.nan])
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda: _core.select_largest(NAN, 1),
+        lambda: _core.select_smallest(NAN, 1),
+        lambda: _core.select_energy(NAN, 0.5),
+        lambda: _core.select_budget(NAN, [2], [1], 1),
+        lambda: _core.select_largest(np.array([-1.0]), 1),
+        lambda: _core.select_budget(np.array([1.0, 2.0]), [2], [1], 1),
+    ],
+)
+def test_values_that_are_none(choose: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=r"value 1|value 0|descending"):
+        choose()
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0.01, 0.9999))
+def test_millions_of_values_with_ties(seed: int, share: float) -> None:
+    values = np.random.default_rng(seed).integers(0, 50_000, 1_000_000).astype(np.float64)
+    order = np.argsort(-values, kind="stable")
+    count = int(share * len(values))
+    expected = np.zeros(len(values), dtype=bool)
+    expected[order[:count]] = values[order[:count]] > 0
+    assert np.array_equal(_core.select_largest(values, count), expected)
+    sums = np.cumsum(values[order].astype(object).astype(np.int64) ** 2)  # exact in 64 bits
+    needed = int(np.searchsorted(sums, share * (1 - 1e-12) * float(sums[-1]))) + 1
+    assert int(_core.select_energy(values, share).sum()) == needed
