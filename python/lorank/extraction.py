@@ -175,6 +175,8 @@ def _form(matrix: SourceMatrix, results: Sequence[tuple[Part, float]]) -> Spectr
         dtype="float32",
         factors=list,
         copies=len(parts),
+        a_tail=matrix.kernel or shape[1:],
+        b_tail=(1,) * (len(matrix.kernel) - 1),
     )
     # Rounding must not invent energy where all values were computed.
     unseen = energy - kept if len(parts[0].singular_values) < min(shape) else 0.0

@@ -93,7 +93,8 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
     before = adapter.config
     targets = before.get("target_modules")
     # A merge may adapt more than its first adapter did.
-    keeps_targets = not dropped and isinstance(targets, list) and all(map(naming.matcher(targets), linear))
+    fits = isinstance(targets, list) and not dropped and all(map(naming.matcher(targets), linear))
+    kept: list[str] | None = targets if fits else None
     has_biases = before.get("bias", "none") != "none" and any(
         key.endswith(".bias") for key in adapter.carried
     )
@@ -109,10 +110,8 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
         "bias": before["bias"] if has_biases else "none",
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": sorted(targets) if keeps_targets else linear,
-        "exclude_modules": before.get("exclude_modules")
-        if keeps_targets
-        else accidental_matches(linear, dropped),
+        "target_modules": sorted(kept) if kept else linear,
+        "exclude_modules": before.get("exclude_modules") if kept else accidental_matches(linear, dropped),
         "target_parameters": stacks or None,
     }
 

@@ -73,12 +73,15 @@ class SourceMatrix:
         are loaded a few at a time.
     transposed
         Whether `load` returns ``(in, out)``: how Conv1D layers and some experts are stored.
+    kernel
+        ``(in, kh, kw)`` of a convolution, whose matrix is flattened.
     """
 
     info: MatrixInfo
     load: Callable[[], Matrix]
     lazy: bool = False
     transposed: bool = False
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ def _open_safetensors(path: Path, label: str) -> Source:
                 m.info,
                 partial(checkpoint.matrix, position, m.rows, m.cols, m.index),
                 transposed=m.transposed,
+                kernel=m.kernel,
             )
             for m in found
         ]

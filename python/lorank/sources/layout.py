@@ -41,6 +41,7 @@ class StoredMatrix:
     cols: int
     index: int = 0
     transposed: bool = False
+    kernel: tuple[int, ...] = ()
 
 
 class Layout:
@@ -87,7 +88,7 @@ class Layout:
         if len(shape) <= 5:
             out, fan_in = shape[0], math.prod(shape[1:])
             info = MatrixInfo(module, module, "conv", (out, fan_in), stored_as)
-            return [StoredMatrix(info, out, fan_in)]
+            return [StoredMatrix(info, out, fan_in, kernel=shape[1:])]
         return f"{len(shape)}-D tensor"
 
     def _matrix(self, module: str, shape: tuple[int, ...], dtype: str) -> StoredMatrix:

@@ -133,7 +133,7 @@ def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] 
             oriented = (stored.cols, stored.rows) if transposed else (stored.rows, stored.cols)
             info = MatrixInfo(info.name, info.module, kind, oriented, info.dtype)
         values = partial(_load, load, stored.index, stored.rows, stored.cols)
-        described.append(SourceMatrix(info, values, lazy=lazy, transposed=transposed))
+        described.append(SourceMatrix(info, values, lazy, transposed, stored.kernel))
     return described
 
 

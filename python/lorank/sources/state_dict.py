@@ -59,6 +59,7 @@ def from_mapping(
                 partial(_load, value, m.index, m.rows, m.cols),
                 lazy=arrays.needs_copy(value),
                 transposed=m.transposed,
+                kernel=m.kernel,
             )
             for m in found
         ]

@@ -1,0 +1,136 @@
+"""Adapters from full fine-tunes, against the dense difference."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import lorank
+import tiny_models
+from adapter_files import dense, loaded
+
+RNG = np.random.default_rng(0)
+
+
+def tuned_copy(model: Any, *, scale: float = 0.05, rank: int = 3) -> Any:
+    """The model after a change of low rank plus a little noise in every weight."""
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in changed.parameters():
+        if parameter.ndim >= 2:
+            experts = parameter.shape[0] if parameter.ndim == 3 else 1
+            out = parameter.shape[1] if parameter.ndim == 3 else parameter.shape[0]
+            flat = parameter.data.reshape(experts, out, -1)
+            left = torch.randn(flat.shape[0], flat.shape[1], rank, generator=generator)
+            right = torch.randn(flat.shape[0], rank, flat.shape[2], generator=generator)
+            change = scale * (left @ right + 0.02 * torch.randn(flat.shape, generator=generator))
+            parameter.data = parameter.data + change.reshape(parameter.shape)
+    return changed
+
+
+BUILDERS = ["llama", "gpt2", "mixtral", "gpt_oss", "bert", "vit"]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_adapter_turns_the_base_into_the_fine_tune(name: str, tmp_path: Path) -> None:
+    model = getattr(tiny_models, name)()
+    after = tuned_copy(model)
+    exclude = r"(.*\.)?(router|gate|classifier|relative_attention_bias)"
+    adapter = lorank.extract(model, after, exclude=exclude, energy=1.0, max_rank=200, progress=False)
+    adapter.save(tmp_path / "a")
+    merged = loaded(model, tmp_path / "a").merge_and_unload()
+    target = dict(after.named_parameters())
+    checked = 0
+    for key, parameter in merged.named_parameters():
+        if parameter.ndim >= 2 and key.removesuffix(".weight") in adapter.modules:
+            torch.testing.assert_close(parameter, target[key], rtol=0, atol=2e-6, msg=key)
+            checked += 1
+    assert checked == len(adapter.modules) > 0
+
+
+def test_ranks_and_energy_are_those_of_the_dense_difference() -> None:
+    model = tiny_models.llama()
+    after = tuned_copy(model)
+    adapter = lorank.extract(model, after, include=["q_proj", "up_proj"], avg_rank=3, progress=False)
+    before, changed = dict(model.named_parameters()), dict(after.named_parameters())
+    differences = {
+        name: (changed[f"{name}.weight"] - before[f"{name}.weight"]).detach().double().numpy()
+        for name in adapter.modules
+    }
+    assert sum(adapter.ranks.values()) == 3 * len(differences)
+    certificate = adapter.certificate
+    assert certificate is not None
+    energy = sum(np.square(d).sum() for d in differences.values())
+    assert certificate.norm == pytest.approx(np.sqrt(energy), rel=1e-9)
+    error = sum(np.square(differences[n] - u).sum() for n, u in dense(adapter).items())
+    assert certificate.error == pytest.approx(np.sqrt(error), rel=1e-5)
+    for name, rank in adapter.ranks.items():
+        values = np.linalg.svd(differences[name], compute_uv=False)
+        entry = next(e for e in certificate.modules if e.name == name)
+        assert entry.dropped_energy == pytest.approx(np.square(values[rank:]).sum(), rel=1e-6)
+        assert entry.parameters_before == differences[name].size
+
+
+def test_wide_differences_are_truncated_while_they_are_computed() -> None:
+    base = RNG.standard_normal((700, 600)).astype(np.float32)
+    left, right = RNG.standard_normal((700, 20)), RNG.standard_normal((20, 600))
+    change = (left * np.geomspace(1, 0.05, 20)) @ right + 0.01 * RNG.standard_normal((700, 600))
+    tuned = base + change.astype(np.float32)
+    adapter = lorank.extract({"w.weight": base}, {"w.weight": tuned}, avg_rank=8, max_rank=16, progress=False)
+    values = np.linalg.svd(tuned.astype(np.float64) - base, compute_uv=False)
+    assert adapter.certificate is not None
+    kept = np.square(values[:8]).sum() / np.square(values).sum()
+    assert adapter.certificate.retained_energy == pytest.approx(kept, rel=1e-3)
+
+
+def test_the_automatic_threshold_finds_the_planted_rank() -> None:
+    base = RNG.standard_normal((300, 200))
+    change = 0.5 * RNG.standard_normal((300, 4)) @ RNG.standard_normal((4, 200))
+    tuned = base + change + 0.01 * RNG.standard_normal(base.shape)
+    adapter = lorank.extract({"w.weight": base}, {"w.weight": tuned}, auto=True, progress=False)
+    assert adapter.ranks == {"w": 4}
+
+
+def test_files_are_read_shard_by_shard_and_notes_name_what_is_left(tmp_path: Path) -> None:
+    model = tiny_models.llama_tied()
+    after = tuned_copy(model)
+    after.model.norm.weight.data += 1.0
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    after.save_pretrained(tmp_path / "tuned")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    adapter = lorank.extract(tmp_path / "base", tmp_path / "tuned", avg_rank=2, progress=False)
+    assert [name for name in adapter.modules if "embed" in name or "head" in name] == ["model.embed_tokens"]
+    assert any(
+        "1 vectors changed, which no adapter holds: model.norm.weight" in note for note in adapter.notes
+    )
+    without = lorank.extract(
+        tmp_path / "base", tmp_path / "tuned", exclude=["embed_tokens"], avg_rank=2, progress=False
+    )
+    assert set(adapter.modules) - set(without.modules) == {"model.embed_tokens"}
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors")
+    fewer = lorank.extract(tmp_path / "base", tmp_path / "tuned", avg_rank=2, progress=False)
+    assert any("1 matrices are in" in note and "base only" in note for note in fewer.notes)
+
+
+def test_what_cannot_be_extracted() -> None:
+    base = {"a.weight": np.eye(4), "b.weight": np.eye(3)}
+    with pytest.raises(ValueError, match="rank_ratio has no meaning"):
+        lorank.extract(base, base, rank_ratio=0.5)
+    with pytest.raises(ValueError, match="no selected matrix differs"):
+        lorank.extract(base, base, avg_rank=1, progress=False)
+    with pytest.raises(ValueError, match=r"a: \(4, 4\) in mapping, \(5, 4\) .*exclude it"):
+        lorank.extract(base, {**base, "a.weight": np.ones((5, 4))}, avg_rank=1)
+    with pytest.raises(ValueError, match="no selected matrix in common"):
+        lorank.extract(base, {"c.weight": np.eye(3)}, avg_rank=1)
+    with pytest.raises(lorank.NumericalError, match=r"'b'.*NaN"):
+        lorank.extract(base, {**base, "b.weight": np.full((3, 3), np.nan)}, avg_rank=1, progress=False)
+    with pytest.raises(ValueError, match="exactly one of"):
+        lorank.extract(base, base)
