@@ -102,7 +102,9 @@ def test_errors_say_what_to_do(report: lorank.SpectralReport) -> None:
     with pytest.raises(ValueError, match=r"no method 'magic': choose one of .*htsr.*uniform"):
         lorank.allocate(report, "magic")
     with pytest.raises(ValueError, match="select none of the 14 modules"):
-        lorank.allocate(report, targets=["nothing"])
+        lorank.allocate(report, targets="nothing")
+    with pytest.raises(ValueError, match="no module is named 'nothing'"):
+        lorank.allocate(report, targets=["q_proj", "nothing"])
     with pytest.raises(ValueError, match="not feasible"):
         lorank.allocate(report, budget=10)
     with pytest.raises(FileNotFoundError, match="no such file"):

@@ -162,6 +162,7 @@ def test_malformed_arguments(
         (np.int64(7), 7),
         ("500k", 500_000),
         ("1.5M", 1_500_000),
+        ("1.5e5", 150_000),
         ("2b", 2_000_000_000),
         ("12_345", 12_345),
         ("12,345", 12_345),
@@ -186,8 +187,8 @@ def test_a_share_of_the_unknown() -> None:
 
 
 def test_average_ranks() -> None:
-    assert average_rank_budget(0.1, [0] * 30) == 3
-    assert average_rank_budget(4.5, [0] * 3) == 13
-    for bad in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="avg_rank"):
-            average_rank_budget(bad, [0])
+    assert average_rank_budget(0.1, [0] * 30, 0, 4) == 3
+    assert average_rank_budget(4.5, [0] * 3, 4, 32) == 13
+    for bad in (-1.0, 3.9, 32.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"avg_rank .* is not feasible: ranks go from 4 to 32"):
+            average_rank_budget(bad, [0], 4, 32)

@@ -153,14 +153,19 @@ def test_allocate_options(checkpoint: Path, options: tuple[str, ...], expected: 
     [
         (("analyze", "{missing}"), "no such file"),
         (("analyze", "{damaged}"), "damaged.safetensors"),
-        (("analyze", "{checkpoint}", "-i", "nothing"), "none of its 13 matrices"),
-        (("analyze", "{checkpoint}", "--sort", "beauty"), "cannot sort by 'beauty'"),
-        (("analyze", "{checkpoint}", "--columns", "beauty"), "no column beauty"),
+        (("analyze", "{checkpoint}", "-i", "nothing"), "no module is named 'nothing'"),
+        (("analyze", "{checkpoint}", "-i", "re:nothing"), "none of its 13 matrices"),
+        (("allocate", "{checkpoint}", "-t", "q_proj,typo"), "no module is named 'typo'"),
         (("allocate", "{checkpoint}", "--budget", "1"), "ranks from 4 to 32 of 12 modules cost"),
-        (("allocate", "{checkpoint}", "--method", "magic", "--budget", "5k"), "choose one of"),
-        (("allocate", "{checkpoint}", "--budget", "a lot"), "a budget is"),
-        (("allocate", "{checkpoint}", "--option", "mood=good"), "mood"),
+        (
+            ("allocate", "{checkpoint}", "--avg-rank", "2"),
+            "avg_rank 2.0 is not feasible: ranks go from 4 to 32",
+        ),
+        (("allocate", "{checkpoint}", "--option", "mood=good"), "no option 'mood': it has weight_alpha"),
+        (("allocate", "{checkpoint}", "--option", "weight_alpha=x"), "weight_alpha must be a number"),
+        (("allocate", "{checkpoint}", "--lora-alpha", "-3"), "lora_alpha must be a positive number"),
         (("report", "{checkpoint}"), "reports end with"),
+        (("report", "nope.parquet"), "nope.parquet: no such file"),
     ],
 )
 def test_errors_are_one_line_and_status_one(
@@ -184,6 +189,12 @@ def test_errors_are_one_line_and_status_one(
         ("analyze", "x.safetensors", "-o", "report.txt"),
         ("allocate", "x.safetensors", "--budget", "1", "--avg-rank", "1"),
         ("allocate", "x.safetensors", "--option", "nonsense"),
+        ("allocate", "x.safetensors", "--method", "magic"),
+        ("allocate", "x.safetensors", "--budget", "a lot"),
+        ("allocate", "x.safetensors", "--scale-rule", "wild"),
+        ("allocate", "x.safetensors", "--r-min", "9", "--r-max", "8"),
+        ("analyze", "x.safetensors", "--sort", "beauty"),
+        ("analyze", "x.safetensors", "--columns", "beauty"),
         ("fly",),
     ],
 )
@@ -191,6 +202,21 @@ def test_bad_usage_is_status_two(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
+
+
+def test_output_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("analyze", tmp_path / "missing", "-o", tmp_path / "file" / "report.json")
+    assert result.returncode == 1
+    assert "cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_every_column_is_readable_on_a_narrow_terminal(checkpoint: Path, tmp_path: Path) -> None:
+    ok("analyze", checkpoint, "-o", tmp_path / "report.json")
+    text = ok("report", tmp_path / "report.json", "--columns", "all")
+    assert "model.layers.0.self_attn.q_proj" in text
+    assert "…" not in text
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from lorank.analysis import analyze
 from lorank.budget import fit_ranks
 from lorank.compression import compress, elastic, family
 from lorank.extraction import extract
+from lorank.fisher import fisher_scores
 from lorank.merging import merge
 from lorank.product import product_svd
 from lorank.report import ModuleSpectrum, SpectralReport
@@ -31,6 +32,7 @@ __all__ = [
     "elastic",
     "extract",
     "family",
+    "fisher_scores",
     "fit_ranks",
     "marchenko_pastur",
     "merge",

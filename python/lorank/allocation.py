@@ -222,6 +222,7 @@ def allocate(
     if budget is not None and avg_rank is not None:
         raise ValueError("give either budget or avg_rank")
     registered = signals.find(method)
+    registered.check_options(method, method_options)
     opened = signal_source if isinstance(signal_source, SpectralReport) else open_source(signal_source)
     every = adaptable_modules(opened)
     modules = _targeted(every, targets)
@@ -237,7 +238,7 @@ def allocate(
         limit = parse_budget(budget, evidence.num_parameters)
         ranks = fit_ranks(signal.scores, costs, r_min, r_max, limit)
     elif avg_rank is not None:
-        limit = average_rank_budget(avg_rank, modules)
+        limit = average_rank_budget(avg_rank, modules, r_min, r_max)
         ranks = fit_ranks(signal.scores, np.ones(len(modules)), r_min, r_max, limit)
     elif signal.ranks is not None:
         ranks = signal.ranks
@@ -285,6 +286,7 @@ def _targeted(modules: Sequence[AdaptedModule], targets: naming.Targets) -> list
             and not naming.is_router(module.name)
         ]
     else:
+        naming.check_known(targets, [module.name for module in modules])
         is_target = naming.matcher(targets)
         chosen = [module for module in modules if is_target(module.name)]
     if not chosen:

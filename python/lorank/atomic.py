@@ -19,7 +19,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
         If the folder cannot be written to; the target is then as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -31,6 +34,23 @@ def atomic_path(target: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def check_writable(target: Path) -> None:
+    """Find out now, before hours of work, whether a file or folder can be made there.
+
+    Raises
+    ------
+    OSError
+        If it cannot.
+    """
+    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+    existing = target.absolute().parent if existing == target and target.is_file() else existing
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written to ({error.strerror})", str(existing)) from error
 
 
 def write_text(target: Path, text: str) -> None:

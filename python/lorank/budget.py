@@ -14,7 +14,7 @@ import numpy.typing as npt
 Budget: TypeAlias = "int | str"
 """Parameters (``500_000``, ``"500k"``, ``"1.5M"``) or a share of the base model's (``"0.5%"``)."""
 
-_COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?)\s*([kKmMbB]?)")
+_COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbB]?)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -200,8 +200,14 @@ def _hand_out(
             heapq.heappush(queue, (negative_remainder + 1.0, negative_score, i))
 
 
-def average_rank_budget(avg_rank: float, modules: Sequence[object]) -> int:
-    """The number of ranks that an average allows, for `fit_ranks` with costs of one."""
-    if not avg_rank >= 0 or math.isinf(avg_rank):
-        raise ValueError(f"avg_rank must be a non-negative number, not {avg_rank!r}")
+def average_rank_budget(avg_rank: float, modules: Sequence[object], r_min: int, r_max: int) -> int:
+    """The number of ranks that an average allows, for `fit_ranks` with costs of one.
+
+    Raises
+    ------
+    ValueError
+        If it lies outside the bounds of every rank.
+    """
+    if not r_min <= avg_rank <= r_max:
+        raise ValueError(f"avg_rank {avg_rank} is not feasible: ranks go from {r_min} to {r_max}")
     return math.floor(avg_rank * len(modules) + 1e-9)

@@ -63,6 +63,8 @@ def settings(
         others = [name for name, _ in model.named_modules()]
     by_name = {names[module.name]: ranks[module.name] for module in adapted}
     lora_alpha = extra.get("lora_alpha", _DEFAULT_LORA_ALPHA)
+    if not 0 < lora_alpha < math.inf:
+        raise ValueError(f"lora_alpha must be a positive number, not {lora_alpha!r}")
     r = max(1, math.floor(sum(by_name.values()) / len(by_name) + 0.5))
 
     linear = [names[module.name] for module in adapted if module.kind != "expert"]

@@ -106,8 +106,31 @@ def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
     return lambda name: not wanted.isdisjoint(suffixes(name))
 
 
+def check_known(targets: Targets, names: Iterable[str]) -> None:
+    """Refuse a list with an entry that selects nothing: a slip of the pen would go unseen.
+
+    Raises
+    ------
+    ValueError
+        If there is one; a regular expression may select nothing.
+    """
+    if targets is None or isinstance(targets, str):
+        return
+    known = {suffix for name in names for suffix in suffixes(name)}
+    if unknown := [target for target in targets if target not in known]:
+        raise ValueError(f"no module is named {unknown[0]!r}, and no module's name ends with it")
+
+
 def filtered(names: Iterable[str], include: Targets, exclude: Targets) -> list[str]:
-    """The names that `include` selects (all for None) and `exclude` does not."""
+    """The names that `include` selects (all for None) and `exclude` does not.
+
+    Raises
+    ------
+    ValueError
+        If an entry of a list `include` selects nothing.
+    """
+    names = list(names)
+    check_known(include, names)
     included = (lambda _: True) if include is None else matcher(include)
     excluded = (lambda _: False) if exclude is None else matcher(exclude)
     return [name for name in names if included(name) and not excluded(name)]

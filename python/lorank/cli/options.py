@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from lorank import naming
+from lorank.atomic import check_writable
 
 _PIPE_WIDTH = 160
 
@@ -47,9 +49,10 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, allow_nan=False))  # noqa: T201
 
 
-def console() -> Console:
+def console(width: int = 0) -> Console:
     """As wide as the terminal; wide enough for every column where there is none (a pipe, a log)."""
-    return Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+    found = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+    return found if found.width >= width else Console(width=width)
 
 
 def parse_targets(values: list[str] | None) -> naming.Targets:
@@ -64,9 +67,17 @@ def parse_targets(values: list[str] | None) -> naming.Targets:
     return naming.ALL_LINEAR if names == [naming.ALL_LINEAR] else names
 
 
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a value that an option does not know."""
+    known = list(choices)
+    if value not in known:
+        raise UsageError(f"{option} must be one of {', '.join(known)}, not {value!r}")
+
+
 def check_output_folder(path: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something, before any work is done."""
+    """Refuse a folder that holds something or cannot be written, before any work is done."""
     if path.is_file():
         raise UsageError(f"{path} is a file: name a folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UsageError(f"{path} is not empty: choose another folder or --overwrite")
+    check_writable(path)

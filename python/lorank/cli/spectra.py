@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 import lorank
-from lorank import adapter_config
+from lorank import adapter_config, signals
 from lorank.allocation import RankAllocation
+from lorank.atomic import check_writable
+from lorank.budget import parse_budget
 from lorank.cli.options import (
     Exclude,
     Include,
@@ -20,6 +22,7 @@ from lorank.cli.options import (
     Quiet,
     Threads,
     UsageError,
+    check_choice,
     check_output_folder,
     console,
     parse_targets,
@@ -33,9 +36,7 @@ _REPORT_ENDINGS = (".json", ".parquet", ".csv")
 
 Source = Annotated[
     str,
-    typer.Argument(
-        help="A .safetensors file, a folder of shards, a .bin/.pt state dict, a hub id, or a saved report."
-    ),
+    typer.Argument(help="A .safetensors file, a folder of shards, a .bin/.pt state dict, or a hub id."),
 ]
 Sort = Annotated[str | None, typer.Option(help="Order rows by name or by a metric.")]
 Descending = Annotated[bool, typer.Option("--descending", "-d", help="Largest first.")]
@@ -75,15 +76,21 @@ def analyze(
         _check_output_file(output, overwrite)
     if _is_report(source):
         raise UsageError(f"{source} looks like a saved report: see lorank report")
-    report = lorank.analyze(
-        source,
-        include=parse_targets(include),
-        exclude=parse_targets(exclude),
-        threads=threads,
-        resume=resume,
-        progress=not quiet,
-        keep_eigenvalues=keep_eigenvalues,
-    )
+    _check_shown(sort, columns)
+    try:
+        report = lorank.analyze(
+            source,
+            include=parse_targets(include),
+            exclude=parse_targets(exclude),
+            threads=threads,
+            resume=resume,
+            progress=not quiet,
+            keep_eigenvalues=keep_eigenvalues,
+        )
+    except KeyboardInterrupt:
+        if resume is not None:
+            say(f"lorank: interrupted; the same command goes on from {resume}")
+        raise
     if output is not None:
         report.save(output)
     _show(report, sort, descending, top, columns, skipped, json_output)
@@ -108,9 +115,13 @@ def report(
     overwrite: Overwrite = False,
 ) -> None:
     """Show a saved report, or draw it."""
+    _check_shown(sort, columns)
     if html is not None and html.exists() and not overwrite:
         raise UsageError(f"{html} exists: choose another name or --overwrite")
-    loaded = SpectralReport.load(file).select(parse_targets(include), parse_targets(exclude))
+    whole = SpectralReport.load(file)
+    loaded = whole.select(parse_targets(include), parse_targets(exclude))
+    if not loaded.modules:
+        raise ValueError(f"{file}: none of its {len(whole)} matrices is left by --include and --exclude")
     if html is not None:
         loaded.to_html(html)
         say(f"saved to {html}")
@@ -118,7 +129,7 @@ def report(
 
 
 def allocate(
-    source: Source,
+    source: Annotated[str, typer.Argument(help="As for analyze, or a report that it saved.")],
     method: Annotated[str, typer.Option("--method", "-m", help="htsr or uniform.")] = "htsr",
     r_min: Annotated[int, typer.Option(min=0, help="Smallest rank.")] = 4,
     r_max: Annotated[int, typer.Option(min=1, help="Largest rank.")] = 32,
@@ -146,8 +157,7 @@ def allocate(
     quiet: Quiet = False,
 ) -> None:
     """Ranks under a budget, as an adapter_config.json that PEFT loads."""
-    if budget is not None and avg_rank is not None:
-        raise UsageError("give either --budget or --avg-rank")
+    _check_allocation(method, r_min, r_max, budget, avg_rank, scale_rule)
     if output is not None:
         check_output_folder(output, overwrite)
     wanted = parse_targets(targets)
@@ -178,6 +188,23 @@ def allocate(
         say(f"saved to {output / adapter_config.FILE_NAME}")
 
 
+def _check_allocation(
+    method: str, r_min: int, r_max: int, budget: str | None, avg_rank: float | None, scale_rule: str
+) -> None:
+    """What can be told to be wrong before anything is read."""
+    check_choice("--method", method, signals.names())
+    check_choice("--scale-rule", scale_rule, ("constant", "rank-stabilized"))
+    if r_min > r_max:
+        raise UsageError(f"--r-min {r_min} is above --r-max {r_max}")
+    if budget is not None and avg_rank is not None:
+        raise UsageError("give either --budget or --avg-rank")
+    if budget is not None:
+        try:
+            parse_budget(budget, 1)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
 def _method_options(pairs: list[str] | None) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for pair in pairs or []:
@@ -201,6 +228,14 @@ def _check_output_file(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path}: reports end with {', '.join(_REPORT_ENDINGS)}")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists: choose another name or --overwrite")
+    check_writable(path)
+
+
+def _check_shown(sort: str | None, columns: str | None) -> None:
+    for column in [] if columns in (None, "all") else str(columns).split(","):
+        check_choice("--columns", column, METRICS)
+    if sort is not None:
+        check_choice("--sort", sort, ("name", *METRICS))
 
 
 def _show(
@@ -223,6 +258,8 @@ def _show(
         chosen = table.fitting_columns(terminal.width)
     else:
         chosen = METRICS if columns == "all" else columns.split(",")
+        # Lines that a terminal wraps are read more easily than columns of one letter.
+        terminal = console(table.width_of(chosen))
     terminal.print(table.spectral_table(shown, rows, chosen))
     if skipped:
         terminal.print(table.skipped_table(shown))

@@ -32,6 +32,8 @@ def load(path: Path) -> SpectralReport:
     """Read a report in the format that the path's ending names."""
     readers = {".json": _load_json, ".parquet": _load_parquet, ".csv": _load_csv}
     reader = _by_suffix(path, readers)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         report: SpectralReport = reader(path)
     except OSError as error:

@@ -65,6 +65,11 @@ def fitting_columns(width: int) -> Sequence[str]:
     return DEFAULT_COLUMNS[: max(2, (width - _NAME_WIDTH) // _COLUMN_WIDTH)]
 
 
+def width_of(columns: Sequence[str]) -> int:
+    """What a terminal needs for these columns beside the names."""
+    return _NAME_WIDTH + _COLUMN_WIDTH * len(columns)
+
+
 def spectral_table(report: SpectralReport, rows: Sequence[ModuleSpectrum], columns: Sequence[str]) -> Table:
     """Rows of a report.
 

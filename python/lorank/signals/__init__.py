@@ -6,9 +6,10 @@ it returns scores, and where its source defines one, the ranks of its own formul
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +74,19 @@ class Registered:
     function: Method
     needs: Literal["shapes", "spectra"]
 
+    def check_options(self, name: str, options: Mapping[str, Any]) -> None:
+        """Refuse options that the method does not have, before any work is done.
+
+        Raises
+        ------
+        ValueError
+            Naming those that it has.
+        """
+        parameters = inspect.signature(self.function).parameters.values()
+        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        if unknown := [option for option in options if option not in known]:
+            raise ValueError(f"method {name!r} has no option {unknown[0]!r}: it has {', '.join(known)}")
+
 
 METHODS: dict[str, Registered] = {}
 
@@ -87,6 +101,13 @@ def register(name: str, *, needs: Literal["shapes", "spectra"]) -> Callable[[Met
     return decorate
 
 
+def names() -> list[str]:
+    """The names of all methods."""
+    from lorank.signals import htsr, schedule  # noqa: F401  (importing them registers them)
+
+    return sorted(METHODS)
+
+
 def find(name: str) -> Registered:
     """The method of that name.
 
@@ -95,10 +116,8 @@ def find(name: str) -> Registered:
     ValueError
         If there is none; names those that there are.
     """
-    from lorank.signals import htsr, schedule  # noqa: F401  (importing them registers them)
-
-    if name not in METHODS:
-        raise ValueError(f"no method {name!r}: choose one of {', '.join(sorted(METHODS))}")
+    if name not in names():
+        raise ValueError(f"no method {name!r}: choose one of {', '.join(names())}")
     return METHODS[name]
 
 

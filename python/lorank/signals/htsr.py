@@ -6,6 +6,7 @@ Analysis, equations 5 to 8.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -58,6 +59,9 @@ def htsr(
     A module whose exponent is not finite counts as the largest finite one and is flagged. A stack
     of experts has the mean of its experts' metrics.
     """
+    for name, weight in (("weight_alpha", weight_alpha), ("weight_spikes", weight_spikes)):
+        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be a number that is not negative, not {weight!r}")
     _check_choice("more_for", more_for, ("higher", "lower"))
     _check_choice("granularity", granularity, ("module", "block"))
     _check_choice("convention", convention, _METRICS)

@@ -26,5 +26,7 @@ def uniform(
         The rank without a budget (default: `r_max`), clipped to ``[r_min, r_max]``.
     """
     del report
+    if r_base is not None and (not isinstance(r_base, int) or r_base < 0):
+        raise ValueError(f"r_base must be a rank, not {r_base!r}")
     base = r_max if r_base is None else min(max(r_base, r_min), r_max)
     return Signal(np.ones(len(modules)), np.full(len(modules), base, dtype=np.int64))

@@ -23,6 +23,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 def open_path_or_hub_id(source: str | Path) -> Source:
     """Open a path if it exists, else download (or find in the cache) what may be a hub id."""
     path = Path(source).expanduser()
+    if source == "":
+        raise FileNotFoundError("an empty path names no source")
     if path.exists():
         return open_path(path, str(source))
     if isinstance(source, Path) or path.is_absolute() or not _HUB_ID.fullmatch(source):

@@ -1,0 +1,106 @@
+"""Fisher importance: how much the loss minds each singular value of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank import extras
+from lorank.adapters import peft_format
+from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.tensors import ArrayTensors
+
+Loss = Callable[[Any, Any], Any]
+
+
+def fisher_scores(
+    peft_model: Any,
+    batches: Iterable[Any],
+    *,
+    adapter_name: str = "default",
+    loss: Loss | None = None,
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Scores of an elastic adapter's singular values, for `compress(..., scores=...)`.
+
+    Parameters
+    ----------
+    peft_model
+        A live PEFT model that holds an adapter in balanced spectral form: what `elastic` returned and
+        `LoraAdapter.into_model` put in, or a saved one that PEFT loaded.
+    batches
+        Validation batches: mappings that the model takes as keyword arguments, labels included.
+    adapter_name
+        Which adapter.
+    loss
+        ``loss(model, batch)`` (default: the model's own).
+
+    Returns
+    -------
+    dict
+        Module name -> one score per singular value, float64: the sum over the entries of its column of
+        ``B`` and its row of ``A`` of the mean squared gradient over the batches.
+
+    Raises
+    ------
+    ValueError
+        If there is no batch, or the model has no such adapter.
+
+    Notes
+    -----
+    Source: PARA, the ablation of importance scores. Parameters, gradients and the training mode are
+    left as they were.
+    """
+    torch = extras.require("torch", "peft", "for gradients")
+    adapter = LoraAdapter.from_model(peft_model, adapter_name)
+    parameters = _factors(peft_model, adapter_name)
+    before = {id(p): (p.requires_grad, p.grad) for p in peft_model.parameters()}
+    training = peft_model.training
+    sums = {name: torch.zeros_like(p, dtype=torch.float64, device="cpu") for name, p in parameters.items()}
+    count = 0
+    try:
+        peft_model.eval()
+        for p in peft_model.parameters():
+            p.requires_grad_(False)
+        for p in parameters.values():
+            p.requires_grad_(True)
+        for batch in batches:
+            value = peft_model(**batch).loss if loss is None else loss(peft_model, batch)
+            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    sums[name] += gradient.detach().double().cpu().square()
+            count += 1
+    finally:
+        for p in peft_model.parameters():
+            p.requires_grad_(before[id(p)][0])
+            p.grad = before[id(p)][1]
+        peft_model.train(training)
+    if not count:
+        raise ValueError("Fisher importance needs at least one batch")
+    means = {name: (total / count).numpy() for name, total in sums.items()}
+    return _by_value(adapter, means)
+
+
+def _factors(peft_model: Any, adapter_name: str) -> dict[str, Any]:
+    """The adapter's factors by the names that its file would give them."""
+    part = f".{adapter_name}"
+    return {
+        name.replace(part, ""): p
+        for name, p in peft_model.named_parameters()
+        if ".lora_" in name and part in name and "magnitude" not in name and not name.endswith(".bias")
+    }
+
+
+def _by_value(adapter: LoraAdapter, means: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
+    """Sums over the entries of every column of B and row of A."""
+    squares = peft_format.read(ArrayTensors(means, adapter.label), adapter.config)
+    scores = {}
+    for name, module in squares.modules.items():
+        b, a = module.B, module.A
+        scores[name] = b.sum(axis=-2) + a.sum(axis=-1)
+        if module.copies > 1:
+            scores[name] = scores[name].sum(axis=0)
+    return scores
