@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lorank import _core
 from lorank.adapters.module import LoraModule
 from lorank.selection import Knobs, select
-from lorank.spectral_form import Part, SpectralForm
+from lorank.spectral_form import SpectralForm, Triplets
 
 
 def form(
@@ -26,7 +26,7 @@ def form(
 ) -> SpectralForm:
     k = len(values)
     module = LoraModule(name, "linear", shape, k, 1.0, "float32", list)
-    part = Part(np.zeros((k, shape[0])), np.array(values, dtype=np.float64), np.zeros((k, shape[1])))
+    part = Triplets(np.zeros((k, shape[0])), np.array(values, dtype=np.float64), np.zeros((k, shape[1])))
     return SpectralForm(module, [part], unseen, dense)
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 __all__ = [
     "Checkpoint",
+    "Decomposition",
     "FormatError",
     "LorankError",
     "Matrix",
@@ -21,6 +22,7 @@ __all__ = [
     "decompose",
     "marchenko_pastur",
     "marchenko_pastur_median",
+    "rebuild",
     "select_budget",
     "select_energy",
     "select_largest",
@@ -53,6 +55,11 @@ class Checkpoint:
     def metadata(self) -> dict[str, str]: ...
     def matrix(self, position: int, rows: int, cols: int, index: int = 0) -> Matrix: ...
 
+@final
+class Decomposition:
+    @property
+    def singular_values(self) -> npt.NDArray[np.float64]: ...
+
 def available_threads() -> int: ...
 def spectrum(matrix: Matrix, threads: int) -> npt.NDArray[np.float64]: ...
 def alpha_hill(eigenvalues: npt.ArrayLike, convention: str) -> float: ...
@@ -67,6 +74,11 @@ def analyze(
 ) -> None: ...
 def decompose(
     updates: Sequence[Sequence[tuple[Matrix, Matrix, float]]],
+    threads: int,
+    on_result: Callable[[int, Any], object],
+) -> None: ...
+def rebuild(
+    choices: Sequence[tuple[Decomposition, Sequence[bool]]],
     threads: int,
     on_result: Callable[[int, Any], object],
 ) -> None: ...

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -46,6 +47,11 @@ class ModuleCertificate:
     def retained_energy(self) -> float:
         """The share of the energy that is kept; 1 for an update of zero."""
         return 1.0 - self.dropped_energy / self.energy if self.energy > 0 else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers as values that JSON knows."""
+        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**numbers, "error": self.error, "retained_energy": self.retained_energy}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +129,11 @@ class Certificate:
             "action": self.action,
             **{name: getattr(self, name) for name in totals},
             "rounding_error": self.rounding_error,
-            "modules": [
-                {**asdict(m), "error": m.error, "retained_energy": m.retained_energy} for m in self.modules
-            ],
+            "modules": [m.to_json() for m in self.modules],
         }
+
+    def to_text(self) -> str:
+        """The same as a JSON text with a line for every module."""
+        content = self.to_json()
+        modules = ",\n".join(json.dumps(module) for module in content.pop("modules"))
+        return f'{json.dumps(content)[:-1]}, "modules": [\n{modules}\n]}}\n'

@@ -15,7 +15,7 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.certificate import Certificate, ModuleCertificate
 from lorank.selection import Knobs, Mask, select
-from lorank.spectral_form import SpectralForm, Update, spectral_form
+from lorank.spectral_form import SpectralForm, Update, spectral_form, truncate
 from lorank.threads import thread_count
 
 
@@ -56,7 +56,7 @@ def compress(
     """
     chosen = Knobs(**knobs)
     forms = decomposed(adapter, threads, progress)
-    return truncated(adapter, forms, chosen, f"compress, {chosen}")
+    return truncated(adapter, forms, chosen, f"compress, {chosen}", threads)
 
 
 def family(
@@ -74,7 +74,7 @@ def family(
     knobs = [Knobs(avg_rank=rank) for rank in avg_ranks]
     forms = decomposed(adapter, threads, progress)
     return {
-        rank: truncated(adapter, forms, chosen, f"family, {chosen}")
+        rank: truncated(adapter, forms, chosen, f"family, {chosen}", threads)
         for rank, chosen in zip(avg_ranks, knobs, strict=True)
     }
 
@@ -82,7 +82,7 @@ def family(
 def elastic(adapter: LoraAdapter, *, threads: int | None = None, progress: bool = True) -> LoraAdapter:
     """The adapter in spectral form with all its non-zero values: any budget is cut from it at load time."""
     forms = decomposed(adapter, threads, progress)
-    return truncated(adapter, forms, Knobs(rank_ratio=1.0), "elastic parent, all singular values")
+    return truncated(adapter, forms, Knobs(rank_ratio=1.0), "elastic parent, all singular values", threads)
 
 
 def decomposed(adapter: LoraAdapter, threads: int | None, progress: bool) -> list[SpectralForm]:
@@ -91,12 +91,17 @@ def decomposed(adapter: LoraAdapter, threads: int | None, progress: bool) -> lis
     return spectral_form(updates, thread_count(threads), progress)
 
 
-def truncated(adapter: LoraAdapter, forms: Sequence[SpectralForm], knobs: Knobs, action: str) -> LoraAdapter:
+def truncated(
+    adapter: LoraAdapter,
+    forms: Sequence[SpectralForm],
+    knobs: Knobs,
+    action: str,
+    threads: int | None = None,
+) -> LoraAdapter:
     """An adapter with the values that the knobs keep; `adapter` gives everything but the factors."""
     masks = select(forms, knobs)
     modules: dict[str, LoraModule] = dict(adapter.modules)
-    for form, mask in zip(forms, masks, strict=True):
-        modules[form.module.name] = form.truncated(mask)
+    modules |= {module.name: module for module in truncate(forms, masks, thread_count(threads))}
     certificate = Certificate(action, [_certificate(*pair) for pair in zip(forms, masks, strict=True)])
     return replace(adapter, modules=modules, is_spectral=True, certificate=certificate)
 

@@ -17,7 +17,7 @@ from lorank.compression import truncated
 from lorank.progress import progress_bar
 from lorank.selection import Knobs
 from lorank.sources import AnySource, Source, SourceMatrix, open_source
-from lorank.spectral_form import Part, SpectralForm
+from lorank.spectral_form import SpectralForm, Triplets
 from lorank.threads import thread_count
 
 DEFAULT_MAX_RANK = 128
@@ -79,7 +79,7 @@ def extract(
         notes=notes,
         label=f"{after.label} - {before.label}",
     )
-    return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}")
+    return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}", threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def _changed_vectors(before: Source, after: Source) -> list[str]:
 
 def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) -> list[SpectralForm]:
     """Every module's leading triplets; as many pairs at a time as keep memory bounded."""
-    found: dict[int, tuple[Part, float]] = {}
+    found: dict[int, tuple[Triplets, float]] = {}
     work = [math.prod(pair.base.info.shape) for pair in pairs]
     with progress_bar("subtracting", sum(work), enabled=progress) as advance:
         direct = [i for i, pair in enumerate(pairs) if not (pair.base.lazy or pair.tuned.lazy)]
@@ -143,7 +143,7 @@ def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) 
                 if isinstance(outcome, BaseException):
                     raise type(outcome)(f"module {pair.base.info.name!r}: {outcome}")
                 (b, values, a), energy = outcome
-                part = Part(a, values, b) if _is_swapped(pair.base) else Part(b, values, a)
+                part = Triplets(a, values, b) if _is_swapped(pair.base) else Triplets(b, values, a)
                 found[batch[index]] = part, energy
                 advance(work[batch[index]], pair.base.info.name)
 
@@ -160,7 +160,7 @@ def _is_swapped(matrix: SourceMatrix) -> bool:
     return matrix.transposed != (matrix.info.kind == "embedding")
 
 
-def _form(matrix: SourceMatrix, results: Sequence[tuple[Part, float]]) -> SpectralForm:
+def _form(matrix: SourceMatrix, results: Sequence[tuple[Triplets, float]]) -> SpectralForm:
     parts = [part for part, _ in results]
     shape = (parts[0].b_columns.shape[1], parts[0].a_rows.shape[1])
     energy = math.fsum(energy for _, energy in results)

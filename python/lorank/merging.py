@@ -73,7 +73,7 @@ def merge(
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(adapters, shares, strict=True)),
         key_style=_key_style(adapters),
     )
-    return truncated(whole, forms, chosen, f"merge of {whole.label}, {chosen}")
+    return truncated(whole, forms, chosen, f"merge of {whole.label}, {chosen}", threads)
 
 
 def _has(adapter: LoraAdapter, name: str) -> bool:

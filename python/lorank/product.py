@@ -50,8 +50,10 @@ def product_svd(B: Any, A: Any) -> ProductSvd:
     _core.decompose([[(arrays.matrix(left), arrays.matrix(right), 1.0)]], 1, lambda _, out: found.append(out))
     if isinstance(found[0], BaseException):
         raise found[0]
-    columns, values, rows = found[0]
+    values = found[0].singular_values
     kept = values > 0
+    _core.rebuild([(found[0], kept.tolist())], 1, lambda _, out: found.append(out))
+    columns, rows = found[1]
     # Balanced columns and rows are as long as the root of their value.
-    roots = np.sqrt(values[kept])[:, None]
-    return ProductSvd((columns[kept] / roots).T, values[kept], rows[kept] / roots)
+    roots = np.sqrt(values[kept])
+    return ProductSvd(columns / roots, values[kept], rows / roots[:, None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +42,18 @@ class Update:
         return cls(module, lambda: [[(b, a, module.scaling)] for b, a in module.factors()], is_spectral)
 
 
+class Part(Protocol):
+    """One copy's update: its singular values, descending, float64, and a way to its factors."""
+
+    @property
+    def singular_values(self) -> npt.NDArray[np.float64]:
+        """``(k,)``, descending."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One copy's update: ``b_columns.T @ a_rows``, float32 unless it was float64.
+class Triplets:
+    """An update in balanced spectral form in memory: ``b_columns.T @ a_rows``.
 
     Attributes
     ----------
@@ -108,18 +117,44 @@ class SpectralForm:
         largest: npt.NDArray[np.float64] = np.max([part.singular_values for part in self.parts], axis=0)
         return largest
 
-    def truncated(self, keep: npt.NDArray[np.bool_]) -> LoraModule:
-        """The module with the values of a mask: factors in memory, scaling 1."""
-        pairs = [(part.b_columns[keep].T, part.a_rows[keep]) for part in self.parts]
-        return replace(
-            self.module,
-            rank=int(keep.sum()),
-            scaling=1.0,
-            factors=lambda: [in_memory(b, a) for b, a in pairs],
-            carried={
-                name: value * np.float32(self.module.scaling) for name, value in self.module.carried.items()
-            },
-        )
+
+def truncate(
+    forms: Sequence[SpectralForm], masks: Sequence[npt.NDArray[np.bool_]], threads: int
+) -> list[LoraModule]:
+    """The modules with the values of masks: factors in memory, scaling 1."""
+    factors: list[list[tuple[Array, Array] | None]] = [[None] * len(form.parts) for form in forms]
+    choices: list[tuple[_core.Decomposition, Sequence[bool]]] = []
+    places: list[tuple[int, int]] = []
+    for i, (form, keep) in enumerate(zip(forms, masks, strict=True)):
+        for e, part in enumerate(form.parts):
+            if isinstance(part, Triplets):
+                factors[i][e] = (part.b_columns[keep].T, part.a_rows[keep])
+            elif isinstance(part, _core.Decomposition):
+                choices.append((part, keep.tolist()))
+                places.append((i, e))
+
+    def on_result(index: int, outcome: Any) -> None:
+        i, e = places[index]
+        if isinstance(outcome, BaseException):
+            raise type(outcome)(f"module {forms[i].module.name!r}: {outcome}")
+        factors[i][e] = outcome
+
+    _core.rebuild(choices, threads, on_result)
+    return [
+        _truncated(form, int(keep.sum()), [pair for pair in pairs if pair is not None])
+        for form, keep, pairs in zip(forms, masks, factors, strict=True)
+    ]
+
+
+def _truncated(form: SpectralForm, rank: int, pairs: Sequence[tuple[Array, Array]]) -> LoraModule:
+    module = form.module
+    return replace(
+        module,
+        rank=rank,
+        scaling=1.0,
+        factors=lambda: [in_memory(b, a) for b, a in pairs],
+        carried={name: value * np.float32(module.scaling) for name, value in module.carried.items()},
+    )
 
 
 def spectral_form(
@@ -160,16 +195,16 @@ def _decomposed(
             yield i, _as_it_is(updates[i])
         else:
             jobs += [(i, terms) for terms in updates[i].terms()]
-    results: dict[int, Part] = {}
+    results: dict[int, _core.Decomposition] = {}
 
     def on_result(index: int, outcome: Any) -> None:
         if isinstance(outcome, BaseException):
             name = updates[jobs[index][0]].module.name
             raise type(outcome)(f"module {name!r}: {outcome}")
-        results[index] = Part(*outcome)
+        results[index] = outcome
 
     _core.decompose([list(terms) for _, terms in jobs], threads, on_result)
-    parts: dict[int, list[Part]] = {}
+    parts: dict[int, list[_core.Decomposition]] = {}
     for index, (i, _) in enumerate(jobs):
         parts.setdefault(i, []).append(results[index])
     for i, found in parts.items():
@@ -187,7 +222,6 @@ def _as_it_is(update: Update) -> SpectralForm:
         balance = np.sqrt(np.divide(scaling * width, length, out=np.zeros_like(length), where=length > 0))
         columns = (columns * balance[:, None]).astype(columns.dtype)
         inverse = np.divide(scaling, balance, out=np.zeros_like(length), where=balance > 0)
-        parts.append(
-            Part(columns, np.minimum.accumulate(values), (rows * inverse[:, None]).astype(rows.dtype))
-        )
+        rows = (rows * inverse[:, None]).astype(rows.dtype)
+        parts.append(Triplets(columns, np.minimum.accumulate(values), rows))
     return SpectralForm(update.module, parts)

@@ -129,8 +129,19 @@ def factors(module: LoraModule, layout: Layout) -> tuple[Array, Array]:
     if module.kind == "expert":
         # A: expert slowest; B: expert fastest.
         return np.stack(bs, axis=2).reshape(module.shape[0], -1), np.concatenate(as_)
-    b = bs[0].reshape(*bs[0].shape, *module.b_tail)
-    return b, as_[0].reshape(layout.rank, *(module.a_tail or module.shape[1:]))
+    b_shape, a_shape = shapes(module, layout.rank)
+    return bs[0].reshape(b_shape), as_[0].reshape(a_shape)
+
+
+def shapes(module: LoraModule, rank: int) -> tuple[list[int], list[int]]:
+    """The stored shapes of B and A of a module that is no stack."""
+    return [module.shape[0], rank, *module.b_tail], [rank, *(module.a_tail or module.shape[1:])]
+
+
+def is_written_as_it_is(module: LoraModule, layout: Layout) -> bool:
+    """Whether no padding, no scaling and no interleaving is needed."""
+    unscaled = module.scaling * layout.b_factor == 1.0
+    return unscaled and module.rank == layout.rank and module.kind != "expert"
 
 
 def _padded(b: Array, a: Array, rank: int, factor: float) -> tuple[Array, Array]:

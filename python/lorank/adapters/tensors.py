@@ -70,10 +70,11 @@ class FileTensors:
             name: (position, dtype, tuple(shape))
             for position, (name, dtype, shape, _) in enumerate(self._checkpoint.tensors())
         }
+        self._shapes = {name: shape for name, (_, _, shape) in self._entries.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, in order."""
-        return {name: shape for name, (_, _, shape) in self._entries.items()}
+        return self._shapes
 
     def dtype(self, name: str) -> str:
         """A tensor's element type by NumPy's name."""
@@ -96,10 +97,11 @@ class ArrayTensors:
         self.label = label
         self.metadata: Mapping[str, str] = {}
         self._values = values
+        self._shapes = {name: tuple(value.shape) for name, value in values.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, in order."""
-        return {name: tuple(value.shape) for name, value in self._values.items()}
+        return self._shapes
 
     def dtype(self, name: str) -> str:
         """A tensor's element type by NumPy's name."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from lorank import _core
 from lorank.adapters import card, kohya, profiles
 from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
+from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX, SPECTRAL_KEY
 from lorank.adapters.reading import CONFIG, WEIGHTS
 from lorank.adapters.tensors import SAFETENSORS_NAMES, FileTensors, Stored, raw_bytes
@@ -45,10 +46,9 @@ def write_adapter(
         return _write_image_adapter(adapter, target, layouts, dtype, metadata, overwrite), adapter.certificate
     _refuse_to_overwrite(target, overwrite)
     tensors: list[Tensor] = []
-    for name, (b_key, a_key) in profiles.keys(adapter, layouts).items():
+    for name, keys in profiles.keys(adapter, layouts).items():
         module = adapter.modules[name]
-        b, a = profiles.factors(module, layouts[name])
-        tensors += [_tensor(b_key, b, dtype or module.dtype), _tensor(a_key, a, dtype or module.dtype)]
+        tensors += _factors(module, layouts[name], keys, dtype or module.dtype)
         for ending, vector in module.carried.items():
             scaled = vector * np.float32(module.scaling * layouts[name].b_factor)
             tensors.append(_tensor(f"{PREFIX}{name}.{ending}", scaled, dtype or module.dtype))
@@ -66,7 +66,7 @@ def write_adapter(
     )
     write_text(target / "README.md", card.text(adapter, profile, certificate))
     if certificate is not None:
-        write_text(target / "lorank.json", json.dumps(certificate.to_json(), indent=1) + "\n")
+        write_text(target / "lorank.json", certificate.to_text())
     return weights, certificate
 
 
@@ -92,10 +92,9 @@ def _write_image_adapter(
     tensors: list[Tensor] = []
     for name, layout in layouts.items():
         module = adapter.modules[name]
-        b, a = profiles.factors(module, profiles.Layout(layout.rank, 1.0))
         b_key, a_key, alpha_key = kohya.keys(adapter, name)
         stored = dtype or module.dtype
-        tensors += [_tensor(b_key, b, stored), _tensor(a_key, a, stored)]
+        tensors += _factors(module, profiles.Layout(layout.rank, 1.0), (b_key, a_key), stored)
         tensors.append(_tensor(alpha_key, np.array(layout.rank, dtype=np.float32), stored))
     tensors += [_carried(key, stored) for key, stored in adapter.carried.items()]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,11 +102,23 @@ def _write_image_adapter(
     return target
 
 
+def _factors(module: LoraModule, layout: profiles.Layout, keys: tuple[str, str], dtype: str) -> list[Tensor]:
+    """The module's B and A; as they are, if nothing has to be done to them."""
+    if profiles.is_written_as_it_is(module, layout):
+        ((b, a),) = module.factors()
+        b_shape, a_shape = profiles.shapes(module, layout.rank)
+        return [(keys[0], b_shape, b, _stored(dtype)), (keys[1], a_shape, a, _stored(dtype))]
+    return [_tensor(key, x, dtype) for key, x in zip(keys, profiles.factors(module, layout), strict=True)]
+
+
+def _stored(dtype: str) -> str:
+    """The header's name; float8, which has no rounding rule here, goes out as bfloat16."""
+    return SAFETENSORS_NAMES.get(dtype, "BF16")
+
+
 def _tensor(key: str, values: Array, dtype: str) -> Tensor:
-    # Narrow types without a rounding rule of their own (float8) go out as bfloat16.
-    name = SAFETENSORS_NAMES.get(dtype, "BF16") if dtype != "float32" else "F32"
     rows = values.reshape(values.shape[0] if values.ndim else 1, -1)
-    return key, list(values.shape), arrays.matrix(rows), name
+    return key, list(values.shape), arrays.matrix(rows), _stored(dtype)
 
 
 def _carried(key: str, stored: Stored) -> Tensor:

@@ -1,8 +1,12 @@
 //! Low-rank updates and differences of weights, decomposed, results handed over as they come.
 
+use std::sync::Arc;
+
 use lorank::difference_svd::{Difference, Pair, subtract_all};
-use lorank::product_svd::{Decomposition, Term, Values, decompose_all};
-use numpy::{IntoPyArray, PyArrayMethods};
+use lorank::product_svd::{
+    Decomposition as Decomposed, Factors, Term, Truncation, Values, decompose_all, rebuild_all,
+};
+use numpy::{IntoPyArray, PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 
 use crate::detached::{detached, hand_over};
@@ -11,9 +15,21 @@ use crate::matrix::Matrix;
 /// A term as Python hands it over: `B`, `A` and the weight of their product.
 type PyTerm<'py> = (Bound<'py, Matrix>, Bound<'py, Matrix>, f64);
 
+/// An update's singular values, and the way to the factors of any choice of them.
+#[pyclass(frozen, module = "lorank._core")]
+pub struct Decomposition(Arc<Decomposed>);
+
+#[pymethods]
+impl Decomposition {
+    /// Descending, float64; those that are zero up to rounding are 0.
+    #[getter]
+    fn singular_values<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        self.0.singular_values.clone().into_pyarray(py)
+    }
+}
+
 /// Decomposes sums of products and calls `on_result(index, outcome)` for each as it finishes, on the
-/// calling thread. The outcome is `(columns of B, singular values, rows of A)`, or the exception that
-/// the update met.
+/// calling thread. The outcome is a `Decomposition`, or the exception that the update met.
 #[pyfunction]
 pub fn decompose<'py>(
     py: Python<'py>,
@@ -30,8 +46,41 @@ pub fn decompose<'py>(
         move |cancel, outbox| {
             decompose_all(&terms, threads, cancel, &|index, result| outbox.send((index, result)))
         },
-        |py, (index, result): (usize, lorank::Result<Decomposition>)| {
-            hand_over(py, on_result, index, result, |found| factors(py, found))
+        |py, (index, result): (usize, lorank::Result<Decomposed>)| {
+            hand_over(py, on_result, index, result, |found| {
+                Ok(Bound::new(py, Decomposition(Arc::new(found)))?.into_any())
+            })
+        },
+    )
+}
+
+/// Computes the factors of chosen singular values and calls `on_result(index, (B, A))` for each
+/// decomposition as it finishes; the outcome may be an exception.
+#[pyfunction]
+pub fn rebuild<'py>(
+    py: Python<'py>,
+    choices: Vec<(Bound<'py, Decomposition>, Vec<bool>)>,
+    threads: usize,
+    on_result: &Bound<'py, PyAny>,
+) -> PyResult<()> {
+    let truncation = |(of, keep): &(Bound<'py, Decomposition>, Vec<bool>)| Truncation {
+        decomposition: Arc::clone(&of.get().0),
+        keep: keep.clone(),
+    };
+    let truncations: Vec<Truncation> = choices.iter().map(truncation).collect();
+    let ranks: Vec<usize> = choices.iter().map(|(_, keep)| keep.iter().filter(|&&k| k).count()).collect();
+    drop(choices);
+    detached(
+        py,
+        move |cancel, outbox| {
+            rebuild_all(&truncations, threads, cancel, &|index, result| outbox.send((index, result)))
+        },
+        |py, (index, result): (usize, lorank::Result<Factors>)| {
+            hand_over(py, on_result, index, result, |factors| {
+                let (b, a) =
+                    (rows(py, factors.b, None, ranks[index])?, rows(py, factors.a, Some(ranks[index]), 0)?);
+                Ok((b, a).into_pyobject(py)?.into_any())
+            })
         },
     )
 }
@@ -59,23 +108,22 @@ pub fn subtract<'py>(
             subtract_all(&stored, max_rank, threads, cancel, &|index, result| outbox.send((index, result)))
         },
         |py, (index, result): (usize, lorank::Result<Difference>)| {
-            hand_over(py, on_result, index, result, |found| {
-                Ok((factors(py, found.leading)?, found.energy).into_pyobject(py)?.into_any())
+            hand_over(py, on_result, index, result, |Difference { leading, energy }| {
+                let k = Some(leading.singular_values.len());
+                let (b, a) = (rows(py, leading.b_columns, k, 0)?, rows(py, leading.a_rows, k, 0)?);
+                let values = leading.singular_values.into_pyarray(py);
+                Ok(((b, values, a), energy).into_pyobject(py)?.into_any())
             })
         },
     )
 }
 
-fn factors(py: Python<'_>, found: Decomposition) -> PyResult<Bound<'_, PyAny>> {
-    let k = found.singular_values.len();
-    let b = values(py, found.b_columns, k)?;
-    let a = values(py, found.a_rows, k)?;
-    Ok((b, found.singular_values.into_pyarray(py), a).into_pyobject(py)?.into_any())
-}
-
-/// A `(k, length)` array.
-fn values(py: Python<'_>, values: Values, k: usize) -> PyResult<Bound<'_, PyAny>> {
-    let shape = |len: usize| [k, len.checked_div(k).unwrap_or(0)];
+/// A 2-D array of so many rows, or else of so many columns.
+fn rows(py: Python<'_>, values: Values, rows: Option<usize>, cols: usize) -> PyResult<Bound<'_, PyAny>> {
+    let shape = |len: usize| match rows {
+        Some(rows) => [rows, len.checked_div(rows).unwrap_or(0)],
+        None => [len.checked_div(cols).unwrap_or(0), cols],
+    };
     Ok(match values {
         Values::F32(x) => {
             let shape = shape(x.len());

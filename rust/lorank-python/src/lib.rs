@@ -18,7 +18,7 @@ mod _core {
     #[pymodule_export]
     use crate::analysis::analyze;
     #[pymodule_export]
-    use crate::decomposition::{decompose, subtract};
+    use crate::decomposition::{Decomposition, decompose, rebuild, subtract};
     #[pymodule_export]
     use crate::errors::{FormatError, LorankError, NumericalError};
     #[pymodule_export]

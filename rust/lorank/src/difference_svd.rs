@@ -14,7 +14,7 @@ use faer::{Accum, Mat, MatRef, Par};
 use crate::cancel::CancelToken;
 use crate::eigen::{binary_exponent, power_of_two};
 use crate::parallel::{guarded, pool, side_by_side};
-use crate::product_svd::{Decomposition, balanced};
+use crate::product_svd::{Triplets, balanced};
 use crate::qr::HouseholderQr;
 use crate::source::StoredMatrix;
 use crate::svd::{ThinSvd, dense_svd};
@@ -42,7 +42,7 @@ pub struct Pair {
 #[derive(Clone, Debug)]
 pub struct Difference {
     /// Up to the rank that was asked for, float32.
-    pub leading: Decomposition,
+    pub leading: Triplets,
     /// `||tuned - base||_F^2`.
     pub energy: f64,
 }

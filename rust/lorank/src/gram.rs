@@ -1,8 +1,8 @@
 //! Gram matrices in float64: `G = X X^T`, lower triangle, for `X` the wide orientation of `W`.
 //!
-//! `X (p, m)` with `p <= m` is upcast in panels of [`DEPTH`] columns, so that memory beyond the
-//! stored matrix is `p^2 + p * DEPTH` numbers; each panel adds `p^2 * DEPTH` multiplications at the
-//! speed of faer's GEMM, half of what a full product would cost.
+//! `X (p, m)` with `p <= m` is upcast in panels of 256 columns, or more where there are few rows, so
+//! that memory beyond the stored matrix is `p^2` numbers and a panel. The panels add up to `p^2 m / 2`
+//! multiplications at the speed of faer's GEMM, half of what a full product would cost.
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
@@ -18,8 +18,11 @@ use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
 use crate::parallel::Strategy;
 
-/// Columns of `X` per panel: deep enough for GEMM to run at speed, small enough to stay in cache.
-const DEPTH: usize = 256;
+/// Columns of `X` per panel: deep enough for GEMM to run at speed, small enough to stay in cache. Of few
+/// rows more columns fit, and longer runs of memory are read at once.
+fn depth(p: usize, m: usize) -> usize {
+    (32_768 / p.max(1)).clamp(256, 4096).min(m)
+}
 
 /// Columns of `G` that one thread updates at a time when threads work together.
 const STRIP: usize = 128;
@@ -27,7 +30,8 @@ const STRIP: usize = 128;
 /// The memory that [`gram`] of a `(rows, cols)` matrix needs.
 #[must_use]
 pub fn gram_scratch(rows: usize, cols: usize) -> StackReq {
-    let (p, depth) = (rows.min(cols), DEPTH.min(rows.max(cols)));
+    let p = rows.min(cols);
+    let depth = depth(p, rows.max(cols));
     temp_mat_scratch::<f64>(p, depth).or(temp_mat_scratch::<f64>(depth, p))
 }
 
@@ -48,16 +52,16 @@ pub fn gram(
 ) -> Result<()> {
     let wide = view.wide();
     let (p, m) = (wide.rows(), wide.cols());
-    let depth = DEPTH.min(m);
+    let depth = depth(p, m);
     gram.fill(0.0);
     // The panel lies in memory as the view does, so that upcasting reads and writes in runs.
     let column_major = wide.is_column_major();
     let (rows, cols) = if column_major { (p, depth) } else { (depth, p) };
     let (mut buffer, _) = temp_mat_zeroed::<f64, _, _>(rows, cols, stack);
     let mut buffer = buffer.as_mat_mut();
-    for first in (0..m).step_by(DEPTH) {
+    for first in (0..m).step_by(depth.max(1)) {
         cancel.check()?;
-        let columns = first..m.min(first + DEPTH);
+        let columns = first..m.min(first + depth);
         let panel = if column_major { buffer.rb_mut() } else { buffer.rb_mut().transpose_mut() };
         let mut panel = panel.subcols_mut(0, columns.len());
         match strategy {

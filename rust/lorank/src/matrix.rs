@@ -149,6 +149,14 @@ impl<'a> MatrixView<'a> {
         }
     }
 
+    /// The bytes of all elements, if they lie in memory row by row without gaps.
+    #[must_use]
+    pub fn as_row_major_bytes(&self) -> Option<&'a [u8]> {
+        let gapless = self.cols <= 1 || self.col_stride == 1;
+        let stacked = self.rows <= 1 || self.row_stride == self.cols;
+        (gapless && stacked).then(|| self.elements(0, self.rows * self.cols))
+    }
+
     /// All elements as float64, rows one after the other.
     #[must_use]
     pub fn to_row_major(&self) -> Vec<f64> {
@@ -224,6 +232,7 @@ mod tests {
             let expected = Mat::from_fn(shape.0, shape.1, |i, j| values[i * strides.0 + j * strides.1]);
             assert_eq!(dense(&view), expected);
             assert_eq!(dense(&view.transposed()), expected.transpose().to_owned());
+            assert_eq!(view.as_row_major_bytes().is_some(), shape == (5, 12));
             let at = |i: usize| expected[(i / shape.1, i % shape.1)];
             assert_eq!(view.to_row_major(), (0..shape.0 * shape.1).map(at).collect::<Vec<_>>());
             let mut block = Mat::zeros(2, 3);

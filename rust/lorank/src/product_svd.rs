@@ -3,24 +3,42 @@
 //! An update is a sum of terms, `sum_j w_j B_j A_j` with `B_j (out, r_j)` and `A_j (r_j, in)`: one
 //! term is an adapter's module, several are a merge. The terms are stacked into one product `B A` of
 //! rank at most `K = sum r_j`. With `B = Q_B R_B` and `A^T = Q_A R_A`, the decomposition of the small
-//! core `R_B R_A^T = U S V^T` gives that of the whole, `(Q_B U) S (Q_A V)^T`: about
-//! `8 (out + in) K^2` operations, and `out * in` numbers never exist.
+//! core `R_B R_A^T = U S V^T` gives that of the whole, `(Q_B U) S (Q_A V)^T`, and `out * in` numbers
+//! never exist.
 //!
 //! Source: PARA, Post-Optimization Adaptive Rank Allocation for `LoRA`, equations 2 to 5 and 13.
 //!
-//! Arithmetic is float64: in float32 the core loses digits wherever terms cancel. Powers of two are
-//! taken out of every factor first, so that `B = 1e-30, A = 1e30` is as good as any other pair.
+//! Arithmetic is float64: in float32 the core loses digits wherever terms cancel. There are two ways
+//! to `R`. The fast one is the Cholesky factor of the Gram matrix, half the operations of a
+//! product and no `Q`: `Q_B U = B (R_B^-1 U)` is formed for those columns alone that are kept. Its
+//! error is that of `Q` times the square of the condition number, so it serves single terms of
+//! narrow types whose factors, columns scaled to length 1, have a condition number of at most
+//! [`WELL_CONDITIONED`]: then `Q` is orthonormal to about `1e-10`. Everything else takes Householder
+//! reflections ([`HouseholderQr`]), after powers of two have been taken out of every factor.
 
-use faer::{Mat, MatMut, MatRef};
+use faer::linalg::matmul::matmul;
+use faer::linalg::triangular_inverse::invert_lower_triangular;
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 use crate::cancel::CancelToken;
 use crate::dtype::DType;
 use crate::eigen::{binary_exponent, power_of_two};
-use crate::parallel::{guarded, pool, side_by_side};
+use crate::gram::{gram, gram_scratch};
+use crate::matrix::MatrixView;
+use crate::parallel::{Strategy, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::StoredMatrix;
 use crate::svd::dense_svd;
+use crate::workspace::Workspace;
 use crate::{Error, Result};
+
+/// The largest condition number at which the Gram matrix is trusted.
+const WELL_CONDITIONED: f64 = 1e3;
+
+/// Rows of `B`, and columns of `A`, that are multiplied at a time: a panel stays in cache.
+fn panel_length(rank: usize) -> usize {
+    (32_768 / rank.max(1)).clamp(256, 4096)
+}
 
 /// One term of an update: `weight * B A`.
 #[derive(Clone, Debug)]
@@ -33,7 +51,7 @@ pub struct Term {
     pub weight: f64,
 }
 
-/// Row-major numbers: float32 unless a factor was float64.
+/// Numbers: float32 unless a factor was float64.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Values {
     /// Rounded once, at the end.
@@ -42,16 +60,53 @@ pub enum Values {
     F64(Vec<f64>),
 }
 
-/// An update in balanced spectral form, `B A = sum_i s_i u_i v_i^T` with `B = U sqrt(S)` and
-/// `A = sqrt(S) V^T`: its best approximation of any rank `r` is the first `r` columns and rows.
+impl Values {
+    fn collect(values: impl Iterator<Item = f64>, wide: bool) -> Self {
+        if wide {
+            Self::F64(values.collect())
+        } else {
+            #[allow(clippy::cast_possible_truncation)] // Rounding is the point.
+            Self::F32(values.map(|x| x as f32).collect())
+        }
+    }
+}
+
+/// Singular triplets in balanced form, `B = U sqrt(S)` and `A = sqrt(S) V^T`: the best approximation
+/// of any rank `r` is the first `r` columns and rows.
 #[derive(Clone, Debug)]
-pub struct Decomposition {
+pub struct Triplets {
     /// `(k, out)`: the columns of `B` one after the other.
     pub b_columns: Values,
-    /// The `k` singular values of the update, descending; those that are zero up to rounding are 0.
+    /// The `k` singular values, descending.
     pub singular_values: Vec<f64>,
     /// `(k, in)`: the rows of `A`.
     pub a_rows: Values,
+}
+
+/// An update's singular values, and the way to its factors.
+#[derive(Clone, Debug)]
+pub struct Decomposition {
+    /// The `k` singular values of the update, descending; those that are zero up to rounding are 0.
+    pub singular_values: Vec<f64>,
+    form: Form,
+}
+
+#[derive(Clone, Debug)]
+enum Form {
+    /// `B` and `A^T`, each `(length, K)`, become the balanced columns by products with `(K, k)`. A term
+    /// in a file is read again then: fresh memory to keep it in would cost more than a warm disk cache.
+    Basis { term: Box<Term>, left: Mat<f64>, right: Mat<f64> },
+    /// The balanced columns themselves.
+    Explicit { b: Mat<f64>, a: Mat<f64>, wide: bool },
+}
+
+/// Factors as files hold them, balanced.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Factors {
+    /// `(out, r)`, row-major.
+    pub b: Values,
+    /// `(r, in)`, row-major.
+    pub a: Values,
 }
 
 /// Decomposes every update with up to `threads` threads and hands each result to `emit` with the
@@ -68,14 +123,49 @@ pub fn decompose_all(
     cancel: &CancelToken,
     emit: &(dyn Fn(usize, Result<Decomposition>) + Sync),
 ) -> Result<()> {
-    let mut order: Vec<usize> = (0..updates.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(cost(&updates[i])));
+    let order = costliest_first(updates.iter().map(|update| cost(update)));
     pool(threads)?.install(|| {
-        side_by_side(&order, threads, cancel, &|i, bytes: &mut Vec<u8>| {
-            emit(i, guarded(|| decompose(&updates[i], bytes, cancel)));
+        side_by_side(&order, threads, cancel, &|i, workspace: &mut Workspace| {
+            emit(i, guarded(|| decompose(&updates[i], workspace, cancel)));
         });
         cancel.check()
     })
+}
+
+/// A truncation that is wanted: of which decomposition, and which values are kept.
+#[derive(Clone, Debug)]
+pub struct Truncation {
+    /// Of what.
+    pub decomposition: std::sync::Arc<Decomposition>,
+    /// One per singular value.
+    pub keep: Vec<bool>,
+}
+
+/// Computes the factors of every truncation, as [`decompose_all`] does the decompositions.
+///
+/// # Errors
+/// As [`decompose_all`].
+pub fn rebuild_all(
+    truncations: &[Truncation],
+    threads: usize,
+    cancel: &CancelToken,
+    emit: &(dyn Fn(usize, Result<Factors>) + Sync),
+) -> Result<()> {
+    let order = costliest_first(truncations.iter().map(|t| t.decomposition.cost()));
+    pool(threads)?.install(|| {
+        side_by_side(&order, threads, cancel, &|i, bytes: &mut Vec<u8>| {
+            let Truncation { decomposition, keep } = &truncations[i];
+            emit(i, guarded(|| decomposition.rebuild(keep, bytes, cancel)));
+        });
+        cancel.check()
+    })
+}
+
+fn costliest_first(costs: impl Iterator<Item = u128>) -> Vec<usize> {
+    let costs: Vec<u128> = costs.collect();
+    let mut order: Vec<usize> = (0..costs.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(costs[i]));
+    order
 }
 
 /// Multiplications, up to a constant.
@@ -85,13 +175,92 @@ fn cost(update: &[Term]) -> u128 {
     (rank as u128).pow(2) * sides as u128
 }
 
-/// Decomposes one update; `bytes` is a buffer for factors in files.
+/// Decomposes one update.
 ///
 /// # Errors
 /// [`Error::InvalidInput`] if the shapes do not fit, [`Error::Numerical`] for NaN and infinite
 /// values, and those of reading.
-pub fn decompose(update: &[Term], bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<Decomposition> {
-    let (out, fan_in, rank) = checked_shape(update)?;
+pub fn decompose(update: &[Term], workspace: &mut Workspace, cancel: &CancelToken) -> Result<Decomposition> {
+    let shape = checked_shape(update)?;
+    if let [term] = update
+        && let Some(fast) = by_gram(term, workspace, cancel)?
+    {
+        return Ok(fast);
+    }
+    by_reflections(update, shape, &mut workspace.bytes, cancel)
+}
+
+/// `None` where the Gram matrices cannot be trusted.
+fn by_gram(term: &Term, workspace: &mut Workspace, cancel: &CancelToken) -> Result<Option<Decomposition>> {
+    // Squares of narrower types cannot leave the range of float64.
+    let narrow = |matrix: &StoredMatrix| matrix.dtype() != DType::F64;
+    if !(narrow(&term.b) && narrow(&term.a) && term.weight > 0.0) {
+        return Ok(None);
+    }
+    let Some((b, b_inverse)) = triangular_factor(&term.b, false, workspace, cancel)? else { return Ok(None) };
+    let Some((a, a_inverse)) = triangular_factor(&term.a, true, workspace, cancel)? else { return Ok(None) };
+    // With `B^T B = L_B L_B^T`, `R_B = L_B^T`.
+    let core = dense_svd((b.transpose() * &a).as_ref())?;
+    let roots: Vec<f64> = core.singular_values.iter().map(|s| (s * term.weight).sqrt()).collect();
+    let basis = |inverse: &Mat<f64>, vectors: &Mat<f64>| {
+        let mut basis = inverse.transpose() * vectors;
+        for (column, root) in basis.col_iter_mut().zip(&roots) {
+            column.iter_mut().for_each(|x| *x *= root);
+        }
+        basis
+    };
+    let singular_values = core.singular_values.iter().map(|s| s * term.weight).collect();
+    let form = Form::Basis {
+        left: basis(&b_inverse, &core.u),
+        right: basis(&a_inverse, &core.v),
+        term: Box::new(term.clone()),
+    };
+    Ok(Some(Decomposition { singular_values, form }))
+}
+
+/// The Cholesky factor `L` of the Gram matrix of a factor's columns (rows, for `A`), and its inverse;
+/// `None` if there are more columns than rows, or the condition number may be large.
+fn triangular_factor(
+    matrix: &StoredMatrix,
+    by_rows: bool,
+    workspace: &mut Workspace,
+    cancel: &CancelToken,
+) -> Result<Option<(Mat<f64>, Mat<f64>)>> {
+    let (rows, cols) = matrix.shape();
+    let (rank, length) = if by_rows { (rows, cols) } else { (cols, rows) };
+    if rank > length || rank == 0 || (rank == length && !by_rows) {
+        return Ok(None); // `gram` takes the short side.
+    }
+    let Workspace { bytes, scratch } = workspace;
+    let mut product = Mat::zeros(rank, rank);
+    matrix.with_view(bytes, cancel, |view| {
+        let stack = scratch.stack(gram_scratch(rows, cols))?;
+        gram(view, 1.0, Strategy::Alone, cancel, product.as_mut(), stack)
+    })?;
+    let lengths: Vec<f64> = (0..rank).map(|i| product[(i, i)].sqrt()).collect();
+    if !lengths.iter().all(|x| *x > 0.0 && x.is_finite()) {
+        return Ok(None);
+    }
+    let scaled = Mat::from_fn(rank, rank, |i, j| product[(i.max(j), i.min(j))] / lengths[i] / lengths[j]);
+    let Ok(cholesky) = scaled.llt(faer::Side::Lower) else { return Ok(None) };
+    let l = cholesky.L();
+    let mut inverse = Mat::zeros(rank, rank);
+    invert_lower_triangular(inverse.as_mut(), l, Par::Seq);
+    // Frobenius norms bound the condition number from above.
+    if l.norm_l2() * inverse.norm_l2() > WELL_CONDITIONED {
+        return Ok(None);
+    }
+    let factor = Mat::from_fn(rank, rank, |i, j| if i >= j { lengths[i] * l[(i, j)] } else { 0.0 });
+    let inverse = Mat::from_fn(rank, rank, |i, j| if i >= j { inverse[(i, j)] / lengths[j] } else { 0.0 });
+    Ok(Some((factor, inverse)))
+}
+
+fn by_reflections(
+    update: &[Term],
+    (out, fan_in, rank): (usize, usize, usize),
+    bytes: &mut Vec<u8>,
+    cancel: &CancelToken,
+) -> Result<Decomposition> {
     let scales = Scales::of(update, bytes, cancel)?;
     let mut b = Mat::zeros(out, rank);
     let mut a_transposed = Mat::zeros(fan_in, rank);
@@ -112,12 +281,125 @@ pub fn decompose(update: &[Term], bytes: &mut Vec<u8>, cancel: &CancelToken) -> 
     let values: Vec<f64> = core.singular_values.iter().map(|&s| if s > noise { s } else { 0.0 }).collect();
     let unit = power_of_two(scales.half_exponent);
     let roots: Vec<f64> = values.iter().map(|s| s.sqrt() * unit).collect();
-    let wide = update.iter().any(|term| term.a.dtype() == DType::F64 || term.b.dtype() == DType::F64);
-    Ok(Decomposition {
-        b_columns: rotated(&b, core.u.as_ref(), &roots, out, wide),
-        singular_values: values.into_iter().map(|s| s * unit * unit).collect(),
-        a_rows: rotated(&a, core.v.as_ref(), &roots, fan_in, wide),
-    })
+    let is_wide = |term: &Term| term.a.dtype() == DType::F64 || term.b.dtype() == DType::F64;
+    let form = Form::Explicit {
+        b: rotated(&b, core.u.as_ref(), &roots, out),
+        a: rotated(&a, core.v.as_ref(), &roots, fan_in),
+        wide: update.iter().any(is_wide),
+    };
+    Ok(Decomposition { singular_values: values.into_iter().map(|s| s * unit * unit).collect(), form })
+}
+
+impl Decomposition {
+    /// Multiplications of a rebuild, up to a constant.
+    fn cost(&self) -> u128 {
+        let (out, fan_in) = match &self.form {
+            Form::Basis { term, .. } => (term.b.shape().0, term.a.shape().1),
+            Form::Explicit { b, a, .. } => (b.nrows(), a.nrows()),
+        };
+        (self.singular_values.len() * (out + fan_in)) as u128
+    }
+
+    /// The factors of the kept values; `bytes` is a buffer for factors in files.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] if there is not one mark per value, and those of reading.
+    pub fn rebuild(&self, keep: &[bool], bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<Factors> {
+        if keep.len() != self.singular_values.len() {
+            return Err(Error::InvalidInput(format!(
+                "{} marks for {} singular values",
+                keep.len(),
+                self.singular_values.len()
+            )));
+        }
+        let kept: Vec<usize> = (0..keep.len()).filter(|&i| keep[i]).collect();
+        let columns = |x: &Mat<f64>| Mat::from_fn(x.nrows(), kept.len(), |i, j| x[(i, kept[j])]);
+        match &self.form {
+            Form::Explicit { b, a, wide } => Ok(Factors {
+                b: Values::collect((0..b.nrows()).flat_map(|i| kept.iter().map(move |&j| b[(i, j)])), *wide),
+                a: Values::collect(kept.iter().flat_map(|&j| a.col(j).iter().copied()), *wide),
+            }),
+            Form::Basis { term, left, right } => {
+                let (left, right) = (columns(left), columns(right));
+                Ok(Factors {
+                    b: term.b.with_view(bytes, cancel, |view| times(view, left.as_ref(), cancel))?,
+                    a: term
+                        .a
+                        .with_view(bytes, cancel, |view| transposed_times(right.as_ref(), view, cancel))?,
+                })
+            }
+        }
+    }
+
+    /// All triplets at once, for callers that keep them.
+    ///
+    /// # Errors
+    /// As [`rebuild`](Self::rebuild).
+    pub fn triplets(&self, cancel: &CancelToken) -> Result<Triplets> {
+        let Factors { b, a } =
+            self.rebuild(&vec![true; self.singular_values.len()], &mut Vec::new(), cancel)?;
+        let k = self.singular_values.len();
+        Ok(Triplets { b_columns: transposed(b, k), singular_values: self.singular_values.clone(), a_rows: a })
+    }
+}
+
+/// Row-major values with `cols` columns, column by column.
+fn transposed(values: Values, cols: usize) -> Values {
+    fn columns<T: Copy>(x: &[T], cols: usize) -> Vec<T> {
+        (0..cols).flat_map(|j| x.iter().skip(j).step_by(cols).copied()).collect()
+    }
+    match values {
+        Values::F32(x) => Values::F32(columns(&x, cols)),
+        Values::F64(x) => Values::F64(columns(&x, cols)),
+    }
+}
+
+/// `B X`, row-major float32, for `B (out, K)` and `X (K, k)`.
+fn times(b: &MatrixView<'_>, x: MatRef<'_, f64>, cancel: &CancelToken) -> Result<Values> {
+    let (out, rank, k) = (b.rows(), x.nrows(), x.ncols());
+    let mut result = vec![0f32; out * k];
+    let length = panel_length(rank).min(out);
+    let (mut panel, mut product) = (vec![0.0; length * rank], vec![0.0; length * k]);
+    for first in (0..out).step_by(length.max(1)) {
+        cancel.check()?;
+        let rows = first..out.min(first + length);
+        let count = rows.len();
+        let mut block = MatMut::from_row_major_slice_mut(&mut panel[..count * rank], count, rank);
+        b.upcast(rows, 0..rank, 1.0, block.as_mut());
+        let into = MatMut::from_row_major_slice_mut(&mut product[..count * k], count, k);
+        matmul(into, Accum::Replace, block.as_ref(), x, 1.0, Par::Seq);
+        narrow(&product[..count * k], &mut result[first * k..(first + count) * k]);
+    }
+    Ok(Values::F32(result))
+}
+
+/// `X^T A`, row-major float32, for `X (K, k)` and `A (K, in)`.
+fn transposed_times(x: MatRef<'_, f64>, a: &MatrixView<'_>, cancel: &CancelToken) -> Result<Values> {
+    let (fan_in, rank, k) = (a.cols(), x.nrows(), x.ncols());
+    let mut result = vec![0f32; k * fan_in];
+    let length = panel_length(rank).min(fan_in);
+    let (mut panel, mut product) = (vec![0.0; rank * length], vec![0.0; k * length]);
+    for first in (0..fan_in).step_by(length.max(1)) {
+        cancel.check()?;
+        let cols = first..fan_in.min(first + length);
+        let count = cols.len();
+        let mut block = MatMut::from_row_major_slice_mut(&mut panel[..rank * count], rank, count);
+        a.upcast(0..rank, cols, 1.0, block.as_mut());
+        let into = MatMut::from_row_major_slice_mut(&mut product[..k * count], k, count);
+        matmul(into, Accum::Replace, x.transpose(), block.as_ref(), 1.0, Par::Seq);
+        for i in 0..k {
+            let start = i * fan_in + first;
+            narrow(&product[i * count..(i + 1) * count], &mut result[start..start + count]);
+        }
+    }
+    Ok(Values::F32(result))
+}
+
+#[allow(clippy::cast_possible_truncation)] // Rounding is the point.
+fn narrow(from: &[f64], to: &mut [f32]) {
+    for (y, x) in to.iter_mut().zip(from) {
+        *y = *x as f32;
+    }
 }
 
 /// `(out, in, K)` of a sum of terms.
@@ -202,38 +484,30 @@ fn upcast(
     })
 }
 
-/// Balanced spectral form of `2^exponent * U diag(s) V^T`, in float32.
+/// Balanced triplets of `2^exponent * U diag(s) V^T`, in float32.
 pub(crate) fn balanced(
     u: MatRef<'_, f64>,
     singular_values: &[f64],
     v: MatRef<'_, f64>,
     exponent: i32,
-) -> Decomposition {
+) -> Triplets {
     let singular_values: Vec<f64> = singular_values.iter().map(|s| s * power_of_two(exponent)).collect();
-    let roots: Vec<f64> = singular_values.iter().map(|s| s.sqrt()).collect();
-    Decomposition {
-        b_columns: scaled_columns(u, &roots, false),
-        a_rows: scaled_columns(v, &roots, false),
-        singular_values,
-    }
+    let columns = |x: MatRef<'_, f64>| {
+        let scaled = x.col_iter().zip(&singular_values);
+        Values::collect(scaled.flat_map(|(column, s)| column.iter().map(|x| x * s.sqrt())), false)
+    };
+    Triplets { b_columns: columns(u), a_rows: columns(v), singular_values }
 }
 
-/// The columns of `Q X diag(roots)`, one after the other.
-fn rotated(q: &HouseholderQr, x: MatRef<'_, f64>, roots: &[f64], length: usize, wide: bool) -> Values {
+/// `Q X diag(roots)`.
+fn rotated(q: &HouseholderQr, x: MatRef<'_, f64>, roots: &[f64], length: usize) -> Mat<f64> {
     let mut columns = Mat::zeros(length, roots.len());
     columns.as_mut().subrows_mut(0, x.nrows()).copy_from(x);
     q.apply(columns.as_mut());
-    scaled_columns(columns.as_ref(), roots, wide)
-}
-
-fn scaled_columns(x: MatRef<'_, f64>, scales: &[f64], wide: bool) -> Values {
-    let scaled = x.col_iter().zip(scales).flat_map(|(column, scale)| column.iter().map(move |x| x * scale));
-    if wide {
-        Values::F64(scaled.collect())
-    } else {
-        #[allow(clippy::cast_possible_truncation)] // Rounding is the point.
-        Values::F32(scaled.map(|x| x as f32).collect())
+    for (column, root) in columns.col_iter_mut().zip(roots) {
+        column.iter_mut().for_each(|x| *x *= root);
     }
+    columns
 }
 
 #[cfg(test)]
@@ -288,8 +562,12 @@ mod tests {
         }
     }
 
-    fn of(update: &[Term]) -> Decomposition {
-        decompose(update, &mut Vec::new(), &CancelToken::default()).unwrap()
+    fn decomposed(update: &[Term]) -> Result<Decomposition> {
+        decompose(update, &mut Workspace::default(), &CancelToken::default())
+    }
+
+    fn of(update: &[Term]) -> Triplets {
+        decomposed(update).unwrap().triplets(&CancelToken::default()).unwrap()
     }
 
     /// Every singular value and every truncation against the dense update, relative to `size`.
@@ -327,6 +605,51 @@ mod tests {
                 assert!(found.singular_values.iter().all(|&s| s == 0.0));
                 assert!(numbers(&found.b_columns).iter().all(|&x| x == 0.0));
             }
+        }
+    }
+
+    /// Both routes on factors of growing condition number, float32.
+    #[test]
+    fn the_gram_route_is_as_good_as_reflections_where_it_is_taken() {
+        let mut taken = 0;
+        for spread in [1.0, 1e-1, 1e-2, 1e-3, 1e-5, 1e-7] {
+            let (out, fan_in, r) = (60, 80, 5);
+            // Nearly parallel columns: the hard kind of ill-conditioned.
+            let (mut b, common) = (noise(out * r, 21), noise(out, 22));
+            for (row, shared) in b.chunks_mut(r).zip(&common) {
+                for x in row {
+                    *x = shared + spread * *x;
+                }
+            }
+            let update = [term(out, fan_in, &b, &noise(r * fan_in, 23), 1.5, DType::F32)];
+            let (cancel, mut workspace) = (CancelToken::default(), Workspace::default());
+            check(&update, 1e-6);
+            let Some(fast) = by_gram(&update[0], &mut workspace, &cancel).unwrap() else { continue };
+            taken += 1;
+            let exact = by_reflections(&update, (out, fan_in, r), &mut Vec::new(), &cancel).unwrap();
+            for (mine, theirs) in fast.singular_values.iter().zip(&exact.singular_values) {
+                assert!((mine - theirs).abs() <= 1e-11 * exact.singular_values[0], "{spread}");
+            }
+        }
+        assert!((2..6).contains(&taken), "some are well-conditioned and some are not: {taken}");
+    }
+
+    #[test]
+    fn a_truncation_keeps_the_marked_values() {
+        for dtype in [DType::F32, DType::F64] {
+            let update = [term(30, 20, &noise(120, 31), &noise(80, 32), 1.0, dtype)];
+            let all = of(&update);
+            let (cancel, keep) = (CancelToken::default(), [true, false, true, false]);
+            let found = decomposed(&update).unwrap();
+            let some = found.rebuild(&keep, &mut Vec::new(), &cancel).unwrap();
+            let (whole, b, a) = (numbers(&all.b_columns), numbers(&some.b), numbers(&some.a));
+            for i in 0..30 {
+                assert!((b[i * 2] - whole[i]).abs() < 1e-6 && (b[i * 2 + 1] - whole[60 + i]).abs() < 1e-6);
+            }
+            assert_eq!(a.len(), 40);
+            assert!((a[20] - numbers(&all.a_rows)[40]).abs() < 1e-6);
+            let error = found.rebuild(&keep[..3], &mut Vec::new(), &cancel).unwrap_err();
+            assert!(error.to_string().contains("3 marks for 4 singular values"));
         }
     }
 
@@ -391,9 +714,7 @@ mod tests {
     #[test]
     fn misfits_are_errors() {
         let good = term(4, 5, &noise(8, 1), &noise(10, 2), 1.0, DType::F64);
-        let fail = |update: &[Term]| {
-            decompose(update, &mut Vec::new(), &CancelToken::default()).unwrap_err().to_string()
-        };
+        let fail = |update: &[Term]| decomposed(update).unwrap_err().to_string();
         assert!(fail(&[]).contains("at least one term"));
         let other = term(3, 5, &noise(6, 1), &noise(10, 2), 1.0, DType::F64);
         assert!(fail(&[good.clone(), other]).contains("3x2 and 2x5 do not make a 4x5 update"));
@@ -412,12 +733,26 @@ mod tests {
             .collect();
         let run = |threads| {
             let results = std::sync::Mutex::new(vec![None; updates.len()]);
-            decompose_all(&updates, threads, &CancelToken::default(), &|i, result| {
-                let d = result.unwrap();
-                results.lock().unwrap()[i] = Some((d.b_columns, d.singular_values, d.a_rows));
+            let cancel = CancelToken::default();
+            decompose_all(&updates, threads, &cancel, &|i, result| {
+                results.lock().unwrap()[i] = Some(result.unwrap());
             })
             .unwrap();
-            results.into_inner().unwrap()
+            let truncations: Vec<Truncation> = results
+                .into_inner()
+                .unwrap()
+                .into_iter()
+                .map(|found| Truncation {
+                    decomposition: Arc::new(found.unwrap()),
+                    keep: vec![true, false, true, false],
+                })
+                .collect();
+            let factors = std::sync::Mutex::new(vec![None; updates.len()]);
+            rebuild_all(&truncations, threads, &cancel, &|i, result| {
+                factors.lock().unwrap()[i] = Some(result.unwrap());
+            })
+            .unwrap();
+            factors.into_inner().unwrap()
         };
         assert_eq!(run(1), run(4));
     }
