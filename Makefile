@@ -30,13 +30,15 @@ test-rust:
 test-python: $(VENV)/installed
 	$(BIN)/pytest
 
-bench: $(VENV)/installed ## Measure speed and memory beside the peers (about ten minutes).
+bench: $(VENV)/installed ## Measure speed and memory beside the peers (about twenty minutes).
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	cargo bench --package lorank
 	$(BIN)/python benches/fit_ranks.py
 	$(BIN)/python benches/imports.py
 	$(BIN)/python benches/peft_build.py
 	PYTHONPATH=tests $(BIN)/python benches/analyze.py
+	$(BIN)/python benches/compress.py
+	PYTHONPATH=tests $(BIN)/python benches/adapter_accuracy.py
 
 lint: $(VENV)/installed ## Check format, lints, types and stubs.
 	cargo fmt --all --check
