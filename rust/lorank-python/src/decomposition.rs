@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use lorank::difference_svd::{Difference, Pair, subtract_all};
-use lorank::product_svd::{
-    Decomposition as Decomposed, Factors, Term, Truncation, Values, decompose_all, rebuild_all,
-};
+use lorank::low_rank::{Factors, Term, Values};
+use lorank::product_svd::{Decomposition as Decomposed, decompose_all};
+use lorank::truncation::{Truncation, rebuild_all};
 use numpy::{IntoPyArray, PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 

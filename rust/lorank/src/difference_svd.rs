@@ -13,8 +13,8 @@ use faer::{Accum, Mat, MatRef, Par};
 
 use crate::cancel::CancelToken;
 use crate::eigen::{binary_exponent, power_of_two};
-use crate::parallel::{guarded, pool, side_by_side};
-use crate::product_svd::{Triplets, balanced};
+use crate::low_rank::{Triplets, balanced};
+use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::StoredMatrix;
 use crate::svd::{ThinSvd, dense_svd};
@@ -60,11 +60,8 @@ pub fn subtract_all(
     cancel: &CancelToken,
     emit: &(dyn Fn(usize, Result<Difference>) + Sync),
 ) -> Result<()> {
-    let mut order: Vec<usize> = (0..pairs.len()).collect();
-    order.sort_by_key(|&i| {
-        let (rows, cols) = pairs[i].base.shape();
-        std::cmp::Reverse(rows as u128 * cols as u128)
-    });
+    let cost = |pair: &Pair| pair.base.shape().0 as u128 * pair.base.shape().1 as u128;
+    let order = costliest_first(pairs.iter().map(cost));
     pool(threads)?.install(|| {
         side_by_side(&order, threads, cancel, &|i, bytes: &mut Vec<u8>| {
             emit(i, guarded(|| subtract(&pairs[i], max_rank, bytes, cancel)));
@@ -170,7 +167,7 @@ mod tests {
 
     use super::*;
     use crate::dtype::DType;
-    use crate::product_svd::Values;
+    use crate::low_rank::Values;
 
     fn stored(matrix: &Mat<f64>) -> StoredMatrix {
         let (rows, cols) = (matrix.nrows(), matrix.ncols());

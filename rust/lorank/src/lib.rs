@@ -29,6 +29,7 @@ pub mod error;
 pub mod gram;
 pub mod hill;
 mod jacobi;
+pub mod low_rank;
 pub mod marchenko_pastur;
 pub mod matrix;
 pub mod metrics;
@@ -43,6 +44,7 @@ pub mod source;
 pub mod spectrum;
 pub mod svd;
 pub mod tridiag;
+pub mod truncation;
 pub mod workspace;
 
 pub use error::{Error, Result};

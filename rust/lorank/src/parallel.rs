@@ -82,6 +82,14 @@ pub fn side_by_side<W: Default>(
     });
 }
 
+/// The indices of pieces of work, costliest first, so that none is left alone at the end.
+pub fn costliest_first(costs: impl Iterator<Item = u128>) -> Vec<usize> {
+    let costs: Vec<u128> = costs.collect();
+    let mut order: Vec<usize> = (0..costs.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(costs[i]));
+    order
+}
+
 /// Runs `work`; a panic within it becomes an error, and other work goes on.
 ///
 /// # Errors

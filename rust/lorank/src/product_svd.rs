@@ -16,97 +16,39 @@
 //! [`WELL_CONDITIONED`]: then `Q` is orthonormal to about `1e-10`. Everything else takes Householder
 //! reflections ([`HouseholderQr`]), after powers of two have been taken out of every factor.
 
-use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_inverse::invert_lower_triangular;
-use faer::{Accum, Mat, MatMut, MatRef, Par};
+use faer::{Mat, MatMut, MatRef, Par};
 
+use crate::Result;
 use crate::cancel::CancelToken;
 use crate::dtype::DType;
 use crate::eigen::{binary_exponent, power_of_two};
 use crate::gram::{gram, gram_scratch};
-use crate::matrix::MatrixView;
-use crate::parallel::{Strategy, guarded, pool, side_by_side};
+use crate::low_rank::{Term, checked_shape};
+use crate::parallel::{Strategy, costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::StoredMatrix;
 use crate::svd::dense_svd;
 use crate::workspace::Workspace;
-use crate::{Error, Result};
 
 /// The largest condition number at which the Gram matrix is trusted.
 const WELL_CONDITIONED: f64 = 1e3;
-
-/// Rows of `B`, and columns of `A`, that are multiplied at a time: a panel stays in cache.
-fn panel_length(rank: usize) -> usize {
-    (32_768 / rank.max(1)).clamp(256, 4096)
-}
-
-/// One term of an update: `weight * B A`.
-#[derive(Clone, Debug)]
-pub struct Term {
-    /// `(out, r)`.
-    pub b: StoredMatrix,
-    /// `(r, in)`.
-    pub a: StoredMatrix,
-    /// The term's scaling, times its weight in a merge.
-    pub weight: f64,
-}
-
-/// Numbers: float32 unless a factor was float64.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Values {
-    /// Rounded once, at the end.
-    F32(Vec<f32>),
-    /// As computed.
-    F64(Vec<f64>),
-}
-
-impl Values {
-    fn collect(values: impl Iterator<Item = f64>, wide: bool) -> Self {
-        if wide {
-            Self::F64(values.collect())
-        } else {
-            #[allow(clippy::cast_possible_truncation)] // Rounding is the point.
-            Self::F32(values.map(|x| x as f32).collect())
-        }
-    }
-}
-
-/// Singular triplets in balanced form, `B = U sqrt(S)` and `A = sqrt(S) V^T`: the best approximation
-/// of any rank `r` is the first `r` columns and rows.
-#[derive(Clone, Debug)]
-pub struct Triplets {
-    /// `(k, out)`: the columns of `B` one after the other.
-    pub b_columns: Values,
-    /// The `k` singular values, descending.
-    pub singular_values: Vec<f64>,
-    /// `(k, in)`: the rows of `A`.
-    pub a_rows: Values,
-}
 
 /// An update's singular values, and the way to its factors.
 #[derive(Clone, Debug)]
 pub struct Decomposition {
     /// The `k` singular values of the update, descending; those that are zero up to rounding are 0.
     pub singular_values: Vec<f64>,
-    form: Form,
+    pub(crate) form: Form,
 }
 
 #[derive(Clone, Debug)]
-enum Form {
+pub(crate) enum Form {
     /// `B` and `A^T`, each `(length, K)`, become the balanced columns by products with `(K, k)`. A term
     /// in a file is read again then: fresh memory to keep it in would cost more than a warm disk cache.
     Basis { term: Box<Term>, left: Mat<f64>, right: Mat<f64> },
     /// The balanced columns themselves.
     Explicit { b: Mat<f64>, a: Mat<f64>, wide: bool },
-}
-
-/// Factors as files hold them, balanced.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Factors {
-    /// `(out, r)`, row-major.
-    pub b: Values,
-    /// `(r, in)`, row-major.
-    pub a: Values,
 }
 
 /// Decomposes every update with up to `threads` threads and hands each result to `emit` with the
@@ -130,42 +72,6 @@ pub fn decompose_all(
         });
         cancel.check()
     })
-}
-
-/// A truncation that is wanted: of which decomposition, and which values are kept.
-#[derive(Clone, Debug)]
-pub struct Truncation {
-    /// Of what.
-    pub decomposition: std::sync::Arc<Decomposition>,
-    /// One per singular value.
-    pub keep: Vec<bool>,
-}
-
-/// Computes the factors of every truncation, as [`decompose_all`] does the decompositions.
-///
-/// # Errors
-/// As [`decompose_all`].
-pub fn rebuild_all(
-    truncations: &[Truncation],
-    threads: usize,
-    cancel: &CancelToken,
-    emit: &(dyn Fn(usize, Result<Factors>) + Sync),
-) -> Result<()> {
-    let order = costliest_first(truncations.iter().map(|t| t.decomposition.cost()));
-    pool(threads)?.install(|| {
-        side_by_side(&order, threads, cancel, &|i, bytes: &mut Vec<u8>| {
-            let Truncation { decomposition, keep } = &truncations[i];
-            emit(i, guarded(|| decomposition.rebuild(keep, bytes, cancel)));
-        });
-        cancel.check()
-    })
-}
-
-fn costliest_first(costs: impl Iterator<Item = u128>) -> Vec<usize> {
-    let costs: Vec<u128> = costs.collect();
-    let mut order: Vec<usize> = (0..costs.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(costs[i]));
-    order
 }
 
 /// Multiplications, up to a constant.
@@ -290,138 +196,6 @@ fn by_reflections(
     Ok(Decomposition { singular_values: values.into_iter().map(|s| s * unit * unit).collect(), form })
 }
 
-impl Decomposition {
-    /// Multiplications of a rebuild, up to a constant.
-    fn cost(&self) -> u128 {
-        let (out, fan_in) = match &self.form {
-            Form::Basis { term, .. } => (term.b.shape().0, term.a.shape().1),
-            Form::Explicit { b, a, .. } => (b.nrows(), a.nrows()),
-        };
-        (self.singular_values.len() * (out + fan_in)) as u128
-    }
-
-    /// The factors of the kept values; `bytes` is a buffer for factors in files.
-    ///
-    /// # Errors
-    /// [`Error::InvalidInput`] if there is not one mark per value, and those of reading.
-    pub fn rebuild(&self, keep: &[bool], bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<Factors> {
-        if keep.len() != self.singular_values.len() {
-            return Err(Error::InvalidInput(format!(
-                "{} marks for {} singular values",
-                keep.len(),
-                self.singular_values.len()
-            )));
-        }
-        let kept: Vec<usize> = (0..keep.len()).filter(|&i| keep[i]).collect();
-        let columns = |x: &Mat<f64>| Mat::from_fn(x.nrows(), kept.len(), |i, j| x[(i, kept[j])]);
-        match &self.form {
-            Form::Explicit { b, a, wide } => Ok(Factors {
-                b: Values::collect((0..b.nrows()).flat_map(|i| kept.iter().map(move |&j| b[(i, j)])), *wide),
-                a: Values::collect(kept.iter().flat_map(|&j| a.col(j).iter().copied()), *wide),
-            }),
-            Form::Basis { term, left, right } => {
-                let (left, right) = (columns(left), columns(right));
-                Ok(Factors {
-                    b: term.b.with_view(bytes, cancel, |view| times(view, left.as_ref(), cancel))?,
-                    a: term
-                        .a
-                        .with_view(bytes, cancel, |view| transposed_times(right.as_ref(), view, cancel))?,
-                })
-            }
-        }
-    }
-
-    /// All triplets at once, for callers that keep them.
-    ///
-    /// # Errors
-    /// As [`rebuild`](Self::rebuild).
-    pub fn triplets(&self, cancel: &CancelToken) -> Result<Triplets> {
-        let Factors { b, a } =
-            self.rebuild(&vec![true; self.singular_values.len()], &mut Vec::new(), cancel)?;
-        let k = self.singular_values.len();
-        Ok(Triplets { b_columns: transposed(b, k), singular_values: self.singular_values.clone(), a_rows: a })
-    }
-}
-
-/// Row-major values with `cols` columns, column by column.
-fn transposed(values: Values, cols: usize) -> Values {
-    fn columns<T: Copy>(x: &[T], cols: usize) -> Vec<T> {
-        (0..cols).flat_map(|j| x.iter().skip(j).step_by(cols).copied()).collect()
-    }
-    match values {
-        Values::F32(x) => Values::F32(columns(&x, cols)),
-        Values::F64(x) => Values::F64(columns(&x, cols)),
-    }
-}
-
-/// `B X`, row-major float32, for `B (out, K)` and `X (K, k)`.
-fn times(b: &MatrixView<'_>, x: MatRef<'_, f64>, cancel: &CancelToken) -> Result<Values> {
-    let (out, rank, k) = (b.rows(), x.nrows(), x.ncols());
-    let mut result = vec![0f32; out * k];
-    let length = panel_length(rank).min(out);
-    let (mut panel, mut product) = (vec![0.0; length * rank], vec![0.0; length * k]);
-    for first in (0..out).step_by(length.max(1)) {
-        cancel.check()?;
-        let rows = first..out.min(first + length);
-        let count = rows.len();
-        let mut block = MatMut::from_row_major_slice_mut(&mut panel[..count * rank], count, rank);
-        b.upcast(rows, 0..rank, 1.0, block.as_mut());
-        let into = MatMut::from_row_major_slice_mut(&mut product[..count * k], count, k);
-        matmul(into, Accum::Replace, block.as_ref(), x, 1.0, Par::Seq);
-        narrow(&product[..count * k], &mut result[first * k..(first + count) * k]);
-    }
-    Ok(Values::F32(result))
-}
-
-/// `X^T A`, row-major float32, for `X (K, k)` and `A (K, in)`.
-fn transposed_times(x: MatRef<'_, f64>, a: &MatrixView<'_>, cancel: &CancelToken) -> Result<Values> {
-    let (fan_in, rank, k) = (a.cols(), x.nrows(), x.ncols());
-    let mut result = vec![0f32; k * fan_in];
-    let length = panel_length(rank).min(fan_in);
-    let (mut panel, mut product) = (vec![0.0; rank * length], vec![0.0; k * length]);
-    for first in (0..fan_in).step_by(length.max(1)) {
-        cancel.check()?;
-        let cols = first..fan_in.min(first + length);
-        let count = cols.len();
-        let mut block = MatMut::from_row_major_slice_mut(&mut panel[..rank * count], rank, count);
-        a.upcast(0..rank, cols, 1.0, block.as_mut());
-        let into = MatMut::from_row_major_slice_mut(&mut product[..k * count], k, count);
-        matmul(into, Accum::Replace, x.transpose(), block.as_ref(), 1.0, Par::Seq);
-        for i in 0..k {
-            let start = i * fan_in + first;
-            narrow(&product[i * count..(i + 1) * count], &mut result[start..start + count]);
-        }
-    }
-    Ok(Values::F32(result))
-}
-
-#[allow(clippy::cast_possible_truncation)] // Rounding is the point.
-fn narrow(from: &[f64], to: &mut [f32]) {
-    for (y, x) in to.iter_mut().zip(from) {
-        *y = *x as f32;
-    }
-}
-
-/// `(out, in, K)` of a sum of terms.
-fn checked_shape(update: &[Term]) -> Result<(usize, usize, usize)> {
-    let Some(first) = update.first() else {
-        return Err(Error::InvalidInput("an update needs at least one term".into()));
-    };
-    let (out, fan_in) = (first.b.shape().0, first.a.shape().1);
-    for term in update {
-        let ((rows, inner), (r, cols)) = (term.b.shape(), term.a.shape());
-        if (rows, cols) != (out, fan_in) || inner != r {
-            return Err(Error::InvalidInput(format!(
-                "factors of shapes {rows}x{inner} and {r}x{cols} do not make a {out}x{fan_in} update"
-            )));
-        }
-        if !term.weight.is_finite() {
-            return Err(Error::Numerical(format!("the weight {} is not finite", term.weight)));
-        }
-    }
-    Ok((out, fan_in, update.iter().map(|term| term.a.shape().0).sum()))
-}
-
 /// What the factors are multiplied with before the decomposition.
 struct Scales {
     /// For `B` and for `A` of every term: together `weight / 4^half_exponent`.
@@ -484,21 +258,6 @@ fn upcast(
     })
 }
 
-/// Balanced triplets of `2^exponent * U diag(s) V^T`, in float32.
-pub(crate) fn balanced(
-    u: MatRef<'_, f64>,
-    singular_values: &[f64],
-    v: MatRef<'_, f64>,
-    exponent: i32,
-) -> Triplets {
-    let singular_values: Vec<f64> = singular_values.iter().map(|s| s * power_of_two(exponent)).collect();
-    let columns = |x: MatRef<'_, f64>| {
-        let scaled = x.col_iter().zip(&singular_values);
-        Values::collect(scaled.flat_map(|(column, s)| column.iter().map(|x| x * s.sqrt())), false)
-    };
-    Triplets { b_columns: columns(u), a_rows: columns(v), singular_values }
-}
-
 /// `Q X diag(roots)`.
 fn rotated(q: &HouseholderQr, x: MatRef<'_, f64>, roots: &[f64], length: usize) -> Mat<f64> {
     let mut columns = Mat::zeros(length, roots.len());
@@ -517,6 +276,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::low_rank::{Triplets, Values};
+    use crate::truncation::{Truncation, rebuild_all};
 
     fn stored(values: &[f64], rows: usize, cols: usize, dtype: DType) -> StoredMatrix {
         #[allow(clippy::cast_possible_truncation)]
