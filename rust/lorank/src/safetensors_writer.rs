@@ -3,15 +3,16 @@
 //! Tensors are converted in small pieces into a hidden file beside the target, which is renamed onto it
 //! at the end: an error, a full disk or an interruption leaves the target as it was.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use faer::MatMut;
 use half::{bf16, f16};
-use serde_json::{Map, Value, json};
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 
 use crate::cancel::CancelToken;
 use crate::checkpoint::StoredTensor;
@@ -27,6 +28,9 @@ const PIECE: usize = 1 << 18;
 /// The alignment of the data, which other readers expect.
 const ALIGNMENT: usize = 8;
 
+/// The header's one key that names no tensor.
+const METADATA: &str = "__metadata__";
+
 /// A tensor to be written.
 #[derive(Debug)]
 pub struct OutTensor<'a> {
@@ -41,7 +45,21 @@ pub struct OutTensor<'a> {
 /// Where a tensor's values come from.
 #[derive(Debug)]
 pub enum Content<'a> {
-    /// Row-major values, rounded to the nearest of `dtype` (F64, F32, F16 or BF16), halves to even.
+    /// Row-major values, rounded as those of [`Values`](Self::Values).
+    F64 {
+        /// As many as the shape says.
+        values: &'a [f64],
+        /// What they become.
+        dtype: DType,
+    },
+    /// Row-major values, rounded as those of [`Values`](Self::Values).
+    F32 {
+        /// As many as the shape says.
+        values: &'a [f32],
+        /// What they become.
+        dtype: DType,
+    },
+    /// A matrix's rows one after the other, rounded to the nearest of `dtype` (F64, F32, F16 or BF16), halves to even.
     Values {
         /// As many as the shape says, in any layout of their own.
         matrix: &'a StoredMatrix,
@@ -62,13 +80,15 @@ pub enum Content<'a> {
 impl OutTensor<'_> {
     fn dtype(&self) -> &str {
         match &self.content {
-            Content::Values { dtype, .. } => match dtype {
-                DType::F64 => "F64",
-                DType::F32 => "F32",
-                DType::F16 => "F16",
-                DType::Bf16 => "BF16",
-                DType::F8E4M3 | DType::F8E5M2 => "",
-            },
+            Content::F64 { dtype, .. } | Content::F32 { dtype, .. } | Content::Values { dtype, .. } => {
+                match dtype {
+                    DType::F64 => "F64",
+                    DType::F32 => "F32",
+                    DType::F16 => "F16",
+                    DType::Bf16 => "BF16",
+                    DType::F8E4M3 | DType::F8E5M2 => "",
+                }
+            }
             Content::Raw { dtype, .. } => dtype,
             Content::Stored(tensor) => &tensor.info.dtype,
         }
@@ -88,13 +108,18 @@ impl OutTensor<'_> {
             return fail(format!("cannot be written as `{}`", self.dtype()));
         };
         let elements = self.shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
-        let Some(elements) = elements else {
+        let sizes = elements.and_then(|n| Some((n, (n as u64).checked_mul(bits)?.div_ceil(8))));
+        let Some((elements, len)) = sizes else {
             return fail(format!("shape {:?} overflows", self.shape));
         };
-        let bits = elements as u64 * bits;
-        let len = usize::try_from(bits.div_ceil(8)).unwrap_or(usize::MAX);
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
         let given = match &self.content {
-            Content::Values { matrix, .. } => matrix.shape().0 * matrix.shape().1 == elements,
+            Content::F64 { values, .. } => values.len() == elements,
+            Content::F32 { values, .. } => values.len() == elements,
+            Content::Values { matrix, .. } => {
+                let (rows, cols) = matrix.shape();
+                rows.checked_mul(cols) == Some(elements)
+            }
             Content::Raw { bytes, .. } => bytes.len() == len,
             Content::Stored(_) => true,
         };
@@ -125,6 +150,7 @@ pub fn write(
     }
     out.file.flush().map_err(|e| Error::io(path, e))?;
     drop(out);
+    cancel.check()?;
     temporary.rename(path)
 }
 
@@ -136,32 +162,53 @@ fn layout(tensors: &[OutTensor<'_>]) -> Vec<usize> {
     order
 }
 
+/// A JSON object in the order given; a map of `serde_json` would sort its keys.
+struct Entries<'a>(Vec<(&'a str, Value)>);
+
+impl Serialize for Entries<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
+    }
+}
+
 fn header(
     tensors: &[OutTensor<'_>],
     order: &[usize],
     metadata: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>> {
-    let mut entries = Map::new();
+    let mut entries = Vec::with_capacity(tensors.len() + 1);
     if !metadata.is_empty() {
-        entries.insert("__metadata__".into(), json!(metadata));
+        entries.push((METADATA, json!(metadata)));
     }
+    let mut names = HashSet::with_capacity(tensors.len());
     let mut offset = 0u64;
     for &i in order {
         let tensor = &tensors[i];
-        let end = offset + tensor.checked_len()? as u64;
-        let entry = json!({"dtype": tensor.dtype(), "shape": tensor.shape(), "data_offsets": [offset, end]});
-        if entries.insert(tensor.name.clone(), entry).is_some() {
+        if tensor.name == METADATA {
+            // A reader would take its entry for metadata, and the tensor would be lost.
+            return Err(Error::InvalidInput(format!("tensor `{METADATA}`: the format reserves that name")));
+        }
+        if !names.insert(tensor.name.as_str()) {
             return Err(Error::InvalidInput(format!("two tensors are named `{}`", tensor.name)));
         }
+        let end = offset + tensor.checked_len()? as u64;
+        let entry = json!({"dtype": tensor.dtype(), "shape": tensor.shape(), "data_offsets": [offset, end]});
+        entries.push((&tensor.name, entry));
         offset = end;
     }
-    let mut header = Value::Object(entries).to_string().into_bytes();
+    let mut header = serde_json::to_vec(&Entries(entries)).map_err(|e| Error::InvalidInput(e.to_string()))?;
     header.resize(header.len().next_multiple_of(ALIGNMENT), b' ');
     Ok(header)
 }
 
 fn write_tensor(out: &mut Sink<'_>, tensor: &OutTensor<'_>, cancel: &CancelToken) -> Result<()> {
     match &tensor.content {
+        Content::F64 { values, dtype } => {
+            convert(out, tensor, &MatrixView::from_f64(values, 1, values.len())?, *dtype, cancel)
+        }
+        Content::F32 { values, dtype } => {
+            convert(out, tensor, &MatrixView::from_f32(values, 1, values.len())?, *dtype, cancel)
+        }
         Content::Values { matrix, dtype } => {
             let mut buffer = Vec::new();
             matrix.with_view(&mut buffer, cancel, |view| convert(out, tensor, view, *dtype, cancel))
@@ -293,6 +340,9 @@ impl Sink<'_> {
     }
 }
 
+/// Tells the temporary files of one process apart.
+static COUNTER: AtomicU64 = AtomicU64::new(0);
+
 /// A hidden file beside the target, removed unless it is renamed.
 struct Temporary {
     path: PathBuf,
@@ -302,12 +352,17 @@ struct Temporary {
 
 impl Temporary {
     fn create(target: &Path) -> Result<Self> {
-        static COUNTER: AtomicU64 = AtomicU64::new(0);
-        let name = target.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path = target.with_file_name(format!(".{name}.{}.{number}", std::process::id()));
-        let file = OpenOptions::new().write(true).create_new(true).open(&path);
-        Ok(Self { file: file.map_err(|e| Error::io(target, e))?, path, keep: false })
+        loop {
+            // Without the target's name, which may be as long as a name can be.
+            let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+            let path = target.with_file_name(format!(".lorank.{}.{number}.part", std::process::id()));
+            match OpenOptions::new().write(true).create_new(true).open(&path) {
+                Ok(file) => return Ok(Self { path, file, keep: false }),
+                // Left by a killed process of the same id: in containers they are alike.
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(Error::io(target, e)),
+            }
+        }
     }
 
     fn rename(mut self, target: &Path) -> Result<()> {
@@ -346,6 +401,10 @@ mod tests {
         OutTensor { name: name.into(), shape, content: Content::Values { matrix, dtype } }
     }
 
+    fn f64s<'a>(name: &str, values: &'a [f64], dtype: DType) -> OutTensor<'a> {
+        OutTensor { name: name.into(), shape: vec![values.len()], content: Content::F64 { values, dtype } }
+    }
+
     fn read(file: &SafetensorsFile, name: &str) -> Vec<u8> {
         let info = &file.tensors()[file.position(name).unwrap()];
         file.read(info, 0, info.len, &CancelToken::default()).unwrap()
@@ -376,14 +435,20 @@ mod tests {
         let (eight, nothing) = (stored(&[8.0]), stored(&[]));
         let scalar = OutTensor { shape: vec![], ..f32s("alpha", &eight, DType::F32) };
         let empty = OutTensor { shape: vec![0, 3], ..f32s("none", &nothing, DType::F32) };
-        let file = written(folder.path(), &[raw, scalar, empty, wide]);
+        let singles = Content::F32 { values: &[0.1, -0.5], dtype: DType::F64 };
+        let singles = OutTensor { name: "singles".into(), shape: vec![1, 2, 1], content: singles };
+        let doubles = f64s("doubles", &[0.1, 1.0], DType::F32);
+        let file = written(folder.path(), &[raw, scalar, empty, wide, singles, doubles]);
+        let expected: Vec<u8> = [0.1f32, -0.5].iter().flat_map(|&x| f64::from(x).to_le_bytes()).collect();
+        assert_eq!(read(&file, "singles"), expected);
+        assert_eq!(read(&file, "doubles"), [0.1f32, 1.0].map(f32::to_le_bytes).concat());
         assert_eq!(read(&file, "ids"), [1, 0, 2, 0, 3, 0, 4, 0]);
         let expected: Vec<u8> = [0.1f64, -2.0, 3.0, 4.0].iter().flat_map(|x| x.to_le_bytes()).collect();
         assert_eq!(read(&file, "wide \u{1f600}"), expected);
         assert_eq!(read(&file, "alpha"), 8f32.to_le_bytes());
         assert_eq!(file.tensors()[file.position("alpha").unwrap()].shape, Vec::<usize>::new());
         for tensor in file.tensors() {
-            assert_eq!(tensor.offset % 2, 0, "aligned");
+            assert_eq!(tensor.offset * 8 % bits_per_element(&tensor.dtype).unwrap(), 0, "aligned");
         }
         // A copy of a file's tensor, even onto the file itself.
         let checkpoint = Checkpoint::open(file.path()).unwrap();
@@ -393,6 +458,67 @@ mod tests {
         assert_eq!(again.tensors()[0].shape, [2, 2]);
         assert_eq!(read(&again, "copied"), [1, 0, 2, 0, 3, 0, 4, 0]);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    /// Metadata first, then wide elements first, whatever the alphabet says.
+    #[test]
+    fn the_header_is_in_the_order_of_the_data() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = written(
+            folder.path(),
+            &[
+                f64s("A", &[1.0, 2.0], DType::F16),
+                f64s("d", &[3.0], DType::F32),
+                f64s("c", &[4.0], DType::F32),
+                f64s("z", &[5.0], DType::F64),
+            ],
+        );
+        let names: Vec<&str> = file.tensors().iter().map(|t| t.name.as_str()).collect();
+        assert_eq!(names, ["z", "c", "d", "A"]);
+        let bytes = std::fs::read(file.path()).unwrap();
+        assert!(bytes[8..].starts_with(b"{\"__metadata__\":{\"format\""));
+        let mut next = file.tensors()[0].offset;
+        assert_eq!(next % 8, 0);
+        for tensor in file.tensors() {
+            assert_eq!(tensor.offset, next);
+            next += tensor.len as u64;
+        }
+        assert_eq!(next, bytes.len() as u64);
+    }
+
+    #[test]
+    fn any_name_will_do_and_remains_are_not_in_the_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let next = COUNTER.load(Ordering::Relaxed); // other tests count on meanwhile
+        for number in next..next + 1000 {
+            let remains = format!(".lorank.{}.{number}.part", std::process::id());
+            std::fs::write(folder.path().join(remains), b"").unwrap();
+        }
+        let path = folder.path().join("x".repeat(255));
+        write(&path, &[f64s("a", &[1.0], DType::F32)], &BTreeMap::new(), &CancelToken::default()).unwrap();
+        assert_eq!(SafetensorsFile::open(&path).unwrap().tensors()[0].name, "a");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1001);
+    }
+
+    /// Late enough for earlier tensors to be on disk, in the very file that is copied from.
+    #[test]
+    fn a_file_survives_a_failed_rewrite_of_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        let values = vec![1.5; 2 * PIECE];
+        let file = written(folder.path(), &[f64s("a", &values, DType::F32)]);
+        let before = std::fs::read(file.path()).unwrap();
+        let kept = Checkpoint::open(file.path()).unwrap().tensors.remove(0);
+        let mut bad = vec![1.0; PIECE + 1];
+        bad[PIECE] = -1e300;
+        let tensors = [
+            OutTensor { name: "kept".into(), shape: vec![], content: Content::Stored(&kept) },
+            f64s("bad", &bad, DType::F16),
+        ];
+        let error = write(file.path(), &tensors, &BTreeMap::new(), &CancelToken::default()).unwrap_err();
+        assert!(matches!(error, Error::Numerical(_)));
+        assert!(error.to_string().contains("out.safetensors: tensor `bad`: -1e300"), "{error}");
+        assert!(std::fs::read(file.path()).unwrap() == before, "bit by bit");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]
@@ -422,8 +548,13 @@ mod tests {
         assert!(fail(&twice, &go).to_string().contains("two tensors are named `a`"));
         let short = OutTensor { shape: vec![2, 2], ..f32s("a", &good, DType::F32) };
         assert!(fail(&[short], &go).to_string().contains("do not fill shape [2, 2]"));
-        let huge = OutTensor { shape: vec![usize::MAX, 2], ..f32s("a", &good, DType::F32) };
-        assert!(fail(&[huge], &go).to_string().contains("overflows"));
+        for shape in [vec![usize::MAX, 2], vec![usize::MAX], vec![1 << 62]] {
+            let huge = OutTensor { shape, ..f32s("a", &good, DType::F32) };
+            let error = fail(&[huge], &go).to_string();
+            assert!(error.contains("`a`: shape") && error.contains("overflows"), "{error}");
+        }
+        let reserved = fail(&[f32s("__metadata__", &good, DType::F32)], &go);
+        assert!(matches!(reserved, Error::InvalidInput(ref reason) if reason.contains("reserves")));
         assert!(fail(&[f32s("a", &good, DType::F8E4M3)], &go).to_string().contains("cannot be written"));
         let nowhere = folder.path().join("none/out.safetensors");
         assert!(matches!(write(&nowhere, &[], &BTreeMap::new(), &go), Err(Error::Io { .. })));
@@ -447,36 +578,124 @@ mod tests {
         assert_eq!(encoded(2f64.powi(-25) * (1.0 + 1e-12), DType::F16), 1, "the smallest subnormal");
     }
 
-    proptest! {
-        /// Against the nearest of all values of the type.
-        #[test]
-        fn narrow_types_hold_the_nearest_value(x in prop_oneof![-70000f64..70000.0, -1f64..1.0, -1e-6f64..1e-6]) {
-            let mut out = Vec::new();
-            if encode(x, DType::F16, &mut out) {
-                let got = f16::from_le_bytes([out[0], out[1]]);
-                for step in [-1i32, 1] {
-                    let neighbour = f16::from_bits(u16::try_from(i32::from(got.to_bits()) + step).unwrap_or(0));
-                    let (mine, other) = ((got.to_f64() - x).abs(), (neighbour.to_f64() - x).abs());
-                    prop_assert!(!neighbour.is_finite() || mine < other || (mine <= other && got.to_bits() & 1 == 0)
-                        || got.to_f64() == 0.0, "{x:e} {got}");
-                }
-            } else {
-                prop_assert!(x.abs() >= 65520.0);
+    /// `x` rounded to a type of so many bits after the point and exponents from `least` to `most`, or
+    /// `None` if it overflows. In units of the last place at `x`, where scaling by powers of two is
+    /// exact, that is rounding to an integer.
+    fn nearest(x: f64, (mantissa, least, most): (i32, i32, i32)) -> Option<f64> {
+        let exponent = (i32::try_from(x.abs().to_bits() >> 52).unwrap() - 1023).max(least);
+        let unit = 2f64.powi(exponent - mantissa);
+        let rounded = (x / unit).round_ties_even() * unit;
+        (rounded.abs() < 2f64.powi(most) * 2.0).then_some(rounded)
+    }
+
+    const TYPES: [(DType, (i32, i32, i32)); 3] =
+        [(DType::F32, (23, -126, 127)), (DType::F16, (10, -14, 15)), (DType::Bf16, (7, -126, 127))];
+
+    fn check_rounding(x: f64) {
+        for (dtype, format) in TYPES {
+            let mut bytes = Vec::new();
+            let mut got = [0.0];
+            let fits = encode(x, dtype, &mut bytes);
+            dtype.decode(&bytes, 1.0, &mut got);
+            let expected = nearest(x, format);
+            assert_eq!(fits, expected.is_some(), "{x:e} {dtype:?}");
+            if let Some(expected) = expected {
+                assert_eq!(got[0].to_bits(), expected.to_bits(), "{x:e} {dtype:?}: {} {expected}", got[0]);
             }
+        }
+    }
+
+    /// Every finite half, every halfway point, and the float64 next to each on either side.
+    #[test]
+    fn every_boundary_of_the_narrow_types() {
+        for bits in 0..u16::MAX {
+            for dtype in [DType::F16, DType::Bf16] {
+                let mut pair = [0.0; 2];
+                dtype.decode(&[bits.to_le_bytes(), (bits + 1).to_le_bytes()].concat(), 1.0, &mut pair);
+                let [low, high] = pair;
+                if !low.is_finite() {
+                    continue;
+                }
+                // Past the largest, halfway to where the next one would be is where overflow begins.
+                let step = if high.is_finite() { high - low } else { low - before(dtype, bits) };
+                for x in [low, low + step / 2.0] {
+                    for y in [x, x.next_up(), x.next_down()] {
+                        check_rounding(y);
+                    }
+                }
+            }
+        }
+        for x in [f64::from(f32::MAX), f64::MAX, f64::MIN_POSITIVE, 5e-324, 2f64.powi(-150), 0.0, -0.0] {
+            for y in [x, x.next_up(), x.next_down(), -x] {
+                if y.is_finite() {
+                    check_rounding(y);
+                }
+            }
+        }
+        let halfway = f64::from(f32::MAX) + 2f64.powi(103);
+        for x in [halfway, halfway.next_down(), -halfway, -halfway.next_down()] {
+            check_rounding(x);
+        }
+    }
+
+    fn before(dtype: DType, bits: u16) -> f64 {
+        let mut value = [0.0];
+        dtype.decode(&(bits - 1).to_le_bytes(), 1.0, &mut value);
+        value[0]
+    }
+
+    /// Cases in which float32 hides on which side of a halfway point the value is.
+    #[test]
+    fn the_oracle_tells_double_rounding_apart() {
+        for (dtype, format) in &TYPES[1..] {
+            let x = 1.0 + 2f64.powi(-format.0 - 1) + 2f64.powi(-40);
+            #[allow(clippy::cast_possible_truncation)]
+            let twice = nearest(f64::from(x as f32), *format);
+            assert_ne!(nearest(x, *format), twice, "{dtype:?}");
+            check_rounding(x);
+        }
+    }
+
+    #[test]
+    fn nothing_special_is_written() {
+        for x in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            for dtype in [DType::F64, DType::F32, DType::F16, DType::Bf16] {
+                assert!(!encode(x, dtype, &mut Vec::new()));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_value_is_rounded_once(x in prop_oneof![
+            prop::num::f64::NORMAL | prop::num::f64::SUBNORMAL | prop::num::f64::ZERO,
+            -70000f64..70000.0, -1e-6f64..1e-6, -1e-37f64..1e-37, -4e38f64..4e38])
+        {
+            check_rounding(x);
         }
 
         #[test]
-        fn any_names_and_values(tensors in prop::collection::btree_map(".{1,12}",
-            prop::collection::vec(-1e30f32..1e30, 0..40), 1..8))
+        fn any_names_shapes_and_values(tensors in prop::collection::btree_map("(?s).{0,12}|[\"\\\\\n{}]{1,3}",
+            (prop::collection::vec(0usize..4, 0..4), prop::array::uniform27(-1e30f64..1e30)), 1..8),
+            metadata in prop::collection::btree_map("(?s).{0,5}", "(?s).{0,9}", 0..3))
         {
-            prop_assume!(!tensors.contains_key("__metadata__"));
             let folder = tempfile::tempdir().unwrap();
-            let held: Vec<(&String, StoredMatrix)> = tensors.iter().map(|(name, x)| (name, stored(x))).collect();
-            let out: Vec<OutTensor<'_>> = held.iter().map(|(name, x)| f32s(name, x, DType::F32)).collect();
-            let file = written(folder.path(), &out);
-            for (name, values) in &tensors {
-                let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-                prop_assert_eq!(read(&file, name), bytes);
+            let tensors: Vec<_> = tensors.iter().filter(|(name, _)| *name != METADATA).collect();
+            let out: Vec<OutTensor<'_>> = tensors.iter().map(|(name, (shape, values))| {
+                let values = &values[..shape.iter().product()];
+                let content = Content::F64 { values, dtype: DType::F64 };
+                OutTensor { name: (*name).clone(), shape: shape.clone(), content }
+            }).collect();
+            let path = folder.path().join("any");
+            write(&path, &out, &metadata, &CancelToken::default()).unwrap();
+            let file = SafetensorsFile::open(&path).unwrap();
+            prop_assert_eq!(file.metadata(), &metadata);
+            prop_assert_eq!(file.tensors().len(), tensors.len());
+            for (name, (shape, values)) in &tensors {
+                let found = &file.tensors()[file.position(name).unwrap()];
+                let values = &values[..shape.iter().product()];
+                prop_assert_eq!((&found.shape, found.offset % 8), (shape, 0));
+                prop_assert_eq!(read(&file, name), values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
             }
         }
     }
