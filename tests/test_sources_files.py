@@ -103,6 +103,8 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, make: Callable[[Path],
     expected = rows(WEIGHTS)
     path = make(tmp_path)
     assert rows(path) == expected
+    matrices = {name: w.shape for name, w in WEIGHTS.items() if w.ndim == 2 and w.dtype == np.float32}
+    assert {f"{name}.weight": row[1] for name, row in expected.items()} == matrices
     assert len(expected) == 13
     assert expected["model.embed_tokens"][:2] == ("embedding", (30, 8))
     if make is not wrapped and path.is_file():
@@ -110,6 +112,8 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, make: Callable[[Path],
     report = lorank.analyze(path)
     reasons = {entry.name: entry.reason for entry in report.skipped}
     assert set(reasons) == {"model.norm.weight", "model.position_ids"}
+    assert reasons["model.norm.weight"] == "1-D tensor"
+    assert reasons["model.position_ids"] in {"I64 values have no spectrum", "int64 values have no spectrum"}
     assert report.num_parameters == sum(w.size for w in WEIGHTS.values() if w.dtype == np.float32)
 
 
@@ -118,11 +122,30 @@ def test_blocks_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [n for n in names if "q_proj" in n] == [f"model.layers.{i}.q_proj" for i in (0, 1, 2, 10)]
 
 
-def offline(code: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+def offline(code: str, **where: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
+    environment |= {name: str(path) for name, path in where.items()} | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [str(EXECUTABLE), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def refused(result: subprocess.CompletedProcess[str], *parts: str, free_of: tuple[str, ...] = ()) -> None:
+    """What the command line owes a user: status 1 and one line that says what is wrong."""
+    assert "Traceback" not in result.stderr
+    assert "panicked" not in result.stderr
+    assert result.returncode == 1
+    (message,) = (line for line in result.stderr.splitlines() if line.startswith("lorank: "))
+    assert result.stderr.splitlines()[-1] == message
+    for part in parts:
+        assert part in message
+    for part in free_of:
+        assert part not in message
 
 
 @pytest.mark.parametrize("make", [shards, single, pickled], ids=lambda make: make.__name__)
@@ -130,10 +153,24 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, make: Callable[[Path], P
     hub_cache(tmp_path, make)
     code = "import lorank; print(len(lorank.analyze({!r})))"
     for name in ("acme/tiny", "acme/tiny@main"):
-        result = offline(code.format(name), tmp_path)
+        result = offline(code.format(name), HF_HUB_CACHE=tmp_path)
         assert result.stdout.strip() == "13", result.stderr
-    result = offline(code.format("acme/other"), tmp_path)
-    assert "acme/other: no such file or folder, and as a hub id" in result.stderr
+    result = offline(code.format("acme/other"), HF_HUB_CACHE=tmp_path)
+    assert "FileNotFoundError: acme/other: no such file or folder, and as a hub id" in result.stderr
+
+
+def test_a_hub_id_is_found_under_the_home_of_the_hub(tmp_path: Path) -> None:
+    hub_cache(tmp_path / "hub")
+    result = offline("import lorank; print(len(lorank.analyze('acme/tiny')))", HF_HOME=tmp_path)
+    assert result.stdout.strip() == "13", result.stderr
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(command("analyze", "acme/other"), "acme/other", "neither in the local cache nor")
 
 
 class Malicious:
@@ -157,6 +194,42 @@ def test_a_pickle_never_runs_code(tmp_path: Path, save_as: str) -> None:
     with pytest.raises(lorank.FormatError, match=r"model\.bin: is no state dict that can be read safely"):
         lorank.analyze(path)
     assert not marker.exists()
+
+
+def test_a_malicious_shard_is_refused_by_the_command_line(tmp_path: Path) -> None:
+    folder, marker = pickled_shards(tmp_path), tmp_path / "marker"
+    torch.save({"a.weight": Malicious(marker)}, folder / "pytorch_model-00002-of-00002.bin")
+    refused(
+        command("analyze", folder),
+        "pytorch_model-00002-of-00002.bin",
+        "is no state dict that can be read safely",
+        "it refers to posix.mkdir",
+        free_of=("weights_only=", "trusted source", "\x1b"),
+    )
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
+def test_truncated_pickles(tmp_path: Path, keep: float) -> None:
+    path = pickled(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(lorank.FormatError, match=r"pytorch_model\.bin: is no state dict"):
+        lorank.analyze(path)
+
+
+@pytest.mark.parametrize("layout", ["sparse", "compressed"])
+def test_a_sparse_tensor_is_skipped_or_refused(tmp_path: Path, layout: str) -> None:
+    path, weight = tmp_path / "model.pt", torch.eye(3)
+    tensor = weight.to_sparse() if layout == "sparse" else weight.to_sparse_csr()
+    torch.save({"a.weight": tensor, "b.weight": torch.ones(2, 2)}, path)
+    try:
+        report = lorank.analyze(path)
+    except (lorank.LorankError, ValueError, TypeError) as error:
+        assert "a.weight" in str(error)  # noqa: PT017
+    else:
+        assert {"a.weight", "a"} & {entry.name for entry in (*report.skipped, *report)}
+    assert "Traceback" not in command("analyze", path).stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", [1, 2], {"a": {"b": 1}, "c": 2}, {1: torch.eye(2)}])
@@ -202,6 +275,55 @@ def test_conv1d_convolutions_and_experts(tmp_path: Path) -> None:
     for row in experts:
         values = np.linalg.svd(weights[row.module][row.expert], compute_uv=False)[::-1] ** 2
         np.testing.assert_allclose(row.eigenvalues, values, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "shape"),
+    [
+        ({"model_type": "gpt2"}, (8, 24), (24, 8)),
+        ({"model_type": "llama"}, (8, 24), (8, 24)),
+        (None, (8, 24), (24, 8)),  # three times as wide as high: that is how Conv1D looks
+        (None, (24, 8), (24, 8)),
+    ],
+)
+def test_conv1d_and_linear_layers(
+    tmp_path: Path, config: dict[str, str] | None, stored: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    weights = {
+        "h.0.attn.c_attn.weight": RNG.standard_normal(stored),
+        "wte.weight": RNG.standard_normal((30, 8)),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    report = lorank.analyze(tmp_path)
+    assert (report["c_attn"].kind, report["c_attn"].shape) == ("linear", shape)
+    assert (report["wte"].kind, report["wte"].shape) == ("embedding", (30, 8))
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[1]", "junk", "\0", '{"model_type": ["gpt2"]}', '{"text_config": {"model_type": {}}}', "[" * 100_000],
+    ids=["list", "junk", "nul", "type is a list", "nested type is an object", "deep"],
+)
+def test_a_damaged_configuration_does_no_harm(tmp_path: Path, config: str) -> None:
+    single(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    try:
+        assert rows(tmp_path) == rows(WEIGHTS)
+    except (lorank.FormatError, ValueError) as error:
+        assert "config.json" in str(error)  # noqa: PT017
+
+
+def test_tied_tensors_count_once(tmp_path: Path) -> None:
+    weight = torch.randn(5, 4)
+    tensors = {"a.weight": weight, "b.weight": weight.view(5, 4), "c.weight": weight.clone()}
+    torch.save(tensors, tmp_path / "model.bin")
+    for source in (tensors, tmp_path / "model.bin"):
+        report = lorank.analyze(source)
+        assert [row.name for row in report] == ["a", "c"]
+        assert [(entry.name, entry.reason) for entry in report.skipped] == [("b.weight", "tied to a.weight")]
+        assert report.num_parameters == 40
 
 
 def test_tied_arrays_count_once() -> None:
@@ -250,6 +372,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "backwards": (lambda p: raw(p, {"a": ("F32", [2, 2], (16, 0))}), "tensor `a`: offsets 16 to 0"),
     "wrong size": (lambda p: raw(p, {"a": ("F32", [2, 2], (0, 12))}), "tensor `a`: F32 of shape"),
+    "type and size": (lambda p: raw(p, {"a": ("F64", [2, 2], (0, 16))}), "tensor `a`: F64 of shape"),
+    "no type": (
+        lambda p: raw(p, {}, header=b'{"a":{"shape":[1,2],"data_offsets":[0,8]}}'),
+        "tensor `a`: missing field `dtype`",
+    ),
+    "no utf-8": (lambda p: raw(p, {}, header=b'{"a\xff":1}'), "malformed header"),
+    "deep": (lambda p: raw(p, {}, header=b"[" * 100_000), "malformed header"),
     "overflow": (lambda p: raw(p, {"a": ("F32", [2**40, 2**40], (0, 16))}), "tensor `a`: shape"),
     "twice": (
         lambda p: raw(
@@ -274,9 +403,30 @@ def test_hostile_files(tmp_path: Path, case: str) -> None:
     assert reason in str(error.value)
 
 
+def test_an_unknown_type_is_listed(tmp_path: Path) -> None:
+    path = raw(tmp_path / "a.safetensors", {"a.weight": ("F7", [2, 2]), "b.weight": ("F32", [2, 2])})
+    report = lorank.analyze(path)
+    assert [row.name for row in report] == ["b"]
+    assert [(entry.name, entry.reason) for entry in report.skipped] == [
+        ("a.weight", "F7 values have no spectrum")
+    ]
+
+
+def test_bytes_that_belong_to_no_tensor_change_nothing(tmp_path: Path) -> None:
+    # The format's own library refuses such files; this reader takes them (rust/lorank/tests/files).
+    a, b = (RNG.standard_normal((2, 3)) for _ in range(2))
+    tensors = {"a.weight": ("F64", [2, 3], (8, 56)), "b.weight": ("F64", [2, 3], (64, 112))}
+    data = b"\xff" * 8 + a.tobytes() + b"\xff" * 8 + b.tobytes() + b"\xff" * 40
+    path = raw(tmp_path / "a.safetensors", tensors, data)
+    assert rows(path) == rows({"a.weight": a, "b.weight": b})
+
+
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
+        ("", "is no shard index"),
+        ("{}", "is no shard index"),
+        ("[" * 100_000, "is no shard index"),
         ("not json", "is no shard index"),
         ("[]", "is no shard index"),
         ('{"weight_map": {"a": 3}}', "is no shard index"),
@@ -295,6 +445,31 @@ def test_hostile_indices(tmp_path: Path, index: str, reason: str) -> None:
     with pytest.raises((lorank.FormatError, FileNotFoundError)) as error:
         lorank.analyze(path)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ("", "is no shard index"),
+        ("not json", "is no shard index"),
+        ("[]", "is no shard index"),
+        ("{}", "is no shard index"),
+        ("[" * 100_000, "is no shard index"),
+        ('{"weight_map": {"a": 3}}', "not a plain file name"),
+        ('{"weight_map": {"a": "../outside.bin"}}', "not a plain file name"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "not a plain file name"),
+        ('{"weight_map": {"a": "missing.bin"}}', "missing.bin"),
+        ('{"weight_map": {"absent.weight": "pytorch_model.bin"}}', "absent.weight"),
+    ],
+    ids=["empty", "junk", "list", "no map", "deep", "number", "outside", "absolute", "no shard", "no tensor"],
+)
+def test_hostile_indices_of_pickles(tmp_path: Path, index: str, reason: str) -> None:
+    pickled(tmp_path)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    with pytest.raises((lorank.FormatError, FileNotFoundError)) as error:
+        lorank.analyze(tmp_path)
+    assert reason in str(error.value)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_paths_without_weights(tmp_path: Path) -> None:
@@ -324,26 +499,40 @@ def test_values_that_are_no_numbers_flag_their_row(tmp_path: Path, bad: float) -
             assert (other.kind, other.shape, other.alpha_hill, other.mp_spikes) == expected[other.name]
 
 
-def test_empty_matrices(tmp_path: Path) -> None:
-    raw(tmp_path / "a.safetensors", {"a.weight": ("F32", [0, 4]), "b.weight": ("F32", [2, 2])}, b"\1" * 16)
-    report = lorank.analyze(tmp_path / "a.safetensors")
-    listed = {row.name for row in report} | {entry.name.removesuffix(".weight") for entry in report.skipped}
-    assert listed == {"a", "b"}
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_no_numbers_fail_the_command_line(tmp_path: Path, bad: float) -> None:
+    broken = np.full((3, 4), bad, dtype=np.float32)
+    save_file({**WEIGHTS, "model.layers.1.q_proj.weight": broken}, tmp_path / "model.safetensors")
+    result = command("analyze", tmp_path)
+    refused(result, "1 of 13 matrices have no spectrum", "model.layers.1.q_proj", "NaN or infinite values")
+    assert "model.layers.10.q_proj" in result.stdout
 
 
-@pytest.mark.parametrize("case", ["truncated data", "overlap"])
+def test_an_empty_tensor_is_skipped(tmp_path: Path) -> None:
+    weight = RNG.standard_normal((2, 2))
+    tensors = {"a.weight": ("F64", [0, 4]), "b.weight": ("F64", [2, 2])}
+    path = raw(tmp_path / "a.safetensors", tensors, weight.tobytes())
+    for source in (path, {"a.weight": np.empty((0, 4)), "b.weight": weight}):
+        assert rows(source) == rows({"b.weight": weight})
+        (skipped,) = lorank.analyze(source).skipped
+        assert (skipped.name, skipped.shape, skipped.reason) == ("a.weight", (0, 4), "empty tensor")
+    alone = raw(tmp_path / "alone.safetensors", {"a.weight": ("F64", [0, 4])}, b"")
+    with pytest.raises(ValueError, match=r"alone\.safetensors: holds no weight matrix"):
+        lorank.analyze(alone)
+
+
+@pytest.mark.parametrize(
+    "case", ["empty file", "absurd length", "truncated header", "truncated data", "no json", "overlap"]
+)
 def test_the_command_line_says_it_in_one_line(tmp_path: Path, case: str) -> None:
     write, reason = HOSTILE[case]
-    path = tmp_path / "bad.safetensors"
-    write(path)
-    result = subprocess.run(
-        [str(EXECUTABLE), "analyze", str(path)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 1
-    message = " ".join(result.stderr.split())
-    assert "bad.safetensors" in message
-    assert reason in message
-    assert "Traceback" not in message
+    write(tmp_path / "bad.safetensors")
+    refused(command("analyze", tmp_path / "bad.safetensors"), "bad.safetensors", reason)
+
+
+@pytest.mark.parametrize("name", ["", "missing", "missing.safetensors", "missing.bin"])
+def test_the_command_line_without_weights(tmp_path: Path, name: str) -> None:
+    refused(command("analyze", tmp_path / name), str(tmp_path / name))
 
 
 VALID = save({name: WEIGHTS[name] for name in list(WEIGHTS)[:3]})
@@ -351,7 +540,9 @@ VALID = save({name: WEIGHTS[name] for name in list(WEIGHTS)[:3]})
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
+    st.lists(
+        st.tuples(st.integers(0, 400) | st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=4
+    ),
     st.one_of(st.none(), st.integers(0, len(VALID))),
 )
 def test_damage_is_an_error_or_goes_unseen_but_never_a_crash(

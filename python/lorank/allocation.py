@@ -15,6 +15,7 @@ from lorank import lora_config, naming, signals
 from lorank._core import FormatError
 from lorank.atomic import write_text
 from lorank.budget import Budget, average_rank_budget, fit_ranks, parse_budget
+from lorank.json_files import read_json
 from lorank.lora_config import ScaleRule
 from lorank.report import SpectralReport
 from lorank.signals import AdaptedModule
@@ -149,7 +150,7 @@ class RankAllocation:
             If the file is no allocation.
         """
         try:
-            content = json.loads(Path(path).read_text("utf-8"))
+            content = read_json(Path(path))
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']!r}")
             entries = content["modules"]

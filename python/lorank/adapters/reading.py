@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lorank._core import FormatError
 from lorank.adapters import kohya, peft_format
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
+from lorank.json_files import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -38,7 +38,7 @@ def read_config(path: Path) -> dict[str, Any]:
         If it is no JSON object.
     """
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = read_json(path)
     except ValueError as error:
         raise FormatError(f"{path}: is no JSON: {error}") from error
     if not isinstance(config, dict):

@@ -14,6 +14,7 @@ import numpy as np
 from lorank import extras
 from lorank._core import FormatError
 from lorank.atomic import atomic_path, write_text
+from lorank.json_files import read_json
 from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
 from lorank.sources.base import Skipped
 
@@ -137,7 +138,7 @@ def _save_json(report: SpectralReport, path: Path) -> None:
 
 
 def _load_json(path: Path) -> SpectralReport:
-    return from_json(json.loads(path.read_text("utf-8")))
+    return from_json(read_json(path))
 
 
 def _save_csv(report: SpectralReport, path: Path) -> None:

@@ -38,6 +38,11 @@ def dtype_name(value: Any) -> str:
     return str(getattr(value.dtype, "name", value.dtype)).removeprefix("torch.")
 
 
+def is_dense(value: Any) -> bool:
+    """Whether the elements lie in strided memory, all of them."""
+    return not is_tensor(value) or str(value.layout) == "torch.strided"
+
+
 def identity(value: Any) -> object:
     """Equal for arrays that are the same memory with the same shape."""
     if is_tensor(value):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from lorank import extras, naming
 from lorank._core import Checkpoint, FormatError
+from lorank.json_files import read_json
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
 
@@ -82,7 +82,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
     """The model's `config.json` beside its weights; empty if there is none that can be read."""
     folder = path if path.is_dir() else path.parent
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -143,7 +143,7 @@ def _is_complete(folder: Path) -> bool:
     indices = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
     for index in indices:
         try:
-            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            shards = set(read_json(index)["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return True  # complete or not, the reader will say what is wrong with it
         if not all((folder / str(shard)).exists() for shard in shards):

@@ -57,11 +57,11 @@ class Layout:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
         self.shapes = shapes
-        self.conv1d = config.get("model_type") in _CONV1D_MODELS or (not config and _looks_like_gpt2(shapes))
+        self.conv1d = _model_type(config) in _CONV1D_MODELS or (not config and _looks_like_gpt2(shapes))
         text = config.get("text_config")
         experts = text if isinstance(text, Mapping) else config
         self.num_experts = experts.get("num_local_experts") or experts.get("num_experts")
-        self.transposed_experts = experts.get("model_type") in _TRANSPOSED_EXPERTS
+        self.transposed_experts = _model_type(experts) in _TRANSPOSED_EXPERTS
         # Without a single `.weight`, the mapping's keys are the modules' names themselves.
         self.plain_names = not any(name == "weight" or name.endswith(".weight") for name in shapes)
 
@@ -115,6 +115,12 @@ def _experts(module: str, shape: tuple[int, ...], dtype: str, transposed: bool) 
         MatrixInfo(f"{module}[{i}]", module, "expert", (rows, cols), dtype, expert=i) for i in range(experts)
     )
     return [StoredMatrix(info, rows, cols, index, transposed) for index, info in enumerate(infos)]
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    """The architecture's name; empty where a damaged file says anything else."""
+    name = config.get("model_type")
+    return name if isinstance(name, str) else ""
 
 
 def _looks_like_gpt2(shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorank import extras
 from lorank._core import FormatError, Matrix
+from lorank.json_files import read_json
 from lorank.sources import arrays
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
 
 # Keys under which training frameworks wrap a state dict.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+
+# Where torch names what a pickle refers to beside tensors and plain containers.
+_REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def from_mapping(
@@ -34,6 +39,9 @@ def from_mapping(
             raise TypeError(f"names are strings, got {name!r}")
         if not arrays.is_array(value):
             skipped.append(Skipped(name, (), f"{type(value).__name__}, not an array"))
+            continue
+        if not arrays.is_dense(value):
+            skipped.append(Skipped(name, tuple(value.shape), "a sparse tensor: make it dense to analyse it"))
             continue
         shapes[name] = tuple(value.shape)
     layout = Layout(shapes, config or {})
@@ -81,8 +89,11 @@ def from_pickles(path: Path, label: str, config: Mapping[str, Any]) -> Source:
     Files are mapped into memory and unpickled with `weights_only=True`: no code in them runs.
     """
     merged: dict[str, Any] = {}
-    for file in _pickle_files(path):
-        merged |= read_pickle(file)
+    for file, promised in _pickle_files(path).items():
+        found = read_pickle(file)
+        if missing := sorted(promised - found.keys()):
+            raise FormatError(f"{file}: holds no tensor {missing[0]!r}, which the index places there")
+        merged |= found
     return from_mapping(merged, label, config)
 
 
@@ -102,13 +113,22 @@ def _unpickled(file: Path) -> Any:
     try:
         # Files of torch before 1.6 are no archives and cannot be mapped.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except OSError:
-        raise
     except Exception as error:  # a broken pickle can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file could not be opened; without a name, it is cut off and could not be mapped
         raise FormatError(
-            f"{file}: is no state dict that can be read safely (weights only): {reason}"
+            f"{file}: is no state dict that can be read safely (weights only): {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a pickle was refused, without torch's advice to switch the safety off."""
+    if refused := _REFUSED_GLOBAL.search(str(error)):
+        return f"it refers to {refused[1]}"
+    told = str(error).split("WeightsUnpickler error:")[-1].strip()
+    if not told or told.startswith("Weights only load failed"):
+        return "it holds more than tensors and plain containers"
+    return told.splitlines()[0]
 
 
 def _unwrapped(file: Path, content: Any) -> Mapping[str, Any]:
@@ -120,19 +140,13 @@ def _unwrapped(file: Path, content: Any) -> Mapping[str, Any]:
     return content
 
 
-def _pickle_files(path: Path) -> Iterable[Path]:
+def _pickle_files(path: Path) -> Mapping[Path, set[str]]:
+    """The files to read, with the tensors that an index says are in them."""
     if path.is_file() and not path.name.endswith(".json"):
-        return [path]
+        return {path: set()}
     index = path if path.is_file() else next(iter(sorted(path.glob("*.bin.index.json"))), None)
     if index is not None:
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FormatError(f"{index}: is no shard index: {error!r}") from error
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name in {"", ".", ".."}:
-                raise FormatError(f"{index}: names the shard {name!r}, which is not a plain file name")
-        return [index.parent / name for name in names]
+        return _shards(index)
     single = path / "pytorch_model.bin"
     found = [single] if single.exists() else sorted(path.glob("*.bin"))
     if len(found) != 1:
@@ -140,4 +154,19 @@ def _pickle_files(path: Path) -> Iterable[Path]:
             "several .bin files and no index: name one of them" if found else "no .safetensors or .bin file"
         )
         raise FormatError(f"{path}: holds {what}")
-    return found
+    return {found[0]: set()}
+
+
+def _shards(index: Path) -> Mapping[Path, set[str]]:
+    try:
+        places = sorted(
+            (str(shard), shard, tensor) for tensor, shard in read_json(index)["weight_map"].items()
+        )
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FormatError(f"{index}: is no shard index: {error!r}") from error
+    shards: dict[Path, set[str]] = defaultdict(set)
+    for name, shard, tensor in places:
+        if name != shard or Path(name).name != name or name in {"", ".", ".."}:
+            raise FormatError(f"{index}: names the shard {shard!r}, which is not a plain file name")
+        shards[index.parent / name].add(tensor)
+    return shards
