@@ -17,12 +17,16 @@ use crate::Result;
 use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
 use crate::parallel::Strategy;
+use crate::thin::{THIN, UNIT, add_gram_of_columns, add_gram_of_rows};
 
 /// Columns of `X` per panel: deep enough for GEMM to run at speed, small enough to stay in cache. Of few
 /// rows more columns fit, and longer runs of memory are read at once.
 fn depth(p: usize, m: usize) -> usize {
     (32_768 / p.max(1)).clamp(256, 4096).min(m)
 }
+
+/// Numbers in a panel of few rows: a level-1 cache's worth.
+const THIN_PANEL: usize = 4096;
 
 /// Columns of `G` that one thread updates at a time when threads work together.
 const STRIP: usize = 128;
@@ -52,6 +56,9 @@ pub fn gram(
 ) -> Result<()> {
     let wide = view.wide();
     let (p, m) = (wide.rows(), wide.cols());
+    if p <= THIN {
+        return thin_gram(&wide, scale, cancel, gram);
+    }
     let depth = depth(p, m);
     gram.fill(0.0);
     // The panel lies in memory as the view does, so that upcasting reads and writes in runs.
@@ -76,6 +83,50 @@ pub fn gram(
                 });
                 add_lower_in_strips(gram.rb_mut(), panel.rb());
             }
+        }
+    }
+    Ok(())
+}
+
+/// The same for few rows, by kernels of their own.
+fn thin_gram(
+    wide: &MatrixView<'_>,
+    scale: f64,
+    cancel: &CancelToken,
+    mut gram: MatMut<'_, f64>,
+) -> Result<()> {
+    let (p, m) = (wide.rows(), wide.cols());
+    let padded = p.next_multiple_of(UNIT).max(UNIT);
+    let depth = THIN_PANEL / padded;
+    let (mut panel, mut sums) = (vec![0.0; padded * depth], vec![0.0; padded * padded]);
+    for first in (0..m).step_by(depth) {
+        cancel.check()?;
+        let columns = first..m.min(first + depth);
+        let count = columns.len();
+        if wide.is_column_major() {
+            let panel = &mut panel[..padded * count];
+            if p == padded {
+                wide.transposed().upcast_rows(columns, scale, panel);
+            } else {
+                let values = MatMut::from_column_major_slice_with_stride_mut(panel, p, count, padded);
+                wide.upcast(0..p, columns, scale, values);
+            }
+            add_gram_of_columns(panel, padded, &mut sums);
+        } else {
+            let length = count.next_multiple_of(UNIT);
+            let panel = &mut panel[..padded * length];
+            if count < length {
+                panel.fill(0.0);
+            }
+            // faer 0.24's constructor for rows with a stride takes it for that of columns.
+            let values = MatMut::from_column_major_slice_with_stride_mut(panel, count, p, length);
+            wide.upcast(0..p, columns, scale, values.transpose_mut());
+            add_gram_of_rows(panel, padded, &mut sums);
+        }
+    }
+    for j in 0..p {
+        for i in j..p {
+            gram[(i, j)] = sums[i * padded + j];
         }
     }
     Ok(())

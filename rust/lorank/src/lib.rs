@@ -43,6 +43,7 @@ pub mod select;
 pub mod source;
 pub mod spectrum;
 pub mod svd;
+mod thin;
 pub mod tridiag;
 pub mod truncation;
 pub mod workspace;

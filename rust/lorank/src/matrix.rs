@@ -149,6 +149,21 @@ impl<'a> MatrixView<'a> {
         }
     }
 
+    /// Writes whole rows, times `scale`, one after the other into `out`.
+    ///
+    /// # Panics
+    /// If `out` has another length, or the rows leave the matrix.
+    pub fn upcast_rows(&self, rows: Range<usize>, scale: f64, out: &mut [f64]) {
+        if self.col_stride == 1 && self.row_stride == self.cols {
+            let elements = self.elements(rows.start * self.cols, rows.len() * self.cols);
+            self.dtype.decode(elements, scale, out);
+        } else {
+            let count = rows.len();
+            let out = MatMut::from_row_major_slice_mut(out, count, self.cols);
+            self.upcast(rows, 0..self.cols, scale, out);
+        }
+    }
+
     /// The bytes of all elements, if they lie in memory row by row without gaps.
     #[must_use]
     pub fn as_row_major_bytes(&self) -> Option<&'a [u8]> {
@@ -161,8 +176,7 @@ impl<'a> MatrixView<'a> {
     #[must_use]
     pub fn to_row_major(&self) -> Vec<f64> {
         let mut values = vec![0.0; self.rows * self.cols];
-        let out = MatMut::from_row_major_slice_mut(&mut values, self.rows, self.cols);
-        self.upcast(0..self.rows, 0..self.cols, 1.0, out);
+        self.upcast_rows(0..self.rows, 1.0, &mut values);
         values
     }
 

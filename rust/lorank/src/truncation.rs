@@ -2,19 +2,19 @@
 
 use std::sync::Arc;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatMut, MatRef, Par};
+use faer::{Mat, MatMut, MatRef};
 
 use crate::cancel::CancelToken;
 use crate::low_rank::{Factors, Triplets, Values};
 use crate::matrix::MatrixView;
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::product_svd::{Decomposition, Form};
+use crate::thin::{HIGH, Strided, UNIT, multiply};
 use crate::{Error, Result};
 
-/// Rows of `B`, and columns of `A`, that are multiplied at a time: a panel stays in cache.
+/// Rows of `B`, and columns of `A`, that are multiplied at a time: a panel stays in the nearest cache.
 fn panel_length(rank: usize) -> usize {
-    (32_768 / rank.max(1)).clamp(256, 4096)
+    (4096 / rank.max(1)).clamp(64, 1024).next_multiple_of(UNIT)
 }
 
 /// A truncation that is wanted: of which decomposition, and which values are kept.
@@ -114,17 +114,22 @@ fn transposed(values: Values, cols: usize) -> Values {
 fn times(b: &MatrixView<'_>, x: MatRef<'_, f64>, cancel: &CancelToken) -> Result<Values> {
     let (out, rank, k) = (b.rows(), x.nrows(), x.ncols());
     let mut result = vec![0f32; out * k];
-    let length = panel_length(rank).min(out);
-    let (mut panel, mut product) = (vec![0.0; length * rank], vec![0.0; length * k]);
-    for first in (0..out).step_by(length.max(1)) {
+    let width = k.next_multiple_of(UNIT);
+    let x: Vec<f64> =
+        (0..rank).flat_map(|i| (0..width).map(move |j| if j < k { x[(i, j)] } else { 0.0 })).collect();
+    let length = panel_length(rank);
+    let (mut panel, mut product) = (vec![0.0; length * rank], vec![0.0; length * width]);
+    for first in (0..out).step_by(length) {
         cancel.check()?;
         let rows = first..out.min(first + length);
-        let count = rows.len();
-        let mut block = MatMut::from_row_major_slice_mut(&mut panel[..count * rank], count, rank);
-        b.upcast(rows, 0..rank, 1.0, block.as_mut());
-        let into = MatMut::from_row_major_slice_mut(&mut product[..count * k], count, k);
-        matmul(into, Accum::Replace, block.as_ref(), x, 1.0, Par::Seq);
-        narrow(&product[..count * k], &mut result[first * k..(first + count) * k]);
+        let (count, padded) = (rows.len(), rows.len().next_multiple_of(UNIT));
+        b.upcast_rows(rows, 1.0, &mut panel[..count * rank]);
+        let left = Strided { values: &panel[..padded * rank], stride: rank, step: 1 };
+        multiply(left, &x, width, &mut product[..padded * width]);
+        let lines = result[first * k..(first + count) * k].chunks_exact_mut(k.max(1));
+        for (line, sums) in lines.zip(product.chunks_exact(width.max(1))) {
+            narrow(&sums[..k], line);
+        }
     }
     Ok(Values::F32(result))
 }
@@ -133,19 +138,22 @@ fn times(b: &MatrixView<'_>, x: MatRef<'_, f64>, cancel: &CancelToken) -> Result
 fn transposed_times(x: MatRef<'_, f64>, a: &MatrixView<'_>, cancel: &CancelToken) -> Result<Values> {
     let (fan_in, rank, k) = (a.cols(), x.nrows(), x.ncols());
     let mut result = vec![0f32; k * fan_in];
-    let length = panel_length(rank).min(fan_in);
-    let (mut panel, mut product) = (vec![0.0; rank * length], vec![0.0; k * length]);
-    for first in (0..fan_in).step_by(length.max(1)) {
+    let height = k.next_multiple_of(HIGH);
+    let x: Vec<f64> =
+        (0..height).flat_map(|j| (0..rank).map(move |i| if j < k { x[(i, j)] } else { 0.0 })).collect();
+    let length = panel_length(rank);
+    let (mut panel, mut product) = (vec![0.0; rank * length], vec![0.0; height * length]);
+    for first in (0..fan_in).step_by(length) {
         cancel.check()?;
         let cols = first..fan_in.min(first + length);
-        let count = cols.len();
-        let mut block = MatMut::from_row_major_slice_mut(&mut panel[..rank * count], rank, count);
-        a.upcast(0..rank, cols, 1.0, block.as_mut());
-        let into = MatMut::from_row_major_slice_mut(&mut product[..k * count], k, count);
-        matmul(into, Accum::Replace, x.transpose(), block.as_ref(), 1.0, Par::Seq);
+        let (count, width) = (cols.len(), cols.len().next_multiple_of(UNIT));
+        let block = MatMut::from_column_major_slice_with_stride_mut(&mut panel, count, rank, width);
+        a.upcast(0..rank, cols, 1.0, block.transpose_mut());
+        let left = Strided { values: &x, stride: rank, step: 1 };
+        multiply(left, &panel[..rank * width], width, &mut product[..height * width]);
         for i in 0..k {
             let start = i * fan_in + first;
-            narrow(&product[i * count..(i + 1) * count], &mut result[start..start + count]);
+            narrow(&product[i * width..][..count], &mut result[start..start + count]);
         }
     }
     Ok(Values::F32(result))
