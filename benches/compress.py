@@ -29,16 +29,17 @@ SHAPES = {
 }
 
 LORANK = """
-import lorank
+from lorank import LoraAdapter, compress
 def run(source, target, threads):
-    adapter = lorank.LoraAdapter.load(source)
-    small = lorank.compress(adapter, rank_ratio=0.25, threads=threads, progress=False)
+    adapter = LoraAdapter.load(source)
+    small = compress(adapter, rank_ratio=0.25, threads=threads, progress=False)
     small.save(target)
     return small.certificate.relative_error
 """
 
 LORANK_IN_MEMORY = """
-import json, pathlib, safetensors.numpy, time, lorank
+import json, pathlib, safetensors.numpy, time
+from lorank import compress
 from lorank.adapters import peft_format
 from lorank.adapters.tensors import ArrayTensors
 def run(source, target, threads):
@@ -46,7 +47,7 @@ def run(source, target, threads):
     config = json.loads((pathlib.Path(source) / "adapter_config.json").read_text())
     start = time.perf_counter()
     adapter = peft_format.read(ArrayTensors(tensors, "memory"), config)
-    small = lorank.compress(adapter, rank_ratio=0.25, threads=threads, progress=False)
+    small = compress(adapter, rank_ratio=0.25, threads=threads, progress=False)
     return {"seconds": time.perf_counter() - start, "error": small.certificate.relative_error}
 """
 

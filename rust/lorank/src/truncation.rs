@@ -14,7 +14,7 @@ use crate::{Error, Result};
 
 /// Rows of `B`, and columns of `A`, that are multiplied at a time: a panel stays in the nearest cache.
 fn panel_length(rank: usize) -> usize {
-    (4096 / rank.max(1)).clamp(64, 1024).next_multiple_of(UNIT)
+    (16_384 / rank.max(1)).clamp(64, 2048).next_multiple_of(UNIT)
 }
 
 /// A truncation that is wanted: of which decomposition, and which values are kept.
