@@ -17,9 +17,10 @@ from lorank.atomic import write_text
 from lorank.budget import Budget, average_rank_budget, fit_ranks, parse_budget
 from lorank.json_files import read_json
 from lorank.lora_config import ScaleRule
-from lorank.report import SpectralReport
+from lorank.report.base import Report, Row
+from lorank.roles import Placement, Roles, in_placement
 from lorank.signals import AdaptedModule
-from lorank.sources import AnySource, MatrixInfo, Source, open_source
+from lorank.sources import AnySource, Source, open_source
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -172,7 +173,7 @@ class RankAllocation:
 
 
 def allocate(
-    signal_source: SpectralReport | AnySource,
+    signal_source: Report[Any] | AnySource,
     method: str = "htsr",
     *,
     r_min: int = 4,
@@ -180,6 +181,8 @@ def allocate(
     budget: Budget | None = None,
     avg_rank: float | None = None,
     targets: naming.Targets = None,
+    placement: Placement = "all",
+    roles: Roles = None,
     threads: int | None = None,
     progress: bool = True,
     **method_options: Any,
@@ -189,10 +192,13 @@ def allocate(
     Parameters
     ----------
     signal_source
-        A `SpectralReport`, or anything that `analyze` reads (it is then analysed if the method
-        needs spectra).
+        A report: of `analyze`, `profile_gradients` or `profile_tasks`. Or anything that `analyze`
+        reads (it is then analysed if the method needs spectra).
     method
-        ``"htsr"``: heavy tails and spikes of the weights' spectra. ``"uniform"``: equal ranks.
+        ``"htsr"``: heavy tails and spikes of the weights' spectra. ``"gard"``: effective ranks of
+        gradients. ``"task"``: K* of each module's inputs and gradients. ``"linear-decay"``,
+        ``"attention-heavy"``, ``"empirical"``: a module's place in the model. ``"uniform"``: equal
+        ranks.
     r_min, r_max
         Bounds of every rank.
     budget
@@ -203,6 +209,11 @@ def allocate(
         Which modules: a list of names or suffixes, or one regular expression for whole names,
         exactly as PEFT reads ``target_modules``; ``"all-linear"`` or None for every linear layer
         and stack of experts but the output head and the experts' routers.
+    placement
+        ``"attention"`` or ``"feed-forward"`` to adapt those of the targets alone.
+    roles
+        What modules with unusual names do, as in `lorank.roles.roles_of`: for `placement` and the
+        method ``"attention-heavy"``.
     threads, progress
         For the analysis, if there is one: as in `analyze`.
     **method_options
@@ -218,21 +229,24 @@ def allocate(
     ------
     ValueError
         If no module is selected, the budget is infeasible (the message states the range), both
-        `budget` and `avg_rank` are given, or the method needs one of them.
+        `budget` and `avg_rank` are given, the method needs one of them, or it needs another report.
     """
     if budget is not None and avg_rank is not None:
         raise ValueError("give either budget or avg_rank")
     registered = signals.find(method)
+    if roles is not None and "roles" in registered.options:
+        method_options["roles"] = roles
     registered.check_options(method, method_options)
-    opened = signal_source if isinstance(signal_source, SpectralReport) else open_source(signal_source)
+    opened = signal_source if isinstance(signal_source, Report) else open_source(signal_source)
     every = adaptable_modules(opened)
-    modules = _targeted(every, targets)
+    modules = _placed(targeted(every, targets), placement, roles)
     evidence = opened
-    if registered.needs == "spectra" and not isinstance(opened, SpectralReport):
+    if registered.needs == "spectra" and isinstance(opened, Source):
         from lorank.analysis import analyze
 
         names = [module.name for module in modules]
         evidence = analyze(opened, include=names, threads=threads, progress=progress)
+    registered.check_evidence(method, evidence)
     signal = registered.function(evidence, modules, r_min, r_max, **method_options)
     costs = [module.cost for module in modules]
     if budget is not None:
@@ -259,16 +273,16 @@ def allocate(
     )
 
 
-def _label(evidence: SpectralReport | Source) -> str:
-    return evidence.source if isinstance(evidence, SpectralReport) else evidence.label
+def _label(evidence: Report[Any] | Source) -> str:
+    return evidence.source if isinstance(evidence, Report) else evidence.label
 
 
-def adaptable_modules(evidence: SpectralReport | Source) -> list[AdaptedModule]:
+def adaptable_modules(evidence: Report[Any] | Source) -> list[AdaptedModule]:
     """Every module of a source or report, experts of one stack together."""
-    infos: Iterable[Any] = (
-        evidence.modules if isinstance(evidence, SpectralReport) else (m.info for m in evidence.matrices)
+    infos: Iterable[Row] = (
+        evidence.modules if isinstance(evidence, Report) else (m.info for m in evidence.matrices)
     )
-    by_module: dict[str, list[MatrixInfo]] = defaultdict(list)
+    by_module: dict[str, list[Row]] = defaultdict(list)
     for info in infos:
         by_module[info.module].append(info)
     return [
@@ -277,7 +291,22 @@ def adaptable_modules(evidence: SpectralReport | Source) -> list[AdaptedModule]:
     ]
 
 
-def _targeted(modules: Sequence[AdaptedModule], targets: naming.Targets) -> list[AdaptedModule]:
+def _placed(modules: list[AdaptedModule], placement: Placement, roles: Roles) -> list[AdaptedModule]:
+    wanted = in_placement([module.name for module in modules], placement, roles)
+    chosen = [module for module, is_wanted in zip(modules, wanted, strict=True) if is_wanted]
+    if not chosen:
+        raise ValueError(f"placement {placement!r} selects none of the {len(modules)} modules")
+    return chosen
+
+
+def targeted(modules: Sequence[AdaptedModule], targets: naming.Targets) -> list[AdaptedModule]:
+    """The modules that `targets` selects, read as in `allocate`.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
     if targets is None or targets == naming.ALL_LINEAR:
         chosen = [
             module

@@ -65,13 +65,20 @@ def _share(budget: str, num_parameters: int | None) -> float:
 
 
 def fit_ranks(
-    scores: npt.ArrayLike, costs: npt.ArrayLike, r_min: int, r_max: int, budget: int
+    scores: npt.ArrayLike,
+    costs: npt.ArrayLike,
+    r_min: int,
+    r_max: int,
+    budget: int,
+    *,
+    at_least: npt.ArrayLike | None = None,
+    at_most: npt.ArrayLike | None = None,
 ) -> npt.NDArray[np.int64]:
     """Integer ranks, proportional in the score, that use a budget up.
 
     ``r_l = r_min + c * score_l``, rounded half up and clipped to ``[r_min, r_max]``, with the
     largest ``c`` whose total cost fits; what is left goes out by largest remainder until no module
-    below `r_max` can take one more rank.
+    below its bound can take one more rank.
 
     Parameters
     ----------
@@ -83,13 +90,16 @@ def fit_ranks(
         Bounds of every rank, ``0 <= r_min <= r_max``.
     budget
         What ``sum(ranks * costs)`` must not exceed.
+    at_least, at_most
+        Narrower bounds of single modules, one per module, within ``[r_min, r_max]``: where ranks may
+        only move so far from what they are.
 
     Returns
     -------
     numpy.ndarray
         Ranks, int64, in the order of the scores. Deterministic: ties go to the higher score, then
-        to the earlier module. At equal cost a higher score never gets a lower rank, and equal
-        scores differ by at most one.
+        to the earlier module. At equal cost and bounds a higher score never gets a lower rank, and
+        equal scores differ by at most one.
 
     Raises
     ------
@@ -106,7 +116,13 @@ def fit_ranks(
     score, cost = _checked(scores, costs, r_min, r_max)
     if len(score) == 0:
         return np.zeros(0, dtype=np.int64)
-    least, most = r_min * int(cost.sum()), r_max * int(cost.sum())
+    # Ranks above r_min: adding r_min first would round the remainders.
+    low = _bounds("at_least", r_min if at_least is None else at_least, r_min, r_max, len(score)) - r_min
+    high = _bounds("at_most", r_max if at_most is None else at_most, r_min, r_max, len(score)) - r_min
+    if np.any(low > high):
+        raise ValueError(f"at_least is above at_most for module {int(np.argmax(low > high))}")
+    fixed = r_min * int(cost.sum())
+    least, most = fixed + int(low @ cost), fixed + int(high @ cost)
     if not least <= budget <= most:
         raise ValueError(
             f"budget {budget:,} is not feasible: ranks from {r_min} to {r_max} of {len(score)} modules "
@@ -115,11 +131,19 @@ def fit_ranks(
     largest = score.max()
     # Scores count relative to each other; all zero means all equal.
     relative = score / largest if largest > 0 else np.ones_like(score)
-    # Ranks above r_min: adding r_min first would round the remainders.
-    most_gain, left = r_max - r_min, int(budget) - least
-    gains, exact = _proportional(relative, cost, most_gain, left)
-    _hand_out(gains, exact, relative, cost, most_gain, left - int(gains @ cost))
+    left = int(budget) - fixed
+    gains, exact = _proportional(relative, cost, low, high, left)
+    _hand_out(gains, exact, relative, cost, high, left - int(gains @ cost))
     return r_min + gains
+
+
+def _bounds(name: str, bounds: npt.ArrayLike, r_min: int, r_max: int, count: int) -> npt.NDArray[np.int64]:
+    given: npt.NDArray[Any] = np.asarray(bounds)
+    if given.shape not in ((), (count,)) or not np.issubdtype(given.dtype, np.integer):
+        raise ValueError(f"{name} must hold one integer per module")
+    if np.any(given < r_min) or np.any(given > r_max):
+        raise ValueError(f"{name} must lie within r_min {r_min} and r_max {r_max}")
+    return np.broadcast_to(given, count).astype(np.int64)
 
 
 def _checked(
@@ -138,15 +162,21 @@ def _checked(
     return score, cost.astype(np.int64)
 
 
-def _rounded(exact: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.int64]:
+def _rounded(
+    exact: npt.NDArray[np.float64], low: npt.NDArray[np.int64], high: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
     whole = np.floor(exact)
     # Not floor(x + 0.5): that sum rounds up to 1 for the number just below 0.5.
-    rounded: npt.NDArray[np.int64] = np.minimum(whole + (exact - whole >= 0.5), most).astype(np.int64)
+    rounded: npt.NDArray[np.int64] = np.clip(whole + (exact - whole >= 0.5), low, high).astype(np.int64)
     return rounded
 
 
 def _proportional(
-    score: npt.NDArray[np.float64], cost: npt.NDArray[np.int64], most: int, budget: int
+    score: npt.NDArray[np.float64],
+    cost: npt.NDArray[np.int64],
+    low: npt.NDArray[np.int64],
+    high: npt.NDArray[np.int64],
+    budget: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """``c * score``, rounded for the largest `c` that fits the budget, and exact at its limit.
 
@@ -160,18 +190,19 @@ def _proportional(
     def exact(pattern: int) -> npt.NDArray[np.float64]:
         c = np.array(pattern, dtype=np.int64).view(np.float64)
         # Clipped, as a larger product says no more and would lose the remainder's digits.
-        return np.minimum(c * score, most + 1.0)
+        product: npt.NDArray[np.float64] = np.minimum(c * score, high + 1.0)
+        return product
 
     fits, too_much = 0, int(np.array(np.finfo(np.float64).max).view(np.int64))
-    if int(_rounded(exact(too_much), most) @ cost) <= budget:
+    if int(_rounded(exact(too_much), low, high) @ cost) <= budget:
         fits = too_much
     while too_much - fits > 1:
         middle = (fits + too_much) // 2
-        if int(_rounded(exact(middle), most) @ cost) <= budget:
+        if int(_rounded(exact(middle), low, high) @ cost) <= budget:
             fits = middle
         else:
             too_much = middle
-    return _rounded(exact(fits), most), exact(too_much)
+    return _rounded(exact(fits), low, high), exact(too_much)
 
 
 def _hand_out(
@@ -179,14 +210,14 @@ def _hand_out(
     exact: npt.NDArray[np.float64],
     score: npt.NDArray[np.float64],
     cost: npt.NDArray[np.int64],
-    most: int,
+    high: npt.NDArray[np.int64],
     left: int,
 ) -> None:
     """Give single ranks to the largest remainders, in place, while any module can take one."""
     queue: list[tuple[float, float, int]] = [
         (float(gains[i] - exact[i]), -float(score[i]), i)
         for i in range(len(gains))
-        if gains[i] < most and cost[i] <= left
+        if gains[i] < high[i] and cost[i] <= left
     ]
     heapq.heapify(queue)
     while queue:
@@ -196,7 +227,7 @@ def _hand_out(
             continue
         gains[i] += 1
         left -= int(cost[i])
-        if gains[i] < most:
+        if gains[i] < high[i]:
             heapq.heappush(queue, (negative_remainder + 1.0, negative_score, i))
 
 

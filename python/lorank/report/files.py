@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lorank import extras
 from lorank._core import FormatError
 from lorank.atomic import atomic_path, write_text
 from lorank.json_files import read_json
+from lorank.report.json_report import number, plain
 from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
 from lorank.sources.base import Skipped
 
@@ -73,7 +73,7 @@ def to_json(report: SpectralReport) -> dict[str, Any]:
     """The report as values that JSON knows: nan is null, infinity is the string "inf"."""
     table = columns(report)
     modules = [
-        dict(zip(table, map(_plain, values), strict=True)) for values in zip(*table.values(), strict=True)
+        dict(zip(table, map(plain, values), strict=True)) for values in zip(*table.values(), strict=True)
     ]
     for row, entry in zip(report.modules, modules, strict=True):
         entry["flags"] = list(row.flags)
@@ -107,7 +107,7 @@ def _report(header: Mapping[str, Any], rows: list[ModuleSpectrum]) -> SpectralRe
 
 def _row(entry: Mapping[str, Any], flags: tuple[str, ...]) -> ModuleSpectrum:
     metrics: dict[str, Any] = {
-        name: int(entry[name]) if name in _COUNTS else _number(entry[name]) for name in METRICS
+        name: int(entry[name]) if name in _COUNTS else number(entry[name]) for name in METRICS
     }
     eigenvalues, expert = entry.get("eigenvalues"), entry["expert"]
     return ModuleSpectrum(
@@ -121,16 +121,6 @@ def _row(entry: Mapping[str, Any], flags: tuple[str, ...]) -> ModuleSpectrum:
         eigenvalues=None if eigenvalues is None else np.asarray(eigenvalues, dtype=np.float64),
         **metrics,
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else repr(value)
-    return value
-
-
-def _number(value: Any) -> float:
-    return math.nan if value in (None, "") else float(value)
 
 
 def _save_json(report: SpectralReport, path: Path) -> None:

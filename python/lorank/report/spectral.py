@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lorank import extras, naming
+from lorank.report.base import Evidence, Report
 from lorank.sources.base import Kind, MatrixInfo, Skipped
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _identity(info: MatrixInfo) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class SpectralReport:
+class SpectralReport(Report[ModuleSpectrum]):
     """Spectra of the matrices of a model.
 
     Attributes
@@ -134,32 +135,13 @@ class SpectralReport:
         Parameters of the whole model, tied ones once; None if unknown (a report from CSV).
     """
 
+    provides: ClassVar[Evidence] = "spectra"
+
     modules: Sequence[ModuleSpectrum]
     skipped: Sequence[Skipped] = ()
     source: str = ""
     accuracy: str = "exact"
     num_parameters: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __iter__(self) -> Iterator[ModuleSpectrum]:
-        return iter(self.modules)
-
-    def __getitem__(self, name: str) -> ModuleSpectrum:
-        """The row of that name, or the only row whose name ends with it.
-
-        Raises
-        ------
-        KeyError
-            If no row, or more than one, fits.
-        """
-        exact = [row for row in self.modules if row.name == name]
-        found = exact or [row for row in self.modules if naming.is_suffix(name, row.name)]
-        if len(found) == 1:
-            return found[0]
-        what = f"{len(found)} modules end with" if found else "no module is named"
-        raise KeyError(f"{what} {name!r}")
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> SpectralReport:
         """The report of the modules that are included and not excluded."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from lorank.report.base import Evidence
 from lorank.sources.base import Kind
+
+Needs: TypeAlias = Literal["shapes"] | Evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +72,16 @@ Method = Callable[..., Signal]
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A method and what it needs: module shapes alone, or a `SpectralReport`."""
+    """A method and what it needs: module shapes alone, or a report of some kind."""
 
     function: Method
-    needs: Literal["shapes", "spectra"]
+    needs: Needs
+
+    @property
+    def options(self) -> list[str]:
+        """The names of the method's own options."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
     def check_options(self, name: str, options: Mapping[str, Any]) -> None:
         """Refuse options that the method does not have, before any work is done.
@@ -82,16 +91,33 @@ class Registered:
         ValueError
             Naming those that it has.
         """
-        parameters = inspect.signature(self.function).parameters.values()
-        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        known = self.options
         if unknown := [option for option in options if option not in known]:
-            raise ValueError(f"method {name!r} has no option {unknown[0]!r}: it has {', '.join(known)}")
+            it_has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"method {name!r} has no option {unknown[0]!r}: {it_has}")
 
+    def check_evidence(self, name: str, evidence: object) -> None:
+        """Refuse a report that knows nothing of what the method needs.
+
+        Raises
+        ------
+        ValueError
+            Naming the function that makes the right one.
+        """
+        if self.needs != "shapes" and getattr(evidence, "provides", None) != self.needs:
+            raise ValueError(f"method {name!r} needs {self.needs}: pass the result of {_MAKERS[self.needs]}")
+
+
+_MAKERS: Mapping[Evidence, str] = {
+    "spectra": "lorank.analyze(model)",
+    "gradients": "lorank.profile_gradients(model, batches)",
+    "tasks": "lorank.profile_tasks(model, batches)",
+}
 
 METHODS: dict[str, Registered] = {}
 
 
-def register(name: str, *, needs: Literal["shapes", "spectra"]) -> Callable[[Method], Method]:
+def register(name: str, *, needs: Needs) -> Callable[[Method], Method]:
     """Offer a function as ``allocate(..., method=name)``."""
 
     def decorate(function: Method) -> Method:
@@ -103,7 +129,7 @@ def register(name: str, *, needs: Literal["shapes", "spectra"]) -> Callable[[Met
 
 def names() -> list[str]:
     """The names of all methods."""
-    from lorank.signals import htsr, schedule  # noqa: F401  (importing them registers them)
+    from lorank.signals import gradient, htsr, schedule, task  # noqa: F401  (importing registers them)
 
     return sorted(METHODS)
 

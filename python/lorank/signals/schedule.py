@@ -1,13 +1,33 @@
-"""Ranks that follow from a module's place in the model alone."""
+"""Ranks that follow from a module's place in the model alone.
+
+Source: Adaptive LoRA: Layerwise Rank Allocation for Parameter-Efficient Fine-Tuning, section 3.1.
+
+Ranks are computed in rational arithmetic, rounded half up, and clipped to ``[r_min, r_max]``. `i` is the
+index of a module's block among the `L` blocks of its stack (an encoder and a decoder are two stacks)
+that hold a module to adapt. Scores are ``rank - r_min``; where that is zero for all of them, a budget
+gives all the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
+from lorank.roles import Depth, Role, Roles, depths_of, roles_of
 from lorank.signals import AdaptedModule, Signal, register
+
+# The empirical schedule: up to which share of the depth, how much of r_base.
+_EMPIRICAL = (
+    (Fraction(3, 10), Fraction(6, 10)),
+    (Fraction(7, 10), Fraction(12, 10)),
+    (Fraction(1), Fraction(1)),
+)
+
+_ATTENTION_HEAVY: Mapping[Role, Fraction] = {"attention": Fraction(1), "feed-forward": Fraction(1, 2)}
 
 
 @register("uniform", needs="shapes")
@@ -26,7 +46,173 @@ def uniform(
         The rank without a budget (default: `r_max`), clipped to ``[r_min, r_max]``.
     """
     del report
-    if r_base is not None and (not isinstance(r_base, int) or r_base < 0):
-        raise ValueError(f"r_base must be a rank, not {r_base!r}")
-    base = r_max if r_base is None else min(max(r_base, r_min), r_max)
+    base = min(max(_base(r_base, r_max), r_min), r_max)
     return Signal(np.ones(len(modules)), np.full(len(modules), base, dtype=np.int64))
+
+
+@register("linear-decay", needs="shapes")
+def linear_decay(
+    report: Any,
+    modules: Sequence[AdaptedModule],
+    r_min: int,
+    r_max: int,
+    *,
+    r_base: int | None = None,
+    blocks: str | None = None,
+) -> Signal:
+    """From `r_base` in the first block to `r_min` in the last: section 3.1.1.
+
+    ``max(r_min, r_base - (r_base - r_min) i / (L - 1))``, and `r_base` for ``L = 1``.
+
+    Parameters
+    ----------
+    report
+        Not looked at.
+    modules, r_min, r_max
+        As in `lorank.allocate`.
+    r_base
+        The first block's rank (default: `r_max`).
+    blocks
+        How a block's number is read where names are unusual: as in `lorank.roles.block_of`.
+
+    Raises
+    ------
+    ValueError
+        If a module's block cannot be read from its name.
+
+    Notes
+    -----
+    A module in no numbered block (a pooler, a head, a projector) has no depth. It counts as a stack
+    of one block, gets `r_base`, and is flagged.
+    """
+    del report
+    base = _base(r_base, r_max)
+
+    def rank(depth: Depth) -> Fraction:
+        # The formula's maximum with r_min is the clipping that every schedule ends in.
+        return base - (base - r_min) * Fraction(depth.index, depth.count - 1)
+
+    return _by_depth(modules, r_min, r_max, base, blocks, rank)
+
+
+@register("empirical", needs="shapes")
+def empirical(
+    report: Any,
+    modules: Sequence[AdaptedModule],
+    r_min: int,
+    r_max: int,
+    *,
+    r_base: int | None = None,
+    blocks: str | None = None,
+) -> Signal:
+    """Most in the middle, least at the start: section 3.1.3.
+
+    ``0.6 r_base`` for ``i < 0.3 L``, ``1.2 r_base`` for ``0.3 L <= i < 0.7 L``, else `r_base`; `r_base`
+    for ``L = 1``.
+
+    Parameters
+    ----------
+    report
+        Not looked at.
+    modules, r_min, r_max
+        As in `lorank.allocate`.
+    r_base
+        The last blocks' rank (default: `r_max`, which then bounds the middle, too).
+    blocks
+        How a block's number is read where names are unusual: as in `lorank.roles.block_of`.
+
+    Raises
+    ------
+    ValueError
+        If a module's block cannot be read from its name.
+
+    Notes
+    -----
+    A module in no numbered block gets `r_base` and is flagged, as under linear decay.
+    """
+    del report
+    base = _base(r_base, r_max)
+
+    def rank(depth: Depth) -> Fraction:
+        return next(base * factor for share, factor in _EMPIRICAL if depth.index < share * depth.count)
+
+    return _by_depth(modules, r_min, r_max, base, blocks, rank)
+
+
+@register("attention-heavy", needs="shapes")
+def attention_heavy(
+    report: Any,
+    modules: Sequence[AdaptedModule],
+    r_min: int,
+    r_max: int,
+    *,
+    r_base: int | None = None,
+    roles: Roles = None,
+) -> Signal:
+    """Attention gets `r_base`, feed-forward ``max(r_min, r_base / 2)``: section 3.1.2.
+
+    Parameters
+    ----------
+    report
+        Not looked at.
+    modules, r_min, r_max
+        As in `lorank.allocate`.
+    r_base
+        The rank of attention modules (default: `r_max`).
+    roles
+        What modules with unusual names do: as in `lorank.roles.roles_of`.
+
+    Raises
+    ------
+    ValueError
+        If the role of a module in a block cannot be read from its name.
+
+    Notes
+    -----
+    A module that is neither (a pooler, a head, a router) gets `r_base` and is flagged.
+    """
+    del report
+    base = _base(r_base, r_max)
+    names = [module.name for module in modules]
+    found = roles_of(names, roles)
+    ranks = [base * (Fraction(1) if role is None else _ATTENTION_HEAVY[role]) for role in found]
+    flags = {
+        name: "neither attention nor feed-forward: r_base"
+        for name, role in zip(names, found, strict=True)
+        if role is None
+    }
+    return _signal(ranks, r_min, r_max, flags)
+
+
+def _base(r_base: int | None, r_max: int) -> int:
+    if r_base is None:
+        return r_max
+    if not isinstance(r_base, int) or isinstance(r_base, bool) or r_base < 0:
+        raise ValueError(f"r_base must be a rank, not {r_base!r}")
+    return r_base
+
+
+def _by_depth(
+    modules: Sequence[AdaptedModule],
+    r_min: int,
+    r_max: int,
+    base: int,
+    blocks: str | None,
+    rank: Callable[[Depth], Fraction],
+) -> Signal:
+    """The signal of a schedule that needs the depth: `rank` is asked where there is more than one block."""
+    names = [module.name for module in modules]
+    depths = depths_of(names, blocks)
+    ranks = [Fraction(base) if depth is None or depth.count == 1 else rank(depth) for depth in depths]
+    flags = {
+        name: "in no numbered block: r_base"
+        for name, depth in zip(names, depths, strict=True)
+        if depth is None
+    }
+    return _signal(ranks, r_min, r_max, flags)
+
+
+def _signal(exact: Sequence[Fraction], r_min: int, r_max: int, flags: Mapping[str, str]) -> Signal:
+    rounded = [math.floor(rank + Fraction(1, 2)) for rank in exact]
+    ranks = np.clip(np.array(rounded, dtype=np.int64), r_min, r_max)
+    return Signal((ranks - r_min).astype(np.float64), ranks, flags)

@@ -1,0 +1,136 @@
+"""Reports that are kept as JSON, and dispatch by what a file says it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from lorank import extras
+from lorank._core import FormatError
+from lorank.atomic import write_text
+from lorank.json_files import read_json
+from lorank.report.base import R, Report
+from lorank.sources.base import Skipped
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_VERSION = 1
+
+
+class JsonReport(Report[R]):
+    """A report whose subclass says what a row holds beside its identity, and what its header holds."""
+
+    __slots__ = ()
+
+    format: ClassVar[str]
+    columns: ClassVar[Sequence[str]]
+    """The numbers of a row that tables show."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the header holds beside what every report's does."""
+
+    @classmethod
+    @abstractmethod
+    def assembled(cls, rows: Sequence[Any], skipped: Sequence[Skipped], header: Mapping[str, Any]) -> Self:
+        """The report of what a file holds."""
+
+    @staticmethod
+    @abstractmethod
+    def row_to_json(row: Any) -> dict[str, Any]:
+        """What a row holds beside its identity."""
+
+    @staticmethod
+    @abstractmethod
+    def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
+        """The inverse."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as values that JSON knows: nan is null, infinity is the string "inf"."""
+        return {
+            "format": self.format,
+            "version": _VERSION,
+            "source": self.source,
+            "num_parameters": self.num_parameters,
+            **self.settings(),
+            "skipped": [{"name": s.name, "shape": s.shape, "reason": s.reason} for s in self.skipped],
+            "modules": [
+                {**_identity(row), **{k: plain(v) for k, v in self.row_to_json(row).items()}}
+                for row in self.modules
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON; the file appears whole or not at all."""
+        write_text(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FormatError
+            If the file is no such report.
+        """
+        path = Path(path)
+        try:
+            content = read_json(path)
+            if content["format"] != cls.format or content["version"] > _VERSION:
+                raise ValueError(f"format {content['format']!r}, version {content['version']}")
+            rows = [cls.row_from_json(_read_identity(entry), entry) for entry in content["modules"]]
+            skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in content["skipped"]]
+            return cls.assembled(rows, skipped, content)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise FormatError(f"{path}: is no {cls.format.removeprefix('lorank.')}: {error!r}") from error
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A data frame, one row a module: identity, numbers, flags joined by "; " (extra ``report``)."""
+        pandas = extras.require("pandas", "report", "for data frames")
+        frame: pd.DataFrame = pandas.DataFrame(
+            [
+                {
+                    "name": row.name,
+                    "kind": row.kind,
+                    "out": row.shape[0],
+                    "in": row.shape[1],
+                    **{column: getattr(row, column) for column in self.columns},
+                    "flags": "; ".join(getattr(row, "flags", ())),
+                }
+                for row in self.modules
+            ]
+        )
+        return frame
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON knows."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else repr(value)
+    return value
+
+
+def number(value: Any) -> float:
+    """The inverse for numbers; in tables nothing stands for nan."""
+    return math.nan if value in (None, "") else float(value)
+
+
+def _identity(row: Any) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "module": row.module,
+        "kind": row.kind,
+        "shape": list(row.shape),
+        "flags": list(row.flags),
+    }
+
+
+def _read_identity(entry: Mapping[str, Any]) -> dict[str, Any]:
+    out, fan_in = entry["shape"]
+    identity = {key: entry[key] for key in ("name", "module", "kind")}
+    return {**identity, "shape": (int(out), int(fan_in)), "flags": tuple(entry["flags"])}

@@ -1,0 +1,33 @@
+"""GARD: ranks from the spectra of gradients.
+
+Source: GARD, gradient-spectral rank allocation: the effective rank of the gradients of the frozen
+weight over mini-batches, as a share of all modules' effective ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lorank.report.gradients import GradientReport
+from lorank.signals import AdaptedModule, Signal, register
+
+
+@register("gard", needs="gradients")
+def gard(report: GradientReport, modules: Sequence[AdaptedModule], r_min: int, r_max: int) -> Signal:
+    """Score ``s = r_eff / sum(r_eff)``. It has no ranks of its own: it needs a budget.
+
+    Parameters
+    ----------
+    report
+        The result of `profile_gradients`.
+    modules, r_min, r_max
+        As in `lorank.allocate`.
+    """
+    del r_min, r_max
+    rows = {row.module: row for row in report.modules}
+    effective = np.array([rows[module.name].effective_rank for module in modules], dtype=np.float64)
+    total = effective.sum()
+    flags = {module.name: "; ".join(rows[module.name].flags) for module in modules if rows[module.name].flags}
+    return Signal(effective / total if total > 0 else effective, None, flags)
