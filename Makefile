@@ -38,6 +38,7 @@ bench: $(VENV)/installed ## Measure speed and memory beside the peers (about twe
 	$(BIN)/python benches/peft_build.py
 	PYTHONPATH=tests $(BIN)/python benches/analyze.py
 	$(BIN)/python benches/compress.py
+	$(BIN)/python benches/task_spectra.py
 	PYTHONPATH=tests $(BIN)/python benches/adapter_accuracy.py
 
 lint: $(VENV)/installed ## Check format, lints, types and stubs.

@@ -1,0 +1,8 @@
+"""Task spectra: the rank that a data set wants, before any training."""
+
+from lorank.task_spectra.decay import PiecewiseDecay
+from lorank.task_spectra.estimate import Space, TaskEstimate
+from lorank.task_spectra.moments import InputMoments
+from lorank.task_spectra.stream import TaskSpectrum, task_spectrum
+
+__all__ = ["InputMoments", "PiecewiseDecay", "Space", "TaskEstimate", "TaskSpectrum", "task_spectrum"]

@@ -1,0 +1,166 @@
+"""What the sums over a task's samples tell of the rank that it wants."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from lorank.task_spectra.curve import TargetMoments, held_out_errors, predicted_r2, rank_from_curve
+from lorank.task_spectra.decay import PiecewiseDecay, count_above, decay, piecewise_decay
+from lorank.task_spectra.least_squares import Array
+from lorank.task_spectra.moments import InputMoments
+
+Space = Literal["weights", "prediction"]
+
+AT_ROUNDING = "the residuals are at the rounding level: the noise is an upper bound"
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TaskEstimate:
+    """The spectrum of a task, and the ranks that it calls for.
+
+    Attributes
+    ----------
+    k_star
+        Rank at which the decay reaches the noise: ``ceil(ln(C / tau) / ln rho)``, at least 1 and at
+        most `num_above`.
+    predicted_rank
+        Smallest rank, at least 1, with 95 % of the full rank's predicted R^2.
+    predicted_r2
+        R^2 on held-out samples for the ranks ``0, 1, ..., p``, shape ``(p + 1,)``, so that entry `r` is
+        that of rank `r`; uniform average over outputs, as in scikit-learn. ``nan`` where it is
+        undefined.
+    piecewise
+        The same decay with up to three rates, and the rank at which the last reaches the noise.
+    singular_values
+        Of the least-squares weights, in units of `Y` over units of `X`; in prediction space those of
+        ``Q^T Y``, in units of `Y`. Descending, shape ``(p,)``, ``p = min(d_in, d_out)``.
+    rho
+        Decay rate of the values above `tau`; ``nan`` with fewer than two of them.
+    tau
+        Noise threshold, in the unit of the singular values.
+    noise
+        Standard deviation of the noise per output entry, in units of `Y`: as given or estimated.
+    leading
+        `C`: the largest singular value, or as given.
+    num_above
+        Number of singular values above `tau`.
+    num_samples
+        Rows.
+    space
+        ``"weights"`` or ``"prediction"``.
+    flags
+        What was out of the ordinary, in words; empty if nothing was.
+    """
+
+    k_star: int
+    predicted_rank: int
+    predicted_r2: Array
+    piecewise: PiecewiseDecay
+    singular_values: Array
+    rho: float
+    tau: float
+    noise: float
+    leading: float
+    num_above: int
+    num_samples: int
+    space: Space
+    flags: tuple[str, ...]
+
+
+def check_options(noise: float | None, leading: float | None, space: str) -> None:
+    """Raise ValueError for options that no estimate can be made with."""
+    for name, value in (("noise", noise), ("leading", leading)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {value!r}")
+    if space not in get_args(Space):
+        raise ValueError(f"space must be 'weights' or 'prediction', not {space!r}")
+
+
+def estimate(
+    inputs: InputMoments,
+    targets: TargetMoments,
+    *,
+    noise: float | None,
+    leading: float | None,
+    space: Space,
+) -> TaskEstimate:
+    """The estimate from the sums; options as for `task_spectrum`, and checked."""
+    n, (_, d_in, d_out) = inputs.num_samples, targets.cross.shape
+    whole = inputs.factor()
+    cross = np.sum(targets.cross, axis=0)
+    projected = whole.projected(cross)
+    errors = held_out_errors(inputs, targets)
+    curve, curve_flags = predicted_r2(errors, targets, n)
+    predicted = rank_from_curve(curve)
+    flags = _sample_flags(n, d_in, whole.rank)
+    if noise is None:
+        noise, noise_flags = _noise(targets, projected, errors, n)
+        flags += noise_flags
+    if space == "prediction":
+        # Fewer columns than d_in where X lacks rank: Q^T Y has no noise but in its own rows.
+        values = _singular_values(projected, min(d_in, d_out))
+        tau = noise * (math.sqrt(whole.rank) + math.sqrt(d_out))
+    else:
+        values = _singular_values(whole.solve(cross), min(d_in, d_out))
+        tau = noise * (1 + math.sqrt(d_in / n))
+    above = count_above(values, tau, _EPS * max(d_in, d_out))
+    leading = float(values[0]) if leading is None else float(leading)
+    plain = decay(values, above, tau, leading)
+    for array in (values, curve):
+        array.flags.writeable = False
+    return TaskEstimate(
+        k_star=plain.k_star,
+        predicted_rank=predicted.rank,
+        predicted_r2=curve,
+        piecewise=piecewise_decay(values, above, tau),
+        singular_values=values,
+        rho=plain.rho,
+        tau=tau,
+        noise=float(noise),
+        leading=leading,
+        num_above=above,
+        num_samples=n,
+        space=space,
+        flags=flags + plain.flags + curve_flags + predicted.flags,
+    )
+
+
+def _sample_flags(n: int, d_in: int, rank: int) -> tuple[str, ...]:
+    if n <= d_in:
+        return (f"{n} samples for {d_in} inputs: least squares of smallest norm",)
+    if rank < d_in:
+        return (f"inputs of rank {rank} of {d_in}: least squares of smallest norm",)
+    return ()
+
+
+def _noise(targets: TargetMoments, projected: Array, errors: Array, n: int) -> tuple[float, tuple[str, ...]]:
+    """Standard deviation of the residuals, and flags.
+
+    Where as many directions as samples leave no residuals, that of the best rank's held-out errors: it
+    holds the error of the weights too, so that it is too large rather than too small.
+    """
+    rank, d_out = projected.shape
+    energy = float(np.sum(targets.squares))
+    if n <= rank:
+        mean = float(np.min(np.sum(errors, axis=1))) / (n * d_out) if n > 1 else energy / d_out
+        assumed = "that of held-out samples" if n > 1 else "that of Y"
+        return math.sqrt(mean), (f"no residuals: the noise is assumed to be {assumed}; better give it",)
+    residual = energy - float(np.sum(np.square(projected)))
+    # Less than this is the rounding of two sums that are nearly equal.
+    finest = 4 * _EPS * (rank + 1) * energy
+    noise = math.sqrt(max(residual, finest) / ((n - rank) * d_out))
+    return noise, () if residual > finest or energy == 0 else (AT_ROUNDING,)
+
+
+def _singular_values(matrix: Array, count: int) -> Array:
+    """All singular values, descending, with zeros for those that a lack of rank leaves out."""
+    values = np.zeros(count)
+    found = np.linalg.svd(matrix, compute_uv=False)
+    values[: len(found)] = found
+    return values

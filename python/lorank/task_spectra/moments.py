@@ -1,0 +1,183 @@
+"""Sums over rows, a set per fold: what a stream of samples leaves behind, however long it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank.task_spectra.least_squares import Array, Factor, factor
+
+# Rows that are converted to float64 at a time: a large float32 input is never copied as a whole.
+_CHUNK = 8192
+# Larger values have products that may leave the range of float64 when they are summed.
+_LARGEST = 1e140
+
+
+def checked_rows(name: str, values: npt.ArrayLike, width: int | None) -> npt.NDArray[Any]:
+    """A batch as a 2-D array of finite numbers, in the type in which it came.
+
+    Raises
+    ------
+    ValueError
+        If it is no 2-D array of real numbers, has no columns or not `width` of them, or holds NaN,
+        infinite values or values beyond 1e140.
+    """
+    array: npt.NDArray[Any] = np.asarray(values)
+    if array.ndim != 2:
+        raise ValueError(f"{name} must have the shape (samples, features), not {array.shape}")
+    if array.shape[1] == 0:
+        raise ValueError(f"{name} has no columns")
+    if width is not None and array.shape[1] != width:
+        raise ValueError(f"{name} has {array.shape[1]} columns, the batches before had {width}")
+    if array.dtype.kind in "cOSUmM":
+        raise ValueError(f"{name} must hold real numbers, not {array.dtype}")
+    for chunk in chunks(array):
+        if not np.all(np.isfinite(chunk)):
+            raise ValueError(f"{name} holds NaN or infinite values")
+        if np.any(np.abs(chunk) > _LARGEST):
+            raise ValueError(f"{name} holds values beyond {_LARGEST:g}: their squares leave float64")
+    return array
+
+
+def chunks(array: npt.NDArray[Any]) -> Iterator[Array]:
+    """The rows in float64, some thousands at a time."""
+    for start in range(0, len(array), _CHUNK):
+        yield array[start : start + _CHUNK].astype(np.float64)
+
+
+def rows_of_fold(chunk: Array, first: int, fold: int, folds: int) -> Array:
+    """The rows whose running index, `first` for the chunk's first one, is `fold` modulo `folds`."""
+    return chunk[(fold - first) % folds :: folds]
+
+
+def after(sums: Array, rows: int) -> Array:
+    """Sums by fold as they would be, had `rows` other rows come first."""
+    return np.roll(sums, rows % len(sums), axis=0)
+
+
+def others(sums: Array, fold: int | None) -> Array:
+    """The sum over all folds but one, or over all.
+
+    Added up, not subtracted from the total: a column that is zero in all other folds stays exactly so.
+    """
+    total: Array = np.zeros_like(sums[0])
+    for index, part in enumerate(sums):
+        if index != fold:
+            total += part
+    return total
+
+
+class InputMoments:
+    """``X^T X`` of a stream of inputs, by fold, and its factorisations.
+
+    Modules that read the same input share one: give it to the `TaskSpectrum` of each, and update it
+    once per batch.
+
+    Parameters
+    ----------
+    folds
+        Row ``i`` of the stream, counted from its start, belongs to fold ``i % folds``. Sums take
+        ``folds * d_in^2`` numbers of memory, and as much again once a task is estimated.
+
+    Attributes
+    ----------
+    folds
+        As given.
+    num_samples
+        Rows so far.
+
+    Raises
+    ------
+    ValueError
+        If `folds` is no integer of at least 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lorank.task_spectra import InputMoments, TaskSpectrum
+    >>> inputs = InputMoments()
+    >>> query, key = TaskSpectrum(inputs=inputs), TaskSpectrum(inputs=inputs)
+    >>> rng = np.random.default_rng(0)
+    >>> for _ in range(3):
+    ...     X = rng.standard_normal((50, 8))
+    ...     inputs.update(X)
+    ...     query.update(X, X[:, :4])
+    ...     key.update(X, X @ X[:8])
+    >>> query.estimate().num_samples
+    150
+    """
+
+    def __init__(self, *, folds: int = 10) -> None:
+        if isinstance(folds, bool) or not isinstance(folds, (int, np.integer)) or folds < 2:
+            raise ValueError(f"folds must be an integer of at least 2, not {folds!r}")
+        self.folds = int(folds)
+        self.num_samples = 0
+        self._grams: Array | None = None
+        self._factors: dict[int | None, Factor] = {}
+
+    @property
+    def width(self) -> int | None:
+        """``d_in``, or None before the first batch."""
+        return None if self._grams is None else self._grams.shape[1]
+
+    def update(self, X: npt.ArrayLike) -> None:
+        """Add a batch of inputs.
+
+        Parameters
+        ----------
+        X
+            Shape ``(any number of rows, d_in)``, any real type.
+
+        Raises
+        ------
+        ValueError
+            If the batch is malformed, its width is not that of the batches before, or it holds NaN,
+            infinite values or values beyond 1e140. It then leaves no trace.
+        """
+        self.add(checked_rows("X", X, self.width))
+
+    def add(self, X: npt.NDArray[Any]) -> None:
+        """Add rows that `checked_rows` has passed."""
+        if self._grams is None:
+            self._grams = np.zeros((self.folds, X.shape[1], X.shape[1]))
+        self._factors.clear()
+        for chunk in chunks(X):
+            for fold in range(self.folds):
+                rows = rows_of_fold(chunk, self.num_samples, fold, self.folds)
+                self._grams[fold] += rows.T @ rows
+            self.num_samples += len(chunk)
+
+    def merge(self, other: InputMoments) -> None:
+        """Add what another object has seen, as if its batches had come after those of this one.
+
+        Raises
+        ------
+        ValueError
+            If the numbers of folds or of columns differ.
+        """
+        if other.folds != self.folds:
+            raise ValueError(f"moments over {self.folds} folds cannot take in moments over {other.folds}")
+        if other._grams is None:
+            return
+        if self.width not in (None, other.width):
+            raise ValueError(f"X has {other.width} columns there and {self.width} here")
+        sums = after(other._grams, self.num_samples)
+        self._grams = sums if self._grams is None else self._grams + sums
+        self.num_samples += other.num_samples
+        self._factors.clear()
+
+    def gram(self, fold: int) -> Array:
+        """``X^T X`` of one fold, shape ``(d_in, d_in)``."""
+        assert self._grams is not None
+        gram: Array = self._grams[fold]
+        return gram
+
+    def factor(self, without: int | None = None) -> Factor:
+        """``X^T X`` of all rows, or of all folds but one, factored; kept until the next update."""
+        assert self._grams is not None
+        if without not in self._factors:
+            self._factors[without] = factor(others(self._grams, without))
+        return self._factors[without]
