@@ -17,10 +17,20 @@ if TYPE_CHECKING:
     from lorank.fisher import fisher_scores
     from lorank.merging import merge
     from lorank.product import product_svd
+    from lorank.profiling import profile_gradients, profile_tasks
+    from lorank.report.gradients import GradientReport
+    from lorank.report.tasks import TaskReport
     from lorank.runtimes import check
+    from lorank.task_spectra import TaskSpectrum, task_spectrum
 
 # Imported when they are asked for: who analyses a model need not wait for what adapters need.
 _LAZY = {
+    "GradientReport": "report.gradients",
+    "TaskReport": "report.tasks",
+    "TaskSpectrum": "task_spectra",
+    "profile_gradients": "profiling",
+    "profile_tasks": "profiling",
+    "task_spectrum": "task_spectra",
     "LoraAdapter": "adapters",
     "check": "runtimes",
     "compress": "compression",
@@ -34,6 +44,7 @@ _LAZY = {
 
 __all__ = [
     "FormatError",
+    "GradientReport",
     "LoraAdapter",
     "LorankError",
     "MarchenkoPastur",
@@ -41,6 +52,8 @@ __all__ = [
     "NumericalError",
     "RankAllocation",
     "SpectralReport",
+    "TaskReport",
+    "TaskSpectrum",
     "__version__",
     "allocate",
     "alpha_hill",
@@ -55,7 +68,10 @@ __all__ = [
     "marchenko_pastur",
     "merge",
     "product_svd",
+    "profile_gradients",
+    "profile_tasks",
     "spectrum",
+    "task_spectrum",
 ]
 
 

@@ -75,18 +75,18 @@ class _Weight:
 
 def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
     """Every parameter of the base model, with the shape that it has when dequantized."""
-    for prefix, module in _modules(model):
+    for prefix, module in named_modules(model):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield prefix + local, _Weight(module, parameter), quantized.shape(parameter)
 
 
-def _modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every module of the base model with the prefix of its parameters' names, PEFT's wrappers left out."""
     module = _unwrapped(module)
     yield prefix, module
     for name, child in module._modules.items():
         if child is not None:
-            yield from _modules(child, f"{prefix}{name}.")
+            yield from named_modules(child, f"{prefix}{name}.")
 
 
 def _unwrapped(module: Any) -> Any:
@@ -99,7 +99,7 @@ def _unwrapped(module: Any) -> Any:
 
 def _hidden_weights(model: Any) -> Iterator[Skipped]:
     """Weights that are no parameters: packed behind a method, or in buffers of integers."""
-    for prefix, module in _modules(model):
+    for prefix, module in named_modules(model):
         if callable(getattr(module, "weight", None)):
             shape = tuple(module.weight().shape)
             yield Skipped(f"{prefix}weight", shape, f"quantized ({type(module).__name__}), not a parameter")

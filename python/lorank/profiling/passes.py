@@ -1,0 +1,102 @@
+"""Forward and backward passes that leave a model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+
+from lorank.progress import progress_bar
+
+Loss = Callable[[Any, Any], Any]
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """No parameter takes a gradient within the block; afterwards all is as it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def trainable_inputs(model: Any) -> Iterator[None]:
+    """Embeddings whose outputs ask for gradients, where checkpointed blocks would otherwise get none."""
+    embeddings = model.get_input_embeddings() if _checkpoints(model) else None
+    if embeddings is None:
+        yield
+        return
+    handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _checkpoints(model: Any) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def backward_passes(
+    model: Any, batches: Iterable[Any], *, loss: Loss | None, max_batches: int | None, progress: bool
+) -> Iterator[int]:
+    """Run forward and backward, and yield the number of batches so far after each.
+
+    Raises
+    ------
+    ValueError
+        If there is no batch, a loss is missing, no scalar, or not finite.
+    """
+    total = len(batches) if isinstance(batches, Sized) else max_batches
+    total = total if max_batches is None or total is None else min(total, max_batches)
+    count = 0
+    with progress_bar("profiling", total or 0, enabled=progress and total is not None) as report:
+        for count, batch in enumerate(islice(batches, max_batches), 1):
+            value = loss_of(model, _moved(batch, model), loss)
+            if value.ndim or not value.requires_grad:
+                raise ValueError(f"batch {count - 1}: the loss must be a number that depends on the model")
+            if not torch.isfinite(value):
+                raise ValueError(f"batch {count - 1}: the loss is {value.item()}")
+            value.backward()
+            report(1, f"loss {value.item():.4g}")
+            yield count
+    if not count:
+        raise ValueError("no batches: profiling needs at least one")
+
+
+def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
+    """The loss of a batch: the model's own, or what the caller's function says.
+
+    Raises
+    ------
+    ValueError
+        If the model returns none.
+    """
+    if loss is not None:
+        value = loss(model, batch)
+    elif isinstance(batch, Mapping):
+        value = getattr(model(**batch), "loss", None)
+    else:
+        raise ValueError(f"a batch is a {type(batch).__name__}, no mapping: give loss=f(model, batch)")
+    if value is None:
+        raise ValueError(
+            "the model returned no loss: put labels into the batches, or give loss=f(model, batch)"
+        )
+    found: torch.Tensor = value
+    return found
+
+
+def _moved(batch: Any, model: Any) -> Any:
+    """The batch on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if device is None or not isinstance(batch, Mapping):
+        return batch
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}

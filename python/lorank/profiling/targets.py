@@ -1,0 +1,81 @@
+"""Which modules of a live model can be profiled: those whose gradient follows from inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorank import naming
+from lorank.sources import live
+from lorank.sources.base import MatrixInfo, Skipped, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A module to profile.
+
+    Attributes
+    ----------
+    info
+        What it is, under the name that it has without PEFT.
+    module
+        The live module; within PEFT's wrapper, the one that is wrapped.
+    kernel
+        ``(kh, kw)`` of a convolution.
+    """
+
+    info: MatrixInfo
+    module: Any
+    kernel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The modules to profile, and what else there is to say of the model.
+
+    Attributes
+    ----------
+    chosen
+        In the model's order.
+    skipped
+        Modules that were asked for and cannot be profiled, with reasons.
+    source
+        The model as a source of weights.
+    """
+
+    chosen: Sequence[Target]
+    skipped: Sequence[Skipped]
+    source: Source
+
+
+def find_targets(model: Any, targets: naming.Targets) -> Targets:
+    """The modules of a live model that `targets` selects, as `allocate` reads it.
+
+    Raises
+    ------
+    ValueError
+        If none is left.
+    """
+    from lorank.allocation import adaptable_modules, targeted
+
+    source = live.from_module(model)
+    names = {module.name for module in targeted(adaptable_modules(source), targets)}
+    modules = {prefix.removesuffix("."): module for prefix, module in live.named_modules(model)}
+    chosen: list[Target] = []
+    skipped: dict[str, Skipped] = {}
+    for matrix in source.matrices:
+        info = matrix.info
+        if info.module not in names:
+            continue
+        module = modules.get(info.module)
+        if module is None or info.kind in ("expert", "embedding"):
+            reason = f"an {info.kind}: its gradient does not follow from what goes in and out"
+            skipped[info.module] = Skipped(info.module, info.shape, reason)
+        elif info.kind == "conv" and (len(matrix.kernel) != 3 or getattr(module, "groups", 1) != 1):
+            skipped[info.module] = Skipped(info.module, info.shape, "a convolution that is not plainly 2-D")
+        else:
+            chosen.append(Target(info, module, matrix.kernel[1:]))
+    if not chosen:
+        raise ValueError(f"targets {targets!r} select no module of {source.label} that can be profiled")
+    return Targets(chosen, tuple(skipped.values()), source)
