@@ -33,7 +33,7 @@ class GradientSketches:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"sketch must be a positive integer, or None for no sketch, not {size!r}")
         self._targets = targets
-        self._size = size
+        self.size = size
         self._seed = seed
         self._projections: dict[tuple[int, str], torch.Tensor | None] = {}
         self._current: list[torch.Tensor | None] = [None] * len(targets)
@@ -53,6 +53,19 @@ class GradientSketches:
         taken, self._current = self._current, [None] * len(self._targets)
         return taken
 
+    def take_all(self) -> list[torch.Tensor]:
+        """The same with zeros where no gradient came by: for sums over processes."""
+        return [
+            self._nothing(index) if sketch is None else sketch for index, sketch in enumerate(self.take())
+        ]
+
+    def _nothing(self, index: int) -> torch.Tensor:
+        out, fan_in = (
+            length if self.size is None else min(length, self.size)
+            for length in self._targets[index].info.shape
+        )
+        return torch.zeros(out, fan_in, device=self._targets[index].module.weight.device)
+
     def _projected(self, index: int, side: str, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.float()
         if (index, side) not in self._projections:
@@ -66,12 +79,12 @@ class GradientSketches:
 
     def _projection(self, index: int, side: str, length: int) -> torch.Tensor | None:
         """``(length, k)``, or None for the identity. Drawn on the CPU: the same on every device."""
-        if self._size is None or self._size >= length:
+        if self.size is None or self.size >= length:
             return None
         name = f"{self._seed}/{side}/{self._targets[index].info.name}"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        return torch.randn(length, self._size, generator=generator) / self._size**0.5
+        return torch.randn(length, self.size, generator=generator) / self.size**0.5
 
 
 def spectrum(sketches: Sequence[torch.Tensor | None]) -> npt.NDArray[np.float64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,14 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
 
     source = live.from_module(model)
     names = {module.name for module in targeted(adaptable_modules(source), targets)}
+    found = named_targets(model, source, names)
+    if not found.chosen:
+        raise ValueError(f"targets {targets!r} select no module of {source.label} that can be profiled")
+    return found
+
+
+def named_targets(model: Any, source: Source, names: Container[str]) -> Targets:
+    """The modules of these names; `source` is the model as a source of weights."""
     modules = {prefix.removesuffix("."): module for prefix, module in live.named_modules(model)}
     chosen: list[Target] = []
     skipped: dict[str, Skipped] = {}
@@ -76,6 +84,4 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
             skipped[info.module] = Skipped(info.module, info.shape, "a convolution that is not plainly 2-D")
         else:
             chosen.append(Target(info, module, matrix.kernel[1:]))
-    if not chosen:
-        raise ValueError(f"targets {targets!r} select no module of {source.label} that can be profiled")
     return Targets(chosen, tuple(skipped.values()), source)
