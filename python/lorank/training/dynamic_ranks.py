@@ -28,7 +28,8 @@ from lorank.report.gradients import GradientReport, ModuleGradients, effective_r
 from lorank.signals import AdaptedModule
 from lorank.sources import live
 from lorank.training import optimizer_state
-from lorank.training.resizing import RankChange, lora_layers, resize_lora
+from lorank.training.layers import lora_layers
+from lorank.training.resizing import RankChange, resize_lora
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lorank.training.resizing import AdaptedLayer, lora_layers
+from lorank.training.layers import AdaptedLayer, lora_layers
 
 Rule = Literal["constant", "rank", "sqrt-rank"]
 

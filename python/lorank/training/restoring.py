@@ -10,8 +10,9 @@ from lorank import naming
 from lorank._core import FormatError
 from lorank.adapters import LoraAdapter
 from lorank.adapters.reading import CONFIG
-from lorank.training import resizing
-from lorank.training.resizing import AdaptedLayer, RankChange
+from lorank.training.layers import AdaptedLayer, lora_layers
+from lorank.training.peft_config import alpha_of, divisor, write_config
+from lorank.training.resizing import RankChange, resize_lora
 
 
 def restore_ranks(
@@ -58,19 +59,17 @@ def restore_ranks(
     """
     folder = _adapter_folder(Path(checkpoint), adapter_name)
     adapter = LoraAdapter.load(folder)
-    layers = resizing.lora_layers(model, adapter_name)
+    layers = lora_layers(model, adapter_name)
     names = _paired(list(adapter.modules), layers, folder)
     ranks = {names[name]: module.rank for name, module in adapter.modules.items()}
-    changes = resizing.resize_lora(model, ranks, optimizer=optimizer, adapter_name=adapter_name)
+    changes = resize_lora(model, ranks, optimizer=optimizer, adapter_name=adapter_name)
     for name, module in adapter.modules.items():
         layers[names[name]].set_scaling(module.scaling)
     config = model.peft_config[adapter_name]
     config.r = adapter.config["r"]
-    scaling = adapter.config["lora_alpha"] / resizing.divisor(
-        config.r, bool(adapter.config.get("use_rslora"))
-    )
-    config.lora_alpha = resizing.alpha_of(scaling, config.r, bool(config.use_rslora))
-    resizing.write_config(config, layers.values())
+    scaling = adapter.config["lora_alpha"] / divisor(config.r, bool(adapter.config.get("use_rslora")))
+    config.lora_alpha = alpha_of(scaling, config.r, bool(config.use_rslora))
+    write_config(config, layers.values())
     return changes
 
 

@@ -1,0 +1,93 @@
+"""Training with ranks that differ: ``PYTHONPATH=tests python benches/schedules.py``.
+
+200 film reviews, MiniLM, learning rate 3e-4 and `lora_alpha` 32, as where NaN was reported for ranks that
+differ by layer. Every schedule is trained with the allocation's own alphas (a scale for all modules), and
+beside it with one `lora_alpha` for all ranks, as a `rank_pattern` alone would do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+import lorank
+import reviews
+
+SCHEDULES = ("uniform", "linear-decay", "attention-heavy", "empirical")
+SETTINGS = {"lora_alpha": 32, "lr": 3e-4, "examples": 200, "r_base": 16, "r_min": 4, "r_max": 32}
+
+
+def run(method: str, rule: str, epochs: int, seed: int) -> dict[str, Any]:
+    """Losses and gradient norms of one run, without clipping."""
+    model = reviews.base_model()
+    allocation = lorank.allocate(
+        model,
+        method,
+        r_min=SETTINGS["r_min"],
+        r_max=SETTINGS["r_max"],
+        r_base=SETTINGS["r_base"],
+        progress=False,
+    )
+    config = allocation.to_lora_config(model, lora_alpha=SETTINGS["lora_alpha"], task_type="SEQ_CLS")
+    if rule == "one alpha":
+        config.alpha_pattern = {}
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(model, config).train()
+    scales = [scale for module in peft_model.modules() for scale in getattr(module, "scaling", {}).values()]
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=SETTINGS["lr"])
+    data = reviews.batches(0, SETTINGS["examples"])
+    losses, norms = [], []
+    for _ in range(epochs):
+        for batch in data:
+            loss = peft_model(**batch).loss
+            loss.backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(peft_model.parameters(), math.inf)))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return {
+        "method": method,
+        "rule": rule,
+        "parameters": allocation.num_parameters,
+        "scales": [min(scales), max(scales)],
+        "finite": all(map(math.isfinite, (*losses, *norms))),
+        "first": statistics.mean(losses[: len(data)]),
+        "last": statistics.mean(losses[-len(data) :]),
+        "worst_norm": max(norms),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    arguments = parser.parse_args()
+    rows = [
+        run(method, rule, arguments.epochs, seed=0)
+        for method in SCHEDULES
+        for rule in ("constant", "one alpha")
+    ]
+    print(f"{SETTINGS['examples']} reviews, {arguments.epochs} epochs, lr {SETTINGS['lr']:g}, no clipping")
+    print(
+        "schedule          scale rule   parameters   scales        loss: first, last epoch   largest gradient"
+    )
+    for row in rows:
+        low, high = row["scales"]
+        print(
+            f"{row['method']:17} {row['rule']:10}   {row['parameters']:>10,}   {low:5.2f}-{high:<5.2f}   "
+            f"{row['first']:8.4f}, {row['last']:7.4f}        {row['worst_norm']:8.2f}"
+            + ("" if row["finite"] else "   NOT FINITE")
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
