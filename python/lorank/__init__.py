@@ -1,12 +1,12 @@
 """LoRA ranks from spectra: before, during and after fine-tuning."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lorank._core import FormatError, LorankError, NumericalError, __version__
 from lorank.allocation import RankAllocation, allocate
 from lorank.analysis import analyze
 from lorank.budget import fit_ranks
+from lorank.lazy import lazy_names
 from lorank.report import ModuleSpectrum, SpectralReport
 from lorank.spectra import MarchenkoPastur, alpha_hill, marchenko_pastur, spectrum
 
@@ -74,14 +74,4 @@ __all__ = [
     "task_spectrum",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'lorank' has no attribute {name!r}")
-    value: object = getattr(import_module(f"lorank.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY)

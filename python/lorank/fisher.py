@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -54,34 +55,37 @@ def fisher_scores(
     left as they were.
     """
     torch = extras.require("torch", "peft", "for gradients")
+    from lorank.profiling import passes
+
     adapter = LoraAdapter.from_model(peft_model, adapter_name)
     parameters = _factors(peft_model, adapter_name)
-    before = {id(p): (p.requires_grad, p.grad) for p in peft_model.parameters()}
-    training = peft_model.training
     sums = {name: torch.zeros_like(p, dtype=torch.float64, device="cpu") for name, p in parameters.items()}
     count = 0
-    try:
-        peft_model.eval()
-        for p in peft_model.parameters():
-            p.requires_grad_(False)
-        for p in parameters.values():
-            p.requires_grad_(True)
+    with passes.frozen(peft_model), _evaluating(peft_model):
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
         for batch in batches:
-            value = peft_model(**batch).loss if loss is None else loss(peft_model, batch)
+            value = passes.loss_of(peft_model, batch, loss)
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     sums[name] += gradient.detach().double().cpu().square()
             count += 1
-    finally:
-        for p in peft_model.parameters():
-            p.requires_grad_(before[id(p)][0])
-            p.grad = before[id(p)][1]
-        peft_model.train(training)
     if not count:
         raise ValueError("Fisher importance needs at least one batch")
     means = {name: (total / count).numpy() for name, total in sums.items()}
     return _by_value(adapter, means)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout."""
+    training = model.training
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(training)
 
 
 def _factors(peft_model: Any, adapter_name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lorank
-from lorank.cli import adapters, spectra
+from lorank.cli import adapters, spectra, tasks
 from lorank.cli.options import IncompleteError, UsageError, say
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (spectra.analyze, spectra.report, spectra.allocate, *adapters.COMMANDS):
+for command in (spectra.analyze, spectra.report, spectra.allocate, *tasks.COMMANDS, *adapters.COMMANDS):
     app.command()(command)
 _debug = False
 
@@ -54,6 +54,7 @@ def main() -> None:
         TypeError,
         ImportError,
         KeyError,
+        MemoryError,
     ) as error:
         if _debug:
             raise

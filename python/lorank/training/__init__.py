@@ -1,7 +1,8 @@
 """Ranks during fine-tuning: live PEFT models change theirs, and training goes on."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lorank.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lorank.training.callback import GardCallback
@@ -31,14 +32,4 @@ __all__ = [
     "restore_ranks",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'lorank.training' has no attribute {name!r}")
-    value: object = getattr(import_module(f"lorank.training.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, needs_torch_for="to change ranks of a live model")

@@ -1,0 +1,145 @@
+"""Samples in .npy and .npz files of unknown origin."""
+
+from __future__ import annotations
+
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank._core import FormatError
+from lorank.cli.options import UsageError
+
+_FILES = "give one .npz file that holds X and Y, or two .npy files: X.npy Y.npy"
+_NPY, _NPZ = b"\x93NUMPY", b"PK"
+# What numpy, zipfile and their decoders raise for damaged files, beside OSError.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedArray:
+    """An array, and what messages call it."""
+
+    name: str
+    values: npt.NDArray[Any]
+
+
+def check_files(paths: Sequence[Path], x: str | None, y: str | None) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    endings = [path.suffix.lower() for path in paths]
+    if len(paths) > 2 or endings == [".npy"] or (len(paths) == 2 and ".npz" in endings):
+        raise UsageError(_FILES)
+    if len(paths) == 2 and (x is not None or y is not None):
+        raise UsageError("--x and --y name arrays of an .npz file: an .npy file holds one only")
+
+
+def open_samples(paths: Sequence[Path], x: str | None, y: str | None) -> tuple[NamedArray, NamedArray]:
+    """`X` and `Y` from one .npz file, or mapped into memory from two .npy files.
+
+    Raises
+    ------
+    FormatError
+        If a file is damaged or holds Python objects.
+    ValueError
+        If an array is missing, or the two are no samples of one task.
+    """
+    if len(paths) == 1:
+        inputs, outputs = _from_archive(paths[0], x, y)
+    else:
+        inputs, outputs = (_mapped(path) for path in paths)
+    _check_shapes(inputs, outputs)
+    return inputs, outputs
+
+
+def _from_archive(path: Path, x: str | None, y: str | None) -> tuple[NamedArray, NamedArray]:
+    _check_magic(path, _NPZ, ".npz")
+    with _reading(str(path)), np.load(path, allow_pickle=False) as archive:
+        keys = _key(path, archive.files, "x", x), _key(path, archive.files, "y", y)
+        inputs, outputs = (_member(path, archive, key) for key in keys)
+    return inputs, outputs
+
+
+def _member(path: Path, archive: Any, key: str) -> NamedArray:
+    name = f"{key} in {path}"
+    with _reading(name):
+        values = archive[key]
+    if not isinstance(values, np.ndarray):
+        raise FormatError(f"{name}: is no array")
+    return NamedArray(name, values)
+
+
+def _key(path: Path, keys: Sequence[str], option: str, wanted: str | None) -> str:
+    """The key of that name, in any case of its letters."""
+    name = option.upper() if wanted is None else wanted
+    alike = [key for key in keys if key.lower() == name.lower()]
+    if name in alike:
+        return name
+    if len(alike) == 1:
+        return alike[0]
+    holds = ", ".join(keys) or "nothing"
+    raise FormatError(f"{path}: no array is named {name!r}: it holds {holds}; name one by --{option}")
+
+
+def _mapped(path: Path) -> NamedArray:
+    _check_magic(path, _NPY, ".npy")
+    with _reading(str(path)):
+        return NamedArray(str(path), np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _check_magic(path: Path, magic: bytes, ending: str) -> None:
+    """Refuse other files by their first bytes: numpy takes them for pickles."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(len(magic))
+    if start == _NPY and ending == ".npz":
+        raise ValueError(f"{path}: holds one array: {_FILES}")
+    if start != magic:
+        raise FormatError(f"{path}: is no {ending} file")
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (FormatError, UsageError):
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise FormatError(f"{name}: cannot be read: {error}") from error
+    except _UNREADABLE as error:
+        raise FormatError(f"{name}: cannot be read: {error}") from error
+
+
+def _check_shapes(inputs: NamedArray, outputs: NamedArray) -> None:
+    for array, dimensions in ((inputs, (2,)), (outputs, (1, 2))):
+        shape, dtype = array.values.shape, array.values.dtype
+        if dtype.kind not in "biuf":
+            raise ValueError(f"{array.name}: must hold real numbers, not {dtype}")
+        if len(shape) not in dimensions:
+            raise ValueError(f"{array.name}: must have the shape (samples, features), not {shape}")
+        if 0 in shape:
+            raise ValueError(f"{array.name}: is empty: its shape is {shape}")
+    rows, others = len(inputs.values), len(outputs.values)
+    if rows != others:
+        raise ValueError(f"{inputs.name} has {rows:,} rows and {outputs.name} has {others:,}")

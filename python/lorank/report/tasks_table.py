@@ -1,0 +1,226 @@
+"""The estimate of a task for a terminal: numbers, a picture of the spectrum, the predicted curve."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from lorank.report.json_report import plain
+from lorank.task_spectra import TaskEstimate
+
+# Of the picture: its widest, the values that it always shows, what the labels on its left take,
+# its rows above the threshold and in total.
+_WIDEST = 78
+_FEWEST_VALUES = 24
+_LABELS = 11
+_ROWS_ABOVE = 8
+_ROWS = 12
+# A row of the picture is a factor from a tenth to ten, if the values leave the choice.
+_FINEST, _COARSEST = 0.1, math.log(10)
+
+_CURVE_WIDTH = 30
+_UPWARDS = " ▁▂▃▄▅▆▇█"
+_RIGHTWARDS = " ▏▎▍▌▋▊▉█"
+
+_ABOVE, _BELOW, _LINE = "green", "bright_black", "yellow"
+
+
+def estimate_json(found: TaskEstimate) -> dict[str, Any]:
+    """An estimate as values that JSON knows: nan is null, infinity is the string "inf"."""
+    return {
+        "k_star": found.k_star,
+        "predicted_rank": found.predicted_rank,
+        "piecewise": {
+            "k_star": found.piecewise.k_star,
+            "breakpoints": list(found.piecewise.breakpoints),
+            "rhos": [plain(rho) for rho in found.piecewise.rhos],
+        },
+        **{name: plain(getattr(found, name)) for name in ("rho", "tau", "noise", "leading")},
+        "num_above": found.num_above,
+        "num_samples": found.num_samples,
+        "space": found.space,
+        "flags": list(found.flags),
+        "singular_values": [plain(value) for value in found.singular_values.tolist()],
+        "predicted_r2": [plain(value) for value in found.predicted_r2.tolist()],
+    }
+
+
+def estimate_table(found: TaskEstimate, title: str) -> Table:
+    """The ranks and the numbers behind them."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    unit = "Y over X" if found.space == "weights" else "Y"
+    for name, value, remark in (
+        ("predicted rank", str(found.predicted_rank), "fewest with 95 % of the full rank's predicted R2"),
+        ("K*", str(found.k_star), "where the decay reaches the threshold tau"),
+        ("piecewise K*", str(found.piecewise.k_star), _pieces(found)),
+        ("above tau", str(found.num_above), f"of {len(found.singular_values)} singular values"),
+        ("rho", _number(found.rho), "decay from one value to the next, above tau"),
+        ("tau", _number(found.tau), f"threshold, in units of {unit}"),
+        ("C", _number(found.leading), "where the decay starts, in the same"),
+        ("noise", _number(found.noise), "standard deviation, in units of Y"),
+        ("samples", f"{found.num_samples:,}", ""),
+    ):
+        table.add_row(name, value, remark)
+    return table
+
+
+def _pieces(found: TaskEstimate) -> str:
+    rates = [f"{rate:.4g}" for rate in found.piecewise.rhos]
+    rates[1:] = [
+        f"{rate} from value {start + 1}"
+        for rate, start in zip(rates[1:], found.piecewise.breakpoints, strict=True)
+    ]
+    return f"decay {', '.join(rates)}" if rates else ""
+
+
+def spectrum_picture(found: TaskEstimate, width: int, ascii_only: bool) -> Text:
+    """Bars for the first singular values on a logarithmic scale, and a line at the threshold.
+
+    Parameters
+    ----------
+    found
+        The estimate.
+    width
+        Columns of the terminal.
+    ascii_only
+        Whether it knows no blocks and lines.
+    """
+    values, tau = found.singular_values, found.tau
+    if not (tau > 0 and values[0] > 0):
+        return Text("every singular value is zero")
+    columns = max(min(width, _WIDEST) - _LABELS - 2, 20)
+    count = min(len(values), max(3 * found.num_above, _FEWEST_VALUES))
+    each = -(-count // columns)
+    pitch = 2 if 2 * count <= columns else 1
+    bars = values[:count:each]
+    # In rows of the picture, from the threshold up.
+    with np.errstate(divide="ignore"):
+        logs = np.log(bars) - math.log(tau)
+    step, above, below = _scale(logs)
+    heights = logs / step
+
+    picture = Text("singular values, log scale", style="italic")
+    for row in range(above - 1, -below - 1, -1):
+        # Nothing of a bar that ends below the threshold is above it, and the line lies in between.
+        label = f"{bars[0]:.4g}" if row == above - 1 and above else ""
+        if row == -below and below:
+            label = f"{tau * math.exp(-step * below):.4g}"
+        if row == -1 or (row == 0 and not above):
+            _add_line(picture, heights, pitch, f"tau {tau:.4g}", ascii_only)
+        _start_line(picture, label, ascii_only)
+        for height in heights:
+            block = _block(height - row, _UPWARDS, ascii_only)
+            picture.append(block.ljust(pitch), style=_ABOVE if height > 0 else _BELOW)
+    if not below:
+        _add_line(picture, heights, pitch, f"tau {tau:.4g}", ascii_only)
+    picture.append("\n" + " " * (_LABELS + 2) + _ticks(len(bars), each, pitch))
+    if each > 1:
+        picture.append(f"\na bar is the largest of {each} values", style="dim")
+    if count < len(values):
+        rest = f"\n{len(values) - count:,} more down to {_number(float(values[-1]))}"
+        picture.append(rest, style="dim")
+    return picture
+
+
+def _scale(logs: npt.NDArray[np.float64]) -> tuple[float, int, int]:
+    """The logarithm of a row's factor, and how many rows are above and below the threshold."""
+    highest, lowest = float(logs[0]), float(np.min(logs[np.isfinite(logs)]))
+    if highest > 0:
+        step = max(highest / _ROWS_ABOVE, _FINEST)
+        above = math.ceil(highest / step - 1e-9)
+    else:
+        step = min(max(-lowest / _ROWS_ABOVE, _FINEST), _COARSEST)
+        above = 0
+    return step, above, min(max(math.ceil(-lowest / step), 0), _ROWS - above)
+
+
+def _start_line(picture: Text, label: str, ascii_only: bool) -> None:
+    picture.append(f"\n{label:>{_LABELS}} {'|' if ascii_only else '│'}")
+
+
+def _add_line(
+    picture: Text, heights: npt.NDArray[np.float64], pitch: int, label: str, ascii_only: bool
+) -> None:
+    """The row of the threshold: bars go through it."""
+    _start_line(picture, label, ascii_only)
+    dash = "-" if ascii_only else "─"
+    for height in heights:
+        if height > 0:
+            picture.append("#" if ascii_only else "█", style=_ABOVE)
+        else:
+            picture.append(dash, style=_LINE)
+        picture.append(dash * (pitch - 1), style=_LINE)
+
+
+def _block(share: float, blocks: str, ascii_only: bool) -> str:
+    """One character, filled to a share."""
+    filled = min(max(share, 0.0), 1.0)
+    if ascii_only:
+        return "#" if filled >= 0.5 else " "
+    return blocks[round(filled * (len(blocks) - 1))]
+
+
+def _ticks(bars: int, each: int, pitch: int) -> str:
+    """Which singular value a bar is, counted from 1, as often as there is room."""
+    line = ""
+    for bar in range(bars):
+        value = 1 + bar * each
+        # Without gaps in the counting, round numbers.
+        is_round = bar == 0 or each > 1 or value % 5 == 0
+        if is_round and len(line) <= bar * pitch - (2 if line else 0):
+            line = line.ljust(bar * pitch) + str(value)
+    return line
+
+
+def curve_table(found: TaskEstimate, ascii_only: bool) -> Table | None:
+    """The predicted R^2 at telling ranks; None where it is undefined."""
+    curve = found.predicted_r2
+    if np.isnan(curve[-1]):
+        return None
+    table = Table(title="predicted R2 by rank", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("R2", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=_CURVE_WIDTH)
+    table.add_column("")
+    names = _named_ranks(found)
+    for rank in _shown_ranks(found):
+        r2 = float(curve[rank])
+        bar = "".join(_block(r2 * _CURVE_WIDTH - i, _RIGHTWARDS, ascii_only) for i in range(_CURVE_WIDTH))
+        table.add_row(
+            str(rank),
+            f"{r2:.4f}" if abs(r2) < 100 else f"{r2:.4g}",
+            Text(bar.rstrip(), style=_ABOVE if rank >= found.predicted_rank else _BELOW),
+            ", ".join(name for name, named in names.items() if named == rank),
+        )
+    return table
+
+
+def _named_ranks(found: TaskEstimate) -> dict[str, int]:
+    return {
+        "predicted rank": found.predicted_rank,
+        "K*": found.k_star,
+        "piecewise K*": found.piecewise.k_star,
+        "full rank": len(found.predicted_r2) - 1,
+    }
+
+
+def _shown_ranks(found: TaskEstimate) -> list[int]:
+    """None, powers of two, those with a name, and the neighbours of the predicted one."""
+    full = len(found.predicted_r2) - 1
+    powers = {1 << exponent for exponent in range(full.bit_length())}
+    knee = {found.predicted_rank - 1, found.predicted_rank + 1}
+    ranks = {0, *powers, *knee, *_named_ranks(found).values()}
+    return sorted(rank for rank in ranks if rank <= full)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
