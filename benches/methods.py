@@ -24,7 +24,7 @@ from lorank.training import DynamicRanks
 
 BOUNDS = {"r_min": 2, "r_max": 32}
 LORA_ALPHA = 16
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 
 
 def from_weights(method: str) -> Callable[..., lorank.RankAllocation]:
@@ -81,8 +81,7 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
     return {
         "method": method,
         "seed": seed,
-        "accuracy": reviews.accuracy(peft_model.eval(), held_out),
-        "loss": mean_loss(peft_model, held_out),
+        **evaluation(peft_model.eval(), held_out),
         "train_loss": statistics.mean(losses[-len(data) :]),
         "parameters": peak,
         "ranks": [min(ranks), max(ranks)],
@@ -123,8 +122,14 @@ def train(
 
 
 @torch.no_grad()
-def mean_loss(model: Any, data: list[Any]) -> float:
-    return statistics.mean(model(**batch).loss.item() for batch in data)
+def evaluation(model: Any, data: list[Any]) -> dict[str, float]:
+    """Accuracy and mean loss on held-out reviews."""
+    right, losses = 0, []
+    for batch in data:
+        found = model(**batch)
+        right += int((found.logits.argmax(-1) == batch["labels"]).sum())
+        losses.append(found.loss.item())
+    return {"accuracy": right / sum(len(batch["labels"]) for batch in data), "loss": statistics.mean(losses)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -153,8 +158,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--reviews", type=int, default=1024)
-    parser.add_argument("--held-out", type=int, default=1024)
+    parser.add_argument("--reviews", type=int, default=768)
+    parser.add_argument("--held-out", type=int, default=768)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--avg-rank", type=float, default=8)
     parser.add_argument("--json", type=Path, help="read runs from here, and write them as they end")

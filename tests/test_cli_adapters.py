@@ -121,8 +121,10 @@ def test_errors(adapter: Path, tmp_path: Path) -> None:
     cases = [
         (2, "exactly one of --rank-ratio", ("compress", adapter, "-o", tmp_path / "o")),
         (2, "exactly one", ("compress", adapter, "-o", tmp_path / "o", "--avg-rank", 2, "--energy", 0.5)),
+        (2, "between 0 and 1", ("compress", adapter, "-o", tmp_path / "o", "--rank-ratio", 2)),
+        (2, "between 0 and 1", ("compress", adapter, "-o", tmp_path / "o", "--rank-ratio", "nan")),
+        (1, "no module has any rank left", ("compress", adapter, "-o", tmp_path / "o", "--rank-ratio", 0)),
         (2, "is not empty", ("compress", adapter, "-o", adapter, "--avg-rank", 2)),
-        (1, "between 0 and 1", ("compress", adapter, "-o", tmp_path / "o", "--rank-ratio", 2)),
         (1, "no such file", ("info", tmp_path / "none")),
         (1, "no runtime 'x'", ("check", adapter, "--for", "x")),
         (2, "takes numbers", ("family", adapter, "-o", tmp_path / "o", "--avg-ranks", "one")),

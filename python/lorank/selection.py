@@ -83,7 +83,8 @@ class Knobs:
             raise ValueError("keep='smallest' and scores go with rank_ratio or avg_rank only")
 
     def __str__(self) -> str:
-        name = next(n for n in ("rank_ratio", "avg_rank", "energy", "budget", "auto") if getattr(self, n))
+        names = ("rank_ratio", "avg_rank", "energy", "budget")
+        name = next((name for name in names if getattr(self, name) is not None), "auto")
         words = [f"{name}={getattr(self, name)}", f"{self.scope} scope"]
         words += [f"max_rank={self.max_rank}"] if self.max_rank is not None else []
         words += ["smallest kept"] if self.keep == "smallest" else []

@@ -28,6 +28,7 @@ from lorank.cli.options import (
 )
 from lorank.report import adapters as tables
 from lorank.report.table import rank_map
+from lorank.selection import Knobs
 
 Adapter = Annotated[
     Path, typer.Argument(help="A PEFT folder, or a .safetensors file with the keys of kohya or diffusers.")
@@ -56,10 +57,14 @@ DtypeOption = Annotated[
 
 def _knobs(**given: Any) -> dict[str, Any]:
     """The knobs that were given; exactly one of the first five is wanted."""
-    chosen = {name: value for name, value in given.items() if value not in (None, False)}
+    chosen = {name: value for name, value in given.items() if value is not None and value is not False}
     names = [name for name in ("rank_ratio", "avg_rank", "energy", "budget", "auto") if name in chosen]
     if len(names) != 1:
         raise UsageError("give exactly one of --rank-ratio, --avg-rank, --energy, --budget and --auto")
+    try:
+        Knobs(**chosen)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return chosen
 
 

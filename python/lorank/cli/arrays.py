@@ -26,7 +26,7 @@ _UNREADABLE = (
     KeyError,
     EOFError,
     MemoryError,
-    NotImplementedError,
+    OverflowError,
     RuntimeError,
     SyntaxError,
     tokenize.TokenError,
@@ -101,7 +101,8 @@ def _key(path: Path, keys: Sequence[str], option: str, wanted: str | None) -> st
 
 def _mapped(path: Path) -> NamedArray:
     _check_magic(path, _NPY, ".npy")
-    with _reading(str(path)):
+    # A header may claim any size; what does not fit the file is an error without a warning.
+    with _reading(str(path)), np.errstate(over="ignore"):
         return NamedArray(str(path), np.load(path, mmap_mode="r", allow_pickle=False))
 
 
@@ -110,10 +111,10 @@ def _check_magic(path: Path, magic: bytes, ending: str) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
-        start = file.read(len(magic))
-    if start == _NPY and ending == ".npz":
+        start = file.read(len(_NPY))
+    if start == _NPY != magic:
         raise ValueError(f"{path}: holds one array: {_FILES}")
-    if start != magic:
+    if not start.startswith(magic):
         raise FormatError(f"{path}: is no {ending} file")
 
 

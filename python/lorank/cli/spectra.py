@@ -1,15 +1,17 @@
-"""Commands about a model: analyze, report, allocate."""
+"""Commands about a model and what was measured of it: analyze, report, allocate."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 import lorank
-from lorank import adapter_config, signals
+from lorank import adapter_config, naming, signals
 from lorank.allocation import RankAllocation
 from lorank.atomic import check_writable
 from lorank.budget import parse_budget
@@ -29,10 +31,23 @@ from lorank.cli.options import (
     print_json,
     say,
 )
-from lorank.report import METRICS, SpectralReport, table
+from lorank.report import METRICS, SpectralReport, profiles_table, table
+from lorank.report.base import Evidence
 from lorank.report.files import to_json
+from lorank.report.gradients import GradientReport
+from lorank.report.loading import AnyReport, load_report
+from lorank.report.tasks import TaskReport
+from lorank.roles import Placement
 
 _REPORT_ENDINGS = (".json", ".parquet", ".csv")
+# The numbers that rows of any report have.
+_ALL_COLUMNS = (*METRICS, *GradientReport.columns, *TaskReport.columns)
+# Where the reports come from that a method needs.
+_MAKERS: Mapping[Evidence, str] = {
+    "spectra": "make it by lorank analyze MODEL -o report.json",
+    "gradients": "make it in Python by lorank.profile_gradients(model, batches).save('report.json')",
+    "tasks": "make it in Python by lorank.profile_tasks(model, batches).save('report.json')",
+}
 
 Source = Annotated[
     str,
@@ -76,7 +91,7 @@ def analyze(
         _check_output_file(output, overwrite)
     if _is_report(source):
         raise UsageError(f"{source} looks like a saved report: see lorank report")
-    _check_shown(sort, columns)
+    _check_shown(sort, columns, METRICS)
     try:
         report = lorank.analyze(
             source,
@@ -100,7 +115,12 @@ def analyze(
 
 
 def report(
-    file: Annotated[Path, typer.Argument(help="A report saved by analyze: .parquet, .csv or .json.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A report of analyze (.parquet, .csv, .json), profile_gradients or profile_tasks (.json)."
+        ),
+    ],
     include: Include = None,
     exclude: Exclude = None,
     sort: Sort = None,
@@ -115,22 +135,35 @@ def report(
     overwrite: Overwrite = False,
 ) -> None:
     """Show a saved report, or draw it."""
-    _check_shown(sort, columns)
+    _check_shown(sort, columns, _ALL_COLUMNS)
     if html is not None and html.exists() and not overwrite:
         raise UsageError(f"{html} exists: choose another name or --overwrite")
-    whole = SpectralReport.load(file)
-    loaded = whole.select(parse_targets(include), parse_targets(exclude))
+    whole = load_report(file)
+    _check_shown(sort, columns, _columns_of(whole))
+    names = naming.filtered(
+        {row.module for row in whole.modules}, parse_targets(include), parse_targets(exclude)
+    )
+    loaded = _with_rows(whole, [row for row in whole.modules if row.module in set(names)])
     if not loaded.modules:
         raise ValueError(f"{file}: none of its {len(whole)} matrices is left by --include and --exclude")
     if html is not None:
+        if not isinstance(loaded, SpectralReport):
+            raise UsageError(f"--html draws spectra, and {file} is a report of {loaded.provides}")
         loaded.to_html(html)
         say(f"saved to {html}")
     _show(loaded, sort, descending, top, columns, skipped, json_output)
 
 
 def allocate(
-    source: Annotated[str, typer.Argument(help="As for analyze, or a report that it saved.")],
-    method: Annotated[str, typer.Option("--method", "-m", help="htsr or uniform.")] = "htsr",
+    source: Annotated[str, typer.Argument(help="As for analyze, or a saved report as for report.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            help=f"{', '.join(signals.names())}. gard takes a saved report of gradients, task one of tasks.",
+        ),
+    ] = "htsr",
     r_min: Annotated[int, typer.Option(min=0, help="Smallest rank.")] = 4,
     r_max: Annotated[int, typer.Option(min=1, help="Largest rank.")] = 32,
     budget: Annotated[
@@ -141,9 +174,16 @@ def allocate(
         list[str] | None,
         typer.Option("--targets", "-t", help="Modules to adapt, read as --include (default: all-linear)."),
     ] = None,
+    placement: Annotated[
+        str, typer.Option(help=f"Which of the targets: {', '.join(get_args(Placement))}.")
+    ] = "all",
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", help="NAME=VALUE for the method, such as granularity=block. Repeatable."),
+        typer.Option(
+            "--option",
+            help="NAME=VALUE for the method, such as r_base=16; VALUE may be JSON. "
+            "roles={...} is also for --placement. Repeatable.",
+        ),
     ] = None,
     lora_alpha: Annotated[float, typer.Option(help="LoRA alpha at the average rank.")] = 8,
     scale_rule: Annotated[str, typer.Option(help="constant or rank-stabilized.")] = "constant",
@@ -158,20 +198,24 @@ def allocate(
 ) -> None:
     """Ranks under a budget, as an adapter_config.json that PEFT loads."""
     _check_allocation(method, r_min, r_max, budget, avg_rank, scale_rule)
+    check_choice("--placement", placement, get_args(Placement))
+    options = _method_options(option)
+    _check_method_options(method, options, placement)
     if output is not None:
         check_output_folder(output, overwrite)
     wanted = parse_targets(targets)
     allocation = lorank.allocate(
-        SpectralReport.load(source) if _is_report(source) else source,
+        _evidence(source, method),
         method,
         r_min=r_min,
         r_max=r_max,
         budget=budget,
         avg_rank=avg_rank,
         targets=wanted,
+        placement=placement,  # type: ignore[arg-type]
         threads=threads,
         progress=not quiet,
-        **_method_options(option),
+        **options,
     )
     alpha = int(lora_alpha) if lora_alpha.is_integer() else lora_alpha
     settings = allocation.lora_settings(scale_rule=scale_rule, lora_alpha=alpha)  # type: ignore[arg-type]
@@ -218,9 +262,39 @@ def _method_options(pairs: list[str] | None) -> dict[str, Any]:
     return options
 
 
+def _check_method_options(method: str, options: Mapping[str, Any], placement: str) -> None:
+    """Refuse options that nothing would read; roles are the placement's, too."""
+    own = [name for name in options if name != "roles" or placement == "all"]
+    signals.find(method).check_options(method, dict.fromkeys(own))
+
+
+def _evidence(source: str, method: str) -> AnyReport | str:
+    """The saved report, or the source as it is; refused if the method cannot use it."""
+    needs = signals.find(method).needs
+    found = load_report(source) if _is_report(source) else source
+    provided: Evidence = "spectra" if isinstance(found, str) else found.provides
+    if needs == "shapes" or needs == provided:
+        return found
+    if not isinstance(found, str):
+        what = f"is one of {provided}"
+    elif Path(source).suffix in _REPORT_ENDINGS and not Path(source).exists():
+        raise FileNotFoundError(f"{source}: no such file")
+    else:
+        what = "is none"
+    raise UsageError(f"--method {method} needs a report of {needs}, and {source} {what}: {_MAKERS[needs]}")
+
+
 def _is_report(source: str) -> bool:
     path = Path(source)
     return path.suffix in _REPORT_ENDINGS and not path.name.endswith(".index.json") and path.is_file()
+
+
+def _columns_of(shown: AnyReport) -> Sequence[str]:
+    return METRICS if isinstance(shown, SpectralReport) else shown.columns
+
+
+def _with_rows(shown: AnyReport, rows: Sequence[Any]) -> AnyReport:
+    return replace(shown, modules=rows)  # type: ignore[arg-type]
 
 
 def _check_output_file(path: Path, overwrite: bool) -> None:
@@ -231,15 +305,15 @@ def _check_output_file(path: Path, overwrite: bool) -> None:
     check_writable(path)
 
 
-def _check_shown(sort: str | None, columns: str | None) -> None:
+def _check_shown(sort: str | None, columns: str | None, known: Sequence[str]) -> None:
     for column in [] if columns in (None, "all") else str(columns).split(","):
-        check_choice("--columns", column, METRICS)
+        check_choice("--columns", column, known)
     if sort is not None:
-        check_choice("--sort", sort, ("name", *METRICS))
+        check_choice("--sort", sort, ("name", *known))
 
 
 def _show(
-    shown: SpectralReport,
+    shown: AnyReport,
     sort: str | None,
     descending: bool,
     top: int | None,
@@ -247,20 +321,24 @@ def _show(
     skipped: bool,
     json_output: bool,
 ) -> None:
-    rows = table.ordered(shown, sort, descending, top)
+    rows = profiles_table.ordered(shown.modules, sort, descending, top)
     if json_output:
-        print_json(
-            to_json(SpectralReport(rows, shown.skipped, shown.source, shown.accuracy, shown.num_parameters))
-        )
+        content = _with_rows(shown, rows)
+        print_json(to_json(content) if isinstance(content, SpectralReport) else content.to_json())
         return
     terminal = console()
+    known = _columns_of(shown)
     if columns is None:
-        chosen = table.fitting_columns(terminal.width)
+        default = table.fitting_columns(terminal.width)
+        chosen = default if isinstance(shown, SpectralReport) else known[: len(default)]
     else:
-        chosen = METRICS if columns == "all" else columns.split(",")
+        chosen = known if columns == "all" else columns.split(",")
         # Lines that a terminal wraps are read more easily than columns of one letter.
         terminal = console(table.width_of(chosen))
-    terminal.print(table.spectral_table(shown, rows, chosen))
+    if isinstance(shown, SpectralReport):
+        terminal.print(table.spectral_table(shown, rows, chosen))
+    else:
+        terminal.print(profiles_table.profile_table(shown, rows, chosen))
     if skipped:
         terminal.print(table.skipped_table(shown))
     elif shown.skipped:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from lorank import naming
 from lorank.report.gradients import GradientReport
@@ -35,7 +36,7 @@ def profile_table(report: Profile, rows: Sequence[Any], columns: Sequence[str]) 
     """Rows of a report: name, shape, numbers, flags."""
     some = "" if len(rows) == len(report) else f", {len(rows)} shown"
     table = Table(
-        title=f"{report.source}: {len(report)} modules{some}, {_extent(report)}",
+        title=Text(f"{report.source}: {len(report)} modules{some}, {_extent(report)}"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lorank import naming
 from lorank.allocation import RankAllocation
+from lorank.report.base import Report
 from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
 
 DEFAULT_COLUMNS = (
@@ -33,31 +34,6 @@ _ITSELF = "(itself)"
 
 # From few ranks to many.
 _PALETTE = ("bright_black", "blue", "cyan", "green", "yellow", "red")
-
-
-def ordered(
-    report: SpectralReport, sort: str | None, descending: bool, top: int | None
-) -> list[ModuleSpectrum]:
-    """The rows in the order asked for; undefined values come last either way.
-
-    Raises
-    ------
-    ValueError
-        If `sort` is neither "name" nor a metric.
-    """
-    rows = list(report.modules)
-    if sort is not None:
-        if sort != "name" and sort not in METRICS:
-            raise ValueError(f"cannot sort by {sort!r}: choose name or one of {', '.join(METRICS)}")
-        if sort == "name":
-            rows.sort(key=lambda row: naming.natural_key(row.name), reverse=descending)
-        else:
-            known = [row for row in rows if not math.isnan(getattr(row, sort))]
-            unknown = [row for row in rows if math.isnan(getattr(row, sort))]
-            rows = sorted(known, key=attrgetter(sort), reverse=descending) + unknown
-    elif descending:
-        rows.reverse()
-    return rows if top is None else rows[:top]
 
 
 def fitting_columns(width: int) -> Sequence[str]:
@@ -100,7 +76,7 @@ def spectral_table(report: SpectralReport, rows: Sequence[ModuleSpectrum], colum
     return table
 
 
-def skipped_table(report: SpectralReport) -> Table:
+def skipped_table(report: Report[Any]) -> Table:
     """What has no row, and why."""
     table = Table(title=f"{len(report.skipped)} tensors skipped", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("tensor", overflow="fold")
@@ -111,7 +87,7 @@ def skipped_table(report: SpectralReport) -> Table:
     return table
 
 
-def skipped_summary(report: SpectralReport) -> str:
+def skipped_summary(report: Report[Any]) -> str:
     """One line: how many tensors were skipped, by reason."""
     reasons: dict[str, int] = {}
     for entry in report.skipped:

@@ -18,13 +18,13 @@ from lorank.task_spectra import TaskEstimate
 # its rows above the threshold and in total.
 _WIDEST = 78
 _FEWEST_VALUES = 24
-_LABELS = 11
+_LABELS = 12
 _ROWS_ABOVE = 8
 _ROWS = 12
 # A row of the picture is a factor from a tenth to ten, if the values leave the choice.
 _FINEST, _COARSEST = 0.1, math.log(10)
 
-_CURVE_WIDTH = 30
+_CURVE_WIDTH = 24
 _UPWARDS = " ▁▂▃▄▅▆▇█"
 _RIGHTWARDS = " ▏▎▍▌▋▊▉█"
 
@@ -53,7 +53,7 @@ def estimate_json(found: TaskEstimate) -> dict[str, Any]:
 
 def estimate_table(found: TaskEstimate, title: str) -> Table:
     """The ranks and the numbers behind them."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
@@ -65,7 +65,7 @@ def estimate_table(found: TaskEstimate, title: str) -> Table:
         ("above tau", str(found.num_above), f"of {len(found.singular_values)} singular values"),
         ("rho", _number(found.rho), "decay from one value to the next, above tau"),
         ("tau", _number(found.tau), f"threshold, in units of {unit}"),
-        ("C", _number(found.leading), "where the decay starts, in the same"),
+        ("C", _number(found.leading), f"where the decay starts, in units of {unit}"),
         ("noise", _number(found.noise), "standard deviation, in units of Y"),
         ("samples", f"{found.num_samples:,}", ""),
     ):
@@ -102,31 +102,29 @@ def spectrum_picture(found: TaskEstimate, width: int, ascii_only: bool) -> Text:
     each = -(-count // columns)
     pitch = 2 if 2 * count <= columns else 1
     bars = values[:count:each]
-    # In rows of the picture, from the threshold up.
     with np.errstate(divide="ignore"):
         logs = np.log(bars) - math.log(tau)
     step, above, below = _scale(logs)
-    heights = logs / step
 
-    picture = Text("singular values, log scale", style="italic")
-    for row in range(above - 1, -below - 1, -1):
-        # Nothing of a bar that ends below the threshold is above it, and the line lies in between.
-        label = f"{bars[0]:.4g}" if row == above - 1 and above else ""
-        if row == -below and below:
-            label = f"{tau * math.exp(-step * below):.4g}"
-        if row == -1 or (row == 0 and not above):
-            _add_line(picture, heights, pitch, f"tau {tau:.4g}", ascii_only)
-        _start_line(picture, label, ascii_only)
-        for height in heights:
-            block = _block(height - row, _UPWARDS, ascii_only)
-            picture.append(block.ljust(pitch), style=_ABOVE if height > 0 else _BELOW)
-    if not below:
-        _add_line(picture, heights, pitch, f"tau {tau:.4g}", ascii_only)
+    labels = [""] * (above + 1 + below)
+    if below:
+        labels[-1] = f"{tau * math.exp(-step * below):.3g}"
+    if above:
+        labels[0] = f"{bars[0]:.3g}"
+    labels[above] = f"tau {tau:.3g}"
+    rows = _rows(logs / step, above, below, pitch, ascii_only)
+    coloured = pitch * int(np.sum(logs > 0))
+    picture = Text()
+    picture.append("singular values, log scale", style="italic")
+    for index, (label, cells) in enumerate(zip(labels, rows, strict=True)):
+        picture.append(f"\n{label:>{_LABELS}} {'|' if ascii_only else '│'}")
+        picture.append(cells[:coloured], style=_ABOVE)
+        picture.append(cells[coloured:], style=_LINE if index == above else _BELOW)
     picture.append("\n" + " " * (_LABELS + 2) + _ticks(len(bars), each, pitch))
     if each > 1:
         picture.append(f"\na bar is the largest of {each} values", style="dim")
     if count < len(values):
-        rest = f"\n{len(values) - count:,} more down to {_number(float(values[-1]))}"
+        rest = f"\n{len(values) - count:,} more values, down to {_number(float(values[-1]))}"
         picture.append(rest, style="dim")
     return picture
 
@@ -138,27 +136,26 @@ def _scale(logs: npt.NDArray[np.float64]) -> tuple[float, int, int]:
         step = max(highest / _ROWS_ABOVE, _FINEST)
         above = math.ceil(highest / step - 1e-9)
     else:
-        step = min(max(-lowest / _ROWS_ABOVE, _FINEST), _COARSEST)
+        step = min(max(-lowest / (_ROWS_ABOVE - 1), _FINEST), _COARSEST)
         above = 0
-    return step, above, min(max(math.ceil(-lowest / step), 0), _ROWS - above)
+    below = math.floor(-lowest / step) + 1 if lowest <= 0 else 0
+    return step, above, min(below, _ROWS - above)
 
 
-def _start_line(picture: Text, label: str, ascii_only: bool) -> None:
-    picture.append(f"\n{label:>{_LABELS}} {'|' if ascii_only else '│'}")
+def _rows(
+    heights: npt.NDArray[np.float64], above: int, below: int, pitch: int, ascii_only: bool
+) -> list[str]:
+    """Bars from the top down, and between those above and below it the line at the threshold.
 
-
-def _add_line(
-    picture: Text, heights: npt.NDArray[np.float64], pitch: int, label: str, ascii_only: bool
-) -> None:
-    """The row of the threshold: bars go through it."""
-    _start_line(picture, label, ascii_only)
-    dash = "-" if ascii_only else "─"
-    for height in heights:
-        if height > 0:
-            picture.append("#" if ascii_only else "█", style=_ABOVE)
-        else:
-            picture.append(dash, style=_LINE)
-        picture.append(dash * (pitch - 1), style=_LINE)
+    Heights are in rows, from the threshold up.
+    """
+    rows = [
+        "".join(_block(height - row, _UPWARDS, ascii_only).ljust(pitch) for height in heights).rstrip()
+        for row in range(above - 1, -below - 1, -1)
+    ]
+    dash, block = ("-", "#") if ascii_only else ("─", "█")
+    line = "".join((block if height > 0 else dash).ljust(pitch, dash) for height in heights)
+    return [*rows[:above], line, *rows[above:]]
 
 
 def _block(share: float, blocks: str, ascii_only: bool) -> str:
@@ -166,7 +163,8 @@ def _block(share: float, blocks: str, ascii_only: bool) -> str:
     filled = min(max(share, 0.0), 1.0)
     if ascii_only:
         return "#" if filled >= 0.5 else " "
-    return blocks[round(filled * (len(blocks) - 1))]
+    # The least that can be seen, of what there is.
+    return blocks[max(round(filled * (len(blocks) - 1)), int(filled > 0))]
 
 
 def _ticks(bars: int, each: int, pitch: int) -> str:

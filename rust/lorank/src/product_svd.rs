@@ -473,6 +473,16 @@ mod tests {
     }
 
     #[test]
+    fn nothing_kept_is_no_factor() {
+        for (r, dtype) in [(4, DType::F32), (4, DType::F64), (9, DType::F32)] {
+            let found = decomposed(&[term(12, 8, &noise(12 * r, 1), &noise(r * 8, 2), 1.0, dtype)]).unwrap();
+            let keep = vec![false; found.singular_values.len()];
+            let factors = found.rebuild(&keep, &mut Vec::new(), &CancelToken::default()).unwrap();
+            assert!(numbers(&factors.b).is_empty() && numbers(&factors.a).is_empty(), "{r} {dtype:?}");
+        }
+    }
+
+    #[test]
     fn misfits_are_errors() {
         let good = term(4, 5, &noise(8, 1), &noise(10, 2), 1.0, DType::F64);
         let fail = |update: &[Term]| decomposed(update).unwrap_err().to_string();

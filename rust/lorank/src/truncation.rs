@@ -75,6 +75,10 @@ impl Decomposition {
                 b: Values::collect((0..b.nrows()).flat_map(|i| kept.iter().map(move |&j| b[(i, j)])), *wide),
                 a: Values::collect(kept.iter().flat_map(|&j| a.col(j).iter().copied()), *wide),
             }),
+            // The factors need not be read to keep nothing of them.
+            Form::Basis { .. } if kept.is_empty() => {
+                Ok(Factors { b: Values::F32(Vec::new()), a: Values::F32(Vec::new()) })
+            }
             Form::Basis { term, left, right } => {
                 let (left, right) = (columns(left), columns(right));
                 Ok(Factors {
@@ -126,8 +130,8 @@ fn times(b: &MatrixView<'_>, x: MatRef<'_, f64>, cancel: &CancelToken) -> Result
         b.upcast_rows(rows, 1.0, &mut panel[..count * rank]);
         let left = Strided { values: &panel[..padded * rank], stride: rank, step: 1 };
         multiply(left, &x, width, &mut product[..padded * width]);
-        let lines = result[first * k..(first + count) * k].chunks_exact_mut(k.max(1));
-        for (line, sums) in lines.zip(product.chunks_exact(width.max(1))) {
+        let lines = result[first * k..(first + count) * k].chunks_exact_mut(k);
+        for (line, sums) in lines.zip(product.chunks_exact(width)) {
             narrow(&sums[..k], line);
         }
     }
