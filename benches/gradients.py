@@ -58,14 +58,8 @@ def agreement(sizes: list[int], count: int) -> list[dict[str, Any]]:
     """Share of modules whose effective rank is within one of the exact one."""
     model = reviews.base_model()
     batches = reviews.batches(0, 32 * count)
-    names = [target.info.name for target in find_targets(model, None).chosen]
-    exact: dict[str, float] = {}
-    # A few modules at a time: whole gradients of all batches take 1.4 GB.
-    for first in range(0, len(names), 8):
-        part = lorank.profile_gradients(
-            model, batches, sketch=None, targets=names[first : first + 8], progress=False
-        )
-        exact |= {row.name: row.effective_rank for row in part}
+    found = lorank.profile_gradients(model, batches, sketch=None, progress=False)
+    exact = {row.name: row.effective_rank for row in found}
     rows = []
     for size in sizes:
         start = time.perf_counter()
