@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lorank
+import tiny_models
 
 RNG = np.random.default_rng(0)
 SHAPES = {"q_proj": (32, 32), "k_proj": (8, 32), "up_proj": (96, 32), "down_proj": (32, 96)}
@@ -109,3 +110,22 @@ def test_errors_say_what_to_do(report: lorank.SpectralReport) -> None:
         lorank.allocate(report, budget=10)
     with pytest.raises(FileNotFoundError, match="no such file"):
         lorank.allocate(Path("nowhere"))
+
+
+def test_placement_adapts_one_role_alone() -> None:
+    model = tiny_models.llama()
+    attention = lorank.allocate(model, "uniform", placement="attention", r_max=8)
+    forward = lorank.allocate(model, "uniform", placement="feed-forward", r_max=8)
+    assert {name.split(".")[-2] for name in attention.ranks} == {"self_attn"}
+    assert {name.split(".")[-2] for name in forward.ranks} == {"mlp"}
+    assert set(forward.ranks) <= set(attention.other_modules)
+    everything = lorank.allocate(model, "uniform", r_max=8)
+    assert set(everything.ranks) == {*attention.ranks, *forward.ranks}
+    own = lorank.allocate(model, "uniform", placement="attention", roles={"mlp": "attention"}, r_max=8)
+    assert set(own.ranks) == set(everything.ranks)
+    heavy = lorank.allocate(model, "attention-heavy", roles={"mlp": "attention"}, r_max=8)
+    assert set(heavy.ranks.values()) == {8}
+    with pytest.raises(ValueError, match="placement must be one of"):
+        lorank.allocate(model, "uniform", placement="elsewhere")
+    with pytest.raises(ValueError, match="selects none of the 2 modules"):
+        lorank.allocate(model, "uniform", placement="attention", targets=["up_proj"])

@@ -192,3 +192,54 @@ def test_average_ranks() -> None:
     for bad in (-1.0, 3.9, 32.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"avg_rank .* is not feasible: ranks go from 4 to 32"):
             average_rank_budget(bad, [0], 4, 32)
+
+
+@st.composite
+def bounded_problems(draw: st.DrawFn) -> tuple[list[float], list[int], list[int], list[int], int]:
+    """Modules with ranks of their own, how far they may move, and a budget that holds the ranks."""
+    count = draw(st.integers(1, 8))
+    scores = draw(st.lists(st.floats(0, 100), min_size=count, max_size=count))
+    costs = draw(st.lists(st.integers(1, 50), min_size=count, max_size=count))
+    now = draw(st.lists(st.integers(1, 12), min_size=count, max_size=count))
+    reach = draw(st.integers(0, 5))
+    low = [max(rank - reach, 1) for rank in now]
+    high = [min(rank + reach, 12) for rank in now]
+    least = sum(rank * cost for rank, cost in zip(now, costs, strict=True))
+    most = sum(rank * cost for rank, cost in zip(high, costs, strict=True))
+    return scores, costs, low, high, draw(st.integers(least, most))
+
+
+@given(bounded_problems())
+def test_bounds_of_single_modules(
+    problem: tuple[list[float], list[int], list[int], list[int], int],
+) -> None:
+    scores, costs, low, high, budget = problem
+    ranks = lorank.fit_ranks(scores, costs, 1, 12, budget, at_least=low, at_most=high)
+    assert np.all(ranks >= low)
+    assert np.all(ranks <= high)
+    left = budget - int(ranks @ np.array(costs))
+    assert left >= 0
+    assert all(cost > left for rank, top, cost in zip(ranks, high, costs, strict=True) if rank < top)
+
+
+@given(bounded_problems())
+def test_bounds_that_say_nothing_change_nothing(
+    problem: tuple[list[float], list[int], list[int], list[int], int],
+) -> None:
+    scores, costs, _, _, budget = problem
+    wide = [1] * len(scores), [12] * len(scores)
+    bounded = lorank.fit_ranks(scores, costs, 1, 12, budget, at_least=wide[0], at_most=wide[1])
+    assert bounded.tolist() == lorank.fit_ranks(scores, costs, 1, 12, budget).tolist()
+
+
+def test_bounds_that_cannot_be() -> None:
+    for options, reason in (
+        ({"at_least": [1]}, "one integer per module"),
+        ({"at_most": [1.5, 2.0]}, "one integer per module"),
+        ({"at_least": [0, 1]}, "within r_min 1 and r_max 8"),
+        ({"at_most": [9, 8]}, "within r_min 1 and r_max 8"),
+        ({"at_least": [3, 1], "at_most": [2, 2]}, "above at_most for module 0"),
+        ({"at_most": [2, 2]}, "cost 20 to 40"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            lorank.fit_ranks([1.0, 2.0], [10, 10], 1, 8, 100, **options)
