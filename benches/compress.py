@@ -88,10 +88,10 @@ def run(source, target, threads):
 """
 
 LORANK_MERGE = """
-import lorank
+from lorank import LoraAdapter, merge
 def run(source, target, threads):
-    adapters = [lorank.LoraAdapter.load(f"{source}/{k}") for k in (0, 1)]
-    merged = lorank.merge(adapters, [0.7, 0.3], avg_rank=16, threads=threads, progress=False)
+    adapters = [LoraAdapter.load(f"{source}/{k}") for k in (0, 1)]
+    merged = merge(adapters, [0.7, 0.3], avg_rank=16, threads=threads, progress=False)
     return merged.certificate.retained_energy
 """
 
