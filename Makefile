@@ -30,7 +30,7 @@ test-rust:
 test-python: $(VENV)/installed
 	$(BIN)/pytest
 
-bench: $(VENV)/installed ## Measure speed and memory beside the peers (about twenty minutes).
+bench: $(VENV)/installed ## Measure speed and memory beside the peers (about an hour).
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	cargo bench --package lorank
 	$(BIN)/python benches/fit_ranks.py
@@ -40,6 +40,9 @@ bench: $(VENV)/installed ## Measure speed and memory beside the peers (about twe
 	$(BIN)/python benches/compress.py
 	$(BIN)/python benches/task_spectra.py
 	PYTHONPATH=tests $(BIN)/python benches/adapter_accuracy.py
+	PYTHONPATH=tests $(BIN)/python benches/gradients.py
+	PYTHONPATH=tests $(BIN)/python benches/schedules.py
+	PYTHONPATH=tests $(BIN)/python benches/methods.py
 
 lint: $(VENV)/installed ## Check format, lints, types and stubs.
 	cargo fmt --all --check
