@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import lorank
 import tiny_models
+from lorank.roles import Roles
 
 RNG = np.random.default_rng(0)
 SHAPES = {"q_proj": (32, 32), "k_proj": (8, 32), "up_proj": (96, 32), "down_proj": (32, 96)}
@@ -79,6 +81,64 @@ def test_uniform_needs_no_spectra(weights: dict[str, np.ndarray]) -> None:
     assert set(lorank.allocate(broken, "uniform", r_max=8, r_base=6).ranks.values()) == {6}
     under = lorank.allocate(broken, "uniform", r_min=1, r_max=8, budget=5_000)
     assert max(under.ranks.values()) - min(under.ranks.values()) <= 1
+
+
+def test_a_placement_adapts_its_modules_alone(report: lorank.SpectralReport) -> None:
+    parts = {
+        "attention": ["q_proj", "k_proj"],
+        "feed-forward": ["up_proj", "down_proj"],
+        "all": ["q_proj", "k_proj", "up_proj", "down_proj"],
+    }
+    for placement, names in parts.items():
+        wanted = {f"model.layers.{i}.{name}" for i in range(3) for name in names}
+        found = lorank.allocate(report, r_min=1, avg_rank=6, placement=placement)  # type: ignore[arg-type]
+        assert set(found.ranks) == set(found.scores) == wanted
+        # The order is the model's, and the budget that of the adapted modules.
+        assert list(found.ranks) == [row.name for row in report if row.name in wanted]
+        assert sum(found.ranks.values()) == 6 * len(wanted)
+        assert set(found.other_modules) == {row.name for row in report} - wanted
+        assert found.num_parameters == price(found)
+        budget = price(found) + 5
+        spent = lorank.allocate(report, r_min=1, budget=budget, placement=placement)  # type: ignore[arg-type]
+        assert 0 <= budget - spent.num_parameters < max(sum(SHAPES[name]) for name in names)
+    assert lorank.allocate(report, placement="all").ranks == lorank.allocate(report).ranks
+    # Scores are normalised among the adapted modules alone: as if the others had been left out by name.
+    attention = lorank.allocate(report, placement="attention")
+    assert attention == lorank.allocate(report, targets=["q_proj", "k_proj"])
+
+
+def test_placements_choose_among_the_targets(report: lorank.SpectralReport) -> None:
+    found = lorank.allocate(report, targets=["q_proj", "up_proj", "lm_head"], placement="attention")
+    assert list(found.ranks) == [f"model.layers.{i}.q_proj" for i in range(3)]
+    with pytest.raises(ValueError, match="placement 'feed-forward' selects none of the 3 modules"):
+        lorank.allocate(report, targets=["q_proj"], placement="feed-forward")
+    with pytest.raises(
+        ValueError, match="placement must be one of 'attention', 'feed-forward', 'all', not 'mlp'"
+    ):
+        lorank.allocate(report, placement="mlp")  # type: ignore[arg-type]
+
+
+def test_unusual_names_need_roles_only_where_roles_matter() -> None:
+    weights = {
+        f"model.layers.{i}.mixer.{name}.weight": RNG.standard_normal((16, 16)).astype(np.float32)
+        for i in range(2)
+        for name in ("mix_in", "widen", "other")
+    }
+    roles: Roles = {"mix_in": "attention", "widen": "feed-forward", "other": None}
+    assert len(lorank.allocate(weights, "uniform").ranks) == 6
+    with pytest.raises(ValueError, match=r"cannot tell the role of 'model\.layers\.0\.mixer\.mix_in'"):
+        lorank.allocate(weights, "uniform", placement="attention")
+    for placement, name in (("attention", "mix_in"), ("feed-forward", "widen")):
+        found = lorank.allocate(weights, "uniform", placement=placement, roles=roles)  # type: ignore[arg-type]
+        assert list(found.ranks) == [f"model.layers.{i}.mixer.{name}" for i in range(2)]
+    # The method reads the same roles.
+    heavy = lorank.allocate(
+        weights, "attention-heavy", r_min=1, r_max=8, targets=["mix_in", "widen"], roles=roles
+    )
+    assert {name.rpartition(".")[2]: rank for name, rank in heavy.ranks.items()} == {"mix_in": 8, "widen": 4}
+    bad: Any = {"mix_in": "head"}
+    with pytest.raises(ValueError, match="roles: 'mix_in' must be 'attention', 'feed-forward' or None"):
+        lorank.allocate(weights, "uniform", placement="attention", roles=bad)
 
 
 def test_save_and_load(report: lorank.SpectralReport, tmp_path: Path) -> None:

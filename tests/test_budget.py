@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,27 +68,33 @@ def test_the_unit_of_the_scores_does_not_matter(
     assert np.array_equal(lorank.fit_ranks(scaled, costs, r_min, r_max, budget), expected)
 
 
-def reference(scores: list[int], costs: list[int], r_min: int, r_max: int, budget: int) -> list[int]:
+def reference(
+    scores: list[int],
+    costs: list[int],
+    r_min: int,
+    r_max: int,
+    budget: int,
+    bounds: list[tuple[int, int]] | None = None,
+) -> list[int]:
     """The definition in exact fractions: the largest `c` is one of those at which a rank steps up."""
+    bounds = bounds or [(r_min, r_max)] * len(scores)
 
     def ranks_at(c: Fraction) -> list[int]:
-        return [min(int(r_min + c * s + Fraction(1, 2)), r_max) for s in scores]
-
-    def price(ranks: list[int]) -> int:
-        return sum(r * cost for r, cost in zip(ranks, costs, strict=True))
+        free = [int(r_min + c * s + Fraction(1, 2)) for s in scores]
+        return [min(max(rank, low), high) for rank, (low, high) in zip(free, bounds, strict=True)]
 
     steps = {Fraction(0)} | {
         (Fraction(r) - r_min - Fraction(1, 2)) / s for s in scores if s for r in range(r_min + 1, r_max + 1)
     }
     # Between two steps nothing changes, so the largest c lies just below the first step that is too
     # dear: its remainders are those of that step.
-    too_dear = [c for c in sorted(steps) if price(ranks_at(c)) > budget]
+    too_dear = [c for c in sorted(steps) if price(ranks_at(c), costs) > budget]
     limit = too_dear[0] if too_dear else 2 * max(steps) + 1
     ranks = ranks_at(max(c for c in steps if c < limit))
     remainder = [r_min + limit * s - r for s, r in zip(scores, ranks, strict=True)]
-    left = budget - price(ranks)
+    left = budget - price(ranks, costs)
     while True:
-        able = [i for i in range(len(scores)) if ranks[i] < r_max and costs[i] <= left]
+        able = [i for i in range(len(scores)) if ranks[i] < bounds[i][1] and costs[i] <= left]
         if not able:
             return ranks
         i = max(able, key=lambda i: (remainder[i], scores[i], -i))
@@ -114,6 +122,117 @@ def test_ranks_equal_the_definition(
     got = lorank.fit_ranks(scores, costs, r_min, r_max, budget).tolist()
     want = reference(scores, costs, r_min, r_max, budget)
     assert got == want
+
+
+@st.composite
+def narrowed_problems(draw: st.DrawFn) -> tuple[list[float], list[int], int, int, int, list[int], list[int]]:
+    scores, costs, r_min, r_max, _ = draw(problems())
+    ranks = st.integers(r_min, r_max)
+    pairs = [sorted((draw(ranks), draw(ranks))) for _ in scores]
+    low, high = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    budget = draw(st.integers(price(low, costs), price(high, costs)))
+    return scores, costs, r_min, r_max, budget, low, high
+
+
+def price(ranks: Iterable[int], costs: list[int]) -> int:
+    return sum(int(rank) * cost for rank, cost in zip(ranks, costs, strict=True))
+
+
+@given(narrowed_problems())
+def test_narrower_bounds_are_kept_within_the_budget_and_used_up(
+    problem: tuple[list[float], list[int], int, int, int, list[int], list[int]],
+) -> None:
+    scores, costs, r_min, r_max, budget, low, high = problem
+    ranks = lorank.fit_ranks(scores, costs, r_min, r_max, budget, at_least=low, at_most=high)
+    assert ranks.dtype == np.int64
+    assert np.all((ranks >= low) & (ranks <= high))
+    left = budget - price(ranks, costs)
+    assert left >= 0
+    assert all(cost > left for cost, rank, most in zip(costs, ranks, high, strict=True) if rank < most)
+    # At equal cost and bounds the score decides.
+    for i in range(len(scores)):
+        for j in range(i + 1, len(scores)):
+            if (costs[i], low[i], high[i]) == (costs[j], low[j], high[j]):
+                if scores[i] == scores[j]:
+                    assert 0 <= ranks[i] - ranks[j] <= 1
+                else:
+                    assert (scores[i] > scores[j]) == (ranks[i] > ranks[j]) or ranks[i] == ranks[j]
+
+
+@given(narrowed_problems(), st.integers(0, 4), st.data())
+def test_a_step_from_ranks_that_the_budget_covers_is_always_found(
+    problem: tuple[list[float], list[int], int, int, int, list[int], list[int]],
+    step: int,
+    data: st.DataObject,
+) -> None:
+    scores, costs, r_min, r_max, _, now, _ = problem
+    low = [max(rank - step, r_min) for rank in now]
+    high = [min(rank + step, r_max) for rank in now]
+    budget = data.draw(st.integers(price(now, costs), price(high, costs)))
+    ranks = lorank.fit_ranks(scores, costs, r_min, r_max, budget, at_least=low, at_most=high)
+    assert np.all(np.abs(ranks - now) <= step)
+    assert price(ranks, costs) <= budget
+    if step == 0:
+        assert ranks.tolist() == now
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0, 1, 2, 4, 8, 16]), st.integers(1, 30), st.integers(0, 9), st.integers(0, 9)
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(0, 3),
+    st.floats(0, 1),
+)
+def test_bounded_ranks_equal_the_definition(
+    modules: list[tuple[int, int, int, int]], r_min: int, share: float
+) -> None:
+    scores, costs = [score for score, *_ in modules], [cost for _, cost, *_ in modules]
+    bounds = [(r_min + min(a, b), r_min + max(a, b)) for *_, a, b in modules]
+    low, high = [least for least, _ in bounds], [most for _, most in bounds]
+    budget = price(low, costs) + int(share * (price(high, costs) - price(low, costs)))
+    if not any(scores):
+        scores = [1] * len(scores)
+    got = lorank.fit_ranks(scores, costs, r_min, r_min + 9, budget, at_least=low, at_most=high)
+    assert got.tolist() == reference(scores, costs, r_min, r_min + 9, budget, bounds)
+
+
+def test_bounds_hold_back_and_push_on() -> None:
+    scores, costs = [1.0, 2.0, 3.0, 4.0], [1, 1, 1, 1]
+    assert lorank.fit_ranks(scores, costs, 0, 100, 100, at_most=[100, 100, 100, 10]).tolist() == [
+        15,
+        30,
+        45,
+        10,
+    ]
+    assert lorank.fit_ranks(scores, costs, 0, 100, 100, at_least=[40, 0, 0, 0]).tolist() == [40, 13, 20, 27]
+    fixed = lorank.fit_ranks(scores, costs, 0, 9, 20, at_least=[5, 2, 9, 4], at_most=[5, 2, 9, 4])
+    assert fixed.tolist() == [5, 2, 9, 4]
+
+
+@pytest.mark.parametrize(
+    ("at_least", "at_most", "message"),
+    [
+        ([1, 1], None, "at_least must hold one integer per module"),
+        (None, [8, 8, 8, 8], "at_most must hold one integer per module"),
+        ([[1, 1, 1]], None, "at_least must hold one integer per module"),
+        ([1.0, 2.0, 3.0], None, "at_least must hold one integer per module"),
+        (None, [8.5, 8, 8], "at_most must hold one integer per module"),
+        ([0, 1, 1], None, "at_least must lie within r_min 1 and r_max 8"),
+        ([9, 1, 1], None, "at_least must lie within r_min 1 and r_max 8"),
+        (None, [8, 9, 8], "at_most must lie within r_min 1 and r_max 8"),
+        (None, [8, 8, 0], "at_most must lie within r_min 1 and r_max 8"),
+        ([1, 5, 7], [8, 4, 6], "at_least is above at_most for module 1"),
+        ([5, 5, 5], None, "budget 100 is not feasible.*cost 150 to 240"),
+        (None, [2, 3, 4], "budget 100 is not feasible.*cost 30 to 90"),
+    ],
+)
+def test_malformed_bounds(at_least: Any, at_most: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lorank.fit_ranks([1.0, 2.0, 3.0], [10, 10, 10], 1, 8, 100, at_least=at_least, at_most=at_most)
 
 
 def test_proportional_to_the_score() -> None:

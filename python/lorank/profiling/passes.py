@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
 from lorank.progress import progress_bar
 
@@ -16,8 +17,10 @@ Loss = Callable[[Any, Any], Any]
 
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """No parameter takes a gradient within the block; afterwards all is as it was."""
+    """No parameter takes a gradient within the block; afterwards all is as it was, running means too."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    buffers = [(buffer, buffer.clone()) for module in norms for buffer in module.buffers(recurse=False)]
     try:
         for parameter, _ in before:
             parameter.requires_grad_(False)
@@ -25,6 +28,8 @@ def frozen(model: Any) -> Iterator[None]:
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 @contextmanager
@@ -61,7 +66,7 @@ def backward_passes(
     with progress_bar("profiling", total or 0, enabled=progress and total is not None) as report:
         for count, batch in enumerate(islice(batches, max_batches), 1):
             value = loss_of(model, _moved(batch, model), loss)
-            if value.ndim or not value.requires_grad:
+            if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
                 raise ValueError(f"batch {count - 1}: the loss must be a number that depends on the model")
             if not torch.isfinite(value):
                 raise ValueError(f"batch {count - 1}: the loss is {value.item()}")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import unfold
+from torch.nn.functional import pad, unfold
 
 from lorank.profiling.targets import Target
 
@@ -73,11 +73,10 @@ def rows_in(target: Target, x: torch.Tensor) -> torch.Tensor:
     if not target.kernel:
         return x.reshape(-1, x.shape[-1])
     layer = target.module
-    padding = layer.padding
-    if isinstance(padding, str):
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        padding = (0, 0) if padding == "valid" else tuple(t // 2 for t in total)
-    patches = unfold(x.float(), layer.kernel_size, layer.dilation, padding, layer.stride)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    # By the layer's own list: what is one-sided, as under "same", is so here.
+    padded = pad(_batched(x).float(), layer._reversed_padding_repeated_twice, mode)
+    patches = unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
@@ -85,4 +84,9 @@ def rows_out(target: Target, gradient: torch.Tensor) -> torch.Tensor:
     """Output gradients as ``(tokens, out)``."""
     if not target.kernel:
         return gradient.reshape(-1, gradient.shape[-1])
-    return gradient.flatten(2).transpose(1, 2).reshape(-1, gradient.shape[1])
+    pixels = _batched(gradient).flatten(2)
+    return pixels.transpose(1, 2).reshape(-1, pixels.shape[1])
+
+
+def _batched(image: torch.Tensor) -> torch.Tensor:
+    return image if image.ndim == 4 else image[None]

@@ -59,12 +59,13 @@ class GradientSketches:
             self._nothing(index) if sketch is None else sketch for index, sketch in enumerate(self.take())
         ]
 
+    def shape(self, index: int) -> tuple[int, int]:
+        """The shape of a module's sketch."""
+        out, fan_in = self._targets[index].info.shape
+        return (out, fan_in) if self.size is None else (min(out, self.size), min(fan_in, self.size))
+
     def _nothing(self, index: int) -> torch.Tensor:
-        out, fan_in = (
-            length if self.size is None else min(length, self.size)
-            for length in self._targets[index].info.shape
-        )
-        return torch.zeros(out, fan_in, device=self._targets[index].module.weight.device)
+        return torch.zeros(self.shape(index), device=self._targets[index].module.weight.device)
 
     def _projected(self, index: int, side: str, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.float()

@@ -80,8 +80,13 @@ def named_targets(model: Any, source: Source, names: Container[str]) -> Targets:
         if module is None or info.kind in ("expert", "embedding"):
             reason = f"an {info.kind}: its gradient does not follow from what goes in and out"
             skipped[info.module] = Skipped(info.module, info.shape, reason)
-        elif info.kind == "conv" and (len(matrix.kernel) != 3 or getattr(module, "groups", 1) != 1):
+        elif info.kind == "conv" and not _is_plain_convolution(module):
             skipped[info.module] = Skipped(info.module, info.shape, "a convolution that is not plainly 2-D")
         else:
             chosen.append(Target(info, module, matrix.kernel[1:]))
     return Targets(chosen, tuple(skipped.values()), source)
+
+
+def _is_plain_convolution(module: Any) -> bool:
+    names = {base.__name__ for base in type(module).__mro__}
+    return "Conv2d" in names and module.groups == 1

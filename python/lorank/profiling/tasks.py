@@ -67,38 +67,67 @@ def profile_tasks(
     Source: Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation; K* per module is the
     paper's open problem.
     """
+    InputMoments(folds=folds)  # Refused before any work.
     found = find_targets(model, targets)
     first, batches = _with_first(batches)
+    rows: dict[int, ModuleTask] = {}
+    num_samples = 0
     with frozen(model), trainable_inputs(model):
         groups = _shared_inputs(model, found.chosen, first, loss)
-        passes = _passes(groups, found.chosen, folds, memory)
-        if len(passes) > 1 and iter(batches) is batches:
-            raise ValueError(
-                f"memory {memory:,} needs {len(passes)} passes, and batches is an iterator: pass a list, "
-                "or more memory"
-            )
-        rows: dict[int, ModuleTask] = {}
-        for members in passes:
-            observer = _TaskSums(members, folds)
-            chosen = [found.chosen[index] for index in observer.order]
-            with probing(chosen, observer):
-                for _ in backward_passes(
-                    model, batches, loss=loss, max_batches=max_batches, progress=progress
-                ):
-                    pass
-            rows |= {i: _row(found.chosen[i], task, space) for i, task in observer.tasks.items()}
-            num_samples = max(task.num_samples for task in observer.tasks.values())
+        while groups:
+            passes = _passes(groups, found.chosen, folds, memory)
+            groups = []
+            for members in passes:
+                _check_again(batches, len(passes), bool(rows))
+                observer = _TaskSums(members, found.chosen, folds)
+                with probing([found.chosen[index] for index in observer.order], observer):
+                    for _ in backward_passes(
+                        model, batches, loss=loss, max_batches=max_batches, progress=progress
+                    ):
+                        observer.end_batch()
+                tasks = observer.tasks
+                rows |= {i: _row(found.chosen[i], tasks[i], space) for i in observer.settled}
+                num_samples = max(num_samples, *(task.num_samples for task in tasks.values()))
+                # Modules that turned out to read different inputs are looked at one by one.
+                groups += [(index,) for index in observer.order if index not in observer.settled]
     ordered = [rows[index] for index in range(len(found.chosen))]
     return TaskReport(ordered, found.skipped, found.source.label, found.source.num_parameters, num_samples)
 
 
-class _TaskSums:
-    """An observer that keeps the sums of every module; those in one group share inputs."""
+def _check_again(batches: Iterable[Any], num_passes: int, is_another: bool) -> None:
+    """Refuse a second pass through an iterator, before the first if it is foreseen."""
+    if iter(batches) is not batches or (num_passes == 1 and not is_another):
+        return
+    why = (
+        "modules that read one input at first read different ones later, which needs another pass"
+        if is_another
+        else f"the memory allowed needs {num_passes} passes"
+    )
+    raise ValueError(f"{why}, and batches is an iterator: pass a list")
 
-    def __init__(self, groups: Sequence[Sequence[int]], folds: int) -> None:
+
+class _TaskSums:
+    """An observer that keeps the sums of every module; those in one group share inputs.
+
+    Attributes
+    ----------
+    order
+        The modules, by their place among all targets.
+    tasks
+        The sums of each.
+    settled
+        The modules whose group has read one input in every batch so far.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, ...]], targets: Sequence[Target], folds: int) -> None:
         self.order = [index for group in groups for index in group]
+        self.settled = set(self.order)
         self.tasks: dict[int, TaskSpectrum] = {}
+        self._groups = groups
+        self._targets = targets
         self._owned: dict[int, InputMoments] = {}
+        self._read: dict[int, list[object]] = {index: [] for index in self.order}
+        self._batch = 0
         for group in groups:
             shared = InputMoments(folds=folds)
             self._owned[group[0]] = shared
@@ -112,24 +141,38 @@ class _TaskSums:
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
         """Add rows. Inputs are added here too: the backward pass deals all rows in one order."""
         target = self.order[index]
+        self._read[target].append(_identity(kept))
         x = _array(kept)
-        if target in self._owned:
-            self._owned[target].update(x)
-        self.tasks[target].update(x, -_array(delta))
+        try:
+            if target in self._owned:
+                self._owned[target].update(x)
+            self.tasks[target].update(x, -_array(delta))
+        except ValueError as error:
+            name = self._targets[target].info.name
+            raise ValueError(
+                f"batch {self._batch}: {name}, X its inputs and Y its output gradients: {error}"
+            ) from error
+
+    def end_batch(self) -> None:
+        """Look whether the members of every group read the same."""
+        self._batch += 1
+        for group in self._groups:
+            if any(self._read[index] != self._read[group[0]] for index in group):
+                self.settled -= set(group)
+        self._read = {index: [] for index in self.order}
 
 
 class _Identities:
     """An observer that learns which modules read the same tensor."""
 
     def __init__(self) -> None:
-        self.readers: dict[tuple[object, ...], list[int]] = {}
+        self.readers: dict[object, list[int]] = {}
         self._alive: list[torch.Tensor] = []
 
     def see_input(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Remember who read it."""
         self._alive.append(x)  # Or another tensor could come to lie in its place.
-        key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype)
-        self.readers.setdefault(key, []).append(index)
+        self.readers.setdefault(_identity(x), []).append(index)
         return x
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
@@ -227,6 +270,11 @@ def _with_first(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     for first in iterator:
         return first, chain([first], iterator) if iterator is batches else batches
     raise ValueError("no batches: profiling needs at least one")
+
+
+def _identity(x: torch.Tensor) -> object:
+    """Equal for tensors that are alive together and are the same memory."""
+    return (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype)
 
 
 def _array(rows: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -148,9 +148,10 @@ def effective_rank(eigenvalues: npt.ArrayLike, energy: float) -> int:
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy must be above 0 and at most 1, not {energy!r}")
-    values = np.sort(np.clip(np.asarray(eigenvalues, dtype=np.float64), 0, None))[::-1]
-    if not np.all(np.isfinite(values)):
+    given = np.asarray(eigenvalues, dtype=np.float64)
+    if not np.all(np.isfinite(given)):
         raise ValueError("eigenvalues must be finite")
+    values = np.sort(np.clip(given, 0, None))[::-1]
     if not len(values) or values[0] == 0:
         return 0
     # Relative to the largest: the sum of 1e300s is finite then.

@@ -109,7 +109,7 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
         )
         _go_first(self)
         if state.global_step > 0:
-            _load(self._dynamic, self._state_file(args, state))
+            _load(self._dynamic, self._state_file(args, state), state.global_step)
         if state.is_world_process_zero:
             _forget_later_rows(Path(args.output_dir) / _TABLE, state.global_step)
         self._dynamic.__enter__()
@@ -182,6 +182,11 @@ def _check_arguments(args: TrainingArguments) -> None:
                 f"TrainingArguments({option}=...): ranks cannot be changed under {name}, which remembers "
                 "the shapes of parameters; use profile_gradients and static ranks"
             )
+    if args.load_best_model_at_end:
+        raise NotImplementedError(
+            "TrainingArguments(load_best_model_at_end=True): Trainer cannot load a checkpoint with other "
+            "ranks than the last; take the best checkpoint's folder with PeftModel.from_pretrained"
+        )
 
 
 def _go_first(callback: GardCallback) -> None:
@@ -226,13 +231,13 @@ def _save(content: dict[str, Any], path: Path) -> None:
         for index, sketch in enumerate(sketches)
     }
     counts = [len(sketches) for sketches in content["sketches"]]
-    header = {key: content[key] for key in ("step", "ranks", "smoothed")} | {"sketches": counts}
+    header = content | {"sketches": counts}
     with atomic_path(path) as temporary:
         # The format wants one tensor at least.
         save_file(tensors or {"none": torch.zeros(1)}, temporary, {"lorank.gard": json.dumps(header)})
 
 
-def _load(dynamic: DynamicRanks, path: Path) -> None:
+def _load(dynamic: DynamicRanks, path: Path, step: int) -> None:
     try:
         with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["lorank.gard"])
@@ -242,4 +247,10 @@ def _load(dynamic: DynamicRanks, path: Path) -> None:
             ]
     except Exception as error:  # safetensors has an exception of its own that derives from none
         raise FormatError(f"{path}: is no saved state of GardCallback: {error}") from error
-    dynamic.load_state_dict(state)
+    try:
+        dynamic.load_state_dict(state)
+    except FormatError as error:
+        raise FormatError(f"{path}: is no saved state of GardCallback: {error}") from error
+    if dynamic.steps != step:
+        dynamic.close()
+        raise FormatError(f"{path}: was saved at step {dynamic.steps}, the run resumes at step {step}")

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from lorank import signals
+from lorank._core import FormatError
 from lorank.budget import Budget, fit_ranks, parse_budget
 from lorank.profiling.gradients import gradient_row
 from lorank.profiling.probe import probing
@@ -29,7 +30,7 @@ from lorank.signals import AdaptedModule
 from lorank.sources import live
 from lorank.training import optimizer_state
 from lorank.training.layers import lora_layers
-from lorank.training.resizing import RankChange, resize_lora
+from lorank.training.resizing import RankChange, check_resizable, resize_lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class DynamicRanks:
         seed: int = 0,
         scaler: Any = None,
     ) -> None:
-        _check_options(interval, window, smoothing, max_change, warmup, freeze_after)
+        _check_options(r_min, r_max, interval, window, smoothing, max_change, warmup, freeze_after)
         effective_rank([1.0], energy)
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._interval, self._window = interval, window
@@ -151,6 +152,8 @@ class DynamicRanks:
         found = named_targets(model, live.from_module(model), layers)
         if not found.chosen:
             raise ValueError(f"adapter {adapter_name!r} has no module whose gradient can be sketched")
+        names = [target.info.name for target in found.chosen]
+        check_resizable(model.peft_config[adapter_name], layers, {name: layers[name].rank for name in names})
         self._targets: Sequence[Target] = found.chosen
         self._modules = [AdaptedModule(t.info.name, t.info.kind, t.info.shape) for t in found.chosen]
         self._source = found.source
@@ -165,8 +168,8 @@ class DynamicRanks:
         # What cannot change is paid first.
         everything = sum(factor.numel() for layer in layers.values() for factor in layer.factors)
         self._fixed = everything - self._cost(self.ranks)
-        limit = everything if budget is None else parse_budget(budget, found.source.num_parameters)
-        self._budget = limit - self._fixed
+        self._limit = everything if budget is None else parse_budget(budget, found.source.num_parameters)
+        self._limit_is_given = budget is not None
         self._check_start()
 
     @property
@@ -239,6 +242,8 @@ class DynamicRanks:
         return {
             "step": self._step,
             "ranks": self.ranks,
+            "budget": self._limit,
+            "sketch": self._sketches.size,
             "smoothed": dict(self._smoothed),
             "sketches": [[sketch.cpu() for sketch in batch] for batch in self._collected],
         }
@@ -248,21 +253,42 @@ class DynamicRanks:
 
         Raises
         ------
+        FormatError
+            If it is no such state, or a damaged one.
         ValueError
-            If the model has other modules or ranks than the state.
+            If the model has other ranks than the state, or `sketch` is another within a window.
         """
-        if dict(state["ranks"]) != self.ranks:
+        step, ranks, limit, smoothed, sketches = self._parsed(state)
+        if ranks != self.ranks:
             raise ValueError(
                 "the model's ranks are not those of the saved state: call restore_ranks(model, checkpoint) "
                 "before the weights are loaded"
             )
-        device = self._targets[0].module.weight.device
-        self._step = int(state["step"])
-        self._smoothed = {name: float(value) for name, value in state["smoothed"].items()}
-        self._collected = [[sketch.to(device) for sketch in batch] for batch in state["sketches"]]
-        if self._probe is not None:
-            self.close()
+        self._step, self._smoothed, self._collected = step, smoothed, sketches
+        if not self._limit_is_given:
+            self._limit = limit
+        self.close()
         self._watch()
+
+    def _parsed(
+        self, state: Mapping[str, Any]
+    ) -> tuple[int, dict[str, int], int, dict[str, float], list[list[torch.Tensor]]]:
+        """What `state_dict` returned, checked."""
+        device = self._targets[0].module.weight.device
+        try:
+            sketches = [[sketch.to(device) for sketch in batch] for batch in state["sketches"]]
+            size = state["sketch"]
+            ranks = {str(name): int(rank) for name, rank in state["ranks"].items()}
+            smoothed = {str(name): float(value) for name, value in state["smoothed"].items()}
+            step, limit = int(state["step"]), int(state["budget"])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise FormatError(f"damaged: {error!r}") from error
+        if sketches and size != self._sketches.size:
+            raise ValueError(f"the state is within a window of sketch={size}, not {self._sketches.size}")
+        shapes = [self._sketches.shape(index) for index in range(len(self._targets))]
+        if any([tuple(sketch.shape) for sketch in batch] != shapes for batch in sketches):
+            raise FormatError("damaged: its sketches are not those of the model's modules")
+        return step, ranks, limit, smoothed, sketches
 
     def _is_due(self, step: int) -> bool:
         before_end = self._freeze_after is None or step <= self._freeze_after
@@ -278,7 +304,7 @@ class DynamicRanks:
             self._probe.__enter__()
         elif not counts:
             self.close()
-        self._sketches.take()  # Of nothing: whatever passed by between two steps does not count.
+        self._sketches.take()  # What a skipped window may have left.
         self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def _collect(self) -> None:
@@ -334,7 +360,7 @@ class DynamicRanks:
             [module.cost for module in self._modules],
             self._r_min,
             self._r_max,
-            min(self._budget, self._most(now + reach)),
+            min(self._limit - self._fixed, self._most(now + reach)),
             at_least=(now - reach).clip(self._r_min),
             at_most=(now + reach).clip(max=self._r_max),
         )
@@ -357,10 +383,10 @@ class DynamicRanks:
                 raise ValueError(
                     f"module {name!r} has rank {rank}, outside r_min {self._r_min} and r_max {self._r_max}"
                 )
-        if self._cost(ranks) > self._budget:
+        if self.num_parameters > self._limit:
             raise ValueError(
                 f"the adapter has {self.num_parameters:,} parameters, more than the budget of "
-                f"{self._budget + self._fixed:,}: begin with smaller ranks"
+                f"{self._limit:,}: begin with smaller ranks"
             )
 
     def _check_optimizer(self) -> None:
@@ -381,6 +407,8 @@ def _averaged(sketches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _check_options(
+    r_min: int,
+    r_max: int,
     interval: int,
     window: int,
     smoothing: float,
@@ -389,6 +417,8 @@ def _check_options(
     freeze_after: int | None,
 ) -> None:
     for name, value, least in (
+        ("r_min", r_min, 1),
+        ("r_max", r_max, r_min),
         ("interval", interval, 1),
         ("window", window, 1),
         ("max_change", max_change, 1),

@@ -126,10 +126,7 @@ def resize_lora(
     rows = by_layer(directions or {}, layers, "directions")
     sizes = {name: _checked_rank(name, rank) for name, rank in targets.items()}
     changed = [name for name, rank in sizes.items() if rank != layers[name].rank]
-    check_config(config, [sizes[name] for name in changed])
-    for name in changed:
-        check_layer(layers[name])
-    check_ties(changed, layers)
+    check_resizable(config, layers, {name: sizes[name] for name in changed})
     inner = None if optimizer is None else optimizer_state.unwrapped(optimizer)
     if inner is not None:
         optimizer_state.check(inner, {name: layers[name].factors for name in changed})
@@ -153,6 +150,29 @@ def resize_lora(
         name: plans[name][0] if name in plans else RankChange(name, rank, rank, unchanged)
         for name, rank in sizes.items()
     }
+
+
+def check_resizable(config: Any, layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int]) -> None:
+    """Refuse what cannot be resized, before anything is changed.
+
+    Parameters
+    ----------
+    config
+        PEFT's config of the adapter.
+    layers
+        All layers of the adapter.
+    ranks
+        The new ranks of those that are to change.
+
+    Raises
+    ------
+    ValueError, NotImplementedError
+        As `resize_lora`.
+    """
+    check_config(config, list(ranks.values()))
+    for name in ranks:
+        check_layer(layers[name])
+    check_ties(list(ranks), layers)
 
 
 def _checked_rank(name: str, rank: Any) -> int:

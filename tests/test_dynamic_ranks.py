@@ -1,0 +1,1164 @@
+"""Ranks move while a model trains: exact gradients as the oracle, Trainer, resumed and shared training."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import itertools
+import json
+import math
+import shutil
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+
+import lorank
+import tiny_models
+from lorank.training import DynamicRanks, GardCallback, restore_ranks
+
+# Between changes, gradients pass by that do not count: 1 and 2, 7 and 8, 13 and 14, ...
+INTERVAL, WINDOW, STEPS = 6, 4, 18
+BUDGET = 5000
+OPTIONS: dict[str, Any] = {
+    "budget": BUDGET,
+    "interval": INTERVAL,
+    "window": WINDOW,
+    "r_max": 12,
+    "energy": 0.6,
+    "sketch": 16,
+    "smoothing": 0.2,
+    "max_change": 2,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama(r: int = 4, targets: Any = "all-linear", **settings: Any) -> Any:
+    """Weights as large as trained ones: modules see gradients of different ranks."""
+    base = tiny_models.llama()
+    for parameter in base.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= 10
+    torch.manual_seed(1)
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, **settings)
+    return get_peft_model(base, config).train()
+
+
+def text(seed: int) -> torch.Tensor:
+    """Every text counts on, from its own start with its own stride."""
+    start = torch.randint(0, 64, (1,), generator=torch.Generator().manual_seed(seed))
+    return (start + (seed % 5 + 1) * torch.arange(10)) % 64
+
+
+def batch(step: int, size: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.stack([text(size * step + i) for i in range(size)])
+    return {"input_ids": ids, "labels": ids}
+
+
+class Texts(torch.utils.data.Dataset):  # type: ignore[misc]
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": text(index), "labels": text(index)}
+
+
+def adamw(model: Any, lr: float = 0.01) -> Any:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def layers(model: Any) -> dict[str, Any]:
+    return {
+        name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")
+    }
+
+
+def factors(layer: Any) -> tuple[Any, Any]:
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def ranks(model: Any) -> dict[str, int]:
+    """As the factors are, whatever anybody says."""
+    return {
+        name: factors(layer)[0].shape[0] for name, layer in layers(model).items() if len(layer.lora_A) == 1
+    }
+
+
+def dense(model: Any) -> dict[str, Any]:
+    """Every update in float64."""
+    return {
+        name: layer.scaling["default"] * (b.detach().double() @ a.detach().double()).numpy()
+        for name, layer in layers(model).items()
+        for a, b in [factors(layer)]
+    }
+
+
+def size_of(model: Any) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+
+
+def num_hooks(model: Any) -> int:
+    return sum(len(layer.get_base_layer()._forward_hooks) for layer in layers(model).values())
+
+
+def evaluated(model: Any) -> tuple[Any, float]:
+    """Logits and loss of a text that training does not see."""
+    model.eval()
+    with torch.no_grad():
+        result = model(**batch(1000, 4))
+    model.train()
+    return result.logits, float(result.loss)
+
+
+def trained(
+    model: Any,
+    steps: int = STEPS,
+    *,
+    loss_of: Any = lambda model, step: model(**batch(step)).loss,
+    between: Any = lambda _model, _step: None,
+    **options: Any,
+) -> list[Any]:
+    """A loop of one's own; the updates that it saw."""
+    optimizer = adamw(model)
+    updates = []
+    with DynamicRanks(model, optimizer, **OPTIONS | options) as dynamic:
+        for step in range(steps):
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            updates.append(dynamic.step())
+            between(model, step + 1)
+    return [update for update in updates if update is not None]
+
+
+def spectra(update: Any) -> Any:
+    return np.array([row.eigenvalues for row in update.report])
+
+
+def moved(updates: list[Any]) -> bool:
+    """Whether some grew and some shrank, after the budget was first used up."""
+    changes = [change for update in updates[1:] for change in update.changes.values()]
+    return any(c.new_rank > c.old_rank for c in changes) and any(c.new_rank < c.old_rank for c in changes)
+
+
+def assert_same_updates(left: list[Any], right: list[Any]) -> None:
+    assert [u.step for u in left] == [u.step for u in right]
+    for one, other in zip(left, right, strict=True):
+        assert one.ranks == other.ranks
+        np.testing.assert_array_equal(spectra(one), spectra(other))
+
+
+def assert_same_weights(left: Any, right: Any) -> None:
+    for (name, one), other in zip(left.named_parameters(), right.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+# What is computed.
+
+
+def exact_gradients(model: Any, step: int) -> dict[str, Any]:
+    """Of the base model's weights, by autograd, in a copy where they are trained."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+    weights = {name: layer.get_base_layer().weight for name, layer in layers(twin).items()}
+    for weight in weights.values():
+        weight.requires_grad_()
+    twin(**batch(step)).loss.backward()
+    return {name: weight.grad.double().flatten().numpy() for name, weight in weights.items()}
+
+
+def test_ranks_are_those_of_exact_gradients() -> None:
+    model = llama()
+    seen: list[dict[str, Any]] = []
+    before: dict[int, dict[str, int]] = {}
+
+    def loss_of(model: Any, step: int) -> Any:
+        if step % INTERVAL >= INTERVAL - WINDOW:
+            seen.append(exact_gradients(model, step))
+        before[step + 1] = ranks(model)
+        return model(**batch(step)).loss
+
+    updates = trained(model, loss_of=loss_of, sketch=None)
+    assert moved(updates)
+    assert [update.step for update in updates] == [6, 12, 18]
+    smoothed: dict[str, float] = {}
+    costs = [sum(layer.get_base_layer().weight.shape) for layer in layers(model).values()]
+    for index, update in enumerate(updates):
+        window = seen[WINDOW * index : WINDOW * (index + 1)]
+        assert update.report.num_batches == WINDOW
+        assert [row.module for row in update.report] == list(window[0])
+        for row in update.report:
+            stacked = np.stack([gradients[row.module] for gradients in window])
+            expected = np.linalg.eigvalsh(stacked @ stacked.T / WINDOW)[::-1]
+            np.testing.assert_allclose(row.eigenvalues, expected, rtol=1e-4, atol=1e-5 * expected[0])
+            shares = np.cumsum(expected) / expected.sum()
+            new = int(np.argmax(shares >= OPTIONS["energy"])) + 1
+            beta = OPTIONS["smoothing"]
+            old = smoothed.get(row.module, new)
+            smoothed[row.module] = beta * old + (1 - beta) * new
+            assert row.effective_rank == pytest.approx(smoothed[row.module], rel=1e-12)
+        now = np.array(list(before[update.step].values()))
+        expected_ranks = lorank.fit_ranks(
+            list(smoothed.values()),
+            costs,
+            1,
+            12,
+            min(BUDGET, int((now + 2) @ costs)),
+            at_least=(now - 2).clip(1),
+            at_most=(now + 2).clip(max=12),
+        )
+        assert list(update.ranks.values()) == expected_ranks.tolist()
+    assert ranks(model) == updates[-1].ranks
+
+
+@pytest.mark.parametrize(("max_change", "r_min"), [(1, 1), (3, 3), (None, 1)])
+def test_budget_bounds_and_largest_change_hold_at_every_step(max_change: int | None, r_min: int) -> None:
+    model = llama(targets=["q_proj", "v_proj", "up_proj", "down_proj", "embed_tokens"])
+    # An embedding has no gradient from inputs and outputs: it keeps its rank, and its share of the budget.
+    embedding = model.get_base_model().model.embed_tokens
+    history = [ranks(model)]
+
+    def between(model: Any, step: int) -> None:
+        del step
+        assert size_of(model) <= 2800
+        assert embedding.r["default"] == embedding.lora_embedding_A["default"].shape[0] == 4
+        history.append(ranks(model))
+        assert all(r_min <= rank <= 7 for rank in history[-1].values())
+
+    updates = trained(
+        model, budget=2800, r_min=r_min, r_max=7, max_change=max_change, between=between, smoothing=0.0
+    )
+    assert moved(updates)
+    assert [update.num_parameters for update in updates][-1] == size_of(model)
+    assert "model.embed_tokens" not in updates[0].ranks
+    steps = [
+        abs(after[name] - before[name]) for before, after in itertools.pairwise(history) for name in after
+    ]
+    assert 1 <= max(steps) <= (max_change or 6)
+    # The budget is used up: no module below its bounds could take one more rank.
+    for update in updates:
+        before = history[update.step - 1]
+        for name, rank in update.ranks.items():
+            free = rank < min(7, before[name] + (max_change or 7))
+            cost = sum(layers(model)[name].get_base_layer().weight.shape)
+            assert not free or update.num_parameters + cost > 2800
+
+
+def test_a_share_of_the_base_model_as_budget_and_what_the_adapter_has_as_default() -> None:
+    base = sum(p.numel() for p in tiny_models.llama().parameters())
+    model = llama()
+    updates = trained(model, 6, budget="20%")
+    assert size_of(model) == updates[-1].num_parameters <= 0.2 * base < size_of(model) + 112
+    model = llama()
+    size = size_of(model)
+    updates = trained(model, budget=None)
+    assert any(update.changes for update in updates)
+    assert all(update.num_parameters <= size for update in updates)
+
+
+def test_nothing_changes_in_the_warmup_nor_after_the_freeze() -> None:
+    hooks: dict[int, int] = {}
+    model = llama()
+    updates = trained(
+        model,
+        30,
+        energy=0.4,
+        warmup=12,
+        freeze_after=24,
+        between=lambda model, step: hooks.update({step: num_hooks(model)}),
+    )
+    assert [update.step for update in updates] == [18, 24]
+    assert moved(updates)
+    # The model is watched in windows that end in a change, and at no other time.
+    watched = [step + 1 for step, count in hooks.items() if count]
+    assert watched == [15, 16, 17, 18, 21, 22, 23, 24]
+    assert {count for count in hooks.values() if count} == {14}
+    assert not trained(llama(), 12, warmup=12)
+    assert not trained(llama(), 12, freeze_after=5)
+    assert [update.step for update in trained(llama(), 12, warmup=11)] == [12]
+
+
+def truncated(update: Any, rank: int) -> Any:
+    U, s, Vt = np.linalg.svd(update, full_matrices=False)
+    return (U[:, :rank] * s[:rank]) @ Vt[:rank]
+
+
+def dense_loss(model: Any, updates: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """The loss with given updates in place of the adapter, and the norms of its gradients by module."""
+    twin = copy.deepcopy(model).eval()
+    for module in twin.modules():
+        module._forward_hooks.clear()
+    weights = {}
+    for name, layer in layers(twin).items():
+        weights[name] = layer.get_base_layer().weight
+        weights[name].data += torch.from_numpy(updates[name]).float()
+        weights[name].requires_grad_()
+    with twin.disable_adapter():
+        loss = twin(**batch(1000, 4)).loss
+    loss.backward()
+    return float(loss), {name: float(weight.grad.norm()) for name, weight in weights.items()}
+
+
+def test_growing_changes_nothing_and_shrinking_what_the_certificate_says() -> None:
+    """The loss on a fixed batch, right before and right after every change."""
+    model = llama()
+    optimizer = adamw(model)
+    kinds = set()
+    with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:
+        for step in range(36):
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            old, (logits, loss) = dense(model), evaluated(model)
+            state = torch.get_rng_state()
+            update = dynamic.step()
+            assert torch.equal(torch.get_rng_state(), state)  # Dropout goes on as it would have.
+            new, (new_logits, new_loss) = dense(model), evaluated(model)
+            if update is None or not any(change.error for change in update.changes.values()):
+                torch.testing.assert_close(new_logits, logits, rtol=0, atol=1e-6)
+                assert new_loss == pytest.approx(loss, abs=1e-6)
+                for name in old:
+                    np.testing.assert_array_equal(new[name], old[name])
+                kinds.add("grown" if update is not None and update.changes else "as it was")
+                continue
+            kinds.add("shrunk")
+            for name in old:
+                change = update.changes.get(name)
+                error = float(np.linalg.norm(new[name] - old[name]))
+                scale = float(np.linalg.norm(old[name]))
+                if change is None or change.new_rank >= change.old_rank:
+                    assert error == 0
+                    continue
+                assert error == pytest.approx(change.error, rel=1e-4, abs=1e-7 * scale)
+                np.testing.assert_allclose(
+                    new[name], truncated(old[name], change.new_rank), atol=1e-6 * scale
+                )
+            errors = {name: change.error for name, change in update.changes.items()}
+            assert new_loss == pytest.approx(dense_loss(model, new)[0], abs=1e-5)
+            # By the mean value theorem and Cauchy and Schwarz, the loss moves by no more than this.
+            path = np.linspace(0, 1, 5)
+            between = [{name: old[name] + t * (new[name] - old[name]) for name in old} for t in path]
+            norms = [dense_loss(model, updates)[1] for updates in between]
+            allowed = sum(error * max(norm[name] for norm in norms) for name, error in errors.items())
+            assert abs(new_loss - loss) <= 1.05 * allowed + 1e-6
+    assert kinds == {"as it was", "grown", "shrunk"}
+
+
+def test_passes_between_steps_leave_no_trace() -> None:
+    def between(model: Any, step: int) -> None:
+        evaluated(model)
+        model.eval()
+        prompt = {"input_ids": text(step)[None, :4], "attention_mask": torch.ones(1, 4)}
+        model.generate(**prompt, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        model.train()
+        model(**batch(step + 7))  # No backward pass follows.
+
+    quiet, disturbed = llama(), llama()
+    expected, updates = trained(quiet), trained(disturbed, between=between)
+    assert_same_updates(updates, expected)
+    assert_same_weights(quiet, disturbed)
+
+
+def test_hooks_are_gone_after_the_block_and_after_an_error_in_it() -> None:
+    model = llama()
+    optimizer = adamw(model)
+    options = OPTIONS | {"interval": 4}
+    counts = []
+
+    def failing() -> None:
+        with DynamicRanks(model, optimizer, **options):
+            model(**batch(0))
+            counts.append(num_hooks(model))
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        failing()
+    assert counts == [14]
+    assert num_hooks(model) == 0
+    dynamic = DynamicRanks(model, optimizer, **options)
+    assert num_hooks(model) == 0
+    with dynamic:
+        model(**batch(0)).loss.backward()
+        assert num_hooks(model) == 14
+    assert num_hooks(model) == 0
+    dynamic.close()
+
+
+class Pictures(torch.nn.Module):  # type: ignore[misc]
+    """A convolution, a layer that no gradient reaches, and weights in four bits if they are wanted."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kernel = torch.nn.Conv2d(2, 8, 3, padding=1)
+        self.first, self.aside, self.last = linear(128, 64), linear(64, 64), linear(64, 64)
+
+    def forward(self, x: Any) -> Any:
+        hidden = torch.tanh(self.first(torch.tanh(self.kernel(x)).flatten(1)))
+        return self.last(hidden) + 0 * self.aside(hidden).detach()
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_other_kinds_of_layers(bits: int) -> None:
+    linear: Any = torch.nn.Linear
+    if bits == 4:
+        linear = pytest.importorskip("bitsandbytes").nn.Linear4bit
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["kernel", "first", "aside", "last"])
+    model = get_peft_model(Pictures(linear).to("cpu"), config).train()
+    size = size_of(model)
+
+    def loss_of(model: Any, step: int) -> Any:
+        x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(step))
+        return (model(x) - x.flatten(1)[:, :1]).square().mean()
+
+    updates = trained(
+        model, loss_of=loss_of, budget=size, between=lambda model, _: check_size(model, size), max_change=1
+    )
+    assert [update.step for update in updates] == [6, 12, 18]
+    assert updates[-1].ranks == ranks(model)
+    # What no gradient reaches gives its ranks to the others.
+    rows = {row.module: row for row in updates[-1].report}
+    assert rows["aside"].flags == ("no gradient reached it",)
+    assert ranks(model)["aside"] <= 2
+    assert max(ranks(model).values()) > 4
+
+
+def check_size(model: Any, limit: int) -> None:
+    assert size_of(model) <= limit
+
+
+# Loops of one's own: accumulation, scaled gradients, state.
+
+
+def test_micro_batches_count_as_one_batch() -> None:
+    runs: list[list[Any]] = []
+    for pieces in (1, 2):
+        model = llama()
+        optimizer = adamw(model)
+        updates = []
+        with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:
+            for step in range(STEPS):
+                for piece in torch.chunk(batch(step)["input_ids"], pieces):
+                    (model(input_ids=piece, labels=piece).loss / pieces).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                updates.append(dynamic.step())
+        runs.append([u for u in updates if u is not None])
+    whole, pieced = runs
+    assert moved(whole)
+    for one, other in zip(whole, pieced, strict=True):
+        assert one.report.num_batches == other.report.num_batches == WINDOW
+        assert one.ranks == other.ranks
+        np.testing.assert_allclose(spectra(one), spectra(other), rtol=1e-2, atol=1e-4 * spectra(one).max())
+
+
+def scaled(scaler: Any, overflows: tuple[int, ...] = ()) -> tuple[Any, list[Any], list[float]]:
+    """Training with float16 and a gradient scaler; in some steps the loss overflows."""
+    model = llama()
+    optimizer = adamw(model)
+    updates, scales = [], []
+    with DynamicRanks(model, optimizer, scaler=scaler, **OPTIONS) as dynamic:
+        for step in range(STEPS):
+            with torch.autocast("cpu", torch.float16):
+                loss = model(**batch(step)).loss * (1e30 if step in overflows else 1)
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scales.append(scaler.get_scale())
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+            updates.append(dynamic.step())
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    return model, [u for u in updates if u is not None], scales
+
+
+def test_gradients_are_divided_by_the_scale() -> None:
+    _, expected, _ = scaled(None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    _, updates, scales = scaled(scaler)
+    assert len(set(scales[2:6])) > 1  # The scale moves within a window.
+    assert moved(updates)
+    for one, other in zip(expected, updates, strict=True):
+        assert one.ranks == other.ranks
+        np.testing.assert_allclose(spectra(other), spectra(one), rtol=0.1, atol=0.02 * spectra(one).max())
+    np.testing.assert_allclose(spectra(updates[0]), spectra(expected[0]), rtol=0.02, atol=1e-4)
+
+
+def test_steps_that_overflow_are_left_out() -> None:
+    model, updates, scales = scaled(torch.amp.GradScaler("cpu", init_scale=8.0), (3, 8, 9, 10, 11))
+    assert min(scales) < 8
+    # Of the second window nothing is left: there is nothing to go by.
+    assert [(update.step, update.report.num_batches) for update in updates] == [(6, 3), (18, 4)]
+    assert np.isfinite([spectra(update).max() for update in updates]).all()
+    assert ranks(model) == updates[-1].ranks
+
+
+def test_a_loop_goes_on_from_its_state(tmp_path: Path) -> None:
+    """Inside a window, at a change, and between windows."""
+
+    def loop(model: Any, optimizer: Any, dynamic: Any, start: int, stop: int) -> list[Any]:
+        updates = []
+        with dynamic:
+            for step in range(start, stop):
+                model(**batch(step)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                updates.append(dynamic.step())
+        return [u for u in updates if u is not None]
+
+    whole = llama()
+    optimizer = adamw(whole)
+    expected = loop(whole, optimizer, DynamicRanks(whole, optimizer, **OPTIONS), 0, STEPS)
+    assert moved(expected)
+    for stop in (4, 6, 8, 11):
+        model = llama()
+        optimizer = adamw(model)
+        dynamic = DynamicRanks(model, optimizer, **OPTIONS)
+        updates = loop(model, optimizer, dynamic, 0, stop)
+        model.save_pretrained(tmp_path)
+        torch.save([model.state_dict(), optimizer.state_dict(), dynamic.state_dict()], tmp_path / "state")
+        weights, moments, state = torch.load(tmp_path / "state")
+        assert state["step"] == stop == dynamic.steps
+        again = llama()
+        restore_ranks(again, tmp_path)
+        again.load_state_dict(weights)
+        optimizer = adamw(again)
+        optimizer.load_state_dict(moments)
+        dynamic = DynamicRanks(again, optimizer, **OPTIONS)
+        dynamic.load_state_dict(state)
+        updates += loop(again, optimizer, dynamic, stop, STEPS)
+        assert_same_updates(updates, expected)
+        assert_same_weights(again, whole)
+
+
+# With Trainer.
+
+
+def trainer(model: Any, folder: Path, *callbacks: Any, **settings: Any) -> Any:
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        **{
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.01,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            "seed": 0,
+        }
+        | settings,
+    )
+    return transformers.Trainer(
+        model, arguments, train_dataset=Texts(), eval_dataset=Texts(), callbacks=list(callbacks)
+    )
+
+
+class Run:
+    """A training that is over."""
+
+    def __init__(self, folder: Path, *callbacks: Any, options: Any = None, **settings: Any) -> None:
+        self.model, self.gard = llama(), GardCallback(**OPTIONS | (options or {}))
+        self.trainer = trainer(self.model, folder, *callbacks, self.gard, **settings)
+        self.trainer.train()
+        assert num_hooks(self.model) == 0
+
+    @property
+    def updates(self) -> list[Any]:
+        return self.gard.history
+
+    @property
+    def losses(self) -> list[float]:
+        return [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, _one_thread: Any) -> tuple[Run, Path]:
+    """A run that never stopped, with a checkpoint at every step."""
+    folder = tmp_path_factory.mktemp("whole")
+    return Run(folder, save_strategy="steps", save_steps=1), folder
+
+
+def test_ranks_move_and_training_goes_on(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    run, _ = whole
+    assert [update.step for update in run.updates] == [6, 12, 18]
+    assert moved(run.updates)
+    assert run.updates[-1].ranks == ranks(run.model)
+    before, after = (trainer(model, tmp_path).evaluate() for model in (llama(), run.model))
+    assert after["eval_loss"] < before["eval_loss"] - 0.1
+
+
+def test_two_runs_with_one_seed_are_identical(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    again = Run(tmp_path)
+    assert_same_updates(again.updates, whole[0].updates)
+    assert_same_weights(again.model, whole[0].model)
+    assert again.losses == whole[0].losses
+    other = Run(tmp_path, options={"seed": 1})
+    with pytest.raises(AssertionError):
+        assert_same_updates(other.updates, whole[0].updates)
+
+
+# Within the first window, right at a change, between windows, within a later one, right at the next.
+@pytest.mark.parametrize("step", [4, 6, 7, 11, 12])
+def test_a_resumed_run_equals_one_that_never_stopped(
+    whole: tuple[Run, Path], tmp_path: Path, step: int
+) -> None:
+    run, folder = whole
+    checkpoint = tmp_path / f"checkpoint-{step}"
+    shutil.copytree(folder / checkpoint.name, checkpoint)
+    # The run went on after its last checkpoint, and was cut off then.
+    shutil.copy(folder / "lora_ranks.csv", tmp_path)
+    model, gard = llama(), GardCallback(**OPTIONS)
+    restore_ranks(model, checkpoint)
+    resumed = trainer(model, tmp_path, gard)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_updates(gard.history, [update for update in run.updates if update.step > step])
+    assert_same_weights(model, run.model)
+    assert num_hooks(model) == 0
+    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+    logs = [
+        [{k: v for k, v in entry.items() if k not in timed} for entry in t.state.log_history]
+        for t in (resumed, run.trainer)
+    ]
+    assert logs[0] == logs[1]
+    assert (tmp_path / "lora_ranks.csv").read_bytes() == (folder / "lora_ranks.csv").read_bytes()
+
+
+def test_a_run_resumes_from_a_checkpoint_elsewhere(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    run, folder = whole
+    checkpoint = folder / "checkpoint-10"
+    model, gard = llama(), GardCallback(**OPTIONS, checkpoint=checkpoint)
+    restore_ranks(model, checkpoint)
+    trainer(model, tmp_path, gard).train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(model, run.model)
+    model = llama()
+    restore_ranks(model, checkpoint)
+    lost = trainer(model, tmp_path, GardCallback(**OPTIONS))
+    with pytest.raises(
+        ValueError, match=r"resumes at step 10, but .* holds no lorank_gard\.safetensors: pass"
+    ):
+        lost.train(resume_from_checkpoint=str(checkpoint))
+    assert num_hooks(model) == 0
+
+
+def test_a_run_that_is_resumed_with_other_ranks_is_refused(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    checkpoint = whole[1] / "checkpoint-7"
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        trainer(llama(), tmp_path, GardCallback(**OPTIONS)).train(resume_from_checkpoint=str(checkpoint))
+    model = llama()
+    restore_ranks(model, checkpoint)
+    state = DynamicRanks(model, adamw(model), **OPTIONS).state_dict()
+    other = DynamicRanks(llama(), adamw(model), **OPTIONS)
+    with pytest.raises(ValueError, match=r"call restore_ranks\(model, checkpoint\)"):
+        other.load_state_dict(state)
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """Change the header and the tensors of a state file."""
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["lorank.gard"])
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    change(header, tensors)
+    save_file(tensors, path, {"lorank.gard": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b"garbage" * 9),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: save_file({"none": torch.zeros(1)}, path),
+        lambda path: save_file({"none": torch.zeros(1)}, path, {"lorank.gard": "[]"}),
+        lambda path: rewritten(path, lambda _, tensors: tensors.pop("0.3")),
+        lambda path: rewritten(path, lambda header, _: header.pop("step")),
+        lambda path: rewritten(path, lambda header, _: header.pop("ranks")),
+        lambda path: rewritten(path, lambda header, _: header.update(step="ten")),
+        lambda path: rewritten(path, lambda header, _: header.update(sketches=[3, 3])),
+        lambda path: rewritten(path, lambda _, tensors: tensors.update({"0.3": torch.zeros(3, 3)})),
+    ],
+    ids=[
+        "garbage",
+        "cut off",
+        "no header",
+        "another header",
+        "a tensor less",
+        "no step",
+        "no ranks",
+        "a step that is no number",
+        "fewer modules",
+        "another shape",
+    ],
+)
+def test_a_damaged_state_is_refused(whole: tuple[Run, Path], tmp_path: Path, damage: Any) -> None:
+    checkpoint = tmp_path / "checkpoint-10"
+    shutil.copytree(whole[1] / "checkpoint-10", checkpoint)
+    damage(checkpoint / "lorank_gard.safetensors")
+    model = llama()
+    restore_ranks(model, checkpoint)
+    run = trainer(model, tmp_path, GardCallback(**OPTIONS))
+    with pytest.raises(
+        lorank.FormatError, match=r"lorank_gard.safetensors: is no saved state of GardCallback"
+    ):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    assert num_hooks(model) == 0
+
+
+def test_an_open_window_does_not_go_on_with_sketches_of_another_size(
+    whole: tuple[Run, Path], tmp_path: Path
+) -> None:
+    checkpoint = whole[1] / "checkpoint-10"
+    model = llama()
+    restore_ranks(model, checkpoint)
+    run = trainer(model, tmp_path, GardCallback(**OPTIONS | {"sketch": 8, "checkpoint": checkpoint}))
+    with pytest.raises(ValueError, match="sketch"):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    assert run.state.global_step == 10  # Before any further step.
+
+
+def test_a_resumed_run_keeps_the_budget_that_it_began_with(tmp_path: Path) -> None:
+    """Which by default is what the adapter had then, not what it has now."""
+    options = OPTIONS | {"budget": None}
+    run = Run(tmp_path, options=options, save_strategy="steps", save_steps=12)
+    assert run.updates[1].num_parameters < 3712
+    checkpoint = tmp_path / "checkpoint-12"
+    model, gard = llama(), GardCallback(**options)
+    restore_ranks(model, checkpoint)
+    trainer(model, tmp_path, gard).train(resume_from_checkpoint=str(checkpoint))
+    assert_same_updates(gard.history, run.updates[2:])
+    assert_same_weights(model, run.model)
+
+
+def test_the_best_checkpoint_cannot_be_loaded_at_the_end(tmp_path: Path) -> None:
+    """Its ranks are others than the last: said before training, not after it."""
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    run = trainer(llama(), tmp_path, GardCallback(**OPTIONS), load_best_model_at_end=True, **settings)
+    with pytest.raises(NotImplementedError, match="load_best_model_at_end"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_accumulated_batches_see_what_one_large_batch_sees(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    run = Run(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    assert run.updates[0].report.num_batches == WINDOW
+    assert run.updates[0].ranks == whole[0].updates[0].ranks
+    for one, other in zip(spectra(run.updates[0]), spectra(whole[0].updates[0]), strict=True):
+        np.testing.assert_allclose(one / one.sum(), other / other.sum(), atol=2e-3)
+    assert moved(run.updates)
+
+
+class Norms(transformers.TrainerCallback):  # type: ignore[misc]
+    """What the optimizer gets: the norm of all gradients, and of those of new ranks."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.count: list[int] = []
+
+    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.requires_grad]
+        self.norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
+        self.count.append(sum(g.numel() for g in gradients))
+
+
+def test_gradients_of_all_ranks_are_clipped(tmp_path: Path) -> None:
+    norms = Norms()
+    run = Run(tmp_path, norms, max_grad_norm=0.05)
+    assert moved(run.updates)
+    assert norms.norms == pytest.approx([0.05] * STEPS, rel=1e-3)
+    assert norms.count[6] == run.updates[0].num_parameters > norms.count[5]
+    logged = [entry["grad_norm"] for entry in run.trainer.state.log_history if "grad_norm" in entry]
+    assert min(logged) > 0.05
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks_count_once(whole: tuple[Run, Path], tmp_path: Path, reentrant: bool) -> None:
+    settings = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
+    run = Run(tmp_path, **settings)
+    for one, other in zip(run.updates, whole[0].updates, strict=True):
+        assert one.ranks == other.ranks
+        np.testing.assert_allclose(spectra(one), spectra(other), rtol=1e-3, atol=1e-5 * spectra(one).max())
+    assert run.losses == pytest.approx(whole[0].losses, rel=1e-4)
+
+
+def test_bfloat16(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    run = Run(tmp_path, bf16=True)
+    assert moved(run.updates)
+    one, other = spectra(run.updates[0]), spectra(whole[0].updates[0])
+    assert not np.array_equal(one, other)
+    np.testing.assert_allclose(one.sum(1), other.sum(1), rtol=0.1)
+    assert run.losses == pytest.approx(whole[0].losses, rel=0.1)
+
+
+def test_a_schedule_goes_on(tmp_path: Path) -> None:
+    run = Run(tmp_path, lr_scheduler_type="cosine", warmup_steps=3)
+    assert moved(run.updates)
+    rates = [entry["learning_rate"] for entry in run.trainer.state.log_history if "learning_rate" in entry]
+    # What is logged at a step is the rate of that step.
+    expected = [
+        step / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / (STEPS - 3))) / 2
+        for step in range(STEPS)
+    ]
+    assert rates == pytest.approx([0.01 * rate for rate in expected], abs=1e-9)
+
+
+def test_the_trained_adapter_is_saved_and_loaded(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    model = whole[0].model
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama().unload(), tmp_path)
+    assert ranks(again) == ranks(model)
+    assert len(set(ranks(again).values())) > 1
+    torch.testing.assert_close(evaluated(again)[0], evaluated(model)[0], rtol=0, atol=1e-6)
+    assert lorank.LoraAdapter.load(tmp_path).ranks == ranks(model)
+    # So are the checkpoints of the run, each with the ranks of its step.
+    adapter = lorank.LoraAdapter.load(whole[1] / "checkpoint-7")
+    assert adapter.ranks == whole[0].updates[0].ranks
+
+
+def test_evaluations_leave_no_trace(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    run = Run(tmp_path, eval_strategy="steps", eval_steps=1)
+    assert sum("eval_loss" in entry for entry in run.trainer.state.log_history) == STEPS
+    assert_same_updates(run.updates, whole[0].updates)
+    assert_same_weights(run.model, whole[0].model)
+
+
+class Reporter(transformers.TrainerCallback):  # type: ignore[misc]
+    """Comes before all other callbacks, as those of TensorBoard and its like do."""
+
+    seen: list[tuple[int, dict[str, Any]]]
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        type(self).seen = []
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        self.seen.append((state.global_step, dict(logs)))
+
+
+def test_ranks_are_logged_where_trainer_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda _: [Reporter])
+    sizes: dict[int, dict[str, float]] = {}
+
+    class Counter(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
+            found = ranks(kwargs["model"]).values()
+            sizes[state.global_step] = {
+                "lora_rank_mean": sum(found) / len(found),
+                "lora_rank_min": min(found),
+                "lora_rank_max": max(found),
+                "lora_parameters": size_of(kwargs["model"]),
+            }
+
+    model, gard = llama(), GardCallback(**OPTIONS)
+    run = trainer(model, tmp_path, gard, Counter(), eval_strategy="steps", eval_steps=9)
+    names = [type(callback).__name__ for callback in run.callback_handler.callbacks]
+    assert names.index("Reporter") < names.index("GardCallback")
+    run.train()
+    assert len(Reporter.seen) == STEPS + 2 + 1  # Steps, evaluations, and the summary.
+    assert len({size["lora_parameters"] for size in sizes.values()}) > 1
+    for step, logs in Reporter.seen:
+        assert {key: logs[key] for key in sizes[step]} == sizes[step]
+    assert len(run.state.log_history) == len(Reporter.seen)
+    for (step, logs), entry in zip(Reporter.seen, run.state.log_history, strict=True):
+        assert entry == logs | {"step": step}
+    # All callbacks are still there, each once.
+    assert sorted(names) == sorted(type(callback).__name__ for callback in run.callback_handler.callbacks)
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "lora_ranks.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_holds_every_change_and_nothing_of_an_earlier_run(
+    whole: tuple[Run, Path], tmp_path: Path
+) -> None:
+    run, folder = whole
+    expected = [
+        {
+            "step": str(update.step),
+            "module": row.name,
+            "rank": str(update.ranks[row.module]),
+            "effective_rank": str(row.effective_rank),
+            "error": str(update.changes[row.module].error if row.module in update.changes else 0.0),
+        }
+        for update in run.updates
+        for row in update.report
+    ]
+    assert len(expected) == 3 * 14
+    assert table(folder) == expected
+    # The same folder, shorter, then longer.
+    shutil.copy(folder / "lora_ranks.csv", tmp_path)
+    Run(tmp_path, max_steps=6)
+    assert table(tmp_path) == expected[:14]
+    Run(tmp_path, max_steps=4)
+    assert table(tmp_path) == []
+    Run(tmp_path, max_steps=12)
+    assert {row["step"] for row in table(tmp_path)} == {"6", "12"}
+
+
+class Failing(transformers.TrainerCallback):  # type: ignore[misc]
+    """Fails once, while the model is watched."""
+
+    failed = False
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if state.global_step == 4 and not self.failed:
+            self.failed = True
+            raise RuntimeError("out of luck")
+
+
+def test_a_training_after_one_that_failed_leaves_no_hooks(tmp_path: Path) -> None:
+    model, gard = llama(), GardCallback(**OPTIONS)
+    run = trainer(model, tmp_path, gard, Failing())
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run.train()
+    run.train()
+    assert num_hooks(model) == 0
+    assert [update.step for update in gard.history] == [6, 12, 18]
+
+
+# Several processes.
+
+
+def train_together(process: int, folder: str, port: int) -> None:
+    """One of two processes, by hand and with Trainer."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("RANK", process),
+            ("LOCAL_RANK", process),
+            ("WORLD_SIZE", 2),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", port),
+            ("OMP_NUM_THREADS", 1),  # Accelerate would take all cores for each.
+        ):
+            patch.setenv(name, str(value))
+        model, gard = llama(), GardCallback(**OPTIONS)
+        run = trainer(
+            model,
+            Path(folder) / "trainer",
+            gard,
+            per_device_train_batch_size=1,
+            ddp_backend="gloo",
+            save_strategy="steps",
+            save_steps=10,
+        )
+        run.train()
+        result: dict[str, Any] = {"trainer": (model.state_dict(), gard.history)}
+        checkpoint = Path(folder) / "trainer" / "checkpoint-10"
+        model, gard = llama(), GardCallback(**OPTIONS)
+        restore_ranks(model, checkpoint)
+        again = trainer(
+            model, Path(folder) / "trainer", gard, per_device_train_batch_size=1, ddp_backend="gloo"
+        )
+        again.train(resume_from_checkpoint=str(checkpoint))
+        result["resumed"] = (model.state_dict(), gard.history)
+        model = llama()
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ValueError, match=r"pass model\.module"):
+            DynamicRanks(wrapped, adamw(model), **OPTIONS)
+
+        def loss_of(_: Any, step: int) -> Any:
+            return wrapped(**{key: ids[process::2] for key, ids in batch(step).items()}).loss
+
+        updates = trained(model, loss_of=loss_of)
+        result["by hand"] = (model.state_dict(), updates)
+    torch.save(result, f"{folder}/{process}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_that_train_together_have_the_same_ranks(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_together, (str(tmp_path), port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=False) for i in range(2))
+    for name, (weights, updates) in first.items():
+        assert moved(updates), name
+        assert_same_updates(updates, second[name][1])
+        for key, tensor in weights.items():
+            assert torch.equal(tensor, second[name][0][key]), key
+    for key, tensor in first["trainer"][0].items():
+        assert torch.equal(tensor, first["resumed"][0][key]), key
+    # Together they see what one process sees that has the whole batch.
+    alone = llama()
+    updates = trained(alone)
+    assert [u.ranks for u in first["by hand"][1]] == [u.ranks for u in updates]
+    for one, other in zip(first["by hand"][1], updates, strict=True):
+        np.testing.assert_allclose(spectra(one), spectra(other), rtol=1e-2, atol=1e-4 * spectra(one).max())
+    assert first["trainer"][1][0].ranks == whole[0].updates[0].ranks
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp": "full_shard"}, r"TrainingArguments\(fsdp=\.\.\.\): ranks cannot be changed under FSDP"),
+        ({"fsdp": True}, r"under FSDP"),
+        ({"fsdp": ["full_shard", "offload"]}, r"under FSDP"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, r"\(deepspeed=\.\.\.\): .* under DeepSpeed"),
+        ({"deepspeed": "zero3.json"}, r"under DeepSpeed"),
+        (
+            {"torch_compile": True},
+            r"\(torch_compile=\.\.\.\): .* under torch\.compile.* use profile_gradients",
+        ),
+    ],
+)
+def test_training_that_remembers_shapes_is_refused(settings: Any, message: str, tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {"fsdp": [], "deepspeed": None, "torch_compile": False}
+    arguments = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, **nothing | settings)
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    model = llama()
+    gard = GardCallback(**OPTIONS)
+    with pytest.raises(NotImplementedError, match=message):
+        gard.on_train_begin(arguments, state, None, model=model, optimizer=adamw(model))
+    assert num_hooks(model) == 0
+
+
+def test_trainer_itself_with_torch_compile_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match=r"under torch\.compile"):
+        trainer(llama(), tmp_path, GardCallback(**OPTIONS), torch_compile=True).train()
+
+
+def test_compiled_models_are_refused() -> None:
+    model = llama()
+    with pytest.raises(NotImplementedError, match="wrapped in OptimizedModule"):
+        DynamicRanks(torch.compile(model), adamw(model), **OPTIONS)
+
+
+class Strange(torch.optim.SGD):  # type: ignore[misc]
+    """Remembers something whose meaning is its own."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["curvature"] = torch.ones_like(p)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        (lambda ps: torch.optim.Adafactor(ps), "'row_var' of Adafactor cannot be carried over"),
+        (lambda ps: Strange(ps, lr=0.1), "the state 'curvature' of Strange cannot be carried over"),
+    ],
+)
+def test_an_unknown_optimizer_is_refused_after_the_first_step(optim: Any, message: str) -> None:
+    model = llama()
+    optimizer = optim([p for p in model.parameters() if p.requires_grad])
+    with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:
+        model(**batch(0)).loss.backward()
+        optimizer.step()
+        with pytest.raises(NotImplementedError, match=message):
+            dynamic.step()
+    assert num_hooks(model) == 0
+
+
+def test_adafactor_is_refused_by_trainer_after_the_first_step(tmp_path: Path) -> None:
+    run = trainer(llama(), tmp_path, GardCallback(**OPTIONS), optim="adafactor")
+    with pytest.raises(NotImplementedError, match="'exp_avg_sq_row' of Adafactor cannot be carried over"):
+        run.train()
+    assert run.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interval": 0}, "interval must be an integer of at least 1, not 0"),
+        ({"interval": 2.5}, "interval must be an integer of at least 1, not 2.5"),
+        ({"window": True}, "window must be an integer of at least 1, not True"),
+        ({"window": 7}, "window 7 is longer than interval 6"),
+        ({"max_change": 0}, "max_change must be an integer of at least 1, not 0"),
+        ({"warmup": -1}, "warmup must be an integer of at least 0, not -1"),
+        ({"freeze_after": -1}, "freeze_after must be an integer of at least 0, not -1"),
+        ({"smoothing": 1.0}, r"smoothing must be at least 0 and below 1, not 1\.0"),
+        ({"smoothing": math.nan}, "smoothing must be at least 0 and below 1, not nan"),
+        ({"energy": 0.0}, r"energy must be above 0 and at most 1, not 0\.0"),
+        ({"energy": 1.1}, r"energy must be above 0 and at most 1, not 1\.1"),
+        ({"sketch": 0}, "sketch must be a positive integer"),
+        ({"budget": "many"}, "a budget is a number of parameters"),
+        ({"budget": 3000}, "the adapter has 3,712 parameters, more than the budget of 3,000: begin with"),
+        ({"r_max": 3}, r"'model\.layers\.0\.self_attn\.q_proj' has rank 4, outside r_min 1 and r_max 3"),
+        ({"r_min": 5}, "has rank 4, outside r_min 5 and r_max 12"),
+        ({"adapter_name": "other"}, "no adapter 'other' in the model: it has default"),
+    ],
+)
+def test_bad_options(options: Any, message: str) -> None:
+    model = llama()
+    with pytest.raises(ValueError, match=message):
+        DynamicRanks(model, adamw(model), **OPTIONS | options)
+    assert num_hooks(model) == 0
+
+
+@pytest.mark.parametrize("options", [{"r_min": 0}, {"r_min": -1}, {"r_min": 1.5}, {"r_max": 12.5}])
+def test_bounds_that_no_rank_can_have(options: Any) -> None:
+    """Before training, not at the first change."""
+    model = llama()
+    with pytest.raises(ValueError, match="r_m"):
+        DynamicRanks(model, adamw(model), **OPTIONS | options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "is no plain LoRA but a Dora.*: not supported"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+    ],
+)
+def test_adapters_that_cannot_be_resized_are_refused_at_once(settings: Any, message: str) -> None:
+    """Not at the first change, when a hundred steps are done."""
+    model = llama(**settings)
+    with pytest.raises(NotImplementedError, match=message):
+        DynamicRanks(model, adamw(model), **OPTIONS)
+
+
+def test_sharded_models_are_refused_at_once(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = llama()
+        fully_shard(model)
+        with pytest.raises(NotImplementedError, match=r"is sharded .* under FSDP, DeepSpeed ZeRO-3"):
+            DynamicRanks(model, adamw(model), **OPTIONS)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_model_without_a_gradient_to_look_at_is_refused() -> None:
+    model = llama(targets=["embed_tokens"])
+    with pytest.raises(ValueError, match="adapter 'default' has no module whose gradient can be sketched"):
+        DynamicRanks(model, adamw(model))
+
+
+def test_options_are_refused_when_training_begins(tmp_path: Path) -> None:
+    model = llama()
+    run = trainer(model, tmp_path, GardCallback(**OPTIONS | {"window": 9}))
+    with pytest.raises(ValueError, match="window 9 is longer than interval 6"):
+        run.train()
+    assert run.state.global_step == 0
