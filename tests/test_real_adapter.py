@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 import lorank
 import material
@@ -104,3 +105,27 @@ def test_extraction_from_a_real_fine_tune_keeps_what_a_dense_svd_keeps(tmp_path:
     assert any("vectors changed" in note for note in adapter.notes)
     adapter.save(tmp_path / "a")
     assert loaded(reviews.base_model().bert, tmp_path / "a") is not None
+
+
+def test_a_compressed_adapter_takes_the_place_of_the_live_one(
+    adapter: lorank.LoraAdapter, tmp_path: Path
+) -> None:
+    """With a trained head beside it, which PEFT's own deletion of a last adapter trips over."""
+    adapter.save(tmp_path / "trained")
+    (batch,) = reviews.batches(4000, 32)
+    model = PeftModel.from_pretrained(reviews.base_model(), tmp_path / "trained").eval()
+    with torch.no_grad():
+        before = model(**batch).logits
+        lorank.compress(adapter, rank_ratio=1.0, progress=False).into_model(model)
+        assert list(model.peft_config) == ["default"]
+        torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-4)
+        lorank.compress(adapter, rank_ratio=0.1, progress=False).into_model(model)
+        assert not torch.allclose(model(**batch).logits, before, atol=1e-3)
+
+
+def test_weights_without_their_settings_are_refused(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
+    adapter.save(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(lorank.FormatError, match=r"no adapter_config\.json beside it"):
+            lorank.LoraAdapter.load(path)

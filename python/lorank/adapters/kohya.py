@@ -44,6 +44,10 @@ _OTHER_METHODS = {
 }
 
 
+# How PEFT's own files name everything: what they say is not all there, as the alphas are in the config.
+_PEFT_PREFIX = "base_model.model."
+
+
 def read(tensors: Tensors) -> LoraAdapter:
     """An adapter over a file's tensors.
 
@@ -67,6 +71,11 @@ def read(tensors: Tensors) -> LoraAdapter:
             carried[key] = tensors.stored(key)
     if not factors:
         raise FormatError(f"{tensors.label}: holds no LoRA factors (lora_up/lora_down, lora_A/lora_B)")
+    if any(name.startswith(_PEFT_PREFIX) for name in factors):
+        raise FormatError(
+            f"{tensors.label}: has the names of PEFT but no adapter_config.json beside it, or was named "
+            "without its folder: give the folder that holds both, or the scale of the update is unknown"
+        )
     notes = [f"{len(carried)} tensors that are no factors are kept as they are"] if carried else []
     if any("mid" in keys for keys in factors.values()):
         notes.append("mid kernels were folded into lora_down")

@@ -27,6 +27,10 @@ def from_model(peft_model: Any, adapter_name: str) -> LoraAdapter:
     return peft_format.read(ArrayTensors(state, f"adapter {adapter_name!r}"), config)
 
 
+# The name of an adapter while it replaces another.
+_STAND_IN = "lorank_stand_in"
+
+
 def into_model(adapter: LoraAdapter, peft_model: Any, adapter_name: str) -> None:
     """Replace or add an adapter; see `LoraAdapter.into_model`."""
     peft = extras.require("peft", "peft", "for live models")
@@ -38,10 +42,17 @@ def into_model(adapter: LoraAdapter, peft_model: Any, adapter_name: str) -> None
         adapter.save(Path(folder), overwrite=True)
         config = peft.LoraConfig.from_pretrained(folder)
         config.inference_mode = False
-        if adapter_name in peft_model.peft_config:
-            peft_model.delete_adapter(adapter_name)
         trainable = peft_model.training
-        peft_model.load_adapter(folder, adapter_name, is_trainable=True)
+        if adapter_name in peft_model.peft_config:
+            # PEFT cannot delete its only adapter where modules are saved with it: another stands in.
+            peft_model.load_adapter(folder, _STAND_IN, is_trainable=True)
+            peft_model.base_model.set_adapter(_STAND_IN)
+            peft_model.delete_adapter(adapter_name)
+            peft_model.load_adapter(folder, adapter_name, is_trainable=True)
+            peft_model.base_model.set_adapter(adapter_name)
+            peft_model.delete_adapter(_STAND_IN)
+        else:
+            peft_model.load_adapter(folder, adapter_name, is_trainable=True)
         peft_model.train(trainable)
     if active:
         peft_model.base_model.set_adapter(active if adapter_name in active else [*active])

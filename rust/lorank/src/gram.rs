@@ -97,7 +97,7 @@ fn thin_gram(
 ) -> Result<()> {
     let (p, m) = (wide.rows(), wide.cols());
     let padded = p.next_multiple_of(UNIT).max(UNIT);
-    let depth = THIN_PANEL / padded;
+    let depth = THIN_PANEL / padded / UNIT * UNIT;
     let (mut panel, mut sums) = (vec![0.0; padded * depth], vec![0.0; padded * padded]);
     for first in (0..m).step_by(depth) {
         cancel.check()?;
@@ -198,6 +198,29 @@ mod tests {
                             expected[(i, j)].to_bits(),
                             "{rows}x{cols} {strategy:?}"
                         );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_number_of_few_rows() {
+        let cancel = CancelToken::default();
+        for p in 1..=2 * THIN {
+            for m in [p + 1, 511, 1200] {
+                let values: Vec<f64> = (0..p * m).map(|i| ((i * 7919) % 1013) as f64 - 506.0).collect();
+                let dense = Mat::from_fn(p, m, |i, j| values[i * m + j]);
+                let expected = &dense * dense.transpose();
+                let rows = MatrixView::from_f64(&values, p, m).unwrap();
+                let turned: Vec<f64> = (0..p * m).map(|n| values[n % p * m + n / p]).collect();
+                let columns = MatrixView::from_f64(&turned, m, p).unwrap();
+                for view in [rows, columns] {
+                    let gram = gram_of(&view, Strategy::Alone, &cancel).unwrap();
+                    for j in 0..p {
+                        for i in j..p {
+                            assert_eq!(gram[(i, j)].to_bits(), expected[(i, j)].to_bits(), "{p}x{m}");
+                        }
                     }
                 }
             }
