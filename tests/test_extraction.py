@@ -120,6 +120,28 @@ def test_files_are_read_shard_by_shard_and_notes_name_what_is_left(tmp_path: Pat
     assert any("1 matrices are in" in note and "base only" in note for note in fewer.notes)
 
 
+def test_a_prefix_makes_names_fit_a_model_around_the_checkpoint(tmp_path: Path) -> None:
+    classifier = tiny_models.bert_classifier()
+    inner, after = classifier.bert, tuned_copy(classifier.bert)
+    inner.save_pretrained(tmp_path / "base")
+    after.save_pretrained(tmp_path / "tuned")
+    paths, knobs = (
+        (tmp_path / "base", tmp_path / "tuned"),
+        {"include": ["query"], "avg_rank": 3, "progress": False},
+    )
+    plain = lorank.extract(*paths, **knobs)
+    assert any(f"named as in {paths[0]}: PEFT finds them only" in note for note in plain.notes)
+    for prefix in ("bert", "bert."):
+        adapter = lorank.extract(*paths, prefix=prefix, **knobs)
+        assert list(adapter.modules) == [f"bert.{name}" for name in plain.modules]
+        assert any(f"with {prefix!r} before" in note for note in adapter.notes)
+    adapter.save(tmp_path / "a")
+    merged = dict(loaded(classifier, tmp_path / "a").merge_and_unload().named_parameters())
+    for name, update in dense(adapter).items():
+        change = merged[f"{name}.weight"] - dict(classifier.named_parameters())[f"{name}.weight"]
+        np.testing.assert_allclose(change.detach().numpy(), update, atol=2e-6)
+
+
 def test_what_cannot_be_extracted() -> None:
     base = {"a.weight": np.eye(4), "b.weight": np.eye(3)}
     with pytest.raises(ValueError, match="rank_ratio has no meaning"):

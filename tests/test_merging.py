@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,24 @@ def test_what_cannot_be_merged(adapters: list[lorank.LoraAdapter]) -> None:
     misfit = lorank.LoraAdapter.from_model(trained(wide, LoraConfig(r=2, target_modules=["q_proj"])))
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj' is linear .* different models"):
         lorank.merge([adapters[0], misfit], rank_ratio=1.0, progress=False)
+
+
+def renamed(adapter: lorank.LoraAdapter, prefix: str) -> lorank.LoraAdapter:
+    modules = {f"{prefix}{name}": module for name, module in adapter.modules.items()}
+    modules = {name: replace(module, name=name) for name, module in modules.items()}
+    return replace(adapter, modules=modules, label=prefix or "plain")
+
+
+def test_names_that_differ_by_a_prefix_are_refused(adapters: list[lorank.LoraAdapter]) -> None:
+    long, short = renamed(adapters[0], "tower."), renamed(adapters[0], "")
+    name = next(iter(short.modules))
+    for pair in ([long, short], [short, long]):
+        with pytest.raises(
+            ValueError, match=f"adapts 'tower.{name}', but plain adapts '{name}'.*save it again"
+        ):
+            lorank.merge(pair, rank_ratio=1.0, progress=False)
+    # One model may have both names: an adapter that holds both says so.
+    both = replace(short, modules={**short.modules, **long.modules})
+    merged = lorank.merge([both, short], rank_ratio=1.0, progress=False)
+    assert set(merged.modules) == set(both.modules)
+    lorank.merge([both, long], rank_ratio=1.0, progress=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ def extract(
     *,
     include: naming.Targets = None,
     exclude: naming.Targets = None,
+    prefix: str = "",
     threads: int | None = None,
     progress: bool = True,
     **knobs: Any,
@@ -41,6 +42,9 @@ def extract(
         The model before and after: anything that `analyze` takes. Read matrix by matrix.
     include, exclude
         Which modules, as in `analyze`: leave out embeddings and heads that an engine cannot adapt.
+    prefix
+        Put before every module's name, such as ``"bert"`` where the checkpoint says ``encoder.layer.0``
+        and the model to adapt ``bert.encoder.layer.0``.
     threads, progress
         As in `compress`.
     **knobs
@@ -50,7 +54,7 @@ def extract(
     -------
     LoraAdapter
         With its `certificate`, against the dense differences; its `notes` name what an adapter cannot
-        hold: changed vectors, modules of one model only.
+        hold: changed vectors, modules of one model only; and whose names its modules have.
 
     Raises
     ------
@@ -68,9 +72,11 @@ def extract(
     chosen = Knobs(**{"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}})
     before, after = open_source(base), open_source(tuned)
     pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
-    notes += _changed_vectors(before, after)
+    notes += [*_changed_vectors(before, after), _naming_note(before, prefix)]
     assert chosen.max_rank is not None
-    forms = _forms(pairs, chosen.max_rank, thread_count(threads), progress)
+    forms = [
+        _renamed(form, prefix) for form in _forms(pairs, chosen.max_rank, thread_count(threads), progress)
+    ]
     if all(form.energy == 0 for form in forms):
         raise ValueError(f"{before.label} and {after.label}: no selected matrix differs")
     whole = LoraAdapter(
@@ -80,6 +86,18 @@ def extract(
         label=f"{after.label} - {before.label}",
     )
     return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}", threads)
+
+
+def _renamed(form: SpectralForm, prefix: str) -> SpectralForm:
+    name = ".".join(part for part in (prefix.strip("."), form.module.name) if part)
+    return replace(form, module=replace(form.module, name=name))
+
+
+def _naming_note(before: Source, prefix: str) -> str:
+    names = f"modules are named as in {before.label}{f' with {prefix!r} before' if prefix else ''}"
+    return (
+        f"{names}: PEFT finds them only in a model that names them so{'' if prefix else ', or give a prefix'}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

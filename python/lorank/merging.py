@@ -49,7 +49,8 @@ def merge(
     Raises
     ------
     ValueError
-        If weights do not fit, formats differ, or an adapter has DoRA magnitudes, which do not add up.
+        If weights do not fit, formats differ, an adapter has DoRA magnitudes, which do not add up, or
+        module names of one differ from another's by a prefix.
     FormatError
         If shapes of one module differ.
 
@@ -94,7 +95,24 @@ def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] |
     bases = {adapter.base_model for adapter in adapters if adapter.base_model}
     if len(bases) > 1:
         raise ValueError(f"adapters of different base models: {', '.join(sorted(bases))}")
+    _check_prefixes(adapters)
     return shares
+
+
+def _check_prefixes(adapters: Sequence[LoraAdapter]) -> None:
+    """Refuse names that differ by a prefix: the sum would hold both, and PEFT would load half of it."""
+    owners = {name: adapter for adapter in reversed(adapters) for name in adapter.modules}
+    for adapter in adapters:
+        for name in adapter.modules:
+            for short in list(naming.suffixes(name))[1:]:
+                other = owners.get(short)
+                # Names that lie in one adapter together are two modules of one model.
+                if other is not None and short not in adapter.modules and name not in other.modules:
+                    raise ValueError(
+                        f"{adapter.label} adapts {name!r}, but {other.label} adapts {short!r}: names of one "
+                        "module with and without a prefix. Load one adapter into the kind of model that the "
+                        "other was trained in, and save it again from there"
+                    )
 
 
 def _names(adapters: Sequence[LoraAdapter]) -> list[str]:

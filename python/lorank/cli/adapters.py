@@ -177,6 +177,9 @@ def extract(
     output: Output,
     include: Include = None,
     exclude: Exclude = None,
+    prefix: Annotated[
+        str, typer.Option(help="Put before every module's name, such as bert, if the model to adapt has it.")
+    ] = "",
     avg_rank: AvgRank = None,
     energy: Energy = None,
     budget: Budget = None,
@@ -198,6 +201,7 @@ def extract(
         tuned,
         include=parse_targets(include),
         exclude=parse_targets(exclude),
+        prefix=prefix,
         threads=threads,
         progress=not quiet,
         **knobs,
