@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 
 import lorank
 import reviews
@@ -40,7 +41,8 @@ def run(method: str, rule: str, epochs: int, seed: int) -> dict[str, Any]:
         config.alpha_pattern = {}
     torch.manual_seed(seed)
     peft_model = get_peft_model(model, config).train()
-    scales = [scale for module in peft_model.modules() for scale in getattr(module, "scaling", {}).values()]
+    layers = [module for module in peft_model.modules() if isinstance(module, LoraLayer)]
+    scales = [scale for layer in layers for scale in layer.scaling.values()]
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=SETTINGS["lr"])
     data = reviews.batches(0, SETTINGS["examples"])
     losses, norms = [], []
