@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lorank
 import tiny_models
 from adapter_files import dense, distance, loaded, norm, saved, trained
+from lorank.adapters.writing import write_adapter
 
 PROFILES = ("compact", "portable", "tensor-rank")
 IDS = torch.arange(1, 9)[None]
@@ -354,9 +357,243 @@ def test_untrained_adapters_hold_nothing(tmp_path: Path) -> None:
     assert small.num_parameters == 0
     assert small.certificate is not None
     assert (small.certificate.error, small.certificate.retained_energy) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="no module has any rank left"):
+    with pytest.raises(ValueError, match="every update is zero: the adapter is untrained"):
         small.save(tmp_path / "b")
     assert not (tmp_path / "b").exists()
+    assert any("ranks were zero before" in note for note in small.notes)
+
+
+def small_one(folder: Path, **knobs: Any) -> lorank.LoraAdapter:
+    """A compressed adapter of mixed ranks, one of them 0."""
+    model, config = case("patterns")
+    small = lorank.compress(
+        saved(trained(model, config), folder), progress=False, **(knobs or {"avg_rank": 1})
+    )
+    assert len(set(small.ranks.values())) > 2
+    assert 0 in small.ranks.values()
+    return small
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_certificate_is_read_again_and_survives_another_profile(
+    profile: Any, dtype: Any, tmp_path: Path
+) -> None:
+    written = write_adapter(small_one(tmp_path / "a"), tmp_path / "b", profile, dtype, overwrite=False)
+    again = lorank.LoraAdapter.load(tmp_path / "b")
+    assert again.certificate == written.certificate
+    assert again.certificate is not None
+    for other in PROFILES:
+        again.save(tmp_path / other, other)
+        certificate = lorank.LoraAdapter.load(tmp_path / other).certificate
+        assert certificate is not None
+        assert certificate.modules == again.certificate.modules
+        # Whatever is rounded a second time is added to the first.
+        assert (certificate.rounding_error or 0) >= (again.certificate.rounding_error or 0)
+        assert (certificate.rounding_error is None) == (dtype is None)
+    fresh = lorank.compress(again, rank_ratio=1.0, progress=False).certificate
+    assert fresh is not None
+    assert fresh.error == 0
+    assert fresh.action != again.certificate.action
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged: no action"),
+        ('{"action": "x"}', "no list of modules"),
+        ('{"action": "x", "modules": [{}]}', "a module without a name"),
+        ('{"action": "x", "modules": [{"name": "m", "rank_before": "8"}]}', "m: rank_before is '8'"),
+        ('{"action": "x", "modules": [], "rounding_error": NaN}', "rounding_error is nan"),
+        ('{"action": "x", "modules": []}', "has other ranks"),
+    ],
+)
+def test_a_certificate_that_does_not_fit_is_ignored(text: str, reason: str, tmp_path: Path) -> None:
+    small_one(tmp_path / "a").save(tmp_path / "b")
+    (tmp_path / "b" / "lorank.json").write_text(text)
+    adapter = lorank.LoraAdapter.load(tmp_path / "b")
+    assert adapter.certificate is None
+    assert any("lorank.json was ignored" in note and reason in note for note in adapter.notes)
+
+
+def test_who_trains_on_loses_the_certificate(tmp_path: Path) -> None:
+    small_one(tmp_path / "a").save(tmp_path / "b")
+    saved(loaded(tiny_models.llama(), tmp_path / "b"), tmp_path / "b")
+    assert (tmp_path / "b" / "lorank.json").exists()
+    assert lorank.LoraAdapter.load(tmp_path / "b").certificate is None
+
+
+def test_padding_is_no_rank(tmp_path: Path) -> None:
+    small = small_one(tmp_path / "a")
+    small.save(tmp_path / "b", "portable")
+    again = lorank.LoraAdapter.load(tmp_path / "b")
+    assert again.ranks == small.ranks
+    assert again.num_parameters == small.num_parameters
+    assert any("padded every rank to" in note for note in again.notes)
+    half = [lorank.compress(x, rank_ratio=0.5, progress=False).ranks for x in (small, again)]
+    assert half[0] == half[1]
+    assert sum(half[0].values()) == round(0.5 * sum(small.ranks.values()) + 1e-9)
+    assert f"{small.num_parameters:,} parameters" in (tmp_path / "b" / "README.md").read_text()
+
+
+def retold(folder: Path, ranks: str) -> lorank.LoraAdapter:
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, {**metadata, "lorank.ranks": ranks})
+    return lorank.LoraAdapter.load(folder)
+
+
+def test_ranks_that_a_file_tells_wrongly(tmp_path: Path) -> None:
+    small = small_one(tmp_path / "a")
+    small.save(tmp_path / "b", "portable")
+    largest = max(small.ranks.values())
+    for ranks in (
+        "{",
+        "[]",
+        "{}",
+        json.dumps(dict.fromkeys(small.ranks, 99)),
+        json.dumps(dict.fromkeys(small.ranks, "1")),
+    ):
+        again = retold(tmp_path / "b", ranks)
+        assert set(again.ranks.values()) == {largest}
+        assert any("do not fit and were ignored" in note for note in again.notes)
+    fewer = retold(tmp_path / "b", json.dumps(dict.fromkeys(small.ranks, 1)))
+    with pytest.raises(lorank.FormatError, match="tell of rank 1, but it has more"):
+        lorank.compress(fewer, rank_ratio=1.0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", None),
+        ("r", "8"),
+        ("r", True),
+        ("r", -6),
+        ("r", 0),
+        pytest.param("r", 10**400, id="r-huge"),
+        ("lora_alpha", None),
+        ("lora_alpha", "16"),
+        ("lora_alpha", False),
+        ("lora_alpha", float("nan")),
+        pytest.param("lora_alpha", 10**400, id="lora_alpha-huge"),
+        ("rank_pattern", {"q_proj": None}),
+        ("alpha_pattern", {"q_proj": [1]}),
+        ("rank_pattern", ["q_proj"]),
+    ],
+)
+def test_settings_that_are_no_numbers_are_named(key: str, value: Any, tmp_path: Path) -> None:
+    model, config = case("llama")
+    folder = saved(trained(model, config), tmp_path / "a")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(lorank.FormatError) as error:
+        lorank.LoraAdapter.load(folder)
+    named = (
+        repr(value["q_proj"])
+        if isinstance(value, dict)
+        else "list"
+        if isinstance(value, list)
+        else repr(value)
+    )
+    for word in (str(folder), key, named):
+        assert word in str(error.value)
+    with pytest.raises(lorank.FormatError, match=key):
+        lorank.check(folder)
+
+
+def test_missing_magnitudes_are_noted(tmp_path: Path) -> None:
+    model, config = case("dora")
+    folder = saved(trained(model, config), tmp_path / "a")
+    assert not any("no magnitude" in note for note in lorank.LoraAdapter.load(folder).notes)
+    edited(folder, lambda tensors: tensors.pop(KEY.replace("lora_A.weight", "lora_magnitude_vector")))
+    notes = lorank.LoraAdapter.load(folder).notes
+    assert any(
+        "1 modules have no magnitude vector, the first is model.layers.0.self_attn.q_proj" in n for n in notes
+    )
+    (verdict,) = lorank.check(folder, ["peft"])
+    assert (verdict.status, "magnitudes of 1 modules anew" in verdict.reason) == ("wrong", True)
+
+
+def test_only_files_are_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "something.safetensors").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path, "."):
+        with pytest.raises(lorank.FormatError, match=r"holds neither adapter_config\.json nor"):
+            lorank.LoraAdapter.load(path)
+    with pytest.raises(FileNotFoundError, match="an empty path"):
+        lorank.LoraAdapter.load("")
+
+
+def test_failed_writes_leave_no_empty_folders(tmp_path: Path) -> None:
+    small = small_one(tmp_path / "a")
+    name = small.adapted[0].name
+    huge = replace(small.modules[name], scaling=1e9)
+    adapter = replace(small, modules={**small.modules, name: huge})
+    (tmp_path / "mine").mkdir()
+    for target in (tmp_path / "b" / "c", tmp_path / "mine" / "c", tmp_path / "mine"):
+        with pytest.raises(lorank.NumericalError):
+            adapter.save(target, dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "mine"]
+    assert not any((tmp_path / "mine").iterdir())
+
+
+def test_nothing_of_an_earlier_adapter_contradicts(tmp_path: Path) -> None:
+    model, config = case("llama")
+    adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "a"))
+    small = lorank.compress(adapter, avg_rank=2, progress=False)
+    folder = tmp_path / "b"
+    small.save(folder)
+    (folder / "adapter_model.bin").write_bytes(b"old")
+    (folder / "precious").write_text("")
+    adapter.save(folder, overwrite=True)
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "precious",
+    }
+    assert "energy retained" not in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("Mine")
+    small.save(folder, overwrite=True)
+    assert (folder / "README.md").read_text() == "Mine"
+
+
+def test_types_of_torch_and_short_names(tmp_path: Path) -> None:
+    small = small_one(tmp_path / "a")
+    small.save(tmp_path / "b", dtype=torch.bfloat16)
+    again = lorank.LoraAdapter.load(tmp_path / "b")
+    assert {module.dtype for module in again.modules.values()} == {"bfloat16"}
+    assert repr(again) == (
+        f"LoraAdapter('{tmp_path / 'b'}', peft, {len(again.modules)} modules, ranks 1 to "
+        f"{max(again.ranks.values())}, {again.num_parameters:,} parameters)"
+    )
+    assert repr(again.certificate).startswith(
+        "Certificate('compress, avg_rank=1, global scope', 12 modules, "
+    )
+    assert len(repr(again.certificate)) < 200
+
+
+def test_paths_and_slips_of_the_pen(tmp_path: Path) -> None:
+    model, config = case("llama")
+    folder = saved(trained(model, config), tmp_path / "a")
+    adapter = lorank.LoraAdapter.load(folder)
+    knobs: dict[str, Any] = {"avg_rank": 2, "progress": False}
+    expected = lorank.compress(adapter, **knobs).ranks
+    for path in (folder, str(folder)):
+        assert lorank.compress(path, **knobs).ranks == expected
+        assert lorank.family(path, [2], progress=False)[2].ranks == expected
+        assert lorank.elastic(path, progress=False).ranks == adapter.ranks
+        assert lorank.merge([path, adapter], **knobs).ranks == expected
+        with pytest.raises(TypeError, match="merge takes a list of adapters, not one"):
+            lorank.merge(path, **knobs)
+    with pytest.raises(TypeError, match="a LoraAdapter or a path, not a dict"):
+        lorank.compress({}, **knobs)  # type: ignore[arg-type]
+    for call in (lorank.compress, lorank.extract, lorank.merge, lorank.LoraAdapter.load):
+        two = (folder, folder) if call is lorank.extract else (folder,)
+        with pytest.raises(TypeError, match="no knob 'rank': choose among rank_ratio"):
+            call(*two, rank=2)  # type: ignore[operator]
 
 
 def test_existing_folders_are_kept(tmp_path: Path) -> None:

@@ -67,6 +67,20 @@ def test_keys_and_scales_survive(style: str, alpha: float | None, tmp_path: Path
             assert "ss_network_dim" not in file.metadata()
 
 
+def test_padding_is_taken_off_and_forgotten(tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors", "kohya")
+    small = lorank.compress(tmp_path / "a.safetensors", rank_ratio=0.5, progress=False)
+    assert len(set(small.ranks.values())) > 1
+    small.save(tmp_path / "b.safetensors", "portable")
+    again = lorank.LoraAdapter.load(tmp_path / "b.safetensors")
+    assert again.ranks == small.ranks
+    again.save(tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", "np") as file:
+        assert "lorank.ranks" not in file.metadata()
+    merged = lorank.merge([again, small], rank_ratio=1.0, progress=False)
+    assert merged.ranks == small.ranks
+
+
 def test_convolutions_with_and_without_mid_kernels(tmp_path: Path) -> None:
     out, rank, fan_in = 10, 4, 6
     up = RNG.standard_normal((out, rank, 1, 1)).astype(np.float32)

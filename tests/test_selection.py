@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lorank import _core
 from lorank.adapters.module import LoraModule
-from lorank.selection import Knobs, select
+from lorank.selection import Knobs, checked_knobs, select
 from lorank.spectral_form import SpectralForm, Triplets
 
 
@@ -168,14 +168,18 @@ def test_an_energy_beyond_the_computed_values() -> None:
         ({}, "exactly one of"),
         ({"rank_ratio": 0.5, "energy": 0.9}, "not rank_ratio and energy"),
         ({"rank_ratio": 0.5, "auto": True}, "not rank_ratio and auto"),
-        ({"rank_ratio": 1.5}, "rank_ratio must lie between 0 and 1"),
-        ({"rank_ratio": float("nan")}, "rank_ratio must lie"),
-        ({"energy": -0.1}, "energy must lie"),
-        ({"avg_rank": float("inf")}, "avg_rank must lie"),
-        ({"avg_rank": 2, "max_rank": -1}, "max_rank cannot be negative"),
+        ({"rank_ratio": 1.5}, "rank_ratio=1.5 is not between 0 and 1"),
+        ({"rank_ratio": float("nan")}, "rank_ratio=nan is not"),
+        ({"energy": -0.1}, "energy=-0.1 is not"),
+        ({"avg_rank": float("inf")}, "avg_rank=inf is not 0 or a finite"),
+        ({"avg_rank": 2, "max_rank": -1}, "max_rank=-1 cannot be negative"),
         ({"avg_rank": 2, "scope": "layer"}, "scope must be"),
         ({"avg_rank": 2, "keep": "some"}, "keep must be"),
         ({"budget": 100, "scope": "module"}, "contradicts"),
+        ({"budget": "abc"}, "budget=abc is no number of parameters"),
+        ({"budget": "-5"}, "budget=-5 is no number"),
+        ({"budget": -5}, "budget=-5 is no number"),
+        ({"budget": "50%"}, "does not know its base model's size"),
         ({"energy": 0.9, "keep": "smallest"}, "rank_ratio or avg_rank only"),
         ({"budget": 9, "scores": {}}, "rank_ratio or avg_rank only"),
     ],
@@ -185,9 +189,9 @@ def test_knobs_that_make_no_sense(knobs: dict[str, Any], message: str) -> None:
         Knobs(**knobs)
 
 
-def test_a_share_of_an_unknown_model() -> None:
-    with pytest.raises(ValueError, match="does not know its base model"):
-        ranks([form([1.0])], budget="1%")
+def test_knobs_that_there_are_not() -> None:
+    with pytest.raises(TypeError, match=r"no knob 'rank': choose among rank_ratio, avg_rank"):
+        checked_knobs({"rank": 3})
 
 
 NAN = np.array([1.0, np.nan])

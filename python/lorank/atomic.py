@@ -18,21 +18,37 @@ def atomic_path(target: Path) -> Iterator[Path]:
     OSError
         If the folder cannot be written to; the target is then as it was.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with made_folder(target.parent):
+        try:
+            handle, name = tempfile.mkstemp(
+                prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent
+            )
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            # mkstemp makes files private; a result is as readable as any other new file.
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """A folder that exists within the block; where it fails, what was made and is still empty goes again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes files private; a result is as readable as any other new file.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except BaseException:
         with suppress(OSError):
-            temporary.unlink()
+            for path in made:
+                path.rmdir()
         raise
 
 

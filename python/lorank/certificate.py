@@ -53,6 +53,26 @@ class ModuleCertificate:
         numbers = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**numbers, "error": self.error, "retained_energy": self.retained_energy}
 
+    @classmethod
+    def from_json(cls, content: Any) -> ModuleCertificate:
+        """What `to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            If it is something else.
+        """
+        if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+            raise ValueError("a module without a name")
+        numbers: dict[str, Any] = {
+            field.name: content.get(field.name) for field in fields(cls) if field.name != "name"
+        }
+        for key, value in numbers.items():
+            wanted = (int,) if key.startswith(("rank", "parameters")) else (int, float)
+            if type(value) not in wanted or not 0 <= value < math.inf:
+                raise ValueError(f"{content['name']}: {key} is {value!r}")
+        return cls(content["name"], **numbers)
+
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
@@ -66,7 +86,8 @@ class Certificate:
         One entry a module, in the adapter's order.
     rounding_error
         ``||.||_F`` between the truncated update and what was written, where factors were rounded to a
-        narrower type than float32; None before saving, and for float32.
+        narrower type than float32; None before saving, and for float32. What was read and written again
+        has the sum of both roundings, a bound.
     """
 
     action: str
@@ -110,9 +131,16 @@ class Certificate:
         """Parameters of all factors after."""
         return sum(module.parameters_after for module in self.modules)
 
-    def with_rounding(self, rounding_error: float) -> Certificate:
-        """The same with what rounding added."""
-        return replace(self, rounding_error=rounding_error)
+    def with_rounding(self, added: float) -> Certificate:
+        """The same with what rounding added to it."""
+        return replace(self, rounding_error=(self.rounding_error or 0.0) + added)
+
+    def __repr__(self) -> str:
+        return (
+            f"Certificate({self.action!r}, {len(self.modules)} modules, "
+            f"{self.parameters_after:,} of {self.parameters_before:,} parameters, "
+            f"error {self.error:.4g} of {self.norm:.4g})"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Totals and modules as values that JSON knows."""
@@ -131,6 +159,24 @@ class Certificate:
             "rounding_error": self.rounding_error,
             "modules": [m.to_json() for m in self.modules],
         }
+
+    @classmethod
+    def from_json(cls, content: Any) -> Certificate:
+        """What `to_json` wrote; totals are computed anew.
+
+        Raises
+        ------
+        ValueError
+            If it is something else.
+        """
+        if not isinstance(content, dict) or not isinstance(content.get("action"), str):
+            raise ValueError("no action")
+        modules, rounding = content.get("modules"), content.get("rounding_error")
+        if not isinstance(modules, list):
+            raise ValueError("no list of modules")
+        if rounding is not None and (type(rounding) not in (int, float) or not 0 <= rounding < math.inf):
+            raise ValueError(f"rounding_error is {rounding!r}")
+        return cls(content["action"], [ModuleCertificate.from_json(module) for module in modules], rounding)
 
     def to_text(self) -> str:
         """The same as a JSON text with a line for every module."""

@@ -7,27 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
+from lorank.adapters.reading import as_adapter
 from lorank.certificate import Certificate, ModuleCertificate
-from lorank.selection import Knobs, Mask, select
+from lorank.selection import Knobs, Mask, checked_knobs, select
 from lorank.spectral_form import SpectralForm, Update, spectral_form, truncate
 from lorank.threads import thread_count
 
 
 def compress(
-    adapter: LoraAdapter, *, threads: int | None = None, progress: bool = True, **knobs: Any
+    adapter: LoraAdapter | str | Path, *, threads: int | None = None, progress: bool = True, **knobs: Any
 ) -> LoraAdapter:
     """Truncate the updates of an adapter to where most of their energy is.
 
     Parameters
     ----------
     adapter
-        As from `LoraAdapter.load`.
+        As from `LoraAdapter.load`, or its path.
     threads
         At most so many (default: all that the process may use). The result does not depend on it.
     progress
@@ -45,6 +47,8 @@ def compress(
     ------
     ValueError
         If not exactly one knob is given, or one is out of range.
+    TypeError
+        If there is no such knob, or `adapter` is none.
     NumericalError
         If factors hold NaN or infinite values.
 
@@ -54,13 +58,28 @@ def compress(
     modules. The error certificate is exact: ``||dW - dW_hat||_F`` is the root of the sum of the
     squares of what was dropped.
     """
-    chosen = Knobs(**knobs)
+    chosen = checked_knobs(knobs)
+    adapter = as_adapter(adapter)
     forms = decomposed(adapter, threads, progress)
-    return truncated(adapter, forms, chosen, f"compress, {chosen}", threads)
+    result = truncated(adapter, forms, chosen, f"compress, {chosen}", threads)
+    return replace(result, notes=[*adapter.notes, *_zeros(forms)])
+
+
+def _zeros(forms: Sequence[SpectralForm]) -> list[str]:
+    """Ranks that hold nothing yet count: another program's padding, or what was never trained."""
+    whole = sum(form.module.rank for form in forms)
+    zeros = whole - sum(int(np.count_nonzero(form.values)) for form in forms)
+    if not zeros:
+        return []
+    return [f"{zeros} of {whole} ranks were zero before (padding, or untrained); rank_ratio counts them"]
 
 
 def family(
-    adapter: LoraAdapter, avg_ranks: Sequence[float], *, threads: int | None = None, progress: bool = True
+    adapter: LoraAdapter | str | Path,
+    avg_ranks: Sequence[float],
+    *,
+    threads: int | None = None,
+    progress: bool = True,
 ) -> dict[float, LoraAdapter]:
     """Children of an adapter at several average ranks, from one decomposition.
 
@@ -72,6 +91,7 @@ def family(
     if not avg_ranks:
         raise ValueError("give at least one average rank")
     knobs = [Knobs(avg_rank=rank) for rank in avg_ranks]
+    adapter = as_adapter(adapter)
     forms = decomposed(adapter, threads, progress)
     return {
         rank: truncated(adapter, forms, chosen, f"family, {chosen}", threads)
@@ -79,8 +99,11 @@ def family(
     }
 
 
-def elastic(adapter: LoraAdapter, *, threads: int | None = None, progress: bool = True) -> LoraAdapter:
+def elastic(
+    adapter: LoraAdapter | str | Path, *, threads: int | None = None, progress: bool = True
+) -> LoraAdapter:
     """The adapter in spectral form with all its non-zero values: any budget is cut from it at load time."""
+    adapter = as_adapter(adapter)
     forms = decomposed(adapter, threads, progress)
     return truncated(adapter, forms, Knobs(rank_ratio=1.0), "elastic parent, all singular values", threads)
 

@@ -15,7 +15,7 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.compression import truncated
 from lorank.progress import progress_bar
-from lorank.selection import Knobs
+from lorank.selection import checked_knobs
 from lorank.sources import AnySource, Source, SourceMatrix, open_source
 from lorank.spectral_form import SpectralForm, Triplets
 from lorank.threads import thread_count
@@ -69,10 +69,12 @@ def extract(
     """
     if knobs.get("rank_ratio") is not None:
         raise ValueError("rank_ratio has no meaning for a dense difference: use avg_rank, energy or budget")
-    chosen = Knobs(**{"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}})
+    chosen = checked_knobs(
+        {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
+    )
     before, after = open_source(base), open_source(tuned)
     pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
-    notes += [*_changed_vectors(before, after), _naming_note(before, prefix)]
+    notes += [*_changed_vectors(before, after), *_idle(exclude, before, after), _naming_note(before, prefix)]
     assert chosen.max_rank is not None
     forms = [
         _renamed(form, prefix) for form in _forms(pairs, chosen.max_rank, thread_count(threads), progress)
@@ -91,6 +93,17 @@ def extract(
 def _renamed(form: SpectralForm, prefix: str) -> SpectralForm:
     name = ".".join(part for part in (prefix.strip("."), form.module.name) if part)
     return replace(form, module=replace(form.module, name=name))
+
+
+def _idle(exclude: naming.Targets, *sources: Source) -> list[str]:
+    """Entries of `exclude` that select nothing: slips of the pen, most likely."""
+    names = {matrix.info.module for source in sources for matrix in source.matrices}
+    entries = [exclude] if isinstance(exclude, str) else [[entry] for entry in exclude or ()]
+    return [
+        f"exclude={entry if isinstance(entry, str) else entry[0]!r} matches no module"
+        for entry in entries
+        if not any(map(naming.matcher(entry), names))
+    ]
 
 
 def _naming_note(before: Source, prefix: str) -> str:

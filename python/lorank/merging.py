@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,16 @@ import numpy as np
 from lorank import naming
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
+from lorank.adapters.reading import as_adapter
 from lorank.adapters.tensors import Stored
 from lorank.compression import truncated
-from lorank.selection import Knobs
+from lorank.selection import checked_knobs
 from lorank.spectral_form import Term, Update, spectral_form
 from lorank.threads import thread_count
 
 
 def merge(
-    adapters: Sequence[LoraAdapter],
+    adapters: Sequence[LoraAdapter | str | Path],
     weights: Sequence[float] | None = None,
     *,
     threads: int | None = None,
@@ -33,7 +35,8 @@ def merge(
     Parameters
     ----------
     adapters
-        Of one base model; ranks, scalings and adapted modules may differ.
+        As from `LoraAdapter.load`, or their paths. Of one base model; ranks, scalings and adapted
+        modules may differ.
     weights
         One each, negative ones subtract (default: equal, summing to 1).
     threads, progress
@@ -49,30 +52,33 @@ def merge(
     Raises
     ------
     ValueError
-        If weights do not fit, formats differ, an adapter has DoRA magnitudes, which do not add up, or
-        module names of one differ from another's by a prefix.
-    FormatError
-        If shapes of one module differ.
+        If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes,
+        which do not add up, or module names of one differ from another's by a prefix.
+    TypeError
+        If there is no such knob, or what is given are no adapters.
 
     Notes
     -----
     The terms are stacked, ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, and decomposed by
     QR and a small SVD: the dense update never exists.
     """
-    chosen = Knobs(**knobs)
-    shares = _checked_weights(adapters, weights)
+    chosen = checked_knobs(knobs)
+    if isinstance(adapters, (str, Path, LoraAdapter)):
+        raise TypeError("merge takes a list of adapters, not one")
+    parts = [as_adapter(adapter) for adapter in adapters]
+    shares = _checked_weights(parts, weights)
     updates = [
-        _update(name, [(a.modules[name], w) for a, w in zip(adapters, shares, strict=True) if _has(a, name)])
-        for name in _names(adapters)
+        _update(name, [(a.modules[name], w) for a, w in zip(parts, shares, strict=True) if _has(a, name)])
+        for name in _names(parts)
     ]
     forms = spectral_form(updates, thread_count(threads), progress, label="merging")
     whole = replace(
-        adapters[0],
+        parts[0],
         modules={update.module.name: update.module for update in updates},
-        carried=_carried(adapters),
-        notes=_notes(adapters),
-        label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(adapters, shares, strict=True)),
-        key_style=_key_style(adapters),
+        carried=_carried(parts),
+        notes=_notes(parts),
+        label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
+        key_style=_key_style(parts),
     )
     return truncated(whole, forms, chosen, f"merge of {whole.label}, {chosen}", threads)
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from lorank import naming
 from lorank.adapters.adapter import LoraAdapter, Profile
 from lorank.adapters.module import LoraModule
-from lorank.adapters.reading import CONFIG, read_adapter, read_config
+from lorank.adapters.peft_format import without_magnitude
+from lorank.adapters.reading import CONFIG, read_as_stored, read_config
 
 Status = Literal["right", "wrong", "refuses"]
 
@@ -228,11 +229,10 @@ def check(folder: str | Path, runtimes: Sequence[str] | None = None) -> list[Ver
     wanted = list(RUNTIMES) if runtimes is None else list(runtimes)
     if unknown := [name for name in wanted if name not in RUNTIMES]:
         raise ValueError(f"no runtime {unknown[0]!r}: choose among {', '.join(RUNTIMES)}")
-    path = Path(folder)
-    adapter = read_adapter(path)
+    adapter = read_as_stored(folder)
     if adapter.format != "peft":
         raise ValueError(f"{folder}: only PEFT adapters can be checked, not the keys of kohya or diffusers")
-    seen = _Adapter(adapter, read_config(path / CONFIG))
+    seen = _Adapter(adapter, read_config(Path(folder).expanduser() / CONFIG))
     return [_verdict(RUNTIMES[name], seen) for name in RUNTIMES if name in wanted]
 
 
@@ -244,6 +244,8 @@ def _verdict(runtime: _Runtime, a: _Adapter) -> Verdict:
     reasons = []
     if max(abs(factors[0] - 1), abs(factors[1] - 1)) > _TOLERANCE:
         reasons.append(_scaled(factors))
+    if without := without_magnitude(a.config, a.adapter.carried, a.adapter.modules):
+        reasons.append(f"starts the DoRA magnitudes of {len(without)} modules anew, as the file lacks them")
     if runtime.drops_incomplete_types and (missing := _missing_types(a.modules)):
         reasons.append(f"drops {missing[0]} everywhere, as some layers have no adapter there")
     if runtime.ignores_extra_weights and (extra := a.extra_weights):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -70,8 +70,10 @@ class Knobs:
         _check_range("rank_ratio", self.rank_ratio, 1.0)
         _check_range("energy", self.energy, 1.0)
         _check_range("avg_rank", self.avg_rank, math.inf)
+        if self.budget is not None:
+            _parameters(self.budget)
         if self.max_rank is not None and self.max_rank < 0:
-            raise ValueError(f"max_rank cannot be negative: {self.max_rank}")
+            raise ValueError(f"max_rank={self.max_rank} cannot be negative")
         if self.scope not in ("global", "module"):
             raise ValueError(f"scope must be 'global' or 'module', not {self.scope!r}")
         if self.keep not in ("largest", "smallest"):
@@ -81,6 +83,12 @@ class Knobs:
         counted = self.rank_ratio is not None or self.avg_rank is not None
         if (self.keep == "smallest" or self.scores is not None) and not counted:
             raise ValueError("keep='smallest' and scores go with rank_ratio or avg_rank only")
+
+    @property
+    def keep_nothing(self) -> bool:
+        """Whether no value can stay, whatever there is."""
+        parameters = None if self.budget is None else _parameters(self.budget)
+        return 0 in (self.rank_ratio, self.avg_rank, self.energy, parameters, self.max_rank)
 
     def __str__(self) -> str:
         names = ("rank_ratio", "avg_rank", "energy", "budget")
@@ -94,7 +102,24 @@ class Knobs:
 
 def _check_range(name: str, value: float | None, most: float) -> None:
     if value is not None and (not 0 <= value <= most or value == math.inf):
-        raise ValueError(f"{name} must lie between 0 and {most:g}, not {value}")
+        limits = f"between 0 and {most:g}" if most < math.inf else "0 or a finite number above it"
+        raise ValueError(f"{name}={value} is not {limits}")
+
+
+def checked_knobs(knobs: Mapping[str, Any]) -> Knobs:
+    """Knobs from keyword arguments.
+
+    Raises
+    ------
+    TypeError
+        If there is no knob of a name.
+    ValueError
+        If not exactly one of the first five is given, or one is out of range.
+    """
+    known = [field.name for field in fields(Knobs)]
+    if unknown := [name for name in knobs if name not in known]:
+        raise TypeError(f"no knob {unknown[0]!r}: choose among {', '.join(known)}")
+    return Knobs(**knobs)
 
 
 def select(forms: Sequence[SpectralForm], knobs: Knobs) -> list[Mask]:
@@ -103,7 +128,7 @@ def select(forms: Sequence[SpectralForm], knobs: Knobs) -> list[Mask]:
     Raises
     ------
     ValueError
-        If scores do not fit the modules, or a budget is none.
+        If scores do not fit the modules.
     """
     lengths = [len(form.values) for form in forms]
     scores = _concatenated(_scores(forms, knobs.scores))
@@ -142,9 +167,12 @@ def count_of(forms: Sequence[SpectralForm], knobs: Knobs) -> int:
 def _parameters(budget: Budget) -> int:
     if isinstance(budget, str) and budget.strip().endswith("%"):
         raise ValueError(
-            f"{budget}: an adapter does not know its base model's size: give a number of parameters"
+            f"budget={budget}: an adapter does not know its base model's size: give a number of parameters"
         )
-    return parse_budget(budget, None)
+    try:
+        return parse_budget(budget, None)
+    except ValueError:
+        raise ValueError(f"budget={budget} is no number of parameters such as 500000, 500k or 1.5M") from None
 
 
 def _choice(knobs: Knobs) -> Callable[[npt.NDArray[np.float64], int], Mask]:
@@ -166,8 +194,8 @@ def _known_share(energy: float, forms: Sequence[SpectralForm]) -> float:
     share = energy * whole / (whole - unseen) if whole > unseen else math.inf
     if share > 1:
         raise ValueError(
-            f"energy={energy} is out of reach: the computed singular values hold {1 - unseen / whole:.4f}; "
-            "raise max_rank"
+            f"energy={energy} is out of reach: the computed singular values hold {1 - unseen / whole:.4f} of "
+            "the whole; a larger max_rank computes more"
         )
     return share
 

@@ -39,7 +39,8 @@ class LoraAdapter:
     is_spectral
         Whether factors are in balanced spectral form, so that any rank is cut without a decomposition.
     certificate
-        What compressing, merging or extracting left out; None for an adapter as it was trained.
+        What compressing, merging or extracting left out, read from `lorank.json` beside a PEFT adapter;
+        None for an adapter as it was trained.
     key_style
         How an image adapter spells the names of its factors.
     """
@@ -75,7 +76,7 @@ class LoraAdapter:
         """
         from lorank.adapters.reading import read_adapter
 
-        adapter = read_adapter(Path(path))
+        adapter = read_adapter(path)
         if not knobs:
             return adapter
         from lorank.compression import compress
@@ -111,7 +112,7 @@ class LoraAdapter:
         self,
         folder: str | Path,
         profile: Profile = "compact",
-        dtype: Dtype | None = None,
+        dtype: Dtype | Any | None = None,
         *,
         overwrite: bool = False,
     ) -> Path:
@@ -126,9 +127,10 @@ class LoraAdapter:
             right in every runtime. ``"tensor-rank"``: true ranks and no `alpha_pattern` (PEFT, recent
             vLLM, llama.cpp, TensorRT-LLM).
         dtype
-            The factors' element type (default: as they were stored).
+            The factors' element type, by name or as torch's own (default: as they were stored).
         overwrite
-            Whether to replace the files of another adapter.
+            Whether to replace the files of another adapter. A `README.md` that lorank did not write is
+            kept in any case.
 
         Returns
         -------
@@ -146,8 +148,7 @@ class LoraAdapter:
         """
         from lorank.adapters.writing import write_adapter
 
-        written, _ = write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite)
-        return written
+        return write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite).path
 
     @property
     def adapted(self) -> list[LoraModule]:
@@ -168,6 +169,14 @@ class LoraAdapter:
     def base_model(self) -> str | None:
         """The path or hub id of the base model, as the adapter names it."""
         return self.config.get("base_model_name_or_path")
+
+    def __repr__(self) -> str:
+        ranks = [module.rank for module in self.modules.values()]
+        span = f"ranks {min(ranks, default=0)} to {max(ranks, default=0)}"
+        return (
+            f"LoraAdapter({self.label!r}, {self.format}, {len(ranks)} modules, {span}, "
+            f"{self.num_parameters:,} parameters)"
+        )
 
     def with_certificate(self, certificate: Certificate) -> LoraAdapter:
         """The same adapter with another certificate."""

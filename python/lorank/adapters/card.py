@@ -12,6 +12,13 @@ _LOADS = {
     "tensor-rank": "PEFT, vLLM 0.32 or later, llama.cpp and TensorRT-LLM",
 }
 
+_MARK = "Written by lorank "
+
+
+def is_ours(text: str) -> bool:
+    """Whether a README.md is a card of this program: only such a one is replaced."""
+    return _MARK in text
+
 
 def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None) -> str:
     """The card's markdown, with the front matter that the hub reads."""
@@ -29,7 +36,7 @@ def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None
     lines += [f"# LoRA adapter{f' for {base}' if base else ''}", ""]
     lines += [
         f"{len(adapter.adapted)} adapted modules, {adapter.num_parameters:,} parameters, ranks "
-        f"{_range(adapter)}. Written by lorank {__version__} in the profile `{profile}`, for "
+        f"{_range(adapter)}. {_MARK}{__version__} in the profile `{profile}`, for "
         f"{_LOADS[profile]}.",
         "",
     ]

@@ -14,6 +14,7 @@ from lorank import naming
 from lorank._core import FormatError, Matrix
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
+from lorank.adapters.padding import RANKS_KEY
 from lorank.adapters.peft_format import SPECTRAL_KEY
 from lorank.adapters.tensors import Stored, Tensors
 from lorank.sources import arrays
@@ -100,8 +101,8 @@ def keys(adapter: LoraAdapter, name: str) -> tuple[str, str, str]:
 
 
 def metadata(adapter: LoraAdapter) -> dict[str, str]:
-    """The file's own metadata, where the rank it speaks of is the old one."""
-    stale = {"ss_network_dim", "ss_network_alpha"}
+    """The file's own metadata without what they say of the old ranks and factors."""
+    stale = {"ss_network_dim", "ss_network_alpha", SPECTRAL_KEY, RANKS_KEY}
     return {key: value for key, value in adapter.key_style["metadata"].items() if key not in stale}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +52,7 @@ def read(tensors: Tensors, config: Mapping[str, Any]) -> LoraAdapter:
     if not factors:
         raise FormatError(f"{tensors.label}: holds no LoRA factors (keys that end with .lora_A.weight)")
     parameters = _stacked_parameters(tensors, config, factors)
-    table = _Settings(config)
+    table = _Settings(tensors.label, config)
     modules = []
     for path, keys in factors.items():
         reader = _Reader(tensors, table, path, keys, parameters.get(path))
@@ -64,7 +65,7 @@ def read(tensors: Tensors, config: Mapping[str, Any]) -> LoraAdapter:
         {module.name: module for module in modules},
         dict(config),
         carried,
-        _notes(config, carried, kind),
+        _notes(config, carried, kind, without_magnitude(config, carried, factors)),
         label=tensors.label,
         is_spectral=SPECTRAL_KEY in tensors.metadata,
     )
@@ -83,7 +84,19 @@ def _checked_kind(label: str, config: Mapping[str, Any]) -> str:
     return kind
 
 
-def _notes(config: Mapping[str, Any], carried: Mapping[str, Any], kind: str) -> list[str]:
+def without_magnitude(
+    config: Mapping[str, Any], carried: Mapping[str, Any], names: Iterable[str]
+) -> list[str]:
+    """Modules of a DoRA adapter whose file has no magnitudes: PEFT starts theirs anew."""
+    if not config.get("use_dora"):
+        return []
+    found = {key.partition(".lora_magnitude_vector")[0].removeprefix(PREFIX) for key in carried}
+    return [name for name in names if name not in found]
+
+
+def _notes(
+    config: Mapping[str, Any], carried: Mapping[str, Any], kind: str, without: Sequence[str]
+) -> list[str]:
     notes = []
     if kind == "ADALORA":
         notes.append("AdaLoRA: its values were folded into B; the result is a plain LoRA adapter")
@@ -95,6 +108,8 @@ def _notes(config: Mapping[str, Any], carried: Mapping[str, Any], kind: str) -> 
             f"DoRA: {len(magnitudes)} magnitude vectors are kept as they are; the certificate is about B A, "
             "before the columns are normalised"
         )
+    if without:
+        notes.append(f"DoRA: {len(without)} modules have no magnitude vector, the first is {without[0]}")
     if others := len(carried) - len(magnitudes):
         notes.append(f"{others} tensors that are no factors are kept as they are")
     return notes
@@ -103,13 +118,13 @@ def _notes(config: Mapping[str, Any], carried: Mapping[str, Any], kind: str) -> 
 class _Settings:
     """Rank and scaling by module, as PEFT looks them up: the first key that matches wins."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.rank = config.get("r", 8)
-        self.alpha = config.get("lora_alpha", 8)
+    def __init__(self, label: str, config: Mapping[str, Any]) -> None:
+        self.rank = _rank(label, "r", config.get("r", 8))
+        self.alpha = _alpha(label, "lora_alpha", config.get("lora_alpha", 8))
         self.rank_stabilized = bool(config.get("use_rslora"))
         is_masks = str(config.get("peft_type", "")).upper().endswith("ADALORA")
-        self._ranks = {} if is_masks else _compiled(config.get("rank_pattern") or {})
-        self._alphas = _compiled(config.get("alpha_pattern") or {})
+        self._ranks = {} if is_masks else _compiled(label, config, "rank_pattern", _rank)
+        self._alphas = _compiled(label, config, "alpha_pattern", _alpha)
 
     def of(self, name: str) -> tuple[int, float]:
         """The rank that the settings name, and the scaling."""
@@ -118,13 +133,32 @@ class _Settings:
         return rank, alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
-def _compiled(pattern: Mapping[str, Any]) -> dict[re.Pattern[str], Any]:
+def _rank(label: str, key: str, value: Any) -> int:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise FormatError(f"{label}: the settings' {key} is {value!r}: ranks are positive integers")
+    return int(value)
+
+
+def _alpha(label: str, key: str, value: Any) -> float:
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise FormatError(f"{label}: the settings' {key} is {value!r}: alphas are finite numbers")
+    return float(value)
+
+
+def _compiled(
+    label: str, config: Mapping[str, Any], key: str, checked: Callable[[str, str, Any], Any]
+) -> dict[re.Pattern[str], Any]:
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, Mapping):
+        raise FormatError(f"{label}: the settings' {key} is a {type(pattern).__name__}, no table of modules")
     try:
-        return {re.compile(rf"(.*\.)?({key})$"): value for key, value in pattern.items()}
+        return {
+            re.compile(rf"(.*\.)?({name})$"): checked(label, f"{key}[{name!r}]", value)
+            for name, value in pattern.items()
+        }
     except re.error as error:
-        raise FormatError(
-            f"a key of rank_pattern or alpha_pattern is no regular expression: {error}"
-        ) from None
+        raise FormatError(f"{label}: a key of {key} is no regular expression: {error}") from None
 
 
 def _first(table: Mapping[re.Pattern[str], Any], name: str, default: Any) -> Any:

@@ -70,15 +70,24 @@ def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
     """
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(map(repr, PROFILES))}, not {profile!r}")
+    if reason := nothing_left(adapter):
+        raise ValueError(reason)
     adapted = adapter.adapted
-    if not adapted:
-        raise ValueError("no module has any rank left: nothing can be written")
     largest = max(module.rank for module in adapted)
     if profile == "portable":
         return {name: Layout(largest, 1.0) for name in adapter.modules}
     if profile == "compact":
         return {module.name: Layout(module.rank, 1.0) for module in adapted}
     return {module.name: Layout(module.rank, module.rank / largest) for module in adapted}
+
+
+def nothing_left(adapter: LoraAdapter) -> str | None:
+    """Why there is nothing to write, if there is nothing."""
+    if adapter.adapted:
+        return None
+    if adapter.certificate is not None and adapter.certificate.norm == 0:
+        return "every update is zero: the adapter is untrained, or what was merged cancels out"
+    return "no module has any rank left: ask for a larger share, rank or budget"
 
 
 def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:

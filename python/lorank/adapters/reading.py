@@ -2,31 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorank._core import FormatError
-from lorank.adapters import kohya, peft_format
+from lorank.adapters import kohya, padding, peft_format
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
+from lorank.certificate import Certificate
 from lorank.json_files import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+CERTIFICATE = "lorank.json"
 
 
-def read_adapter(path: Path) -> LoraAdapter:
+def as_adapter(adapter: LoraAdapter | str | Path) -> LoraAdapter:
+    """An adapter, or the one at a path.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if isinstance(adapter, LoraAdapter):
+        return adapter
+    if isinstance(adapter, (str, Path)):
+        return read_adapter(adapter)
+    raise TypeError(f"an adapter is a LoraAdapter or a path, not a {type(adapter).__name__}")
+
+
+def read_adapter(path: str | Path) -> LoraAdapter:
     """Read a PEFT folder or an image adapter's file; see `LoraAdapter.load`."""
-    path = path.expanduser()
+    adapter, metadata = _read(path)
+    adapter = padding.removed(adapter, metadata)
+    return _certified(adapter, Path(path).expanduser() / CERTIFICATE)
+
+
+def read_as_stored(path: str | Path) -> LoraAdapter:
+    """The same with the ranks that the file's tensors have, padding included."""
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[LoraAdapter, Mapping[str, str]]:
+    if path == "":
+        raise FileNotFoundError("an empty path names no adapter")
+    path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and (path / CONFIG).exists():
-        return replace(peft_format.read(_weights(path), read_config(path / CONFIG)), label=str(path))
+        tensors = _weights(path)
+        adapter = peft_format.read(tensors, read_config(path / CONFIG))
+        return replace(adapter, label=str(path)), tensors.metadata
     file = path if path.is_file() else _only_safetensors(path)
     if file.suffix != ".safetensors":
         raise FormatError(f"{file}: is neither a PEFT folder nor a .safetensors file")
-    return kohya.read(FileTensors(file))
+    tensors = FileTensors(file)
+    return kohya.read(tensors), tensors.metadata
+
+
+def _certified(adapter: LoraAdapter, file: Path) -> LoraAdapter:
+    """The adapter with the certificate that was written beside it, if it is this adapter's."""
+    # Who has trained the adapter since did not write factors in spectral form.
+    if not adapter.is_spectral or not file.is_file():
+        return adapter
+    try:
+        certificate = Certificate.from_json(read_json(file))
+    except (OSError, ValueError) as error:
+        return replace(adapter, notes=[*adapter.notes, f"{file.name} was ignored, as it is damaged: {error}"])
+    ranks = {module.name: module.rank_after for module in certificate.modules if module.rank_after}
+    if ranks != {module.name: module.rank for module in adapter.adapted}:
+        return replace(adapter, notes=[*adapter.notes, f"{file.name} was ignored: it has other ranks"])
+    return adapter.with_certificate(certificate)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -49,16 +99,16 @@ def read_config(path: Path) -> dict[str, Any]:
 def _weights(folder: Path) -> Tensors:
     if (folder / WEIGHTS).exists():
         return FileTensors(folder / WEIGHTS)
-    pickled = folder / "adapter_model.bin"
+    pickled = folder / PICKLED_WEIGHTS
     if pickled.exists():
         from lorank.sources.state_dict import read_pickle
 
         return ArrayTensors(read_pickle(pickled), str(pickled))
-    raise FormatError(f"{folder}: holds {CONFIG}, but neither {WEIGHTS} nor adapter_model.bin")
+    raise FormatError(f"{folder}: holds {CONFIG}, but neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
 
 
 def _only_safetensors(folder: Path) -> Path:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if len(files) != 1:
         what = (
             "several .safetensors files: name one" if files else f"neither {CONFIG} nor a .safetensors file"

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from lorank import _core
-from lorank.adapters import card, kohya, profiles
+from lorank.adapters import card, kohya, padding, profiles
 from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX, SPECTRAL_KEY
-from lorank.adapters.reading import CONFIG, WEIGHTS
+from lorank.adapters.reading import CERTIFICATE, CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lorank.adapters.tensors import SAFETENSORS_NAMES, FileTensors, Stored, raw_bytes
-from lorank.atomic import write_text
+from lorank.atomic import made_folder, write_text
 from lorank.certificate import Certificate
 from lorank.sources import arrays
 
@@ -27,24 +28,76 @@ Tensor = tuple[str, list[int], Any, str]
 """Name, shape, values (an array, or a checkpoint and a position), and element type by safetensors' name."""
 
 
-def write_adapter(
-    adapter: LoraAdapter, target: Path, profile: Profile, dtype: Dtype | None, *, overwrite: bool
-) -> tuple[Path, Certificate | None]:
-    """Write an adapter; see `LoraAdapter.save`.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What writing an adapter did.
 
-    Returns
-    -------
-    tuple
-        Where the factors were written, and the certificate with what rounding them added.
+    Attributes
+    ----------
+    path
+        Where the factors are.
+    certificate
+        The adapter's, with what rounding the factors added.
+    notes
+        What was left as it was.
     """
-    if dtype is not None and dtype not in ("float32", "float16", "bfloat16", "float64"):
-        raise ValueError(f"dtype must be 'float32', 'float16', 'bfloat16' or 'float64', not {dtype!r}")
+
+    path: Path
+    certificate: Certificate | None
+    notes: Sequence[str] = ()
+
+
+def write_adapter(
+    adapter: LoraAdapter, target: Path, profile: Profile, dtype: Any, *, overwrite: bool
+) -> Written:
+    """Write an adapter; see `LoraAdapter.save`."""
+    stored = _checked_dtype(dtype)
     target = target.expanduser()
     layouts = profiles.layouts(adapter, profile)
-    metadata = {"format": "pt"} | ({SPECTRAL_KEY: "1"} if adapter.is_spectral else {})
+    metadata = {"format": "pt"} | padding.metadata(adapter, layouts)
+    metadata |= {SPECTRAL_KEY: "1"} if adapter.is_spectral else {}
     if adapter.format == "kohya":
-        return _write_image_adapter(adapter, target, layouts, dtype, metadata, overwrite), adapter.certificate
+        path = _write_image_adapter(adapter, target, layouts, stored, metadata, overwrite)
+        return Written(path, adapter.certificate)
     _refuse_to_overwrite(target, overwrite)
+    tensors = _tensors(adapter, layouts, stored)
+    weights = target / WEIGHTS
+    with made_folder(target):
+        _core.write_safetensors(weights, tensors, metadata)
+    certificate = _with_rounding(adapter, layouts, target, stored)
+    write_text(
+        target / CONFIG, json.dumps(profiles.settings(adapter, profile), indent=2, sort_keys=True) + "\n"
+    )
+    # What tells of an earlier adapter must not contradict this one.
+    (target / PICKLED_WEIGHTS).unlink(missing_ok=True)
+    if certificate is None:
+        (target / CERTIFICATE).unlink(missing_ok=True)
+    else:
+        write_text(target / CERTIFICATE, certificate.to_text())
+    return Written(weights, certificate, _write_card(target, card.text(adapter, profile, certificate)))
+
+
+def _checked_dtype(dtype: Any) -> Dtype | None:
+    """An element type by its name, or as torch's own."""
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in get_args(Dtype):
+        raise ValueError(f"dtype must be {', '.join(map(repr, get_args(Dtype)))}, not {dtype!r}")
+    return cast("Dtype | None", name)
+
+
+def _write_card(folder: Path, text: str) -> list[str]:
+    """Write the card, unless there is one of somebody else's; what to note."""
+    file = folder / "README.md"
+    if file.exists() and not card.is_ours(file.read_text("utf-8", errors="replace")):
+        return [f"{file} was kept, as lorank did not write it"]
+    write_text(file, text)
+    return []
+
+
+def _tensors(
+    adapter: LoraAdapter, layouts: Mapping[str, profiles.Layout], dtype: Dtype | None
+) -> list[Tensor]:
+    """Everything that a PEFT adapter's file holds."""
     tensors: list[Tensor] = []
     for name, keys in profiles.keys(adapter, layouts).items():
         module = adapter.modules[name]
@@ -52,22 +105,11 @@ def write_adapter(
         for ending, vector in module.carried.items():
             scaled = vector * np.float32(module.scaling * layouts[name].b_factor)
             tensors.append(_tensor(f"{PREFIX}{name}.{ending}", scaled, dtype or module.dtype))
-    tensors += [
+    return tensors + [
         _carried(key, stored)
         for key, stored in adapter.carried.items()
         if _still_has_a_module(adapter, key, layouts)
     ]
-    target.mkdir(parents=True, exist_ok=True)
-    weights = target / WEIGHTS
-    _core.write_safetensors(weights, tensors, metadata)
-    certificate = _with_rounding(adapter, layouts, target, dtype)
-    write_text(
-        target / CONFIG, json.dumps(profiles.settings(adapter, profile), indent=2, sort_keys=True) + "\n"
-    )
-    write_text(target / "README.md", card.text(adapter, profile, certificate))
-    if certificate is not None:
-        write_text(target / "lorank.json", certificate.to_text())
-    return weights, certificate
 
 
 def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
@@ -80,7 +122,7 @@ def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
 def _write_image_adapter(
     adapter: LoraAdapter,
     target: Path,
-    layouts: dict[str, profiles.Layout],
+    layouts: Mapping[str, profiles.Layout],
     dtype: Dtype | None,
     metadata: dict[str, str],
     overwrite: bool,
@@ -97,8 +139,8 @@ def _write_image_adapter(
         tensors += _factors(module, profiles.Layout(layout.rank, 1.0), (b_key, a_key), stored)
         tensors.append(_tensor(alpha_key, np.array(layout.rank, dtype=np.float32), stored))
     tensors += [_carried(key, stored) for key, stored in adapter.carried.items()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _core.write_safetensors(target, tensors, {**kohya.metadata(adapter), **metadata})
+    with made_folder(target.parent):
+        _core.write_safetensors(target, tensors, {**kohya.metadata(adapter), **metadata})
     return target
 
 
@@ -128,14 +170,14 @@ def _carried(key: str, stored: Stored) -> Tensor:
     return key, list(shape), values.tobytes(), dtype
 
 
-def _still_has_a_module(adapter: LoraAdapter, key: str, layouts: dict[str, profiles.Layout]) -> bool:
+def _still_has_a_module(adapter: LoraAdapter, key: str, layouts: Mapping[str, profiles.Layout]) -> bool:
     """Whether what belongs to a LoRA layer (its DoRA magnitude) still has that layer."""
     owner, found, _ = key.removeprefix(PREFIX).partition(".lora_")
     return not found or owner not in adapter.modules or owner in layouts
 
 
 def _with_rounding(
-    adapter: LoraAdapter, layouts: dict[str, profiles.Layout], folder: Path, dtype: Dtype | None
+    adapter: LoraAdapter, layouts: Mapping[str, profiles.Layout], folder: Path, dtype: Dtype | None
 ) -> Certificate | None:
     """The certificate with what rounding to a narrow type added, measured on the written file."""
     certificate = adapter.certificate
@@ -170,6 +212,8 @@ def _experts(b: Array, a: Array, copies: int) -> Iterator[tuple[Array, Array]]:
 
 def _squared_distance(b: Array, a: Array, b2: Array, a2: Array) -> float:
     """``||B A - B2 A2||_F^2`` from small products of the factors."""
+    if np.array_equal(b, b2) and np.array_equal(a, a2):
+        return 0.0
     left = np.hstack([b, -b2]).astype(np.float64)
     right = np.vstack([a, a2]).astype(np.float64)
     # A change of basis first: traces of the products alone would cancel.
