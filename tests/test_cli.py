@@ -16,9 +16,9 @@ import lorank
 EXECUTABLE = Path(sys.executable).with_name("lorank")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(EXECUTABLE), *map(str, arguments)], capture_output=True, text=True, check=False
+        [str(EXECUTABLE), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=folder
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from peft import LoraConfig, PeftModel
+from safetensors.numpy import save_file
 
 import lorank
 import tiny_models
@@ -72,7 +74,6 @@ def test_merge_with_and_without_weights(adapter: Path, tmp_path: Path) -> None:
     for name in "ab":
         merged = lorank.LoraAdapter.load(tmp_path / name)
         assert merged.ranks == lorank.LoraAdapter.load(adapter).ranks
-    assert run("merge", f"{adapter}:0.7", adapter, "-o", tmp_path / "c", "--avg-rank", 8).returncode == 2
 
 
 def test_extract(tmp_path: Path) -> None:
@@ -117,26 +118,116 @@ def test_info(adapter: Path) -> None:
     assert {module["rank"] for module in content["modules"]} == {8}
 
 
+USAGE = {
+    "no knob": ("exactly one of --rank-ratio", "compress A -o O"),
+    "two knobs": ("exactly one", "compress A -o O --avg-rank 2 --energy 0.5"),
+    "ratio above 1": ("--rank-ratio 2.0 is not between 0 and 1", "compress A -o O --rank-ratio 2"),
+    "ratio nan": ("--rank-ratio nan is not", "compress A -o O --rank-ratio nan"),
+    "ratio 0": ("--rank-ratio 0.0 keeps nothing: ask for a larger", "compress A -o O --rank-ratio 0"),
+    "rank 0": ("ask for a larger --avg-rank", "compress A -o O --avg-rank 0"),
+    "budget 0": ("ask for a larger --budget", "compress A -o O --budget 0k"),
+    "budget word": ("--budget abc is no number of parameters", "compress A -o O --budget abc"),
+    "budget negative": ("--budget -5 is no number of parameters", "compress A -o O --budget -5"),
+    "budget share": ("--budget 50%: an adapter does not know", "compress A -o O --budget 50%"),
+    "budget of modules": ("--scope 'module' contradicts", "compress A -o O --budget 9 --scope module"),
+    "scope": ("scope must be 'global' or 'module'", "compress A -o O --avg-rank 2 --scope layer"),
+    "smallest": ("--rank-ratio or --avg-rank only", "compress A -o O --energy 0.5 --keep smallest"),
+    "profile": ("--profile must be one of compact, portable", "compress A -o O --avg-rank 2 --profile x"),
+    "dtype": ("float32, float16, bfloat16, float64, not 'bf16'", "compress A -o O --avg-rank 2 --dtype bf16"),
+    "full folder": ("is not empty", "compress A -o A --avg-rank 2"),
+    "family word": ("takes numbers", "family A -o O --avg-ranks one"),
+    "family nan": ("finite numbers above 0, not nan", "family A -o O --avg-ranks 1,nan"),
+    "family inf": ("finite numbers above 0, not inf", "family A -o O --avg-ranks inf"),
+    "family negative": ("finite numbers above 0, not -1", "family A -o O --avg-ranks -1"),
+    "family profile": ("--profile must be one of", "family A -o O --avg-ranks 1 --profile x"),
+    "weight nan": ("'nan' is no finite weight of A", "merge A:nan A:1 -o O --avg-rank 1"),
+    "weight word": ("'0.7x' is no finite weight of A", "merge A:0.7x A:0.3 -o O --avg-rank 1"),
+    "some weights": ("a weight to every adapter or to none", "merge A:0.7 A -o O --avg-rank 8"),
+    "runtime": ("--for must be one of peft, ", "check A --for pefft"),
+    "fix into a full folder": ("is not empty", "check A --fix A"),
+    "extract no knob": ("exactly one of --avg-rank, --energy, --budget and --auto", "extract A A -o O"),
+    "regex": ("'(' is no regular expression", "extract A A -o O --avg-rank 1 --include re:("),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_bad_usage_is_found_before_a_file_is_read(name: str, tmp_path: Path) -> None:
+    message, arguments = USAGE[name]
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / "adapter_config.json").write_text("no JSON: whoever reads it fails in another way")
+    result = run(*arguments.split(), folder=tmp_path)
+    assert (result.returncode, "usage: " in result.stderr) == (2, True), result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "O").exists()
+
+
 def test_errors(adapter: Path, tmp_path: Path) -> None:
+    output = ("-o", tmp_path / "o")
     cases = [
-        (2, "exactly one of --rank-ratio", ("compress", adapter, "-o", tmp_path / "o")),
-        (2, "exactly one", ("compress", adapter, "-o", tmp_path / "o", "--avg-rank", 2, "--energy", 0.5)),
-        (2, "between 0 and 1", ("compress", adapter, "-o", tmp_path / "o", "--rank-ratio", 2)),
-        (2, "between 0 and 1", ("compress", adapter, "-o", tmp_path / "o", "--rank-ratio", "nan")),
-        (1, "no module has any rank left", ("compress", adapter, "-o", tmp_path / "o", "--rank-ratio", 0)),
-        (2, "is not empty", ("compress", adapter, "-o", adapter, "--avg-rank", 2)),
-        (1, "no such file", ("info", tmp_path / "none")),
-        (1, "no runtime 'x'", ("check", adapter, "--for", "x")),
-        (2, "takes numbers", ("family", adapter, "-o", tmp_path / "o", "--avg-ranks", "one")),
-        (
-            1,
-            "profile must be",
-            ("compress", adapter, "-o", tmp_path / "o", "--avg-rank", 2, "--profile", "x"),
-        ),
+        ("no module has any rank left: ask for", ("compress", adapter, *output, "--avg-rank", 0.01)),
+        ("no module has any rank left: ask for", ("family", adapter, *output, "--avg-ranks", "0.01")),
+        (f"{tmp_path / 'none'}: no such file", ("info", tmp_path / "none")),
+        ("an empty path names no adapter", ("info", "")),
+        ("no such file", ("merge", tmp_path / "none", adapter, *output, "--avg-rank", 2)),
     ]
-    for status, message, arguments in cases:
+    for message, arguments in cases:
         result = run(*arguments)
-        assert result.returncode == status, (arguments, result.stderr)
+        assert result.returncode == 1, (arguments, result.stderr)
         assert message in result.stderr
         assert "Traceback" not in result.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_errors_of_the_system_name_the_file_first(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").mkdir()
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(
+        (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    result = run("info", tmp_path / "a")
+    assert result.stderr == f"lorank: {tmp_path / 'a' / 'adapter_config.json'}: is a directory\n"
+
+
+def test_extract_says_what_its_filters_did_not_find(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("base", "tuned"):
+        weights = {f"{m}.weight": rng.standard_normal((8, 8)) for m in ("q", "k")}
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    arguments = (
+        "extract",
+        tmp_path / "base.safetensors",
+        tmp_path / "tuned.safetensors",
+        "-o",
+        tmp_path / "o",
+    )
+    failing = run(*arguments, "--avg-rank", 2, "--include", "typo")
+    assert (failing.returncode, "no module is named 'typo'" in failing.stderr) == (1, True)
+    unreachable = run(*arguments, "--energy", 1, "--max-rank", 1)
+    assert unreachable.returncode == 1
+    assert "--energy 1.0 is out of reach" in unreachable.stderr
+    assert "a larger --max-rank computes more" in unreachable.stderr
+    text = ok(*arguments, "--avg-rank", 2, "--exclude", "typo", "--prefix", "bert")
+    assert "--exclude 'typo' matches no module" in text
+    assert "[default: (128)]" in ok("extract", "--help")
+    assert set(lorank.LoraAdapter.load(tmp_path / "o").modules) == {"bert.q", "bert.k"}
+
+
+def test_fix_keeps_the_certificate_and_the_card(adapter: Path, tmp_path: Path) -> None:
+    ok("compress", adapter, "-o", tmp_path / "small", "--avg-rank", 3, "--dtype", "bfloat16")
+    ok("check", tmp_path / "small", "--fix", tmp_path / "fixed")
+    for name in ("small", "fixed"):
+        assert "avg_rank=3" in (tmp_path / name / "README.md").read_text()
+    before, after = (lorank.LoraAdapter.load(tmp_path / name) for name in ("small", "fixed"))
+    assert before.certificate is not None
+    assert before.certificate == after.certificate
+    assert {n: r for n, r in after.ranks.items() if r} == before.ranks
+    content = json.loads(ok("info", tmp_path / "fixed", "--json"))
+    assert f"{content['num_parameters']:,} parameters" in (tmp_path / "fixed" / "README.md").read_text()
+
+
+def test_foreign_cards_are_kept(adapter: Path, tmp_path: Path) -> None:
+    arguments = ("compress", adapter, "-o", tmp_path, "--avg-rank", 3, "--overwrite")
+    (tmp_path / "README.md").write_text("My notes")
+    assert "README.md was kept" in run(*arguments).stderr
+    assert (tmp_path / "README.md").read_text() == "My notes"

@@ -58,7 +58,13 @@ def main() -> None:
     ) as error:
         if _debug:
             raise
-        _fail(str(error) or type(error).__name__, 1)
+        _fail(_message(error), 1)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str, status: int) -> None:

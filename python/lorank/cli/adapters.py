@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
 import lorank
 from lorank import runtimes
-from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
+from lorank.adapters.profiles import PROFILES, nothing_left
 from lorank.adapters.writing import write_adapter
 from lorank.cli.options import (
     Exclude,
@@ -20,18 +23,23 @@ from lorank.cli.options import (
     Quiet,
     Threads,
     UsageError,
+    as_options,
+    check_choice,
     check_output_folder,
     console,
     parse_targets,
     print_json,
     say,
+    spelled_as_options,
 )
+from lorank.extraction import DEFAULT_MAX_RANK
 from lorank.report import adapters as tables
 from lorank.report.table import rank_map
 from lorank.selection import Knobs
 
+# Not a Path, which would turn an empty argument into the current folder.
 Adapter = Annotated[
-    Path, typer.Argument(help="A PEFT folder, or a .safetensors file with the keys of kohya or diffusers.")
+    str, typer.Argument(help="A PEFT folder, or a .safetensors file with the keys of kohya or diffusers.")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write: a folder, or a file.")]
 RankRatio = Annotated[
@@ -46,6 +54,12 @@ Budget = Annotated[
 ]
 Auto = Annotated[bool, typer.Option("--auto", help="Keep what stands out of a module's noise: a heuristic.")]
 MaxRank = Annotated[int | None, typer.Option(min=1, help="No module keeps more.")]
+ComputedRank = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="No module keeps more, and no more is computed.", show_default=str(DEFAULT_MAX_RANK)
+    ),
+]
 Scope = Annotated[str, typer.Option(help="global: modules compete. module: one rank everywhere.")]
 ProfileOption = Annotated[
     str, typer.Option(help="compact (PEFT, vLLM), portable (every runtime) or tensor-rank (also llama.cpp).")
@@ -55,16 +69,22 @@ DtypeOption = Annotated[
 ]
 
 
+_AMOUNTS = ("rank_ratio", "avg_rank", "energy", "budget", "auto")
+
+
 def _knobs(**given: Any) -> dict[str, Any]:
-    """The knobs that were given; exactly one of the first five is wanted."""
+    """The knobs that were given; exactly one that says how much to keep is wanted."""
     chosen = {name: value for name, value in given.items() if value is not None and value is not False}
-    names = [name for name in ("rank_ratio", "avg_rank", "energy", "budget", "auto") if name in chosen]
-    if len(names) != 1:
-        raise UsageError("give exactly one of --rank-ratio, --avg-rank, --energy, --budget and --auto")
-    try:
-        Knobs(**chosen)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    options = {name: f"--{name.replace('_', '-')}" for name in _AMOUNTS if name in given}
+    wanted = [name for name in options if name in chosen]
+    if len(wanted) != 1:
+        *most, last = options.values()
+        raise UsageError(f"give exactly one of {', '.join(most)} and {last}")
+    with spelled_as_options(UsageError):
+        knobs = Knobs(**chosen)
+    if knobs.keep_nothing:
+        option = options[wanted[0]]
+        raise UsageError(f"{option} {chosen[wanted[0]]} keeps nothing: ask for a larger {option}")
     return chosen
 
 
@@ -97,8 +117,10 @@ def compress(
         scope=scope,
         keep=keep,
     )
+    _check_form(profile, dtype)
     _check_output(output, overwrite)
-    result = lorank.compress(LoraAdapter.load(adapter), threads=threads, progress=not quiet, **knobs)
+    with spelled_as_options():
+        result = lorank.compress(adapter, threads=threads, progress=not quiet, **knobs)
     _finish(result, output, profile, dtype, overwrite, json_output)
 
 
@@ -114,20 +136,19 @@ def family(
     quiet: Quiet = False,
 ) -> None:
     """Many compressed children of an adapter, and an elastic parent, from one decomposition."""
-    try:
-        ranks = [float(rank) for rank in avg_ranks.split(",")]
-    except ValueError:
-        raise UsageError(f"--avg-ranks takes numbers such as 1,2,4,8, not {avg_ranks!r}") from None
-    _check_output(output, overwrite)
-    parent = lorank.elastic(LoraAdapter.load(adapter), threads=threads, progress=not quiet)
+    ranks = _average_ranks(avg_ranks)
+    _check_form(profile, dtype)
+    check_output_folder(output, overwrite)
+    parent = lorank.elastic(adapter, threads=threads, progress=not quiet)
     children = lorank.family(parent, ranks, threads=threads, progress=False)
     members = {"elastic": parent} | {f"rank-{rank:g}": child for rank, child in children.items()}
     for name, member in members.items():
-        if not member.adapted:
-            raise UsageError(f"{name} would have no module left: ask for a larger average rank")
+        if reason := nothing_left(member):
+            raise ValueError(f"{name}: {reason}")
     for name, member in members.items():
         target = output / (name if member.format == "peft" else f"{name}.safetensors")
-        member.save(target, profile, dtype, overwrite=overwrite)  # type: ignore[arg-type]
+        written = write_adapter(member, target, cast(Profile, profile), dtype, overwrite=overwrite)
+        _say_notes(f"{name}: {note}" for note in written.notes)
     if json_output:
         print_json({name: _content(member) for name, member in members.items()})
         return
@@ -165,9 +186,10 @@ def merge(
         scope=scope,
     )
     paths, weights = _weighted(adapters)
+    _check_form(profile, dtype)
     _check_output(output, overwrite)
-    loaded = [LoraAdapter.load(path) for path in paths]
-    result = lorank.merge(loaded, weights, threads=threads, progress=not quiet, **knobs)
+    with spelled_as_options():
+        result = lorank.merge(paths, weights, threads=threads, progress=not quiet, **knobs)
     _finish(result, output, profile, dtype, overwrite, json_output)
 
 
@@ -184,7 +206,7 @@ def extract(
     energy: Energy = None,
     budget: Budget = None,
     auto: Auto = False,
-    max_rank: MaxRank = None,
+    max_rank: ComputedRank = None,
     scope: Scope = "global",
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
@@ -195,22 +217,25 @@ def extract(
 ) -> None:
     """A LoRA adapter from the difference of two models."""
     knobs = _knobs(avg_rank=avg_rank, energy=energy, budget=budget, auto=auto, max_rank=max_rank, scope=scope)
+    targets = parse_targets(include), parse_targets(exclude)
+    _check_form(profile, dtype)
     _check_output(output, overwrite)
-    result = lorank.extract(
-        base,
-        tuned,
-        include=parse_targets(include),
-        exclude=parse_targets(exclude),
-        prefix=prefix,
-        threads=threads,
-        progress=not quiet,
-        **knobs,
-    )
+    with spelled_as_options():
+        result = lorank.extract(
+            base,
+            tuned,
+            include=targets[0],
+            exclude=targets[1],
+            prefix=prefix,
+            threads=threads,
+            progress=not quiet,
+            **knobs,
+        )
     _finish(result, output, profile, dtype, overwrite, json_output)
 
 
 def check(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT adapter folder.")],
+    adapter: Annotated[str, typer.Argument(help="A PEFT adapter folder.")],
     runtime: Annotated[
         list[str] | None,
         typer.Option("--for", help=f"Only these: {', '.join(runtimes.RUNTIMES)}. Repeatable, or a,b."),
@@ -223,12 +248,16 @@ def check(
     overwrite: Overwrite = False,
 ) -> None:
     """Which runtimes load an adapter right, wrong, or not at all. Status 1 unless all load it right."""
-    wanted = [name for value in runtime or [] for name in value.split(",")] or None
-    verdicts = lorank.check(adapter, wanted)
+    wanted = [name.strip() for value in runtime or [] for name in value.split(",")] or None
+    for name in wanted or ():
+        check_choice("--for", name, runtimes.RUNTIMES)
     if fix is not None:
         _check_output(fix, overwrite)
+    verdicts = lorank.check(adapter, wanted)
+    if fix is not None:
         profile = runtimes.right_profile(wanted)
-        LoraAdapter.load(adapter).save(fix, profile, overwrite=overwrite)
+        written = write_adapter(LoraAdapter.load(adapter), fix, profile, None, overwrite=overwrite)
+        _say_notes(written.notes)
         say(f"saved to {fix} in the profile {profile}")
         verdicts = lorank.check(fix, wanted)
     if json_output:
@@ -254,28 +283,51 @@ def info(
     terminal.print(rank_map(loaded.ranks, f"ranks of {loaded.label}"))
     if modules:
         terminal.print(tables.module_table(loaded))
-    terminal.print(tables.summary(loaded), soft_wrap=True)
+    terminal.print(tables.summary(loaded), soft_wrap=True, markup=False)
 
 
 COMMANDS = (compress, family, merge, extract, check, info)
 
 
-def _weighted(arguments: list[str]) -> tuple[list[Path], list[float] | None]:
+def _average_ranks(text: str) -> list[float]:
+    try:
+        ranks = [float(rank) for rank in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--avg-ranks takes numbers such as 1,2,4,8, not {text!r}") from None
+    for rank in ranks:
+        if not 0 < rank < math.inf:
+            raise UsageError(f"--avg-ranks takes finite numbers above 0, not {rank:g}")
+    return ranks
+
+
+def _weighted(arguments: list[str]) -> tuple[list[str], list[float] | None]:
     """Paths and weights from ``PATH`` or ``PATH:WEIGHT``."""
-    paths, weights = [], []
-    for argument in arguments:
-        path, colon, weight = argument.rpartition(":")
-        try:
-            number = float(weight) if colon else None
-        except ValueError:
-            number = None
-        paths.append(Path(argument if number is None else path))
-        weights.append(number)
+    parts = [_weight(argument) for argument in arguments]
+    paths, weights = [path for path, _ in parts], [weight for _, weight in parts]
     if all(weight is None for weight in weights):
         return paths, None
     if any(weight is None for weight in weights):
         raise UsageError("give a weight to every adapter or to none: A:0.7 B:0.3")
     return paths, [weight for weight in weights if weight is not None]
+
+
+def _weight(argument: str) -> tuple[str, float | None]:
+    path, colon, text = argument.rpartition(":")
+    if not colon or Path(argument).exists():
+        return argument, None
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UsageError(f"{argument}: there is no such path, and {text!r} is no finite weight of {path}")
+    return path, weight
+
+
+def _check_form(profile: str, dtype: str | None) -> None:
+    check_choice("--profile", profile, PROFILES)
+    if dtype is not None:
+        check_choice("--dtype", dtype, get_args(Dtype))
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
@@ -290,7 +342,8 @@ def _finish(
     result: LoraAdapter, output: Path, profile: str, dtype: str | None, overwrite: bool, json_output: bool
 ) -> None:
     """Save, and say what was done."""
-    written, certificate = write_adapter(result, output, profile, dtype, overwrite=overwrite)  # type: ignore[arg-type]
+    written = write_adapter(result, output, cast(Profile, profile), dtype, overwrite=overwrite)
+    certificate = written.certificate
     assert certificate is not None
     if json_output:
         print_json({**_content(result.with_certificate(certificate)), "profile": profile})
@@ -299,10 +352,16 @@ def _finish(
     terminal.print(rank_map(result.ranks, "ranks"))
     terminal.print(tables.certificate_table(certificate))
     for note in result.notes:
-        terminal.print(note, style="dim", soft_wrap=True)
+        terminal.print(as_options(note), style="dim", soft_wrap=True, markup=False)
     if profile == "portable":
         terminal.print(tables.portable_advice(result), soft_wrap=True)
-    say(f"saved to {written}")
+    _say_notes(written.notes)
+    say(f"saved to {written.path}")
+
+
+def _say_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        say(note)
 
 
 def _content(adapter: LoraAdapter) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,11 @@ from lorank import naming
 from lorank.atomic import check_writable
 
 _PIPE_WIDTH = 160
+# Arguments as the library's messages spell them, not where they are part of a path.
+_ARGUMENT = re.compile(
+    r"(?<![\w./-])(?:(?P<given>rank_ratio|avg_rank|max_rank|energy|budget|scope|keep|exclude|prefix)=(?=\S)"
+    r"|(?P<named>rank_ratio|avg_rank|max_rank)\b)"
+)
 
 Include = Annotated[
     list[str] | None,
@@ -62,7 +69,12 @@ def parse_targets(values: list[str] | None) -> naming.Targets:
     if any(value.startswith("re:") for value in values):
         if len(values) > 1:
             raise UsageError("re: takes one regular expression and nothing beside it")
-        return values[0].removeprefix("re:")
+        expression = values[0].removeprefix("re:")
+        try:
+            naming.matcher(expression)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return expression
     names = [name.strip() for value in values for name in value.split(",") if name.strip()]
     return naming.ALL_LINEAR if names == [naming.ALL_LINEAR] else names
 
@@ -72,6 +84,25 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     known = list(choices)
     if value not in known:
         raise UsageError(f"{option} must be one of {', '.join(known)}, not {value!r}")
+
+
+def as_options(message: str) -> str:
+    """A message with arguments as the command line spells them: ``--avg-rank 3``, not ``avg_rank=3``."""
+
+    def spelled(found: re.Match[str]) -> str:
+        option = (found["given"] or found["named"]).replace("_", "-")
+        return f"--{option} " if found["given"] else f"--{option}"
+
+    return _ARGUMENT.sub(spelled, message)
+
+
+@contextmanager
+def spelled_as_options(error_type: type[Exception] = ValueError) -> Iterator[None]:
+    """Let messages of the library name options."""
+    try:
+        yield
+    except ValueError as error:
+        raise error_type(as_options(str(error))) from error
 
 
 def check_output_folder(path: Path, overwrite: bool) -> None:
