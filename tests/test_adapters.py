@@ -379,15 +379,20 @@ def small_one(folder: Path, **knobs: Any) -> lorank.LoraAdapter:
 def test_a_certificate_is_read_again_and_survives_another_profile(
     profile: Any, dtype: Any, tmp_path: Path
 ) -> None:
-    written = write_adapter(small_one(tmp_path / "a"), tmp_path / "b", profile, dtype, overwrite=False)
+    small = replace(small_one(tmp_path / "a"), notes=["the eldest note"])
+    written = write_adapter(small, tmp_path / "b", profile, dtype, overwrite=False)
     again = lorank.LoraAdapter.load(tmp_path / "b")
     assert again.certificate == written.certificate
     assert again.certificate is not None
+    assert "the eldest note" in again.notes
     for other in PROFILES:
         again.save(tmp_path / other, other)
         certificate = lorank.LoraAdapter.load(tmp_path / other).certificate
         assert certificate is not None
         assert certificate.modules == again.certificate.modules
+        card = (tmp_path / other / "README.md").read_text()
+        assert "compress, avg_rank=1" in card
+        assert "- the eldest note" in card
         # Whatever is rounded a second time is added to the first.
         assert (certificate.rounding_error or 0) >= (again.certificate.rounding_error or 0)
         assert (certificate.rounding_error is None) == (dtype is None)

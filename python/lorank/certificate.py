@@ -178,8 +178,8 @@ class Certificate:
             raise ValueError(f"rounding_error is {rounding!r}")
         return cls(content["action"], [ModuleCertificate.from_json(module) for module in modules], rounding)
 
-    def to_text(self) -> str:
-        """The same as a JSON text with a line for every module."""
-        content = self.to_json()
+    def to_text(self, notes: Sequence[str] = ()) -> str:
+        """The same, and an adapter's notes, as a JSON text with a line for every module."""
+        content = {**self.to_json(), "notes": list(notes)}
         modules = ",\n".join(json.dumps(module) for module in content.pop("modules"))
         return f'{json.dumps(content)[:-1]}, "modules": [\n{modules}\n]}}\n'

@@ -65,18 +65,21 @@ def _read(path: str | Path) -> tuple[LoraAdapter, Mapping[str, str]]:
 
 
 def _certified(adapter: LoraAdapter, file: Path) -> LoraAdapter:
-    """The adapter with the certificate that was written beside it, if it is this adapter's."""
+    """The adapter with the certificate and the notes that were written beside it, if they are its own."""
     # Who has trained the adapter since did not write factors in spectral form.
     if not adapter.is_spectral or not file.is_file():
         return adapter
     try:
-        certificate = Certificate.from_json(read_json(file))
+        content = read_json(file)
+        certificate = Certificate.from_json(content)
     except (OSError, ValueError) as error:
         return replace(adapter, notes=[*adapter.notes, f"{file.name} was ignored, as it is damaged: {error}"])
     ranks = {module.name: module.rank_after for module in certificate.modules if module.rank_after}
     if ranks != {module.name: module.rank for module in adapter.adapted}:
         return replace(adapter, notes=[*adapter.notes, f"{file.name} was ignored: it has other ranks"])
-    return adapter.with_certificate(certificate)
+    earlier = content.get("notes")
+    notes = [note for note in earlier if isinstance(note, str)] if isinstance(earlier, list) else []
+    return replace(adapter, certificate=certificate, notes=list(dict.fromkeys([*notes, *adapter.notes])))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def write_adapter(
     if certificate is None:
         (target / CERTIFICATE).unlink(missing_ok=True)
     else:
-        write_text(target / CERTIFICATE, certificate.to_text())
+        write_text(target / CERTIFICATE, certificate.to_text(adapter.notes))
     return Written(weights, certificate, _write_card(target, card.text(adapter, profile, certificate)))
 
 
