@@ -324,7 +324,7 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("X.npy short.npy", "short.npy: cannot be read"),
         ("X.npy code.npy", "code.npy: cannot be read"),
         ("X.npy endless.npy", "endless.npy: cannot be read"),
-        (".", "Is a directory"),
+        (".", "is a directory"),
     ],
 )
 def test_files_that_hold_no_task(
