@@ -7,10 +7,11 @@ use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_ma
 use faer::Mat;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use lorank::cancel::CancelToken;
-use lorank::eigen::{spectrum_in_pool, tridiagonal_eigenvalues};
+use lorank::eigen::spectrum_in_pool;
 use lorank::gram::{gram, gram_scratch};
 use lorank::matrix::MatrixView;
 use lorank::parallel::Strategy;
+use lorank::root_free_ql::tridiagonal_eigenvalues;
 use lorank::tridiag::{tridiagonalize, tridiagonalize_scratch};
 use lorank::workspace::Scratch;
 
@@ -32,7 +33,7 @@ fn steps(criterion: &mut Criterion) {
     for p in ORDERS {
         let weight = numbers(p * p);
         let view = MatrixView::from_f32(&weight, p, p).expect("p * p numbers");
-        let mut memory = MemBuffer::new(gram_scratch(p, p).or(tridiagonalize_scratch(p, alone)));
+        let mut memory = MemBuffer::new(gram_scratch(p, p).or(tridiagonalize_scratch(p)));
         let stack = MemStack::new(&mut memory);
         let mut product = Mat::zeros(p, p);
         gram(&view, 1.0, alone, &cancel, product.as_mut(), stack).expect("nobody cancels");

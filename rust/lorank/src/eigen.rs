@@ -2,24 +2,21 @@
 //!
 //! `W` is scaled by a power of two so that its largest entry is near 1, multiplied into a Gram
 //! matrix of order `p = min(out, in)` ([`gram`](mod@crate::gram)), reduced to tridiagonal form
-//! ([`tridiag`](crate::tridiag)), and solved there. The absolute error of an eigenvalue is a small
+//! ([`tridiag`](crate::tridiag)), and solved there ([`root_free_ql`](crate::root_free_ql)). The absolute error of an eigenvalue is a small
 //! multiple of `eps(float64) * lambda_max`, so eigenvalues down to `1e-6 lambda_max` (singular
 //! values down to a thousandth of the largest) come with nine or more correct digits.
 
-use faer::diag::{Diag, DiagRef};
-use faer::dyn_stack::{MemBuffer, MemStack};
-use faer::linalg::evd::tridiagonal_self_adjoint_evd;
 use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
 use faer::mat::AsMatMut;
 use faer::prelude::ReborrowMut;
-use faer::{Par, Spec};
 
 use crate::cancel::CancelToken;
 use crate::gram::{gram, gram_scratch};
 use crate::matrix::MatrixView;
 use crate::parallel::{Strategy, pool};
+use crate::root_free_ql::tridiagonal_eigenvalues;
 use crate::spectrum::Spectrum;
-use crate::tridiag::{Tridiagonal, tridiagonalize, tridiagonalize_scratch};
+use crate::tridiag::{tridiagonalize, tridiagonalize_scratch};
 use crate::workspace::Scratch;
 use crate::{Error, Result};
 
@@ -58,7 +55,7 @@ pub fn spectrum_in_pool(
         return Spectrum::new(vec![0.0; p]);
     }
     let exponent = binary_exponent(largest)?;
-    let steps = gram_scratch(view.rows(), view.cols()).or(tridiagonalize_scratch(p, strategy));
+    let steps = gram_scratch(view.rows(), view.cols()).or(tridiagonalize_scratch(p));
     let stack = scratch.stack(temp_mat_scratch::<f64>(p, p).and(steps))?;
     let (mut a, stack) = temp_mat_zeroed::<f64, _, _>(p, p, stack);
     let mut a = a.as_mat_mut();
@@ -72,28 +69,6 @@ pub fn spectrum_in_pool(
         *value = value.max(0.0) * power_of_two(2 * exponent);
     }
     Spectrum::new(eigenvalues)
-}
-
-/// The eigenvalues of a symmetric tridiagonal matrix, ascending.
-///
-/// # Errors
-/// [`Error::NoConvergence`] if the implicit QR iteration does not end.
-pub fn tridiagonal_eigenvalues(matrix: &Tridiagonal) -> Result<Vec<f64>> {
-    let n = matrix.diagonal.len();
-    let mut eigenvalues = Diag::<f64>::zeros(n);
-    // Two copies of a diagonal. `self_adjoint_evd_scratch` counts a dense matrix in, for the reduction.
-    let mut memory = MemBuffer::new(temp_mat_scratch::<f64>(n, 1).array(2));
-    tridiagonal_self_adjoint_evd(
-        DiagRef::from_slice(&matrix.diagonal),
-        DiagRef::from_slice(&matrix.off_diagonal),
-        eigenvalues.as_mut(),
-        None,
-        Par::Seq,
-        MemStack::new(&mut memory),
-        Spec::default(),
-    )
-    .map_err(|_| Error::NoConvergence("the tridiagonal eigenvalue iteration"))?;
-    Ok(eigenvalues.column_vector().iter().copied().collect())
 }
 
 /// The exponent `e` with `2^(e-1) <= x < 2^e`.
@@ -115,57 +90,7 @@ pub(crate) fn power_of_two(exponent: i32) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::f64::consts::PI;
-
     use super::*;
-
-    fn eigenvalues(diagonal: Vec<f64>, off_diagonal: Vec<f64>) -> Vec<f64> {
-        tridiagonal_eigenvalues(&Tridiagonal { diagonal, off_diagonal }).unwrap()
-    }
-
-    #[test]
-    fn wilkinson_21() {
-        // Diagonal 10, 9, ..., 0, ..., 9, 10: pairs of eigenvalues that agree to 14 digits.
-        let found = eigenvalues((-10..=10).map(|i| f64::from(i).abs()).collect(), vec![1.0; 20]);
-        for (x, expected) in found.iter().rev().zip([
-            10.746_194_182_903_393,
-            10.746_194_182_903_322,
-            9.210_678_647_361_332,
-            9.210_678_647_304_919,
-            8.038_941_122_829_024,
-            8.038_941_115_814_274,
-        ]) {
-            assert!((x - expected).abs() < 1e-13, "{x} {expected}");
-        }
-        assert!((found[0] + 1.125_441_522_119_984).abs() < 1e-13, "{}", found[0]);
-    }
-
-    #[test]
-    fn second_differences() {
-        for n in [1, 2, 3, 10, 257, 1500] {
-            let found = eigenvalues(vec![2.0; n], vec![-1.0; n - 1]);
-            for (k, x) in (1..).zip(&found) {
-                let expected = 2.0 - 2.0 * (f64::from(k) * PI / (n as f64 + 1.0)).cos();
-                assert!((x - expected).abs() <= 4.0 * n as f64 * f64::EPSILON * 4.0, "n = {n}, k = {k}");
-            }
-        }
-    }
-
-    #[test]
-    fn diagonal_and_empty() {
-        assert!(eigenvalues(vec![], vec![]).is_empty());
-        let found = eigenvalues(vec![3.0, -1.0, 2.0], vec![0.0, 0.0]);
-        assert_eq!(
-            found.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
-            [-1.0f64, 2.0, 3.0].map(f64::to_bits)
-        );
-    }
-
-    #[test]
-    fn what_is_not_a_number_does_not_converge() {
-        let matrix = Tridiagonal { diagonal: vec![f64::NAN, 1.0, 2.0], off_diagonal: vec![1.0, 1.0] };
-        assert!(matches!(tridiagonal_eigenvalues(&matrix), Err(Error::NoConvergence(_))));
-    }
 
     #[test]
     fn exponents_bracket_their_number() {

@@ -19,6 +19,8 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod analysis;
+mod band;
+mod bulge;
 pub mod cancel;
 pub mod checkpoint;
 pub mod difference_svd;
@@ -33,15 +35,19 @@ pub mod low_rank;
 pub mod marchenko_pastur;
 pub mod matrix;
 pub mod metrics;
+mod mirror;
+mod number;
 pub mod parallel;
 pub mod powerlaw;
 pub mod product_svd;
 pub mod qr;
+pub mod root_free_ql;
 pub mod safetensors;
 pub mod safetensors_writer;
 pub mod select;
 pub mod source;
 pub mod spectrum;
+mod strips;
 pub mod svd;
 mod thin;
 pub mod tridiag;

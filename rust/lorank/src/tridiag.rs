@@ -1,6 +1,7 @@
 //! Reduction of a symmetric matrix to tridiagonal form: `A = Q T Q^T`, `T` kept, `Q` dropped.
-
-use std::num::NonZero;
+//!
+//! In two stages, to a band ([`band`](mod@crate::band)) and from there ([`bulge`](mod@crate::bulge)); small
+//! matrices, which a cache holds, in one.
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::evd::tridiag::{tridiag_in_place, tridiag_in_place_scratch};
@@ -9,6 +10,9 @@ use faer::mat::AsMatMut;
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, Par, Spec};
 
+use crate::band::{position, reduce_to_band, reduce_to_band_scratch, storage};
+use crate::bulge::reduce_to_tridiagonal;
+use crate::number::Number;
 use crate::parallel::Strategy;
 
 /// A symmetric tridiagonal matrix.
@@ -20,39 +24,62 @@ pub struct Tridiagonal {
     pub off_diagonal: Vec<f64>,
 }
 
-/// Order from which the reduction gains from threads.
-const PARALLEL_FROM: usize = 1024;
-
-/// Pieces that each step is cut into. A constant, not the number of threads: the pieces' partial
-/// sums are added up, so the bits depend on it. The work is bound by memory, and more pieces than
-/// this saturate no memory system that they have been tried on.
-const PIECES: NonZero<usize> = NonZero::new(8).unwrap();
+/// Order from which two stages are faster than one.
+const TWO_STAGES_FROM: usize = 320;
 
 /// The memory that [`tridiagonalize`] of a matrix of order `n` needs.
 #[must_use]
-pub fn tridiagonalize_scratch(n: usize, strategy: Strategy) -> StackReq {
-    temp_mat_scratch::<f64>(1, n).and(tridiag_in_place_scratch::<f64>(n, par(n, strategy), Spec::default()))
+pub fn tridiagonalize_scratch(n: usize) -> StackReq {
+    scratch::<f64>(n)
 }
 
-/// Reduces the symmetric matrix in the lower triangle of `a`, `(n, n)`, by Householder reflections:
-/// `4/3 n^3` operations, half of them at the speed of memory (one stage; level 2 of the BLAS). What
-/// `a` held is lost.
-///
-/// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
-#[must_use]
-pub fn tridiagonalize(mut a: MatMut<'_, f64>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
-    let n = a.nrows();
-    // One reflection per block: their products are only needed for eigenvectors.
-    let (mut reflections, stack) = temp_mat_zeroed::<f64, _, _>(1, n.saturating_sub(1), stack);
-    tridiag_in_place(a.rb_mut(), reflections.as_mat_mut(), par(n, strategy), stack, Spec::default());
-    Tridiagonal {
-        diagonal: (0..n).map(|i| a[(i, i)]).collect(),
-        off_diagonal: (1..n).map(|i| a[(i, i - 1)]).collect(),
+fn scratch<T: Number>(n: usize) -> StackReq {
+    if n < TWO_STAGES_FROM {
+        temp_mat_scratch::<T>(1, n).and(tridiag_in_place_scratch::<T>(n, Par::Seq, Spec::default()))
+    } else {
+        temp_mat_scratch::<T>(storage(n), 1).and(reduce_to_band_scratch::<T>(n))
     }
 }
 
-fn par(n: usize, strategy: Strategy) -> Par {
-    if strategy == Strategy::Together && n >= PARALLEL_FROM { Par::Rayon(PIECES) } else { Par::Seq }
+/// Reduces the symmetric matrix in the lower triangle of `a`, `(n, n)`, by Householder reflections: `4/3
+/// n^3` operations at the speed of GEMM, and some `200 n^2`. What `a` held is lost. Its entries must be
+/// far from the ends of the range of numbers: their squares and products are formed.
+///
+/// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
+#[must_use]
+pub fn tridiagonalize(a: MatMut<'_, f64>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
+    reduce(a, strategy, stack)
+}
+
+fn reduce<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
+    if a.nrows() < TWO_STAGES_FROM { in_one_stage(a, stack) } else { in_two_stages(a, strategy, stack) }
+}
+
+fn in_one_stage<T: Number>(mut a: MatMut<'_, T>, stack: &mut MemStack) -> Tridiagonal {
+    let n = a.nrows();
+    // One reflection per block: their products are only needed for eigenvectors.
+    let (mut reflections, stack) = temp_mat_zeroed::<T, _, _>(1, n.saturating_sub(1), stack);
+    tridiag_in_place(a.rb_mut(), reflections.as_mat_mut(), Par::Seq, stack, Spec::default());
+    Tridiagonal {
+        diagonal: (0..n).map(|i| a[(i, i)].to_f64()).collect(),
+        off_diagonal: (1..n).map(|i| a[(i, i - 1)].to_f64()).collect(),
+    }
+}
+
+fn in_two_stages<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
+    let n = a.nrows();
+    let (mut band, stack) = temp_mat_zeroed::<T, _, _>(storage(n), 1, stack);
+    let mut band = band.as_mat_mut();
+    let Some(band) = band.rb_mut().col_mut(0).try_as_col_major_mut().map(faer::col::ColMut::as_slice_mut)
+    else {
+        unreachable!("a column of a temporary is contiguous")
+    };
+    reduce_to_band(a, strategy, band, stack);
+    reduce_to_tridiagonal(band, n, strategy);
+    Tridiagonal {
+        diagonal: (0..n).map(|i| band[position(i, i)].to_f64()).collect(),
+        off_diagonal: (1..n).map(|i| band[position(i, i - 1)].to_f64()).collect(),
+    }
 }
 
 #[cfg(test)]
@@ -63,9 +90,9 @@ mod tests {
     use crate::parallel;
     use crate::workspace::Scratch;
 
-    fn reduce(mut a: Mat<f64>, strategy: Strategy) -> Tridiagonal {
+    fn reduced(mut a: Mat<f64>, strategy: Strategy) -> Tridiagonal {
         let mut scratch = Scratch::default();
-        let stack = scratch.stack(tridiagonalize_scratch(a.nrows(), strategy)).unwrap();
+        let stack = scratch.stack(tridiagonalize_scratch(a.nrows())).unwrap();
         tridiagonalize(a.as_mut(), strategy, stack)
     }
 
@@ -78,9 +105,9 @@ mod tests {
 
     #[test]
     fn eigenvalues_survive() {
-        for n in [1, 2, 3, 4, 5, 31, 64, 100] {
+        for n in [1, 2, 3, 4, 5, 31, 64, 100, TWO_STAGES_FROM - 1, TWO_STAGES_FROM, 400] {
             let a = symmetric(n);
-            let found = reduce(a.clone(), Strategy::Alone);
+            let found = reduced(a.clone(), Strategy::Alone);
             assert_eq!((found.diagonal.len(), found.off_diagonal.len()), (n, n - 1));
             // The same solver on both sides, so that a difference can only come from the reduction.
             let sorted = |matrix: nalgebra::DMatrix<f64>| {
@@ -103,17 +130,17 @@ mod tests {
 
     #[test]
     fn nothing_to_reduce() {
-        let empty = reduce(Mat::zeros(0, 0), Strategy::Alone);
+        let empty = reduced(Mat::zeros(0, 0), Strategy::Alone);
         assert!(empty.diagonal.is_empty() && empty.off_diagonal.is_empty());
-        let zero = reduce(Mat::zeros(6, 6), Strategy::Alone);
+        let zero = reduced(Mat::zeros(6, 6), Strategy::Alone);
         assert!(zero.diagonal.iter().chain(&zero.off_diagonal).all(|&x| x == 0.0));
     }
 
     #[test]
-    fn pieces_are_independent_of_threads() {
-        let n = PARALLEL_FROM + 1;
+    fn bits_are_independent_of_threads() {
+        let n = 1025;
         let with =
-            |threads| parallel::pool(threads).unwrap().install(|| reduce(symmetric(n), Strategy::Together));
+            |threads| parallel::pool(threads).unwrap().install(|| reduced(symmetric(n), Strategy::Together));
         let (one, four) = (with(1), with(4));
         let bits = |values: &[f64]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&one.diagonal), bits(&four.diagonal));
