@@ -749,7 +749,8 @@ def test_iterators_stop_after_max_batches(profile: Any) -> None:
         assert report.num_batches == 3
         assert all(len(row.eigenvalues) == 3 for row in report)
     else:
-        assert report.num_samples == sum(batch["input_ids"].numel() for batch in batches[:3])
+        # No token follows the last of a sequence: its outputs count for nothing.
+        assert report.num_samples == sum(batch["input_ids"][:, 1:].numel() for batch in batches[:3])
 
 
 # Effective ranks.
@@ -1070,7 +1071,13 @@ class Tape:
     def rows(self, name: str) -> tuple[Array, Array]:
         x = [part.reshape(-1, part.shape[-1]) for part in self.x[name]]
         delta = [part.reshape(-1, part.shape[-1]) for part in self.delta[name]]
-        return np.concatenate(x), -np.concatenate(delta)
+        return that_count(np.concatenate(x), -np.concatenate(delta))
+
+
+def that_count(X: Array, Y: Array) -> tuple[Array, Array]:
+    """Rows to which a gradient came back."""
+    counts = np.any(Y != 0, axis=1)
+    return X[counts], Y[counts]
 
 
 def recorded(model: Any, batches: Batches, names: list[str], loss: Any = None) -> Tape:
@@ -1145,7 +1152,54 @@ def test_tasks_of_a_convolution_are_those_of_its_patches() -> None:
     tape = recorded(model, batches, ["first"], called)
     X = np.concatenate([patches(model.first, torch.from_numpy(x)).numpy() for x in tape.x["first"]])
     Y = np.concatenate([-delta.transpose(0, 2, 3, 1).reshape(-1, 5) for delta in tape.delta["first"]])
-    assert_task(report["first"], X, Y, folds=3, space="prediction")
+    assert_task(report["first"], *that_count(X, Y), folds=3, space="prediction")
+
+
+@pytest.mark.parametrize("make", [tiny_models.bert_classifier, tiny_models.llama])
+def test_padding_changes_no_task(make: Callable[[], Any]) -> None:
+    batches = label_batches() if make is tiny_models.bert_classifier else text_batches()
+    for batch in batches:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    fill = {"input_ids": 3, "labels": -100, "attention_mask": 0}
+    padded = [
+        {
+            name: nn.functional.pad(value, (0, 9), value=fill[name]) if value.ndim == 2 else value
+            for name, value in batch.items()
+        }
+        for batch in batches
+    ]
+    plain = lorank.profile_tasks(make(), batches, folds=2)
+    report = lorank.profile_tasks(make(), padded, folds=2)
+    assert report.num_samples == plain.num_samples
+    for row, expected in zip(report, plain, strict=True):
+        assert (row.k_star, row.predicted_rank) == (expected.k_star, expected.predicted_rank)
+        # A causal model's first token attends to itself alone: the gradient of its query is rounding,
+        # which is zero, and so no sample, in one of the two and not in the other.
+        assert row.noise == pytest.approx(expected.noise, rel=1e-2)
+        np.testing.assert_allclose(
+            row.singular_values, expected.singular_values, rtol=1e-2, atol=1e-2 * expected.singular_values[0]
+        )
+
+
+def test_readers_of_one_input_that_see_other_rows_part() -> None:
+    # In the second batch, no gradient comes to one row of `b`.
+    model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(8, 4)})
+
+    def loss(model: Any, x: torch.Tensor) -> Any:
+        weight = torch.ones(len(x), 1)
+        weight[0] = 0.0 if torch.equal(x, vectors()[1]) else 1.0
+        return torch.tanh(model["a"](x)).square().sum() + (weight * torch.tanh(model["b"](x))).square().sum()
+
+    tape = recorded(model, vectors(), ["a", "b"], loss)
+    assert len(tape.rows("b")[0]) == len(tape.rows("a")[0]) - 1
+    sums = 32 * 8 * 8 + 2 * 16 * 8 * 4
+    # Without memory for inputs of its own, `b` takes another pass.
+    for memory, passes in ((sums + 32 * 8 * 8, 1), (sums, 2)):
+        counted = Counted(loss)
+        report = lorank.profile_tasks(model, vectors(), loss=counted, folds=2, memory=memory)
+        assert counted.calls == 1 + passes * COUNT
+        for name in ("a", "b"):
+            assert_task(report[name], *tape.rows(name), folds=2, space="prediction")
 
 
 def test_modules_that_share_an_input_are_as_those_that_do_not() -> None:
@@ -1179,11 +1233,14 @@ def test_modules_that_share_an_input_in_the_first_batch_only() -> None:
 class Counted:
     """A loss that counts its calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: Any = None) -> None:
         self.calls = 0
+        self._loss = loss
 
     def __call__(self, model: Any, batch: Any) -> Any:
         self.calls += 1
+        if self._loss is not None:
+            return self._loss(model, batch)
         return model(batch) if isinstance(batch, torch.Tensor) else model(**batch).loss
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,9 @@ def profile_tasks(
     """The rank that each module's own task wants: from its inputs to minus its output gradients.
 
     A step against the gradient asks each module to change its outputs `Y` by minus their gradients,
-    given its inputs `X`: a row per token. Only sums over rows are kept. Modules that read the same
-    input share its part.
+    given its inputs `X`: a row per token. Rows to which no gradient comes back (all zeros) are left out:
+    padded and masked tokens are no samples, so that padding changes no estimate. Only sums over rows
+    are kept. Modules that read the same rows share their part.
 
     Parameters
     ----------
@@ -64,6 +65,9 @@ def profile_tasks(
 
     Notes
     -----
+    Give more tokens than the widest module has inputs: with fewer, the estimates say little, and they
+    take longer, as the sums cannot be factored by Cholesky.
+
     Source: Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation; K* per module is the
     paper's open problem.
     """
@@ -79,7 +83,7 @@ def profile_tasks(
             groups = []
             for members in passes:
                 _check_again(batches, len(passes), bool(rows))
-                observer = _TaskSums(members, found.chosen, folds)
+                observer = _TaskSums(members, found.chosen, folds, memory)
                 with probing([found.chosen[index] for index in observer.order], observer):
                     for _ in backward_passes(
                         model, batches, loss=loss, max_batches=max_batches, progress=progress
@@ -88,7 +92,7 @@ def profile_tasks(
                 tasks = observer.tasks
                 rows |= {i: _row(found.chosen[i], tasks[i], space) for i in observer.settled}
                 num_samples = max(num_samples, *(task.num_samples for task in tasks.values()))
-                # Modules that turned out to read different inputs are looked at one by one.
+                # Modules that came to read other rows than their group are looked at one by one.
                 groups += [(index,) for index in observer.order if index not in observer.settled]
     ordered = [rows[index] for index in range(len(found.chosen))]
     return TaskReport(ordered, found.skipped, found.source.label, found.source.num_parameters, num_samples)
@@ -99,11 +103,37 @@ def _check_again(batches: Iterable[Any], num_passes: int, is_another: bool) -> N
     if iter(batches) is not batches or (num_passes == 1 and not is_another):
         return
     why = (
-        "modules that read one input at first read different ones later, which needs another pass"
+        "modules that shared their inputs at first read others later, which needs another pass or more memory"
         if is_another
         else f"the memory allowed needs {num_passes} passes"
     )
     raise ValueError(f"{why}, and batches is an iterator: pass a list")
+
+
+class _Read(NamedTuple):
+    """What one call of a module read, and the rows to which a gradient came back.
+
+    Rows without one say nothing of the task: padded and masked tokens, or labels that do not count.
+    As samples with the target zero they would only pull down the noise.
+    """
+
+    x: torch.Tensor
+    is_live: torch.Tensor
+
+    @property
+    def key(self) -> object:
+        """Equal for reads of the same rows of the same memory, as long as both are alive."""
+        x = self.x
+        return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, self.is_live.cpu().numpy().tobytes()
+
+    @property
+    def rows(self) -> npt.NDArray[np.float32]:
+        """Those that count."""
+        return _array(self.x[self.is_live])
+
+
+def _read(x: torch.Tensor, delta: torch.Tensor) -> _Read:
+    return _Read(x, (delta != 0).any(1))
 
 
 class _TaskSums:
@@ -116,21 +146,27 @@ class _TaskSums:
     tasks
         The sums of each.
     settled
-        The modules whose group has read one input in every batch so far.
+        The modules whose sums are complete: not those that came to read other rows than the rest of
+        their group when no memory was left for inputs of their own.
     """
 
-    def __init__(self, groups: Sequence[tuple[int, ...]], targets: Sequence[Target], folds: int) -> None:
+    def __init__(
+        self, groups: Sequence[tuple[int, ...]], targets: Sequence[Target], folds: int, memory: int
+    ) -> None:
         self.order = [index for group in groups for index in group]
         self.settled = set(self.order)
         self.tasks: dict[int, TaskSpectrum] = {}
-        self._groups = groups
         self._targets = targets
-        self._owned: dict[int, InputMoments] = {}
-        self._read: dict[int, list[object]] = {index: [] for index in self.order}
+        self._folds = folds
+        self._inputs: list[tuple[Sequence[int], InputMoments]] = []
+        self._reads: dict[int, list[_Read]] = {index: [] for index in self.order}
         self._batch = 0
+        self._spare = memory
         for group in groups:
+            self._spare -= _input_bytes(targets[group[0]], folds)
+            self._spare -= sum(_output_bytes(targets[index], folds) for index in group)
             shared = InputMoments(folds=folds)
-            self._owned[group[0]] = shared
+            self._inputs.append((group, shared))
             self.tasks |= {index: TaskSpectrum(inputs=shared) for index in group}
 
     def see_input(self, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -139,63 +175,86 @@ class _TaskSums:
         return x
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
-        """Add rows. Inputs are added here too: the backward pass deals all rows in one order."""
+        """Add rows to the products with targets; what was read is added when all have read."""
         target = self.order[index]
-        self._read[target].append(_identity(kept))
-        x = _array(kept)
+        if target not in self.settled:
+            return
+        read = _read(kept, delta)
         try:
-            if target in self._owned:
-                self._owned[target].update(x)
-            self.tasks[target].update(x, -_array(delta))
+            self.tasks[target].update(read.rows, -_array(delta[read.is_live]))
         except ValueError as error:
             name = self._targets[target].info.name
             raise ValueError(
                 f"batch {self._batch}: {name}, X its inputs and Y its output gradients: {error}"
             ) from error
+        self._reads[target].append(read)
 
     def end_batch(self) -> None:
-        """Look whether the members of every group read the same."""
+        """Add what was read, once for all that read the same."""
         self._batch += 1
-        for group in self._groups:
-            if any(self._read[index] != self._read[group[0]] for index in group):
-                self.settled -= set(group)
-        self._read = {index: [] for index in self.order}
+        groups, self._inputs = self._inputs, []
+        for members, moments in groups:
+            by_rows: dict[object, list[int]] = {}
+            for index in members:
+                by_rows.setdefault(tuple(read.key for read in self._reads[index]), []).append(index)
+            first, *parted = by_rows.values()
+            # Before the first ones' rows come in.
+            self._inputs += [(part, self._apart(part, moments)) for part in parted if self._has_room(part)]
+            self._inputs.append((first, moments))
+        for members, moments in self._inputs:
+            for read in self._reads[members[0]]:
+                moments.update(read.rows)
+        self._reads = {index: [] for index in self.order}
+
+    def _has_room(self, members: Sequence[int]) -> bool:
+        """Take the memory for inputs of their own; where there is none, give the modules up."""
+        needed = _input_bytes(self._targets[members[0]], self._folds)
+        if needed > self._spare:
+            self.settled -= set(members)
+            return False
+        self._spare -= needed
+        return True
+
+    def _apart(self, members: Sequence[int], shared: InputMoments) -> InputMoments:
+        """Inputs for modules that part from their group: until now they have read what it has."""
+        own = InputMoments(folds=self._folds)
+        own.merge(shared)
+        for index in members:
+            task = TaskSpectrum(inputs=own)
+            task.merge(self.tasks[index])
+            self.tasks[index] = task
+        return own
 
 
-class _Identities:
-    """An observer that learns which modules read the same tensor."""
+class _Reads:
+    """An observer that learns which modules read the same rows."""
 
-    def __init__(self) -> None:
-        self.readers: dict[object, list[int]] = {}
-        self._alive: list[torch.Tensor] = []
+    def __init__(self, count: int) -> None:
+        # Kept alive, or another tensor could come to lie in the place of one.
+        self.reads: list[list[_Read]] = [[] for _ in range(count)]
 
     def see_input(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Remember who read it."""
-        self._alive.append(x)  # Or another tensor could come to lie in its place.
-        self.readers.setdefault(_identity(x), []).append(index)
+        """The inputs themselves."""
+        del index
         return x
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
-        """Not looked at."""
+        """Remember who read it."""
+        self.reads[index].append(_read(kept, delta))
 
 
 def _shared_inputs(
     model: Any, targets: Sequence[Target], batch: Any, loss: Loss | None
 ) -> list[tuple[int, ...]]:
-    """Groups of modules that read one input, every module in one group."""
-    observer = _Identities()
+    """Groups of modules that read the same rows of one input, every module in one group."""
+    observer = _Reads(len(targets))
     with probing(targets, observer):
         for _ in backward_passes(model, [batch], loss=loss, max_batches=1, progress=False):
             pass
-    # Modules that are called several times are shared if they are so every time.
-    inputs: dict[int, list[object]] = {index: [] for index in range(len(targets))}
-    for key, readers in observer.readers.items():
-        for index in readers:
-            inputs[index].append(key)
     groups: dict[object, list[int]] = {}
-    for index, keys in inputs.items():
-        shape = targets[index].info.shape[1]
-        groups.setdefault((tuple(keys), shape) if keys else index, []).append(index)
+    for index, reads in enumerate(observer.reads):
+        # Modules that are called several times are shared if they are so every time.
+        groups.setdefault(tuple(read.key for read in reads) or index, []).append(index)
     return [tuple(group) for group in groups.values()]
 
 
@@ -206,10 +265,10 @@ def _passes(
     passes: list[list[tuple[int, ...]]] = []
     left = 0
     for group in groups:
-        width = targets[group[0]].info.shape[1]
+        inputs = _input_bytes(targets[group[0]], folds)
         open_group = False
         for index in group:
-            inputs, own = 16 * folds * width**2, 8 * folds * width * targets[index].info.shape[0]
+            own = _output_bytes(targets[index], folds)
             if inputs + own > memory:
                 raise ValueError(
                     f"memory {memory:,}: the sums of {targets[index].info.name} alone need {inputs + own:,} "
@@ -226,6 +285,17 @@ def _passes(
             left -= inputs + own
             open_group = True
     return passes
+
+
+def _input_bytes(target: Target, folds: int) -> int:
+    """What the sums over a module's inputs take, factored ones included."""
+    return 16 * folds * target.info.shape[1] ** 2
+
+
+def _output_bytes(target: Target, folds: int) -> int:
+    """What the products of its inputs and targets take."""
+    out, fan_in = target.info.shape
+    return 8 * folds * fan_in * out
 
 
 def _row(target: Target, task: TaskSpectrum, space: Space) -> ModuleTask:
@@ -270,11 +340,6 @@ def _with_first(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     for first in iterator:
         return first, chain([first], iterator) if iterator is batches else batches
     raise ValueError("no batches: profiling needs at least one")
-
-
-def _identity(x: torch.Tensor) -> object:
-    """Equal for tensors that are alive together and are the same memory."""
-    return (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype)
 
 
 def _array(rows: torch.Tensor) -> npt.NDArray[np.float32]:

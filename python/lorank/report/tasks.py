@@ -63,7 +63,7 @@ class TaskReport(JsonReport[ModuleTask]):
     num_parameters
         Parameters of the base model, tied ones once.
     num_samples
-        Rows (tokens) that were seen.
+        Rows (tokens) to which a gradient came back, in the module where they were most.
     """
 
     provides: ClassVar[Evidence] = "tasks"
