@@ -74,6 +74,14 @@ def test_json_holds_the_numbers_of_the_library(checkpoint: Path) -> None:
     assert [row["alpha_hill"] for row in content["modules"]] == [row.alpha_hill for row in report]
 
 
+def test_analyze_in_float32(checkpoint: Path) -> None:
+    save_file({"w.weight": np.random.default_rng(0).standard_normal((150, 200))}, checkpoint)
+    for accuracy in ("fast", "exact"):
+        content = json.loads(ok("analyze", checkpoint, "--accuracy", accuracy, "--json"))
+        assert content["accuracy"] == accuracy
+        assert [row["accuracy"] for row in content["modules"]] == [accuracy]
+
+
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
 def test_a_saved_report_is_shown_and_allocated_from(checkpoint: Path, tmp_path: Path, ending: str) -> None:
     saved = tmp_path / f"report.{ending}"
@@ -187,6 +195,7 @@ def test_errors_are_one_line_and_status_one(
         ("analyze",),
         ("analyze", "x.safetensors", "--threads", "0"),
         ("analyze", "x.safetensors", "-o", "report.txt"),
+        ("analyze", "x.safetensors", "--accuracy", "sloppy"),
         ("allocate", "x.safetensors", "--budget", "1", "--avg-rank", "1"),
         ("allocate", "x.safetensors", "--option", "nonsense"),
         ("allocate", "x.safetensors", "--method", "magic"),

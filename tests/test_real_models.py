@@ -44,6 +44,22 @@ def test_every_matrix_matches_a_float64_svd(model: str, request: pytest.FixtureR
     assert report.num_parameters == sum(w.size for w in weights.values() if w.dtype == np.float32)
 
 
+@pytest.mark.parametrize("model", ["minilm", "smollm2"])
+def test_fast_exponents_and_spikes(model: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(model)
+    exact = lorank.analyze(folder, progress=False)
+    fast = lorank.analyze(folder, accuracy="fast", progress=False)
+    for a, b in zip(exact, fast, strict=True):
+        if np.isnan(a.alpha_hill):
+            assert np.isnan(b.alpha_hill)
+            continue
+        assert abs(a.alpha_hill - b.alpha_hill) <= min(1e-3, b.alpha_hill_error), a.name
+        assert abs(a.mp_spikes - b.mp_spikes) <= min(1, b.mp_spikes_error), a.name
+        assert a.num_nonzero <= b.num_nonzero <= a.num_nonzero + b.num_unresolved, a.name
+    # Nearly all of them are done in float32.
+    assert sum(row.accuracy == "exact" for row in fast) <= 0.05 * len(fast)
+
+
 @pytest.mark.parametrize("ratio", [1, 2, 4, 16, 64])
 def test_gaussian_noise_has_almost_no_spikes(ratio: int) -> None:
     rng = np.random.default_rng(ratio)

@@ -31,7 +31,7 @@ def report() -> lorank.SpectralReport:
 def assert_rows_equal(a: lorank.SpectralReport, b: lorank.SpectralReport, *, eigenvalues: bool) -> None:
     assert len(a) == len(b)
     for left, right in zip(a, b, strict=True):
-        for name in ("name", "module", "kind", "shape", "dtype", "expert", "flags"):
+        for name in ("name", "module", "kind", "shape", "dtype", "expert", "accuracy", "flags"):
             assert getattr(left, name) == getattr(right, name)
         for metric in METRICS:
             np.testing.assert_equal(getattr(left, metric), getattr(right, metric))

@@ -319,6 +319,7 @@ def oracle(values, shape):
     edges = np.array([np.mean(values), np.median(values) / unit_median(1 / y)]) * (1 + math.sqrt(y)) ** 2
     return {
         "num_nonzero": len(x),
+        "num_unresolved": 0,
         "alpha_hill": hill(values, "median"),
         "alpha_hill_xmin_mid": hill(values, "xmin_mid"),
         "mp_edge": edges[0],
@@ -335,6 +336,9 @@ def oracle(values, shape):
 def check_metrics(found, values, shape):
     for name, value in oracle(values, shape).items():
         assert found[name] == pytest.approx(value, rel=1e-8, abs=1e-300, nan_ok=True), name
+    # Of float64 arithmetic; that of float32 has tests of its own.
+    assert 0 <= found["eigenvalue_error"] <= (8 + max(shape)) * EPS * values.max(), found["eigenvalue_error"]
+    assert np.isfinite(found["alpha_hill_error"]) == np.isfinite(found["alpha_hill"])
     assert found["mp_spikes"] == np.sum(nonzero(values) > found["mp_edge"])
     assert found["mp_spikes_median"] == np.sum(nonzero(values) > found["mp_edge_median"])
     power_law = [found[f"powerlaw_{name}"] for name in ("distance", "alpha", "xmin")]
@@ -369,6 +373,29 @@ def test_metrics_of_a_report(shape, unit):
         np.testing.assert_array_equal(row.eigenvalues, lorank.spectrum(weights[row.name]))
         assert row.shape == shape
         check_metrics({name: getattr(row, name) for name in METRICS}, row.eigenvalues, shape)
+
+
+def test_fast_rows_are_near_exact_ones_or_exact():
+    weights = {
+        "square": gaussian(300, 300),
+        "wide": gaussian(200, 500, 1).astype(np.float16),
+        "small": gaussian(40, 60, 2),
+        "deficient": gaussian(300, 150, 3) @ gaussian(150, 300, 4),
+        "zero": np.zeros((200, 200)),
+    }
+    exact = lorank.analyze(weights, keep_eigenvalues=True, progress=False)
+    fast = lorank.analyze(weights, accuracy="fast", keep_eigenvalues=True, progress=False)
+    assert (exact.accuracy, fast.accuracy) == ("exact", "fast")
+    assert {row.name for row in fast if row.accuracy == "fast"} == {"square", "wide"}
+    assert all(row.accuracy == "exact" for row in exact)
+    for a, b in zip(exact, fast, strict=True):
+        np.testing.assert_allclose(a.eigenvalues, b.eigenvalues, rtol=0, atol=b.eigenvalue_error)
+        assert abs(a.mp_spikes - b.mp_spikes) <= b.mp_spikes_error
+        if np.isfinite(a.alpha_hill):
+            assert abs(a.alpha_hill - b.alpha_hill) <= min(b.alpha_hill_error, 1e-3)
+    np.testing.assert_array_equal(
+        lorank.spectrum(weights["square"], accuracy="fast"), fast["square"].eigenvalues
+    )
 
 
 def test_rows_without_numbers():

@@ -41,7 +41,10 @@ def analyze(
         Which modules: a list of names or suffixes, or one regular expression for whole names,
         exactly as PEFT reads ``target_modules``.
     accuracy
-        ``"exact"``: float64 arithmetic.
+        ``"exact"``: float64 arithmetic. ``"fast"``: float32 for the Gram matrices and their reduction,
+        float64 again for a matrix whose error bounds would not hold the exponent to 1e-3 and the
+        spikes to 1, or of whose eigenvalues more than one in 32 could be zero. The rows tell which
+        (`accuracy`), and the bounds.
     threads
         At most so many (default: all that the process may use). The numbers do not depend on it.
     resume
@@ -69,7 +72,7 @@ def analyze(
 
     Notes
     -----
-    Memory: per thread one matrix as stored, plus ``p^2 + 256 p`` float64 numbers with
+    Memory: per thread one matrix as stored, plus about ``p^2 + 700 p`` float64 numbers with
     ``p = min(out, in)``. Matrices so large that a core needs about half a second for them are
     done one at a time by all threads together.
     """
@@ -97,13 +100,14 @@ def analyze(
             advance(_work(matrix), row.name)
 
         for batch in _batches(todo, count):
-            _analyze_batch(batch, count, keep_eigenvalues, finish)
+            _analyze_batch(batch, accuracy, count, keep_eigenvalues, finish)
     modules = [rows[matrix.info.name] for matrix in chosen.matrices]
     return SpectralReport(modules, opened.skipped, opened.label, accuracy, opened.num_parameters)
 
 
 def _analyze_batch(
     batch: Sequence[SourceMatrix],
+    accuracy: Accuracy,
     threads: int,
     keep_eigenvalues: bool,
     finish: Callable[[SourceMatrix, ModuleSpectrum], None],
@@ -117,7 +121,7 @@ def _analyze_batch(
         else:
             finish(matrix, ModuleSpectrum.of(matrix.info, *outcome))
 
-    _core.analyze([matrix.load() for matrix in batch], threads, keep_eigenvalues, on_result)
+    _core.analyze([matrix.load() for matrix in batch], accuracy, threads, keep_eigenvalues, on_result)
 
 
 def _batches(matrices: Sequence[SourceMatrix], threads: int) -> Iterator[Sequence[SourceMatrix]]:

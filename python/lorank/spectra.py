@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from lorank import _core
 from lorank.sources import arrays
 from lorank.threads import thread_count
 
-Accuracy = Literal["exact"]
+Accuracy = Literal["exact", "fast"]
 
 
 class MarchenkoPastur(NamedTuple):
@@ -23,8 +23,8 @@ class MarchenkoPastur(NamedTuple):
 
 def check_accuracy(accuracy: str) -> None:
     """Raise ValueError for an accuracy that this version does not offer."""
-    if accuracy != "exact":
-        raise ValueError(f"accuracy must be 'exact' (float64 arithmetic), not {accuracy!r}")
+    if accuracy not in get_args(Accuracy):
+        raise ValueError(f"accuracy must be 'exact' (float64 arithmetic) or 'fast' (float32), not {accuracy!r}")
 
 
 def spectrum(W: Any, *, accuracy: Accuracy = "exact", threads: int | None = None) -> npt.NDArray[np.float64]:
@@ -36,7 +36,8 @@ def spectrum(W: Any, *, accuracy: Accuracy = "exact", threads: int | None = None
         NumPy array or CPU torch tensor, shape ``(out, in)``: float64, float32, float16, bfloat16
         or float8. Read in place where layout allows, never modified.
     accuracy
-        ``"exact"``: float64 arithmetic whatever the input type.
+        ``"exact"``: float64 arithmetic whatever the input type. ``"fast"``: float32 for the Gram matrix
+        and its reduction; what lies below about ``1e-6`` of the largest eigenvalue is noise.
     threads
         At most so many (default: all that the process may use). The result does not depend on it.
 
@@ -44,7 +45,7 @@ def spectrum(W: Any, *, accuracy: Accuracy = "exact", threads: int | None = None
     -------
     numpy.ndarray
         The ``p = min(out, in)`` eigenvalues, float64, ascending. The absolute error of each is a
-        small multiple of ``eps(float64)`` times the largest.
+        small multiple of ``eps`` times the largest, ``eps`` that of float64 or float32.
 
     Raises
     ------
@@ -61,7 +62,7 @@ def spectrum(W: Any, *, accuracy: Accuracy = "exact", threads: int | None = None
     """
     check_accuracy(accuracy)
     array = W if arrays.is_array(W) else np.asarray(W, dtype=np.float64)
-    return _core.spectrum(arrays.matrix(array), thread_count(threads))
+    return _core.spectrum(arrays.matrix(array), accuracy, thread_count(threads))
 
 
 def alpha_hill(eigenvalues: npt.ArrayLike, *, convention: Literal["median", "xmin_mid"] = "median") -> float:

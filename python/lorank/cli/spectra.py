@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -38,6 +38,7 @@ from lorank.report.gradients import GradientReport
 from lorank.report.loading import AnyReport, load_report
 from lorank.report.tasks import TaskReport
 from lorank.roles import Placement
+from lorank.spectra import Accuracy
 
 _REPORT_ENDINGS = (".json", ".parquet", ".csv")
 # The numbers that rows of any report have.
@@ -78,6 +79,9 @@ def analyze(
     keep_eigenvalues: Annotated[
         bool, typer.Option("--keep-eigenvalues", help="Keep every spectrum in the saved report.")
     ] = False,
+    accuracy: Annotated[
+        str, typer.Option(help="exact (float64), or fast: float32 wherever its error bounds allow.")
+    ] = "exact",
     resume: Annotated[
         Path | None, typer.Option(help="Journal of finished matrices: an interrupted run goes on from it.")
     ] = None,
@@ -92,11 +96,13 @@ def analyze(
     if _is_report(source):
         raise UsageError(f"{source} looks like a saved report: see lorank report")
     _check_shown(sort, columns, METRICS)
+    check_choice("--accuracy", accuracy, get_args(Accuracy))
     try:
         report = lorank.analyze(
             source,
             include=parse_targets(include),
             exclude=parse_targets(exclude),
+            accuracy=cast(Accuracy, accuracy),
             threads=threads,
             resume=resume,
             progress=not quiet,

@@ -20,7 +20,7 @@ from lorank.sources.base import Skipped
 
 _FORMAT = "lorank.SpectralReport"
 _VERSION = 1
-_COUNTS = {"num_nonzero", "mp_spikes", "mp_spikes_median"}
+_COUNTS = {"num_nonzero", "num_unresolved", "mp_spikes", "mp_spikes_error", "mp_spikes_median"}
 
 
 def save(report: SpectralReport, path: Path) -> None:
@@ -63,6 +63,7 @@ def columns(report: SpectralReport) -> dict[str, list[Any]]:
         "in": [row.shape[1] for row in rows],
         "dtype": [row.dtype for row in rows],
         "expert": [row.expert for row in rows],
+        "accuracy": [row.accuracy for row in rows],
     }
     table |= {metric: [getattr(row, metric) for row in rows] for metric in METRICS}
     table["flags"] = ["; ".join(row.flags) for row in rows]
@@ -117,6 +118,7 @@ def _row(entry: Mapping[str, Any], flags: tuple[str, ...]) -> ModuleSpectrum:
         shape=(int(entry["out"]), int(entry["in"])),
         dtype=entry["dtype"],
         expert=None if expert in (None, "") else int(expert),
+        accuracy=entry["accuracy"],
         flags=flags,
         eigenvalues=None if eigenvalues is None else np.asarray(eigenvalues, dtype=np.float64),
         **metrics,

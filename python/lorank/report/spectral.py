@@ -26,12 +26,21 @@ class ModuleSpectrum:
     ----------
     name, module, kind, shape, dtype, expert
         As in `MatrixInfo`; `shape` is ``(out, in)``.
+    accuracy
+        ``"exact"`` (float64 arithmetic) or ``"fast"`` (float32).
     num_nonzero
-        Eigenvalues above ``p * eps * lambda_max``.
-    alpha_hill, alpha_hill_xmin_mid
-        PL_Alpha_Hill in both conventions.
-    mp_edge, mp_spikes, mp_edge_median, mp_spikes_median
-        Marchenko-Pastur edge and eigenvalues above it, by the mean and by the median scale.
+        Eigenvalues above ``p * eps(float64) * lambda_max``; those that float32 cannot tell from zero
+        count.
+    eigenvalue_error
+        What an eigenvalue may be off by, an a-priori bound in their unit.
+    num_unresolved
+        Eigenvalues that count and may be zero: they are below `eigenvalue_error`.
+    alpha_hill, alpha_hill_error, alpha_hill_xmin_mid
+        PL_Alpha_Hill in both conventions; what the first may be off by, given `eigenvalue_error`, and
+        whether or not those unresolved count.
+    mp_edge, mp_spikes, mp_spikes_error, mp_edge_median, mp_spikes_median
+        Marchenko-Pastur edge and eigenvalues above it, by the mean and by the median scale; what the
+        number by the mean may be off by.
     mp_soft_rank
         ``mp_edge / lambda_max``.
     powerlaw_alpha, powerlaw_xmin, powerlaw_distance
@@ -55,11 +64,16 @@ class ModuleSpectrum:
     shape: tuple[int, int]
     dtype: str
     expert: int | None = None
+    accuracy: str = "exact"
     num_nonzero: int = 0
+    eigenvalue_error: float = np.nan
+    num_unresolved: int = 0
     alpha_hill: float = np.nan
+    alpha_hill_error: float = np.nan
     alpha_hill_xmin_mid: float = np.nan
     mp_edge: float = np.nan
     mp_spikes: int = 0
+    mp_spikes_error: int = 0
     mp_edge_median: float = np.nan
     mp_spikes_median: int = 0
     mp_soft_rank: float = np.nan
@@ -87,7 +101,11 @@ class ModuleSpectrum:
 
     @classmethod
     def of(
-        cls, info: MatrixInfo, metrics: dict[str, Any], eigenvalues: npt.NDArray[np.float64] | None = None
+        cls,
+        info: MatrixInfo,
+        accuracy: str,
+        metrics: dict[str, Any],
+        eigenvalues: npt.NDArray[np.float64] | None = None,
     ) -> ModuleSpectrum:
         """A row from what a source and the core say of a matrix."""
         flags: tuple[str, ...] = ()
@@ -97,7 +115,7 @@ class ModuleSpectrum:
             flags = ("rank 1: alpha is undefined",)
         elif np.isinf(metrics["alpha_hill"]):
             flags = ("equal eigenvalues: alpha is infinite",)
-        return cls(**_identity(info), **metrics, flags=flags, eigenvalues=eigenvalues)
+        return cls(**_identity(info), accuracy=accuracy, **metrics, flags=flags, eigenvalues=eigenvalues)
 
     @classmethod
     def failed(cls, info: MatrixInfo, reason: str) -> ModuleSpectrum:
@@ -108,7 +126,8 @@ class ModuleSpectrum:
 METRICS: tuple[str, ...] = tuple(
     field.name
     for field in fields(ModuleSpectrum)
-    if field.name not in {"name", "module", "kind", "shape", "dtype", "expert", "flags", "eigenvalues"}
+    if field.name
+    not in {"name", "module", "kind", "shape", "dtype", "expert", "accuracy", "flags", "eigenvalues"}
 )
 """The names of a row's numbers, in order."""
 
@@ -130,7 +149,7 @@ class SpectralReport(Report[ModuleSpectrum]):
     source
         What was analysed.
     accuracy
-        How: ``"exact"``.
+        What was asked for: ``"exact"`` or ``"fast"``.
     num_parameters
         Parameters of the whole model, tied ones once; None if unknown (a report from CSV).
     """

@@ -1,5 +1,6 @@
 //! Spectra and the statistics of spectra.
 
+use lorank::eigen::Accuracy;
 use lorank::hill::{self, Convention};
 use lorank::marchenko_pastur::{self as mp, Scale};
 use lorank::metrics::SpectralMetrics;
@@ -27,16 +28,29 @@ fn scale(name: &str) -> PyResult<Scale> {
     }
 }
 
+/// An accuracy by its name.
+pub fn accuracy(name: &str) -> PyResult<Accuracy> {
+    match name {
+        "exact" => Ok(Accuracy::Exact),
+        "fast" => Ok(Accuracy::Fast),
+        _ => Err(PyValueError::new_err(format!("accuracy must be 'exact' or 'fast', not {name:?}"))),
+    }
+}
+
 /// The eigenvalues of `W^T W`, ascending.
 #[pyfunction]
 pub fn spectrum<'py>(
     py: Python<'py>,
     matrix: &Bound<'py, Matrix>,
+    accuracy: &str,
     threads: usize,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let matrix = matrix.get().0.clone();
+    let accuracy = self::accuracy(accuracy)?;
     let spectrum = detached_quiet(py, move |cancel| {
-        matrix.with_view(&mut Vec::new(), cancel, |view| lorank::eigen::spectrum(view, threads, cancel))
+        matrix.with_view(&mut Vec::new(), cancel, |view| {
+            lorank::eigen::spectrum(view, accuracy, threads, cancel)
+        })
     })?;
     Ok(spectrum.into_eigenvalues().into_pyarray(py))
 }
@@ -95,10 +109,14 @@ pub fn spectral_metrics<'py>(
 pub fn metrics_dict<'py>(py: Python<'py>, metrics: &SpectralMetrics) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("num_nonzero", metrics.num_nonzero)?;
+    dict.set_item("eigenvalue_error", metrics.eigenvalue_error)?;
+    dict.set_item("num_unresolved", metrics.num_unresolved)?;
     dict.set_item("alpha_hill", metrics.alpha_hill)?;
+    dict.set_item("alpha_hill_error", metrics.alpha_hill_error)?;
     dict.set_item("alpha_hill_xmin_mid", metrics.alpha_hill_xmin_mid)?;
     dict.set_item("mp_edge", metrics.mp_edge)?;
     dict.set_item("mp_spikes", metrics.mp_spikes)?;
+    dict.set_item("mp_spikes_error", metrics.mp_spikes_error)?;
     dict.set_item("mp_edge_median", metrics.mp_edge_median)?;
     dict.set_item("mp_spikes_median", metrics.mp_spikes_median)?;
     dict.set_item("mp_soft_rank", metrics.mp_soft_rank)?;

@@ -7,7 +7,7 @@ use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_ma
 use faer::Mat;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use lorank::cancel::CancelToken;
-use lorank::eigen::spectrum_in_pool;
+use lorank::eigen::{Accuracy, spectrum_in_pool};
 use lorank::gram::{gram, gram_scratch};
 use lorank::matrix::MatrixView;
 use lorank::parallel::Strategy;
@@ -33,15 +33,15 @@ fn steps(criterion: &mut Criterion) {
     for p in ORDERS {
         let weight = numbers(p * p);
         let view = MatrixView::from_f32(&weight, p, p).expect("p * p numbers");
-        let mut memory = MemBuffer::new(gram_scratch(p, p).or(tridiagonalize_scratch(p)));
+        let mut memory = MemBuffer::new(gram_scratch::<f64>(p, p).or(tridiagonalize_scratch::<f64>(p)));
         let stack = MemStack::new(&mut memory);
-        let mut product = Mat::zeros(p, p);
+        let mut product = Mat::<f64>::zeros(p, p);
         gram(&view, 1.0, alone, &cancel, product.as_mut(), stack).expect("nobody cancels");
         let reduced = tridiagonalize(product.clone().as_mut(), alone, stack);
         let mut scratch = Scratch::default();
 
         criterion.benchmark_group("gram").bench_function(BenchmarkId::from_parameter(p), |bencher| {
-            let mut out = Mat::zeros(p, p);
+            let mut out = Mat::<f64>::zeros(p, p);
             bencher.iter(|| gram(black_box(&view), 1.0, alone, &cancel, out.as_mut(), stack));
         });
         criterion.benchmark_group("tridiagonalize").bench_function(
@@ -61,7 +61,8 @@ fn steps(criterion: &mut Criterion) {
             },
         );
         criterion.benchmark_group("spectrum").bench_function(BenchmarkId::from_parameter(p), |bencher| {
-            bencher.iter(|| spectrum_in_pool(black_box(&view), alone, &cancel, &mut scratch));
+            bencher
+                .iter(|| spectrum_in_pool(black_box(&view), Accuracy::Exact, alone, &cancel, &mut scratch));
         });
     }
 }

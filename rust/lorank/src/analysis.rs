@@ -2,7 +2,8 @@
 
 use crate::Result;
 use crate::cancel::CancelToken;
-use crate::eigen::spectrum_in_pool;
+use crate::eigen::{Accuracy, spectrum_in_pool};
+use crate::hill::{Convention, alpha_hill_spread};
 use crate::metrics::SpectralMetrics;
 use crate::parallel::{Strategy, guarded, pool, side_by_side};
 use crate::source::StoredMatrix;
@@ -16,7 +17,15 @@ pub struct Analysis {
     pub metrics: SpectralMetrics,
     /// The spectrum that they condense.
     pub spectrum: Spectrum,
+    /// The arithmetic that it took.
+    pub accuracy: Accuracy,
 }
+
+/// What float32 may leave open: a matrix whose error bounds are wider is analysed in float64.
+const ALPHA_TOLERANCE: f64 = 1e-3;
+const SPIKES_TOLERANCE: usize = 1;
+/// One of so many eigenvalues may be too small to be told from zero; square weights of full rank have such.
+const UNRESOLVED: usize = 32;
 
 /// Analyses every matrix with up to `threads` threads and hands each result to `emit` with the
 /// index of its matrix, in the order in which they finish; `emit` is called from several threads.
@@ -25,10 +34,14 @@ pub struct Analysis {
 /// costliest first. At most `threads` matrices are in memory at any time. A matrix that fails does
 /// not stop the others. The results do not depend on `threads`.
 ///
+/// Under [`Accuracy::Fast`] a matrix is analysed again in float64 if the bounds of float32 do not hold its
+/// exponent to 1e-3 and its spikes to one, or if too many eigenvalues may be zero.
+///
 /// # Errors
 /// [`Error::Cancelled`], and a lack of threads; errors of single matrices go to `emit`.
 pub fn analyze(
     matrices: &[StoredMatrix],
+    accuracy: Accuracy,
     threads: usize,
     cancel: &CancelToken,
     emit: &(dyn Fn(usize, Result<Analysis>) + Sync),
@@ -40,7 +53,7 @@ pub fn analyze(
     alone.sort_by_key(costliest_first);
 
     let analyze_one = |i: usize, strategy, workspace: &mut Workspace| {
-        emit(i, guarded(|| analyze_matrix(&matrices[i], strategy, cancel, workspace)));
+        emit(i, guarded(|| analyze_matrix(&matrices[i], accuracy, strategy, cancel, workspace)));
     };
     pool(threads)?.install(|| {
         let mut workspace = Workspace::default();
@@ -68,14 +81,30 @@ fn cost(matrix: &StoredMatrix) -> u128 {
 
 fn analyze_matrix(
     matrix: &StoredMatrix,
+    accuracy: Accuracy,
     strategy: Strategy,
     cancel: &CancelToken,
     workspace: &mut Workspace,
 ) -> Result<Analysis> {
-    matrix.with_view(&mut workspace.bytes, cancel, |view| {
-        let spectrum = spectrum_in_pool(view, strategy, cancel, &mut workspace.scratch)?;
-        Ok(Analysis { metrics: SpectralMetrics::new(&spectrum, matrix.shape())?, spectrum })
+    let Workspace { bytes, scratch } = workspace;
+    let (rows, cols) = matrix.shape();
+    let accuracy = accuracy.for_shape(rows, cols);
+    matrix.with_view(bytes, cancel, |view| {
+        let mut with = |accuracy| {
+            let spectrum = spectrum_in_pool(view, accuracy, strategy, cancel, scratch)?;
+            Ok(Analysis { metrics: SpectralMetrics::new(&spectrum, (rows, cols))?, spectrum, accuracy })
+        };
+        let found = with(accuracy)?;
+        if accuracy == Accuracy::Exact || suffices(&found) { Ok(found) } else { with(Accuracy::Exact) }
     })
+}
+
+/// Whether the errors of a fast analysis are small enough.
+fn suffices(found: &Analysis) -> bool {
+    let Analysis { metrics, spectrum, .. } = found;
+    alpha_hill_spread(spectrum, Convention::Median) <= ALPHA_TOLERANCE
+        && metrics.mp_spikes_error <= SPIKES_TOLERANCE
+        && metrics.num_unresolved * UNRESOLVED <= spectrum.eigenvalues().len()
 }
 
 #[cfg(test)]
@@ -102,7 +131,7 @@ mod tests {
         let bad = StoredMatrix::in_memory(bytes, DType::F64, (1, 2), (2, 1)).unwrap();
         let good = StoredMatrix::in_memory(Arc::new(vec![0x3f; 16]), DType::F64, (1, 2), (2, 1)).unwrap();
         let failures = std::sync::Mutex::new(Vec::new());
-        analyze(&[bad, good], 2, &CancelToken::default(), &|i, result| {
+        analyze(&[bad, good], Accuracy::Exact, 2, &CancelToken::default(), &|i, result| {
             if let Err(error) = result {
                 failures.lock().unwrap().push((i, error.to_string()));
             }

@@ -1,9 +1,11 @@
-//! Element types of stored tensors and their exact conversion to float64.
+//! Element types of stored tensors and their conversion to float64, which is exact, or float32.
 //!
 //! Everything is decoded from little-endian bytes, so neither alignment nor the owner of the
 //! memory matters, and every supported type widens to float64 without rounding.
 
 use half::f16;
+
+use crate::number::Number;
 
 /// The floating-point types whose matrices have spectra here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,28 +72,29 @@ impl DType {
             .find(|dtype| dtype.name() == name)
     }
 
-    /// Decodes `out.len()` consecutive elements into float64, each multiplied by `scale`.
+    /// Decodes `out.len()` consecutive elements, each multiplied by `scale` in float64 and then rounded to
+    /// the kind of number asked for.
     ///
     /// # Panics
     /// If `bytes` does not hold exactly `out.len()` elements.
-    pub fn decode(self, bytes: &[u8], scale: f64, out: &mut [f64]) {
+    pub fn decode<T: Number>(self, bytes: &[u8], scale: f64, out: &mut [T]) {
         assert_eq!(bytes.len(), out.len() * self.size(), "one element per output");
         match self {
-            Self::F64 => widen::<8>(bytes, out, |b| f64::from_le_bytes(b) * scale),
-            Self::F32 => widen::<4>(bytes, out, |b| f64::from(f32::from_le_bytes(b)) * scale),
-            Self::F16 => widen::<2>(bytes, out, |b| f64::from(f16_to_f32(u16::from_le_bytes(b))) * scale),
-            Self::Bf16 => widen::<2>(bytes, out, |b| f64::from(bf16_to_f32(u16::from_le_bytes(b))) * scale),
-            Self::F8E4M3 => widen::<1>(bytes, out, |[b]| f64::from(E4M3[usize::from(b)]) * scale),
-            Self::F8E5M2 => widen::<1>(bytes, out, |[b]| f64::from(E5M2[usize::from(b)]) * scale),
+            Self::F64 => widen(bytes, out, |b| f64::from_le_bytes(b) * scale),
+            Self::F32 => widen(bytes, out, |b| f64::from(f32::from_le_bytes(b)) * scale),
+            Self::F16 => widen(bytes, out, |b| f64::from(f16_to_f32(u16::from_le_bytes(b))) * scale),
+            Self::Bf16 => widen(bytes, out, |b| f64::from(bf16_to_f32(u16::from_le_bytes(b))) * scale),
+            Self::F8E4M3 => widen(bytes, out, |[b]| f64::from(E4M3[usize::from(b)]) * scale),
+            Self::F8E5M2 => widen(bytes, out, |[b]| f64::from(E5M2[usize::from(b)]) * scale),
         }
     }
 }
 
 #[inline]
-fn widen<const N: usize>(bytes: &[u8], out: &mut [f64], decode: impl Fn([u8; N]) -> f64) {
+fn widen<T: Number, const N: usize>(bytes: &[u8], out: &mut [T], decode: impl Fn([u8; N]) -> f64) {
     let (elements, _) = bytes.as_chunks::<N>();
     for (x, &b) in out.iter_mut().zip(elements) {
-        *x = decode(b);
+        *x = T::of(decode(b));
     }
 }
 

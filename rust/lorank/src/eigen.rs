@@ -1,10 +1,12 @@
-//! Eigenvalues of `W^T W` in float64 arithmetic.
+//! Eigenvalues of `W^T W`, in float64 arithmetic or in float32.
 //!
 //! `W` is scaled by a power of two so that its largest entry is near 1, multiplied into a Gram
 //! matrix of order `p = min(out, in)` ([`gram`](mod@crate::gram)), reduced to tridiagonal form
-//! ([`tridiag`](crate::tridiag)), and solved there ([`root_free_ql`](crate::root_free_ql)). The absolute error of an eigenvalue is a small
-//! multiple of `eps(float64) * lambda_max`, so eigenvalues down to `1e-6 lambda_max` (singular
-//! values down to a thousandth of the largest) come with nine or more correct digits.
+//! ([`tridiag`](crate::tridiag)), and solved there ([`root_free_ql`](crate::root_free_ql)), in float64
+//! always. The absolute error of an eigenvalue is a small multiple of `eps * lambda_max`. In float64,
+//! eigenvalues down to `1e-6 lambda_max` (singular values down to a thousandth of the largest) come with
+//! nine or more correct digits. In float32 the Gram matrix squares the condition number: what lies below
+//! `1e-6 lambda_max` is lost, and the error bound says so.
 
 use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
 use faer::mat::AsMatMut;
@@ -13,6 +15,7 @@ use faer::prelude::ReborrowMut;
 use crate::cancel::CancelToken;
 use crate::gram::{gram, gram_scratch};
 use crate::matrix::MatrixView;
+use crate::number::Number;
 use crate::parallel::{Strategy, pool};
 use crate::root_free_ql::tridiagonal_eigenvalues;
 use crate::spectrum::Spectrum;
@@ -24,15 +27,40 @@ use crate::{Error, Result};
 /// entries, stays a normal float64.
 const EXPONENT_LIMIT: i32 = 480;
 
+/// Rows and columns from which float32 saves time.
+const FAST_FROM: usize = 128;
+
+/// The arithmetic of a spectrum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accuracy {
+    /// float64.
+    Exact,
+    /// float32 for the two steps that take the time.
+    Fast,
+}
+
+impl Accuracy {
+    /// What is really done for a `(rows, cols)` matrix: small ones are exact.
+    #[must_use]
+    pub const fn for_shape(self, rows: usize, cols: usize) -> Self {
+        if rows < FAST_FROM || cols < FAST_FROM { Self::Exact } else { self }
+    }
+}
+
 /// The eigenvalues of `W^T W` with up to `threads` threads (the result does not depend on them).
 ///
 /// # Errors
 /// [`Error::Numerical`] if `W` holds NaN or infinite values, or if its entries are so large or
 /// small (beyond `2^±480`) that eigenvalues leave the range of float64; [`Error::Cancelled`].
-pub fn spectrum(view: &MatrixView<'_>, threads: usize, cancel: &CancelToken) -> Result<Spectrum> {
+pub fn spectrum(
+    view: &MatrixView<'_>,
+    accuracy: Accuracy,
+    threads: usize,
+    cancel: &CancelToken,
+) -> Result<Spectrum> {
     let mut scratch = Scratch::default();
     let strategy = Strategy::for_shape(view.rows(), view.cols());
-    let mut work = || spectrum_in_pool(view, strategy, cancel, &mut scratch);
+    let mut work = || spectrum_in_pool(view, accuracy, strategy, cancel, &mut scratch);
     match strategy {
         Strategy::Alone => work(),
         Strategy::Together => pool(threads)?.install(work),
@@ -45,6 +73,7 @@ pub fn spectrum(view: &MatrixView<'_>, threads: usize, cancel: &CancelToken) -> 
 /// As [`spectrum`], and [`Error::Numerical`] if memory runs out.
 pub fn spectrum_in_pool(
     view: &MatrixView<'_>,
+    accuracy: Accuracy,
     strategy: Strategy,
     cancel: &CancelToken,
     scratch: &mut Scratch,
@@ -55,20 +84,57 @@ pub fn spectrum_in_pool(
         return Spectrum::new(vec![0.0; p]);
     }
     let exponent = binary_exponent(largest)?;
-    let steps = gram_scratch(view.rows(), view.cols()).or(tridiagonalize_scratch(p));
-    let stack = scratch.stack(temp_mat_scratch::<f64>(p, p).and(steps))?;
-    let (mut a, stack) = temp_mat_zeroed::<f64, _, _>(p, p, stack);
+    let scale = power_of_two(-exponent);
+    let is_fast = accuracy.for_shape(view.rows(), view.cols()) == Accuracy::Fast;
+    let mut eigenvalues = if is_fast {
+        gram_eigenvalues::<f32>(view, scale, strategy, cancel, scratch)?
+    } else {
+        gram_eigenvalues::<f64>(view, scale, strategy, cancel, scratch)?
+    };
+    let error = if is_fast {
+        // Rounding that does not average out, as in sums of equal numbers, shows in the trace.
+        let (trace, expected) = (eigenvalues.iter().sum::<f64>(), view.sum_of_squares(scale));
+        let largest = eigenvalues.last().copied().unwrap_or(0.0);
+        error_bound::<f32>(view, &eigenvalues) + (trace / expected - 1.0).abs() * largest
+    } else {
+        error_bound::<f64>(view, &eigenvalues)
+    };
+    let unit = power_of_two(2 * exponent);
+    for value in &mut eigenvalues {
+        // W^T W has no negative eigenvalues; rounding leaves some a little below zero.
+        *value = value.max(0.0) * unit;
+    }
+    let spectrum = Spectrum::new(eigenvalues)?.with_error(error * unit);
+    Ok(if is_fast { spectrum.with_unresolved() } else { spectrum })
+}
+
+/// The eigenvalues of `scale^2 W^T W`, ascending, by arithmetic with numbers of one kind.
+fn gram_eigenvalues<T: Number>(
+    view: &MatrixView<'_>,
+    scale: f64,
+    strategy: Strategy,
+    cancel: &CancelToken,
+    scratch: &mut Scratch,
+) -> Result<Vec<f64>> {
+    let p = view.rows().min(view.cols());
+    let steps = gram_scratch::<T>(view.rows(), view.cols()).or(tridiagonalize_scratch::<T>(p));
+    let stack = scratch.stack(temp_mat_scratch::<T>(p, p).and(steps))?;
+    let (mut a, stack) = temp_mat_zeroed::<T, _, _>(p, p, stack);
     let mut a = a.as_mat_mut();
-    gram(view, power_of_two(-exponent), strategy, cancel, a.rb_mut(), stack)?;
+    gram(view, scale, strategy, cancel, a.rb_mut(), stack)?;
     cancel.check()?;
     let tridiagonal = tridiagonalize(a, strategy, stack);
     cancel.check()?;
-    let mut eigenvalues = tridiagonal_eigenvalues(&tridiagonal)?;
-    for value in &mut eigenvalues {
-        // W^T W has no negative eigenvalues; rounding leaves some a little below zero.
-        *value = value.max(0.0) * power_of_two(2 * exponent);
-    }
-    Spectrum::new(eigenvalues)
+    tridiagonal_eigenvalues(&tridiagonal)
+}
+
+/// What an eigenvalue may be off by. Rounding errors of the steps add up like a random walk: of sums over
+/// `m` columns for the Gram matrix, of reflections for its reduction. Measured errors are five and
+/// more times smaller.
+fn error_bound<T: Number>(view: &MatrixView<'_>, eigenvalues: &[f64]) -> f64 {
+    let (p, m) = (view.rows().min(view.cols()) as f64, view.rows().max(view.cols()) as f64);
+    let largest = eigenvalues.last().copied().unwrap_or(0.0);
+    (4.0 + p.sqrt() / 4.0 + m.sqrt() / 16.0) * T::EPSILON * largest
 }
 
 /// The exponent `e` with `2^(e-1) <= x < 2^e`.

@@ -1,4 +1,4 @@
-//! Gram matrices in float64: `G = X X^T`, lower triangle, for `X` the wide orientation of `W`.
+//! Gram matrices: `G = X X^T`, lower triangle, for `X` the wide orientation of `W`.
 //!
 //! `X (p, m)` with `p <= m` is upcast in panels of 256 columns, or more where there are few rows, so
 //! that memory beyond the stored matrix is `p^2` numbers and a panel. The panels add up to `p^2 m / 2`
@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use crate::Result;
 use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
+use crate::number::Number;
 use crate::parallel::Strategy;
 use crate::thin::{THIN, UNIT, add_gram_of_columns, add_gram_of_rows};
 
@@ -33,10 +34,10 @@ const STRIP: usize = 128;
 
 /// The memory that [`gram`] of a `(rows, cols)` matrix needs.
 #[must_use]
-pub fn gram_scratch(rows: usize, cols: usize) -> StackReq {
+pub fn gram_scratch<T: Number>(rows: usize, cols: usize) -> StackReq {
     let p = rows.min(cols);
     let depth = depth(p, rows.max(cols));
-    temp_mat_scratch::<f64>(p, depth).or(temp_mat_scratch::<f64>(depth, p))
+    temp_mat_scratch::<T>(p, depth).or(temp_mat_scratch::<T>(depth, p))
 }
 
 /// Writes the lower triangle of `scale^2 * X X^T` to `gram`, `(p, p)`; what lies above the diagonal
@@ -46,12 +47,12 @@ pub fn gram_scratch(rows: usize, cols: usize) -> StackReq {
 ///
 /// # Errors
 /// [`crate::Error::Cancelled`] if the token says so between two panels.
-pub fn gram(
+pub fn gram<T: Number>(
     view: &MatrixView<'_>,
     scale: f64,
     strategy: Strategy,
     cancel: &CancelToken,
-    mut gram: MatMut<'_, f64>,
+    mut gram: MatMut<'_, T>,
     stack: &mut MemStack,
 ) -> Result<()> {
     let wide = view.wide();
@@ -60,11 +61,11 @@ pub fn gram(
         return thin_gram(&wide, scale, cancel, gram);
     }
     let depth = depth(p, m);
-    gram.fill(0.0);
+    gram.fill(T::default());
     // The panel lies in memory as the view does, so that upcasting reads and writes in runs.
     let column_major = wide.is_column_major();
     let (rows, cols) = if column_major { (p, depth) } else { (depth, p) };
-    let (mut buffer, _) = temp_mat_zeroed::<f64, _, _>(rows, cols, stack);
+    let (mut buffer, _) = temp_mat_zeroed::<T, _, _>(rows, cols, stack);
     let mut buffer = buffer.as_mat_mut();
     for first in (0..m).step_by(depth.max(1)) {
         cancel.check()?;
@@ -88,12 +89,12 @@ pub fn gram(
     Ok(())
 }
 
-/// The same for few rows, by kernels of their own.
-fn thin_gram(
+/// The same for few rows, by kernels of their own, in float64 whatever the result is rounded to.
+fn thin_gram<T: Number>(
     wide: &MatrixView<'_>,
     scale: f64,
     cancel: &CancelToken,
-    mut gram: MatMut<'_, f64>,
+    mut gram: MatMut<'_, T>,
 ) -> Result<()> {
     let (p, m) = (wide.rows(), wide.cols());
     let padded = p.next_multiple_of(UNIT).max(UNIT);
@@ -126,14 +127,14 @@ fn thin_gram(
     }
     for j in 0..p {
         for i in j..p {
-            gram[(i, j)] = sums[i * padded + j];
+            gram[(i, j)] = T::of(sums[i * padded + j]);
         }
     }
     Ok(())
 }
 
 /// `G += X X^T`, lower triangle, on this thread.
-fn add_lower(gram: MatMut<'_, f64>, x: MatRef<'_, f64>) {
+fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>) {
     triangular_matmul(
         gram,
         BlockStructure::TriangularLower,
@@ -142,13 +143,13 @@ fn add_lower(gram: MatMut<'_, f64>, x: MatRef<'_, f64>) {
         BlockStructure::Rectangular,
         x.transpose(),
         BlockStructure::Rectangular,
-        1.0,
+        T::of(1.0),
         Par::Seq,
     );
 }
 
 /// The same by column strips: each is a triangle on the diagonal and the rectangle below it.
-fn add_lower_in_strips(gram: MatMut<'_, f64>, x: MatRef<'_, f64>) {
+fn add_lower_in_strips<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>) {
     let p = gram.nrows();
     gram.par_col_chunks_mut(STRIP).enumerate().for_each(|(i, strip)| {
         let (first, width) = (i * STRIP, strip.ncols());
@@ -156,7 +157,7 @@ fn add_lower_in_strips(gram: MatMut<'_, f64>, x: MatRef<'_, f64>) {
         let x_strip = x.subrows(first, width);
         add_lower(diagonal, x_strip);
         let x_below = x.subrows(first + width, p - first - width);
-        matmul(below, Accum::Add, x_below, x_strip.transpose(), 1.0, Par::Seq);
+        matmul(below, Accum::Add, x_below, x_strip.transpose(), T::of(1.0), Par::Seq);
     });
 }
 
@@ -173,7 +174,7 @@ mod tests {
         let p = view.rows().min(view.cols());
         let mut out = Mat::from_fn(p, p, |_, _| f64::NAN);
         let mut scratch = Scratch::default();
-        let stack = scratch.stack(gram_scratch(view.rows(), view.cols()))?;
+        let stack = scratch.stack(gram_scratch::<f64>(view.rows(), view.cols()))?;
         gram(view, 1.0, strategy, cancel, out.as_mut(), stack)?;
         Ok(out)
     }

@@ -11,7 +11,7 @@
 //!
 //! let weight: Vec<f32> = vec![3.0, 0.0, 0.0, 0.0, 1.0, 0.0]; // 2 x 3, row major
 //! let view = MatrixView::from_f32(&weight, 2, 3).unwrap();
-//! let spectrum = eigen::spectrum(&view, 1, &CancelToken::default()).unwrap();
+//! let spectrum = eigen::spectrum(&view, eigen::Accuracy::Exact, 1, &CancelToken::default()).unwrap();
 //! assert!((spectrum.eigenvalues()[1] - 9.0).abs() < 1e-12);
 //! let alpha = hill::alpha_hill(&spectrum, hill::Convention::Median);
 //! assert!((alpha - (1.0 + 1.0 / 9f64.ln())).abs() < 1e-12);

@@ -27,6 +27,8 @@ pub struct MarchenkoPastur {
     /// The number of eigenvalues above the edge. Those that are zero up to rounding never count, even
     /// where the median of a rank-deficient matrix puts the edge among them.
     pub spikes: usize,
+    /// What the number of spikes may be off by, as each eigenvalue may be off by [`Spectrum::error`].
+    pub spikes_error: usize,
 }
 
 /// The edge for the spectrum of an `(rows, cols)` matrix.
@@ -47,13 +49,18 @@ pub fn marchenko_pastur(
         )));
     }
     let ratio = p as f64 / rows.max(cols) as f64; // 1/Q
-    let variance = match scale {
-        Scale::Mean => spectrum.sum() / p as f64,
-        Scale::Median => f64::midpoint(values[(p - 1) / 2], values[p / 2]) / unit_median(ratio),
+    let (location, unit) = match scale {
+        Scale::Mean => (spectrum.sum() / p as f64, 1.0),
+        Scale::Median => (f64::midpoint(values[(p - 1) / 2], values[p / 2]), unit_median(ratio)),
     };
-    let edge = variance * (1.0 + ratio.sqrt()).powi(2);
+    let per_location = (1.0 + ratio.sqrt()).powi(2) / unit;
+    let edge = location * per_location;
     let nonzero = spectrum.nonzero();
-    Ok(MarchenkoPastur { edge, spikes: nonzero.len() - nonzero.partition_point(|&x| x <= edge) })
+    let above = |edge: f64| nonzero.len() - nonzero.partition_point(|&x| x <= edge);
+    let spikes = above(edge);
+    let shift = spectrum.error() * (per_location + 1.0);
+    let spikes_error = (above(edge - shift) - spikes).max(spikes - above(edge + shift));
+    Ok(MarchenkoPastur { edge, spikes, spikes_error })
 }
 
 /// The median of the Marchenko-Pastur law of mean 1 and ratio `y = 1/Q`, `0 < y <= 1`.
@@ -104,6 +111,17 @@ mod tests {
             let found = law(&[1.0, 1.0, 1.0, 9.0], shape, Scale::Mean);
             assert!((found.edge - 6.75).abs() < 1e-15);
             assert_eq!(found.spikes, 1);
+        }
+    }
+
+    #[test]
+    fn spikes_that_may_be_none() {
+        // Edge 6.75; an error of 0.1 moves it by up to 0.225, and the eigenvalue by 0.1.
+        for (top, expected) in [(6.5, 1), (6.3, 0), (7.0, 1), (7.2, 0)] {
+            let low = (12.0 - top) / 3.0;
+            let spectrum = Spectrum::new(vec![low, low, low, top]).unwrap().with_error(0.1);
+            let found = marchenko_pastur(&spectrum, (4, 16), Scale::Mean).unwrap();
+            assert_eq!((found.spikes, found.spikes_error), (usize::from(top > 6.75), expected), "{top}");
         }
     }
 

@@ -6,11 +6,12 @@ use faer::MatMut;
 use faer::prelude::ReborrowMut;
 
 use crate::dtype::DType;
+use crate::number::Number;
 use crate::{Error, Result};
 
 /// A borrowed `(rows, cols)` matrix over little-endian bytes, strides counted in elements.
 ///
-/// Nothing is copied or aligned on construction; values become float64 block by block through
+/// Nothing is copied or aligned on construction; values become numbers block by block through
 /// [`upcast`](Self::upcast).
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixView<'a> {
@@ -124,11 +125,17 @@ impl<'a> MatrixView<'a> {
         self.row_stride < self.col_stride
     }
 
-    /// Writes the block `rows x cols`, times `scale`, as float64 into `out`.
+    /// Writes the block `rows x cols`, times `scale`, into `out`: exact for float64.
     ///
     /// # Panics
     /// If `out` has another shape, or the block leaves the matrix.
-    pub fn upcast(&self, rows: Range<usize>, cols: Range<usize>, scale: f64, mut out: MatMut<'_, f64>) {
+    pub fn upcast<T: Number>(
+        &self,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        scale: f64,
+        mut out: MatMut<'_, T>,
+    ) {
         assert!(rows.end <= self.rows && cols.end <= self.cols, "block inside the matrix");
         assert_eq!((out.nrows(), out.ncols()), (rows.len(), cols.len()), "one output per element");
         if self.is_column_major() {
@@ -143,7 +150,7 @@ impl<'a> MatrixView<'a> {
                 self.dtype.decode(self.elements(start, cols.len()), scale, line.as_slice_mut());
             } else {
                 for j in 0..cols.len() {
-                    out[(i, j)] = self.element(start + j * self.col_stride) * scale;
+                    out[(i, j)] = T::of(self.element(start + j * self.col_stride) * scale);
                 }
             }
         }
@@ -153,7 +160,7 @@ impl<'a> MatrixView<'a> {
     ///
     /// # Panics
     /// If `out` has another length, or the rows leave the matrix.
-    pub fn upcast_rows(&self, rows: Range<usize>, scale: f64, out: &mut [f64]) {
+    pub fn upcast_rows<T: Number>(&self, rows: Range<usize>, scale: f64, out: &mut [T]) {
         if self.col_stride == 1 && self.row_stride == self.cols {
             let elements = self.elements(rows.start * self.cols, rows.len() * self.cols);
             self.dtype.decode(elements, scale, out);
@@ -185,31 +192,60 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::Numerical`] at the first NaN or infinity.
     pub fn max_abs(&self) -> Result<f64> {
+        let mut largest = 0.0f64;
+        self.each_run(1.0, |values| {
+            let mut finite = true;
+            for x in values {
+                largest = largest.max(x.abs());
+                finite &= x.is_finite();
+            }
+            if finite { Ok(()) } else { Err(Error::Numerical("holds NaN or infinite values".into())) }
+        })?;
+        Ok(largest)
+    }
+
+    /// The sum of the squares of all elements, each times `scale`.
+    #[must_use]
+    pub fn sum_of_squares(&self, scale: f64) -> f64 {
+        let mut sums = [0.0; 16];
+        let Ok(()) = self.each_run(scale, |values| {
+            let (whole, rest) = values.as_chunks::<16>();
+            for values in whole {
+                for (sum, x) in sums.iter_mut().zip(values) {
+                    *sum += x * x;
+                }
+            }
+            for (sum, x) in sums.iter_mut().zip(rest) {
+                *sum += x * x;
+            }
+            Ok::<(), std::convert::Infallible>(())
+        });
+        sums.iter().sum()
+    }
+
+    /// Calls `work` with all elements, times `scale`, a run of neighbours in memory at a time.
+    fn each_run<E>(
+        &self,
+        scale: f64,
+        mut work: impl FnMut(&[f64]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
         if self.cols == 0 {
-            return Ok(0.0); // However many empty rows there are: a file may claim 2^60.
+            return Ok(()); // However many empty rows there are: a file may claim 2^60.
         }
         if self.is_column_major() {
-            return self.transposed().max_abs();
+            return self.transposed().each_run(scale, work);
         }
-        let mut buffer = [0.0; 1024];
-        let mut largest = 0.0f64;
+        let mut buffer = [0.0f64; 1024];
         for row in 0..self.rows {
             for first in (0..self.cols).step_by(buffer.len()) {
                 let block = first..self.cols.min(first + buffer.len());
                 let values = &mut buffer[..block.len()];
                 let out = MatMut::from_row_major_slice_mut(values, 1, block.len());
-                self.upcast(row..row + 1, block, 1.0, out);
-                let mut finite = true;
-                for x in values.iter() {
-                    largest = largest.max(x.abs());
-                    finite &= x.is_finite();
-                }
-                if !finite {
-                    return Err(Error::Numerical("holds NaN or infinite values".into()));
-                }
+                self.upcast(row..row + 1, block, scale, out);
+                work(values)?;
             }
         }
-        Ok(largest)
+        Ok(())
     }
 
     fn elements(&self, start: usize, count: usize) -> &'a [u8] {
@@ -249,11 +285,13 @@ mod tests {
             assert_eq!(view.as_row_major_bytes().is_some(), shape == (5, 12));
             let at = |i: usize| expected[(i / shape.1, i % shape.1)];
             assert_eq!(view.to_row_major(), (0..shape.0 * shape.1).map(at).collect::<Vec<_>>());
-            let mut block = Mat::zeros(2, 3);
+            let mut block = Mat::<f64>::zeros(2, 3);
             view.upcast(1..3, 1..4, 2.0, block.as_mut());
             assert_eq!(block, expected.as_ref().submatrix(1, 1, 2, 3) * faer::Scale(2.0));
             let largest = expected.norm_max();
             assert!((view.max_abs().unwrap() - largest).abs() == 0.0);
+            // Small integers: exact.
+            assert!((view.sum_of_squares(0.5) - 0.25 * expected.squared_norm_l2()).abs() == 0.0);
         }
     }
 

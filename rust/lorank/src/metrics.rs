@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::effective_rank::{effective_rank, participation_ratio, stable_rank};
-use crate::hill::{Convention, alpha_hill};
+use crate::hill::{Convention, alpha_hill, alpha_hill_error};
 use crate::marchenko_pastur::{Scale, marchenko_pastur};
 use crate::powerlaw::fit_power_law;
 use crate::spectrum::Spectrum;
@@ -13,14 +13,22 @@ use crate::spectrum::Spectrum;
 pub struct SpectralMetrics {
     /// `n`: eigenvalues above `p * eps * lambda_max`.
     pub num_nonzero: usize,
+    /// [`Spectrum::error`].
+    pub eigenvalue_error: f64,
+    /// [`Spectrum::num_unresolved`].
+    pub num_unresolved: usize,
     /// [`alpha_hill`] with [`Convention::Median`].
     pub alpha_hill: f64,
+    /// [`alpha_hill_error`] of it.
+    pub alpha_hill_error: f64,
     /// [`alpha_hill`] with [`Convention::XminMid`].
     pub alpha_hill_xmin_mid: f64,
     /// Marchenko-Pastur edge with [`Scale::Mean`].
     pub mp_edge: f64,
     /// Eigenvalues above that edge.
     pub mp_spikes: usize,
+    /// What their number may be off by.
+    pub mp_spikes_error: usize,
     /// Marchenko-Pastur edge with [`Scale::Median`].
     pub mp_edge_median: f64,
     /// Eigenvalues above the edge with [`Scale::Median`].
@@ -58,10 +66,14 @@ impl SpectralMetrics {
         let power_law = fit_power_law(spectrum);
         Ok(Self {
             num_nonzero: spectrum.nonzero().len(),
+            eigenvalue_error: spectrum.error(),
+            num_unresolved: spectrum.num_unresolved(),
             alpha_hill: alpha_hill(spectrum, Convention::Median),
+            alpha_hill_error: alpha_hill_error(spectrum, Convention::Median),
             alpha_hill_xmin_mid: alpha_hill(spectrum, Convention::XminMid),
             mp_edge: mean.edge,
             mp_spikes: mean.spikes,
+            mp_spikes_error: mean.spikes_error,
             mp_edge_median: median.edge,
             mp_spikes_median: median.spikes,
             mp_soft_rank: mean.edge / spectrum.largest(),
@@ -91,6 +103,7 @@ mod tests {
         }
         for undefined in [
             m.alpha_hill,
+            m.alpha_hill_error,
             m.alpha_hill_xmin_mid,
             m.mp_soft_rank,
             m.powerlaw_alpha,

@@ -12,7 +12,7 @@ use faer::traits::RealField;
 use pulp::Simd;
 
 /// A real number with vectors of its kind.
-pub(crate) trait Number:
+pub trait Number:
     RealField
     + Copy
     + Default
@@ -28,6 +28,8 @@ pub(crate) trait Number:
     /// A vector of them.
     type Vector<S: Simd>: Copy;
 
+    /// The distance from 1 to the next number.
+    const EPSILON: f64;
     /// The smallest normal number.
     const SMALLEST: Self;
 
@@ -66,6 +68,7 @@ macro_rules! number {
         impl Number for $number {
             type Vector<S: Simd> = S::$vector;
 
+            const EPSILON: f64 = $number::EPSILON as f64;
             const SMALLEST: Self = $number::MIN_POSITIVE;
 
             #[inline(always)]

@@ -138,9 +138,9 @@ fn triangular_factor(
         return Ok(None); // `gram` takes the short side.
     }
     let Workspace { bytes, scratch } = workspace;
-    let mut product = Mat::zeros(rank, rank);
+    let mut product = Mat::<f64>::zeros(rank, rank);
     matrix.with_view(bytes, cancel, |view| {
-        let stack = scratch.stack(gram_scratch(rows, cols))?;
+        let stack = scratch.stack(gram_scratch::<f64>(rows, cols))?;
         gram(view, 1.0, Strategy::Alone, cancel, product.as_mut(), stack)
     })?;
     let lengths: Vec<f64> = (0..rank).map(|i| product[(i, i)].sqrt()).collect();

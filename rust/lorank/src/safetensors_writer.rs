@@ -594,7 +594,7 @@ mod tests {
     fn check_rounding(x: f64) {
         for (dtype, format) in TYPES {
             let mut bytes = Vec::new();
-            let mut got = [0.0];
+            let mut got = [0.0f64];
             let fits = encode(x, dtype, &mut bytes);
             dtype.decode(&bytes, 1.0, &mut got);
             let expected = nearest(x, format);
@@ -610,7 +610,7 @@ mod tests {
     fn every_boundary_of_the_narrow_types() {
         for bits in 0..u16::MAX {
             for dtype in [DType::F16, DType::Bf16] {
-                let mut pair = [0.0; 2];
+                let mut pair = [0.0f64; 2];
                 dtype.decode(&[bits.to_le_bytes(), (bits + 1).to_le_bytes()].concat(), 1.0, &mut pair);
                 let [low, high] = pair;
                 if !low.is_finite() {

@@ -124,7 +124,7 @@ mod tests {
         let matrix = StoredMatrix::in_memory(shared(&values), DType::F32, (3, 2), (1, 3)).unwrap();
         assert_eq!((matrix.shape(), matrix.dtype()), ((3, 2), DType::F32));
         assert_eq!(format!("{matrix:?}"), "StoredMatrix(3x2 float32)");
-        let mut transposed = faer::Mat::zeros(3, 2);
+        let mut transposed = faer::Mat::<f64>::zeros(3, 2);
         matrix
             .with_view(&mut Vec::new(), &CancelToken::default(), |view| {
                 view.upcast(0..3, 0..2, 1.0, transposed.as_mut());

@@ -8,6 +8,7 @@ pub struct Spectrum {
     eigenvalues: Vec<f64>,
     /// Index of the first numerically non-zero eigenvalue.
     first_nonzero: usize,
+    error: f64,
 }
 
 impl Spectrum {
@@ -33,7 +34,20 @@ impl Spectrum {
             *value = 0.0;
         }
         let first_nonzero = eigenvalues.partition_point(|&x| x <= cut_off);
-        Ok(Self { eigenvalues, first_nonzero })
+        Ok(Self { eigenvalues, first_nonzero, error: 0.0 })
+    }
+
+    /// The same, each eigenvalue known to within `error`.
+    #[must_use]
+    pub fn with_error(self, error: f64) -> Self {
+        Self { error, ..self }
+    }
+
+    /// The same, eigenvalues that cannot be told from zero counted as non-zero, unless all are zero.
+    #[must_use]
+    pub fn with_unresolved(self) -> Self {
+        let first_nonzero = if self.largest() > 0.0 { 0 } else { self.eigenvalues.len() };
+        Self { first_nonzero, ..self }
     }
 
     /// All `p` eigenvalues, ascending.
@@ -54,6 +68,18 @@ impl Spectrum {
         &self.eigenvalues[self.first_nonzero..]
     }
 
+    /// What each eigenvalue may be off by; 0 if nothing is known.
+    #[must_use]
+    pub const fn error(&self) -> f64 {
+        self.error
+    }
+
+    /// How many of the numerically non-zero eigenvalues may be zero.
+    #[must_use]
+    pub fn num_unresolved(&self) -> usize {
+        self.nonzero().partition_point(|&x| x <= self.error)
+    }
+
     /// The largest eigenvalue; 0 if there is none.
     #[must_use]
     pub fn largest(&self) -> f64 {
@@ -66,10 +92,11 @@ impl Spectrum {
         self.eigenvalues.iter().sum()
     }
 
-    /// The relative precision to which eigenvalues of this many dimensions are known.
+    /// The precision, relative to the largest, to which eigenvalues of this many dimensions are known.
     #[must_use]
     pub fn resolution(&self) -> f64 {
-        self.eigenvalues.len() as f64 * f64::EPSILON
+        let rounding = self.eigenvalues.len() as f64 * f64::EPSILON;
+        if self.error > 0.0 { rounding.max(self.error / self.largest()) } else { rounding }
     }
 }
 
@@ -83,6 +110,18 @@ mod tests {
         assert_eq!(spectrum.eigenvalues(), [0.0, 0.0, 1e-16, 1.0, 4.0]);
         assert_eq!(spectrum.nonzero(), [1.0, 4.0]);
         assert!((spectrum.largest() - 4.0).abs() < 1e-300);
+    }
+
+    #[test]
+    fn what_is_not_resolved_is_kept_and_counted() {
+        let values = vec![0.0, 1e-20, 1e-9, 1e-3, 1.0];
+        let exact = Spectrum::new(values.clone()).unwrap();
+        assert_eq!((exact.nonzero().len(), exact.num_unresolved()), (3, 0));
+        let fast = Spectrum::new(values).unwrap().with_error(1e-6).with_unresolved();
+        assert_eq!((fast.nonzero().len(), fast.num_unresolved()), (5, 3));
+        assert!((fast.resolution() - 1e-6).abs() < 1e-18);
+        let zero = Spectrum::new(vec![0.0; 3]).unwrap().with_error(1e-6).with_unresolved();
+        assert_eq!((zero.nonzero().len(), zero.num_unresolved()), (0, 0));
     }
 
     #[test]

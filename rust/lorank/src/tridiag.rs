@@ -29,11 +29,7 @@ const TWO_STAGES_FROM: usize = 320;
 
 /// The memory that [`tridiagonalize`] of a matrix of order `n` needs.
 #[must_use]
-pub fn tridiagonalize_scratch(n: usize) -> StackReq {
-    scratch::<f64>(n)
-}
-
-fn scratch<T: Number>(n: usize) -> StackReq {
+pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
     if n < TWO_STAGES_FROM {
         temp_mat_scratch::<T>(1, n).and(tridiag_in_place_scratch::<T>(n, Par::Seq, Spec::default()))
     } else {
@@ -47,11 +43,7 @@ fn scratch<T: Number>(n: usize) -> StackReq {
 ///
 /// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
 #[must_use]
-pub fn tridiagonalize(a: MatMut<'_, f64>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
-    reduce(a, strategy, stack)
-}
-
-fn reduce<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
+pub fn tridiagonalize<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
     if a.nrows() < TWO_STAGES_FROM { in_one_stage(a, stack) } else { in_two_stages(a, strategy, stack) }
 }
 
@@ -92,7 +84,7 @@ mod tests {
 
     fn reduced(mut a: Mat<f64>, strategy: Strategy) -> Tridiagonal {
         let mut scratch = Scratch::default();
-        let stack = scratch.stack(tridiagonalize_scratch(a.nrows())).unwrap();
+        let stack = scratch.stack(tridiagonalize_scratch::<f64>(a.nrows())).unwrap();
         tridiagonalize(a.as_mut(), strategy, stack)
     }
 

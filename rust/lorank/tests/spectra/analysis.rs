@@ -10,7 +10,10 @@ use lorank::checkpoint::Checkpoint;
 use lorank::dtype::DType;
 use lorank::parallel::Strategy;
 use lorank::source::StoredMatrix;
-use lorank::{Error, Result, eigen};
+use lorank::{
+    Error, Result,
+    eigen::{self, Accuracy},
+};
 
 use crate::matrices::{Gaussian, bits, codes, row_major, spectrum_of};
 
@@ -26,7 +29,7 @@ fn gaussian(seed: u64, rows: usize, cols: usize) -> StoredMatrix {
 /// Results by index; fails if an index comes twice or never.
 fn run(matrices: &[StoredMatrix], threads: usize) -> Vec<Result<Analysis>> {
     let found: Vec<Mutex<Option<Result<Analysis>>>> = matrices.iter().map(|_| Mutex::new(None)).collect();
-    analyze(matrices, threads, &CancelToken::default(), &|i, result| {
+    analyze(matrices, Accuracy::Exact, threads, &CancelToken::default(), &|i, result| {
         let before = found[i].lock().unwrap().replace(result);
         assert!(before.is_none(), "index {i} came twice");
     })
@@ -53,7 +56,7 @@ fn the_same_with_one_thread_and_with_four() {
         assert_eq!(bits(one.spectrum.eigenvalues()), bits(four.spectrum.eigenvalues()), "{matrix:?}");
         assert_eq!(format!("{:?}", one.metrics), format!("{:?}", four.metrics), "{matrix:?}");
         let direct = matrix.with_view(&mut Vec::new(), &CancelToken::default(), |view| {
-            eigen::spectrum(view, 2, &CancelToken::default())
+            eigen::spectrum(view, Accuracy::Exact, 2, &CancelToken::default())
         });
         assert_eq!(bits(direct.unwrap().eigenvalues()), bits(one.spectrum.eigenvalues()), "{matrix:?}");
     }
@@ -91,7 +94,7 @@ fn cancelling_from_within_stops_soon() {
     for threads in [1, 3] {
         let cancel = CancelToken::default();
         let emitted = AtomicUsize::new(0);
-        let result = analyze(&matrices, threads, &cancel, &|_, _| {
+        let result = analyze(&matrices, Accuracy::Exact, threads, &cancel, &|_, _| {
             if emitted.fetch_add(1, Ordering::SeqCst) == 4 {
                 cancel.cancel();
             }
@@ -107,7 +110,8 @@ fn cancelling_from_within_stops_soon() {
 fn cancelled_before_it_starts() {
     let cancel = CancelToken::default();
     cancel.cancel();
-    let result = analyze(&[gaussian(1, 3, 3)], 2, &cancel, &|_, _| panic!("nothing to emit"));
+    let result =
+        analyze(&[gaussian(1, 3, 3)], Accuracy::Exact, 2, &cancel, &|_, _| panic!("nothing to emit"));
     assert!(matches!(result, Err(Error::Cancelled)));
 }
 

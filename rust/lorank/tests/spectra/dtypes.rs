@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use lorank::cancel::CancelToken;
 use lorank::dtype::DType;
-use lorank::eigen;
+use lorank::eigen::{self, Accuracy};
 use lorank::matrix::MatrixView;
 
 use crate::matrices::{Gaussian, assert_eigenvalues, bits};
@@ -11,7 +11,7 @@ use crate::matrices::{Gaussian, assert_eigenvalues, bits};
 const SHAPES: [(usize, usize); 6] = [(1, 300), (300, 1), (20, 20), (50, 270), (270, 50), (33, 700)];
 
 fn eigenvalues(view: &MatrixView<'_>) -> Vec<f64> {
-    eigen::spectrum(view, 1, &CancelToken::default()).unwrap().into_eigenvalues()
+    eigen::spectrum(view, Accuracy::Exact, 1, &CancelToken::default()).unwrap().into_eigenvalues()
 }
 
 /// The bytes of Gaussian numbers rounded to a type, and the values of those bytes from other code.
@@ -90,7 +90,7 @@ fn transposes_and_layouts_share_one_spectrum() {
     for (rows, cols) in SHAPES {
         let numbers = Gaussian::new(9).numbers(rows * cols);
         let view = MatrixView::from_f64(&numbers, rows, cols).unwrap();
-        let plain = eigen::spectrum(&view, 1, &CancelToken::default()).unwrap();
+        let plain = eigen::spectrum(&view, Accuracy::Exact, 1, &CancelToken::default()).unwrap();
         let transposed = eigenvalues(&view.transposed());
         if rows != cols {
             assert_eq!(bits(&transposed), bits(plain.eigenvalues()), "the same rows are multiplied");

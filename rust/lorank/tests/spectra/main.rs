@@ -3,6 +3,7 @@
 mod accuracy;
 mod analysis;
 mod dtypes;
+mod fast;
 mod marchenko_pastur;
 mod matrices;
 mod range;

@@ -1,7 +1,7 @@
 //! Matrices with known properties from fixed seeds, and the bounds that their spectra must meet.
 
 use lorank::cancel::CancelToken;
-use lorank::eigen;
+use lorank::eigen::{self, Accuracy};
 use lorank::matrix::MatrixView;
 use lorank::spectrum::Spectrum;
 use nalgebra::DMatrix;
@@ -62,7 +62,7 @@ pub fn row_major(matrix: &DMatrix<f64>) -> Vec<f64> {
 pub fn spectrum_of(matrix: &DMatrix<f64>) -> Spectrum {
     let values = row_major(matrix);
     let view = MatrixView::from_f64(&values, matrix.nrows(), matrix.ncols()).unwrap();
-    eigen::spectrum(&view, 1, &CancelToken::default()).unwrap()
+    eigen::spectrum(&view, Accuracy::Exact, 1, &CancelToken::default()).unwrap()
 }
 
 pub fn bits(values: &[f64]) -> Vec<u64> {

@@ -4,18 +4,32 @@ use lorank::cancel::CancelToken;
 use lorank::dtype::DType;
 use lorank::matrix::MatrixView;
 use lorank::spectrum::Spectrum;
-use lorank::{Error, Result, eigen, svd};
+use lorank::{
+    Error, Result,
+    eigen::{self, Accuracy},
+    svd,
+};
 use nalgebra::DMatrix;
 use proptest::prelude::*;
 
 use crate::matrices::{Gaussian, assert_eigenvalues, bits, row_major, spectrum_of};
 
 fn try_f64(values: &[f64], rows: usize, cols: usize) -> Result<Spectrum> {
-    eigen::spectrum(&MatrixView::from_f64(values, rows, cols).unwrap(), 1, &CancelToken::default())
+    eigen::spectrum(
+        &MatrixView::from_f64(values, rows, cols).unwrap(),
+        Accuracy::Exact,
+        1,
+        &CancelToken::default(),
+    )
 }
 
 fn try_f32(values: &[f32], rows: usize, cols: usize) -> Result<Spectrum> {
-    eigen::spectrum(&MatrixView::from_f32(values, rows, cols).unwrap(), 1, &CancelToken::default())
+    eigen::spectrum(
+        &MatrixView::from_f32(values, rows, cols).unwrap(),
+        Accuracy::Exact,
+        1,
+        &CancelToken::default(),
+    )
 }
 
 #[test]
@@ -66,7 +80,7 @@ fn nan_and_infinity_are_errors_wherever_they_are() {
     }
     // One NaN among float8 codes, which have no infinity.
     let view = MatrixView::row_major(&[0x38, 0x7f], DType::F8E4M3, 1, 2).unwrap();
-    assert!(eigen::spectrum(&view, 1, &CancelToken::default()).is_err());
+    assert!(eigen::spectrum(&view, Accuracy::Exact, 1, &CancelToken::default()).is_err());
 }
 
 #[test]
@@ -87,7 +101,7 @@ fn shapes_without_elements() {
     for (rows, cols) in [(0, 0), (0, 5), (5, 0), (0, usize::MAX), (usize::MAX, 0)] {
         for strides in [(cols, 1), (1, rows), (1, 1)] {
             let view = MatrixView::new(&[], DType::F32, (rows, cols), strides).unwrap();
-            assert!(eigen::spectrum(&view, 2, &cancel).unwrap().eigenvalues().is_empty());
+            assert!(eigen::spectrum(&view, Accuracy::Exact, 2, &cancel).unwrap().eigenvalues().is_empty());
             assert!(svd::singular_values(&view).unwrap().is_empty());
         }
     }
@@ -98,5 +112,5 @@ fn cancelled_before_it_starts() {
     let cancel = CancelToken::default();
     cancel.cancel();
     let view = MatrixView::from_f64(&[1.0, 2.0], 1, 2).unwrap();
-    assert!(matches!(eigen::spectrum(&view, 1, &cancel), Err(Error::Cancelled)));
+    assert!(matches!(eigen::spectrum(&view, Accuracy::Exact, 1, &cancel), Err(Error::Cancelled)));
 }

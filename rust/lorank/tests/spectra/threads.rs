@@ -2,7 +2,7 @@
 
 use lorank::cancel::CancelToken;
 use lorank::dtype::DType;
-use lorank::eigen::{spectrum, spectrum_in_pool};
+use lorank::eigen::{Accuracy, spectrum, spectrum_in_pool};
 use lorank::matrix::MatrixView;
 use lorank::parallel::{Strategy, pool};
 use lorank::spectrum::Spectrum;
@@ -11,19 +11,27 @@ use lorank::{Error, Result};
 
 use crate::matrices::{Gaussian, assert_eigenvalues, bits, codes};
 
-fn in_pool(view: &MatrixView<'_>, threads: usize, strategy: Strategy) -> Result<Spectrum> {
-    pool(threads)
-        .unwrap()
-        .install(|| spectrum_in_pool(view, strategy, &CancelToken::default(), &mut Scratch::default()))
+fn in_pool(
+    view: &MatrixView<'_>,
+    accuracy: Accuracy,
+    threads: usize,
+    strategy: Strategy,
+) -> Result<Spectrum> {
+    pool(threads).unwrap().install(|| {
+        spectrum_in_pool(view, accuracy, strategy, &CancelToken::default(), &mut Scratch::default())
+    })
 }
 
 fn assert_independent_of_threads(view: &MatrixView<'_>) {
-    let alone = in_pool(view, 1, Strategy::Alone).unwrap();
-    let together = in_pool(view, 1, Strategy::Together).unwrap();
+    let alone = in_pool(view, Accuracy::Exact, 1, Strategy::Alone).unwrap();
+    let together = in_pool(view, Accuracy::Exact, 1, Strategy::Together).unwrap();
     assert_eigenvalues(&together, alone.eigenvalues(), "together and alone");
-    for threads in [2, 3, 5] {
-        let found = in_pool(view, threads, Strategy::Together).unwrap();
-        assert_eq!(bits(found.eigenvalues()), bits(together.eigenvalues()), "{threads} threads");
+    for accuracy in [Accuracy::Exact, Accuracy::Fast] {
+        let together = in_pool(view, accuracy, 1, Strategy::Together).unwrap();
+        for threads in [2, 3, 5] {
+            let found = in_pool(view, accuracy, threads, Strategy::Together).unwrap();
+            assert_eq!(bits(found.eigenvalues()), bits(together.eigenvalues()), "{threads} threads");
+        }
     }
 }
 
@@ -57,10 +65,10 @@ fn the_entry_point_chooses_by_shape_alone() {
     assert_eq!(Strategy::for_shape(22_300, 600), Strategy::Together);
     assert_eq!(Strategy::for_shape(600, 600), Strategy::Alone);
     let cancel = CancelToken::default();
-    let one = spectrum(&view, 1, &cancel).unwrap();
-    let three = spectrum(&view, 3, &cancel).unwrap();
+    let one = spectrum(&view, Accuracy::Exact, 1, &cancel).unwrap();
+    let three = spectrum(&view, Accuracy::Exact, 3, &cancel).unwrap();
     assert_eq!(bits(one.eigenvalues()), bits(three.eigenvalues()));
 
     cancel.cancel();
-    assert!(matches!(spectrum(&view, 3, &cancel), Err(Error::Cancelled)));
+    assert!(matches!(spectrum(&view, Accuracy::Exact, 3, &cancel), Err(Error::Cancelled)));
 }
