@@ -24,7 +24,7 @@ class MarchenkoPastur(NamedTuple):
 def check_accuracy(accuracy: str) -> None:
     """Raise ValueError for an accuracy that this version does not offer."""
     if accuracy not in get_args(Accuracy):
-        raise ValueError(f"accuracy must be 'exact' (float64 arithmetic) or 'fast' (float32), not {accuracy!r}")
+        raise ValueError(f"accuracy must be 'exact' (float64) or 'fast' (float32), not {accuracy!r}")
 
 
 def spectrum(W: Any, *, accuracy: Accuracy = "exact", threads: int | None = None) -> npt.NDArray[np.float64]:

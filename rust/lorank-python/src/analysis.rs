@@ -29,7 +29,7 @@ pub fn analyze<'py>(
         py,
         move |cancel, outbox| {
             analyze_matrices(&stored, accuracy, threads, cancel, &|index, result| {
-                outbox.send((index, result))
+                outbox.send((index, result));
             })
         },
         |py, (index, result): (usize, lorank::Result<Analysis>)| {
