@@ -157,6 +157,60 @@ def test_files_that_are_no_allocation(content: str, tmp_path: Path) -> None:
         lorank.RankAllocation.load(path)
 
 
+@pytest.mark.parametrize("options", [{}, {"avg_rank": 5}, {"budget": 9000}])
+@pytest.mark.parametrize("method", ["uniform", "htsr"])
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ((-1, 8), "0 <= r_min <= r_max, got -1 and 8"),
+        ((9, 8), "0 <= r_min <= r_max, got 9 and 8"),
+        (("4", 8), "r_min must be an integer, not '4'"),
+        ((4, 8.5), r"r_max must be an integer, not 8\.5"),
+        ((True, 8), "r_min must be an integer, not True"),
+    ],
+)
+def test_bounds_that_are_none(
+    report: lorank.SpectralReport, method: str, options: dict[str, Any], bounds: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        lorank.allocate(report, method, r_min=bounds[0], r_max=bounds[1], **options)
+
+
+def test_bounds_may_be_integers_of_numpy(report: lorank.SpectralReport) -> None:
+    low: Any = np.int64(2)
+    found = lorank.allocate(report, "uniform", r_min=low, r_max=np.int32(6), r_base=np.int64(5))  # type: ignore[arg-type]
+    assert set(found.ranks.values()) == {5}
+    assert all(type(rank) is int for rank in found.ranks.values())
+
+
+def test_no_rank_exceeds_a_side_of_its_matrix(report: lorank.SpectralReport) -> None:
+    costs = {name: sum(shape) for name, shape in SHAPES.items()}
+    most = 3 * sum(costs[name] * min(20, *SHAPES[name]) for name in SHAPES)
+    for options in ({}, {"avg_rank": 20}, {"budget": most}):
+        found = lorank.allocate(report, "uniform", r_min=1, r_max=20, **options)
+        for name, rank in found.ranks.items():
+            assert rank == (8 if name.endswith("k_proj") else 20)
+            assert (name in found.flags) == name.endswith("k_proj")
+        assert found.flags["model.layers.0.k_proj"] == "a 8x32 matrix has no larger rank"
+    with pytest.raises(ValueError, match=f"cost {3 * sum(costs.values()):,} to {most:,}"):
+        lorank.allocate(report, "uniform", r_min=1, r_max=20, budget=most + 1)
+
+
+def test_schedules_want_blocks_and_roles_and_roles_want_modules() -> None:
+    plain = {f"{name}.weight": np.ones((8, 8), dtype=np.float32) for name in ("first", "second")}
+    for method, message in (
+        ("linear-decay", r"none of 2 modules \(first, \.\.\.\) is in a numbered block: give blocks"),
+        ("empirical", "is in a numbered block: give blocks"),
+        ("attention-heavy", "is attention or feed-forward: give roles"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lorank.allocate(plain, method, r_min=1, r_max=4)
+    with pytest.raises(ValueError, match=r"roles: 'mixer' matches none of 2 modules \(first"):
+        lorank.allocate(plain, "attention-heavy", roles={"first": "attention", "mixer": "feed-forward"})
+    with pytest.raises(ValueError, match=r"blocks must be a regular expression, not \['first'\]"):
+        lorank.allocate(plain, "linear-decay", blocks=["first"])
+
+
 def test_errors_say_what_to_do(report: lorank.SpectralReport) -> None:
     with pytest.raises(ValueError, match="either budget or avg_rank"):
         lorank.allocate(report, budget=100, avg_rank=3)

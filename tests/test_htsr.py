@@ -20,7 +20,7 @@ def report_of(alphas: list[float], spikes: list[int], names: list[str] | None = 
             name=name,
             module=name,
             kind="linear",
-            shape=(8, 8),
+            shape=(64, 64),
             dtype="float32",
             alpha_hill=alpha,
             alpha_hill_xmin_mid=alpha + 1,
@@ -30,12 +30,12 @@ def report_of(alphas: list[float], spikes: list[int], names: list[str] | None = 
         )
         for name, alpha, count in zip(names, alphas, spikes, strict=True)
     ]
-    return SpectralReport(rows, num_parameters=64 * len(rows))
+    return SpectralReport(rows, num_parameters=64 * 64 * len(rows))
 
 
 def modules_of(report: SpectralReport) -> list[AdaptedModule]:
     names = list(dict.fromkeys(row.module for row in report))
-    return [AdaptedModule(name, "linear", (8, 8)) for name in names]
+    return [AdaptedModule(name, "linear", (64, 64)) for name in names]
 
 
 def by_hand(alphas: list[float], spikes: list[int], r_min: int, r_max: int) -> list[int]:

@@ -641,8 +641,8 @@ def test_a_module_that_no_gradient_reaches_is_flagged() -> None:
         assert tasks[name].flags == ("no gradient reached it",)
         assert (tasks[name].k_star, tasks[name].predicted_rank, tasks[name].num_above) == (0, 0, 0)
         assert len(tasks[name].singular_values) == 0
-    allocation = lorank.allocate(report, "gard", r_min=1, r_max=8, avg_rank=2)
-    assert allocation.ranks == {"used": 5, "unused": 1, "detached": 1, "untracked": 1}
+    allocation = lorank.allocate(report, "gard", r_min=1, r_max=4, avg_rank=7 / 4)
+    assert allocation.ranks == {"used": 4, "unused": 1, "detached": 1, "untracked": 1}
     assert "no gradient" in allocation.flags["unused"]
     assert "used" not in allocation.flags
     assert lorank.allocate(tasks, "task", r_min=2).ranks["unused"] == 2
@@ -856,28 +856,33 @@ def task_row(name: str, k_star: int, predicted_rank: int, **more: Any) -> Module
         name=name,
         module=name,
         kind="linear",
-        shape=(6, 8),
+        shape=(60, 80),
         k_star=k_star,
         predicted_rank=predicted_rank,
         **(values | more),
     )
 
 
-def assert_equal_reports(report: Any, other: Any) -> None:
-    assert type(report) is type(other)
-    for name in report.__slots__:
-        if name != "modules":
-            mine, theirs = getattr(report, name), getattr(other, name)
-            if name == "skipped":
-                mine = [(s.name, s.shape, s.reason) for s in mine]
-                theirs = [(s.name, s.shape, s.reason) for s in theirs]
-            assert mine == theirs, name
-    for one, two in zip(report, other, strict=True):
-        for name in one.__slots__:
-            mine, theirs = getattr(one, name), getattr(two, name)
-            if isinstance(mine, np.ndarray):
-                assert mine.dtype == theirs.dtype == np.float64
-            np.testing.assert_array_equal(mine, theirs, err_msg=name)
+def test_reports_are_equal_by_value() -> None:
+    for one, other in (
+        (gradient_row("a", (4, 4), 2), gradient_row("a", (4, 4), 3)),
+        (task_row("a", 1, 1, rho=np.nan), task_row("a", 1, 1, rho=2.0)),
+        (task_row("a", 1, 1), task_row("a", 1, 1, singular_values=np.array([2.0, 1.5]))),
+        (task_row("a", 1, 1), task_row("a", 1, 1, singular_values=np.array([2.0]))),
+    ):
+        kind = lorank.GradientReport if isinstance(one, ModuleGradients) else lorank.TaskReport
+        assert kind([copy.deepcopy(one)]) == kind((one,))
+        assert kind([one]) != kind([other])
+        assert kind([one]) != kind([one, one])
+        assert kind([one]) != kind([one], source="elsewhere")
+    assert lorank.GradientReport([]) != lorank.TaskReport([])
+
+
+def test_profiles_are_kept_as_json(tmp_path: Path) -> None:
+    for report in (lorank.GradientReport([gradient_row("a", (4, 4), 2)]), lorank.TaskReport([])):
+        with pytest.raises(ValueError, match=r"x\.parquet: a \w+Report is kept as JSON"):
+            report.save(tmp_path / "x.parquet")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("sketch", [None, 8])
@@ -885,7 +890,7 @@ def test_gradient_reports_come_back_from_files(sketch: int | None, tmp_path: Pat
     report = lorank.profile_gradients(tiny_models.mixtral(), text_batches(3), sketch=sketch, energy=0.8)
     report.save(tmp_path / "g.json")
     again = lorank.GradientReport.load(tmp_path / "g.json")
-    assert_equal_reports(again, report)
+    assert again == report
     assert (again.sketch, again.energy, again.num_batches) == (sketch, 0.8, 3)
     assert again.skipped
     ranks = [lorank.allocate(r, "gard", r_min=1, r_max=9, avg_rank=4).ranks for r in (report, again)]
@@ -897,11 +902,11 @@ def test_task_reports_come_back_from_files(tmp_path: Path) -> None:
     report = lorank.profile_tasks(model, vectors(), loss=lambda m, x: m["used"](x).square().sum(), folds=2)
     report.save(tmp_path / "t.json")
     again = lorank.TaskReport.load(tmp_path / "t.json")
-    assert_equal_reports(again, report)
+    assert again == report
     assert np.isnan(again["unused"].rho)
     odd = lorank.TaskReport([task_row("a", 1, 1, rho=np.inf, tau=np.nan, noise=-np.inf)])
     odd.save(tmp_path / "o.json")
-    assert_equal_reports(lorank.TaskReport.load(tmp_path / "o.json"), odd)
+    assert lorank.TaskReport.load(tmp_path / "o.json") == odd
 
 
 def test_files_that_are_no_such_report(tmp_path: Path) -> None:
@@ -957,7 +962,7 @@ def test_another_energy_of_the_same_spectra() -> None:
     report = lorank.profile_gradients(model, text_batches())
     for energy in (0.3, 0.6, 1.0):
         expected = lorank.profile_gradients(model, text_batches(), energy=energy)
-        assert_equal_reports(report.with_energy(energy), expected)
+        assert report.with_energy(energy) == expected
     assert [row.effective_rank for row in report.with_energy(1.0)] == [COUNT] * len(report)
     assert [row.effective_rank for row in report.with_energy(1e-6)] == [1] * len(report)
     assert report.energy == 0.9
@@ -966,7 +971,7 @@ def test_another_energy_of_the_same_spectra() -> None:
 
 
 def test_ranks_are_proportional_to_effective_ranks() -> None:
-    shapes = [(10, 20), (30, 10), (5, 5), (20, 20)]
+    shapes = [(100, 200), (300, 100), (50, 50), (200, 200)]
     report = lorank.GradientReport(
         [
             gradient_row(f"layer.{i}", shape, effective)
@@ -1026,7 +1031,7 @@ def test_a_method_refuses_the_wrong_report(tmp_path: Path) -> None:
         lorank.allocate(gradients, "gard", avg_rank=4, energy=0.5)
     # Shapes are all that these need.
     for report in (gradients, tasks):
-        assert lorank.allocate(report, "uniform", r_max=8).ranks == {"a": 8}
+        assert lorank.allocate(report, "uniform", r_max=4).ranks == {"a": 4}
 
 
 def test_ranks_of_tasks_are_k_star_within_the_bounds() -> None:
@@ -1037,7 +1042,7 @@ def test_ranks_of_tasks_are_k_star_within_the_bounds() -> None:
     predicted = lorank.allocate(report, "task", r_min=2, r_max=8, estimate="predicted_rank")
     assert list(predicted.ranks.values()) == [2, 2, 6, 8, 8]
     # c = 1 meets this budget.
-    budget = 14 * (2 + 2 + 3 + 7 + 40)
+    budget = 140 * (2 + 2 + 3 + 7 + 40)
     under_budget = lorank.allocate(report, "task", r_min=2, r_max=64, budget=budget)
     assert list(under_budget.ranks.values()) == [2, 2, 3, 7, 40]
     with pytest.raises(ValueError, match="estimate must be 'k_star' or 'predicted_rank', not 'rank'"):

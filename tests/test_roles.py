@@ -310,6 +310,12 @@ def test_other_names(name: str, block: tuple[str, int] | None, role: str | None)
     assert roles.roles_of([name]) == [role]
 
 
+def test_the_innermost_part_tells_the_role() -> None:
+    unet = "down_blocks.0.attentions.1.transformer_blocks.0"
+    names = [f"{unet}.attn1.to_q", f"{unet}.attn1.to_out.0", f"{unet}.ff.net.2", "attention_moe.experts.0.w1"]
+    assert roles.roles_of(names) == ["attention", "attention", "feed-forward", "feed-forward"]
+
+
 @pytest.mark.parametrize(
     ("name", "number"),
     [

@@ -43,7 +43,9 @@ GPT2_MEDIUM = stack_of(24)
 def signal_of(
     method: str, modules: list[AdaptedModule], r_min: int = 4, r_max: int = 32, **options: Any
 ) -> Signal:
-    return signals.find(method).function(None, modules, r_min, r_max, **options)
+    found = signals.find(method)
+    found.check_options(method, options)
+    return found.function(None, modules, r_min, r_max, **options)
 
 
 def ranks_of(method: str, modules: list[AdaptedModule], **options: Any) -> dict[str, int]:
@@ -227,14 +229,17 @@ def test_budgets_are_kept_and_used_up(
         for i in range(count)
         for name, shape in LAYERS.items()
     }
-    total = count * sum(sum(shape) for shape in LAYERS.values())
-    least, most = total * given_bounds["r_min"], total * given_bounds["r_max"]
+    r_min, r_max = given_bounds["r_min"], given_bounds["r_max"]
+    caps = {name: max(r_min, min(r_max, *shape)) for name, shape in LAYERS.items()}
+    least = count * r_min * sum(sum(shape) for shape in LAYERS.values())
+    most = count * sum(caps[name] * sum(shape) for name, shape in LAYERS.items())
     budget = least + int(share * (most - least))
     allocation = lorank.allocate(model, method, budget=budget, **given_bounds)
     left = budget - allocation.num_parameters
     assert left >= 0
-    full = given_bounds["r_max"]
-    assert all(m.cost > left for m in allocation.modules if allocation.ranks[m.name] < full)
+    assert all(
+        m.cost > left for m in allocation.modules if allocation.ranks[m.name] < caps[m.name.split(".", 2)[2]]
+    )
     if method == "linear-decay":
         for name in LAYERS:
             assert np.all(np.diff([allocation.ranks[f"layers.{i}.{name}"] for i in range(count)]) <= 0)

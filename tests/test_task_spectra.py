@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression
@@ -215,6 +216,18 @@ def test_narrow_types_are_read_exactly(dtype: Any) -> None:
     X, Y, _ = sampled([2.0, 1.0], 70, 0.1, 5, 4, 3)
     X, Y = X.astype(dtype), Y.astype(dtype)
     assert_same(task_spectrum(X, Y), task_spectrum(X.astype(np.float64), Y.astype(np.float64)), 0)
+
+
+def test_tensors_are_read_whatever_they_hold() -> None:
+    X, Y, _ = sampled([2.0, 1.0], 70, 0.1, 5, 4, 3)
+    x, y = torch.from_numpy(X).bfloat16(), torch.from_numpy(Y).float().requires_grad_()
+    expected = task_spectrum(x.double().numpy(), y.detach().double().numpy())
+    assert_same(task_spectrum(x, y), expected, 0)
+    shared = InputMoments(folds=10)
+    task = TaskSpectrum(inputs=shared)
+    task.update(x, y[:, 0] * 2)
+    shared.update(x)
+    assert_same(task.estimate(), task_spectrum(x.double().numpy(), 2 * y.detach().double().numpy()[:, 0]), 0)
 
 
 def test_tasks_of_shared_inputs_are_those_of_their_own() -> None:

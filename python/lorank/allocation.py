@@ -14,11 +14,11 @@ import numpy as np
 from lorank import lora_config, naming, signals
 from lorank._core import FormatError
 from lorank.atomic import write_text
-from lorank.budget import Budget, average_rank_budget, fit_ranks, parse_budget
+from lorank.budget import Budget, average_rank_budget, check_rank_bounds, fit_ranks, parse_budget
 from lorank.json_files import read_json
 from lorank.lora_config import ScaleRule
 from lorank.report.base import Report, Row
-from lorank.roles import Placement, Roles, in_placement
+from lorank.roles import Placement, Roles, check_roles, in_placement
 from lorank.signals import AdaptedModule
 from lorank.sources import AnySource, Source, open_source
 
@@ -195,12 +195,20 @@ def allocate(
         A report: of `analyze`, `profile_gradients` or `profile_tasks`. Or anything that `analyze`
         reads (it is then analysed if the method needs spectra).
     method
-        ``"htsr"``: heavy tails and spikes of the weights' spectra. ``"gard"``: effective ranks of
-        gradients. ``"task"``: K* of each module's inputs and gradients. ``"linear-decay"``,
-        ``"attention-heavy"``, ``"empirical"``: a module's place in the model. ``"uniform"``: equal
-        ranks.
+        ``"htsr"``: ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised, of the weights' spectra;
+        options `weight_alpha`, `weight_spikes`, `more_for`, `granularity`, `convention`, `scale`.
+        ``"gard"``: in proportion to the effective ranks of gradients; needs a budget.
+        ``"task"``: K* of each module's inputs and gradients, or with ``estimate="predicted_rank"`` the
+        smallest rank that predicts held-out tokens nearly as well as the full one.
+        ``"linear-decay"``: from `r_base` in the first block to `r_min` in the last.
+        ``"attention-heavy"``: `r_base` for attention, half of it for feed-forward.
+        ``"empirical"``: ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, `r_base`
+        in the rest; as no rank exceeds `r_max`, take an `r_base` below it.
+        ``"uniform"``: `r_base` everywhere. `r_base` is `r_max` by default; `blocks` tells where a block's
+        number is in unusual names.
     r_min, r_max
-        Bounds of every rank.
+        Bounds of every rank, ``0 <= r_min <= r_max``. A module's rank also stays within
+        ``min(out, in)``, unless `r_min` is above.
     budget
         Parameters of the adapter: a number, ``"500k"``, or ``"0.5%"`` of the base model's.
     avg_rank
@@ -222,15 +230,17 @@ def allocate(
     Returns
     -------
     RankAllocation
-        Its parameters never exceed the budget, and no module below `r_max` could take one more
+        Its parameters never exceed the budget, and no module below its bound could take one more
         rank within it.
 
     Raises
     ------
     ValueError
-        If no module is selected, the budget is infeasible (the message states the range), both
-        `budget` and `avg_rank` are given, the method needs one of them, or it needs another report.
+        If no module is selected, the bounds are none, the budget is infeasible (the message states
+        the range), both `budget` and `avg_rank` are given, the method needs one of them, or it needs
+        another report; if `roles` fit no module.
     """
+    check_rank_bounds(r_min, r_max)
     if budget is not None and avg_rank is not None:
         raise ValueError("give either budget or avg_rank")
     registered = signals.find(method)
@@ -239,6 +249,7 @@ def allocate(
     registered.check_options(method, method_options)
     opened = signal_source if isinstance(signal_source, Report) else open_source(signal_source)
     every = adaptable_modules(opened)
+    check_roles([module.name for module in every], roles)
     modules = _placed(targeted(every, targets), placement, roles)
     evidence = opened
     if registered.needs == "spectra" and isinstance(opened, Source):
@@ -248,15 +259,17 @@ def allocate(
         evidence = analyze(opened, include=names, threads=threads, progress=progress)
     registered.check_evidence(method, evidence)
     signal = registered.function(evidence, modules, r_min, r_max, **method_options)
-    costs = [module.cost for module in modules]
+    # More than its matrix has no module can use.
+    caps = np.array([max(r_min, min(r_max, *module.shape)) for module in modules], dtype=np.int64)
     if budget is not None:
         limit = parse_budget(budget, evidence.num_parameters)
-        ranks = fit_ranks(signal.scores, costs, r_min, r_max, limit)
+        costs = [module.cost for module in modules]
+        ranks = fit_ranks(signal.scores, costs, r_min, r_max, limit, at_most=caps)
     elif avg_rank is not None:
-        limit = average_rank_budget(avg_rank, modules, r_min, r_max)
-        ranks = fit_ranks(signal.scores, np.ones(len(modules)), r_min, r_max, limit)
+        limit = min(average_rank_budget(avg_rank, modules, r_min, r_max), int(caps.sum()))
+        ranks = fit_ranks(signal.scores, np.ones(len(modules)), r_min, r_max, limit, at_most=caps)
     elif signal.ranks is not None:
-        ranks = signal.ranks
+        ranks = np.minimum(signal.ranks, caps)
     else:
         raise ValueError(f"method {method!r} needs a budget or avg_rank")
     names = [module.name for module in modules]
@@ -267,10 +280,22 @@ def allocate(
         dict(zip(names, (float(score) for score in signal.scores), strict=True)),
         method,
         [module.name for module in every if module.name not in chosen],
-        signal.flags,
+        _with_caps(signal.flags, modules, ranks, r_max),
         _label(evidence),
         evidence.num_parameters,
     )
+
+
+def _with_caps(
+    flags: Mapping[str, str], modules: Sequence[AdaptedModule], ranks: Iterable[int], r_max: int
+) -> dict[str, str]:
+    """The flags, and a remark where a matrix allows no larger rank."""
+    found = dict(flags)
+    for module, rank in zip(modules, ranks, strict=True):
+        if rank >= min(module.shape) and rank < r_max:
+            remark = f"a {module.shape[0]}x{module.shape[1]} matrix has no larger rank"
+            found[module.name] = f"{found[module.name]}; {remark}" if module.name in found else remark
+    return found
 
 
 def _label(evidence: Report[Any] | Source) -> str:

@@ -33,7 +33,7 @@ def parse_budget(budget: Budget, num_parameters: int | None) -> int:
     ValueError
         If it is no budget, or a percentage of an unknown number.
     """
-    if isinstance(budget, (int, np.integer)) and not isinstance(budget, bool):
+    if is_integer(budget):
         parameters = float(budget)
     elif isinstance(budget, str) and budget.strip().endswith("%"):
         parameters = _share(budget.strip(), num_parameters)
@@ -137,6 +137,20 @@ def fit_ranks(
     return r_min + gains
 
 
+def check_rank_bounds(r_min: int, r_max: int) -> None:
+    """Raise ValueError unless the bounds are integers and ``0 <= r_min <= r_max``."""
+    for name, bound in (("r_min", r_min), ("r_max", r_max)):
+        if not is_integer(bound):
+            raise ValueError(f"{name} must be an integer, not {bound!r}")
+    if not 0 <= r_min <= r_max:
+        raise ValueError(f"ranks need 0 <= r_min <= r_max, got {r_min} and {r_max}")
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer of Python's or NumPy's; a bool is none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _bounds(name: str, bounds: npt.ArrayLike, r_min: int, r_max: int, count: int) -> npt.NDArray[np.int64]:
     given: npt.NDArray[Any] = np.asarray(bounds)
     if given.shape not in ((), (count,)) or not np.issubdtype(given.dtype, np.integer):
@@ -157,8 +171,7 @@ def _checked(
         raise ValueError("scores must be finite and not negative")
     if cost.size and (np.any(cost != np.floor(cost)) or np.any(cost < 1)):
         raise ValueError("costs must be positive integers")
-    if not 0 <= r_min <= r_max:
-        raise ValueError(f"ranks need 0 <= r_min <= r_max, got {r_min} and {r_max}")
+    check_rank_bounds(r_min, r_max)
     return score, cost.astype(np.int64)
 
 

@@ -195,6 +195,20 @@ def roles_of(names: Sequence[str], roles: Roles = None) -> list[Role | None]:
     return [_role_of(name, own) for name in names]
 
 
+def check_expressions(blocks: str | None, roles: Roles) -> None:
+    """Raise ValueError if an expression is none, or maps to no role."""
+    if blocks is not None:
+        _compiled("blocks", blocks)
+    _compiled_roles(roles)
+
+
+def check_roles(names: Sequence[str], roles: Roles) -> None:
+    """Raise ValueError if `roles` is malformed, or one of its expressions matches none of the names."""
+    for given, (expression, _) in zip(roles or (), _compiled_roles(roles), strict=True):
+        if not any(expression.fullmatch(name) for name in names):
+            raise ValueError(f"roles: {given!r} matches none of {len(names)} modules ({names[0]}, ...)")
+
+
 def in_placement(names: Sequence[str], placement: Placement, roles: Roles = None) -> list[bool]:
     """Which modules a placement adapts.
 
@@ -241,9 +255,13 @@ def _role_of(name: str, own: Sequence[tuple[re.Pattern[str], Role | None]]) -> R
         return None
     if "router" in parts or (found is None and _is_outside(name)):
         return None
-    if any(_ATTENTION.search(part) for part in parts):
-        return "attention"
-    if any(_FEED_FORWARD.fullmatch(part) for part in parts) or inside == _BERT_OUTPUT:
+    # The innermost part that says something: a group of layers may be called after one of them.
+    for part in reversed(parts):
+        if _ATTENTION.search(part):
+            return "attention"
+        if _FEED_FORWARD.fullmatch(part):
+            return "feed-forward"
+    if inside == _BERT_OUTPUT:
         return "feed-forward"
     for leaves, role in _LEAVES:
         if leaves.fullmatch(parts[-1]):

@@ -110,6 +110,8 @@ def _check_magic(path: Path, magic: bytes, ending: str) -> None:
     """Refuse other files by their first bytes: numpy takes them for pickles."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder: {_FILES}")
     with path.open("rb") as file:
         start = file.read(len(_NPY))
     if start == _NPY != magic:

@@ -37,7 +37,7 @@ from lorank.report.files import to_json
 from lorank.report.gradients import GradientReport
 from lorank.report.loading import AnyReport, load_report
 from lorank.report.tasks import TaskReport
-from lorank.roles import Placement
+from lorank.roles import Placement, check_expressions
 from lorank.spectra import Accuracy
 
 _REPORT_ENDINGS = (".json", ".parquet", ".csv")
@@ -167,7 +167,8 @@ def allocate(
         typer.Option(
             "--method",
             "-m",
-            help=f"{', '.join(signals.names())}. gard takes a saved report of gradients, task one of tasks.",
+            help=f"{', '.join(signals.names())}. gard takes a saved report of gradients, task one of tasks; "
+            "what each computes and its options: lorank.allocate in Python.",
         ),
     ] = "htsr",
     r_min: Annotated[int, typer.Option(min=0, help="Smallest rank.")] = 4,
@@ -187,8 +188,9 @@ def allocate(
         list[str] | None,
         typer.Option(
             "--option",
-            help="NAME=VALUE for the method, such as r_base=16; VALUE may be JSON. "
-            "roles={...} is also for --placement. Repeatable.",
+            help="NAME=VALUE for the method; VALUE may be JSON. htsr: weight_alpha, weight_spikes, more_for, "
+            "granularity, convention, scale; task: estimate=predicted_rank; schedules: r_base, and blocks or "
+            "roles={...}, which is also for --placement. Repeatable.",
         ),
     ] = None,
     lora_alpha: Annotated[float, typer.Option(help="LoRA alpha at the average rank.")] = 8,
@@ -269,9 +271,13 @@ def _method_options(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _check_method_options(method: str, options: Mapping[str, Any], placement: str) -> None:
-    """Refuse options that nothing would read; roles are the placement's, too."""
-    own = [name for name in options if name != "roles" or placement == "all"]
-    signals.find(method).check_options(method, dict.fromkeys(own))
+    """Refuse options that nothing would read, or could use; roles are the placement's, too."""
+    own = {name: options[name] for name in options if name != "roles" or placement == "all"}
+    try:
+        signals.find(method).check_options(method, own)
+        check_expressions(None, options.get("roles"))
+    except ValueError as error:
+        raise UsageError(f"--option: {error}") from None
 
 
 def _evidence(source: str, method: str) -> AnyReport | str:

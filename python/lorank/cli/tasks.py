@@ -45,7 +45,10 @@ def task(
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The rank that a data set wants: samples X (n, inputs) and Y (n, outputs)."""
+    """The rank that a data set wants: samples X (n, inputs) and Y (n, outputs).
+
+    The model is Y = X W + noise, without an intercept: centre X and Y first, or give X a column of ones.
+    """
     check_choice("--space", space, get_args(Space))
     try:
         check_options(noise, leading, space)

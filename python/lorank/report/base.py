@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from lorank import naming
+from lorank.report.equality import ByValue
 from lorank.sources.base import Kind, Skipped
 
 Evidence = Literal["spectra", "gradients", "tasks"]
@@ -35,7 +36,7 @@ class Row(Protocol):
 R = TypeVar("R", bound=Row, covariant=True)
 
 
-class Report(Generic[R]):
+class Report(ByValue, Generic[R]):
     """Rows in the model's order, by position and by name."""
 
     __slots__ = ()

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank.report.base import Evidence
+from lorank.report.equality import ByValue
 from lorank.report.json_report import JsonReport
 from lorank.sources.base import Kind, Skipped
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleGradients:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModuleGradients(ByValue):
     """What is known of one module's gradients.
 
     Attributes
@@ -46,7 +47,7 @@ class ModuleGradients:
         return float(self.eigenvalues.sum())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GradientReport(JsonReport[ModuleGradients]):
     """Gradient spectra of the modules of a model.
 

@@ -66,7 +66,15 @@ class JsonReport(Report[R]):
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON; the file appears whole or not at all."""
+        """Write the report as JSON; the file appears whole or not at all.
+
+        Raises
+        ------
+        ValueError
+            If the name does not end with ``.json``.
+        """
+        if Path(path).suffix != ".json":
+            raise ValueError(f"{path}: a {type(self).__name__} is kept as JSON: end the name with .json")
         write_text(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
 
     @classmethod

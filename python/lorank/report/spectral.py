@@ -12,14 +12,15 @@ import numpy.typing as npt
 
 from lorank import extras, naming
 from lorank.report.base import Evidence, Report
+from lorank.report.equality import ByValue
 from lorank.sources.base import Kind, MatrixInfo, Skipped
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleSpectrum:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModuleSpectrum(ByValue):
     """What is known of one matrix. Numbers are float64; what is undefined is nan.
 
     Attributes
@@ -136,7 +137,7 @@ def _identity(info: MatrixInfo) -> dict[str, Any]:
     return {field.name: getattr(info, field.name) for field in fields(MatrixInfo)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SpectralReport(Report[ModuleSpectrum]):
     """Spectra of the matrices of a model.
 

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank.report.base import Evidence
+from lorank.report.equality import ByValue
 from lorank.report.json_report import JsonReport, number, plain
 from lorank.sources.base import Kind, Skipped
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleTask:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModuleTask(ByValue):
     """The task of one module: from its inputs to minus the gradients of its outputs.
 
     Attributes
@@ -48,7 +49,7 @@ _NUMBERS = ("rho", "tau", "noise")
 _ARRAYS = ("singular_values", "predicted_r2")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TaskReport(JsonReport[ModuleTask]):
     """Task spectra of the modules of a model.
 

@@ -76,6 +76,7 @@ class Registered:
 
     function: Method
     needs: Needs
+    check: Callable[..., object]
 
     @property
     def options(self) -> list[str]:
@@ -84,17 +85,18 @@ class Registered:
         return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
     def check_options(self, name: str, options: Mapping[str, Any]) -> None:
-        """Refuse options that the method does not have, before any work is done.
+        """Refuse options that the method does not have, or cannot use, before any work is done.
 
         Raises
         ------
         ValueError
-            Naming those that it has.
+            Naming those that it has, or what it can use.
         """
         known = self.options
         if unknown := [option for option in options if option not in known]:
             it_has = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"method {name!r} has no option {unknown[0]!r}: {it_has}")
+        self.check(**options)
 
     def check_evidence(self, name: str, evidence: object) -> None:
         """Refuse a report that knows nothing of what the method needs.
@@ -117,11 +119,14 @@ _MAKERS: Mapping[Evidence, str] = {
 METHODS: dict[str, Registered] = {}
 
 
-def register(name: str, *, needs: Needs) -> Callable[[Method], Method]:
-    """Offer a function as ``allocate(..., method=name)``."""
+def register(name: str, *, needs: Needs, check: Callable[..., object] = dict) -> Callable[[Method], Method]:
+    """Offer a function as ``allocate(..., method=name)``.
+
+    `check` takes any of the method's options by name, and raises ValueError for what it cannot use.
+    """
 
     def decorate(function: Method) -> Method:
-        METHODS[name] = Registered(function, needs)
+        METHODS[name] = Registered(function, needs, check)
         return function
 
     return decorate

@@ -25,7 +25,30 @@ _SPIKES = {"mean": "mp_spikes", "median": "mp_spikes_median"}
 Array = npt.NDArray[np.float64]
 
 
-@register("htsr", needs="spectra")
+def _check(
+    *,
+    weight_alpha: float = 0.7,
+    weight_spikes: float = 0.3,
+    more_for: str = "higher",
+    granularity: str = "module",
+    convention: str = "median",
+    scale: str = "mean",
+) -> None:
+    for name, weight in (("weight_alpha", weight_alpha), ("weight_spikes", weight_spikes)):
+        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be a number that is not negative, not {weight!r}")
+    _check_choice("more_for", more_for, ("higher", "lower"))
+    _check_choice("granularity", granularity, ("module", "block"))
+    _check_choice("convention", convention, _METRICS)
+    _check_choice("scale", scale, _SPIKES)
+
+
+def _check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    if value not in list(choices):
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+@register("htsr", needs="spectra", check=_check)
 def htsr(
     report: SpectralReport,
     modules: Sequence[AdaptedModule],
@@ -59,13 +82,6 @@ def htsr(
     A module whose exponent is not finite counts as the largest finite one and is flagged. A stack
     of experts has the mean of its experts' metrics.
     """
-    for name, weight in (("weight_alpha", weight_alpha), ("weight_spikes", weight_spikes)):
-        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise ValueError(f"{name} must be a number that is not negative, not {weight!r}")
-    _check_choice("more_for", more_for, ("higher", "lower"))
-    _check_choice("granularity", granularity, ("module", "block"))
-    _check_choice("convention", convention, _METRICS)
-    _check_choice("scale", scale, _SPIKES)
     rows: dict[str, list[ModuleSpectrum]] = defaultdict(list)
     for row in report.modules:
         rows[row.module].append(row)
@@ -120,8 +136,3 @@ def _min_max(values: Array) -> Array:
         return values
     scaled: Array = (values - values.min()) / (values.max() - values.min() + _EPSILON)
     return scaled
-
-
-def _check_choice(option: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, not {value!r}")

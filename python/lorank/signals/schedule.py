@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lorank.roles import Depth, Role, Roles, depths_of, roles_of
+from lorank.budget import is_integer
+from lorank.roles import Depth, Role, Roles, check_expressions, depths_of, roles_of
 from lorank.signals import AdaptedModule, Signal, register
 
 # The empirical schedule: up to which share of the depth, how much of r_base.
@@ -30,7 +31,13 @@ _EMPIRICAL = (
 _ATTENTION_HEAVY: Mapping[Role, Fraction] = {"attention": Fraction(1), "feed-forward": Fraction(1, 2)}
 
 
-@register("uniform", needs="shapes")
+def _check(r_base: int | None = None, blocks: str | None = None, roles: Roles = None) -> None:
+    if r_base is not None and (not is_integer(r_base) or r_base < 0):
+        raise ValueError(f"r_base must be a rank, not {r_base!r}")
+    check_expressions(blocks, roles)
+
+
+@register("uniform", needs="shapes", check=_check)
 def uniform(
     report: Any, modules: Sequence[AdaptedModule], r_min: int, r_max: int, *, r_base: int | None = None
 ) -> Signal:
@@ -46,11 +53,11 @@ def uniform(
         The rank without a budget (default: `r_max`), clipped to ``[r_min, r_max]``.
     """
     del report
-    base = min(max(_base(r_base, r_max), r_min), r_max)
+    base = min(max(r_max if r_base is None else r_base, r_min), r_max)
     return Signal(np.ones(len(modules)), np.full(len(modules), base, dtype=np.int64))
 
 
-@register("linear-decay", needs="shapes")
+@register("linear-decay", needs="shapes", check=_check)
 def linear_decay(
     report: Any,
     modules: Sequence[AdaptedModule],
@@ -78,7 +85,7 @@ def linear_decay(
     Raises
     ------
     ValueError
-        If a module's block cannot be read from its name.
+        If a module's block cannot be read from its name, or none is in a block.
 
     Notes
     -----
@@ -86,7 +93,7 @@ def linear_decay(
     of one block, gets `r_base`, and is flagged.
     """
     del report
-    base = _base(r_base, r_max)
+    base = r_max if r_base is None else r_base
 
     def rank(depth: Depth) -> Fraction:
         # The formula's maximum with r_min is the clipping that every schedule ends in.
@@ -95,7 +102,7 @@ def linear_decay(
     return _by_depth(modules, r_min, r_max, base, blocks, rank)
 
 
-@register("empirical", needs="shapes")
+@register("empirical", needs="shapes", check=_check)
 def empirical(
     report: Any,
     modules: Sequence[AdaptedModule],
@@ -124,14 +131,14 @@ def empirical(
     Raises
     ------
     ValueError
-        If a module's block cannot be read from its name.
+        If a module's block cannot be read from its name, or none is in a block.
 
     Notes
     -----
     A module in no numbered block gets `r_base` and is flagged, as under linear decay.
     """
     del report
-    base = _base(r_base, r_max)
+    base = r_max if r_base is None else r_base
 
     def rank(depth: Depth) -> Fraction:
         return next(base * factor for share, factor in _EMPIRICAL if depth.index < share * depth.count)
@@ -139,7 +146,7 @@ def empirical(
     return _by_depth(modules, r_min, r_max, base, blocks, rank)
 
 
-@register("attention-heavy", needs="shapes")
+@register("attention-heavy", needs="shapes", check=_check)
 def attention_heavy(
     report: Any,
     modules: Sequence[AdaptedModule],
@@ -165,16 +172,21 @@ def attention_heavy(
     Raises
     ------
     ValueError
-        If the role of a module in a block cannot be read from its name.
+        If the role of a module in a block cannot be read from its name, or none has one.
 
     Notes
     -----
     A module that is neither (a pooler, a head, a router) gets `r_base` and is flagged.
     """
     del report
-    base = _base(r_base, r_max)
+    base = r_max if r_base is None else r_base
     names = [module.name for module in modules]
     found = roles_of(names, roles)
+    if not any(found):
+        raise ValueError(
+            f"none of {len(names)} modules ({names[0]}, ...) is attention or feed-forward: give roles, such "
+            "as roles={'mixer': 'attention'}"
+        )
     ranks = [base * (Fraction(1) if role is None else _ATTENTION_HEAVY[role]) for role in found]
     flags = {
         name: "neither attention nor feed-forward: r_base"
@@ -182,14 +194,6 @@ def attention_heavy(
         if role is None
     }
     return _signal(ranks, r_min, r_max, flags)
-
-
-def _base(r_base: int | None, r_max: int) -> int:
-    if r_base is None:
-        return r_max
-    if not isinstance(r_base, int) or isinstance(r_base, bool) or r_base < 0:
-        raise ValueError(f"r_base must be a rank, not {r_base!r}")
-    return r_base
 
 
 def _by_depth(
@@ -203,6 +207,11 @@ def _by_depth(
     """The signal of a schedule that needs the depth: `rank` is asked where there is more than one block."""
     names = [module.name for module in modules]
     depths = depths_of(names, blocks)
+    if not any(depths):
+        raise ValueError(
+            f"none of {len(names)} modules ({names[0]}, ...) is in a numbered block: give blocks, a regular "
+            r"expression with the block's number in a group, such as blocks=r'units\.(\d+)'"
+        )
     ranks = [Fraction(base) if depth is None or depth.count == 1 else rank(depth) for depth in depths]
     flags = {
         name: "in no numbered block: r_base"

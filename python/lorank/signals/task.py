@@ -15,7 +15,12 @@ from lorank.report.tasks import TaskReport
 from lorank.signals import AdaptedModule, Signal, register
 
 
-@register("task", needs="tasks")
+def _check(estimate: str = "k_star") -> None:
+    if estimate not in ("k_star", "predicted_rank"):
+        raise ValueError(f"estimate must be 'k_star' or 'predicted_rank', not {estimate!r}")
+
+
+@register("task", needs="tasks", check=_check)
 def task(
     report: TaskReport,
     modules: Sequence[AdaptedModule],
@@ -36,8 +41,6 @@ def task(
         ``"k_star"``, or ``"predicted_rank"``: the rank that predicts held-out rows nearly as well as
         the full one.
     """
-    if estimate not in ("k_star", "predicted_rank"):
-        raise ValueError(f"estimate must be 'k_star' or 'predicted_rank', not {estimate!r}")
     rows = {row.module: row for row in report.modules}
     ranks = np.array([getattr(rows[module.name], estimate) for module in modules], dtype=np.int64)
     flags = {module.name: "; ".join(rows[module.name].flags) for module in modules if rows[module.name].flags}

@@ -84,6 +84,16 @@ def matrix(value: Any) -> Matrix:
     return Matrix.from_array(readable(value))
 
 
+def as_numpy(values: Any) -> np.ndarray[Any, Any]:
+    """Anything like an array, a tensor of any element type and device included, for NumPy to compute with."""
+    if is_tensor(values):
+        values = values.detach().cpu()
+        if dtype_name(values) in _CONTAINERS:
+            values = values.float()
+    found: np.ndarray[Any, Any] = np.asarray(values)
+    return found
+
+
 def readable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The array itself, or a copy where strides or byte order keep the core from reading it."""
     if not array.dtype.isnative:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorank.sources.arrays import as_numpy
 from lorank.task_spectra.least_squares import Array, Factor, factor
 
 # Rows that are converted to float64 at a time: a large float32 input is never copied as a whole.
@@ -25,7 +26,7 @@ def checked_rows(name: str, values: npt.ArrayLike, width: int | None) -> npt.NDA
         If it is no 2-D array of real numbers, has no columns or not `width` of them, or holds NaN,
         infinite values or values beyond 1e140.
     """
-    array: npt.NDArray[Any] = np.asarray(values)
+    array = as_numpy(values)
     if array.ndim != 2:
         raise ValueError(f"{name} must have the shape (samples, features), not {array.shape}")
     if array.shape[1] == 0:

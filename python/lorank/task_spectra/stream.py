@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorank.sources.arrays import as_numpy
 from lorank.task_spectra.curve import TargetMoments
 from lorank.task_spectra.estimate import Space, TaskEstimate, check_options, estimate
 from lorank.task_spectra.moments import InputMoments, after, checked_rows, chunks, rows_of_fold
@@ -80,7 +81,7 @@ class TaskSpectrum:
         if self._targets is not None:
             _, d_in, d_out = self._targets.cross.shape
         inputs = checked_rows("X", X, d_in)
-        column: npt.NDArray[Any] = np.asarray(Y)
+        column = as_numpy(Y)
         outputs = checked_rows("Y", column[:, None] if column.ndim == 1 else column, d_out)
         if len(inputs) != len(outputs):
             raise ValueError(f"X has {len(inputs)} rows and Y has {len(outputs)}")
