@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import socket
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1115,6 +1116,70 @@ def test_bad_options(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DynamicRanks(model, adamw(model), **OPTIONS | options)
     assert num_hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("freeze_after", "warmup", "is_told"), [(6, 0, False), (5, 0, True), (12, 6, False), (11, 6, True)]
+)
+def test_ranks_that_can_never_change_are_told(freeze_after: int, warmup: int, is_told: bool) -> None:
+    model = llama()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        DynamicRanks(model, adamw(model), **OPTIONS, freeze_after=freeze_after, warmup=warmup)
+    assert [("ranks will never change" in str(warning.message)) for warning in told] == [True] * is_told
+
+
+def test_a_training_that_ends_before_the_first_change_is_told(tmp_path: Path) -> None:
+    callback = GardCallback(**OPTIONS)
+    with pytest.warns(
+        UserWarning, match="training ends at step 5, and the first change would be after step 6"
+    ):
+        trainer(llama(), tmp_path, callback, max_steps=5).train()
+    assert callback.history == []
+
+
+def test_an_adapter_that_is_not_trained_is_refused() -> None:
+    model = llama()
+    optimizer = adamw(model)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match=r"adapter 'other' is not active \(default is\): call model\.set_adapter"
+    ):
+        DynamicRanks(model, optimizer, **OPTIONS, adapter_name="other")
+    frozen = llama(inference_mode=True)
+    with pytest.raises(
+        ValueError, match=r"adapter 'default' is not trained .*: load it with is_trainable=True"
+    ):
+        DynamicRanks(frozen, optimizer, **OPTIONS)
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match=r"disabled: call model\.enable_adapter_layers"),
+    ):
+        DynamicRanks(model, optimizer, **OPTIONS)
+    assert num_hooks(model) == num_hooks(frozen) == 0
+
+
+def test_what_is_no_model_or_no_optimizer_is_refused() -> None:
+    model = llama()
+    with pytest.raises(TypeError, match="model must be a PEFT model, not str"):
+        DynamicRanks("model", adamw(model), **OPTIONS)
+    with pytest.raises(TypeError, match="optimizer must be a torch optimizer, not 'adamw'"):
+        lorank.training.resize_lora(model, {"0.self_attn.q_proj": 2}, optimizer="adamw")
+
+
+def test_no_rank_exceeds_a_side_of_its_matrix() -> None:
+    model = llama(r=2)
+    narrow = {name: min(layer.get_base_layer().weight.shape) for name, layer in layers(model).items()}
+    assert min(narrow.values()) < 40
+    options = OPTIONS | {"budget": 10**5, "r_max": 64, "max_change": None}
+    optimizer = adamw(model)
+    with DynamicRanks(model, optimizer, **options) as dynamic:
+        for step in range(INTERVAL):
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            dynamic.step()
+    assert ranks(model) == {name: min(64, side) for name, side in narrow.items()}
 
 
 @pytest.mark.parametrize("options", [{"r_min": 0}, {"r_min": -1}, {"r_min": 1.5}, {"r_max": 12.5}])

@@ -532,12 +532,12 @@ def explode(model: Any, batch: Any) -> Any:
     return loss
 
 
-def run_gradients(model: Any, batches: Any, **options: Any) -> None:
-    lorank.profile_gradients(model, batches, **options)
+def run_gradients(model: Any, batches: Any, **options: Any) -> lorank.GradientReport:
+    return lorank.profile_gradients(model, batches, **options)
 
 
-def run_tasks(model: Any, batches: Any, **options: Any) -> None:
-    lorank.profile_tasks(model, batches, folds=2, **options)
+def run_tasks(model: Any, batches: Any, **options: Any) -> lorank.TaskReport:
+    return lorank.profile_tasks(model, batches, folds=2, **options)
 
 
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
@@ -687,6 +687,63 @@ def test_refusals_come_with_reasons(profile: Any) -> None:
         profile(model, [{"input_ids": batches[0]["input_ids"]}])
     with pytest.raises(ValueError, match=r"a batch is a Tensor, no mapping: give loss="):
         profile(model, [batches[0]["input_ids"]])
+    singles: list[Any] = [
+        batches[0],
+        transformers.BatchEncoding(batches[0]),
+        batches[0]["input_ids"],
+        None,
+        3,
+    ]
+    for single in singles:
+        with pytest.raises(TypeError, match=r"batches must be an iterable of batches, not .*: put a single"):
+            profile(model, single)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not str: load it first"):
+        profile("model", batches)
+    with torch.device("meta"):
+        empty = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="the model is on the meta device: load its weights first"):
+        profile(empty, batches)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("profile", [run_gradients, run_tasks])
+def test_switched_off_gradients_are_switched_on(profile: Any, mode: Any) -> None:
+    expected = profile(tiny_models.llama(), text_batches(2))
+    model = tiny_models.llama()
+    with mode():
+        found = profile(model, text_batches(2))
+        assert not torch.is_grad_enabled()
+    assert found == expected
+
+
+@pytest.mark.parametrize("profile", [run_gradients, run_tasks])
+def test_wrapped_models_have_their_own_names(profile: Any) -> None:
+    expected = profile(tiny_models.llama(), text_batches(2))
+    compiled = torch.compile(tiny_models.llama())
+    parallel = nn.DataParallel(tiny_models.llama())
+    for wrapped in (compiled, parallel):
+        assert list(profile(wrapped, text_batches(2))) == list(expected)
+
+
+class Checkpointed(nn.Module):
+    """Blocks of a model that does not say what its input embeddings are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(4, 4)
+        self.gradient_checkpointing = True
+
+    def get_input_embeddings(self) -> Any:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        run: Any = torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+        return run.square().sum()  # type: ignore[no-any-return]
+
+
+def test_checkpointing_without_known_embeddings() -> None:
+    report = lorank.profile_gradients(Checkpointed(), vectors(3, 2, 4), loss=lambda m, x: m(x))
+    assert report["block"].effective_rank > 0
 
 
 def test_bad_options_are_refused_before_any_batch_is_drawn() -> None:
@@ -987,6 +1044,17 @@ def test_ranks_are_proportional_to_effective_ranks() -> None:
     some = lorank.allocate(report, "gard", r_min=1, r_max=50, targets=["0", "1"], avg_rank=16)
     assert list(some.ranks.values()) == [11, 21]
     assert sum(some.scores.values()) == pytest.approx(1)
+
+
+def test_an_effective_rank_of_all_batches_is_remarked_on() -> None:
+    rows = [
+        gradient_row("full", (8, 8), 4),
+        gradient_row("less", (8, 8), 3),
+        gradient_row("small", (4, 8), 4),
+    ]
+    report = lorank.GradientReport(rows, num_batches=4)
+    flags = lorank.allocate(report, "gard", r_min=1, r_max=4, avg_rank=2).flags
+    assert flags == {"full": "its effective rank is the number of batches: more batches may show more"}
 
 
 def test_a_budget_in_parameters_holds() -> None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 import lorank
 import tiny_models
@@ -237,8 +237,7 @@ def test_mixtral_stacks_keep_their_rank_beside_resized_modules(tmp_path: Path) -
 
 
 def test_adapters_without_a_wrapper() -> None:
-    bare = tiny_models.bert()
-    bare.add_adapter(LoraConfig(r=4, target_modules=["query"]), adapter_name="default")
+    bare = inject_adapter_in_model(LoraConfig(r=4, target_modules=["query"]), tiny_models.bert())
     changes = resize_lora(bare, {"encoder.layer.0.attention.self.query": 2})
     assert [c.new_rank for c in changes.values()] == [2]
     assert list(bare.peft_config["default"].rank_pattern.values()) == [2, 4]
@@ -518,6 +517,7 @@ def assert_untouched(model: Any, before: tuple[Any, ...], optimizer: Any = None)
         ({"0.self_attn.q_proj": 0}, "rank 0: PEFT has no ranks below 1"),
         ({"0.self_attn.q_proj": -1}, "rank -1"),
         ({"0.self_attn.q_proj": 2.5}, "must be an integer, not 2.5"),
+        ({"0.self_attn.q_proj": True}, "must be an integer, not True"),
     ],
 )
 def test_what_is_wrong_with_ranks(wanted: dict[str, Any], message: str) -> None:

@@ -7,7 +7,10 @@ vectors.
 
 from __future__ import annotations
 
+import copy
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
 from lorank.sources import open_source
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
 transformers = pytest.importorskip("transformers")
 tiny_models = pytest.importorskip("tiny_models")
 
@@ -321,3 +325,24 @@ def test_peft_models_are_reported_as_their_base_models(
     for row in report:
         assert (row.module, row.kind) == (expected[row.name].module, expected[row.name].kind)
         assert_same_numbers(row, expected[row.name])
+
+
+def test_wrappers_of_torch_leave_no_trace_in_names() -> None:
+    checkpoint_wrapper = torch.distributed.algorithms._checkpoint.checkpoint_wrapper.checkpoint_wrapper
+    model = tiny_models.llama()
+    plain = lorank.analyze(model, progress=False)
+    wrapped = copy.deepcopy(model)
+    wrapped.model.layers[0] = checkpoint_wrapper(wrapped.model.layers[0])
+    for one in (torch.compile(model), torch.nn.DataParallel(model), wrapped):
+        assert list(lorank.analyze(one, progress=False)) == list(plain)
+
+
+def test_training_is_there_after_a_plain_import() -> None:
+    code = """
+import sys, lorank
+assert "torch" not in sys.modules
+assert "training" in dir(lorank)
+print(lorank.training.GardCallback.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "GardCallback\n"

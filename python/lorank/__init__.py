@@ -11,6 +11,7 @@ from lorank.report import ModuleSpectrum, SpectralReport
 from lorank.spectra import MarchenkoPastur, alpha_hill, marchenko_pastur, spectrum
 
 if TYPE_CHECKING:
+    from lorank import training
     from lorank.adapters import LoraAdapter
     from lorank.compression import compress, elastic, family
     from lorank.extraction import extract
@@ -72,6 +73,7 @@ __all__ = [
     "profile_tasks",
     "spectrum",
     "task_spectrum",
+    "training",
 ]
 
-__getattr__, __dir__ = lazy_names(__name__, _LAZY)
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, packages=["training"])

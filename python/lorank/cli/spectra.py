@@ -41,6 +41,8 @@ from lorank.roles import Placement, check_expressions
 from lorank.spectra import Accuracy
 
 _REPORT_ENDINGS = (".json", ".parquet", ".csv")
+# So many modules with the same remark are named, of more one.
+_FEW = 3
 # The numbers that rows of any report have.
 _ALL_COLUMNS = (*METRICS, *GradientReport.columns, *TaskReport.columns)
 # Where the reports come from that a method needs.
@@ -361,8 +363,12 @@ def _show_allocation(allocation: RankAllocation) -> None:
     terminal = console()
     terminal.print(table.rank_map(allocation.ranks, f"ranks by {allocation.method}"))
     terminal.print(table.allocation_summary(allocation), soft_wrap=True)
+    by_flag: dict[str, list[str]] = {}
     for name, flag in allocation.flags.items():
-        terminal.print(f"{name}: {flag}", style="yellow", soft_wrap=True)
+        by_flag.setdefault(flag, []).append(name)
+    for flag, names in by_flag.items():
+        who = ", ".join(names) if len(names) <= _FEW else f"{names[0]} and {len(names) - 1} others"
+        terminal.print(f"{who}: {flag}", style="yellow", soft_wrap=True)
 
 
 def _fail_if_incomplete(shown: SpectralReport) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from lorank import naming
-from lorank.profiling.passes import Loss, backward_passes, frozen, trainable_inputs
+from lorank.profiling.passes import (
+    Loss,
+    backward_passes,
+    check_batches,
+    checked_model,
+    frozen,
+    trainable_inputs,
+)
 from lorank.profiling.probe import probing
 from lorank.profiling.sketch import GradientSketches, spectrum
 from lorank.profiling.targets import Target, find_targets
@@ -40,7 +47,9 @@ def profile_gradients(
         A torch model: plain, or with PEFT adapters (their base modules are what is profiled). It stays
         in the mode that it is in: dropout counts if it is training.
     batches
-        Mappings that the model takes as keyword arguments, labels included; anything with `loss`.
+        Mappings that the model takes as keyword arguments, labels included; anything with `loss`. No
+        effective rank exceeds their number: `allocate` remarks on modules that reach it, of which more
+        batches would tell more.
     energy
         The share of the spectrum that the effective rank holds.
     sketch
@@ -66,6 +75,8 @@ def profile_gradients(
     ------
     ImportError
         Without torch (extra ``peft``).
+    TypeError
+        If `model` is no module, or `batches` a single batch.
     ValueError
         If there is no batch, no loss, a loss or gradient that is not finite, or an option is out of
         range.
@@ -76,6 +87,8 @@ def profile_gradients(
     of eigenvalues of C that hold `energy` of their sum.
     """
     effective_rank([1.0], energy)  # Refused before any work.
+    model = checked_model(model)
+    check_batches(batches)
     found = find_targets(model, targets)
     observer = GradientSketches(found.chosen, sketch, seed)
     taken: list[list[torch.Tensor | None]] = []

@@ -15,6 +15,30 @@ from lorank.progress import progress_bar
 Loss = Callable[[Any, Any], Any]
 
 
+def checked_model(model: Any) -> Any:
+    """The model to run: without a compiler's wrapper, which does not see hooks that come later.
+
+    Raises
+    ------
+    TypeError
+        If it is no torch module.
+    ValueError
+        If its weights have no values.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: load it first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device: load its weights first")
+    return getattr(model, "_orig_mod", model)
+
+
+def check_batches(batches: Any) -> None:
+    """Raise TypeError for what cannot be one batch after the other, a single batch for one."""
+    if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, torch.Tensor, str)):
+        what = type(batches).__name__
+        raise TypeError(f"batches must be an iterable of batches, not {what}: put a single batch in a list")
+
+
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """No parameter takes a gradient within the block; afterwards all is as it was, running means too."""
@@ -35,7 +59,7 @@ def frozen(model: Any) -> Iterator[None]:
 @contextmanager
 def trainable_inputs(model: Any) -> Iterator[None]:
     """Embeddings whose outputs ask for gradients, where checkpointed blocks would otherwise get none."""
-    embeddings = model.get_input_embeddings() if _checkpoints(model) else None
+    embeddings = _embeddings(model) if _checkpoints(model) else None
     if embeddings is None:
         yield
         return
@@ -44,6 +68,14 @@ def trainable_inputs(model: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _embeddings(model: Any) -> Any:
+    """What the model's inputs pass first, None if it does not say: other inputs may ask themselves."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _checkpoints(model: Any) -> bool:
@@ -65,12 +97,16 @@ def backward_passes(
     count = 0
     with progress_bar("profiling", total or 0, enabled=progress and total is not None) as report:
         for count, batch in enumerate(islice(batches, max_batches), 1):
-            value = loss_of(model, _moved(batch, model), loss)
-            if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
-                raise ValueError(f"batch {count - 1}: the loss must be a number that depends on the model")
-            if not torch.isfinite(value):
-                raise ValueError(f"batch {count - 1}: the loss is {value.item()}")
-            value.backward()
+            # Whatever the caller has switched off.
+            with torch.inference_mode(False), torch.enable_grad():
+                value = loss_of(model, _moved(batch, model), loss)
+                if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
+                    raise ValueError(
+                        f"batch {count - 1}: the loss must be a number that depends on the model"
+                    )
+                if not torch.isfinite(value):
+                    raise ValueError(f"batch {count - 1}: the loss is {value.item()}")
+                value.backward()
             report(1, f"loss {value.item():.4g}")
             yield count
     if not count:
@@ -100,8 +136,14 @@ def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
 
 
 def _moved(batch: Any, model: Any) -> Any:
-    """The batch on the model's device."""
+    """The batch on the model's device, in tensors that autograd may keep."""
     device = next((parameter.device for parameter in model.parameters()), None)
+    if isinstance(batch, torch.Tensor):
+        return batch.clone() if batch.is_inference() else batch
     if device is None or not isinstance(batch, Mapping):
         return batch
-    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+    moved = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+    return {
+        key: value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+        for key, value in moved.items()
+    }

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorank.budget import is_integer
 from lorank.profiling.targets import Target
 
 
@@ -30,7 +31,7 @@ class GradientSketches:
     """
 
     def __init__(self, targets: Sequence[Target], size: int | None, seed: int = 0) -> None:
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        if size is not None and (not is_integer(size) or size < 1):
             raise ValueError(f"sketch must be a positive integer, or None for no sketch, not {size!r}")
         self._targets = targets
         self.size = size

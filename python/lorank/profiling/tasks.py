@@ -11,7 +11,14 @@ import numpy.typing as npt
 import torch
 
 from lorank import naming
-from lorank.profiling.passes import Loss, backward_passes, frozen, trainable_inputs
+from lorank.profiling.passes import (
+    Loss,
+    backward_passes,
+    check_batches,
+    checked_model,
+    frozen,
+    trainable_inputs,
+)
 from lorank.profiling.probe import probing
 from lorank.profiling.targets import Target, find_targets
 from lorank.report.tasks import ModuleTask, TaskReport
@@ -59,6 +66,8 @@ def profile_tasks(
     ------
     ImportError
         Without torch (extra ``peft``).
+    TypeError
+        If `model` is no module, or `batches` a single batch.
     ValueError
         If there is no batch, no loss, or a value that is not finite; if `memory` does not hold the sums
         of one module; if several passes are needed and `batches` is an iterator.
@@ -72,6 +81,8 @@ def profile_tasks(
     paper's open problem.
     """
     InputMoments(folds=folds)  # Refused before any work.
+    model = checked_model(model)
+    check_batches(batches)
     found = find_targets(model, targets)
     first, batches = _with_first(batches)
     rows: dict[int, ModuleTask] = {}

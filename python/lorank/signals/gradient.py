@@ -29,5 +29,12 @@ def gard(report: GradientReport, modules: Sequence[AdaptedModule], r_min: int, r
     rows = {row.module: row for row in report.modules}
     effective = np.array([rows[module.name].effective_rank for module in modules], dtype=np.float64)
     total = effective.sum()
-    flags = {module.name: "; ".join(rows[module.name].flags) for module in modules if rows[module.name].flags}
+    flags = {}
+    for module in modules:
+        row = rows[module.name]
+        remarks = list(row.flags)
+        if 1 < report.num_batches <= row.effective_rank < min(module.shape):
+            remarks.append("its effective rank is the number of batches: more batches may show more")
+        if remarks:
+            flags[module.name] = "; ".join(remarks)
     return Signal(effective / total if total > 0 else effective, None, flags)

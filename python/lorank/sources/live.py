@@ -12,12 +12,20 @@ from lorank.sources import arrays, quantized
 from lorank.sources.base import Kind, MatrixInfo, Skipped, Source, SourceMatrix
 from lorank.sources.layout import Layout
 
-# How PEFT's wrappers, by the names of their base classes, keep the module that they wrap.
+# How wrappers of PEFT and of torch, by the names of their base classes, keep the module that they wrap.
 _WRAPPED = {
-    "PeftModel": "base_model",
-    "BaseTuner": "model",
-    "BaseTunerLayer": "base_layer",
-    "AuxiliaryTrainingWrapper": "original_module",
+    "peft.": {
+        "PeftModel": "base_model",
+        "BaseTuner": "model",
+        "BaseTunerLayer": "base_layer",
+        "AuxiliaryTrainingWrapper": "original_module",
+    },
+    "torch.": {
+        "OptimizedModule": "_orig_mod",
+        "DataParallel": "module",
+        "DistributedDataParallel": "module",
+        "CheckpointWrapper": "_checkpoint_wrapped_module",
+    },
 }
 
 
@@ -33,7 +41,7 @@ def from_module(model: Any) -> Source:
 
     Modules that share a parameter are tied: the first counts, the others are skipped. Quantized
     weights are dequantized one matrix at a time. Adapters of PEFT are left out: the base model is
-    what is analysed, under the names that it has without PEFT.
+    what is analysed, under the names that it has without PEFT, a compiler or data parallelism.
     """
     weights = list(_weights(model))
     layout = Layout({name: shape for name, _, shape in weights}, {"num_experts": _num_experts(model)})
@@ -81,7 +89,7 @@ def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
 
 
 def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every module of the base model with the prefix of its parameters' names, PEFT's wrappers left out."""
+    """Every module of the base model with the prefix of its parameters' names, wrappers left out."""
     module = _unwrapped(module)
     yield prefix, module
     for name, child in module._modules.items():
@@ -90,10 +98,11 @@ def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _unwrapped(module: Any) -> Any:
-    classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("peft.")}
-    for wrapper, attribute in _WRAPPED.items():
-        if wrapper in classes and is_module(inner := getattr(module, attribute, None)):
-            return _unwrapped(inner)
+    for library, wrappers in _WRAPPED.items():
+        classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(library)}
+        for wrapper, attribute in wrappers.items():
+            if wrapper in classes and is_module(inner := getattr(module, attribute, None)):
+                return _unwrapped(inner)
     return module
 
 

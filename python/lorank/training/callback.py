@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,13 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
     Attributes
     ----------
     history
-        Every change so far, a list of `RankUpdate`.
+        Every change so far, a list of `RankUpdate`: its `step`, `ranks`, `report` of the gradients,
+        `changes` (``history[-1].changes[name].error``) and `num_parameters`.
 
     Raises
     ------
     ValueError
-        When training begins, as `DynamicRanks`; or if a run is resumed without `restore_ranks`.
+        When training begins, as `DynamicRanks`.
     NotImplementedError
         When training begins, under FSDP, DeepSpeed and torch.compile; after the first step, if the
         optimizer's state cannot follow a change of rank.
@@ -58,7 +60,7 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
     -----
     Source: GARD, dynamic variant. To resume, call ``restore_ranks(model, checkpoint)`` before
     ``Trainer.train(resume_from_checkpoint=checkpoint)``: Trainer loads the adapter before any callback
-    runs.
+    runs, and without it fails with a RuntimeError about sizes that do not match.
     """
 
     def __init__(
@@ -107,6 +109,12 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
         self._dynamic = DynamicRanks(
             kwargs["model"], optimizer, scaler=getattr(optimizer, "scaler", None), **self._options
         )
+        if state.max_steps < self._dynamic.first_change:
+            warnings.warn(
+                f"ranks will never change: training ends at step {state.max_steps}, and the first change "
+                f"would be after step {self._dynamic.first_change}: take a smaller interval",
+                stacklevel=2,
+            )
         _go_first(self)
         if state.global_step > 0:
             _load(self._dynamic, self._state_file(args, state), state.global_step)

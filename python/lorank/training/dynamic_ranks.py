@@ -9,18 +9,20 @@ Source: GARD, dynamic variant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from lorank import signals
 from lorank._core import FormatError
-from lorank.budget import Budget, fit_ranks, parse_budget
+from lorank.budget import Budget, fit_ranks, is_integer, parse_budget
 from lorank.profiling.gradients import gradient_row
 from lorank.profiling.probe import probing
 from lorank.profiling.sketch import GradientSketches
@@ -29,7 +31,7 @@ from lorank.report.gradients import GradientReport, ModuleGradients, effective_r
 from lorank.signals import AdaptedModule
 from lorank.sources import live
 from lorank.training import optimizer_state
-from lorank.training.layers import lora_layers
+from lorank.training.layers import AdaptedLayer, lora_layers
 from lorank.training.resizing import RankChange, check_resizable, resize_lora
 
 
@@ -46,7 +48,8 @@ class RankUpdate:
     report
         What the gradients of the window said, effective ranks smoothed.
     changes
-        What was done to each module whose rank moved.
+        Module -> what was done to it, for those whose rank moved: ``changes[name].error`` is the
+        Frobenius norm of what its update lost.
     num_parameters
         Parameters of the adapter from then on.
     """
@@ -77,7 +80,7 @@ class DynamicRanks:
     window
         Steps before a change whose gradients are looked at: `M`. At most `interval`.
     r_min, r_max
-        Bounds of every rank, ``1 <= r_min <= r_max``.
+        Bounds of every rank, ``1 <= r_min <= r_max``. No module grows beyond ``min(out, in)``.
     energy, sketch
         As in `profile_gradients`.
     smoothing
@@ -98,7 +101,8 @@ class DynamicRanks:
     Raises
     ------
     ValueError
-        If an option is out of range, or the adapter's ranks break the bounds or the budget already.
+        If an option is out of range, the adapter's ranks break the bounds or the budget already, or
+        the adapter is not being trained.
     NotImplementedError
         If the model or the adapter cannot be resized: as `resize_lora`.
 
@@ -154,6 +158,7 @@ class DynamicRanks:
             raise ValueError(f"adapter {adapter_name!r} has no module whose gradient can be sketched")
         names = [target.info.name for target in found.chosen]
         check_resizable(model.peft_config[adapter_name], layers, {name: layers[name].rank for name in names})
+        _check_trained(layers[name] for name in names)
         self._targets: Sequence[Target] = found.chosen
         self._modules = [AdaptedModule(t.info.name, t.info.kind, t.info.shape) for t in found.chosen]
         self._source = found.source
@@ -171,6 +176,17 @@ class DynamicRanks:
         self._limit = everything if budget is None else parse_budget(budget, found.source.num_parameters)
         self._limit_is_given = budget is not None
         self._check_start()
+        if freeze_after is not None and self.first_change > freeze_after:
+            warnings.warn(
+                f"ranks will never change: the first change would be after step {self.first_change} "
+                f"(interval {interval}, warmup {warmup}), and freeze_after is {freeze_after}",
+                stacklevel=2,
+            )
+
+    @property
+    def first_change(self) -> int:
+        """The first step after which ranks may change, counted from the start of the training."""
+        return (self._warmup // self._interval + 1) * self._interval
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -353,25 +369,24 @@ class DynamicRanks:
 
     def _fitted(self, report: GradientReport) -> dict[str, int]:
         signal = signals.find("gard").function(report, self._modules, self._r_min, self._r_max)
-        now = torch.tensor(list(self.ranks.values())).numpy()
+        now = np.array(list(self.ranks.values()))
         reach = self._r_max if self._max_change is None else self._max_change
+        costs = np.array([module.cost for module in self._modules])
+        least = (now - reach).clip(self._r_min)
+        # More than its matrix has no module can use, though it may have it already.
+        caps = np.array([min(module.shape) for module in self._modules])
+        most = np.maximum(np.minimum(now + reach, caps).clip(max=self._r_max), least)
         ranks = fit_ranks(
             signal.scores,
-            [module.cost for module in self._modules],
+            costs,
             self._r_min,
             self._r_max,
-            min(self._limit - self._fixed, self._most(now + reach)),
-            at_least=(now - reach).clip(self._r_min),
-            at_most=(now + reach).clip(max=self._r_max),
+            # More of the budget than that cannot be used.
+            min(self._limit - self._fixed, int(most @ costs)),
+            at_least=least,
+            at_most=most,
         )
         return {module.name: int(rank) for module, rank in zip(self._modules, ranks, strict=True)}
-
-    def _most(self, ranks: Any) -> int:
-        """What ranks cost, capped: more of the budget than that cannot be used."""
-        return sum(
-            int(min(rank, self._r_max)) * module.cost
-            for rank, module in zip(ranks, self._modules, strict=True)
-        )
 
     def _cost(self, ranks: Mapping[str, int]) -> int:
         return sum(ranks[module.name] * module.cost for module in self._modules)
@@ -393,6 +408,24 @@ class DynamicRanks:
         layers = lora_layers(self._model, self._adapter_name)
         factors = {module.name: layers[module.name].factors for module in self._modules}
         optimizer_state.check(optimizer_state.unwrapped(self._optimizer), factors)
+
+
+def _check_trained(layers: Iterable[AdaptedLayer]) -> None:
+    """Refuse an adapter that no gradient reaches."""
+    for adapted in layers:
+        if adapted.adapter not in adapted.layer.active_adapters:
+            active = ", ".join(adapted.layer.active_adapters) or "none"
+            raise ValueError(
+                f"adapter {adapted.adapter!r} is not active ({active} is): call "
+                f"model.set_adapter({adapted.adapter!r}) first"
+            )
+        if adapted.layer.disable_adapters:
+            raise ValueError("the adapters are disabled: call model.enable_adapter_layers() first")
+        if not any(factor.requires_grad for factor in adapted.factors):
+            raise ValueError(
+                f"module {adapted.name!r}: adapter {adapted.adapter!r} is not trained (requires_grad is "
+                "False): load it with is_trainable=True, or build it without inference_mode"
+            )
 
 
 def _averaged(sketches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -425,7 +458,7 @@ def _check_options(
         ("warmup", warmup, 0),
         ("freeze_after", freeze_after, 0),
     ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if value is not None and (not is_integer(value) or value < least):
             raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
     if window > interval:
         raise ValueError(f"window {window} is longer than interval {interval}")

@@ -97,11 +97,15 @@ def lora_layers(model: Any, adapter_name: str) -> dict[str, AdaptedLayer]:
 
     Raises
     ------
+    TypeError
+        If the model is no module.
     ValueError
         If the model has no such adapter, or is wrapped.
     NotImplementedError
         If the adapter is no LoRA, or the model is compiled or sharded.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a PEFT model, not {type(model).__name__}")
     _check_wrapping(model)
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:

@@ -111,6 +111,8 @@ def unwrapped(optimizer: Any) -> Any:
     """The torch optimizer under Accelerate's wrapper."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, not {optimizer!r}")
     return optimizer
 
 

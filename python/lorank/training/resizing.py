@@ -7,7 +7,6 @@ that ``dW`` itself is never formed. A module's scaling stays what it was: its al
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lorank._core import NumericalError
+from lorank.budget import is_integer
 from lorank.training import optimizer_state
 from lorank.training.data_parallel import agree, rebuild_reducer, wrappers_of
 from lorank.training.layers import AdaptedLayer, by_layer, check_layer, check_ties, lora_layers
@@ -176,13 +176,11 @@ def check_resizable(config: Any, layers: Mapping[str, AdaptedLayer], ranks: Mapp
 
 
 def _checked_rank(name: str, rank: Any) -> int:
-    try:
-        value = operator.index(rank)
-    except TypeError:
-        raise ValueError(f"module {name!r}: its rank must be an integer, not {rank!r}") from None
-    if value < 1:
-        raise ValueError(f"module {name!r}: rank {value}: PEFT has no ranks below 1")
-    return value
+    if not is_integer(rank):
+        raise ValueError(f"module {name!r}: its rank must be an integer, not {rank!r}")
+    if rank < 1:
+        raise ValueError(f"module {name!r}: rank {rank}: PEFT has no ranks below 1")
+    return int(rank)
 
 
 def _plan(
