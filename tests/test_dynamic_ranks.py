@@ -1165,6 +1165,19 @@ def test_what_is_no_model_or_no_optimizer_is_refused() -> None:
         DynamicRanks("model", adamw(model), **OPTIONS)
     with pytest.raises(TypeError, match="optimizer must be a torch optimizer, not 'adamw'"):
         lorank.training.resize_lora(model, {"0.self_attn.q_proj": 2}, optimizer="adamw")
+    for optimizer in ("adamw", None):
+        with pytest.raises(TypeError, match="optimizer must be a torch optimizer, not"):
+            DynamicRanks(model, optimizer, **OPTIONS)
+    with pytest.raises(TypeError, match=r"ranks must be a mapping by module, not \[2\]"):
+        lorank.training.resize_lora(model, [2])  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    options = {name: np.int64(OPTIONS[name]) for name in ("budget", "interval", "window", "r_max", "sketch")}
+    run = Run(tmp_path, options=options, save_strategy="steps", save_steps=6)
+    assert_same_updates(run.updates, whole[0].updates)
+    state = "checkpoint-6/lorank_gard.safetensors"
+    assert (tmp_path / state).read_bytes() == (whole[1] / state).read_bytes()
 
 
 def test_no_rank_exceeds_a_side_of_its_matrix() -> None:

@@ -746,6 +746,12 @@ def test_checkpointing_without_known_embeddings() -> None:
     assert report["block"].effective_rank > 0
 
 
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    report = lorank.profile_gradients(Readers(), vectors(), loss=called, sketch=np.int64(4))  # type: ignore[arg-type]
+    report.save(tmp_path / "report.json")
+    assert lorank.GradientReport.load(tmp_path / "report.json").sketch == 4
+
+
 def test_bad_options_are_refused_before_any_batch_is_drawn() -> None:
     def never() -> Iterator[Any]:
         pytest.fail("a batch was drawn")

@@ -102,7 +102,7 @@ def profile_gradients(
     ]
     source = found.source
     return GradientReport(
-        rows, found.skipped, source.label, source.num_parameters, energy, sketch, len(taken)
+        rows, found.skipped, source.label, source.num_parameters, energy, observer.size, len(taken)
     )
 
 

@@ -34,7 +34,7 @@ class GradientSketches:
         if size is not None and (not is_integer(size) or size < 1):
             raise ValueError(f"sketch must be a positive integer, or None for no sketch, not {size!r}")
         self._targets = targets
-        self.size = size
+        self.size = None if size is None else int(size)  # NumPy's integers are none that JSON knows.
         self._seed = seed
         self._projections: dict[tuple[int, str], torch.Tensor | None] = {}
         self._current: list[torch.Tensor | None] = [None] * len(targets)

@@ -100,6 +100,8 @@ class DynamicRanks:
 
     Raises
     ------
+    TypeError
+        If `model` is no module, or `optimizer` no optimizer.
     ValueError
         If an option is out of range, the adapter's ranks break the bounds or the budget already, or
         the adapter is not being trained.
@@ -145,7 +147,8 @@ class DynamicRanks:
     ) -> None:
         _check_options(r_min, r_max, interval, window, smoothing, max_change, warmup, freeze_after)
         effective_rank([1.0], energy)
-        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._model, self._scaler = model, scaler
+        self._optimizer = optimizer_state.unwrapped(optimizer)
         self._interval, self._window = interval, window
         self._r_min, self._r_max = r_min, r_max
         self._energy, self._smoothing, self._max_change = energy, smoothing, max_change
@@ -407,7 +410,7 @@ class DynamicRanks:
     def _check_optimizer(self) -> None:
         layers = lora_layers(self._model, self._adapter_name)
         factors = {module.name: layers[module.name].factors for module in self._modules}
-        optimizer_state.check(optimizer_state.unwrapped(self._optimizer), factors)
+        optimizer_state.check(self._optimizer, factors)
 
 
 def _check_trained(layers: Iterable[AdaptedLayer]) -> None:

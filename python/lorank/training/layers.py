@@ -147,9 +147,13 @@ def by_layer(values: Mapping[str, Any], layers: Mapping[str, AdaptedLayer], argu
 
     Raises
     ------
+    TypeError
+        If they are no mapping.
     ValueError
         If a name fits no layer or several, or two names fit the same.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{argument} must be a mapping by module, not {values!r}")
     resolved: dict[str, Any] = {}
     for name, value in values.items():
         found = [name] if name in layers else [live for live in layers if naming.is_suffix(name, live)]

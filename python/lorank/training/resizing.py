@@ -106,6 +106,8 @@ def resize_lora(
 
     Raises
     ------
+    TypeError
+        If `model` is no module, `ranks` no mapping, or `optimizer` no optimizer. Nothing was changed then.
     ValueError
         If a name fits no module or several, a rank is no positive integer, an adapter is merged, or
         the optimizer does not hold the factors. Nothing was changed then.
