@@ -1228,6 +1228,13 @@ def test_sharded_models_are_refused_at_once(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_a_model_without_weights_is_refused() -> None:
+    model = llama()
+    model.get_base_model().model.layers[1].mlp.to("meta")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\..*is on the meta device: load"):
+        DynamicRanks(model, adamw(model), **OPTIONS)
+
+
 def test_a_model_without_a_gradient_to_look_at_is_refused() -> None:
     model = llama(targets=["embed_tokens"])
     with pytest.raises(ValueError, match="adapter 'default' has no module whose gradient can be sketched"):

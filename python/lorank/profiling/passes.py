@@ -23,13 +23,27 @@ def checked_model(model: Any) -> Any:
     TypeError
         If it is no torch module.
     ValueError
-        If its weights have no values.
+        As `check_weights`.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: load it first")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model is on the meta device: load its weights first")
+    check_weights(model)
     return getattr(model, "_orig_mod", model)
+
+
+def check_weights(model: Any) -> None:
+    """Raise ValueError for weights without values, or that autograd does not follow."""
+    for path, module in model.named_modules():
+        # What Accelerate has offloaded has values while it is called.
+        is_offloaded = hasattr(module, "_hf_hook")
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.is_meta and not is_offloaded:
+                raise ValueError(f"{name} is on the meta device: load the model's weights first")
+            if parameter.is_inference():
+                raise ValueError(
+                    f"{name} was made under torch.inference_mode(), where autograd follows nothing: build or "
+                    "load the model outside of it"
+                )
 
 
 def check_batches(batches: Any) -> None:
@@ -137,7 +151,7 @@ def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
 
 def _moved(batch: Any, model: Any) -> Any:
     """The batch on the model's device, in tensors that autograd may keep."""
-    device = next((parameter.device for parameter in model.parameters()), None)
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
     if isinstance(batch, torch.Tensor):
         return batch.clone() if batch.is_inference() else batch
     if device is None or not isinstance(batch, Mapping):

@@ -24,6 +24,7 @@ from lorank import signals
 from lorank._core import FormatError
 from lorank.budget import Budget, fit_ranks, is_integer, parse_budget
 from lorank.profiling.gradients import gradient_row
+from lorank.profiling.passes import check_weights
 from lorank.profiling.probe import probing
 from lorank.profiling.sketch import GradientSketches
 from lorank.profiling.targets import Target, named_targets
@@ -156,6 +157,7 @@ class DynamicRanks:
         self._adapter_name, self._seed = adapter_name, seed
 
         layers = lora_layers(model, adapter_name)
+        check_weights(model)
         found = named_targets(model, live.from_module(model), layers)
         if not found.chosen:
             raise ValueError(f"adapter {adapter_name!r} has no module whose gradient can be sketched")
