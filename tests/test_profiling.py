@@ -741,24 +741,38 @@ def test_wrapped_models_have_their_own_names(profile: Any) -> None:
 
 
 class Checkpointed(nn.Module):
-    """Blocks of a model that does not say what its input embeddings are."""
+    """Blocks of a model that does not say what its input embeddings are, and changes its inputs in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, reentrant: bool) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.block = nn.Linear(4, 4)
         self.gradient_checkpointing = True
+        self.reentrant = reentrant
 
     def get_input_embeddings(self) -> Any:
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        run: Any = torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+        run: Any = torch.utils.checkpoint.checkpoint(self.block, x.mul_(2), use_reentrant=self.reentrant)
         return run.square().sum()  # type: ignore[no-any-return]
 
 
-def test_checkpointing_without_known_embeddings() -> None:
-    report = lorank.profile_gradients(Checkpointed(), vectors(3, 2, 4), loss=lambda m, x: m(x))
-    assert report["block"].effective_rank > 0
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_without_known_embeddings(reentrant: bool, wrap: Any) -> None:
+    model = Checkpointed(reentrant)
+    report = lorank.profile_gradients(wrap(model), vectors(3, 2, 4), sketch=None, loss=called)
+    assert_true(report, true_gradients(Checkpointed(False), vectors(3, 2, 4), called))
+    assert not any(hooks(model))
+
+
+def test_checkpointing_of_a_model_within() -> None:
+    """Its inputs are integers: only its embeddings can ask."""
+    model = tiny_models.llama().train()
+    plain = lorank.profile_gradients(model, text_batches(2))
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert same_spectra(plain, lorank.profile_gradients(nn.DataParallel(model), text_batches(2)), 1e-5)
 
 
 def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:

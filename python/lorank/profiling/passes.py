@@ -72,24 +72,44 @@ def frozen(model: Any) -> Iterator[None]:
 
 @contextmanager
 def trainable_inputs(model: Any) -> Iterator[None]:
-    """Embeddings whose outputs ask for gradients, where checkpointed blocks would otherwise get none."""
-    embeddings = _embeddings(model) if _checkpoints(model) else None
-    if embeddings is None:
-        yield
-        return
-    handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    """Let embeddings, or else inputs, ask for gradients, or checkpointed blocks would get none."""
+    handles = []
+    if _checkpoints(model):
+        handles = [found.register_forward_hook(_ask_for_output) for found in _embeddings(model)]
+        handles = handles or [model.register_forward_pre_hook(_ask_for_inputs, with_kwargs=True)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def _embeddings(model: Any) -> Any:
-    """What the model's inputs pass first, None if it does not say: other inputs may ask themselves."""
-    try:
-        return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
+def _embeddings(model: Any) -> list[Any]:
+    """What the inputs of the model, or of models within it, pass first; empty if none of them says."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        try:
+            embeddings = module.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(embeddings, torch.nn.Module):
+            found[id(embeddings)] = embeddings
+    return list(found.values())
+
+
+def _ask_for_output(_module: Any, _args: Any, output: Any) -> Any:
+    return _asking(output)
+
+
+def _ask_for_inputs(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return tuple(map(_asking, args)), {name: _asking(value) for name, value in kwargs.items()}
+
+
+def _asking(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.requires_grad:
+        return value
+    # The copy may be changed in place, which a leaf may not.
+    return value.detach().requires_grad_().clone()
 
 
 def _checkpoints(model: Any) -> bool:
