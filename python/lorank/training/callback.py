@@ -51,7 +51,10 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
     Raises
     ------
     ValueError
-        When training begins, as `DynamicRanks`.
+        When training begins, as `DynamicRanks`; or if the folder that a run resumes from holds no state of
+        this callback.
+    FormatError
+        When a resumed training begins, if that state is damaged or of another step.
     NotImplementedError
         When training begins, under FSDP, DeepSpeed and torch.compile; after the first step, if the
         optimizer's state cannot follow a change of rank.
@@ -60,7 +63,7 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
     -----
     Source: GARD, dynamic variant. To resume, call ``restore_ranks(model, checkpoint)`` before
     ``Trainer.train(resume_from_checkpoint=checkpoint)``: Trainer loads the adapter before any callback
-    runs, and without it fails with a RuntimeError about sizes that do not match.
+    runs, and without it fails with a RuntimeError ("size mismatch") if ranks had changed.
     """
 
     def __init__(

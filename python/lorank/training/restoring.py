@@ -20,10 +20,10 @@ def restore_ranks(
 ) -> dict[str, RankChange]:
     """Give a live PEFT model the ranks and scalings of a checkpoint.
 
-    ``Trainer.train(resume_from_checkpoint=...)`` loads the adapter's weights before any callback runs,
-    and cannot if ranks were changed during the training that it resumes. Call this first: weights and
-    the optimizer's state then find the shapes that they were saved with. Only names, shapes and
-    settings are read, no weights.
+    ``Trainer.train(resume_from_checkpoint=...)`` loads the adapter's weights before any callback runs. If
+    ranks were changed during the training that it resumes, it fails there: RuntimeError, "size mismatch".
+    Call this first: weights and the optimizer's state then find the shapes that they were saved with.
+    Only names, shapes and settings are read, no weights.
 
     Parameters
     ----------
