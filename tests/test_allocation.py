@@ -181,6 +181,9 @@ def test_bounds_may_be_integers_of_numpy(report: lorank.SpectralReport) -> None:
     found = lorank.allocate(report, "uniform", r_min=low, r_max=np.int32(6), r_base=np.int64(5))  # type: ignore[arg-type]
     assert set(found.ranks.values()) == {5}
     assert all(type(rank) is int for rank in found.ranks.values())
+    narrow: dict[str, Any] = {"r_min": np.uint8(3), "r_max": np.uint8(8), "r_base": np.uint8(1)}
+    for method in ("linear-decay", "empirical", "attention-heavy"):
+        assert set(lorank.allocate(report, method, **narrow).ranks.values()) == {3}
 
 
 def test_no_rank_exceeds_a_side_of_its_matrix(report: lorank.SpectralReport) -> None:

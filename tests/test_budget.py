@@ -263,6 +263,7 @@ def test_an_infeasible_budget_states_the_range(budget: int) -> None:
         ([1.0], [1, 1], 1, 2, "one score and one cost"),
         ([1.0], [0], 1, 2, "positive integers"),
         ([1.0], [1.5], 1, 2, "positive integers"),
+        ([1.0], [True], 1, 2, "positive integers"),
         ([1.0], [1], 3, 2, "r_min <= r_max"),
         ([1.0], [1], -1, 2, "0 <= r_min"),
     ],
@@ -272,6 +273,18 @@ def test_malformed_arguments(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         lorank.fit_ranks(scores, costs, r_min, r_max, 2)
+
+
+@pytest.mark.parametrize("budget", [2.5, "2", True, None])
+def test_a_budget_that_is_no_integer(budget: Any) -> None:
+    with pytest.raises(ValueError, match="budget must be an integer"):
+        lorank.fit_ranks([1.0], [1], 1, 2, budget)
+
+
+def test_narrow_integers_do_not_overflow() -> None:
+    low: Any = np.int8(1)
+    ranks = lorank.fit_ranks([1.0, 2.0], np.array([200, 200], np.uint8), low, np.int8(127), np.int32(50_800))  # type: ignore[arg-type]
+    assert ranks.tolist() == [127, 127]
 
 
 @pytest.mark.parametrize(

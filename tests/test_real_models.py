@@ -40,7 +40,8 @@ def test_every_matrix_matches_a_float64_svd(model: str, request: pytest.FixtureR
         assert row.mp_spikes == spikes(oracle, row.shape), row.name
         upper = len(oracle) // 2
         np.testing.assert_allclose(row.eigenvalues[upper:], oracle[upper:], rtol=1e-9, err_msg=row.name)
-        assert row.frobenius_norm == pytest.approx(np.linalg.norm(weight), rel=1e-12)
+        # A pairwise sum: BLAS adds 28 million squares up with an error of 1e-12 on some machines.
+        assert row.frobenius_norm == pytest.approx(np.sqrt(np.sum(weight**2)), rel=1e-12)
     assert report.num_parameters == sum(w.size for w in weights.values() if w.dtype == np.float32)
 
 

@@ -187,7 +187,7 @@ def test_other_reasons(tmp_path: Path) -> None:
     biases = of("bias", tiny_models.bert_classifier(), target_modules=["query"], bias="all")
     assert "bias='all'" in biases["vllm"].reason
     mixtral = tiny_models.mixtral()
-    experts = lorank.allocate(mixtral, "uniform", r_max=2).to_lora_config(mixtral)
+    experts = lorank.allocate(mixtral, "uniform", r_min=1, r_max=2).to_lora_config(mixtral)
     stacks = verdicts(saved(trained(mixtral, experts), tmp_path / "experts"))
     assert {stacks[name].status for name in ("sglang", "lorax", "llama.cpp", "tensorrt-llm")} == {"refuses"}
 

@@ -14,7 +14,7 @@ import numpy as np
 from lorank import lora_config, naming, signals
 from lorank._core import FormatError
 from lorank.atomic import write_text
-from lorank.budget import Budget, average_rank_budget, check_rank_bounds, fit_ranks, parse_budget
+from lorank.budget import Budget, average_rank_budget, fit_ranks, parse_budget, rank_bounds
 from lorank.json_files import read_json
 from lorank.lora_config import ScaleRule
 from lorank.report.base import Report, Row
@@ -240,7 +240,7 @@ def allocate(
         the range), both `budget` and `avg_rank` are given, the method needs one of them, or it needs
         another report; if `roles` fit no module.
     """
-    check_rank_bounds(r_min, r_max)
+    r_min, r_max = rank_bounds(r_min, r_max)
     if budget is not None and avg_rank is not None:
         raise ValueError("give either budget or avg_rank")
     registered = signals.find(method)

@@ -89,7 +89,7 @@ def fit_ranks(
     r_min, r_max
         Bounds of every rank, ``0 <= r_min <= r_max``.
     budget
-        What ``sum(ranks * costs)`` must not exceed.
+        What ``sum(ranks * costs)`` must not exceed, an integer.
     at_least, at_most
         Narrower bounds of single modules, one per module, within ``[r_min, r_max]``: where ranks may
         only move so far from what they are.
@@ -113,7 +113,10 @@ def fit_ranks(
     >>> lorank.fit_ranks([3.0, 1.0, 0.0], [10, 10, 10], r_min=1, r_max=8, budget=100).tolist()
     [6, 3, 1]
     """
-    score, cost = _checked(scores, costs, r_min, r_max)
+    r_min, r_max = rank_bounds(r_min, r_max)
+    score, cost = _checked(scores, costs)
+    if not is_integer(budget):
+        raise ValueError(f"budget must be an integer, not {budget!r}")
     if len(score) == 0:
         return np.zeros(0, dtype=np.int64)
     # Ranks above r_min: adding r_min first would round the remainders.
@@ -137,13 +140,20 @@ def fit_ranks(
     return r_min + gains
 
 
-def check_rank_bounds(r_min: int, r_max: int) -> None:
-    """Raise ValueError unless the bounds are integers and ``0 <= r_min <= r_max``."""
+def rank_bounds(r_min: int, r_max: int) -> tuple[int, int]:
+    """The bounds as Python's integers, which no arithmetic overflows.
+
+    Raises
+    ------
+    ValueError
+        Unless they are integers and ``0 <= r_min <= r_max``.
+    """
     for name, bound in (("r_min", r_min), ("r_max", r_max)):
         if not is_integer(bound):
             raise ValueError(f"{name} must be an integer, not {bound!r}")
     if not 0 <= r_min <= r_max:
         raise ValueError(f"ranks need 0 <= r_min <= r_max, got {r_min} and {r_max}")
+    return int(r_min), int(r_max)
 
 
 def is_integer(value: object) -> bool:
@@ -161,7 +171,7 @@ def _bounds(name: str, bounds: npt.ArrayLike, r_min: int, r_max: int, count: int
 
 
 def _checked(
-    scores: npt.ArrayLike, costs: npt.ArrayLike, r_min: int, r_max: int
+    scores: npt.ArrayLike, costs: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     score = np.asarray(scores, dtype=np.float64)
     cost: npt.NDArray[Any] = np.asarray(costs)
@@ -169,9 +179,8 @@ def _checked(
         raise ValueError(f"one score and one cost per module, got shapes {score.shape} and {cost.shape}")
     if not np.all(np.isfinite(score)) or np.any(score < 0):
         raise ValueError("scores must be finite and not negative")
-    if cost.size and (np.any(cost != np.floor(cost)) or np.any(cost < 1)):
+    if cost.dtype == bool or (cost.size and (np.any(cost != np.floor(cost)) or np.any(cost < 1))):
         raise ValueError("costs must be positive integers")
-    check_rank_bounds(r_min, r_max)
     return score, cost.astype(np.int64)
 
 

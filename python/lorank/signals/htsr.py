@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -35,7 +36,7 @@ def _check(
     scale: str = "mean",
 ) -> None:
     for name, weight in (("weight_alpha", weight_alpha), ("weight_spikes", weight_spikes)):
-        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be a number that is not negative, not {weight!r}")
     _check_choice("more_for", more_for, ("higher", "lower"))
     _check_choice("granularity", granularity, ("module", "block"))

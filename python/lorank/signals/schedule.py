@@ -53,7 +53,7 @@ def uniform(
         The rank without a budget (default: `r_max`), clipped to ``[r_min, r_max]``.
     """
     del report
-    base = min(max(r_max if r_base is None else r_base, r_min), r_max)
+    base = min(max(r_max if r_base is None else int(r_base), r_min), r_max)
     return Signal(np.ones(len(modules)), np.full(len(modules), base, dtype=np.int64))
 
 
@@ -93,7 +93,7 @@ def linear_decay(
     of one block, gets `r_base`, and is flagged.
     """
     del report
-    base = r_max if r_base is None else r_base
+    base = r_max if r_base is None else int(r_base)
 
     def rank(depth: Depth) -> Fraction:
         # The formula's maximum with r_min is the clipping that every schedule ends in.
@@ -138,7 +138,7 @@ def empirical(
     A module in no numbered block gets `r_base` and is flagged, as under linear decay.
     """
     del report
-    base = r_max if r_base is None else r_base
+    base = r_max if r_base is None else int(r_base)
 
     def rank(depth: Depth) -> Fraction:
         return next(base * factor for share, factor in _EMPIRICAL if depth.index < share * depth.count)
@@ -179,7 +179,7 @@ def attention_heavy(
     A module that is neither (a pooler, a head, a router) gets `r_base` and is flagged.
     """
     del report
-    base = r_max if r_base is None else r_base
+    base = r_max if r_base is None else int(r_base)
     names = [module.name for module in modules]
     found = roles_of(names, roles)
     if not any(found):
