@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -129,3 +131,11 @@ def test_experts_count_by_their_mean() -> None:
 def test_unknown_choices(option: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be one of"):
         lorank.allocate(report_of([1.0, 2.0], [1, 1]), **option)
+
+
+def test_weights_are_numbers_that_are_not_negative() -> None:
+    narrow: dict[str, Any] = {"weight_alpha": np.float32(0.7), "weight_spikes": np.int64(1)}
+    assert lorank.allocate(report_of([1.0, 2.0], [1, 1]), **narrow).ranks
+    for bad in (-1, np.nan, np.inf, "1", True, None):
+        with pytest.raises(ValueError, match="weight_alpha must be a number that is not negative"):
+            lorank.allocate(report_of([1.0, 2.0], [1, 1]), weight_alpha=bad)
