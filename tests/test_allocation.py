@@ -199,6 +199,15 @@ def test_no_rank_exceeds_a_side_of_its_matrix(report: lorank.SpectralReport) -> 
         lorank.allocate(report, "uniform", r_min=1, r_max=20, budget=most + 1)
 
 
+def test_a_side_below_r_min_bounds_the_rank(report: lorank.SpectralReport) -> None:
+    for options in ({}, {"avg_rank": 12}, {"budget": "50%"}):
+        found = lorank.allocate(report, r_min=12, r_max=20, **options)  # type: ignore[arg-type]
+        narrow = {name: rank for name, rank in found.ranks.items() if name.endswith("k_proj")}
+        assert set(narrow.values()) == {8}
+        assert set(narrow) <= set(found.flags)
+        assert min(rank for name, rank in found.ranks.items() if name not in narrow) >= 12
+
+
 def test_schedules_want_blocks_and_roles_and_roles_want_modules() -> None:
     plain = {f"{name}.weight": np.ones((8, 8), dtype=np.float32) for name in ("first", "second")}
     for method, message in (

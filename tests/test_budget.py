@@ -200,6 +200,27 @@ def test_bounded_ranks_equal_the_definition(
     assert got.tolist() == reference(scores, costs, r_min, r_min + 9, budget, bounds)
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 1, 2, 4, 8, 16]), st.integers(1, 30), st.integers(0, 12)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.floats(0, 1),
+)
+def test_a_bound_below_r_min_prevails(modules: list[tuple[int, int, int]], share: float) -> None:
+    scores, costs, most = ([module[i] for module in modules] for i in range(3))
+    bounds = [(min(3, bound), bound) for bound in most]
+    least = price([low for low, _ in bounds], costs)
+    budget = least + int(share * (price(most, costs) - least))
+    if not any(scores):
+        scores = [1] * len(scores)
+    got = lorank.fit_ranks(scores, costs, 3, 12, budget, at_most=most)
+    assert got.tolist() == reference(scores, costs, 3, 12, budget, bounds)
+    with pytest.raises(ValueError, match=f"cost {least:,} to {price(most, costs):,}$"):
+        lorank.fit_ranks(scores, costs, 3, 12, least - 1, at_most=most)
+
+
 def test_bounds_hold_back_and_push_on() -> None:
     scores, costs = [1.0, 2.0, 3.0, 4.0], [1, 1, 1, 1]
     assert lorank.fit_ranks(scores, costs, 0, 100, 100, at_most=[100, 100, 100, 10]).tolist() == [
@@ -221,10 +242,10 @@ def test_bounds_hold_back_and_push_on() -> None:
         ([[1, 1, 1]], None, "at_least must hold one integer per module"),
         ([1.0, 2.0, 3.0], None, "at_least must hold one integer per module"),
         (None, [8.5, 8, 8], "at_most must hold one integer per module"),
-        ([0, 1, 1], None, "at_least must lie within r_min 1 and r_max 8"),
-        ([9, 1, 1], None, "at_least must lie within r_min 1 and r_max 8"),
-        (None, [8, 9, 8], "at_most must lie within r_min 1 and r_max 8"),
-        (None, [8, 8, 0], "at_most must lie within r_min 1 and r_max 8"),
+        ([0, 1, 1], None, "at_least must lie within 1 and 8"),
+        ([9, 1, 1], None, "at_least must lie within 1 and 8"),
+        (None, [8, 9, 8], "at_most must lie within 0 and 8"),
+        (None, [8, 8, -1], "at_most must lie within 0 and 8"),
         ([1, 5, 7], [8, 4, 6], "at_least is above at_most for module 1"),
         ([5, 5, 5], None, "budget 100 is not feasible.*cost 150 to 240"),
         (None, [2, 3, 4], "budget 100 is not feasible.*cost 30 to 90"),
@@ -324,6 +345,10 @@ def test_average_ranks() -> None:
     for bad in (-1.0, 3.9, 32.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"avg_rank .* is not feasible: ranks go from 4 to 32"):
             average_rank_budget(bad, [0], 4, 32)
+    none: Any
+    for none in ("8", True, [8]):
+        with pytest.raises(ValueError, match="avg_rank must be a number"):
+            average_rank_budget(none, [0], 1, 32)
 
 
 @st.composite
@@ -368,8 +393,8 @@ def test_bounds_that_cannot_be() -> None:
     for options, reason in (
         ({"at_least": [1]}, "one integer per module"),
         ({"at_most": [1.5, 2.0]}, "one integer per module"),
-        ({"at_least": [0, 1]}, "within r_min 1 and r_max 8"),
-        ({"at_most": [9, 8]}, "within r_min 1 and r_max 8"),
+        ({"at_least": [0, 1]}, "within 1 and 8"),
+        ({"at_most": [9, 8]}, "within 0 and 8"),
         ({"at_least": [3, 1], "at_most": [2, 2]}, "above at_most for module 0"),
         ({"at_most": [2, 2]}, "cost 20 to 40"),
     ):

@@ -230,8 +230,8 @@ def test_budgets_are_kept_and_used_up(
         for name, shape in LAYERS.items()
     }
     r_min, r_max = given_bounds["r_min"], given_bounds["r_max"]
-    caps = {name: max(r_min, min(r_max, *shape)) for name, shape in LAYERS.items()}
-    least = count * r_min * sum(sum(shape) for shape in LAYERS.values())
+    caps = {name: min(r_max, *shape) for name, shape in LAYERS.items()}
+    least = count * sum(min(r_min, caps[name]) * sum(shape) for name, shape in LAYERS.items())
     most = count * sum(caps[name] * sum(shape) for name, shape in LAYERS.items())
     budget = least + int(share * (most - least))
     allocation = lorank.allocate(model, method, budget=budget, **given_bounds)

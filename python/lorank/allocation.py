@@ -207,12 +207,13 @@ def allocate(
         ``"uniform"``: `r_base` everywhere. `r_base` is `r_max` by default; `blocks` tells where a block's
         number is in unusual names.
     r_min, r_max
-        Bounds of every rank, ``0 <= r_min <= r_max``. A module's rank also stays within
-        ``min(out, in)``, unless `r_min` is above.
+        Bounds of every rank, ``0 <= r_min <= r_max``. No module's rank exceeds ``min(out, in)``,
+        even where that is below `r_min`: more would be wasted. Modules at that bound are flagged.
     budget
         Parameters of the adapter: a number, ``"500k"``, or ``"0.5%"`` of the base model's.
     avg_rank
-        Instead of `budget`: the average of the ranks. With neither, the method's own formula holds.
+        Instead of `budget`: the average of the ranks; less where the matrices allow no such average.
+        With neither, the method's own formula holds.
     targets
         Which modules: a list of names or suffixes, or one regular expression for whole names,
         exactly as PEFT reads ``target_modules``; ``"all-linear"`` or None for every linear layer
@@ -260,7 +261,7 @@ def allocate(
     registered.check_evidence(method, evidence)
     signal = registered.function(evidence, modules, r_min, r_max, **method_options)
     # More than its matrix has no module can use.
-    caps = np.array([max(r_min, min(r_max, *module.shape)) for module in modules], dtype=np.int64)
+    caps = np.array([min(r_max, *module.shape) for module in modules], dtype=np.int64)
     if budget is not None:
         limit = parse_budget(budget, evidence.num_parameters)
         costs = [module.cost for module in modules]

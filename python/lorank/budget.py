@@ -6,6 +6,7 @@ import heapq
 import math
 import re
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -92,7 +93,8 @@ def fit_ranks(
         What ``sum(ranks * costs)`` must not exceed, an integer.
     at_least, at_most
         Narrower bounds of single modules, one per module, within ``[r_min, r_max]``: where ranks may
-        only move so far from what they are.
+        only move so far from what they are. `at_most` may be below `r_min`, where a matrix has no room
+        for that.
 
     Returns
     -------
@@ -120,8 +122,10 @@ def fit_ranks(
     if len(score) == 0:
         return np.zeros(0, dtype=np.int64)
     # Ranks above r_min: adding r_min first would round the remainders.
-    low = _bounds("at_least", r_min if at_least is None else at_least, r_min, r_max, len(score)) - r_min
-    high = _bounds("at_most", r_max if at_most is None else at_most, r_min, r_max, len(score)) - r_min
+    high = _bounds("at_most", r_max if at_most is None else at_most, (0, r_max), len(score)) - r_min
+    low = np.minimum(0, high)
+    if at_least is not None:
+        low = _bounds("at_least", at_least, (r_min, r_max), len(score)) - r_min
     if np.any(low > high):
         raise ValueError(f"at_least is above at_most for module {int(np.argmax(low > high))}")
     fixed = r_min * int(cost.sum())
@@ -161,12 +165,12 @@ def is_integer(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _bounds(name: str, bounds: npt.ArrayLike, r_min: int, r_max: int, count: int) -> npt.NDArray[np.int64]:
+def _bounds(name: str, bounds: npt.ArrayLike, within: tuple[int, int], count: int) -> npt.NDArray[np.int64]:
     given: npt.NDArray[Any] = np.asarray(bounds)
     if given.shape not in ((), (count,)) or not np.issubdtype(given.dtype, np.integer):
         raise ValueError(f"{name} must hold one integer per module")
-    if np.any(given < r_min) or np.any(given > r_max):
-        raise ValueError(f"{name} must lie within r_min {r_min} and r_max {r_max}")
+    if np.any(given < within[0]) or np.any(given > within[1]):
+        raise ValueError(f"{name} must lie within {within[0]} and {within[1]}")
     return np.broadcast_to(given, count).astype(np.int64)
 
 
@@ -259,8 +263,10 @@ def average_rank_budget(avg_rank: float, modules: Sequence[object], r_min: int, 
     Raises
     ------
     ValueError
-        If it lies outside the bounds of every rank.
+        If it is no number, or lies outside the bounds of every rank.
     """
+    if isinstance(avg_rank, bool) or not isinstance(avg_rank, Real):
+        raise ValueError(f"avg_rank must be a number, not {avg_rank!r}")
     if not r_min <= avg_rank <= r_max:
         raise ValueError(f"avg_rank {avg_rank} is not feasible: ranks go from {r_min} to {r_max}")
     return math.floor(avg_rank * len(modules) + 1e-9)
