@@ -219,6 +219,8 @@ def test_schedules_want_blocks_and_roles_and_roles_want_modules() -> None:
             lorank.allocate(plain, method, r_min=1, r_max=4)
     with pytest.raises(ValueError, match=r"roles: 'mixer' matches none of 2 modules \(first"):
         lorank.allocate(plain, "attention-heavy", roles={"first": "attention", "mixer": "feed-forward"})
+    with pytest.raises(ValueError, match="roles: 'mixer', 'pool' match none of 2 modules"):
+        lorank.allocate(plain, "uniform", roles={"mixer": "attention", "first": None, "pool": None})
     with pytest.raises(ValueError, match=r"blocks must be a regular expression, not \['first'\]"):
         lorank.allocate(plain, "linear-decay", blocks=["first"])
 

@@ -203,10 +203,14 @@ def check_expressions(blocks: str | None, roles: Roles) -> None:
 
 
 def check_roles(names: Sequence[str], roles: Roles) -> None:
-    """Raise ValueError if `roles` is malformed, or one of its expressions matches none of the names."""
-    for given, (expression, _) in zip(roles or (), _compiled_roles(roles), strict=True):
-        if not any(expression.fullmatch(name) for name in names):
-            raise ValueError(f"roles: {given!r} matches none of {len(names)} modules ({names[0]}, ...)")
+    """Raise ValueError if `roles` is malformed, or expressions of it match none of the names."""
+    if idle := [
+        repr(given)
+        for given, (expression, _) in zip(roles or (), _compiled_roles(roles), strict=True)
+        if not any(expression.fullmatch(name) for name in names)
+    ]:
+        match = "matches" if len(idle) == 1 else "match"
+        raise ValueError(f"roles: {', '.join(idle)} {match} none of {len(names)} modules ({names[0]}, ...)")
 
 
 def in_placement(names: Sequence[str], placement: Placement, roles: Roles = None) -> list[bool]:
