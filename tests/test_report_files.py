@@ -97,6 +97,18 @@ def test_other_endings_and_paths(report: lorank.SpectralReport, tmp_path: Path) 
         lorank.SpectralReport.load(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".csv", ""])
+@pytest.mark.parametrize("kind", [lorank.GradientReport, lorank.TaskReport])
+def test_profiles_have_one_ending(
+    kind: type[lorank.GradientReport | lorank.TaskReport], ending: str, tmp_path: Path
+) -> None:
+    kind([]).save(tmp_path / "report.json")
+    path = (tmp_path / "report.json").rename(tmp_path / f"report{ending}")
+    for use in (kind([]).save, kind.load):
+        with pytest.raises(ValueError, match=rf"report{ending}: a {kind.__name__} is kept as JSON: end"):
+            use(path)
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     rng = np.random.default_rng(1)

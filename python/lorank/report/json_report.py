@@ -73,9 +73,7 @@ class JsonReport(Report[R]):
         ValueError
             If the name does not end with ``.json``.
         """
-        if Path(path).suffix != ".json":
-            raise ValueError(f"{path}: a {type(self).__name__} is kept as JSON: end the name with .json")
-        write_text(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write_text(self._json_path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -85,8 +83,10 @@ class JsonReport(Report[R]):
         ------
         FormatError
             If the file is no such report.
+        ValueError
+            If its name does not end with ``.json``.
         """
-        path = Path(path)
+        path = cls._json_path(path)
         try:
             content = read_json(path)
             if content["format"] != cls.format or content["version"] > _VERSION:
@@ -96,6 +96,12 @@ class JsonReport(Report[R]):
             return cls.assembled(rows, skipped, content)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise FormatError(f"{path}: is no {cls.format.removeprefix('lorank.')}: {error!r}") from error
+
+    @classmethod
+    def _json_path(cls, path: str | Path) -> Path:
+        if Path(path).suffix != ".json":
+            raise ValueError(f"{path}: a {cls.__name__} is kept as JSON: end the name with .json")
+        return Path(path)
 
     def to_pandas(self) -> pd.DataFrame:
         """A data frame, one row a module: identity, numbers, flags joined by "; " (extra ``report``)."""
