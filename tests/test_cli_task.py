@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lorank
-from lorank import cli
+from lorank import cli, signals
 from lorank.report.gradients import GradientReport, ModuleGradients, effective_rank
 from lorank.report.loading import load_report
 from lorank.report.tasks import ModuleTask, TaskReport
@@ -483,7 +483,14 @@ def test_help_names_every_method() -> None:
         env={**os.environ, "COLUMNS": "200"},
     )
     for name in ("htsr", "uniform", "linear-decay", "attention-heavy", "empirical", "gard", "task"):
-        assert name in result.stdout
+        method = signals.find(name)
+        assert f"{name}: {method.summary}" in result.stdout
+        assert f"Options: {', '.join(method.options)}." in result.stdout or not method.options
+        # What the command line lists, the library's documentation lists.
+        entry = str(lorank.allocate.__doc__).partition(f'- ``"{name}"``: ')[2].partition("- ``")[0]
+        assert all(f"`{option}`" in entry or f"{option}=" in entry for option in method.options)
+        assert entry
+    assert "Rank r_base - (r_base - r_min) i / (L - 1) in block i of L" in result.stdout
 
 
 def ranks(*arguments: object) -> dict[str, int]:

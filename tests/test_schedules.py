@@ -120,6 +120,19 @@ def test_bounds_hold_and_the_base_is_r_max_by_default() -> None:
         assert set(ranks_of(method, stack_of(3), r_min=6, r_max=9, r_base=2).values()) == {6}
 
 
+def test_what_r_max_cuts_is_flagged() -> None:
+    cut = "the schedule gives more than r_max"
+    flags = signal_of("empirical", stack_of(10, {"attn": (8, 8)}), r_max=10).flags
+    assert flags == {f"transformer.h.{i}.attn": cut for i in (3, 4, 5, 6)}
+    assert not signal_of("empirical", stack_of(10), r_max=12, r_base=10).flags
+    pooler = AdaptedModule("pooler.dense", "linear", (8, 8))
+    decay = signal_of("linear-decay", [*stack_of(2, {"attn": (8, 8)}), pooler], r_max=8, r_base=9)
+    assert decay.flags == {
+        "transformer.h.0.attn": cut,
+        "pooler.dense": f"in no numbered block: r_base; {cut}",
+    }
+
+
 def test_an_encoder_and_a_decoder_have_depths_of_their_own() -> None:
     layers = {"self_attn.q_proj": (8, 8), "fc1": (8, 8)}
     modules = stack_of(2, layers, "encoder.layers") + stack_of(4, layers, "decoder.layers")

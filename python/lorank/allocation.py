@@ -195,17 +195,24 @@ def allocate(
         A report: of `analyze`, `profile_gradients` or `profile_tasks`. Or anything that `analyze`
         reads (it is then analysed if the method needs spectra).
     method
-        ``"htsr"``: ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised, of the weights' spectra;
-        options `weight_alpha`, `weight_spikes`, `more_for`, `granularity`, `convention`, `scale`.
-        ``"gard"``: in proportion to the effective ranks of gradients; needs a budget.
-        ``"task"``: K* of each module's inputs and gradients, or with ``estimate="predicted_rank"`` the
-        smallest rank that predicts held-out tokens nearly as well as the full one.
-        ``"linear-decay"``: from `r_base` in the first block to `r_min` in the last.
-        ``"attention-heavy"``: `r_base` for attention, half of it for feed-forward.
-        ``"empirical"``: ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, `r_base`
-        in the rest; as no rank exceeds `r_max`, take an `r_base` below it.
-        ``"uniform"``: `r_base` everywhere. `r_base` is `r_max` by default; `blocks` tells where a block's
-        number is in unusual names.
+        How the ranks are found; a budget scales what exceeds `r_min`.
+
+        - ``"htsr"``: linear in ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised, of the weights'
+          spectra; options `weight_alpha`, `weight_spikes`, `more_for`, `granularity`, `convention`, `scale`.
+        - ``"gard"``: in proportion to the effective ranks of gradients, ``r_eff / sum(r_eff)``; needs a
+          budget; no options.
+        - ``"task"``: K* of each module's inputs and gradients, or with ``estimate="predicted_rank"`` the
+          smallest rank that predicts held-out tokens nearly as well as the full one.
+        - ``"linear-decay"``: ``r_base - (r_base - r_min) i / (L - 1)`` in block `i` of `L`; options `r_base`,
+          `blocks`.
+        - ``"attention-heavy"``: `r_base` for attention, ``max(r_min, r_base / 2)`` for feed-forward; options
+          `r_base`, `roles`.
+        - ``"empirical"``: ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, `r_base`
+          in the rest; options `r_base`, `blocks`. As no rank exceeds `r_max`, take an `r_base` below it;
+          modules that are cut are flagged.
+        - ``"uniform"``: `r_base` everywhere; option `r_base`.
+
+        `r_base` is `r_max` by default; `blocks` tells where a block's number is in unusual names.
     r_min, r_max
         Bounds of every rank, ``0 <= r_min <= r_max``. No module's rank exceeds ``min(out, in)``,
         even where that is below `r_min`: more would be wasted. Modules at that bound are flagged.

@@ -17,7 +17,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (spectra.analyze, spectra.report, spectra.allocate, *tasks.COMMANDS, *adapters.COMMANDS):
+app.command()(spectra.analyze)
+app.command()(spectra.report)
+app.command(epilog=spectra.methods_help())(spectra.allocate)
+for command in (*tasks.COMMANDS, *adapters.COMMANDS):
     app.command()(command)
 _debug = False
 

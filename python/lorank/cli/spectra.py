@@ -169,8 +169,8 @@ def allocate(
         typer.Option(
             "--method",
             "-m",
-            help=f"{', '.join(signals.names())}. gard takes a saved report of gradients, task one of tasks; "
-            "what each computes and its options: lorank.allocate in Python.",
+            help=f"{', '.join(signals.names())}: see below. gard takes a saved report of gradients, task "
+            "one of tasks.",
         ),
     ] = "htsr",
     r_min: Annotated[int, typer.Option(min=0, help="Smallest rank.")] = 4,
@@ -190,9 +190,8 @@ def allocate(
         list[str] | None,
         typer.Option(
             "--option",
-            help="NAME=VALUE for the method; VALUE may be JSON. htsr: weight_alpha, weight_spikes, more_for, "
-            "granularity, convention, scale; task: estimate=predicted_rank; schedules: r_base, and blocks or "
-            "roles={...}, which is also for --placement. Repeatable.",
+            help="NAME=VALUE for the method, see below; VALUE may be JSON. roles={...} is also for "
+            "--placement. Repeatable.",
         ),
     ] = None,
     lora_alpha: Annotated[float, typer.Option(help="LoRA alpha at the average rank.")] = 8,
@@ -240,6 +239,17 @@ def allocate(
     _show_allocation(allocation)
     if output is not None:
         say(f"saved to {output / adapter_config.FILE_NAME}")
+
+
+def methods_help() -> str:
+    """What every method computes and its options, a paragraph each."""
+    said = ["Ranks by method, within --r-min and --r-max; a budget scales what exceeds --r-min."]
+    for name in signals.names():
+        method = signals.find(name)
+        options = f" Options: {', '.join(method.options)}." if method.options else ""
+        said.append(f"{name}: {method.summary}{options}")
+    said.append("r_base is --r-max by default; blocks and roles explain unusual names (lorank.allocate).")
+    return "\n\n".join(said)
 
 
 def _check_allocation(

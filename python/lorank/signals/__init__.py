@@ -79,6 +79,11 @@ class Registered:
     check: Callable[..., object]
 
     @property
+    def summary(self) -> str:
+        """What the method computes: the first line of its documentation, as plain text."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0].replace("`", "")
+
+    @property
     def options(self) -> list[str]:
         """The names of the method's own options."""
         parameters = inspect.signature(self.function).parameters.values()

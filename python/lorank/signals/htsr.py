@@ -63,7 +63,7 @@ def htsr(
     convention: Literal["median", "xmin_mid"] = "median",
     scale: Literal["mean", "median"] = "mean",
 ) -> Signal:
-    """Adaptation score ``RA = 0.7 alpha_norm + 0.3 (1 - spikes_norm)``, min-max normalised.
+    """Adaptation score ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised; ranks are linear in it.
 
     Parameters
     ----------

@@ -41,7 +41,7 @@ def _check(r_base: int | None = None, blocks: str | None = None, roles: Roles = 
 def uniform(
     report: Any, modules: Sequence[AdaptedModule], r_min: int, r_max: int, *, r_base: int | None = None
 ) -> Signal:
-    """The same for every module: plain LoRA, the baseline of every comparison.
+    """Rank `r_base` for every module: plain LoRA, the baseline of every comparison.
 
     Parameters
     ----------
@@ -67,9 +67,9 @@ def linear_decay(
     r_base: int | None = None,
     blocks: str | None = None,
 ) -> Signal:
-    """From `r_base` in the first block to `r_min` in the last: section 3.1.1.
+    """Rank ``r_base - (r_base - r_min) i / (L - 1)`` in block `i` of `L`, counted from 0.
 
-    ``max(r_min, r_base - (r_base - r_min) i / (L - 1))``, and `r_base` for ``L = 1``.
+    Section 3.1.1: from `r_base` in the first block to `r_min` in the last; `r_base` for ``L = 1``.
 
     Parameters
     ----------
@@ -112,10 +112,10 @@ def empirical(
     r_base: int | None = None,
     blocks: str | None = None,
 ) -> Signal:
-    """Most in the middle, least at the start: section 3.1.3.
+    """Rank ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, then `r_base`.
 
-    ``0.6 r_base`` for ``i < 0.3 L``, ``1.2 r_base`` for ``0.3 L <= i < 0.7 L``, else `r_base`; `r_base`
-    for ``L = 1``.
+    Section 3.1.3: in block `i` of `L`, ``0.6 r_base`` for ``i < 0.3 L``, ``1.2 r_base`` for
+    ``0.3 L <= i < 0.7 L``, else `r_base`; `r_base` for ``L = 1``.
 
     Parameters
     ----------
@@ -124,7 +124,8 @@ def empirical(
     modules, r_min, r_max
         As in `lorank.allocate`.
     r_base
-        The last blocks' rank (default: `r_max`, which then bounds the middle, too).
+        The last blocks' rank (default: `r_max`). No rank exceeds `r_max`, so that the middle has its
+        ``1.2 r_base`` only if that is no more; modules that are cut are flagged.
     blocks
         How a block's number is read where names are unusual: as in `lorank.roles.block_of`.
 
@@ -156,7 +157,9 @@ def attention_heavy(
     r_base: int | None = None,
     roles: Roles = None,
 ) -> Signal:
-    """Attention gets `r_base`, feed-forward ``max(r_min, r_base / 2)``: section 3.1.2.
+    """Rank `r_base` for attention, ``max(r_min, r_base / 2)`` for feed-forward.
+
+    Section 3.1.2.
 
     Parameters
     ----------
@@ -193,7 +196,7 @@ def attention_heavy(
         for name, role in zip(names, found, strict=True)
         if role is None
     }
-    return _signal(ranks, r_min, r_max, flags)
+    return _signal(modules, ranks, r_min, r_max, flags)
 
 
 def _by_depth(
@@ -218,10 +221,23 @@ def _by_depth(
         for name, depth in zip(names, depths, strict=True)
         if depth is None
     }
-    return _signal(ranks, r_min, r_max, flags)
+    return _signal(modules, ranks, r_min, r_max, flags)
 
 
-def _signal(exact: Sequence[Fraction], r_min: int, r_max: int, flags: Mapping[str, str]) -> Signal:
-    rounded = [math.floor(rank + Fraction(1, 2)) for rank in exact]
-    ranks = np.clip(np.array(rounded, dtype=np.int64), r_min, r_max)
-    return Signal((ranks - r_min).astype(np.float64), ranks, flags)
+def _signal(
+    modules: Sequence[AdaptedModule],
+    exact: Sequence[Fraction],
+    r_min: int,
+    r_max: int,
+    flags: Mapping[str, str],
+) -> Signal:
+    """The ranks rounded and clipped; to the flags, those whose rank `r_max` cuts."""
+    rounded = np.array([math.floor(rank + Fraction(1, 2)) for rank in exact], dtype=np.int64)
+    ranks = np.clip(rounded, r_min, r_max)
+    cut = {
+        module.name: "the schedule gives more than r_max"
+        for module, rank in zip(modules, rounded, strict=True)
+        if rank > r_max
+    }
+    joined = {name: "; ".join(filter(None, (flags.get(name), cut.get(name)))) for name in [*flags, *cut]}
+    return Signal((ranks - r_min).astype(np.float64), ranks, joined)

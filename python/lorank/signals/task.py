@@ -29,7 +29,9 @@ def task(
     *,
     estimate: Literal["k_star", "predicted_rank"] = "k_star",
 ) -> Signal:
-    """Rank K* within the bounds; the score is what it exceeds `r_min` by.
+    """Rank K*, or with ``estimate="predicted_rank"`` what predicts held-out rows nearly as well as all.
+
+    Within the bounds; the score is what the rank exceeds `r_min` by.
 
     Parameters
     ----------
