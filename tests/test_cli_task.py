@@ -474,23 +474,31 @@ def test_a_report_of_another_kind_is_refused(gradients: Path, tasks: Path) -> No
     ok("allocate", tasks, "-m", "linear-decay")
 
 
-def test_help_names_every_method() -> None:
-    result = subprocess.run(
-        [str(EXECUTABLE), "allocate", "--help"],
+def help_of(command: str) -> str:
+    return subprocess.run(
+        [str(EXECUTABLE), command, "--help"],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "COLUMNS": "200"},
-    )
+    ).stdout
+
+
+def test_help_of_task_speaks_of_the_intercept() -> None:
+    assert "without an intercept: centre X and Y first" in help_of("task")
+
+
+def test_help_names_every_method() -> None:
+    shown = help_of("allocate")
     for name in ("htsr", "uniform", "linear-decay", "attention-heavy", "empirical", "gard", "task"):
         method = signals.find(name)
-        assert f"{name}: {method.summary}" in result.stdout
-        assert f"Options: {', '.join(method.options)}." in result.stdout or not method.options
+        assert f"{name}: {method.summary}" in shown
+        assert f"Options: {', '.join(method.options)}." in shown or not method.options
         # What the command line lists, the library's documentation lists.
         entry = str(lorank.allocate.__doc__).partition(f'- ``"{name}"``: ')[2].partition("- ``")[0]
         assert all(f"`{option}`" in entry or f"{option}=" in entry for option in method.options)
         assert entry
-    assert "Rank r_base - (r_base - r_min) i / (L - 1) in block i of L" in result.stdout
+    assert "Rank r_base - (r_base - r_min) i / (L - 1) in block i of L" in shown
 
 
 def ranks(*arguments: object) -> dict[str, int]:

@@ -230,6 +230,38 @@ def test_tensors_are_read_whatever_they_hold() -> None:
     assert_same(task.estimate(), task_spectrum(x.double().numpy(), 2 * y.detach().double().numpy()[:, 0]), 0)
 
 
+@pytest.mark.parametrize(
+    "unreadable",
+    [
+        torch.ones(4, 2, device="meta"),
+        torch.ones(4, 2).to_sparse(),
+        [torch.ones(2, dtype=torch.bfloat16)] * 4,
+        [[1.0, 2.0], [3.0]],
+    ],
+    ids=["meta", "sparse", "list of bfloat16", "ragged"],
+)
+def test_what_holds_no_values_is_refused_by_name(unreadable: Any) -> None:
+    for name, pair in (("X", (unreadable, np.ones(4))), ("Y", (np.ones((4, 2)), unreadable))):
+        with pytest.raises(ValueError, match=f"^{name} cannot be read as one array of real numbers: "):
+            TaskSpectrum().update(*pair)
+
+
+def test_arrays_need_no_torch() -> None:
+    program = (
+        "import sys, numpy, lorank; lorank.task_spectrum(numpy.eye(30)[:, :3], numpy.eye(30)[:, :2]); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_no_intercept_is_fitted() -> None:
+    X, Y, _ = sampled([2.0, 1.0], 200, 0.1, 5, 4, 3)
+    moved = task_spectrum(X, Y + 10)
+    assert moved.noise > 5
+    assert task_spectrum(X - X.mean(0), Y + 10 - (Y + 10).mean(0)).noise < 0.2
+    assert task_spectrum(np.column_stack([X, np.ones(len(X))]), Y + 10).noise < 0.2
+
+
 def test_tasks_of_shared_inputs_are_those_of_their_own() -> None:
     X, Y, _ = sampled([2.0, 1.0, 0.5], 75, 0.1, 9, 6, 5)
     other = Y[:, :2] - 3 * X[:, 2:4] ** 2

@@ -26,7 +26,7 @@ def checked_rows(name: str, values: npt.ArrayLike, width: int | None) -> npt.NDA
         If it is no 2-D array of real numbers, has no columns or not `width` of them, or holds NaN,
         infinite values or values beyond 1e140.
     """
-    array = as_numpy(values)
+    array = as_array(name, values)
     if array.ndim != 2:
         raise ValueError(f"{name} must have the shape (samples, features), not {array.shape}")
     if array.shape[1] == 0:
@@ -41,6 +41,20 @@ def checked_rows(name: str, values: npt.ArrayLike, width: int | None) -> npt.NDA
         if np.any(np.abs(chunk) > _LARGEST):
             raise ValueError(f"{name} holds values beyond {_LARGEST:g}: their squares leave float64")
     return array
+
+
+def as_array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Anything like an array, tensors of any element type and device included.
+
+    Raises
+    ------
+    ValueError
+        If it has no values that NumPy could hold (ragged, sparse, quantized, on the meta device).
+    """
+    try:
+        return as_numpy(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be read as one array of real numbers: {error}") from error
 
 
 def chunks(array: npt.NDArray[Any]) -> Iterator[Array]:

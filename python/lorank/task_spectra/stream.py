@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorank.sources.arrays import as_numpy
 from lorank.task_spectra.curve import TargetMoments
 from lorank.task_spectra.estimate import Space, TaskEstimate, check_options, estimate
-from lorank.task_spectra.moments import InputMoments, after, checked_rows, chunks, rows_of_fold
+from lorank.task_spectra.moments import InputMoments, after, as_array, checked_rows, chunks, rows_of_fold
 
 
 class TaskSpectrum:
     """The spectrum of a task whose samples come in batches.
+
+    The model is ``Y = X W + noise`` without an intercept, as in `task_spectrum`.
 
     Only sums are kept, a set per fold: ``X^T X``, ``X^T Y``, and of `Y` the sums and sums of squares.
     Memory is ``folds * d_in * (d_in + d_out)`` numbers, whatever the number of samples, and how these
@@ -81,7 +82,7 @@ class TaskSpectrum:
         if self._targets is not None:
             _, d_in, d_out = self._targets.cross.shape
         inputs = checked_rows("X", X, d_in)
-        column = as_numpy(Y)
+        column = as_array("Y", Y)
         outputs = checked_rows("Y", column[:, None] if column.ndim == 1 else column, d_out)
         if len(inputs) != len(outputs):
             raise ValueError(f"X has {len(inputs)} rows and Y has {len(outputs)}")
@@ -171,12 +172,12 @@ def task_spectrum(
     Least squares ``Y = X W + noise``, and three answers from it: K*, the rank at which a geometric
     decay of the singular values reaches the noise; the same with a decay in pieces; and the smallest
     rank that predicts held-out samples nearly as well as the full one, which is the most accurate.
+    No intercept is fitted: where there is one, centre `X` and `Y` first, or give `X` a column of ones.
 
     Parameters
     ----------
     X
-        Inputs, shape ``(n, d_in)``, any real type. No intercept is added: centre, or add a column of
-        ones.
+        Inputs, shape ``(n, d_in)``, of any real type: arrays, or torch tensors on any device.
     Y
         Targets, shape ``(n, d_out)``, or ``(n,)`` for a single output.
     noise
