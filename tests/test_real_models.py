@@ -9,6 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import lorank
+from lorank import _core
+from lorank.sources import arrays
 
 Array = np.ndarray
 
@@ -59,6 +61,26 @@ def test_fast_exponents_and_spikes(model: str, request: pytest.FixtureRequest) -
         assert a.num_nonzero <= b.num_nonzero <= a.num_nonzero + b.num_unresolved, a.name
     # Nearly all of them are done in float32.
     assert sum(row.accuracy == "exact" for row in fast) <= 0.05 * len(fast)
+
+
+def test_error_bars_of_estimates_cover_what_is_true(minilm: Path, smollm2: Path) -> None:
+    """Matrices that are small enough to know, sampled as large ones are."""
+    exponents, counts, bars = [], [], []
+    for folder in (minilm, smollm2):
+        exact = lorank.analyze(folder, progress=False)
+        weights = load_file(folder / "model.safetensors")
+        for row in exact:
+            if min(row.shape) < 128:
+                continue
+            found = _core.sample(arrays.matrix(weights[row.name + ".weight"]))
+            off = abs(found["alpha_hill"] - row.alpha_hill)
+            exponents.append(off <= found["alpha_hill_error"])
+            counts.append(abs(found["mp_spikes"] - row.mp_spikes) <= found["mp_spikes_error"])
+            bars.append(found["alpha_hill_error"] / row.alpha_hill)
+    assert len(exponents) > 200
+    assert np.mean(exponents) >= 0.9
+    assert np.mean(counts) >= 0.9
+    assert np.median(bars) < 0.05
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 4, 16, 64])

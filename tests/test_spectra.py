@@ -398,6 +398,20 @@ def test_fast_rows_are_near_exact_ones_or_exact():
     )
 
 
+def test_large_matrices_alone_are_sampled():
+    weights = {"large": gaussian(2048, 2100).astype(np.float32), "middle": gaussian(300, 300)}
+    exact = lorank.analyze(weights, progress=False)
+    report = lorank.analyze(weights, accuracy="sampled", progress=False)
+    assert [row.accuracy for row in report] == ["sampled", "fast"]
+    one, other = exact["large"], report["large"]
+    assert 0 < abs(one.alpha_hill - other.alpha_hill) <= other.alpha_hill_error < 0.05
+    assert abs(one.mp_spikes - other.mp_spikes) <= other.mp_spikes_error
+    assert other.frobenius_norm == pytest.approx(one.frobenius_norm, rel=1e-12)
+    assert np.isnan(other.eigenvalue_error)
+    with pytest.raises(ValueError, match="'sampled' has no single eigenvalues"):
+        lorank.spectrum(weights["middle"], accuracy="sampled")
+
+
 def test_rows_without_numbers():
     bad = gaussian(4, 5)
     bad[0, 0] = np.nan

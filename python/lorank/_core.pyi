@@ -23,6 +23,7 @@ __all__ = [
     "marchenko_pastur",
     "marchenko_pastur_median",
     "rebuild",
+    "sample",
     "select_budget",
     "select_energy",
     "select_largest",
@@ -73,6 +74,7 @@ def analyze(
     keep_eigenvalues: bool,
     on_result: Callable[[int, Any], object],
 ) -> None: ...
+def sample(matrix: Matrix) -> dict[str, Any]: ...
 def decompose(
     updates: Sequence[Sequence[tuple[Matrix, Matrix, float]]],
     threads: int,

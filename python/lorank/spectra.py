@@ -11,7 +11,7 @@ from lorank import _core
 from lorank.sources import arrays
 from lorank.threads import thread_count
 
-Accuracy = Literal["exact", "fast"]
+Accuracy = Literal["exact", "fast", "sampled"]
 
 
 class MarchenkoPastur(NamedTuple):
@@ -22,12 +22,16 @@ class MarchenkoPastur(NamedTuple):
 
 
 def check_accuracy(accuracy: str) -> None:
-    """Raise ValueError for an accuracy that this version does not offer."""
+    """Raise ValueError for what is no accuracy."""
     if accuracy not in get_args(Accuracy):
-        raise ValueError(f"accuracy must be 'exact' (float64) or 'fast' (float32), not {accuracy!r}")
+        raise ValueError(
+            f"accuracy must be 'exact' (float64), 'fast' (float32) or 'sampled' (estimates), not {accuracy!r}"
+        )
 
 
-def spectrum(W: Any, *, accuracy: Accuracy = "exact", threads: int | None = None) -> npt.NDArray[np.float64]:
+def spectrum(
+    W: Any, *, accuracy: Literal["exact", "fast"] = "exact", threads: int | None = None
+) -> npt.NDArray[np.float64]:
     """Eigenvalues of ``W^T W``: the squared singular values of a weight.
 
     Parameters
@@ -61,6 +65,8 @@ def spectrum(W: Any, *, accuracy: Accuracy = "exact", threads: int | None = None
     array([1., 4., 9.])
     """
     check_accuracy(accuracy)
+    if accuracy not in ("exact", "fast"):
+        raise ValueError("accuracy='sampled' has no single eigenvalues: see lorank.analyze")
     array = W if arrays.is_array(W) else np.asarray(W, dtype=np.float64)
     return _core.spectrum(arrays.matrix(array), accuracy, thread_count(threads))
 

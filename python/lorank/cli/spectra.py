@@ -82,7 +82,11 @@ def analyze(
         bool, typer.Option("--keep-eigenvalues", help="Keep every spectrum in the saved report.")
     ] = False,
     accuracy: Annotated[
-        str, typer.Option(help="exact (float64), or fast: float32 wherever its error bounds allow.")
+        str,
+        typer.Option(
+            help="exact (float64); fast: float32 wherever its error bounds allow; sampled: estimates of "
+            "large matrices, with error bars."
+        ),
     ] = "exact",
     resume: Annotated[
         Path | None, typer.Option(help="Journal of finished matrices: an interrupted run goes on from it.")

@@ -28,12 +28,12 @@ class ModuleSpectrum(ByValue):
     name, module, kind, shape, dtype, expert
         As in `MatrixInfo`; `shape` is ``(out, in)``.
     accuracy
-        ``"exact"`` (float64 arithmetic) or ``"fast"`` (float32).
+        ``"exact"`` (float64 arithmetic), ``"fast"`` (float32) or ``"sampled"`` (an estimate).
     num_nonzero
         Eigenvalues above ``p * eps(float64) * lambda_max``; those that float32 cannot tell from zero
         count.
     eigenvalue_error
-        What an eigenvalue may be off by, an a-priori bound in their unit.
+        What an eigenvalue may be off by, an a-priori bound in their unit; nan of an estimate.
     num_unresolved
         Eigenvalues that count and may be zero: they are below `eigenvalue_error`.
     alpha_hill, alpha_hill_error, alpha_hill_xmin_mid
@@ -150,7 +150,7 @@ class SpectralReport(Report[ModuleSpectrum]):
     source
         What was analysed.
     accuracy
-        What was asked for: ``"exact"`` or ``"fast"``.
+        What was asked for: ``"exact"``, ``"fast"`` or ``"sampled"``.
     num_parameters
         Parameters of the whole model, tied ones once; None if unknown (a report from CSV).
     """

@@ -1,12 +1,14 @@
 //! The analysis of many matrices, results handed over as they come.
 
-use lorank::analysis::{Analysis, analyze as analyze_matrices};
+use lorank::analysis::{Analysis, analyze as analyze_matrices, sampled};
 use lorank::eigen::Accuracy;
+use lorank::parallel::Strategy;
 use lorank::source::StoredMatrix;
 use numpy::IntoPyArray;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
-use crate::detached::{detached, hand_over};
+use crate::detached::{detached, detached_quiet, hand_over};
 use crate::matrix::Matrix;
 use crate::statistics::{accuracy, metrics_dict};
 
@@ -40,9 +42,20 @@ pub fn analyze<'py>(
                 let accuracy = match analysis.accuracy {
                     Accuracy::Exact => "exact",
                     Accuracy::Fast => "fast",
+                    Accuracy::Sampled => "sampled",
                 };
                 Ok((accuracy, metrics, eigenvalues).into_pyobject(py)?.into_any())
             })
         },
     )
+}
+
+/// The metrics of a matrix by estimate, however small it is.
+#[pyfunction]
+pub fn sample<'py>(py: Python<'py>, matrix: &Bound<'py, Matrix>) -> PyResult<Bound<'py, PyDict>> {
+    let matrix = matrix.get().0.clone();
+    let found = detached_quiet(py, move |cancel| {
+        matrix.with_view(&mut Vec::new(), cancel, |view| sampled(view, Strategy::Alone, cancel))
+    })?;
+    metrics_dict(py, &found.metrics)
 }

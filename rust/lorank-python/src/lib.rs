@@ -16,7 +16,7 @@ mod writing;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::analysis::analyze;
+    use crate::analysis::{analyze, sample};
     #[pymodule_export]
     use crate::decomposition::{Decomposition, decompose, rebuild, subtract};
     #[pymodule_export]

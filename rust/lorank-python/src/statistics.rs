@@ -33,7 +33,10 @@ pub fn accuracy(name: &str) -> PyResult<Accuracy> {
     match name {
         "exact" => Ok(Accuracy::Exact),
         "fast" => Ok(Accuracy::Fast),
-        _ => Err(PyValueError::new_err(format!("accuracy must be 'exact' or 'fast', not {name:?}"))),
+        "sampled" => Ok(Accuracy::Sampled),
+        _ => {
+            Err(PyValueError::new_err(format!("accuracy must be 'exact', 'fast' or 'sampled', not {name:?}")))
+        }
     }
 }
 

@@ -3,9 +3,12 @@
 use crate::Result;
 use crate::cancel::CancelToken;
 use crate::eigen::{Accuracy, spectrum_in_pool};
-use crate::hill::{Convention, alpha_hill_spread};
+use crate::hill::{Convention, alpha_hill, alpha_hill_spread};
+use crate::marchenko_pastur::{Scale, marchenko_pastur};
+use crate::matrix::MatrixView;
 use crate::metrics::SpectralMetrics;
 use crate::parallel::{Strategy, guarded, pool, side_by_side};
+use crate::sampled::sampled_spectrum;
 use crate::source::StoredMatrix;
 use crate::spectrum::Spectrum;
 use crate::workspace::Workspace;
@@ -35,7 +38,8 @@ const UNRESOLVED: usize = 32;
 /// not stop the others. The results do not depend on `threads`.
 ///
 /// Under [`Accuracy::Fast`] a matrix is analysed again in float64 if the bounds of float32 do not hold its
-/// exponent to 1e-3 and its spikes to one, or if too many eigenvalues may be zero.
+/// exponent to 1e-3 and its spikes to one, or if too many eigenvalues may be zero. Under
+/// [`Accuracy::Sampled`] large matrices are estimated, the others are fast.
 ///
 /// # Errors
 /// [`Error::Cancelled`], and a lack of threads; errors of single matrices go to `emit`.
@@ -90,6 +94,9 @@ fn analyze_matrix(
     let (rows, cols) = matrix.shape();
     let accuracy = accuracy.for_shape(rows, cols);
     matrix.with_view(bytes, cancel, |view| {
+        if accuracy == Accuracy::Sampled {
+            return sampled(view, strategy, cancel);
+        }
         let mut with = |accuracy| {
             let spectrum = spectrum_in_pool(view, accuracy, strategy, cancel, scratch)?;
             Ok(Analysis { metrics: SpectralMetrics::new(&spectrum, (rows, cols))?, spectrum, accuracy })
@@ -97,6 +104,28 @@ fn analyze_matrix(
         let found = with(accuracy)?;
         if accuracy == Accuracy::Exact || suffices(&found) { Ok(found) } else { with(Accuracy::Exact) }
     })
+}
+
+/// The analysis of an estimated spectrum, with its own error bars, whatever the size of the matrix.
+///
+/// # Errors
+/// As [`sampled_spectrum`], and [`crate::Error::InvalidInput`] for a matrix without elements.
+pub fn sampled(view: &MatrixView<'_>, strategy: Strategy, cancel: &CancelToken) -> Result<Analysis> {
+    let shape = (view.rows(), view.cols());
+    let sample = sampled_spectrum(view, strategy, cancel)?;
+    let spectrum = sample.spectrum.clone();
+    let mut metrics = SpectralMetrics::new(&spectrum, shape)?;
+    // Of single eigenvalues nothing is known.
+    metrics.eigenvalue_error = f64::NAN;
+    metrics.alpha_hill_error += sample.error(|spectrum| alpha_hill(spectrum, Convention::Median));
+    let spikes = |spectrum: &Spectrum| {
+        marchenko_pastur(spectrum, shape, Scale::Mean).map_or(f64::NAN, |found| found.spikes as f64)
+    };
+    let off = sample.error(spikes).min(spectrum.eigenvalues().len() as f64);
+    // Up to the next whole number.
+    metrics.mp_spikes_error +=
+        1 + (0..spectrum.eigenvalues().len()).take_while(|&n| (n as f64) < off).count();
+    Ok(Analysis { metrics, spectrum, accuracy: Accuracy::Sampled })
 }
 
 /// Whether the errors of a fast analysis are small enough.

@@ -13,26 +13,26 @@ pub fn stable_rank(spectrum: &Spectrum) -> f64 {
 /// eigenvalues).
 #[must_use]
 pub fn effective_rank(spectrum: &Spectrum) -> f64 {
-    let sum = spectrum.sum();
-    if sum == 0.0 {
+    if spectrum.largest() == 0.0 {
         return f64::NAN;
     }
-    let entropy: f64 = shares(spectrum, sum).map(|q| -q * q.ln()).sum();
+    let entropy: f64 = shares(spectrum).map(|q| -q * q.ln()).sum();
     entropy.exp()
 }
 
 /// `(sum lambda)^2 / sum lambda^2`.
 #[must_use]
 pub fn participation_ratio(spectrum: &Spectrum) -> f64 {
-    let sum = spectrum.sum();
-    if sum == 0.0 {
+    if spectrum.largest() == 0.0 {
         return f64::NAN;
     }
-    shares(spectrum, sum).map(|q| q * q).sum::<f64>().recip()
+    shares(spectrum).map(|q| q * q).sum::<f64>().recip()
 }
 
 /// The positive eigenvalues as shares of their sum: no square of theirs can overflow.
-fn shares(spectrum: &Spectrum, sum: f64) -> impl Iterator<Item = f64> {
+fn shares(spectrum: &Spectrum) -> impl Iterator<Item = f64> {
+    // Of the values as they are: these must add up to 1.
+    let sum: f64 = spectrum.eigenvalues().iter().sum();
     spectrum.eigenvalues().iter().map(move |x| x / sum).filter(|&q| q > 0.0)
 }
 

@@ -1,4 +1,4 @@
-//! Eigenvalues of `W^T W`, in float64 arithmetic or in float32.
+//! Eigenvalues of `W^T W`, in float64 arithmetic or in float32, or an estimate of them.
 //!
 //! `W` is scaled by a power of two so that its largest entry is near 1, multiplied into a Gram
 //! matrix of order `p = min(out, in)` ([`gram`](mod@crate::gram)), reduced to tridiagonal form
@@ -18,6 +18,7 @@ use crate::matrix::MatrixView;
 use crate::number::Number;
 use crate::parallel::{Strategy, pool};
 use crate::root_free_ql::tridiagonal_eigenvalues;
+use crate::sampled::sampled_spectrum;
 use crate::spectrum::Spectrum;
 use crate::tridiag::{tridiagonalize, tridiagonalize_scratch};
 use crate::workspace::Scratch;
@@ -30,6 +31,9 @@ const EXPONENT_LIMIT: i32 = 480;
 /// Rows and columns from which float32 saves time.
 const FAST_FROM: usize = 128;
 
+/// Rows and columns from which an estimate is several times faster than float32.
+const SAMPLED_FROM: usize = 2048;
+
 /// The arithmetic of a spectrum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accuracy {
@@ -37,13 +41,20 @@ pub enum Accuracy {
     Exact,
     /// float32 for the two steps that take the time.
     Fast,
+    /// An estimate from random vectors ([`sampled`](crate::sampled)), where a reduction takes long.
+    Sampled,
 }
 
 impl Accuracy {
-    /// What is really done for a `(rows, cols)` matrix: small ones are exact.
+    /// What is really done for a `(rows, cols)` matrix: small ones are exact, or fast.
     #[must_use]
     pub const fn for_shape(self, rows: usize, cols: usize) -> Self {
-        if rows < FAST_FROM || cols < FAST_FROM { Self::Exact } else { self }
+        let p = if rows < cols { rows } else { cols };
+        match self {
+            _ if p < FAST_FROM => Self::Exact,
+            Self::Sampled if p < SAMPLED_FROM => Self::Fast,
+            _ => self,
+        }
     }
 }
 
@@ -78,6 +89,10 @@ pub fn spectrum_in_pool(
     cancel: &CancelToken,
     scratch: &mut Scratch,
 ) -> Result<Spectrum> {
+    let accuracy = accuracy.for_shape(view.rows(), view.cols());
+    if accuracy == Accuracy::Sampled {
+        return Ok(sampled_spectrum(view, strategy, cancel)?.spectrum);
+    }
     let p = view.rows().min(view.cols());
     let largest = view.max_abs()?;
     if largest == 0.0 {
@@ -85,7 +100,7 @@ pub fn spectrum_in_pool(
     }
     let exponent = binary_exponent(largest)?;
     let scale = power_of_two(-exponent);
-    let is_fast = accuracy.for_shape(view.rows(), view.cols()) == Accuracy::Fast;
+    let is_fast = accuracy == Accuracy::Fast;
     let mut eigenvalues = if is_fast {
         gram_eigenvalues::<f32>(view, scale, strategy, cancel, scratch)?
     } else {

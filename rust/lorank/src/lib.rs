@@ -44,6 +44,7 @@ pub mod qr;
 pub mod root_free_ql;
 pub mod safetensors;
 pub mod safetensors_writer;
+pub mod sampled;
 pub mod select;
 pub mod source;
 pub mod spectrum;

@@ -192,16 +192,27 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::Numerical`] at the first NaN or infinity.
     pub fn max_abs(&self) -> Result<f64> {
-        let mut largest = 0.0f64;
+        let mut largest = [0.0f64; 16];
         self.each_run(1.0, |values| {
-            let mut finite = true;
-            for x in values {
-                largest = largest.max(x.abs());
-                finite &= x.is_finite();
+            // The product of a finite number and 0 is 0, of any other NaN.
+            let mut zeros = [0.0f64; 16];
+            let (whole, rest) = values.as_chunks::<16>();
+            for values in whole {
+                for ((largest, zero), x) in largest.iter_mut().zip(&mut zeros).zip(values) {
+                    *largest = if x.abs() > *largest { x.abs() } else { *largest };
+                    *zero += x * 0.0;
+                }
             }
-            if finite { Ok(()) } else { Err(Error::Numerical("holds NaN or infinite values".into())) }
+            for ((largest, zero), x) in largest.iter_mut().zip(&mut zeros).zip(rest) {
+                *largest = if x.abs() > *largest { x.abs() } else { *largest };
+                *zero += x * 0.0;
+            }
+            if zeros.iter().any(|x| x.is_nan()) {
+                return Err(Error::Numerical("holds NaN or infinite values".into()));
+            }
+            Ok(())
         })?;
-        Ok(largest)
+        Ok(largest.iter().fold(0.0, |max, &x| max.max(x)))
     }
 
     /// The sum of the squares of all elements, each times `scale`.

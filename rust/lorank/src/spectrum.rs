@@ -9,6 +9,7 @@ pub struct Spectrum {
     /// Index of the first numerically non-zero eigenvalue.
     first_nonzero: usize,
     error: f64,
+    sum: Option<f64>,
 }
 
 impl Spectrum {
@@ -34,13 +35,19 @@ impl Spectrum {
             *value = 0.0;
         }
         let first_nonzero = eigenvalues.partition_point(|&x| x <= cut_off);
-        Ok(Self { eigenvalues, first_nonzero, error: 0.0 })
+        Ok(Self { eigenvalues, first_nonzero, error: 0.0, sum: None })
     }
 
     /// The same, each eigenvalue known to within `error`.
     #[must_use]
     pub fn with_error(self, error: f64) -> Self {
         Self { error, ..self }
+    }
+
+    /// The same, with a sum that is known better than its terms.
+    #[must_use]
+    pub fn with_sum(self, sum: f64) -> Self {
+        Self { sum: Some(sum), ..self }
     }
 
     /// The same, eigenvalues that cannot be told from zero counted as non-zero, unless all are zero.
@@ -89,7 +96,7 @@ impl Spectrum {
     /// The sum of the eigenvalues: the squared Frobenius norm of `W`.
     #[must_use]
     pub fn sum(&self) -> f64 {
-        self.eigenvalues.iter().sum()
+        self.sum.unwrap_or_else(|| self.eigenvalues.iter().sum())
     }
 
     /// The precision, relative to the largest, to which eigenvalues of this many dimensions are known.

@@ -7,4 +7,5 @@ mod fast;
 mod marchenko_pastur;
 mod matrices;
 mod range;
+mod sampled;
 mod threads;
