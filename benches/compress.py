@@ -2,22 +2,18 @@
 
 An adapter of LLaMA-7B's shapes (224 modules), folder to folder with the disk cached, against the loop
 that people write by hand: load with safetensors, QR of both factors, SVD of the core, global threshold,
-rebuild, save. And the merge of two adapters of one 4096x4096 module against PEFT's
-`add_weighted_adapter(combination_type="svd")`. Every contender runs in a process of its own; the clock
-starts after imports.
+rebuild, save. And the merge of two adapters of one 4096x4096 module, and of four whole ones, against PEFT's
+`add_weighted_adapter(combination_type="svd")`, of which the latter would take an hour and is extrapolated
+from four modules. Every contender runs in a process of its own; the clock starts after imports.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import measuring
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -89,33 +85,38 @@ def run(source, target, threads):
 
 LORANK_MERGE = """
 from lorank import LoraAdapter, merge
-def run(source, target, threads):
-    adapters = [LoraAdapter.load(f"{source}/{k}") for k in (0, 1)]
-    merged = merge(adapters, [0.7, 0.3], avg_rank=16, threads=threads, progress=False)
+def run(source, count, threads):
+    adapters = [LoraAdapter.load(f"{source}/{k}") for k in range(int(count))]
+    weights = [0.4, 0.3, 0.2, 0.1][:len(adapters)]
+    merged = merge(adapters, weights, avg_rank=16, threads=threads, progress=False)
     return merged.certificate.retained_energy
 """
 
 PEFT_MERGE = """
-import peft, torch
-def run(source, target, threads):
+import json, peft, safetensors, time, torch
+def run(source, count, threads):
     torch.set_num_threads(threads)
-    base = torch.nn.ModuleDict({"proj": torch.nn.Linear(4096, 4096, bias=False)})
-    model = peft.PeftModel.from_pretrained(base, f"{source}/0", adapter_name="a")
-    model.load_adapter(f"{source}/1", "b")
-    import time
+    names = [str(k) for k in range(int(count))]
+    base = torch.nn.Module()
+    with safetensors.safe_open(f"{source}/0/adapter_model.safetensors", "pt") as file:
+        for key in file.keys():
+            if ".lora_A." in key:
+                *path, leaf = key.removeprefix("base_model.model.").split(".lora_A.")[0].split(".")
+                where = base
+                for part in path:
+                    if not hasattr(where, part):
+                        where.add_module(part, torch.nn.Module())
+                    where = getattr(where, part)
+                fan_in = file.get_slice(key).get_shape()[1]
+                out = file.get_slice(key.replace(".lora_A.", ".lora_B.")).get_shape()[0]
+                where.add_module(leaf, torch.nn.Linear(fan_in, out, bias=False))
+    model = peft.PeftModel.from_pretrained(base, f"{source}/0", adapter_name="0")
+    for name in names[1:]:
+        model.load_adapter(f"{source}/{name}", name)
+    weights = [0.4, 0.3, 0.2, 0.1][:len(names)]
     start = time.perf_counter()
-    model.base_model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "m", combination_type="svd", svd_rank=16)
-    return {"merge_seconds": time.perf_counter() - start}
-"""
-
-HARNESS = """
-import json, re, sys, time
-def peak(): return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-before = peak()
-start = time.perf_counter()
-result = run(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-seconds = time.perf_counter() - start
-print("RESULT " + json.dumps({"seconds": seconds, "peak": peak() - before, "result": result}))
+    model.base_model.add_weighted_adapter(names, weights, "m", combination_type="svd", svd_rank=16)
+    return {"seconds": time.perf_counter() - start}
 """
 
 
@@ -136,83 +137,91 @@ def write_adapter(folder: Path, modules: dict[str, tuple[int, int]], rank: int, 
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def measure(code: str, source: Path, target: str, threads: int) -> dict[str, object]:
-    """One run in a fresh process."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-    environment = os.environ | dict.fromkeys(names, str(threads)) | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code + HARNESS, str(source), target, str(threads)]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-    result: dict[str, object] = json.loads(line.removeprefix("RESULT "))
-    return result
-
-
-def compare(rank: int, layers: int, threads: int, repeats: int, scratch: Path) -> list[dict[str, object]]:
+def compare(rank: int, layers: int, threads: int, repeats: int, scratch: Path) -> list[measuring.Run]:
     """Folder to folder, and the same work on tensors in memory."""
-    modules = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in SHAPES.items()}
+    modules = modules_of(layers)
     source = scratch / f"adapter-{rank}"
     size = write_adapter(source, modules, rank)
-    whole: list[list[dict[str, object]]] = [[], []]
-    inner: list[list[dict[str, object]]] = [[], []]
+    whole: list[list[measuring.Run]] = [[], []]
+    inner: list[list[measuring.Run]] = [[], []]
     for repeat in range(repeats):
         for k, (on_disk, in_memory) in enumerate(((LORANK, LORANK_IN_MEMORY), (TORCH, TORCH))):
-            whole[k].append(measure(on_disk, source, str(scratch / f"{k}-{rank}-{repeat}"), threads))
-            inner[k].append(measure(in_memory, source, "", threads)["result"])
+            target = scratch / f"{k}-{rank}-{repeat}"
+            whole[k].append(measuring.fresh(on_disk, source, target, threads=threads))
+            inner[k].append(measuring.fresh(in_memory, source, "", threads=threads))
     difference = abs(whole[0][0]["result"] - whole[1][0]["result"])
     assert difference < 1e-5, f"the contenders disagree by {difference}"
-    name = f"compress, {len(modules)} modules, r={rank}"
-    peaks = [max(run["peak"] for run in runs) / size for runs in whole]
+    peaks = [max(run["grown"] for run in runs) / size for runs in whole]
+    name, peer = f"compress {len(modules)} modules, r={rank}", "torch QR + SVD loop"
     return [
-        {**row(f"{name}, in memory", *inner), "peaks": None},
-        {**row(f"{name}, folder to folder", *whole), "peaks": peaks},
+        measuring.compared(f"{name}, in memory", peer, *inner),
+        measuring.compared(f"{name}, folder to folder", peer, *whole, peaks_in_adapters=peaks),
     ]
 
 
-def row(work: str, mine: list[dict[str, object]], theirs: list[dict[str, object]]) -> dict[str, object]:
-    """Medians; the ratio pair by pair, so that a drift of the machine's speed cancels."""
-    ratios = [t["seconds"] / m["seconds"] for m, t in zip(mine, theirs, strict=True)]
-    medians = [statistics.median(run["seconds"] for run in runs) for runs in (mine, theirs)]
-    return {"work": work, "lorank": medians[0], "peer": medians[1], "ratio": statistics.median(ratios)}
-
-
-def compare_merges(threads: int, scratch: Path) -> dict[str, object]:
-    for k in (0, 1):
+def compare_merges(layers: int, threads: int, repeats: int, scratch: Path) -> list[measuring.Run]:
+    """Two adapters of one module, and four of all; of these PEFT's time is that of four modules, scaled."""
+    modules = modules_of(layers)
+    for k in range(2):
         write_adapter(scratch / "pair" / str(k), {"proj": (4096, 4096)}, 16, seed=k)
-    runs = [measure(LORANK_MERGE, scratch / "pair", "", threads) for _ in range(5)]
-    mine = statistics.median(run["seconds"] for run in runs)
-    theirs = measure(PEFT_MERGE, scratch / "pair", "", threads)["result"]["merge_seconds"]
-    return {
-        "work": "merge of two, one 4096x4096 module, r=16",
-        "lorank": mine,
-        "peer": theirs,
-        "ratio": theirs / mine,
-        "peaks": None,
-    }
+    for k in range(4):
+        write_adapter(scratch / "whole" / str(k), modules, 16, seed=k)
+        write_adapter(scratch / "four" / str(k), dict(list(modules.items())[3:7]), 16, seed=k)
+    rows = []
+    for work, count, mine, theirs, scale in (
+        ("merge 2 of 1 module 4096x4096", 2, "pair", "pair", 1.0),
+        # Four modules cost what their shapes do: attention's output and the feed-forward block's three.
+        (
+            f"merge 4 of {len(modules)} modules, r=16",
+            4,
+            "whole",
+            "four",
+            _cost(modules) / _cost_of_four(modules),
+        ),
+    ):
+        own = [measuring.fresh(LORANK_MERGE, scratch / mine, count, threads=threads) for _ in range(repeats)]
+        peer = measuring.fresh(PEFT_MERGE, scratch / theirs, count, threads=threads)
+        peer["seconds"] *= scale
+        name = 'PEFT add_weighted_adapter("svd")' + (", extrapolated" if scale > 1 else "")
+        rows.append(measuring.compared(work, name, own, [peer] * repeats))
+    return rows
+
+
+def _cost(modules: dict[str, tuple[int, int]]) -> float:
+    """What an SVD of every module costs, up to a constant."""
+    return sum(min(shape) ** 2 * max(shape) for shape in modules.values())
+
+
+def _cost_of_four(modules: dict[str, tuple[int, int]]) -> float:
+    return _cost(dict(list(modules.items())[3:7]))
+
+
+def modules_of(layers: int) -> dict[str, tuple[int, int]]:
+    """LLaMA-7B's, or some of its layers."""
+    return {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in SHAPES.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--without-peft", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    arguments = parser.parse_args()
+    options = measuring.parser(__doc__, repeats=5)
+    options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--without-peft", action="store_true")
+    arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         rows = []
         for rank in (16, 64):
             rows += compare(rank, arguments.layers, arguments.threads, arguments.repeats, scratch)
         if not arguments.without_peft:
-            rows.append(compare_merges(arguments.threads, scratch))
-    print(f"{arguments.threads} threads, medians of {arguments.repeats}; peak memory in sizes of the adapter")
-    for entry in rows:
-        line = "{work:50} lorank {lorank:7.3f} s   peer {peer:7.3f} s {ratio:7.1f}x".format(**entry)
-        if entry["peaks"]:
-            line += "   peak {:.2f} against {:.2f}".format(*entry["peaks"])
-        print(line)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"threads": arguments.threads, "rows": rows}, indent=1))
+            rows += compare_merges(arguments.layers, arguments.threads, arguments.repeats, scratch)
+    for row in rows:
+        measuring.show(row)
+        if "peaks_in_adapters" in row:
+            print(
+                "  peak memory in sizes of the adapter: {:.2f} against {:.2f}".format(
+                    *row["peaks_in_adapters"]
+                )
+            )
+    measuring.write(arguments.json, arguments.threads, rows)
 
 
 if __name__ == "__main__":

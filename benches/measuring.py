@@ -1,0 +1,74 @@
+"""What the benches share: runs in fresh processes, ratios pair by pair, results as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_HARNESS = """
+import json, re, sys, time
+def peak(): return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+start = time.perf_counter()
+result = run(*sys.argv[2:], int(sys.argv[1]))
+seconds = time.perf_counter() - start
+print("RESULT " + json.dumps({"seconds": seconds, "peak": peak(), "grown": peak() - before, "result": result}))
+"""
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+
+Run = dict[str, Any]
+
+
+def fresh(code: str, *arguments: object, threads: int) -> Run:
+    """``run(*arguments, threads)`` of some code in a process of its own; the clock starts after imports.
+
+    A result with a key "seconds" is its own clock.
+    """
+    environment = os.environ | dict.fromkeys(_THREADS, str(threads)) | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code + _HARNESS, str(threads), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    found: Run = json.loads(line.removeprefix("RESULT "))
+    if isinstance(found["result"], dict) and "seconds" in found["result"]:
+        found |= found["result"]
+    return found
+
+
+def compared(work: str, against: str, mine: Sequence[Run], theirs: Sequence[Run], **more: object) -> Run:
+    """A row: medians, and the median of ratios pair by pair, so that a drift of the machine cancels."""
+    seconds = [statistics.median(run["seconds"] for run in runs) for runs in (mine, theirs)]
+    ratios = [other["seconds"] / own["seconds"] for own, other in zip(mine, theirs, strict=True)]
+    row = {"work": work, "against": against, "lorank": seconds[0], "peer": seconds[1]}
+    return {**row, "ratio": statistics.median(ratios), "ratios": ratios, **more}
+
+
+def show(row: Run) -> None:
+    """A row as a line, at once: what is long shows how far it is."""
+    line = "{work:46} {lorank:9.4f} s   {against:38} {peer:9.3f} s {ratio:7.2f}x".format(**row)
+    print(line, flush=True)
+
+
+def parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
+    """The options of every bench."""
+    found = argparse.ArgumentParser(description=doc)
+    found.add_argument("--threads", type=int, default=2)
+    found.add_argument("--repeats", type=int, default=repeats)
+    found.add_argument("--json", type=Path, help="also write the numbers here")
+    return found
+
+
+def write(path: Path | None, threads: int, rows: Sequence[Run]) -> None:
+    """The rows as JSON, if somebody wants them."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"threads": threads, "rows": list(rows)}, indent=1) + "\n")
