@@ -13,9 +13,10 @@ import json
 import tempfile
 from pathlib import Path
 
-import measuring
 import numpy as np
 from safetensors.numpy import save_file
+
+import measuring
 
 SHAPES = {
     **{f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"},

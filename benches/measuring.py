@@ -19,7 +19,8 @@ before = peak()
 start = time.perf_counter()
 result = run(*sys.argv[2:], int(sys.argv[1]))
 seconds = time.perf_counter() - start
-print("RESULT " + json.dumps({"seconds": seconds, "peak": peak(), "grown": peak() - before, "result": result}))
+found = {"seconds": seconds, "peak": peak(), "grown": peak() - before, "result": result}
+print("RESULT " + json.dumps(found))
 """
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")

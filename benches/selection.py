@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import measuring
 import numpy as np
 
+import measuring
 from lorank import _core
 
 

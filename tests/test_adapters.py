@@ -121,7 +121,7 @@ def test_the_compressed_model_computes_what_the_certificate_says(
     assert sum(small.ranks.values()) == int(0.4 * sum(adapter.ranks.values()) + 0.5)
     before, after, certificate = dense(adapter), dense(small), small.certificate
     assert certificate is not None
-    assert certificate.norm == pytest.approx(norm(before), rel=1e-9)
+    assert certificate.norm == pytest.approx(norm(before), rel=4e-7)
     assert certificate.error == pytest.approx(distance(before, after), abs=1e-6 * norm(before))
     for entry in certificate.modules:
         difference = before[entry.name] - after[entry.name]

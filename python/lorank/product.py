@@ -53,7 +53,7 @@ def product_svd(B: Any, A: Any) -> ProductSvd:
     values = found[0].singular_values
     kept = values > 0
     _core.rebuild([(found[0], kept.tolist())], 1, lambda _, out: found.append(out))
-    columns, rows = found[1]
+    columns, rows = (factor.to_array() for factor in found[1])
     # Balanced columns and rows are as long as the root of their value.
     roots = np.sqrt(values[kept])
     return ProductSvd(columns / roots, values[kept], rows / roots[:, None])

@@ -114,6 +114,8 @@ class SpectralForm:
     @property
     def largest_values(self) -> npt.NDArray[np.float64]:
         """The largest of the copies' singular values: the spectral norm of leaving one out."""
+        if len(self.parts) == 1:
+            return self.parts[0].singular_values
         largest: npt.NDArray[np.float64] = np.max([part.singular_values for part in self.parts], axis=0)
         return largest
 
@@ -121,14 +123,19 @@ class SpectralForm:
 def truncate(
     forms: Sequence[SpectralForm], masks: Sequence[npt.NDArray[np.bool_]], threads: int
 ) -> list[LoraModule]:
-    """The modules with the values of masks: factors in memory, scaling 1."""
-    factors: list[list[tuple[Array, Array] | None]] = [[None] * len(form.parts) for form in forms]
+    """The modules with the values of masks, scaling 1.
+
+    Factors that follow from a file's are computed when they are asked for, others are in memory.
+    """
+    factors: list[list[tuple[_core.Matrix, _core.Matrix] | None]] = [
+        [None] * len(form.parts) for form in forms
+    ]
     choices: list[tuple[_core.Decomposition, Sequence[bool]]] = []
     places: list[tuple[int, int]] = []
     for i, (form, keep) in enumerate(zip(forms, masks, strict=True)):
         for e, part in enumerate(form.parts):
             if isinstance(part, Triplets):
-                factors[i][e] = (part.b_columns[keep].T, part.a_rows[keep])
+                factors[i][e] = in_memory(part.b_columns[keep].T, part.a_rows[keep])
             elif isinstance(part, _core.Decomposition):
                 choices.append((part, keep.tolist()))
                 places.append((i, e))
@@ -146,13 +153,15 @@ def truncate(
     ]
 
 
-def _truncated(form: SpectralForm, rank: int, pairs: Sequence[tuple[Array, Array]]) -> LoraModule:
+def _truncated(
+    form: SpectralForm, rank: int, pairs: Sequence[tuple[_core.Matrix, _core.Matrix]]
+) -> LoraModule:
     module = form.module
     return replace(
         module,
         rank=rank,
         scaling=1.0,
-        factors=lambda: [in_memory(b, a) for b, a in pairs],
+        factors=lambda: pairs,
         carried={name: value * np.float32(module.scaling) for name, value in module.carried.items()},
     )
 

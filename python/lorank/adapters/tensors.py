@@ -68,7 +68,7 @@ class FileTensors:
         self.metadata: Mapping[str, str] = self._checkpoint.metadata()
         self._entries = {
             name: (position, dtype, tuple(shape))
-            for position, (name, dtype, shape, _) in enumerate(self._checkpoint.tensors())
+            for position, (name, dtype, shape) in enumerate(self._checkpoint.tensors())
         }
         self._shapes = {name: shape for name, (_, _, shape) in self._entries.items()}
 

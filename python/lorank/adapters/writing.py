@@ -22,6 +22,7 @@ from lorank.adapters.tensors import SAFETENSORS_NAMES, FileTensors, Stored, raw_
 from lorank.atomic import made_folder, write_text
 from lorank.certificate import Certificate
 from lorank.sources import arrays
+from lorank.threads import thread_count
 
 Array = npt.NDArray[Any]
 Tensor = tuple[str, list[int], Any, str]
@@ -63,7 +64,7 @@ def write_adapter(
     tensors = _tensors(adapter, layouts, stored)
     weights = target / WEIGHTS
     with made_folder(target):
-        _core.write_safetensors(weights, tensors, metadata)
+        _core.write_safetensors(weights, tensors, metadata, thread_count(None))
     certificate = _with_rounding(adapter, layouts, target, stored)
     write_text(
         target / CONFIG, json.dumps(profiles.settings(adapter, profile), indent=2, sort_keys=True) + "\n"
@@ -140,7 +141,7 @@ def _write_image_adapter(
         tensors.append(_tensor(alpha_key, np.array(layout.rank, dtype=np.float32), stored))
     tensors += [_carried(key, stored) for key, stored in adapter.carried.items()]
     with made_folder(target.parent):
-        _core.write_safetensors(target, tensors, {**kohya.metadata(adapter), **metadata})
+        _core.write_safetensors(target, tensors, {**kohya.metadata(adapter), **metadata}, thread_count(None))
     return target
 
 

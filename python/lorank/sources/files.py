@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,10 @@ def open_path(path: Path, label: str) -> Source:
 def _open_safetensors(path: Path, label: str) -> Source:
     checkpoint = Checkpoint(path)
     tensors = checkpoint.tensors()
-    layout = Layout({name: tuple(shape) for name, _, shape, _ in tensors}, read_config(path))
+    layout = Layout({name: tuple(shape) for name, _, shape in tensors}, read_config(path))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
-    for position, (name, dtype, shape, _) in enumerate(tensors):
+    for position, (name, dtype, shape) in enumerate(tensors):
         found = layout.matrices(name, dtype)
         if isinstance(found, str):
             vector = len(shape) == 1 and dtype in FLOAT_TYPES
@@ -68,8 +68,10 @@ def _open_safetensors(path: Path, label: str) -> Source:
         ]
     # Writers sort by type and by name as text: block 10 before block 2.
     matrices.sort(key=lambda matrix: naming.natural_key(matrix.info.name))
-    num_parameters = sum(math.prod(shape) for _, dtype, shape, _ in tensors if dtype in FLOAT_TYPES)
-    return Source(label, tuple(matrices), tuple(skipped), num_parameters, _fingerprint(tensors))
+    num_parameters = sum(math.prod(shape) for _, dtype, shape in tensors if dtype in FLOAT_TYPES)
+    return Source(
+        label, tuple(matrices), tuple(skipped), num_parameters, _fingerprint(checkpoint.files(), tensors)
+    )
 
 
 def _open_pickles(path: Path, label: str) -> Source:
@@ -88,13 +90,13 @@ def read_config(path: Path) -> Mapping[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _fingerprint(tensors: list[tuple[str, str, list[int], Path]]) -> str:
+def _fingerprint(files: Sequence[Path], tensors: Sequence[tuple[str, str, list[int]]]) -> str:
     """A digest of what a checkpoint holds: headers, and size and time of change of every file."""
     digest = hashlib.sha256()
-    for file in sorted({file for *_, file in tensors}):
+    for file in files:
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    for name, dtype, shape, _ in tensors:
+    for name, dtype, shape in tensors:
         digest.update(f"{name} {dtype} {shape}\n".encode())
     return digest.hexdigest()
 

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use lorank::difference_svd::{Difference, Pair, subtract_all};
-use lorank::low_rank::{Factors, Term, Values};
+use lorank::low_rank::{Term, Values};
 use lorank::product_svd::{Decomposition as Decomposed, decompose_all};
-use lorank::truncation::{Truncation, rebuild_all};
+use lorank::truncation::{Factors, Truncation, rebuild_all};
 use numpy::{IntoPyArray, PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 
@@ -54,8 +54,8 @@ pub fn decompose<'py>(
     )
 }
 
-/// Computes the factors of chosen singular values and calls `on_result(index, (B, A))` for each
-/// decomposition as it finishes; the outcome may be an exception.
+/// Truncates decompositions and calls `on_result(index, (B, A))` for each as it finishes; the outcome may be an
+/// exception. Factors of terms in files are computed whenever they are asked for, those of arrays at once.
 #[pyfunction]
 pub fn rebuild<'py>(
     py: Python<'py>,
@@ -68,7 +68,6 @@ pub fn rebuild<'py>(
         keep: keep.clone(),
     };
     let truncations: Vec<Truncation> = choices.iter().map(truncation).collect();
-    let ranks: Vec<usize> = choices.iter().map(|(_, keep)| keep.iter().filter(|&&k| k).count()).collect();
     drop(choices);
     detached(
         py,
@@ -77,9 +76,7 @@ pub fn rebuild<'py>(
         },
         |py, (index, result): (usize, lorank::Result<Factors>)| {
             hand_over(py, on_result, index, result, |factors| {
-                let (b, a) =
-                    (rows(py, factors.b, None, ranks[index])?, rows(py, factors.a, Some(ranks[index]), 0)?);
-                Ok((b, a).into_pyobject(py)?.into_any())
+                Ok((Matrix(factors.b), Matrix(factors.a)).into_pyobject(py)?.into_any())
             })
         },
     )

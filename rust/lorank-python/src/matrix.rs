@@ -1,7 +1,7 @@
 //! Matrices and checkpoints as Python sees them.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lorank::checkpoint::StoredTensor;
@@ -130,8 +130,8 @@ fn element_type(array: &Bound<'_, PyUntypedArray>, name: Option<&str>) -> PyResu
     }
 }
 
-/// A tensor of a checkpoint: name, safetensors dtype, shape, file.
-type TensorEntry = (String, String, Vec<usize>, PathBuf);
+/// A tensor of a checkpoint: name, safetensors dtype, shape.
+type TensorEntry = (String, String, Vec<usize>);
 
 /// An opened safetensors file, index, or folder of shards.
 #[pyclass(frozen, module = "lorank._core")]
@@ -145,12 +145,16 @@ impl Checkpoint {
         py.detach(|| lorank::checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_py)
     }
 
-    /// Every tensor as `(name, dtype, shape, file)`.
+    /// Every tensor as `(name, dtype, shape)`.
     fn tensors(&self) -> Vec<TensorEntry> {
-        let entry = |t: &StoredTensor| {
-            (t.info.name.clone(), t.info.dtype.clone(), t.info.shape.clone(), t.file.path().to_path_buf())
-        };
+        let entry = |t: &StoredTensor| (t.info.name.clone(), t.info.dtype.clone(), t.info.shape.clone());
         self.0.tensors.iter().map(entry).collect()
+    }
+
+    /// The files that hold tensors, each once, in the order of their names.
+    fn files(&self) -> Vec<PathBuf> {
+        let files: BTreeSet<&Path> = self.0.tensors.iter().map(|t| t.file.path()).collect();
+        files.into_iter().map(Path::to_path_buf).collect()
     }
 
     /// What the header says beyond tensors; of a single file only.

@@ -40,6 +40,7 @@ pub fn write_safetensors(
     path: PathBuf,
     tensors: Vec<(String, Vec<usize>, PyContent<'_>, String)>,
     metadata: BTreeMap<String, String>,
+    threads: usize,
 ) -> PyResult<()> {
     let held: Vec<(String, Vec<usize>, Held)> = tensors
         .into_iter()
@@ -58,7 +59,7 @@ pub fn write_safetensors(
                 },
             })
             .collect();
-        write(&path, &out, &metadata, cancel)
+        write(&path, &out, &metadata, threads, cancel)
     })
 }
 

@@ -79,22 +79,27 @@ impl DType {
     /// If `bytes` does not hold exactly `out.len()` elements.
     pub fn decode<T: Number>(self, bytes: &[u8], scale: f64, out: &mut [T]) {
         assert_eq!(bytes.len(), out.len() * self.size(), "one element per output");
+        let is_plain = scale.to_bits() == 1f64.to_bits();
         match self {
-            Self::F64 => widen(bytes, out, |b| f64::from_le_bytes(b) * scale),
-            Self::F32 => widen(bytes, out, |b| f64::from(f32::from_le_bytes(b)) * scale),
-            Self::F16 => widen(bytes, out, |b| f64::from(f16_to_f32(u16::from_le_bytes(b))) * scale),
-            Self::Bf16 => widen(bytes, out, |b| f64::from(bf16_to_f32(u16::from_le_bytes(b))) * scale),
-            Self::F8E4M3 => widen(bytes, out, |[b]| f64::from(E4M3[usize::from(b)]) * scale),
-            Self::F8E5M2 => widen(bytes, out, |[b]| f64::from(E5M2[usize::from(b)]) * scale),
+            // Straight to float32, or copied, which takes half the time and less.
+            Self::F32 if is_plain => widen(bytes, out, |b| T::of_f32(f32::from_le_bytes(b))),
+            Self::F16 if is_plain => widen(bytes, out, |b| T::of_f32(f16_to_f32(u16::from_le_bytes(b)))),
+            Self::Bf16 if is_plain => widen(bytes, out, |b| T::of_f32(bf16_to_f32(u16::from_le_bytes(b)))),
+            Self::F64 => widen(bytes, out, |b| T::of(f64::from_le_bytes(b) * scale)),
+            Self::F32 => widen(bytes, out, |b| T::of(f64::from(f32::from_le_bytes(b)) * scale)),
+            Self::F16 => widen(bytes, out, |b| T::of(f64::from(f16_to_f32(u16::from_le_bytes(b))) * scale)),
+            Self::Bf16 => widen(bytes, out, |b| T::of(f64::from(bf16_to_f32(u16::from_le_bytes(b))) * scale)),
+            Self::F8E4M3 => widen(bytes, out, |[b]| T::of(f64::from(E4M3[usize::from(b)]) * scale)),
+            Self::F8E5M2 => widen(bytes, out, |[b]| T::of(f64::from(E5M2[usize::from(b)]) * scale)),
         }
     }
 }
 
 #[inline]
-fn widen<T: Number, const N: usize>(bytes: &[u8], out: &mut [T], decode: impl Fn([u8; N]) -> f64) {
+fn widen<T: Number, const N: usize>(bytes: &[u8], out: &mut [T], decode: impl Fn([u8; N]) -> T) {
     let (elements, _) = bytes.as_chunks::<N>();
     for (x, &b) in out.iter_mut().zip(elements) {
-        *x = T::of(decode(b));
+        *x = decode(b);
     }
 }
 

@@ -18,16 +18,14 @@ use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
 use crate::number::Number;
 use crate::parallel::Strategy;
-use crate::thin::{THIN, UNIT, add_gram_of_columns, add_gram_of_rows};
+use crate::stacked::Stacked;
+use crate::thin::THIN;
 
 /// Columns of `X` per panel: deep enough for GEMM to run at speed, small enough to stay in cache. Of few
 /// rows more columns fit, and longer runs of memory are read at once.
 fn depth(p: usize, m: usize) -> usize {
     (32_768 / p.max(1)).clamp(256, 4096).min(m)
 }
-
-/// Numbers in a panel of few rows: a level-1 cache's worth.
-const THIN_PANEL: usize = 4096;
 
 /// Columns of `G` that one thread updates at a time when threads work together.
 const STRIP: usize = 128;
@@ -96,38 +94,10 @@ fn thin_gram<T: Number>(
     cancel: &CancelToken,
     mut gram: MatMut<'_, T>,
 ) -> Result<()> {
-    let (p, m) = (wide.rows(), wide.cols());
-    let padded = p.next_multiple_of(UNIT).max(UNIT);
-    let depth = THIN_PANEL / padded / UNIT * UNIT;
-    let (mut panel, mut sums) = (vec![0.0; padded * depth], vec![0.0; padded * padded]);
-    for first in (0..m).step_by(depth) {
-        cancel.check()?;
-        let columns = first..m.min(first + depth);
-        let count = columns.len();
-        if wide.is_column_major() {
-            let panel = &mut panel[..padded * count];
-            if p == padded {
-                wide.transposed().upcast_rows(columns, scale, panel);
-            } else {
-                let values = MatMut::from_column_major_slice_with_stride_mut(panel, p, count, padded);
-                wide.upcast(0..p, columns, scale, values);
-            }
-            add_gram_of_columns(panel, padded, &mut sums);
-        } else {
-            let length = count.next_multiple_of(UNIT);
-            let panel = &mut panel[..padded * length];
-            if count < length {
-                panel.fill(0.0);
-            }
-            // faer 0.24's constructor for rows with a stride takes it for that of columns.
-            let values = MatMut::from_column_major_slice_with_stride_mut(panel, count, p, length);
-            wide.upcast(0..p, columns, scale, values.transpose_mut());
-            add_gram_of_rows(panel, padded, &mut sums);
-        }
-    }
-    for j in 0..p {
-        for i in j..p {
-            gram[(i, j)] = T::of(sums[i * padded + j]);
+    let found = Stacked::new(vec![*wide]).scaled(scale).gram::<f64>(cancel)?;
+    for j in 0..wide.rows() {
+        for i in j..wide.rows() {
+            gram[(i, j)] = T::of(found.values[i * found.order + j]);
         }
     }
     Ok(())

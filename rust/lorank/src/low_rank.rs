@@ -2,8 +2,10 @@
 
 use faer::MatRef;
 
+use crate::cancel::CancelToken;
 use crate::eigen::power_of_two;
 use crate::source::StoredMatrix;
+use crate::stacked::Stacked;
 use crate::{Error, Result};
 
 /// One term of an update: `weight * B A`.
@@ -16,6 +18,9 @@ pub struct Term {
     /// The term's scaling, times its weight in a merge.
     pub weight: f64,
 }
+
+/// Bytes of factors at hand, a buffer for each term.
+pub type Buffers = Vec<Vec<u8>>;
 
 /// Numbers: float32 unless a factor was float64.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,15 +40,61 @@ impl Values {
             Self::F32(values.map(|x| x as f32).collect())
         }
     }
+
+    /// Appends some of the columns, which lie one after the other, as rows.
+    pub(crate) fn put_rows(&self, kept: &[usize], length: usize, out: &mut Vec<u8>) {
+        for &j in kept {
+            for place in j * length..(j + 1) * length {
+                self.put(place, out);
+            }
+        }
+    }
+
+    /// Appends some of the columns side by side, row by row.
+    pub(crate) fn put_columns(&self, kept: &[usize], length: usize, out: &mut Vec<u8>) {
+        for i in 0..length {
+            for j in kept {
+                self.put(j * length + i, out);
+            }
+        }
+    }
+
+    fn put(&self, place: usize, out: &mut Vec<u8>) {
+        match self {
+            Self::F32(values) => out.extend_from_slice(&values[place].to_le_bytes()),
+            Self::F64(values) => out.extend_from_slice(&values[place].to_le_bytes()),
+        }
+    }
 }
 
-/// Factors as files hold them, balanced.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Factors {
-    /// `(out, r)`, row-major.
-    pub b: Values,
-    /// `(r, in)`, row-major.
-    pub a: Values,
+/// One of an update's two sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    B,
+    A,
+}
+
+impl Side {
+    /// Its factors one below the other, those of `B` transposed: read into the buffers where they are not in memory.
+    pub(crate) fn stacked<'a>(
+        self,
+        terms: &'a [Term],
+        buffers: &'a mut Buffers,
+        cancel: &CancelToken,
+    ) -> Result<Stacked<'a>> {
+        buffers.resize_with(buffers.len().max(terms.len()), Vec::new);
+        let views = terms.iter().zip(buffers).map(|(term, buffer)| match self {
+            Self::B => Ok(term.b.load(buffer, cancel)?.transposed()),
+            Self::A => term.a.load(buffer, cancel),
+        });
+        Ok(Stacked::new(views.collect::<Result<_>>()?))
+    }
+
+    /// A weight per row of the stack: those of the terms on the side of `B`.
+    pub(crate) fn weights(self, terms: &[Term]) -> Vec<f64> {
+        let weight = |term: &Term| if self == Self::B { term.weight } else { 1.0 };
+        terms.iter().flat_map(|term| std::iter::repeat_n(weight(term), term.a.shape().0)).collect()
+    }
 }
 
 /// Singular triplets in balanced form, `B = U sqrt(S)` and `A = sqrt(S) V^T`: the best approximation

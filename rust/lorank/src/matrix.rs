@@ -141,17 +141,26 @@ impl<'a> MatrixView<'a> {
         if self.is_column_major() {
             return self.transposed().upcast(cols, rows, scale, out.transpose_mut());
         }
-        for (i, row) in rows.enumerate() {
-            let line = out.rb_mut().row_mut(i);
-            let start = row * self.row_stride + cols.start * self.col_stride;
-            if self.col_stride == 1
-                && let Some(line) = line.transpose_mut().try_as_col_major_mut()
-            {
-                self.dtype.decode(self.elements(start, cols.len()), scale, line.as_slice_mut());
-            } else {
-                for j in 0..cols.len() {
-                    out[(i, j)] = T::of(self.element(start + j * self.col_stride) * scale);
-                }
+        if rows.is_empty() || cols.is_empty() {
+            return;
+        }
+        let (cols, first) = (cols.len(), rows.start * self.row_stride + cols.start * self.col_stride);
+        if self.col_stride == 1 && out.col_stride() == 1 {
+            // Rows without gaps on both sides are one long row.
+            let gapless = self.row_stride == cols && usize::try_from(out.row_stride()) == Ok(cols);
+            let (lines, length) = if gapless { (1, rows.len() * cols) } else { (rows.len(), cols) };
+            for i in 0..lines {
+                // SAFETY: `length` elements of `out`, which is borrowed mutably, lie next to each other from the
+                // start of its row `i` on: one row, or with `gapless` all of them.
+                let line = unsafe { std::slice::from_raw_parts_mut(out.rb_mut().ptr_at_mut(i, 0), length) };
+                self.dtype.decode(self.elements(first + i * self.row_stride, length), scale, line);
+            }
+            return;
+        }
+        for i in 0..rows.len() {
+            for j in 0..cols {
+                let index = first + i * self.row_stride + j * self.col_stride;
+                out[(i, j)] = T::of(self.element(index) * scale);
             }
         }
     }
@@ -161,14 +170,9 @@ impl<'a> MatrixView<'a> {
     /// # Panics
     /// If `out` has another length, or the rows leave the matrix.
     pub fn upcast_rows<T: Number>(&self, rows: Range<usize>, scale: f64, out: &mut [T]) {
-        if self.col_stride == 1 && self.row_stride == self.cols {
-            let elements = self.elements(rows.start * self.cols, rows.len() * self.cols);
-            self.dtype.decode(elements, scale, out);
-        } else {
-            let count = rows.len();
-            let out = MatMut::from_row_major_slice_mut(out, count, self.cols);
-            self.upcast(rows, 0..self.cols, scale, out);
-        }
+        let count = rows.len();
+        let out = MatMut::from_row_major_slice_mut(out, count, self.cols);
+        self.upcast(rows, 0..self.cols, scale, out);
     }
 
     /// The bytes of all elements, if they lie in memory row by row without gaps.
@@ -177,6 +181,18 @@ impl<'a> MatrixView<'a> {
         let gapless = self.cols <= 1 || self.col_stride == 1;
         let stacked = self.rows <= 1 || self.row_stride == self.cols;
         (gapless && stacked).then(|| self.elements(0, self.rows * self.cols))
+    }
+
+    /// The elements from a row's first wanted column on, as they lie in memory, if they are numbers of this kind and
+    /// rows are contiguous; the next row begins a row's stride further.
+    #[must_use]
+    pub(crate) fn in_place<T: Number>(&self, row: usize, col: usize) -> Option<(&'a [T], usize)> {
+        let is_native = cfg!(target_endian = "little") && self.dtype == T::DTYPE && self.col_stride == 1;
+        let start = (row * self.row_stride + col) * self.dtype.size();
+        let bytes = self.bytes.get(start..).filter(|_| is_native)?;
+        // Misaligned memory, as a file's may be, is not numbers.
+        let whole = bytes.len() / size_of::<T>() * size_of::<T>();
+        Some((pulp::bytemuck::try_cast_slice(&bytes[..whole]).ok()?, self.row_stride))
     }
 
     /// All elements as float64, rows one after the other.

@@ -10,10 +10,14 @@ use std::ops::{Add, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 
 use faer::traits::RealField;
 use pulp::Simd;
+use pulp::bytemuck::Pod;
+
+use crate::dtype::DType;
 
 /// A real number with vectors of its kind.
 pub trait Number:
     RealField
+    + Pod
     + Copy
     + Default
     + PartialOrd
@@ -28,17 +32,28 @@ pub trait Number:
     /// A vector of them.
     type Vector<S: Simd>: Copy;
 
+    /// How it is stored.
+    const DTYPE: DType;
     /// The distance from 1 to the next number.
     const EPSILON: f64;
     /// The smallest normal number.
     const SMALLEST: Self;
 
+    /// Numbers in the widest vector of any machine: panels are padded to multiples of it.
+    const WIDEST: usize;
+
     /// Numbers in a vector.
     fn lanes<S: Simd>() -> usize;
+    /// The numbers of a vector.
+    fn lanes_of<S: Simd>(vector: &Self::Vector<S>) -> &[Self];
     /// The nearest number of this kind.
     fn of(x: f64) -> Self;
     /// The same number; exact.
+    fn of_f32(x: f32) -> Self;
+    /// The same number; exact.
     fn to_f64(self) -> f64;
+    /// The nearest float32.
+    fn to_f32(self) -> f32;
     /// Its square root.
     fn root(self) -> Self;
     /// The number in every lane.
@@ -62,18 +77,24 @@ pub trait Number:
 
 macro_rules! number {
     (
-        $number:ident, $vector:ident, $lanes:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
+        $number:ident, $dtype:ident, $vector:ident, $lanes:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
         $vectors:ident, $vectors_mut:ident
     ) => {
         impl Number for $number {
             type Vector<S: Simd> = S::$vector;
 
+            const DTYPE: DType = DType::$dtype;
             const EPSILON: f64 = $number::EPSILON as f64;
             const SMALLEST: Self = $number::MIN_POSITIVE;
+            const WIDEST: usize = 64 / size_of::<$number>();
 
             #[inline(always)]
             fn lanes<S: Simd>() -> usize {
                 S::$lanes
+            }
+            #[inline(always)]
+            fn lanes_of<S: Simd>(vector: &S::$vector) -> &[$number] {
+                pulp::bytemuck::cast_slice(std::slice::from_ref(vector))
             }
             #[inline(always)]
             #[allow(clippy::cast_possible_truncation)] // Rounding is what is asked for.
@@ -81,8 +102,17 @@ macro_rules! number {
                 x as $number
             }
             #[inline(always)]
+            fn of_f32(x: f32) -> Self {
+                $number::from(x)
+            }
+            #[inline(always)]
             fn to_f64(self) -> f64 {
                 f64::from(self)
+            }
+            #[inline(always)]
+            #[allow(clippy::cast_possible_truncation)] // Rounding is what is asked for.
+            fn to_f32(self) -> f32 {
+                self as f32
             }
             #[inline(always)]
             fn root(self) -> Self {
@@ -118,6 +148,7 @@ macro_rules! number {
 
 number!(
     f64,
+    F64,
     f64s,
     F64_LANES,
     splat_f64s,
@@ -129,6 +160,7 @@ number!(
 );
 number!(
     f32,
+    F32,
     f32s,
     F32_LANES,
     splat_f32s,

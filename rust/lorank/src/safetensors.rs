@@ -180,18 +180,18 @@ impl SafetensorsFile {
         Ok(bytes)
     }
 
-    /// [`read`](Self::read) into a buffer that may be used again.
+    /// [`read`](Self::read) into the beginning of a buffer that may be used again: it grows and never shrinks.
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub fn read_into(
+    pub fn read_into<'a>(
         &self,
-        bytes: &mut Vec<u8>,
+        bytes: &'a mut Vec<u8>,
         tensor: &TensorInfo,
         start: usize,
         len: usize,
         cancel: &crate::cancel::CancelToken,
-    ) -> Result<()> {
+    ) -> Result<&'a [u8]> {
         if start.checked_add(len).is_none_or(|end| end > tensor.len) {
             let reason = format!("bytes {start} to {start}+{len} of {} asked for", tensor.len);
             return Err(Error::tensor(&self.path, &tensor.name, reason));
@@ -199,11 +199,14 @@ impl SafetensorsFile {
         if len > bytes.capacity() {
             *bytes = Vec::new(); // Not copied, and never held together with the larger one.
         }
-        bytes.try_reserve_exact(len.saturating_sub(bytes.len())).map_err(|_| {
-            let (path, name) = (self.path.display(), &tensor.name);
-            Error::Numerical(format!("{path}: tensor `{name}`: no memory for its {len} bytes"))
-        })?;
-        bytes.resize(len, 0);
+        if len > bytes.len() {
+            bytes.try_reserve_exact(len - bytes.len()).map_err(|_| {
+                let (path, name) = (self.path.display(), &tensor.name);
+                Error::Numerical(format!("{path}: tensor `{name}`: no memory for its {len} bytes"))
+            })?;
+            bytes.resize(len, 0);
+        }
+        let bytes = &mut bytes[..len];
         let mut position = tensor.offset + start as u64;
         for chunk in bytes.chunks_mut(READ_CHUNK) {
             cancel.check()?;
@@ -215,7 +218,7 @@ impl SafetensorsFile {
             })?;
             position += chunk.len() as u64;
         }
-        Ok(())
+        Ok(bytes)
     }
 }
 

@@ -1,16 +1,18 @@
 //! Writing safetensors files that appear whole or not at all.
 //!
 //! Tensors are converted in small pieces into a hidden file beside the target, which is renamed onto it
-//! at the end: an error, a full disk or an interruption leaves the target as it was.
+//! at the end: an error, a full disk or an interruption leaves the target as it was. Where every tensor goes is
+//! known from the beginning, so that threads work on different ones.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use faer::MatMut;
-use half::{bf16, f16};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
@@ -18,12 +20,17 @@ use crate::cancel::CancelToken;
 use crate::checkpoint::StoredTensor;
 use crate::dtype::DType;
 use crate::matrix::MatrixView;
+use crate::parallel::{guarded, pool, side_by_side};
+use crate::rounding::{all_finite, encode};
 use crate::safetensors::bits_per_element;
 use crate::source::StoredMatrix;
 use crate::{Error, Result};
 
-/// Elements converted, and bytes copied, at a time.
-const PIECE: usize = 1 << 18;
+/// Elements converted at a time: they stay in cache.
+const PIECE: usize = 1 << 16;
+
+/// Bytes copied at a time: fewer and larger calls, but not seconds without a look at the cancel token.
+const COPIED: usize = 1 << 22;
 
 /// The alignment of the data, which other readers expect.
 const ALIGNMENT: usize = 8;
@@ -127,7 +134,7 @@ impl OutTensor<'_> {
     }
 }
 
-/// Writes a file of tensors and metadata.
+/// Writes a file of tensors and metadata with up to `threads` threads.
 ///
 /// # Errors
 /// [`Error::InvalidInput`] if a tensor is malformed or named twice, [`Error::Numerical`] for a value
@@ -137,20 +144,31 @@ pub fn write(
     path: &Path,
     tensors: &[OutTensor<'_>],
     metadata: &BTreeMap<String, String>,
+    threads: usize,
     cancel: &CancelToken,
 ) -> Result<()> {
     let order = layout(tensors);
-    let header = header(tensors, &order, metadata)?;
+    let (header, offsets) = header(tensors, &order, metadata)?;
+    let start = 8 + header.len() as u64;
     let temporary = Temporary::create(path)?;
-    let mut out = Sink { path, file: BufWriter::with_capacity(1 << 20, &temporary.file) };
-    out.bytes(&(header.len() as u64).to_le_bytes())?;
-    out.bytes(&header)?;
-    for &i in &order {
-        write_tensor(&mut out, &tensors[i], cancel)?;
+    let sink = |position| Sink { path, file: &temporary.file, position };
+    sink(0).bytes(&[&(header.len() as u64).to_le_bytes(), &header[..]].concat())?;
+    let failure = Mutex::new(None);
+    pool(threads.min(tensors.len()))?.install(|| {
+        let stop = CancelToken::default();
+        side_by_side(&order, threads, &stop, &|i, buffer: &mut Vec<u8>| {
+            let mut sink = sink(start + offsets[i]);
+            if let Err(error) = guarded(|| write_tensor(&mut sink, &tensors[i], buffer, cancel)) {
+                stop.cancel();
+                // The first is the one to tell of; what others meet follows from it, or will be met again.
+                failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
+            }
+        });
+    });
+    match failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        Some(error) => return Err(error),
+        None => cancel.check()?,
     }
-    out.file.flush().map_err(|e| Error::io(path, e))?;
-    drop(out);
-    cancel.check()?;
     temporary.rename(path)
 }
 
@@ -171,18 +189,21 @@ impl Serialize for Entries<'_> {
     }
 }
 
+/// The header, and where the bytes of every tensor begin after it.
 fn header(
     tensors: &[OutTensor<'_>],
     order: &[usize],
     metadata: &BTreeMap<String, String>,
-) -> Result<Vec<u8>> {
+) -> Result<(Vec<u8>, Vec<u64>)> {
     let mut entries = Vec::with_capacity(tensors.len() + 1);
     if !metadata.is_empty() {
         entries.push((METADATA, json!(metadata)));
     }
     let mut names = HashSet::with_capacity(tensors.len());
     let mut offset = 0u64;
+    let mut offsets = vec![0; tensors.len()];
     for &i in order {
+        offsets[i] = offset;
         let tensor = &tensors[i];
         if tensor.name == METADATA {
             // A reader would take its entry for metadata, and the tensor would be lost.
@@ -198,10 +219,15 @@ fn header(
     }
     let mut header = serde_json::to_vec(&Entries(entries)).map_err(|e| Error::InvalidInput(e.to_string()))?;
     header.resize(header.len().next_multiple_of(ALIGNMENT), b' ');
-    Ok(header)
+    Ok((header, offsets))
 }
 
-fn write_tensor(out: &mut Sink<'_>, tensor: &OutTensor<'_>, cancel: &CancelToken) -> Result<()> {
+fn write_tensor(
+    out: &mut Sink<'_>,
+    tensor: &OutTensor<'_>,
+    buffer: &mut Vec<u8>,
+    cancel: &CancelToken,
+) -> Result<()> {
     match &tensor.content {
         Content::F64 { values, dtype } => {
             convert(out, tensor, &MatrixView::from_f64(values, 1, values.len())?, *dtype, cancel)
@@ -210,21 +236,16 @@ fn write_tensor(out: &mut Sink<'_>, tensor: &OutTensor<'_>, cancel: &CancelToken
             convert(out, tensor, &MatrixView::from_f32(values, 1, values.len())?, *dtype, cancel)
         }
         Content::Values { matrix, dtype } => {
-            let mut buffer = Vec::new();
-            matrix.with_view(&mut buffer, cancel, |view| convert(out, tensor, view, *dtype, cancel))
+            matrix.with_view(buffer, cancel, |view| convert(out, tensor, view, *dtype, cancel))
         }
-        Content::Raw { bytes, .. } => bytes.chunks(PIECE).try_for_each(|piece| {
+        Content::Raw { bytes, .. } => bytes.chunks(COPIED).try_for_each(|piece| {
             cancel.check()?;
             out.bytes(piece)
         }),
-        Content::Stored(stored) => {
-            let mut buffer = Vec::new();
-            (0..stored.info.len).step_by(PIECE).try_for_each(|start| {
-                let len = PIECE.min(stored.info.len - start);
-                stored.file.read_into(&mut buffer, &stored.info, start, len, cancel)?;
-                out.bytes(&buffer)
-            })
-        }
+        Content::Stored(stored) => (0..stored.info.len).step_by(COPIED).try_for_each(|start| {
+            let len = COPIED.min(stored.info.len - start);
+            out.bytes(stored.file.read_into(buffer, &stored.info, start, len, cancel)?)
+        }),
     }
 }
 
@@ -240,7 +261,7 @@ fn convert(
         && view.dtype() == dtype
         && all_finite(bytes, dtype)
     {
-        return bytes.chunks(PIECE).try_for_each(|piece| {
+        return bytes.chunks(COPIED).try_for_each(|piece| {
             cancel.check()?;
             out.bytes(piece)
         });
@@ -272,71 +293,18 @@ fn convert(
     Ok(())
 }
 
-/// Whether no exponent is all ones.
-fn all_finite(bytes: &[u8], dtype: DType) -> bool {
-    // In blocks without an early exit within, so that the loop vectorises.
-    fn none<const N: usize>(bytes: &[u8], is_special: impl Fn([u8; N]) -> bool) -> bool {
-        let blocks = bytes.as_chunks::<N>().0.chunks(1024);
-        blocks.into_iter().all(|block| !block.iter().fold(false, |any, &b| any | is_special(b)))
-    }
-    match dtype {
-        DType::F64 => none::<8>(bytes, |b| !f64::from_le_bytes(b).is_finite()),
-        DType::F32 => none::<4>(bytes, |b| !f32::from_le_bytes(b).is_finite()),
-        DType::F16 => none::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-        DType::Bf16 => none::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        DType::F8E4M3 | DType::F8E5M2 => false,
-    }
-}
-
-/// Appends one element, rounded once; whether it is finite before and after.
-fn encode(x: f64, dtype: DType, out: &mut Vec<u8>) -> bool {
-    #[allow(clippy::cast_possible_truncation)] // Rounding is the point.
-    match dtype {
-        DType::F64 => {
-            out.extend_from_slice(&x.to_le_bytes());
-            x.is_finite()
-        }
-        DType::F32 => {
-            let y = x as f32;
-            out.extend_from_slice(&y.to_le_bytes());
-            y.is_finite()
-        }
-        DType::F16 => {
-            let y = f16::from_f32(to_odd(x));
-            out.extend_from_slice(&y.to_le_bytes());
-            y.is_finite()
-        }
-        DType::Bf16 => {
-            let y = bf16::from_f32(to_odd(x));
-            out.extend_from_slice(&y.to_le_bytes());
-            y.is_finite()
-        }
-        DType::F8E4M3 | DType::F8E5M2 => false,
-    }
-}
-
-/// Float32 with a last bit of 1 wherever it is not exact: rounding that to a type with at least two
-/// bits less gives what rounding `x` itself would, where rounding twice would not.
-#[allow(clippy::cast_possible_truncation)]
-fn to_odd(x: f64) -> f32 {
-    let nearest = x as f32;
-    let is_exact = f64::from(nearest).to_bits() == x.to_bits();
-    if is_exact || !nearest.is_finite() || nearest.to_bits() & 1 == 1 {
-        return nearest;
-    }
-    // Even and inexact: the odd neighbour on the other side of `x`.
-    let away_from_zero = f64::from(nearest).abs() < x.abs();
-    f32::from_bits(if away_from_zero { nearest.to_bits() + 1 } else { nearest.to_bits() - 1 })
-}
-
+/// A place in a file, which moves on with what is written there.
 struct Sink<'a> {
     path: &'a Path,
-    file: BufWriter<&'a File>,
+    file: &'a File,
+    position: u64,
 }
 
 impl Sink<'_> {
     fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|e| Error::io(self.path, e))
+        self.file.write_all_at(bytes, self.position).map_err(|e| Error::io(self.path, e))?;
+        self.position += bytes.len() as u64;
+        Ok(())
     }
 }
 
@@ -413,7 +381,7 @@ mod tests {
     fn written(folder: &Path, tensors: &[OutTensor<'_>]) -> SafetensorsFile {
         let metadata = BTreeMap::from([("format".to_owned(), "pt \"quoted\"".to_owned())]);
         let path = folder.join("out.safetensors");
-        write(&path, tensors, &metadata, &CancelToken::default()).unwrap();
+        write(&path, tensors, &metadata, 3, &CancelToken::default()).unwrap();
         let file = SafetensorsFile::open(&path).unwrap();
         assert_eq!(file.metadata(), &metadata);
         file
@@ -495,7 +463,7 @@ mod tests {
             std::fs::write(folder.path().join(remains), b"").unwrap();
         }
         let path = folder.path().join("x".repeat(255));
-        write(&path, &[f64s("a", &[1.0], DType::F32)], &BTreeMap::new(), &CancelToken::default()).unwrap();
+        write(&path, &[f64s("a", &[1.0], DType::F32)], &BTreeMap::new(), 2, &CancelToken::default()).unwrap();
         assert_eq!(SafetensorsFile::open(&path).unwrap().tensors()[0].name, "a");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1001);
     }
@@ -514,7 +482,7 @@ mod tests {
             OutTensor { name: "kept".into(), shape: vec![], content: Content::Stored(&kept) },
             f64s("bad", &bad, DType::F16),
         ];
-        let error = write(file.path(), &tensors, &BTreeMap::new(), &CancelToken::default()).unwrap_err();
+        let error = write(file.path(), &tensors, &BTreeMap::new(), 2, &CancelToken::default()).unwrap_err();
         assert!(matches!(error, Error::Numerical(_)));
         assert!(error.to_string().contains("out.safetensors: tensor `bad`: -1e300"), "{error}");
         assert!(std::fs::read(file.path()).unwrap() == before, "bit by bit");
@@ -530,7 +498,7 @@ mod tests {
         cancelled.cancel();
         let good = stored(&[1.0]);
         let fail = |tensors: &[OutTensor<'_>], cancel: &CancelToken| {
-            let error = write(&path, tensors, &BTreeMap::new(), cancel).unwrap_err();
+            let error = write(&path, tensors, &BTreeMap::new(), 2, cancel).unwrap_err();
             assert_eq!(std::fs::read(&path).unwrap(), b"precious");
             assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
             error
@@ -557,123 +525,10 @@ mod tests {
         assert!(matches!(reserved, Error::InvalidInput(ref reason) if reason.contains("reserves")));
         assert!(fail(&[f32s("a", &good, DType::F8E4M3)], &go).to_string().contains("cannot be written"));
         let nowhere = folder.path().join("none/out.safetensors");
-        assert!(matches!(write(&nowhere, &[], &BTreeMap::new(), &go), Err(Error::Io { .. })));
-    }
-
-    #[test]
-    fn halfway_cases_go_to_even_and_nothing_is_rounded_twice() {
-        let encoded = |x: f64, dtype| {
-            let mut out = Vec::new();
-            assert!(encode(x, dtype, &mut out));
-            u16::from_le_bytes([out[0], out[1]])
-        };
-        let ulp = 2f64.powi(-10); // of float16 at 1
-        assert_eq!(encoded(1.0 + ulp / 2.0, DType::F16), f16::from_f32(1.0).to_bits());
-        assert_eq!(encoded(1.0 + 1.5 * ulp, DType::F16), f16::from_f64(1.0 + 2.0 * ulp).to_bits());
-        // Just above halfway, by less than float32 shows: rounded by way of float32 it would fall to 1.
-        assert_eq!(encoded(1.0 + ulp / 2.0 + 1e-12, DType::F16), f16::from_f32(1.0).to_bits() + 1);
-        assert_eq!(encoded(1.0 + ulp / 2.0 - 1e-12, DType::F16), f16::from_f32(1.0).to_bits());
-        let ulp = 2f64.powi(-7);
-        assert_eq!(encoded(1.0 + ulp / 2.0 + 1e-12, DType::Bf16), bf16::from_f32(1.0).to_bits() + 1);
-        assert_eq!(encoded(2f64.powi(-25) * (1.0 + 1e-12), DType::F16), 1, "the smallest subnormal");
-    }
-
-    /// `x` rounded to a type of so many bits after the point and exponents from `least` to `most`, or
-    /// `None` if it overflows. In units of the last place at `x`, where scaling by powers of two is
-    /// exact, that is rounding to an integer.
-    fn nearest(x: f64, (mantissa, least, most): (i32, i32, i32)) -> Option<f64> {
-        let exponent = (i32::try_from(x.abs().to_bits() >> 52).unwrap() - 1023).max(least);
-        let unit = 2f64.powi(exponent - mantissa);
-        let rounded = (x / unit).round_ties_even() * unit;
-        (rounded.abs() < 2f64.powi(most) * 2.0).then_some(rounded)
-    }
-
-    const TYPES: [(DType, (i32, i32, i32)); 3] =
-        [(DType::F32, (23, -126, 127)), (DType::F16, (10, -14, 15)), (DType::Bf16, (7, -126, 127))];
-
-    fn check_rounding(x: f64) {
-        for (dtype, format) in TYPES {
-            let mut bytes = Vec::new();
-            let mut got = [0.0f64];
-            let fits = encode(x, dtype, &mut bytes);
-            dtype.decode(&bytes, 1.0, &mut got);
-            let expected = nearest(x, format);
-            assert_eq!(fits, expected.is_some(), "{x:e} {dtype:?}");
-            if let Some(expected) = expected {
-                assert_eq!(got[0].to_bits(), expected.to_bits(), "{x:e} {dtype:?}: {} {expected}", got[0]);
-            }
-        }
-    }
-
-    /// Every finite half, every halfway point, and the float64 next to each on either side.
-    #[test]
-    fn every_boundary_of_the_narrow_types() {
-        for bits in 0..u16::MAX {
-            for dtype in [DType::F16, DType::Bf16] {
-                let mut pair = [0.0f64; 2];
-                dtype.decode(&[bits.to_le_bytes(), (bits + 1).to_le_bytes()].concat(), 1.0, &mut pair);
-                let [low, high] = pair;
-                if !low.is_finite() {
-                    continue;
-                }
-                // Past the largest, halfway to where the next one would be is where overflow begins.
-                let step = if high.is_finite() { high - low } else { low - before(dtype, bits) };
-                for x in [low, low + step / 2.0] {
-                    for y in [x, x.next_up(), x.next_down()] {
-                        check_rounding(y);
-                    }
-                }
-            }
-        }
-        for x in [f64::from(f32::MAX), f64::MAX, f64::MIN_POSITIVE, 5e-324, 2f64.powi(-150), 0.0, -0.0] {
-            for y in [x, x.next_up(), x.next_down(), -x] {
-                if y.is_finite() {
-                    check_rounding(y);
-                }
-            }
-        }
-        let halfway = f64::from(f32::MAX) + 2f64.powi(103);
-        for x in [halfway, halfway.next_down(), -halfway, -halfway.next_down()] {
-            check_rounding(x);
-        }
-    }
-
-    fn before(dtype: DType, bits: u16) -> f64 {
-        let mut value = [0.0];
-        dtype.decode(&(bits - 1).to_le_bytes(), 1.0, &mut value);
-        value[0]
-    }
-
-    /// Cases in which float32 hides on which side of a halfway point the value is.
-    #[test]
-    fn the_oracle_tells_double_rounding_apart() {
-        for (dtype, format) in &TYPES[1..] {
-            let x = 1.0 + 2f64.powi(-format.0 - 1) + 2f64.powi(-40);
-            #[allow(clippy::cast_possible_truncation)]
-            let twice = nearest(f64::from(x as f32), *format);
-            assert_ne!(nearest(x, *format), twice, "{dtype:?}");
-            check_rounding(x);
-        }
-    }
-
-    #[test]
-    fn nothing_special_is_written() {
-        for x in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-            for dtype in [DType::F64, DType::F32, DType::F16, DType::Bf16] {
-                assert!(!encode(x, dtype, &mut Vec::new()));
-            }
-        }
+        assert!(matches!(write(&nowhere, &[], &BTreeMap::new(), 1, &go), Err(Error::Io { .. })));
     }
 
     proptest! {
-        #[test]
-        fn any_value_is_rounded_once(x in prop_oneof![
-            prop::num::f64::NORMAL | prop::num::f64::SUBNORMAL | prop::num::f64::ZERO,
-            -70000f64..70000.0, -1e-6f64..1e-6, -1e-37f64..1e-37, -4e38f64..4e38])
-        {
-            check_rounding(x);
-        }
-
         #[test]
         fn any_names_shapes_and_values(tensors in prop::collection::btree_map("(?s).{0,12}|[\"\\\\\n{}]{1,3}",
             (prop::collection::vec(0usize..4, 0..4), prop::array::uniform27(-1e30f64..1e30)), 1..8),
@@ -687,7 +542,7 @@ mod tests {
                 OutTensor { name: (*name).clone(), shape: shape.clone(), content }
             }).collect();
             let path = folder.path().join("any");
-            write(&path, &out, &metadata, &CancelToken::default()).unwrap();
+            write(&path, &out, &metadata, 3, &CancelToken::default()).unwrap();
             let file = SafetensorsFile::open(&path).unwrap();
             prop_assert_eq!(file.metadata(), &metadata);
             prop_assert_eq!(file.tensors().len(), tensors.len());

@@ -21,6 +21,16 @@ enum Storage {
         len: usize,
     },
     Memory(SharedBytes),
+    Computed(Arc<dyn Computed>),
+}
+
+/// Values that are computed whenever they are needed.
+pub trait Computed: Send + Sync {
+    /// Fills `out` with the row-major, little-endian values of a matrix.
+    ///
+    /// # Errors
+    /// Those of the computation, and of reading what it needs.
+    fn compute(&self, out: &mut Vec<u8>, cancel: &CancelToken) -> Result<()>;
 }
 
 /// A matrix that becomes a [`MatrixView`] when it is needed.
@@ -76,6 +86,18 @@ impl StoredMatrix {
         Ok(Self { storage: Storage::Memory(bytes), dtype, shape, strides })
     }
 
+    /// A matrix that is computed when it is asked for, every time.
+    #[must_use]
+    pub fn computed(by: Arc<dyn Computed>, dtype: DType, shape: (usize, usize)) -> Self {
+        Self { storage: Storage::Computed(by), dtype, shape, strides: (shape.1, 1) }
+    }
+
+    /// Whether the values are in memory that somebody else may write to.
+    #[must_use]
+    pub const fn is_in_memory(&self) -> bool {
+        matches!(self.storage, Storage::Memory(_))
+    }
+
     /// Rows and columns.
     #[must_use]
     pub const fn shape(&self) -> (usize, usize) {
@@ -88,7 +110,7 @@ impl StoredMatrix {
         self.dtype
     }
 
-    /// Calls `work` with a view; a matrix in a file is read into `buffer` first.
+    /// Calls `work` with a view; a matrix that is not in memory is read, or computed, into `buffer` first.
     ///
     /// # Errors
     /// Those of reading, and those of `work`.
@@ -98,15 +120,25 @@ impl StoredMatrix {
         cancel: &CancelToken,
         work: impl FnOnce(&MatrixView<'_>) -> Result<R>,
     ) -> Result<R> {
-        match &self.storage {
+        work(&self.load(buffer, cancel)?)
+    }
+
+    /// A view; a matrix that is not in memory is read, or computed, into `buffer`.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn load<'a>(&'a self, buffer: &'a mut Vec<u8>, cancel: &CancelToken) -> Result<MatrixView<'a>> {
+        let bytes = match &self.storage {
             Storage::File { tensor, start, len } => {
-                tensor.file.read_into(buffer, &tensor.info, *start, *len, cancel)?;
-                work(&MatrixView::new(buffer, self.dtype, self.shape, self.strides)?)
+                tensor.file.read_into(buffer, &tensor.info, *start, *len, cancel)?
             }
-            Storage::Memory(bytes) => {
-                work(&MatrixView::new((**bytes).as_ref(), self.dtype, self.shape, self.strides)?)
+            Storage::Memory(bytes) => (**bytes).as_ref(),
+            Storage::Computed(by) => {
+                by.compute(buffer, cancel)?;
+                buffer
             }
-        }
+        };
+        MatrixView::new(bytes, self.dtype, self.shape, self.strides)
     }
 }
 

@@ -69,6 +69,44 @@ pub fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
     decomposed(&(matrix * faer::Scale(power_of_two(-exponent))), power_of_two(exponent))
 }
 
+/// [`dense_svd`] of a square matrix, in half the time where its condition number is moderate: by the eigenvectors `V`
+/// of `A^T A`, singular values `s_i = ||A v_i||` and `u_i = A v_i / s_i`. `U` is then orthonormal to
+/// `eps (s_1 / s_n)^2`, which is held to 1e-9.
+///
+/// # Errors
+/// As [`dense_svd`].
+pub fn square_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
+    match by_eigenvectors(matrix) {
+        Some(found) => Ok(found),
+        None => dense_svd(matrix),
+    }
+}
+
+/// `None` if the condition number is large, or the matrix is none that has one.
+fn by_eigenvectors(matrix: MatRef<'_, f64>) -> Option<ThinSvd> {
+    const SMALLEST: f64 = 1e-6;
+    let exponent = binary_exponent(matrix.norm_max()).ok()?;
+    let scaled = matrix * faer::Scale(power_of_two(-exponent));
+    let found = (scaled.transpose() * &scaled).self_adjoint_eigen(faer::Side::Lower).ok()?;
+    let (first, last) =
+        (found.S().column_vector().iter().next()?, found.S().column_vector().iter().next_back()?);
+    let is_moderate = *first > SMALLEST * *last;
+    if !is_moderate {
+        return None;
+    }
+    let u = scaled * found.U();
+    let lengths: Vec<f64> = u.col_iter().map(|column| column.norm_l2()).collect();
+    // Eigenvalues ascend, but for rounding of equal ones.
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by(|&i, &j| lengths[j].total_cmp(&lengths[i]));
+    let n = lengths.len();
+    Some(ThinSvd {
+        u: Mat::from_fn(n, n, |i, j| u[(i, order[j])] / lengths[order[j]]),
+        singular_values: order.iter().map(|&i| lengths[i] * power_of_two(exponent)).collect(),
+        v: Mat::from_fn(n, n, |i, j| found.U()[(i, order[j])]),
+    })
+}
+
 fn zero_svd(m: usize, n: usize) -> ThinSvd {
     let k = m.min(n);
     ThinSvd { u: Mat::identity(m, k), singular_values: vec![0.0; k], v: Mat::identity(n, k) }
@@ -177,6 +215,39 @@ mod tests {
                 let values: Vec<f64> = (0..m * n).map(|i| norm * ((i * 37 % 11) as f64 - 5.0)).collect();
                 check(&values, m, n);
             }
+        }
+    }
+
+    #[test]
+    fn square_matrices_of_every_condition_number() {
+        let n = 24;
+        let noise = |seed: usize| -> Vec<f64> {
+            (0..n * n).map(|i| ((i * 7919 + seed * 31 + i * i * seed) % 1013) as f64 / 1013.0 - 0.5).collect()
+        };
+        let orthonormal = |seed| thin_svd(&view(&noise(seed), n, n)).unwrap().u;
+        let mut by_vectors = 0;
+        for spread in [0.0, 1.0, 2.0, 2.9, 3.1, 8.0, 14.0] {
+            for size in [1e-140, 1.0, 1e140] {
+                let (u, v) = (orthonormal(1), orthonormal(2));
+                let s = |i: usize| size * 10f64.powf(-spread * i as f64 / (n - 1) as f64);
+                let matrix = Mat::from_fn(n, n, |i, j| u[(i, j)] * s(j)) * v.transpose();
+                let found = square_svd(matrix.as_ref()).unwrap();
+                by_vectors += usize::from(by_eigenvectors(matrix.as_ref()).is_some());
+                for (i, x) in found.singular_values.iter().enumerate() {
+                    assert!((x - s(i)).abs() <= 1e-13 * size, "{spread}: {x:e} {:e}", s(i));
+                }
+                let identity = Mat::<f64>::identity(n, n);
+                assert!((found.u.transpose() * &found.u - &identity).norm_max() < 1e-9);
+                assert!((found.v.transpose() * &found.v - &identity).norm_max() < 1e-13);
+                let values = &found.singular_values;
+                let product = Mat::from_fn(n, n, |i, j| found.u[(i, j)] * values[j]) * found.v.transpose();
+                assert!((product - matrix).norm_max() <= 1e-13 * size);
+            }
+        }
+        assert_eq!(by_vectors, 12);
+        for odd in [0.0, f64::NAN] {
+            let matrix = Mat::from_fn(3, 3, |_, _| odd);
+            assert!(by_eigenvectors(matrix.as_ref()).is_none());
         }
     }
 

@@ -1,9 +1,16 @@
 //! Products of matrices with few rows, as low-rank factors are.
 //!
-//! A general GEMM packs its operands and works in tiles of 12 rows; for 8 to 32 rows packing and
-//! the odd rows cost more than the arithmetic. Here the sums of a tile stay in registers while the
-//! operands stream unpacked from a panel in cache: with AVX2, 8 multiplications of vectors for
-//! every 6 loads, so that arithmetic is the bound.
+//! A general GEMM packs its operands and works in tiles of a dozen rows and more; for 8 to 128 rows packing
+//! and the odd rows cost as much as the arithmetic, and half of a Gram matrix more than half of a product.
+//! Here the sums of a tile stay in registers while the operands stream unpacked from a panel in cache.
+//!
+//! A panel holds some columns of a matrix `X (p, m)` with few rows, in one of two layouts: column by column
+//! (as `B` of an update lies in memory, its rows being the columns of `X = B^T`), or row by row (as `A` lies).
+//! Both sides are padded with zeros to multiples of [`Number::WIDEST`].
+//!
+//! Sums over the columns of a panel are of its kind of number, sums over panels are float64: in float32, where
+//! [`SUMMANDS`] products add up at most before they are widened, a Gram matrix is off by less than a float32
+//! sum over all columns by far.
 //!
 //! The vectors are the widest that the machine has, chosen at run time. The bits of a result
 //! depend on that choice and on shapes alone.
@@ -13,173 +20,203 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
+use crate::number::Number;
+
 /// Rows up to which these kernels are used.
-pub(crate) const THIN: usize = 32;
+pub(crate) const THIN: usize = 128;
 
-/// Panels are padded with zeros to multiples of this in both directions: of every vector's length.
-pub(crate) const UNIT: usize = 8;
+/// Numbers of a kind that are added up before they are widened to float64: rows of a panel that lies column by
+/// column, or numbers per lane of one that lies row by row.
+pub(crate) const SUMMANDS: usize = 32;
 
-/// Rows of a tile.
-pub(crate) const HIGH: usize = 4;
+/// Rows of a tile: as many sums hide the latency of a multiplication, and fit into 16 registers. Padded sides are
+/// multiples of it, as [`Number::WIDEST`] is.
+pub(crate) const HIGH: usize = 8;
 
-/// `G += X X^T` for a padded panel `X (p, depth)`, row-major: the lower triangle of `G (p, p)`,
+/// Rows and columns of a tile of inner products.
+const INNER: (usize, usize) = (4, 2);
+
+/// `G += X X^T` for a padded panel of whole columns, one after the other: the lower triangle of `G (p, p)`,
 /// row-major, and what shares a tile with it.
-pub(crate) fn add_gram_of_rows(x: &[f64], p: usize, gram: &mut [f64]) {
-    Arch::new().dispatch(GramOfRows { x, p, gram });
+pub(crate) fn add_gram_of_columns<T: Number>(panel: &[T], p: usize, gram: &mut [f64]) {
+    Arch::new().dispatch(GramOfColumns { panel, p, gram });
 }
 
-/// `G += X X^T` for a padded panel `X (p, depth)`, column-major, as [`add_gram_of_rows`].
-pub(crate) fn add_gram_of_columns(x: &[f64], p: usize, gram: &mut [f64]) {
-    Arch::new().dispatch(GramOfColumns { x, p, gram });
+/// `G += X X^T` for a padded panel of `p` rows, as [`add_gram_of_columns`].
+pub(crate) fn add_gram_of_rows<T: Number>(panel: Panel<'_, T>, p: usize, gram: &mut [f64]) {
+    Arch::new().dispatch(GramOfRows { panel, p, gram });
 }
 
-/// `Y = L R` for padded `L (rows, depth)` of any strides and `R (depth, cols)` and `Y (rows, cols)`, row-major.
-pub(crate) fn multiply(left: Strided<'_>, right: &[f64], cols: usize, out: &mut [f64]) {
-    Arch::new().dispatch(Product { left, right, cols, out });
+/// `Y = L R` for padded `L (rows, depth)`, row-major, and `R (depth, cols)`; rows of `Y` lie as far apart as those
+/// of `R`, and beyond `cols` numbers they stay as they are.
+pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]) {
+    Arch::new().dispatch(Product { left, right, out });
 }
 
-/// A matrix with its element `(i, k)` at `i * stride + k * step`.
+/// Rows that begin `stride` numbers apart.
 #[derive(Clone, Copy)]
-pub(crate) struct Strided<'a> {
-    pub values: &'a [f64],
+pub(crate) struct Panel<'a, T> {
+    pub values: &'a [T],
     pub stride: usize,
-    pub step: usize,
+    pub cols: usize,
 }
 
-struct GramOfRows<'a> {
-    x: &'a [f64],
+struct GramOfColumns<'a, T> {
+    panel: &'a [T],
     p: usize,
     gram: &'a mut [f64],
 }
 
-impl WithSimd for GramOfRows<'_> {
-    type Output = ();
-
-    /// Inner products of rows, a vector's length of columns at a time.
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        const WIDE: usize = 2;
-        let Self { x, p, gram } = self;
-        let depth = x.len() / p;
-        let row = |i: usize| S::as_simd_f64s(&x[i * depth..(i + 1) * depth]).0;
-        let vectors = depth / S::F64_LANES;
-        for i in (0..p).step_by(HIGH) {
-            let above: [_; HIGH] = std::array::from_fn(|a| &row(i + a)[..vectors]);
-            for j in (0..i + HIGH).step_by(WIDE) {
-                let beside: [_; WIDE] = std::array::from_fn(|b| &row(j + b)[..vectors]);
-                let mut tile = [[simd.splat_f64s(0.0); WIDE]; HIGH];
-                for k in 0..vectors {
-                    let right = [beside[0][k], beside[1][k]];
-                    for a in 0..HIGH {
-                        let left = above[a][k];
-                        for b in 0..WIDE {
-                            tile[a][b] = simd.mul_add_e_f64s(left, right[b], tile[a][b]);
-                        }
-                    }
-                }
-                for a in 0..HIGH {
-                    for b in 0..WIDE {
-                        gram[(i + a) * p + j + b] += simd.reduce_sum_f64s(tile[a][b]);
-                    }
-                }
-            }
-        }
-    }
-}
-
-struct GramOfColumns<'a> {
-    x: &'a [f64],
-    p: usize,
-    gram: &'a mut [f64],
-}
-
-impl WithSimd for GramOfColumns<'_> {
+impl<T: Number> WithSimd for GramOfColumns<'_, T> {
     type Output = ();
 
     /// Outer products of columns.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { x, p, gram } = self;
-        let depth = x.len() / p;
-        for i in (0..p).step_by(HIGH) {
-            for j in (0..i + HIGH).step_by(UNIT) {
-                let left = Strided { values: &x[i..], stride: 1, step: p };
-                let mut sums = [0.0; HIGH * UNIT];
-                tile(simd, left, &x[j..], p, depth, &mut sums, UNIT);
-                for (a, sums) in sums.chunks_exact(UNIT).enumerate() {
-                    let line = &mut gram[(i + a) * p + j..][..UNIT];
-                    line.iter_mut().zip(sums).for_each(|(g, sum)| *g += sum);
+        let Self { panel, p, gram } = self;
+        let lanes = T::lanes::<S>();
+        for columns in panel.chunks(SUMMANDS * p) {
+            for i in (0..p).step_by(HIGH) {
+                for j in (0..i + HIGH).step_by(lanes) {
+                    let sums = outer_products::<T, S>(simd, columns, p, (i, j));
+                    for (a, sum) in sums.iter().enumerate() {
+                        let line = &mut gram[(i + a) * p + j..][..lanes];
+                        line.iter_mut().zip(T::lanes_of::<S>(sum)).for_each(|(g, x)| *g += x.to_f64());
+                    }
                 }
             }
         }
     }
 }
 
-struct Product<'a> {
-    left: Strided<'a>,
-    right: &'a [f64],
-    cols: usize,
-    out: &'a mut [f64],
+struct GramOfRows<'a, T> {
+    panel: Panel<'a, T>,
+    p: usize,
+    gram: &'a mut [f64],
 }
 
-impl WithSimd for Product<'_> {
+impl<T: Number> WithSimd for GramOfRows<'_, T> {
+    type Output = ();
+
+    /// Inner products of rows, a vector's length of columns at a time.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { panel: Panel { values, stride, cols }, p, gram } = self;
+        // Nothing is lost by longer sums of float64.
+        let summands = if size_of::<T>() == size_of::<f64>() { cols } else { SUMMANDS };
+        let length = summands * T::lanes::<S>();
+        for i in (0..p).step_by(INNER.0) {
+            for j in (0..i + INNER.0).step_by(INNER.1) {
+                for first in (0..cols).step_by(length) {
+                    let run = first..cols.min(first + length);
+                    let row = |i: usize| T::vectors::<S>(&values[i * stride..][run.clone()]);
+                    let (above, beside) = (std::array::from_fn(|a| row(i + a)), [row(j), row(j + 1)]);
+                    let sums = inner_products::<T, S>(simd, above, beside);
+                    for (a, sums) in sums.iter().enumerate() {
+                        for (b, sum) in sums.iter().enumerate() {
+                            gram[(i + a) * p + j + b] += widened_sum(T::lanes_of::<S>(sum));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn inner_products<T: Number, S: Simd>(
+    simd: S,
+    above: [&[T::Vector<S>]; INNER.0],
+    beside: [&[T::Vector<S>]; INNER.1],
+) -> [[T::Vector<S>; INNER.1]; INNER.0] {
+    let mut sums = [[T::splat(simd, T::default()); INNER.1]; INNER.0];
+    let vectors = beside[0].len();
+    // Of one length, so that no index is checked within the loop.
+    let (above, beside) = (above.map(|row| &row[..vectors]), beside.map(|row| &row[..vectors]));
+    for k in 0..vectors {
+        let right = [beside[0][k], beside[1][k]];
+        for (sums, row) in sums.iter_mut().zip(above) {
+            for (sum, right) in sums.iter_mut().zip(right) {
+                *sum = T::mul_add(simd, row[k], right, *sum);
+            }
+        }
+    }
+    sums
+}
+
+/// The sum of a vector's numbers in float64, halves first.
+#[inline(always)]
+fn widened_sum<T: Number>(lanes: &[T]) -> f64 {
+    let mut sums = [0.0; 16];
+    for (sum, x) in sums.iter_mut().zip(lanes) {
+        *sum = x.to_f64();
+    }
+    for half in [8, 4, 2, 1] {
+        let (low, high) = sums.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(x, y)| *x += *y);
+    }
+    sums[0]
+}
+
+struct Product<'a, T> {
+    left: &'a [T],
+    right: Panel<'a, T>,
+    out: &'a mut [T],
+}
+
+impl<T: Number> WithSimd for Product<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { left, right, cols, out } = self;
-        let depth = right.len() / cols;
-        for i in (0..out.len() / cols).step_by(HIGH) {
-            for j in (0..cols).step_by(UNIT) {
-                let left = Strided { values: &left.values[i * left.stride..], ..left };
-                tile(simd, left, &right[j..], cols, depth, &mut out[i * cols + j..], cols);
+        let Self { left, right: Panel { values, stride, cols }, out } = self;
+        let (depth, lanes) = (values.len() / stride, T::lanes::<S>());
+        for (i, lines) in out.chunks_exact_mut(HIGH * stride).enumerate() {
+            let rows: [&[T]; HIGH] = std::array::from_fn(|a| &left[(i * HIGH + a) * depth..][..depth]);
+            for j in (0..cols).step_by(lanes) {
+                let sums = row_products::<T, S>(simd, rows, &values[j..], stride);
+                for (line, sum) in lines.chunks_exact_mut(stride).zip(&sums) {
+                    line[j..j + lanes].copy_from_slice(T::lanes_of::<S>(sum));
+                }
             }
         }
     }
 }
 
-/// Writes the sums `sum_k left[i, k] * right[k * cols + j]` of `HIGH` rows and `UNIT` columns.
+/// The sums over all columns, `p` numbers each, of [`HIGH`] numbers from `i` on times a vector's length from `j` on.
 #[inline(always)]
-fn tile<S: Simd>(
+fn outer_products<T: Number, S: Simd>(
     simd: S,
-    left: Strided<'_>,
-    right: &[f64],
-    cols: usize,
-    depth: usize,
-    out: &mut [f64],
-    out_cols: usize,
-) {
-    match S::F64_LANES {
-        8.. => vectors::<S, 1>(simd, left, right, cols, depth, out, out_cols),
-        4.. => vectors::<S, 2>(simd, left, right, cols, depth, out, out_cols),
-        2.. => vectors::<S, 4>(simd, left, right, cols, depth, out, out_cols),
-        _ => vectors::<S, UNIT>(simd, left, right, cols, depth, out, out_cols),
-    }
-}
-
-#[inline(always)]
-fn vectors<S: Simd, const WIDE: usize>(
-    simd: S,
-    left: Strided<'_>,
-    right: &[f64],
-    cols: usize,
-    depth: usize,
-    out: &mut [f64],
-    out_cols: usize,
-) {
-    let mut tile = [[simd.splat_f64s(0.0); WIDE]; HIGH];
-    for k in 0..depth {
-        let right = S::as_simd_f64s(&right[k * cols..][..UNIT]).0;
-        for (i, sums) in tile.iter_mut().enumerate() {
-            let factor = simd.splat_f64s(left.values[i * left.stride + k * left.step]);
-            for (sum, vector) in sums.iter_mut().zip(right) {
-                *sum = simd.mul_add_e_f64s(factor, *vector, *sum);
-            }
+    columns: &[T],
+    p: usize,
+    (i, j): (usize, usize),
+) -> [T::Vector<S>; HIGH] {
+    let mut sums = [T::splat(simd, T::default()); HIGH];
+    for column in columns.chunks_exact(p) {
+        let vector = T::vectors::<S>(&column[j..j + T::lanes::<S>()])[0];
+        for (sum, factor) in sums.iter_mut().zip(&column[i..i + HIGH]) {
+            *sum = T::mul_add(simd, T::splat(simd, *factor), vector, *sum);
         }
     }
-    for (i, sums) in tile.iter().enumerate() {
-        S::as_mut_simd_f64s(&mut out[i * out_cols..][..UNIT]).0.copy_from_slice(sums);
+    sums
+}
+
+/// The sums over `k` of the `k`-th number of [`HIGH`] rows times a vector's length of the `k`-th row of `right`.
+#[inline(always)]
+fn row_products<T: Number, S: Simd>(
+    simd: S,
+    rows: [&[T]; HIGH],
+    right: &[T],
+    stride: usize,
+) -> [T::Vector<S>; HIGH] {
+    let mut sums = [T::splat(simd, T::default()); HIGH];
+    for (k, row) in right.chunks(stride).enumerate().take(rows[0].len()) {
+        let vector = T::vectors::<S>(&row[..T::lanes::<S>()])[0];
+        for (sum, left) in sums.iter_mut().zip(&rows) {
+            *sum = T::mul_add(simd, T::splat(simd, left[k]), vector, *sum);
+        }
     }
+    sums
 }
 
 #[cfg(test)]
@@ -189,43 +226,85 @@ mod tests {
     use super::*;
 
     /// Small integers: their products add up exactly, in any order.
-    fn integers(count: usize, seed: usize) -> Vec<f64> {
-        (0..count).map(|i| (((i + seed) * 7919) % 101) as f64 - 50.0).collect()
+    fn integers<T: Number>(count: usize, seed: usize) -> Vec<T> {
+        (0..count).map(|i| T::of((((i + seed) * 7919) % 101) as f64 - 50.0)).collect()
+    }
+
+    /// A kernel on scalars, on 256-bit vectors where there are any, and on the widest.
+    fn on_path(path: usize, kernel: impl WithSimd<Output = ()>) {
+        #[cfg(target_arch = "x86_64")]
+        if path == 1
+            && let Some(vectors) = pulp::x86::V3::try_new()
+        {
+            return Simd::vectorize(vectors, kernel);
+        }
+        if path == 0 { kernel.with_simd(pulp::Scalar::new()) } else { Arch::new().dispatch(kernel) }
+    }
+
+    fn assert_grams<T: Number>(units: usize, depths: usize, seed: usize) {
+        let (p, depth) = (units * T::WIDEST, depths * T::WIDEST);
+        let rows: Vec<T> = integers(p * depth, seed);
+        let columns: Vec<T> = (0..p * depth).map(|n| rows[n % p * depth + n / p]).collect();
+        for path in 0..3 {
+            // What was there stays.
+            let (mut of_rows, mut of_columns) = (vec![1.0; p * p], vec![1.0; p * p]);
+            let panel = Panel { values: &rows, stride: depth, cols: depth };
+            on_path(path, GramOfRows { panel, p, gram: &mut of_rows });
+            on_path(path, GramOfColumns { panel: &columns, p, gram: &mut of_columns });
+            for i in 0..p {
+                for j in 0..=i {
+                    let product = |k: usize| rows[i * depth + k].to_f64() * rows[j * depth + k].to_f64();
+                    let expected: f64 = 1.0 + (0..depth).map(product).sum::<f64>();
+                    assert_eq!(of_rows[i * p + j].to_bits(), expected.to_bits(), "path {path}");
+                    assert_eq!(of_columns[i * p + j].to_bits(), expected.to_bits(), "path {path}");
+                }
+            }
+        }
+    }
+
+    fn assert_product<T: Number>((rows, cols): (usize, usize), depth: usize) {
+        let (rows, cols) = (rows * HIGH, cols * T::WIDEST);
+        let (left, right): (Vec<T>, Vec<T>) = (integers(rows * depth, 1), integers(depth * cols, 2));
+        for path in 0..3 {
+            let mut out = vec![T::of(f64::NAN); rows * cols];
+            let right_view = Panel { values: &right, stride: cols, cols };
+            on_path(path, Product { left: &left, right: right_view, out: &mut out });
+            for i in 0..rows {
+                for j in 0..cols {
+                    let product = |k: usize| left[i * depth + k].to_f64() * right[k * cols + j].to_f64();
+                    let expected: f64 = (0..depth).map(product).sum();
+                    // Adding 0 makes one zero of the two.
+                    assert_eq!((out[i * cols + j].to_f64() + 0.0).to_bits(), (expected + 0.0).to_bits());
+                }
+            }
+        }
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
         fn both_layouts_give_the_gram_matrix(units in 1usize..5, depths in 1usize..5, seed in 0usize..1000) {
-            let (p, depth) = (units * UNIT, depths * UNIT);
-            let rows = integers(p * depth, seed);
-            let columns: Vec<f64> = (0..p * depth).map(|n| rows[n % p * depth + n / p]).collect();
-            // What was there stays.
-            let (mut of_rows, mut of_columns) = (vec![1.0; p * p], vec![1.0; p * p]);
-            add_gram_of_rows(&rows, p, &mut of_rows);
-            add_gram_of_columns(&columns, p, &mut of_columns);
-            for i in 0..p {
-                for j in 0..=i {
-                    let product: f64 = (0..depth).map(|k| rows[i * depth + k] * rows[j * depth + k]).sum();
-                    prop_assert_eq!(of_rows[i * p + j].to_bits(), (1.0 + product).to_bits());
-                    prop_assert_eq!(of_columns[i * p + j].to_bits(), (1.0 + product).to_bits());
-                }
-            }
+            assert_grams::<f64>(units, depths, seed);
+            assert_grams::<f32>(units, depths, seed);
         }
 
         #[test]
-        fn products((rows, cols) in (1usize..5, 1usize..4), depth in 1usize..20, by_columns in any::<bool>()) {
-            let (rows, cols) = (rows * HIGH, cols * UNIT);
-            let (left, right) = (integers(rows * depth, 1), integers(depth * cols, 2));
-            let (stride, step) = if by_columns { (1, rows) } else { (depth, 1) };
-            let mut out = vec![f64::NAN; rows * cols];
-            multiply(Strided { values: &left, stride, step }, &right, cols, &mut out);
-            for i in 0..rows {
-                for j in 0..cols {
-                    let sum: f64 = (0..depth).map(|k| left[i * stride + k * step] * right[k * cols + j]).sum();
-                    // Adding 0 makes one zero of the two.
-                    prop_assert_eq!((out[i * cols + j] + 0.0).to_bits(), (sum + 0.0).to_bits());
-                }
-            }
+        fn products(shape in (1usize..5, 1usize..4), depth in 1usize..20) {
+            assert_product::<f64>(shape, depth);
+            assert_product::<f32>(shape, depth);
         }
+    }
+
+    #[test]
+    fn sums_beyond_a_panel_are_widened() {
+        // 1 + 2^-24 is no float32: in one sum over all columns the small ones would be lost.
+        let (p, depth) = (f32::WIDEST, 64 * SUMMANDS * f32::WIDEST);
+        let small = |n: usize| if n < p * SUMMANDS { 1.0f32 } else { 2f32.powi(-10) };
+        let panel: Vec<f32> = (0..p * depth).map(small).collect();
+        let mut gram = vec![0.0; p * p];
+        add_gram_of_columns(&panel, p, &mut gram);
+        let expected = SUMMANDS as f64 + (depth - SUMMANDS) as f64 * 2f64.powi(-20);
+        assert_eq!(gram[0].to_bits(), expected.to_bits());
     }
 }

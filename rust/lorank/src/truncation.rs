@@ -1,21 +1,21 @@
 //! From a decomposition to the factors of the singular values that are kept.
+//!
+//! Factors are computed where they are needed, as a file of them is written for instance: all of them together
+//! need not be in memory. Only where an update's terms lie in memory that somebody else may write to, as live
+//! models do, are they computed at once.
 
 use std::sync::Arc;
 
-use faer::{Mat, MatMut, MatRef};
+use faer::Mat;
 
 use crate::cancel::CancelToken;
-use crate::low_rank::{Factors, Triplets, Values};
-use crate::matrix::MatrixView;
+use crate::dtype::DType;
+use crate::low_rank::{Buffers, Side, Term, Values};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::product_svd::{Decomposition, Form};
-use crate::thin::{HIGH, Strided, UNIT, multiply};
+use crate::source::{Computed, StoredMatrix};
+use crate::triangular::Precision;
 use crate::{Error, Result};
-
-/// Rows of `B`, and columns of `A`, that are multiplied at a time: a panel stays in the nearest cache.
-fn panel_length(rank: usize) -> usize {
-    (16_384 / rank.max(1)).clamp(64, 2048).next_multiple_of(UNIT)
-}
 
 /// A truncation that is wanted: of which decomposition, and which values are kept.
 #[derive(Clone, Debug)]
@@ -26,7 +26,16 @@ pub struct Truncation {
     pub keep: Vec<bool>,
 }
 
-/// Computes the factors of every truncation, as [`decompose_all`](crate::product_svd::decompose_all) does the decompositions.
+/// Factors as files hold them, balanced: float32 unless a term was float64.
+#[derive(Clone, Debug)]
+pub struct Factors {
+    /// `(out, r)`.
+    pub b: StoredMatrix,
+    /// `(r, in)`.
+    pub a: StoredMatrix,
+}
+
+/// The factors of every truncation, as [`decompose_all`](crate::product_svd::decompose_all) does the decompositions.
 ///
 /// # Errors
 /// As there.
@@ -38,134 +47,99 @@ pub fn rebuild_all(
 ) -> Result<()> {
     let order = costliest_first(truncations.iter().map(|t| t.decomposition.cost()));
     pool(threads)?.install(|| {
-        side_by_side(&order, threads, cancel, &|i, bytes: &mut Vec<u8>| {
-            let Truncation { decomposition, keep } = &truncations[i];
-            emit(i, guarded(|| decomposition.rebuild(keep, bytes, cancel)));
+        side_by_side(&order, threads, cancel, &|i, (): &mut ()| {
+            emit(i, guarded(|| truncations[i].rebuild(cancel)));
         });
         cancel.check()
     })
 }
 
+impl Truncation {
+    fn rebuild(&self, cancel: &CancelToken) -> Result<Factors> {
+        let factors = self.factors()?;
+        if !self.decomposition.reads_memory() {
+            return Ok(factors);
+        }
+        let hold = |matrix: &StoredMatrix| {
+            let mut bytes = Vec::new();
+            matrix.load(&mut bytes, cancel)?;
+            let (rows, cols) = matrix.shape();
+            StoredMatrix::in_memory(Arc::new(bytes), matrix.dtype(), (rows, cols), (cols, 1))
+        };
+        Ok(Factors { b: hold(&factors.b)?, a: hold(&factors.a)? })
+    }
+
+    /// The factors, computed whenever they are needed.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] if there is not one mark per value.
+    pub fn factors(&self) -> Result<Factors> {
+        let Self { decomposition, keep } = self;
+        let values = &decomposition.singular_values;
+        if keep.len() != values.len() {
+            let reason = format!("{} marks for {} singular values", keep.len(), values.len());
+            return Err(Error::InvalidInput(reason));
+        }
+        let kept: Arc<[usize]> = (0..keep.len()).filter(|&i| keep[i]).collect();
+        let (k, (out, fan_in)) = (kept.len(), decomposition.shape);
+        let dtype = decomposition.dtype();
+        let factor = |side, shape| {
+            let of = (Arc::clone(decomposition), Arc::clone(&kept));
+            StoredMatrix::computed(Arc::new(Factor { decomposition: of.0, kept: of.1, side }), dtype, shape)
+        };
+        Ok(Factors { b: factor(Side::B, (out, k)), a: factor(Side::A, (k, fan_in)) })
+    }
+}
+
 impl Decomposition {
     /// Multiplications of a rebuild, up to a constant.
     fn cost(&self) -> u128 {
-        let (out, fan_in) = match &self.form {
-            Form::Basis { term, .. } => (term.b.shape().0, term.a.shape().1),
-            Form::Explicit { b, a, .. } => (b.nrows(), a.nrows()),
-        };
+        let (out, fan_in) = self.shape;
         (self.singular_values.len() * (out + fan_in)) as u128
     }
 
-    /// The factors of the kept values; `bytes` is a buffer for factors in files.
-    ///
-    /// # Errors
-    /// [`Error::InvalidInput`] if there is not one mark per value, and those of reading.
-    pub fn rebuild(&self, keep: &[bool], bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<Factors> {
-        if keep.len() != self.singular_values.len() {
-            return Err(Error::InvalidInput(format!(
-                "{} marks for {} singular values",
-                keep.len(),
-                self.singular_values.len()
-            )));
+    fn dtype(&self) -> DType {
+        let is_wide = matches!(&self.form, Form::Explicit { b: Values::F64(_), .. });
+        if is_wide { DType::F64 } else { DType::F32 }
+    }
+
+    fn reads_memory(&self) -> bool {
+        let is_in_memory = |term: &Term| term.b.is_in_memory() || term.a.is_in_memory();
+        matches!(&self.form, Form::Basis { terms, .. } if terms.iter().any(is_in_memory))
+    }
+}
+
+/// One factor of a truncation.
+struct Factor {
+    decomposition: Arc<Decomposition>,
+    kept: Arc<[usize]>,
+    side: Side,
+}
+
+impl Computed for Factor {
+    fn compute(&self, out: &mut Vec<u8>, cancel: &CancelToken) -> Result<()> {
+        out.clear();
+        if self.kept.is_empty() {
+            return Ok(()); // Terms need not be read to keep nothing of them.
         }
-        let kept: Vec<usize> = (0..keep.len()).filter(|&i| keep[i]).collect();
-        let columns = |x: &Mat<f64>| Mat::from_fn(x.nrows(), kept.len(), |i, j| x[(i, kept[j])]);
-        match &self.form {
-            Form::Explicit { b, a, wide } => Ok(Factors {
-                b: Values::collect((0..b.nrows()).flat_map(|i| kept.iter().map(move |&j| b[(i, j)])), *wide),
-                a: Values::collect(kept.iter().flat_map(|&j| a.col(j).iter().copied()), *wide),
-            }),
-            // The factors need not be read to keep nothing of them.
-            Form::Basis { .. } if kept.is_empty() => {
-                Ok(Factors { b: Values::F32(Vec::new()), a: Values::F32(Vec::new()) })
+        match (&self.decomposition.form, self.side) {
+            (Form::Explicit { b, .. }, Side::B) => b.put_columns(&self.kept, self.decomposition.shape.0, out),
+            (Form::Explicit { a, .. }, Side::A) => a.put_rows(&self.kept, self.decomposition.shape.1, out),
+            (Form::Basis { terms, b: basis, .. }, Side::B)
+            | (Form::Basis { terms, a: basis, .. }, Side::A) => {
+                let mut buffers = Buffers::new();
+                let stacked = self.side.stacked(terms, &mut buffers, cancel)?;
+                let columns = basis.columns.as_ref();
+                let y = Mat::from_fn(columns.nrows(), self.kept.len(), |i, j| columns[(i, self.kept[j])]);
+                let y = y.as_ref();
+                match (self.side, basis.precision) {
+                    (Side::B, Precision::Single) => stacked.transposed_times::<f32>(y, out, cancel)?,
+                    (Side::B, Precision::Double) => stacked.transposed_times::<f64>(y, out, cancel)?,
+                    (Side::A, Precision::Single) => stacked.times::<f32>(y, out, cancel)?,
+                    (Side::A, Precision::Double) => stacked.times::<f64>(y, out, cancel)?,
+                }
             }
-            Form::Basis { term, left, right } => {
-                let (left, right) = (columns(left), columns(right));
-                Ok(Factors {
-                    b: term.b.with_view(bytes, cancel, |view| times(view, left.as_ref(), cancel))?,
-                    a: term
-                        .a
-                        .with_view(bytes, cancel, |view| transposed_times(right.as_ref(), view, cancel))?,
-                })
-            }
         }
-    }
-
-    /// All triplets at once, for callers that keep them.
-    ///
-    /// # Errors
-    /// As [`rebuild`](Self::rebuild).
-    pub fn triplets(&self, cancel: &CancelToken) -> Result<Triplets> {
-        let Factors { b, a } =
-            self.rebuild(&vec![true; self.singular_values.len()], &mut Vec::new(), cancel)?;
-        let k = self.singular_values.len();
-        Ok(Triplets { b_columns: transposed(b, k), singular_values: self.singular_values.clone(), a_rows: a })
-    }
-}
-
-/// Row-major values with `cols` columns, column by column.
-fn transposed(values: Values, cols: usize) -> Values {
-    fn columns<T: Copy>(x: &[T], cols: usize) -> Vec<T> {
-        (0..cols).flat_map(|j| x.iter().skip(j).step_by(cols).copied()).collect()
-    }
-    match values {
-        Values::F32(x) => Values::F32(columns(&x, cols)),
-        Values::F64(x) => Values::F64(columns(&x, cols)),
-    }
-}
-
-/// `B X`, row-major float32, for `B (out, K)` and `X (K, k)`.
-fn times(b: &MatrixView<'_>, x: MatRef<'_, f64>, cancel: &CancelToken) -> Result<Values> {
-    let (out, rank, k) = (b.rows(), x.nrows(), x.ncols());
-    let mut result = vec![0f32; out * k];
-    let width = k.next_multiple_of(UNIT);
-    let x: Vec<f64> =
-        (0..rank).flat_map(|i| (0..width).map(move |j| if j < k { x[(i, j)] } else { 0.0 })).collect();
-    let length = panel_length(rank);
-    let (mut panel, mut product) = (vec![0.0; length * rank], vec![0.0; length * width]);
-    for first in (0..out).step_by(length) {
-        cancel.check()?;
-        let rows = first..out.min(first + length);
-        let (count, padded) = (rows.len(), rows.len().next_multiple_of(UNIT));
-        b.upcast_rows(rows, 1.0, &mut panel[..count * rank]);
-        let left = Strided { values: &panel[..padded * rank], stride: rank, step: 1 };
-        multiply(left, &x, width, &mut product[..padded * width]);
-        let lines = result[first * k..(first + count) * k].chunks_exact_mut(k);
-        for (line, sums) in lines.zip(product.chunks_exact(width)) {
-            narrow(&sums[..k], line);
-        }
-    }
-    Ok(Values::F32(result))
-}
-
-/// `X^T A`, row-major float32, for `X (K, k)` and `A (K, in)`.
-fn transposed_times(x: MatRef<'_, f64>, a: &MatrixView<'_>, cancel: &CancelToken) -> Result<Values> {
-    let (fan_in, rank, k) = (a.cols(), x.nrows(), x.ncols());
-    let mut result = vec![0f32; k * fan_in];
-    let height = k.next_multiple_of(HIGH);
-    let x: Vec<f64> =
-        (0..height).flat_map(|j| (0..rank).map(move |i| if j < k { x[(i, j)] } else { 0.0 })).collect();
-    let length = panel_length(rank);
-    let (mut panel, mut product) = (vec![0.0; rank * length], vec![0.0; height * length]);
-    for first in (0..fan_in).step_by(length) {
-        cancel.check()?;
-        let cols = first..fan_in.min(first + length);
-        let (count, width) = (cols.len(), cols.len().next_multiple_of(UNIT));
-        let block = MatMut::from_column_major_slice_with_stride_mut(&mut panel, count, rank, width);
-        a.upcast(0..rank, cols, 1.0, block.transpose_mut());
-        let left = Strided { values: &x, stride: rank, step: 1 };
-        multiply(left, &panel[..rank * width], width, &mut product[..height * width]);
-        for i in 0..k {
-            let start = i * fan_in + first;
-            narrow(&product[i * width..][..count], &mut result[start..start + count]);
-        }
-    }
-    Ok(Values::F32(result))
-}
-
-#[allow(clippy::cast_possible_truncation)] // Rounding is the point.
-fn narrow(from: &[f64], to: &mut [f32]) {
-    for (y, x) in to.iter_mut().zip(from) {
-        *y = *x as f32;
+        Ok(())
     }
 }

@@ -1,0 +1,241 @@
+//! Factors of one side of an update, one below the other: `X (K, length)`, passed over in panels.
+//!
+//! `K = sum r_j` rows of length `in` are the terms' `A`; `K` rows of length `out` are their `B^T`. Two products
+//! are all that a decomposition from factors needs: the Gram matrix `X X^T` before it, and `X^T Y` or `Y^T X`
+//! for a small `Y` after it. Each passes over `X` once, panel by panel, and a panel stays in cache.
+
+use std::ops::Range;
+
+use faer::prelude::ReborrowMut;
+use faer::{MatMut, MatRef};
+
+use crate::Result;
+use crate::cancel::CancelToken;
+use crate::matrix::MatrixView;
+use crate::number::Number;
+use crate::thin::{HIGH, Panel, SUMMANDS, add_gram_of_columns, add_gram_of_rows, multiply};
+
+/// Bytes of a panel that is read once and multiplied many times: a level-1 cache's worth.
+const PANEL: usize = 32 << 10;
+
+/// Bytes of a panel of which four rows are read many times, the others one after the other: of a level-2 cache.
+const ROWS: usize = 64 << 10;
+
+/// Rows up to which a product of rows reads them where they lie: of more, whose strides may be powers of two, a
+/// cache does not hold enough lines.
+const ROWS_IN_PLACE: usize = 16;
+
+/// Matrices of equal length, one below the other.
+pub(crate) struct Stacked<'a> {
+    parts: Vec<MatrixView<'a>>,
+    scale: f64,
+}
+
+/// A Gram matrix with zeros beyond its rows and columns.
+pub(crate) struct Gram {
+    /// The lower triangle, row-major.
+    pub values: Vec<f64>,
+    /// `K`, rounded up to a multiple of [`Number::WIDEST`].
+    pub order: usize,
+}
+
+impl<'a> Stacked<'a> {
+    /// Of parts `(r_j, length)`.
+    pub(crate) fn new(parts: Vec<MatrixView<'a>>) -> Self {
+        Self { parts, scale: 1.0 }
+    }
+
+    /// The same, every element times `scale`.
+    pub(crate) fn scaled(self, scale: f64) -> Self {
+        Self { scale, ..self }
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.parts.iter().map(MatrixView::rows).sum()
+    }
+
+    pub(crate) fn length(&self) -> usize {
+        self.parts.first().map_or(0, MatrixView::cols)
+    }
+
+    /// `X X^T`, in the arithmetic of `T`: see [`thin`](crate::thin).
+    pub(crate) fn gram<T: Number>(&self, cancel: &CancelToken) -> Result<Gram> {
+        let order = self.rank().next_multiple_of(T::WIDEST);
+        let mut values = vec![0.0; order * order];
+        let by_columns = self.parts.first().is_some_and(MatrixView::is_column_major);
+        let depth = if by_columns { panel_length::<T>(order) } else { row_length::<T>(order) };
+        let mut panel = vec![T::default(); order * depth];
+        for columns in self.panels(depth) {
+            cancel.check()?;
+            if by_columns {
+                add_gram_of_columns(self.columns(columns, order, &mut panel), order, &mut values);
+            } else {
+                add_gram_of_rows(self.rows(columns, order, &mut panel), order, &mut values);
+            }
+        }
+        Ok(Gram { values, order })
+    }
+
+    /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes appended to `out`.
+    pub(crate) fn transposed_times<T: Number>(
+        &self,
+        y: MatRef<'_, f64>,
+        out: &mut Vec<u8>,
+        cancel: &CancelToken,
+    ) -> Result<()> {
+        let (order, k) = (self.rank().next_multiple_of(T::WIDEST), y.ncols());
+        let width = k.next_multiple_of(T::WIDEST);
+        let y: Vec<T> = padded(order, width, |i, j| if i < y.nrows() && j < k { y[(i, j)] } else { 0.0 });
+        let depth = panel_length::<T>(order);
+        let (mut panel, mut product) = (vec![T::default(); depth * order], vec![T::default(); depth * width]);
+        let mut lines = appended(out, self.length() * k).chunks_exact_mut(k);
+        for columns in self.panels(depth) {
+            cancel.check()?;
+            let count = columns.len();
+            let height = count.next_multiple_of(HIGH);
+            let left = self.columns(columns, order, &mut panel);
+            let right = Panel { values: &y, stride: width, cols: width };
+            multiply(left, right, &mut product[..height * width]);
+            for (sums, line) in product.chunks_exact(width).take(count).zip(&mut lines) {
+                write(&sums[..k], line);
+            }
+        }
+        Ok(())
+    }
+
+    /// `Y^T X` for `Y (K, k)`: `(k, length)` float32, row-major little-endian bytes appended to `out`.
+    pub(crate) fn times<T: Number>(
+        &self,
+        y: MatRef<'_, f64>,
+        out: &mut Vec<u8>,
+        cancel: &CancelToken,
+    ) -> Result<()> {
+        let (order, k, length) = (self.rank(), y.ncols(), self.length());
+        let height = k.next_multiple_of(HIGH);
+        let y: Vec<T> = padded(height, order, |i, j| if i < k { y[(j, i)] } else { 0.0 });
+        let out = appended(out, k * length);
+        let depth = panel_length::<T>(order);
+        // An odd number of cache lines apart, rows do not compete for the same places of the cache.
+        let stride = depth + T::WIDEST;
+        let (mut panel, mut product) =
+            (vec![T::default(); order * stride], vec![T::default(); height * stride]);
+        for columns in self.panels(depth) {
+            cancel.check()?;
+            let (first, count) = (columns.start, columns.len());
+            self.fill_rows(columns, stride, &mut panel);
+            let right = Panel { values: &panel, stride, cols: count.next_multiple_of(T::WIDEST) };
+            multiply(&y, right, &mut product);
+            for (i, line) in product.chunks_exact(stride).take(k).enumerate() {
+                write(&line[..count], &mut out[i * length + first..][..count]);
+            }
+        }
+        Ok(())
+    }
+
+    fn panels(&self, depth: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let length = self.length();
+        (0..length).step_by(depth).map(move |first| first..length.min(first + depth))
+    }
+
+    /// Columns one after the other, padded to `order` numbers each, a multiple of [`HIGH`] of them: as they lie in
+    /// memory if they do so, or else in `panel`.
+    fn columns<'b, T: Number>(&'b self, columns: Range<usize>, order: usize, panel: &'b mut [T]) -> &'b [T] {
+        let (rank, count) = (self.rank(), columns.len());
+        if let Some((values, stride)) = self.in_place(true, columns.start)
+            && stride == order
+            && rank == order
+            && count.is_multiple_of(HIGH)
+        {
+            return &values[..order * count];
+        }
+        let panel = &mut panel[..order * count.next_multiple_of(HIGH)];
+        panel[order * count..].fill(T::default());
+        self.fill(columns, MatMut::from_column_major_slice_with_stride_mut(panel, rank, count, order));
+        panel
+    }
+
+    /// `order` rows, padded to a multiple of [`Number::WIDEST`] each, from memory or in `panel` as [`Self::columns`].
+    fn rows<'b, T: Number>(
+        &'b self,
+        columns: Range<usize>,
+        order: usize,
+        panel: &'b mut [T],
+    ) -> Panel<'b, T> {
+        let count = columns.len();
+        if let Some((values, stride)) = self.in_place(false, columns.start)
+            && self.rank() == order
+            && order <= ROWS_IN_PLACE
+            && count.is_multiple_of(T::WIDEST)
+        {
+            return Panel { values, stride, cols: count };
+        }
+        let stride = count.next_multiple_of(T::WIDEST);
+        self.fill_rows(columns, stride, &mut panel[..order * stride]);
+        Panel { values: panel, stride, cols: stride }
+    }
+
+    /// The numbers from a column on where they lie, and how far apart columns, or rows, begin.
+    fn in_place<T: Number>(&self, by_columns: bool, column: usize) -> Option<(&'a [T], usize)> {
+        match self.parts[..] {
+            [part] if self.scale.to_bits() == 1f64.to_bits() => {
+                if by_columns {
+                    part.transposed().in_place(column, 0)
+                } else {
+                    part.in_place(0, column)
+                }
+            }
+            _ => None,
+        }
+    }
+
+    /// Rows one after the other, `stride` numbers apart, zeros between them.
+    fn fill_rows<T: Number>(&self, columns: Range<usize>, stride: usize, panel: &mut [T]) {
+        let (rank, count) = (self.rank(), columns.len());
+        for row in panel.chunks_exact_mut(stride) {
+            row[count..].fill(T::default());
+        }
+        // faer 0.24's constructor for rows with a stride takes it for that of columns.
+        let rows = MatMut::from_column_major_slice_with_stride_mut(panel, count, rank, stride);
+        self.fill(columns, rows.transpose_mut());
+    }
+
+    fn fill<T: Number>(&self, columns: Range<usize>, mut panel: MatMut<'_, T>) {
+        let mut first = 0;
+        for part in &self.parts {
+            let rows = panel.rb_mut().subrows_mut(first, part.rows());
+            part.upcast(0..part.rows(), columns.clone(), self.scale, rows);
+            first += part.rows();
+        }
+    }
+}
+
+/// Columns of a panel of so many rows: a multiple of [`SUMMANDS`].
+fn panel_length<T: Number>(order: usize) -> usize {
+    (PANEL / size_of::<T>() / order.max(1)).clamp(SUMMANDS, 16 * SUMMANDS) / SUMMANDS * SUMMANDS
+}
+
+/// Columns of a panel whose rows are multiplied with each other: of all vectors' sums a multiple.
+fn row_length<T: Number>(order: usize) -> usize {
+    let unit = SUMMANDS * T::WIDEST;
+    (ROWS / size_of::<T>() / order.max(1)).clamp(unit, 16 * unit) / unit * unit
+}
+
+fn padded<T: Number>(rows: usize, cols: usize, value: impl Fn(usize, usize) -> f64) -> Vec<T> {
+    (0..rows * cols).map(|n| T::of(value(n / cols, n % cols))).collect()
+}
+
+/// The bytes of a float32 in a file.
+type Bytes = [u8; size_of::<f32>()];
+
+/// Places for so many more numbers.
+fn appended(out: &mut Vec<u8>, count: usize) -> &mut [Bytes] {
+    let start = out.len();
+    out.resize(start + count * size_of::<Bytes>(), 0);
+    out[start..].as_chunks_mut().0
+}
+
+fn write<T: Number>(values: &[T], places: &mut [Bytes]) {
+    for (place, x) in places.iter_mut().zip(values) {
+        *place = x.to_f32().to_le_bytes();
+    }
+}
