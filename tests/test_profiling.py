@@ -736,8 +736,16 @@ def test_wrapped_models_have_their_own_names(profile: Any) -> None:
     expected = profile(tiny_models.llama(), text_batches(2))
     compiled = torch.compile(tiny_models.llama())
     parallel = nn.DataParallel(tiny_models.llama())
-    for wrapped in (compiled, parallel):
+    for wrapped in (compiled, parallel, nn.DataParallel(compiled)):
         assert list(profile(wrapped, text_batches(2))) == list(expected)
+
+
+@pytest.mark.parametrize("profile", [run_gradients, run_tasks])
+def test_no_copies_are_made_for_several_devices(profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would share the hooks of the model, on other devices and at the same time."""
+    expected = profile(tiny_models.llama(), text_batches(2))
+    monkeypatch.setattr(nn.DataParallel, "forward", lambda *_, **__: pytest.fail("the wrapper was called"))
+    assert profile(nn.DataParallel(tiny_models.llama()), text_batches(2)) == expected
 
 
 class Checkpointed(nn.Module):
