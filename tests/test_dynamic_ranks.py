@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
+import gc
 import itertools
 import json
 import math
@@ -21,6 +23,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 
 import lorank
@@ -1030,10 +1033,11 @@ def test_processes_that_train_together_have_the_same_ranks(whole: tuple[Run, Pat
             {"torch_compile": True},
             r"\(torch_compile=\.\.\.\): .* under torch\.compile.* use profile_gradients",
         ),
+        ({"n_gpu": 2}, r"2 devices in one process: .*torchrun --nproc-per-node=2.*CUDA_VISIBLE_DEVICES=0"),
     ],
 )
 def test_training_that_remembers_shapes_is_refused(settings: Any, message: str, tmp_path: Path) -> None:
-    nothing: dict[str, Any] = {"fsdp": [], "deepspeed": None, "torch_compile": False}
+    nothing: dict[str, Any] = {"fsdp": [], "deepspeed": None, "torch_compile": False, "n_gpu": 1}
     arguments = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, **nothing | settings)
     state = SimpleNamespace(global_step=0, is_world_process_zero=True)
     model = llama()
@@ -1048,10 +1052,82 @@ def test_trainer_itself_with_torch_compile_is_refused(tmp_path: Path) -> None:
         trainer(llama(), tmp_path, GardCallback(**OPTIONS), torch_compile=True).train()
 
 
-def test_compiled_models_are_refused() -> None:
+eager = functools.partial(torch.compile, backend="eager")
+
+
+def compile_blocks(model: Any) -> None:
+    blocks = model.get_base_model().model.layers
+    for index, block in enumerate(blocks):
+        blocks[index] = eager(block)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (eager, r"wrapped in OptimizedModule \(torch\.compile\)"),
+        (lambda model: model.compile(backend="eager"), r"the model is compiled \(Module\.compile\)"),
+        (
+            lambda model: model.get_base_model().model.layers[1].compile(backend="eager"),
+            r"layers\.1 is compiled \(Module\.compile\)",
+        ),
+        (lambda model: eager(model.get_base_model().model.layers[1]), "or a part of it, is wrapped"),
+        (lambda model: eager(torch.nn.Sequential(model)), "wrapped in OptimizedModule"),
+        (compile_blocks, "wrapped in OptimizedModule"),
+    ],
+    ids=["whole", "in place", "a block in place", "a block", "around it", "blocks within"],
+)
+def test_compiled_models_are_refused(wrap: Any, message: str) -> None:
+    """Whichever handle of the model is given: compiled code passes its hooks by."""
     model = llama()
-    with pytest.raises(NotImplementedError, match="wrapped in OptimizedModule"):
-        DynamicRanks(torch.compile(model), adamw(model), **OPTIONS)
+    compiled = wrap(model)
+    with pytest.raises(NotImplementedError, match=message):
+        DynamicRanks(model, adamw(model), **OPTIONS)
+    with pytest.raises(NotImplementedError, match=message):
+        lorank.training.resize_lora(model, {"0.self_attn.q_proj": 2})
+    assert set(ranks(model).values()) == {4}
+    if getattr(compiled, "_orig_mod", None) is model:
+        with pytest.raises(NotImplementedError, match=message):
+            DynamicRanks(compiled, adamw(model), **OPTIONS)
+
+
+def test_a_compiled_model_that_is_gone_is_no_hindrance() -> None:
+    model = llama()
+    compiled = eager(model)
+    circle = [compiled]
+    circle.append(circle)
+    gc.disable()
+    try:
+        del compiled, circle  # Garbage that has not been collected yet.
+        DynamicRanks(model, adamw(model), **OPTIONS)
+    finally:
+        gc.enable()
+    other = eager(llama())
+    DynamicRanks(model, adamw(model), **OPTIONS)
+    del other
+
+
+def test_copies_on_several_devices_are_refused() -> None:
+    model = llama()
+    parallel = torch.nn.DataParallel(model)
+    DynamicRanks(model, adamw(model), **OPTIONS)  # On one device it makes no copies.
+    parallel.device_ids = [0, 1]
+    with pytest.raises(NotImplementedError, match=r"one process per device \(torchrun\)"):
+        DynamicRanks(model, adamw(model), **OPTIONS)
+
+
+@pytest.mark.parametrize("settings", [{"static_graph": True}, {}])
+def test_wrappers_that_remember_shapes_are_refused_at_once(settings: Any, tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = llama()
+        wrapper = torch.nn.parallel.DistributedDataParallel(model, **settings)
+        if not settings:
+            DynamicRanks(model, adamw(model), **OPTIONS)
+            wrapper.register_comm_hook(None, allreduce_hook)
+        with pytest.raises(NotImplementedError, match="a communication hook or a static graph"):
+            DynamicRanks(model, adamw(model), **OPTIONS)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Strange(torch.optim.SGD):  # type: ignore[misc]

@@ -56,8 +56,8 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
     FormatError
         When a resumed training begins, if that state is damaged or of another step.
     NotImplementedError
-        When training begins, under FSDP, DeepSpeed and torch.compile; after the first step, if the
-        optimizer's state cannot follow a change of rank.
+        When training begins, under FSDP, DeepSpeed, torch.compile and DataParallel; after the first step,
+        if the optimizer's state cannot follow a change of rank.
 
     Notes
     -----
@@ -193,6 +193,12 @@ def _check_arguments(args: TrainingArguments) -> None:
                 f"TrainingArguments({option}=...): ranks cannot be changed under {name}, which remembers "
                 "the shapes of parameters; use profile_gradients and static ranks"
             )
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            f"{args.n_gpu} devices in one process: Trainer would copy the model to each of them for every "
+            "batch (DataParallel), and copies cannot be watched: start one process per device (torchrun "
+            f"--nproc-per-node={args.n_gpu}), or show it one device (CUDA_VISIBLE_DEVICES=0)"
+        )
     if args.load_best_model_at_end:
         raise NotImplementedError(
             "TrainingArguments(load_best_model_at_end=True): Trainer cannot load a checkpoint with other "

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from lorank.training.optimizer_state import FactorChange
-
-
-def wrappers_of(model: Any) -> list[Any]:
-    """The wrappers by which processes share the model's gradients."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return []
-    ours = {id(parameter) for parameter in model.parameters()}
-    # Nothing leads from a module to its wrapper. One that is missed would silently stop to exchange the
-    # gradients of the factors that change.
-    wrappers = [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]
-    wrappers = [found for found in wrappers if any(id(p) in ours for p in found.parameters())]
-    for wrapper in wrappers:
-        if wrapper._comm_hooks or wrapper.static_graph:
-            raise NotImplementedError(
-                "the model is wrapped in DistributedDataParallel with a communication hook or a static "
-                "graph, which remember shapes: ranks cannot be changed under it"
-            )
-    return wrappers
 
 
 def agree(factor: FactorChange, wrappers: Sequence[Any]) -> None:

@@ -34,6 +34,7 @@ from lorank.sources import live
 from lorank.training import optimizer_state
 from lorank.training.layers import AdaptedLayer, lora_layers
 from lorank.training.resizing import RankChange, check_resizable, resize_lora
+from lorank.training.wrappers import check_not_compiled, check_one_device_a_process, data_parallel_wrappers
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,9 @@ class DynamicRanks:
         self._adapter_name, self._seed = adapter_name, seed
 
         layers = lora_layers(model, adapter_name)
+        check_not_compiled(model)
+        check_one_device_a_process(model)
+        data_parallel_wrappers(model)  # Refuses those that remember shapes.
         check_weights(model)
         found = named_targets(model, live.from_module(model), layers)
         if not found.chosen:

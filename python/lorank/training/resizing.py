@@ -18,11 +18,12 @@ import torch
 from lorank._core import NumericalError
 from lorank.budget import is_integer
 from lorank.training import optimizer_state
-from lorank.training.data_parallel import agree, rebuild_reducer, wrappers_of
+from lorank.training.data_parallel import agree, rebuild_reducer
 from lorank.training.layers import AdaptedLayer, by_layer, check_layer, check_ties, lora_layers
 from lorank.training.optimizer_state import FactorChange
 from lorank.training.peft_config import check_config, write_config
 from lorank.training.truncation import new_ranks, truncated
+from lorank.training.wrappers import check_not_compiled, data_parallel_wrappers
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,7 @@ def resize_lora(
     Dynamic ranks that keep the function are what GARD (gradient-spectral rank allocation) asks for.
     """
     layers = lora_layers(model, adapter_name)
+    check_not_compiled(model)
     config = model.peft_config[adapter_name]
     targets = by_layer(ranks, layers, "ranks")
     rows = by_layer(directions or {}, layers, "directions")
@@ -135,7 +137,7 @@ def resize_lora(
 
     gaussian = config.init_lora_weights == "gaussian"
     plans = {name: _plan(layers[name], sizes[name], rows.get(name), seed, gaussian) for name in changed}
-    wrappers = wrappers_of(model)
+    wrappers = data_parallel_wrappers(model)
     for name, (_, factors) in plans.items():
         for factor in factors:
             agree(factor, wrappers)
