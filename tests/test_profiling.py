@@ -22,6 +22,7 @@ from torch import nn
 
 import lorank
 import tiny_models
+from live_tensors import live_numbers
 from lorank.profiling.sketch import GradientSketches
 from lorank.profiling.targets import find_targets
 from lorank.report.gradients import ModuleGradients, effective_rank
@@ -497,6 +498,27 @@ def test_every_module_has_its_own_projections() -> None:
     np.testing.assert_array_equal(one.eigenvalues, other.eigenvalues)
     one, other = lorank.profile_gradients(Twins(), batches, sketch=4, loss=called)
     assert np.abs(one.eigenvalues - other.eigenvalues).max() > 1e-3 * one.eigenvalues[0]
+
+
+def test_memory_grows_by_the_sketches_alone() -> None:
+    """`modules * M * k^2` numbers and the projections, when no batch is on its way."""
+    model, k = tiny_models.llama(), 16
+    shapes = [target.info.shape for target in find_targets(model, None).chosen]
+    sketches = sum(min(out, k) * min(fan_in, k) for out, fan_in in shapes)
+    projections = sum(k * side for shape in shapes for side in shape if side > k)
+    seen = []
+
+    def drawn() -> Iterator[Any]:
+        for batch in text_batches():
+            seen.append(live_numbers())
+            yield batch
+
+    lorank.profile_gradients(model, drawn(), sketch=k)
+    # The batches and what they are made of: a few rows of tokens.
+    few = 100 * COUNT
+    for count, numbers in enumerate(seen):
+        assert abs(numbers - seen[0] - count * sketches - min(count, 1) * projections) <= few < sketches
+    assert live_numbers() - seen[0] <= few
 
 
 # Nothing is left behind.

@@ -152,6 +152,7 @@ def backward_passes(
                     raise ValueError(f"batch {count - 1}: the loss is {value.item()}")
                 value.backward()
             report(1, f"loss {value.item():.4g}")
+            del value  # With it goes what hooks keep of this batch, before there is the next.
             yield count
     if not count:
         raise ValueError("no batches: profiling needs at least one")
