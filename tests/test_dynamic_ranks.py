@@ -12,6 +12,7 @@ import math
 import shutil
 import socket
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,8 @@ from torch.distributed.fsdp import fully_shard
 
 import lorank
 import tiny_models
-from lorank.training import DynamicRanks, GardCallback, restore_ranks
+from live_tensors import live_numbers
+from lorank.training import DynamicRanks, GardCallback, dynamic_ranks, restore_ranks
 
 # Between changes, gradients pass by that do not count: 1 and 2, 7 and 8, 13 and 14, ...
 INTERVAL, WINDOW, STEPS = 6, 4, 18
@@ -445,6 +447,26 @@ def test_other_kinds_of_layers(bits: int) -> None:
     assert max(ranks(model).values()) > 4
 
 
+def test_windows_without_any_gradient_change_nothing() -> None:
+    """As where compiled code passes the hooks by: ranks would become uniform."""
+    silent = 2 * INTERVAL
+
+    def loss_of(model: Any, step: int) -> Any:
+        if step < silent:
+            return sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+        return model(**batch(step)).loss
+
+    model, seen = llama(r=2), []
+    pattern = "step 6: no gradient reached any adapted module in the last 4 steps, so ranks stay as they are"
+    with pytest.warns(UserWarning, match=pattern) as told:
+        updates = trained(model, loss_of=loss_of, between=lambda model, _: seen.append(ranks(model)))
+    assert sum("no gradient" in str(warning.message) for warning in told) == 1
+    assert {rank for found in seen[:silent] for rank in found.values()} == {2}
+    assert [update.step for update in updates] == [18]
+    # What was not seen is not smoothed with what is.
+    assert all(row.effective_rank.is_integer() and row.effective_rank > 0 for row in updates[0].report)
+
+
 def check_size(model: Any, limit: int) -> None:
     assert size_of(model) <= limit
 
@@ -554,6 +576,96 @@ def test_a_loop_goes_on_from_its_state(tmp_path: Path) -> None:
         updates += loop(again, optimizer, dynamic, stop, STEPS)
         assert_same_updates(updates, expected)
         assert_same_weights(again, whole)
+
+
+def test_an_open_window_goes_on_where_its_modules_are() -> None:
+    """Models can lie on several devices; here one of them is without values."""
+    model = llama()
+    optimizer = adamw(model)
+    with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:
+        for step in range(4):
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+            dynamic.step()
+        state = dynamic.state_dict()
+    again = DynamicRanks(model, optimizer, **OPTIONS)
+    weights = [target.module for target in again._targets]
+    weights[3].to("meta")
+    again.load_state_dict(state)
+    found = [[sketch.device for sketch in sketches] for sketches in again._window._steps]
+    assert found == [[module.weight.device for module in weights]] * 2
+    assert found[0][3].type == "meta"
+    assert found[0][2].type == "cpu"
+    again.close()
+
+
+# Memory.
+
+
+def expected_numbers(model: Any, sketch: int) -> tuple[int, int]:
+    """Of one step's sketches, and of the projections: sides up to the sketch's size need none."""
+    shapes = [layer.get_base_layer().weight.shape for layer in layers(model).values()]
+    sketches = sum(math.prod(min(side, sketch) for side in shape) for shape in shapes)
+    return sketches, sum(sketch * side for shape in shapes for side in shape if side > sketch)
+
+
+class Loop:
+    """A training that counts the numbers alive within and after its steps."""
+
+    def __init__(self) -> None:
+        self.model = llama()
+        self.optimizer = adamw(self.model)
+
+    def step(self, dynamic: Any = None) -> tuple[int, int]:
+        """The numbers alive between forward and backward pass, and after the step."""
+        loss = self.model(**batch(0)).loss
+        within = live_numbers()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if dynamic is not None:
+            dynamic.step()
+        del loss
+        return within, live_numbers()
+
+    @property
+    def state(self) -> int:
+        """Of the factors and their two moments."""
+        return 3 * size_of(self.model)
+
+
+def test_memory_of_open_and_closed_windows() -> None:
+    loop = Loop()
+    sketches, projections = expected_numbers(loop.model, 16)
+    # What one batch adds to a plain pass: the inputs of all modules, projected, and the outputs of the first
+    # ones (queries, keys, values), before which nothing asks for a gradient.
+    one_batch = 20 * (14 * 16 + 32 + 16 + 16)
+    dynamic = DynamicRanks(loop.model, loop.optimizer, **OPTIONS | {"freeze_after": 2 * INTERVAL})
+    loop.step()
+    within, after = loop.step()
+    plain = after - loop.state
+    with dynamic:
+        for step in range(1, 3 * INTERVAL):
+            in_pass, after = loop.step(dynamic)
+            kept = max(step % INTERVAL - (INTERVAL - WINDOW), 0) if step < 2 * INTERVAL else 0
+            drawn = projections if INTERVAL - WINDOW < step < 2 * INTERVAL else 0
+            assert after - loop.state - plain == kept * sketches + drawn, step
+            if step < INTERVAL:
+                assert in_pass - within <= max(kept - 1, 0) * sketches + drawn + one_batch + 100, step
+
+
+def test_memory_of_an_interrupted_training() -> None:
+    loop = Loop()
+    sketches, _ = expected_numbers(loop.model, 16)
+    loop.step()
+    _, plain = loop.step()
+    with DynamicRanks(loop.model, loop.optimizer, **OPTIONS) as dynamic:
+        for _ in range(INTERVAL - 1):
+            loop.step(dynamic)
+        loop.model(**batch(0)).loss.backward()
+        loop.optimizer.zero_grad()
+    # What an open window has seen is part of the state; projections are drawn again.
+    assert live_numbers() - plain == (WINDOW - 1) * sketches
 
 
 # With Trainer.
@@ -991,6 +1103,15 @@ def train_together(process: int, folder: str, port: int) -> None:
 
         updates = trained(model, loss_of=loss_of)
         result["by hand"] = (model.state_dict(), updates)
+        # The second process computes something else: no processors are alike to the last bit.
+        model = llama()
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        row_of, fit = dynamic_ranks.gradient_row, dynamic_ranks.fit_ranks
+        if process == 1:
+            patch.setattr(dynamic_ranks, "gradient_row", lambda *a: replace(row_of(*a), effective_rank=1.0))
+            patch.setattr(dynamic_ranks, "fit_ranks", lambda *a, **k: fit(*a, **k)[::-1])
+        updates = trained(model, loss_of=loss_of)
+        result["with other last bits"] = (model.state_dict(), updates)
     torch.save(result, f"{folder}/{process}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -1009,6 +1130,9 @@ def test_processes_that_train_together_have_the_same_ranks(whole: tuple[Run, Pat
             assert torch.equal(tensor, second[name][0][key]), key
     for key, tensor in first["trainer"][0].items():
         assert torch.equal(tensor, first["resumed"][0][key]), key
+    assert [u.ranks for u in first["by hand"][1]] == [u.ranks for u in first["with other last bits"][1]]
+    for one, other in zip(*(result["with other last bits"][1] for result in (first, second)), strict=True):
+        assert [row.effective_rank for row in one.report] == [row.effective_rank for row in other.report]
     # Together they see what one process sees that has the whole batch.
     alone = llama()
     updates = trained(alone)
@@ -1158,6 +1282,19 @@ def test_an_unknown_optimizer_is_refused_after_the_first_step(optim: Any, messag
     assert num_hooks(model) == 0
 
 
+def test_an_unknown_optimizer_is_refused_as_soon_as_it_remembers_something() -> None:
+    """A gradient scaler may skip the first steps."""
+    model = llama()
+    optimizer = Strange([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:
+        for _ in range(2):
+            model(**batch(0)).loss.backward()
+            dynamic.step()
+        optimizer.step()
+        with pytest.raises(NotImplementedError, match="the state 'curvature' of Strange cannot be carried"):
+            dynamic.step()
+
+
 def test_adafactor_is_refused_by_trainer_after_the_first_step(tmp_path: Path) -> None:
     run = trainer(llama(), tmp_path, GardCallback(**OPTIONS), optim="adafactor")
     with pytest.raises(NotImplementedError, match="'exp_avg_sq_row' of Adafactor cannot be carried over"):
@@ -1284,13 +1421,25 @@ def test_bounds_that_no_rank_can_have(options: Any) -> None:
     [
         ({"use_dora": True}, "is no plain LoRA but a Dora.*: not supported"),
         ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "orthogonal"}, "PEFT loads even ranks only. Set init_lora_weights to True"),
     ],
 )
 def test_adapters_that_cannot_be_resized_are_refused_at_once(settings: Any, message: str) -> None:
     """Not at the first change, when a hundred steps are done."""
     model = llama(**settings)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises((NotImplementedError, ValueError), match=message):
         DynamicRanks(model, adamw(model), **OPTIONS)
+
+
+def test_orthogonal_adapters_train_on_as_the_message_says(tmp_path: Path) -> None:
+    model = llama(init_lora_weights="orthogonal")
+    DynamicRanks(model, adamw(model), **OPTIONS | {"r_min": 4, "r_max": 4})  # No other rank can come up.
+    model.peft_config["default"].init_lora_weights = True
+    updates = trained(model)
+    assert any(rank % 2 for rank in updates[-1].ranks.values())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama().unload(), tmp_path)
+    torch.testing.assert_close(evaluated(again)[0], evaluated(model)[0], rtol=0, atol=1e-6)
 
 
 def test_sharded_models_are_refused_at_once(tmp_path: Path) -> None:
