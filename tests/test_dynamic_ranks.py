@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -883,6 +884,51 @@ def test_accumulated_batches_see_what_one_large_batch_sees(whole: tuple[Run, Pat
     for one, other in zip(spectra(run.updates[0]), spectra(whole[0].updates[0]), strict=True):
         np.testing.assert_allclose(one / one.sum(), other / other.sum(), atol=2e-3)
     assert moved(run.updates)
+
+
+def fp16(folder: Path, scaler: Any) -> tuple[list[Any], list[float]]:
+    """What Trainer does under fp16, which it refuses on a CPU: Accelerate's optimizer has the scaler."""
+    model, gard = llama(), GardCallback(**OPTIONS)
+    arguments = trainer(model, folder).args  # Accelerate has a state from then on.
+    optimizer = AcceleratedOptimizer(adamw(model), scaler=scaler)
+    state = transformers.TrainerState(max_steps=STEPS)
+    gard.on_train_begin(arguments, state, None, model=model, optimizer=optimizer)
+    scales = []
+    for step in range(STEPS):
+        with torch.autocast("cpu", torch.float16):
+            loss = model(**batch(step)).loss
+        scales.append(1.0 if scaler is None else scaler.get_scale())
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state.global_step += 1
+        gard.on_step_end(arguments, state, None)
+    gard.on_train_end(arguments, state, None)
+    return gard.history, scales
+
+
+def test_fp16_gradients_are_divided_by_the_scale_of_trainers_optimizer(tmp_path: Path) -> None:
+    expected, _ = fp16(tmp_path / "plain", None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    updates, scales = fp16(tmp_path / "scaled", scaler)
+    assert len(set(scales[INTERVAL - WINDOW : INTERVAL])) > 1
+    assert moved(updates)
+    for one, other in zip(expected, updates, strict=True):
+        np.testing.assert_allclose(spectra(other), spectra(one), rtol=0.1, atol=0.02 * spectra(one).max())
+    np.testing.assert_allclose(spectra(updates[0]), spectra(expected[0]), rtol=0.02, atol=1e-4)
+
+
+def test_trainer_hands_over_accelerates_optimizer(tmp_path: Path) -> None:
+    """The one that has the scaler."""
+    seen = []
+
+    class Seen(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+            seen.append(kwargs["optimizer"])
+
+    trainer(llama(), tmp_path, Seen(), max_steps=1).train()
+    assert isinstance(seen[0], AcceleratedOptimizer)
+    assert hasattr(seen[0], "scaler")
 
 
 class Norms(transformers.TrainerCallback):  # type: ignore[misc]
