@@ -1020,7 +1020,10 @@ class Reporter(transformers.TrainerCallback):  # type: ignore[misc]
         self.seen.append((state.global_step, dict(logs)))
 
 
-def test_ranks_are_logged_where_trainer_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_ranks_are_logged_where_trainer_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], disable_tqdm: bool
+) -> None:
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda _: [Reporter])
     sizes: dict[int, dict[str, float]] = {}
 
@@ -1033,9 +1036,12 @@ def test_ranks_are_logged_where_trainer_logs(tmp_path: Path, monkeypatch: pytest
                 "lora_rank_max": max(found),
                 "lora_parameters": size_of(kwargs["model"]),
             }
+            by_module = {f"lora_rank/{name}": rank for name, rank in ranks(kwargs["model"]).items()}
+            sizes[state.global_step] |= by_module
 
     model, gard = llama(), GardCallback(**OPTIONS)
-    run = trainer(model, tmp_path, gard, Counter(), eval_strategy="steps", eval_steps=9)
+    settings = {"eval_strategy": "steps", "eval_steps": 9, "disable_tqdm": disable_tqdm}
+    run = trainer(model, tmp_path, gard, Counter(), **settings)
     names = [type(callback).__name__ for callback in run.callback_handler.callbacks]
     assert names.index("Reporter") < names.index("GardCallback")
     run.train()
@@ -1045,9 +1051,16 @@ def test_ranks_are_logged_where_trainer_logs(tmp_path: Path, monkeypatch: pytest
         assert {key: logs[key] for key in sizes[step]} == sizes[step]
     assert len(run.state.log_history) == len(Reporter.seen)
     for (step, logs), entry in zip(Reporter.seen, run.state.log_history, strict=True):
-        assert entry == logs | {"step": step}
+        line = {key: value for key, value in logs.items() if not key.startswith("lora_rank/")}
+        assert len(line) == len(logs) - 14
+        assert entry == line | {"step": step}
+    printed = "".join(capsys.readouterr())
+    assert printed.count("lora_rank_mean") == len(Reporter.seen)
+    assert "lora_rank/" not in printed
     # All callbacks are still there, each once.
-    assert sorted(names) == sorted(type(callback).__name__ for callback in run.callback_handler.callbacks)
+    run.train()
+    found = [type(callback).__name__ for callback in run.callback_handler.callbacks]
+    assert sorted(found) == sorted([*names, "ReadableConsole"])
 
 
 def table(folder: Path) -> list[dict[str, str]]:
