@@ -632,6 +632,22 @@ def test_stacks_of_experts_are_skipped() -> None:
         assert [s.name for s in tasks.skipped] == [s.name for s in report.skipped]
 
 
+def test_who_allocates_is_told_of_stacks_that_get_no_rank(tmp_path: Path) -> None:
+    model = tiny_models.mixtral()
+    experts = [
+        f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("down_proj", "gate_up_proj")
+    ]
+    gradients = lorank.profile_gradients(model, text_batches(3))
+    tasks = lorank.profile_tasks(model, text_batches(3), folds=2)
+    for report, method in ((gradients, "gard"), (tasks, "task")):
+        allocation = lorank.allocate(report, method, r_min=1, r_max=8, avg_rank=4)
+        assert not set(experts) & set(allocation.ranks)
+        for name in experts:
+            assert allocation.flags[name].startswith("not adapted: an expert: its gradient")
+        allocation.save(tmp_path / "ranks.json")
+        assert lorank.RankAllocation.load(tmp_path / "ranks.json") == allocation
+
+
 def test_embeddings_are_skipped_where_they_are_asked_for() -> None:
     model = tiny_models.llama()
     report = lorank.profile_gradients(model, text_batches(2), targets=["embed_tokens", "q_proj"])
