@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 
 import lorank
 import tiny_models
-from live_tensors import live_numbers
+from live_tensors import live_numbers, only_new_tensors
 from lorank.training import DynamicRanks, GardCallback, dynamic_ranks, restore_ranks
 
 # Between changes, gradients pass by that do not count: 1 and 2, 7 and 8, 13 and 14, ...
@@ -635,6 +635,7 @@ class Loop:
         return 3 * size_of(self.model)
 
 
+@only_new_tensors()
 def test_memory_of_open_and_closed_windows() -> None:
     loop = Loop()
     sketches, projections = expected_numbers(loop.model, 16)
@@ -655,6 +656,7 @@ def test_memory_of_open_and_closed_windows() -> None:
                 assert in_pass - within <= max(kept - 1, 0) * sketches + drawn + one_batch + 100, step
 
 
+@only_new_tensors()
 def test_memory_of_an_interrupted_training() -> None:
     loop = Loop()
     sketches, _ = expected_numbers(loop.model, 16)

@@ -22,7 +22,7 @@ from torch import nn
 
 import lorank
 import tiny_models
-from live_tensors import live_numbers
+from live_tensors import live_numbers, only_new_tensors
 from lorank.profiling.sketch import GradientSketches
 from lorank.profiling.targets import find_targets
 from lorank.report.gradients import ModuleGradients, effective_rank
@@ -500,6 +500,7 @@ def test_every_module_has_its_own_projections() -> None:
     assert np.abs(one.eigenvalues - other.eigenvalues).max() > 1e-3 * one.eigenvalues[0]
 
 
+@only_new_tensors()
 def test_memory_grows_by_the_sketches_alone() -> None:
     """`modules * M * k^2` numbers and the projections, when no batch is on its way."""
     model, k = tiny_models.llama(), 16
