@@ -19,39 +19,42 @@ from peft import LoraConfig, get_peft_model
 
 import lorank
 import reviews
-from lorank.profiling.probe import probing
-from lorank.profiling.sketch import GradientSketches
-from lorank.profiling.targets import find_targets
+from lorank.training import DynamicRanks
+
+
+class Training:
+    """A LoRA adapter in training, on one batch over and over."""
+
+    def __init__(self) -> None:
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
+        self.model = get_peft_model(reviews.base_model(), config).train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.batch = reviews.batches(0, 32)[0]
+
+    def step(self, dynamic: DynamicRanks | None = None) -> float:
+        """Seconds of a step; with `dynamic`, of one that it looks on at."""
+        start = time.perf_counter()
+        self.model(**self.batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if dynamic is not None:
+            dynamic.step()
+        return time.perf_counter() - start
 
 
 def overhead(size: int, pairs: int, threads: int) -> dict[str, Any]:
     """Seconds of a plain and of a watched step, medians, and the median of the ratios of pairs."""
     torch.set_num_threads(threads)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
-    model = get_peft_model(reviews.base_model(), config).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    batch = reviews.batches(0, 32)[0]
-    found = find_targets(model, None)
-    sketches = GradientSketches(found.chosen, size)
-
-    def step() -> float:
-        start = time.perf_counter()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - start
-
-    def watched() -> float:
-        with probing(found.chosen, sketches):
-            seconds = step()
-        sketches.take()
-        return seconds
-
-    step(), watched()
-    runs = [(step(), watched()) for _ in range(pairs)]
-    plain, seen = (statistics.median(column) for column in zip(*runs, strict=True))
+    plain, watched = Training(), Training()
+    # One window that stays open: ranks would change after the last step.
+    steps = {"interval": pairs + 2, "window": pairs + 2}
+    with DynamicRanks(watched.model, watched.optimizer, sketch=size, **steps) as dynamic:
+        plain.step(), watched.step(dynamic)
+        runs = [(plain.step(), watched.step(dynamic)) for _ in range(pairs)]
+    seconds = [statistics.median(column) for column in zip(*runs, strict=True)]
     ratio = statistics.median(b / a for a, b in runs)
-    return {"sketch": size, "plain": plain, "watched": seen, "ratio": ratio}
+    return {"sketch": size, "plain": seconds[0], "watched": seconds[1], "ratio": ratio}
 
 
 def agreement(sizes: list[int], count: int) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ import reviews
 from lorank.training import DynamicRanks
 
 BOUNDS = {"r_min": 2, "r_max": 32}
+# The empirical schedule gives its middle blocks 1.2 times this, which must not exceed r_max.
+EMPIRICAL_BASE = 26
 LORA_ALPHA = 16
 LEARNING_RATE = 2e-3
 
 
-def from_weights(method: str) -> Callable[..., lorank.RankAllocation]:
+def from_weights(method: str, **options: Any) -> Callable[..., lorank.RankAllocation]:
     """Ranks from the model alone."""
     return lambda model, _data, budget: lorank.allocate(
-        model, method, budget=budget, progress=False, **BOUNDS
+        model, method, budget=budget, progress=False, **BOUNDS, **options
     )
 
 
@@ -50,7 +53,7 @@ METHODS: dict[str, Callable[..., lorank.RankAllocation]] = {
     "uniform": from_weights("uniform"),
     "linear-decay": from_weights("linear-decay"),
     "attention-heavy": from_weights("attention-heavy"),
-    "empirical": from_weights("empirical"),
+    "empirical": from_weights("empirical", r_base=EMPIRICAL_BASE),
     "htsr": from_weights("htsr"),
     "task (K*)": from_tasks,
     "gard static": from_gradients,
@@ -85,6 +88,7 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
         "train_loss": statistics.mean(losses[-len(data) :]),
         "parameters": peak,
         "ranks": [min(ranks), max(ranks)],
+        "flags": dict(allocation.flags),
         "choosing": chosen,
         "seconds": time.perf_counter() - start,
     }
@@ -152,6 +156,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{max(row['parameters'] for row in runs):>10,}   {low:>2}-{high:<2}   "
             f"{spread('choosing')[0]:6.1f} s  {spread('seconds')[0]:7.1f} s"
         )
+        flags = "; ".join(flag for row in runs for flag in row["flags"].values()).split("; ")
+        flagged = sorted(Counter(filter(None, flags)).items())
+        lines += [f"    on {count / len(runs):.3g} modules: {flag}" for flag, count in flagged]
     return "\n".join(lines)
 
 
@@ -165,6 +172,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="read runs from here, and write them as they end")
     arguments = parser.parse_args()
     setting = {key: getattr(arguments, key) for key in ("reviews", "held_out", "epochs", "avg_rank")}
+    setting["empirical_base"] = EMPIRICAL_BASE
     rows: list[dict[str, Any]] = []
     if arguments.json and arguments.json.exists():
         saved = json.loads(arguments.json.read_text())

@@ -89,6 +89,9 @@ def main() -> None:
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
+    # One alpha for all ranks is what was reported to fail; the default rule must not.
+    if failed := [row["method"] for row in rows if row["rule"] == "constant" and not row["finite"]]:
+        raise SystemExit(f"not finite under the default scale rule: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

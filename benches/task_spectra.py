@@ -3,6 +3,9 @@
 The ten synthetic tasks of "Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation" (tables 3.2 to
 3.4), its numbers beside ours, and six tasks whose spectra have plateaus or change their rate of decay.
 The best rank is the paper's: the smallest with 95 % of the full rank's R^2 on fresh samples.
+
+On the task 'small' the fit alone gives a median K* of 9; as K* never exceeds the number of values above the
+noise threshold, of which there are 8, it is 8.
 """
 
 from __future__ import annotations

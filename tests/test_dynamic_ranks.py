@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
+import gc
 import itertools
 import json
 import math
 import shutil
 import socket
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +21,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 
 import lorank
 import tiny_models
-from lorank.training import DynamicRanks, GardCallback, restore_ranks
+from live_tensors import live_numbers, only_new_tensors
+from lorank.training import DynamicRanks, GardCallback, dynamic_ranks, restore_ranks
 
 # Between changes, gradients pass by that do not count: 1 and 2, 7 and 8, 13 and 14, ...
 INTERVAL, WINDOW, STEPS = 6, 4, 18
@@ -442,6 +448,26 @@ def test_other_kinds_of_layers(bits: int) -> None:
     assert max(ranks(model).values()) > 4
 
 
+def test_windows_without_any_gradient_change_nothing() -> None:
+    """As where compiled code passes the hooks by: ranks would become uniform."""
+    silent = 2 * INTERVAL
+
+    def loss_of(model: Any, step: int) -> Any:
+        if step < silent:
+            return sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+        return model(**batch(step)).loss
+
+    model, seen = llama(r=2), []
+    pattern = "step 6: no gradient reached any adapted module in the last 4 steps, so ranks stay as they are"
+    with pytest.warns(UserWarning, match=pattern) as told:
+        updates = trained(model, loss_of=loss_of, between=lambda model, _: seen.append(ranks(model)))
+    assert sum("no gradient" in str(warning.message) for warning in told) == 1
+    assert {rank for found in seen[:silent] for rank in found.values()} == {2}
+    assert [update.step for update in updates] == [18]
+    # What was not seen is not smoothed with what is.
+    assert all(row.effective_rank.is_integer() and row.effective_rank > 0 for row in updates[0].report)
+
+
 def check_size(model: Any, limit: int) -> None:
     assert size_of(model) <= limit
 
@@ -551,6 +577,98 @@ def test_a_loop_goes_on_from_its_state(tmp_path: Path) -> None:
         updates += loop(again, optimizer, dynamic, stop, STEPS)
         assert_same_updates(updates, expected)
         assert_same_weights(again, whole)
+
+
+def test_an_open_window_goes_on_where_its_modules_are() -> None:
+    """Models can lie on several devices; here one of them is without values."""
+    model = llama()
+    optimizer = adamw(model)
+    with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:
+        for step in range(4):
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+            dynamic.step()
+        state = dynamic.state_dict()
+    again = DynamicRanks(model, optimizer, **OPTIONS)
+    weights = [target.module for target in again._targets]
+    weights[3].to("meta")
+    again.load_state_dict(state)
+    found = [[sketch.device for sketch in sketches] for sketches in again._window._steps]
+    assert found == [[module.weight.device for module in weights]] * 2
+    assert found[0][3].type == "meta"
+    assert found[0][2].type == "cpu"
+    again.close()
+
+
+# Memory.
+
+
+def expected_numbers(model: Any, sketch: int) -> tuple[int, int]:
+    """Of one step's sketches, and of the projections: sides up to the sketch's size need none."""
+    shapes = [layer.get_base_layer().weight.shape for layer in layers(model).values()]
+    sketches = sum(math.prod(min(side, sketch) for side in shape) for shape in shapes)
+    return sketches, sum(sketch * side for shape in shapes for side in shape if side > sketch)
+
+
+class Loop:
+    """A training that counts the numbers alive within and after its steps."""
+
+    def __init__(self) -> None:
+        self.model = llama()
+        self.optimizer = adamw(self.model)
+
+    def step(self, dynamic: Any = None) -> tuple[int, int]:
+        """The numbers alive between forward and backward pass, and after the step."""
+        loss = self.model(**batch(0)).loss
+        within = live_numbers()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if dynamic is not None:
+            dynamic.step()
+        del loss
+        return within, live_numbers()
+
+    @property
+    def state(self) -> int:
+        """Of the factors and their two moments."""
+        return 3 * size_of(self.model)
+
+
+@only_new_tensors()
+def test_memory_of_open_and_closed_windows() -> None:
+    loop = Loop()
+    sketches, projections = expected_numbers(loop.model, 16)
+    # What one batch adds to a plain pass: the inputs of all modules, projected, and the outputs of the first
+    # ones (queries, keys, values), before which nothing asks for a gradient.
+    one_batch = 20 * (14 * 16 + 32 + 16 + 16)
+    dynamic = DynamicRanks(loop.model, loop.optimizer, **OPTIONS | {"freeze_after": 2 * INTERVAL})
+    loop.step()
+    within, after = loop.step()
+    plain = after - loop.state
+    with dynamic:
+        for step in range(1, 3 * INTERVAL):
+            in_pass, after = loop.step(dynamic)
+            kept = max(step % INTERVAL - (INTERVAL - WINDOW), 0) if step < 2 * INTERVAL else 0
+            drawn = projections if INTERVAL - WINDOW < step < 2 * INTERVAL else 0
+            assert after - loop.state - plain == kept * sketches + drawn, step
+            if step < INTERVAL:
+                assert in_pass - within <= max(kept - 1, 0) * sketches + drawn + one_batch + 100, step
+
+
+@only_new_tensors()
+def test_memory_of_an_interrupted_training() -> None:
+    loop = Loop()
+    sketches, _ = expected_numbers(loop.model, 16)
+    loop.step()
+    _, plain = loop.step()
+    with DynamicRanks(loop.model, loop.optimizer, **OPTIONS) as dynamic:
+        for _ in range(INTERVAL - 1):
+            loop.step(dynamic)
+        loop.model(**batch(0)).loss.backward()
+        loop.optimizer.zero_grad()
+    # What an open window has seen is part of the state; projections are drawn again.
+    assert live_numbers() - plain == (WINDOW - 1) * sketches
 
 
 # With Trainer.
@@ -770,6 +888,51 @@ def test_accumulated_batches_see_what_one_large_batch_sees(whole: tuple[Run, Pat
     assert moved(run.updates)
 
 
+def fp16(folder: Path, scaler: Any) -> tuple[list[Any], list[float]]:
+    """What Trainer does under fp16, which it refuses on a CPU: Accelerate's optimizer has the scaler."""
+    model, gard = llama(), GardCallback(**OPTIONS)
+    arguments = trainer(model, folder).args  # Accelerate has a state from then on.
+    optimizer = AcceleratedOptimizer(adamw(model), scaler=scaler)
+    state = transformers.TrainerState(max_steps=STEPS)
+    gard.on_train_begin(arguments, state, None, model=model, optimizer=optimizer)
+    scales = []
+    for step in range(STEPS):
+        with torch.autocast("cpu", torch.float16):
+            loss = model(**batch(step)).loss
+        scales.append(1.0 if scaler is None else scaler.get_scale())
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state.global_step += 1
+        gard.on_step_end(arguments, state, None)
+    gard.on_train_end(arguments, state, None)
+    return gard.history, scales
+
+
+def test_fp16_gradients_are_divided_by_the_scale_of_trainers_optimizer(tmp_path: Path) -> None:
+    expected, _ = fp16(tmp_path / "plain", None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    updates, scales = fp16(tmp_path / "scaled", scaler)
+    assert len(set(scales[INTERVAL - WINDOW : INTERVAL])) > 1
+    assert moved(updates)
+    for one, other in zip(expected, updates, strict=True):
+        np.testing.assert_allclose(spectra(other), spectra(one), rtol=0.1, atol=0.02 * spectra(one).max())
+    np.testing.assert_allclose(spectra(updates[0]), spectra(expected[0]), rtol=0.02, atol=1e-4)
+
+
+def test_trainer_hands_over_accelerates_optimizer(tmp_path: Path) -> None:
+    """The one that has the scaler."""
+    seen = []
+
+    class Seen(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+            seen.append(kwargs["optimizer"])
+
+    trainer(llama(), tmp_path, Seen(), max_steps=1).train()
+    assert isinstance(seen[0], AcceleratedOptimizer)
+    assert hasattr(seen[0], "scaler")
+
+
 class Norms(transformers.TrainerCallback):  # type: ignore[misc]
     """What the optimizer gets: the norm of all gradients, and of those of new ranks."""
 
@@ -859,7 +1022,10 @@ class Reporter(transformers.TrainerCallback):  # type: ignore[misc]
         self.seen.append((state.global_step, dict(logs)))
 
 
-def test_ranks_are_logged_where_trainer_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_ranks_are_logged_where_trainer_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], disable_tqdm: bool
+) -> None:
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda _: [Reporter])
     sizes: dict[int, dict[str, float]] = {}
 
@@ -872,9 +1038,12 @@ def test_ranks_are_logged_where_trainer_logs(tmp_path: Path, monkeypatch: pytest
                 "lora_rank_max": max(found),
                 "lora_parameters": size_of(kwargs["model"]),
             }
+            by_module = {f"lora_rank/{name}": rank for name, rank in ranks(kwargs["model"]).items()}
+            sizes[state.global_step] |= by_module
 
     model, gard = llama(), GardCallback(**OPTIONS)
-    run = trainer(model, tmp_path, gard, Counter(), eval_strategy="steps", eval_steps=9)
+    settings = {"eval_strategy": "steps", "eval_steps": 9, "disable_tqdm": disable_tqdm}
+    run = trainer(model, tmp_path, gard, Counter(), **settings)
     names = [type(callback).__name__ for callback in run.callback_handler.callbacks]
     assert names.index("Reporter") < names.index("GardCallback")
     run.train()
@@ -884,9 +1053,16 @@ def test_ranks_are_logged_where_trainer_logs(tmp_path: Path, monkeypatch: pytest
         assert {key: logs[key] for key in sizes[step]} == sizes[step]
     assert len(run.state.log_history) == len(Reporter.seen)
     for (step, logs), entry in zip(Reporter.seen, run.state.log_history, strict=True):
-        assert entry == logs | {"step": step}
+        line = {key: value for key, value in logs.items() if not key.startswith("lora_rank/")}
+        assert len(line) == len(logs) - 14
+        assert entry == line | {"step": step}
+    printed = "".join(capsys.readouterr())
+    assert printed.count("lora_rank_mean") == len(Reporter.seen)
+    assert "lora_rank/" not in printed
     # All callbacks are still there, each once.
-    assert sorted(names) == sorted(type(callback).__name__ for callback in run.callback_handler.callbacks)
+    run.train()
+    found = [type(callback).__name__ for callback in run.callback_handler.callbacks]
+    assert sorted(found) == sorted([*names, "ReadableConsole"])
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -988,6 +1164,15 @@ def train_together(process: int, folder: str, port: int) -> None:
 
         updates = trained(model, loss_of=loss_of)
         result["by hand"] = (model.state_dict(), updates)
+        # The second process computes something else: no processors are alike to the last bit.
+        model = llama()
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        row_of, fit = dynamic_ranks.gradient_row, dynamic_ranks.fit_ranks
+        if process == 1:
+            patch.setattr(dynamic_ranks, "gradient_row", lambda *a: replace(row_of(*a), effective_rank=1.0))
+            patch.setattr(dynamic_ranks, "fit_ranks", lambda *a, **k: fit(*a, **k)[::-1])
+        updates = trained(model, loss_of=loss_of)
+        result["with other last bits"] = (model.state_dict(), updates)
     torch.save(result, f"{folder}/{process}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -1006,6 +1191,9 @@ def test_processes_that_train_together_have_the_same_ranks(whole: tuple[Run, Pat
             assert torch.equal(tensor, second[name][0][key]), key
     for key, tensor in first["trainer"][0].items():
         assert torch.equal(tensor, first["resumed"][0][key]), key
+    assert [u.ranks for u in first["by hand"][1]] == [u.ranks for u in first["with other last bits"][1]]
+    for one, other in zip(*(result["with other last bits"][1] for result in (first, second)), strict=True):
+        assert [row.effective_rank for row in one.report] == [row.effective_rank for row in other.report]
     # Together they see what one process sees that has the whole batch.
     alone = llama()
     updates = trained(alone)
@@ -1030,10 +1218,11 @@ def test_processes_that_train_together_have_the_same_ranks(whole: tuple[Run, Pat
             {"torch_compile": True},
             r"\(torch_compile=\.\.\.\): .* under torch\.compile.* use profile_gradients",
         ),
+        ({"n_gpu": 2}, r"2 devices in one process: .*torchrun --nproc-per-node=2.*CUDA_VISIBLE_DEVICES=0"),
     ],
 )
 def test_training_that_remembers_shapes_is_refused(settings: Any, message: str, tmp_path: Path) -> None:
-    nothing: dict[str, Any] = {"fsdp": [], "deepspeed": None, "torch_compile": False}
+    nothing: dict[str, Any] = {"fsdp": [], "deepspeed": None, "torch_compile": False, "n_gpu": 1}
     arguments = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, **nothing | settings)
     state = SimpleNamespace(global_step=0, is_world_process_zero=True)
     model = llama()
@@ -1048,10 +1237,82 @@ def test_trainer_itself_with_torch_compile_is_refused(tmp_path: Path) -> None:
         trainer(llama(), tmp_path, GardCallback(**OPTIONS), torch_compile=True).train()
 
 
-def test_compiled_models_are_refused() -> None:
+eager = functools.partial(torch.compile, backend="eager")
+
+
+def compile_blocks(model: Any) -> None:
+    blocks = model.get_base_model().model.layers
+    for index, block in enumerate(blocks):
+        blocks[index] = eager(block)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (eager, r"wrapped in OptimizedModule \(torch\.compile\)"),
+        (lambda model: model.compile(backend="eager"), r"the model is compiled \(Module\.compile\)"),
+        (
+            lambda model: model.get_base_model().model.layers[1].compile(backend="eager"),
+            r"layers\.1 is compiled \(Module\.compile\)",
+        ),
+        (lambda model: eager(model.get_base_model().model.layers[1]), "or a part of it, is wrapped"),
+        (lambda model: eager(torch.nn.Sequential(model)), "wrapped in OptimizedModule"),
+        (compile_blocks, "wrapped in OptimizedModule"),
+    ],
+    ids=["whole", "in place", "a block in place", "a block", "around it", "blocks within"],
+)
+def test_compiled_models_are_refused(wrap: Any, message: str) -> None:
+    """Whichever handle of the model is given: compiled code passes its hooks by."""
     model = llama()
-    with pytest.raises(NotImplementedError, match="wrapped in OptimizedModule"):
-        DynamicRanks(torch.compile(model), adamw(model), **OPTIONS)
+    compiled = wrap(model)
+    with pytest.raises(NotImplementedError, match=message):
+        DynamicRanks(model, adamw(model), **OPTIONS)
+    with pytest.raises(NotImplementedError, match=message):
+        lorank.training.resize_lora(model, {"0.self_attn.q_proj": 2})
+    assert set(ranks(model).values()) == {4}
+    if getattr(compiled, "_orig_mod", None) is model:
+        with pytest.raises(NotImplementedError, match=message):
+            DynamicRanks(compiled, adamw(model), **OPTIONS)
+
+
+def test_a_compiled_model_that_is_gone_is_no_hindrance() -> None:
+    model = llama()
+    compiled = eager(model)
+    circle = [compiled]
+    circle.append(circle)
+    gc.disable()
+    try:
+        del compiled, circle  # Garbage that has not been collected yet.
+        DynamicRanks(model, adamw(model), **OPTIONS)
+    finally:
+        gc.enable()
+    other = eager(llama())
+    DynamicRanks(model, adamw(model), **OPTIONS)
+    del other
+
+
+def test_copies_on_several_devices_are_refused() -> None:
+    model = llama()
+    parallel = torch.nn.DataParallel(model)
+    DynamicRanks(model, adamw(model), **OPTIONS)  # On one device it makes no copies.
+    parallel.device_ids = [0, 1]
+    with pytest.raises(NotImplementedError, match=r"one process per device \(torchrun\)"):
+        DynamicRanks(model, adamw(model), **OPTIONS)
+
+
+@pytest.mark.parametrize("settings", [{"static_graph": True}, {}])
+def test_wrappers_that_remember_shapes_are_refused_at_once(settings: Any, tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = llama()
+        wrapper = torch.nn.parallel.DistributedDataParallel(model, **settings)
+        if not settings:
+            DynamicRanks(model, adamw(model), **OPTIONS)
+            wrapper.register_comm_hook(None, allreduce_hook)
+        with pytest.raises(NotImplementedError, match="a communication hook or a static graph"):
+            DynamicRanks(model, adamw(model), **OPTIONS)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Strange(torch.optim.SGD):  # type: ignore[misc]
@@ -1080,6 +1341,19 @@ def test_an_unknown_optimizer_is_refused_after_the_first_step(optim: Any, messag
         with pytest.raises(NotImplementedError, match=message):
             dynamic.step()
     assert num_hooks(model) == 0
+
+
+def test_an_unknown_optimizer_is_refused_as_soon_as_it_remembers_something() -> None:
+    """A gradient scaler may skip the first steps."""
+    model = llama()
+    optimizer = Strange([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:
+        for _ in range(2):
+            model(**batch(0)).loss.backward()
+            dynamic.step()
+        optimizer.step()
+        with pytest.raises(NotImplementedError, match="the state 'curvature' of Strange cannot be carried"):
+            dynamic.step()
 
 
 def test_adafactor_is_refused_by_trainer_after_the_first_step(tmp_path: Path) -> None:
@@ -1208,13 +1482,25 @@ def test_bounds_that_no_rank_can_have(options: Any) -> None:
     [
         ({"use_dora": True}, "is no plain LoRA but a Dora.*: not supported"),
         ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "orthogonal"}, "PEFT loads even ranks only. Set init_lora_weights to True"),
     ],
 )
 def test_adapters_that_cannot_be_resized_are_refused_at_once(settings: Any, message: str) -> None:
     """Not at the first change, when a hundred steps are done."""
     model = llama(**settings)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises((NotImplementedError, ValueError), match=message):
         DynamicRanks(model, adamw(model), **OPTIONS)
+
+
+def test_orthogonal_adapters_train_on_as_the_message_says(tmp_path: Path) -> None:
+    model = llama(init_lora_weights="orthogonal")
+    DynamicRanks(model, adamw(model), **OPTIONS | {"r_min": 4, "r_max": 4})  # No other rank can come up.
+    model.peft_config["default"].init_lora_weights = True
+    updates = trained(model)
+    assert any(rank % 2 for rank in updates[-1].ranks.values())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama().unload(), tmp_path)
+    torch.testing.assert_close(evaluated(again)[0], evaluated(model)[0], rtol=0, atol=1e-6)
 
 
 def test_sharded_models_are_refused_at_once(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def rates(model: Any, groups: list[dict[str, Any]]) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("rule", "multipliers"),
     [
-        ("constant", {2: 1, 4: 1, 8: 1}),
+        ("uniform", {2: 1, 4: 1, 8: 1}),
+        ("scale", {2: 2, 4: 1, 8: 0.5}),  # All scalings are 2.
         ("rank", {2: 2, 4: 1, 8: 0.5}),
         ("sqrt-rank", {2: 2**0.5, 4: 1, 8: 0.5**0.5}),
     ],
@@ -86,7 +87,11 @@ def test_embeddings_are_left_out_of_lora_plus() -> None:
     [
         ("rank", lambda _: 2.0),
         ("sqrt-rank", lambda r: 2.0 * r**-0.5),
-        ("constant", lambda r: 2.0 / r),
+        ("uniform", lambda r: 2.0 / r),
+        ("scale", lambda _: 2.0),
+        ("scale", lambda r: 2.0 * r**-0.5),
+        ("scale", lambda r: 2.0 / r),
+        ("scale", lambda r: {4: 0.5, 16: 3.0, 64: -0.1}[r]),
     ],
 )
 def test_first_steps_of_adam_are_equally_large_for_all_ranks(rule: Any, scaling: Any) -> None:
@@ -111,7 +116,8 @@ def test_first_steps_of_adam_are_equally_large_for_all_ranks(rule: Any, scaling:
     [
         ({"lr": 0}, "lr must be a positive number"),
         ({"lr": float("nan")}, "lr must be"),
-        ({"lr": 1, "rule": "square"}, "rule must be one of constant, rank, sqrt-rank, not 'square'"),
+        ({"lr": 1, "rule": "square"}, "rule must be one of uniform, scale, rank, sqrt-rank, not 'square'"),
+        ({"lr": 1, "rule": "constant"}, "rule must be one of uniform, scale"),
         ({"lr": 1, "lora_plus_ratio": -1}, "lora_plus_ratio must be"),
         ({"lr": 1, "weight_decay": -1}, "weight_decay must be"),
         ({"lr": 1, "adapter_name": "other"}, "no adapter 'other' in the model"),
@@ -120,6 +126,53 @@ def test_first_steps_of_adam_are_equally_large_for_all_ranks(rule: Any, scaling:
 def test_what_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         param_groups(adapted(), **arguments)
+
+
+def test_scalings_are_read_from_the_model() -> None:
+    model = adapted()
+    layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    for layer, scaling in zip(layers.values(), (1.0, -2.0, 3.0, 0.5), strict=True):
+        layer.scaling["default"] = scaling
+    products = {name: abs(m.scaling["default"]) * m.r["default"] for name, m in layers.items()}
+    mean = sum(products.values()) / 4
+    for name, rate in rates(model, param_groups(model, 1e-3, rule="scale")).items():
+        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        assert rate == pytest.approx(1e-3 * mean / products[module])
+    next(iter(layers.values())).scaling["default"] = 0.0
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj' has scaling 0"):
+        param_groups(model, 1e-3, rule="scale")
+
+
+def test_equal_products_are_one_group_and_close_rates_have_names_of_their_own() -> None:
+    # One alpha for all ranks: 2 / 3 * 3 and 2 / 49 * 49 differ in the last bit.
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 49})
+    groups = param_groups(get_peft_model(tiny_models.llama(), config), 1e-3, rule="scale")
+    assert [(group["name"], group["lr"]) for group in groups] == [("lora lr=0.001", 1e-3)]
+    config = LoraConfig(
+        r=10000, lora_alpha=10000, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 10001}
+    )
+    groups = param_groups(get_peft_model(tiny_models.llama(), config), 1e-3, rule="rank")
+    assert len({group["name"] for group in groups}) == len(groups) == 2
+
+
+def test_a_resumed_optimizer_finds_the_groups_that_were_built_before_ranks_are_restored() -> None:
+    model = adapted()
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-3, rule="scale"))
+    resize_lora(model, {"0.self_attn.q_proj": 4, "1.self_attn.v_proj": 2}, optimizer=optimizer)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    again = adapted()
+    resumed = torch.optim.AdamW(param_groups(again, 1e-3, rule="scale"))
+    resize_lora(again, {"0.self_attn.q_proj": 4, "1.self_attn.v_proj": 2})
+    resumed.load_state_dict(optimizer.state_dict())
+    for one, other in zip(resumed.param_groups, optimizer.param_groups, strict=True):
+        assert one["lr"] == other["lr"]
+        for p, q in zip(one["params"], other["params"], strict=True):
+            assert torch.equal(resumed.state[p]["exp_avg"], optimizer.state[q]["exp_avg"])
+    too_late = torch.optim.AdamW(param_groups(again, 1e-3, rule="scale"))
+    with pytest.raises(ValueError, match="group"):
+        too_late.load_state_dict(optimizer.state_dict())
 
 
 def test_a_frozen_model_has_nothing_to_train() -> None:

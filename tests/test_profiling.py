@@ -22,6 +22,7 @@ from torch import nn
 
 import lorank
 import tiny_models
+from live_tensors import live_numbers, only_new_tensors
 from lorank.profiling.sketch import GradientSketches
 from lorank.profiling.targets import find_targets
 from lorank.report.gradients import ModuleGradients, effective_rank
@@ -499,6 +500,28 @@ def test_every_module_has_its_own_projections() -> None:
     assert np.abs(one.eigenvalues - other.eigenvalues).max() > 1e-3 * one.eigenvalues[0]
 
 
+@only_new_tensors()
+def test_memory_grows_by_the_sketches_alone() -> None:
+    """`modules * M * k^2` numbers and the projections, when no batch is on its way."""
+    model, k = tiny_models.llama(), 16
+    shapes = [target.info.shape for target in find_targets(model, None).chosen]
+    sketches = sum(min(out, k) * min(fan_in, k) for out, fan_in in shapes)
+    projections = sum(k * side for shape in shapes for side in shape if side > k)
+    seen = []
+
+    def drawn() -> Iterator[Any]:
+        for batch in text_batches():
+            seen.append(live_numbers())
+            yield batch
+
+    lorank.profile_gradients(model, drawn(), sketch=k)
+    # The batches and what they are made of: a few rows of tokens.
+    few = 100 * COUNT
+    for count, numbers in enumerate(seen):
+        assert abs(numbers - seen[0] - count * sketches - min(count, 1) * projections) <= few < sketches
+    assert live_numbers() - seen[0] <= few
+
+
 # Nothing is left behind.
 
 
@@ -608,6 +631,22 @@ def test_stacks_of_experts_are_skipped() -> None:
         assert all(skipped.reason.startswith("an expert: ") for skipped in report.skipped)
         tasks = lorank.profile_tasks(make(), text_batches(3), folds=2)
         assert [s.name for s in tasks.skipped] == [s.name for s in report.skipped]
+
+
+def test_who_allocates_is_told_of_stacks_that_get_no_rank(tmp_path: Path) -> None:
+    model = tiny_models.mixtral()
+    experts = [
+        f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("down_proj", "gate_up_proj")
+    ]
+    gradients = lorank.profile_gradients(model, text_batches(3))
+    tasks = lorank.profile_tasks(model, text_batches(3), folds=2)
+    for report, method in ((gradients, "gard"), (tasks, "task")):
+        allocation = lorank.allocate(report, method, r_min=1, r_max=8, avg_rank=4)
+        assert not set(experts) & set(allocation.ranks)
+        for name in experts:
+            assert allocation.flags[name].startswith("not adapted: an expert: its gradient")
+        allocation.save(tmp_path / "ranks.json")
+        assert lorank.RankAllocation.load(tmp_path / "ranks.json") == allocation
 
 
 def test_embeddings_are_skipped_where_they_are_asked_for() -> None:
@@ -736,8 +775,16 @@ def test_wrapped_models_have_their_own_names(profile: Any) -> None:
     expected = profile(tiny_models.llama(), text_batches(2))
     compiled = torch.compile(tiny_models.llama())
     parallel = nn.DataParallel(tiny_models.llama())
-    for wrapped in (compiled, parallel):
+    for wrapped in (compiled, parallel, nn.DataParallel(compiled)):
         assert list(profile(wrapped, text_batches(2))) == list(expected)
+
+
+@pytest.mark.parametrize("profile", [run_gradients, run_tasks])
+def test_no_copies_are_made_for_several_devices(profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would share the hooks of the model, on other devices and at the same time."""
+    expected = profile(tiny_models.llama(), text_batches(2))
+    monkeypatch.setattr(nn.DataParallel, "forward", lambda *_, **__: pytest.fail("the wrapper was called"))
+    assert profile(nn.DataParallel(tiny_models.llama()), text_batches(2)) == expected
 
 
 class Checkpointed(nn.Module):

@@ -341,6 +341,7 @@ OPTIMIZERS = [
     (torch.optim.RAdam, {}),
 ]
 SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+MEANS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta"}
 
 
 def step(model: Any, optimizer: Any, seed: int) -> None:
@@ -363,6 +364,16 @@ def basis(old: list[torch.Tensor], new: list[torch.Tensor]) -> list[tuple[torch.
     return [(T_a, T_b.T), (T_b.T, T_a)]
 
 
+def extended(key: str, value: torch.Tensor, axis: int, options: dict[str, Any]) -> torch.Tensor:
+    """With two new ranks: averages of squares are as those of the others, Adagrad's sums at their start."""
+    new = torch.zeros_like(value.narrow(axis, 0, 2))
+    if key in MEANS:
+        new += value.mean(axis, keepdim=True)
+    elif key == "sum":
+        new += options["initial_accumulator_value"]
+    return torch.cat([value, new], axis)
+
+
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS, ids=lambda value: getattr(value, "__name__", ""))
 def test_the_optimizer_goes_on_as_one_with_the_carried_state(kind: Any, options: dict[str, Any]) -> None:
     model = linear()
@@ -375,10 +386,8 @@ def test_the_optimizer_goes_on_as_one_with_the_carried_state(kind: Any, options:
 
     expected: dict[Any, dict[str, Any]] = {}
     for axis, p in enumerate(grown):
-        pad = (0, 0, 0, 2) if axis == 0 else (0, 2)
-        fill = options.get("initial_accumulator_value", 0.0)
         expected[p] = {
-            key: torch.nn.functional.pad(value, pad, value=fill) if getattr(value, "ndim", 0) else value
+            key: extended(key, value, axis, options) if getattr(value, "ndim", 0) else value
             for key, value in old[p][1].items()
         }
     maps = basis([old[p][0] for p in shrunk], [p.detach() for p in shrunk])
@@ -413,6 +422,63 @@ def test_the_optimizer_goes_on_as_one_with_the_carried_state(kind: Any, options:
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def steps_of_new_ranks(model: Any, optimizer: Any, old: int, count: int) -> tuple[list[float], list[float]]:
+    """Root mean squares of the steps of B's new columns, and of its old ones."""
+    found: tuple[list[float], list[float]] = ([], [])
+    Bs = [factors(layer)[1] for layer in layers(model).values()]
+    for seed in range(1000, 1000 + count):
+        before = [b.detach().clone() for b in Bs]
+        step(model, optimizer, seed)
+        moves = [b.detach() - was for b, was in zip(Bs, before, strict=True)]
+        for part, kept in zip(found, (slice(old, None), slice(old)), strict=True):
+            part.append(float(torch.cat([move[:, kept].flatten() for move in moves]).square().mean().sqrt()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "rates"), [(torch.optim.AdamW, {}, 1.1), (torch.optim.RMSprop, {"alpha": 0.999}, 3)]
+)
+def test_new_ranks_step_as_far_as_old_ones(kind: Any, options: dict[str, Any], rates: float) -> None:
+    """Adam counts on with the steps of the old ones, which makes up for no second moment any more."""
+    model = linear()
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-3, **options)
+    for seed in range(200):
+        step(model, optimizer, seed)
+    twin = copy.deepcopy(model)
+    reference = kind([p for p in twin.parameters() if p.requires_grad], lr=1e-3, **options)
+    reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resize_lora(model, {"0": 6, "2": 6}, optimizer=optimizer)
+    for layer in layers(model).values():
+        for axis, p in enumerate(factors(layer)):
+            means = optimizer.state[p]["exp_avg_sq" if "exp_avg_sq" in optimizer.state[p] else "square_avg"]
+            assert means.narrow(axis, 4, 2).min() > 0
+    new, old = steps_of_new_ranks(model, optimizer, 4, 50)
+    _, alone = steps_of_new_ranks(twin, reference, 4, 50)
+    assert 1e-5 < max(new) <= rates * 1e-3
+    assert max(new) < 1.5 * max(old)
+    # The old ranks see what the new ones do to the loss, and nothing else.
+    assert old[0] == pytest.approx(alone[0], rel=1e-9)
+    assert old == pytest.approx(alone, rel=0.5)
+
+
+def test_ranks_that_begin_anew_while_a_module_shrinks_are_new_ranks() -> None:
+    """A module with more ranks than inputs has no more directions to keep."""
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(2, 7).double()), LoraConfig(r=6, target_modules=["0"])
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for seed in range(3):
+        x = torch.randn(6, 2, generator=torch.Generator().manual_seed(seed)).double()
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    resize_lora(model, {"0": 4}, optimizer=optimizer)
+    for axis, p in enumerate(factors(layers(model)["0"])):
+        first, second = (optimizer.state[p][key].movedim(axis, 0) for key in ("exp_avg", "exp_avg_sq"))
+        assert not first[2:].any()
+        torch.testing.assert_close(second[2:], second[:2].mean(0).expand(2, -1))
 
 
 def test_first_moments_follow_gradients_exactly() -> None:
@@ -640,6 +706,24 @@ def test_8_bit_state_is_refused() -> None:
         optimizer.state[p] = {"step": 1, "state1": torch.zeros(p.shape, dtype=torch.uint8)}
     with pytest.raises(NotImplementedError, match="'state1' of AdamW8bit"):
         resize_lora(model, {"0": 3}, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit", "fp8"])
+def test_state_of_fewer_bits_is_refused_before_anything_changes(kind: str) -> None:
+    """It has the shape of the factors, and a known name, but cannot be cut along an axis."""
+    states = pytest.importorskip("torchao.optim.subclass_" + kind)
+    zeros = getattr(states, f"OptimState{kind.capitalize()}").zeros
+    model = trained(torch.nn.Sequential(torch.nn.Linear(64, 64)), LoraConfig(r=4, target_modules=["0"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for p in factors(layers(model)["0"]):
+        optimizer.state[p] = {"step": torch.tensor(1.0)} | {
+            key: zeros(p.shape, *((key == "exp_avg",) if kind != "fp8" else ()), 64)
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+    before = snapshot(model)
+    with pytest.raises(NotImplementedError, match="the state 'exp_avg' of AdamW cannot be carried over"):
+        resize_lora(model, {"0": 6}, optimizer=optimizer)
+    assert_untouched(model, before)
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:

@@ -411,3 +411,9 @@ def test_depths_count_the_blocks_that_are_there_in_the_order_of_their_numbers(nu
     depths = roles.depths_of([f"layers.{number}.q_proj" for number in numbers])
     order = sorted(numbers)
     assert depths == [Depth(order.index(number), len(order)) for number in numbers]
+
+
+def test_depths_count_what_else_the_model_has() -> None:
+    others = [f"layers.{number}.norm" for number in range(4)] + ["parts.9.x", "decoder.layers.7.norm", "head"]
+    assert roles.depths_of(["layers.2.q_proj", "head"], others=others) == [Depth(2, 4), None]
+    assert roles.depths_of(["u.1.x"], r"u\.(\w+)", ["u.0.y", "u.out.z", "v.5.x"]) == [Depth(1, 2)]

@@ -141,7 +141,28 @@ def test_an_encoder_and_a_decoder_have_depths_of_their_own() -> None:
     assert [ranks[f"decoder.layers.{i}.fc1"] for i in range(4)] == [10, 7, 4, 1]
 
 
-def test_depth_counts_the_blocks_that_are_adapted() -> None:
+def test_depth_counts_the_blocks_of_the_model_whichever_are_adapted() -> None:
+    layers = ("self_attn.q_proj", "mlp.up_proj")
+    names = [f"layers.{i}.{layer}" for i in range(24) for layer in layers]
+    # A name that cannot be read is nobody's concern where it is not adapted, and a head is no block.
+    names += ["x.7.y", "head"]
+    model = {f"model.{name}.weight": np.ones((24, 24), dtype=np.float32) for name in names}
+    every = {"r_min": 1, "r_max": 24}
+    for source in (model, lorank.analyze(model)):
+        late = lorank.allocate(source, "linear-decay", targets=r"model\.layers\.2[0-3]\..*", **every)
+        assert list(late.ranks.values()) == [4, 4, 3, 3, 2, 2, 1, 1]
+        middle = lorank.allocate(source, "empirical", targets=["layers.8.mlp.up_proj"], r_base=10, **every)
+        assert list(middle.ranks.values()) == [12]
+        # Attention in every fourth block only, as in hybrid models.
+        few = lorank.allocate(
+            source, "linear-decay", targets=r"model\.layers\.(3|7|11|15|19|23)\.self_attn.*", **every
+        )
+        assert list(few.ranks.values()) == [21, 17, 13, 9, 5, 1]
+    with pytest.raises(ValueError, match=r"block of 'model\.x\.7\.y'.*blocks="):
+        lorank.allocate(model, "linear-decay", targets=["y", "mlp.up_proj"], **every)
+
+
+def test_without_a_source_depth_counts_the_blocks_that_are_given() -> None:
     late = stack_of(24)[12 * 4 :]
     assert by_block(ranks_of("linear-decay", late, r_min=1, r_max=12)) == list(range(12, 0, -1))
 

@@ -45,7 +45,8 @@ class RankAllocation:
     other_modules
         Modules of the model that are not adapted: patterns must not touch them.
     flags
-        Remarks on single modules, by name.
+        Remarks on single modules, by name; also on those that get no rank because they could not be
+        profiled.
     source
         What the ranks were derived from.
     base_parameters
@@ -139,6 +140,7 @@ class RankAllocation:
             "base_parameters": self.base_parameters,
             "modules": modules,
             "other_modules": list(self.other_modules),
+            "other_flags": {name: flag for name, flag in self.flags.items() if name not in self.ranks},
         }
 
     @classmethod
@@ -164,7 +166,7 @@ class RankAllocation:
                 {m["name"]: float(m["score"]) for m in entries},
                 content["method"],
                 content["other_modules"],
-                {m["name"]: m["flag"] for m in entries if m["flag"]},
+                {m["name"]: m["flag"] for m in entries if m["flag"]} | content.get("other_flags", {}),
                 content["source"],
                 content["base_parameters"],
             )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -38,7 +39,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """How deep a block lies, counted over the blocks of its stack that hold a given module.
+    """How deep a block lies, counted over the blocks of its stack that are known.
 
     Attributes
     ----------
@@ -132,11 +133,13 @@ def block_of(name: str, blocks: str | None = None) -> Block | None:
     return None
 
 
-def depths_of(names: Sequence[str], blocks: str | None = None) -> list[Depth | None]:
+def depths_of(
+    names: Sequence[str], blocks: str | None = None, others: Iterable[str] = ()
+) -> list[Depth | None]:
     """How deep every module lies in its stack; None for those in no numbered block.
 
-    Blocks are counted where they hold one of `names`: among modules of blocks 6 to 11 only, block 6
-    is the first of six.
+    Blocks are counted where they hold one of `names` or of `others`: if nothing else is known than
+    modules of blocks 6 to 11, block 6 is the first of six.
 
     Parameters
     ----------
@@ -144,6 +147,8 @@ def depths_of(names: Sequence[str], blocks: str | None = None) -> list[Depth | N
         The modules' dotted names.
     blocks
         As in `block_of`.
+    others
+        Further modules of the model; those whose names cannot be read are passed over.
 
     Raises
     ------
@@ -154,7 +159,7 @@ def depths_of(names: Sequence[str], blocks: str | None = None) -> list[Depth | N
     if blocks is not None and names and not any(found):
         raise ValueError(f"blocks={blocks!r} matches none of {len(names)} modules ({names[0]}, ...)")
     numbers: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-    for block in found:
+    for block in (*found, *_readable_blocks(others, blocks)):
         if block is not None:
             numbers[block.stack].add(block.number)
     order = {
@@ -163,6 +168,12 @@ def depths_of(names: Sequence[str], blocks: str | None = None) -> list[Depth | N
         for index, number in enumerate(sorted(present))
     }
     return [None if block is None else order[block] for block in found]
+
+
+def _readable_blocks(names: Iterable[str], blocks: str | None) -> Iterator[Block | None]:
+    for name in names:
+        with suppress(ValueError):
+            yield block_of(name, blocks)
 
 
 def roles_of(names: Sequence[str], roles: Roles = None) -> list[Role | None]:

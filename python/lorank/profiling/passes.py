@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorank.progress import progress_bar
 
@@ -16,7 +17,10 @@ Loss = Callable[[Any, Any], Any]
 
 
 def checked_model(model: Any) -> Any:
-    """The model to run: without a compiler's wrapper, which does not see hooks that come later.
+    """The model to run: without what is wrapped around it.
+
+    A compiler's wrapper does not see hooks that come later, and copies of the model on other devices
+    would share its hooks.
 
     Raises
     ------
@@ -28,7 +32,13 @@ def checked_model(model: Any) -> Any:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: load it first")
     check_weights(model)
-    return getattr(model, "_orig_mod", model)
+    return _unwrapped(model)
+
+
+def _unwrapped(model: Any) -> Any:
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        return _unwrapped(model.module)
+    return _unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model
 
 
 def check_weights(model: Any) -> None:
@@ -142,6 +152,7 @@ def backward_passes(
                     raise ValueError(f"batch {count - 1}: the loss is {value.item()}")
                 value.backward()
             report(1, f"loss {value.item():.4g}")
+            del value  # With it goes what hooks keep of this batch, before there is the next.
             yield count
     if not count:
         raise ValueError("no batches: profiling needs at least one")

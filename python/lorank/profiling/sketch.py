@@ -65,8 +65,17 @@ class GradientSketches:
         out, fan_in = self._targets[index].info.shape
         return (out, fan_in) if self.size is None else (min(out, self.size), min(fan_in, self.size))
 
+    def device(self, index: int) -> torch.device:
+        """Where a module's sketch is: with the module."""
+        device: torch.device = self._targets[index].module.weight.device
+        return device
+
+    def drop_projections(self) -> None:
+        """Free them; they are drawn again, the same, when they are needed."""
+        self._projections.clear()
+
     def _nothing(self, index: int) -> torch.Tensor:
-        return torch.zeros(self.shape(index), device=self._targets[index].module.weight.device)
+        return torch.zeros(self.shape(index), device=self.device(index))
 
     def _projected(self, index: int, side: str, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.float()

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from lorank.report.base import Evidence
+from lorank.report.base import Evidence, Report
 from lorank.sources.base import Kind
 
 Needs: TypeAlias = Literal["shapes"] | Evidence
@@ -58,7 +58,7 @@ class Signal:
     ranks
         The ranks of the method's own formula, for use without a budget; None if it has none.
     flags
-        What a reader should know of single modules, by name.
+        What a reader should know of single modules, by name; of some that get no rank, too.
     """
 
     scores: npt.NDArray[np.float64]
@@ -155,6 +155,11 @@ def find(name: str) -> Registered:
     if name not in names():
         raise ValueError(f"no method {name!r}: choose one of {', '.join(names())}")
     return METHODS[name]
+
+
+def left_out(report: Report[Any]) -> dict[str, str]:
+    """Flags of the modules that were to be profiled and could not be: they get no rank."""
+    return {skipped.name: f"not adapted: {skipped.reason}" for skipped in report.skipped}
 
 
 def linear_ranks(position: npt.NDArray[np.float64], r_min: int, r_max: int) -> npt.NDArray[np.int64]:

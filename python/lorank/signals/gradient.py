@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lorank.report.gradients import GradientReport
-from lorank.signals import AdaptedModule, Signal, register
+from lorank.signals import AdaptedModule, Signal, left_out, register
 
 
 @register("gard", needs="gradients")
@@ -29,7 +29,7 @@ def gard(report: GradientReport, modules: Sequence[AdaptedModule], r_min: int, r
     rows = {row.module: row for row in report.modules}
     effective = np.array([rows[module.name].effective_rank for module in modules], dtype=np.float64)
     total = effective.sum()
-    flags = {}
+    flags = left_out(report)
     for module in modules:
         row = rows[module.name]
         remarks = list(row.flags)

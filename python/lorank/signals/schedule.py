@@ -3,9 +3,9 @@
 Source: Adaptive LoRA: Layerwise Rank Allocation for Parameter-Efficient Fine-Tuning, section 3.1.
 
 Ranks are computed in rational arithmetic, rounded half up, and clipped to ``[r_min, r_max]``. `i` is the
-index of a module's block among the `L` blocks of its stack (an encoder and a decoder are two stacks)
-that hold a module to adapt. Scores are ``rank - r_min``; where that is zero for all of them, a budget
-gives all the same.
+index of a module's block among the `L` blocks of its stack (an encoder and a decoder are two stacks),
+adapted or not, as far as the source or report knows of them. Scores are ``rank - r_min``; where that is
+zero for all of them, a budget gives all the same.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from lorank.budget import is_integer
+from lorank.report.base import Report
 from lorank.roles import Depth, Role, Roles, check_expressions, depths_of, roles_of
 from lorank.signals import AdaptedModule, Signal, register
+from lorank.sources.base import Source
 
 # The empirical schedule: up to which share of the depth, how much of r_base.
 _EMPIRICAL = (
@@ -74,7 +76,7 @@ def linear_decay(
     Parameters
     ----------
     report
-        Not looked at.
+        A source or a report, of which the model's blocks are counted; None to count those of `modules`.
     modules, r_min, r_max
         As in `lorank.allocate`.
     r_base
@@ -92,14 +94,13 @@ def linear_decay(
     A module in no numbered block (a pooler, a head, a projector) has no depth. It counts as a stack
     of one block, gets `r_base`, and is flagged.
     """
-    del report
     base = r_max if r_base is None else int(r_base)
 
     def rank(depth: Depth) -> Fraction:
         # The formula's maximum with r_min is the clipping that every schedule ends in.
         return base - (base - r_min) * Fraction(depth.index, depth.count - 1)
 
-    return _by_depth(modules, r_min, r_max, base, blocks, rank)
+    return _by_depth(report, modules, r_min, r_max, base, blocks, rank)
 
 
 @register("empirical", needs="shapes", check=_check)
@@ -120,7 +121,7 @@ def empirical(
     Parameters
     ----------
     report
-        Not looked at.
+        A source or a report, of which the model's blocks are counted; None to count those of `modules`.
     modules, r_min, r_max
         As in `lorank.allocate`.
     r_base
@@ -138,13 +139,12 @@ def empirical(
     -----
     A module in no numbered block gets `r_base` and is flagged, as under linear decay.
     """
-    del report
     base = r_max if r_base is None else int(r_base)
 
     def rank(depth: Depth) -> Fraction:
         return next(base * factor for share, factor in _EMPIRICAL if depth.index < share * depth.count)
 
-    return _by_depth(modules, r_min, r_max, base, blocks, rank)
+    return _by_depth(report, modules, r_min, r_max, base, blocks, rank)
 
 
 @register("attention-heavy", needs="shapes", check=_check)
@@ -200,6 +200,7 @@ def attention_heavy(
 
 
 def _by_depth(
+    evidence: Report[Any] | Source | None,
     modules: Sequence[AdaptedModule],
     r_min: int,
     r_max: int,
@@ -209,7 +210,7 @@ def _by_depth(
 ) -> Signal:
     """The signal of a schedule that needs the depth: `rank` is asked where there is more than one block."""
     names = [module.name for module in modules]
-    depths = depths_of(names, blocks)
+    depths = depths_of(names, blocks, _known(evidence))
     if not any(depths):
         raise ValueError(
             f"none of {len(names)} modules ({names[0]}, ...) is in a numbered block: give blocks, a regular "
@@ -222,6 +223,14 @@ def _by_depth(
         if depth is None
     }
     return _signal(modules, ranks, r_min, r_max, flags)
+
+
+def _known(evidence: Report[Any] | Source | None) -> dict[str, None]:
+    """The modules of the whole model, as far as they are known: blocks are counted over all of them."""
+    if evidence is None:
+        return {}
+    rows = evidence.modules if isinstance(evidence, Report) else (m.info for m in evidence.matrices)
+    return dict.fromkeys(row.module for row in rows)
 
 
 def _signal(

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lorank.report.tasks import TaskReport
-from lorank.signals import AdaptedModule, Signal, register
+from lorank.signals import AdaptedModule, Signal, left_out, register
 
 
 def _check(estimate: str = "k_star") -> None:
@@ -45,5 +45,6 @@ def task(
     """
     rows = {row.module: row for row in report.modules}
     ranks = np.array([getattr(rows[module.name], estimate) for module in modules], dtype=np.int64)
-    flags = {module.name: "; ".join(rows[module.name].flags) for module in modules if rows[module.name].flags}
+    flags = left_out(report)
+    flags |= {m.name: "; ".join(rows[m.name].flags) for m in modules if rows[m.name].flags}
     return Signal(np.maximum(ranks - r_min, 0).astype(np.float64), np.clip(ranks, r_min, r_max), flags)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
 import warnings
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from lorank._core import FormatError
 from lorank.atomic import atomic_path
 from lorank.budget import Budget
+from lorank.training import rank_logs
 from lorank.training.dynamic_ranks import DynamicRanks, RankUpdate
 
 _STATE = "lorank_gard.safetensors"
@@ -30,8 +29,9 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
 
     Ranks change between steps; the model computes what it computed, and optimizer, scheduler and
     gradient scaler go on. What Trainer logs is extended by ``lora_rank_mean``, ``lora_rank_min``,
-    ``lora_rank_max`` and ``lora_parameters``; every change is a table in ``lora_ranks.csv`` of the
-    output folder and an entry of `history`.
+    ``lora_rank_max`` and ``lora_parameters``; trackers (TensorBoard, W&B and their like) also get
+    ``lora_rank/MODULE`` for every module, which are kept off the console. Every change is a table in
+    ``lora_ranks.csv`` of the output folder and an entry of `history`.
 
     Parameters
     ----------
@@ -45,8 +45,9 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
     Attributes
     ----------
     history
-        Every change so far, a list of `RankUpdate`: its `step`, `ranks`, `report` of the gradients,
-        `changes` (``history[-1].changes[name].error``) and `num_parameters`.
+        Every change that this object made, a list of `RankUpdate`: its `step`, `ranks`, `report` of the
+        gradients, `changes` (``history[-1].changes[name].error``) and `num_parameters`. Those of a run
+        that was resumed are in ``lora_ranks.csv``.
 
     Raises
     ------
@@ -56,8 +57,8 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
     FormatError
         When a resumed training begins, if that state is damaged or of another step.
     NotImplementedError
-        When training begins, under FSDP, DeepSpeed and torch.compile; after the first step, if the
-        optimizer's state cannot follow a change of rank.
+        When training begins, under FSDP, DeepSpeed, torch.compile and DataParallel; after the first step,
+        if the optimizer's state cannot follow a change of rank.
 
     Notes
     -----
@@ -118,7 +119,7 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
                 f"would be after step {self._dynamic.first_change}: take a smaller interval",
                 stacklevel=2,
             )
-        _go_first(self)
+        rank_logs.go_first(self)
         if state.global_step > 0:
             _load(self._dynamic, self._state_file(args, state), state.global_step)
         if state.is_world_process_zero:
@@ -144,16 +145,12 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
         logs = kwargs.get("logs")
         if self._dynamic is None or logs is None:
             return
-        ranks = list(self._dynamic.ranks.values())
-        ours = {
-            "lora_rank_mean": sum(ranks) / len(ranks),
-            "lora_rank_min": min(ranks),
-            "lora_rank_max": max(ranks),
-            "lora_parameters": self._dynamic.num_parameters,
-        }
-        logs.update(ours)
+        ranks = self._dynamic.ranks
+        summary = rank_logs.summary(ranks, self._dynamic.num_parameters)
+        logs.update(summary | rank_logs.by_module(ranks))
+        # Which is saved with every checkpoint: the modules' ranks are in the table.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(ours)
+            state.log_history[-1].update(summary)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any
@@ -193,22 +190,17 @@ def _check_arguments(args: TrainingArguments) -> None:
                 f"TrainingArguments({option}=...): ranks cannot be changed under {name}, which remembers "
                 "the shapes of parameters; use profile_gradients and static ranks"
             )
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            f"{args.n_gpu} devices in one process: Trainer would copy the model to each of them for every "
+            "batch (DataParallel), and copies cannot be watched: start one process per device (torchrun "
+            f"--nproc-per-node={args.n_gpu}), or show it one device (CUDA_VISIBLE_DEVICES=0)"
+        )
     if args.load_best_model_at_end:
         raise NotImplementedError(
             "TrainingArguments(load_best_model_at_end=True): Trainer cannot load a checkpoint with other "
             "ranks than the last; take the best checkpoint's folder with PeftModel.from_pretrained"
         )
-
-
-def _go_first(callback: GardCallback) -> None:
-    """Run before the callbacks that report, so that they see what is added to the logs.
-
-    A callback is not told who calls it.
-    """
-    for handler in gc.get_objects():
-        if type(handler) is CallbackHandler and callback in handler.callbacks:
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
 
 
 def _forget_later_rows(path: Path, step: int) -> None:

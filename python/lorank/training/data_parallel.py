@@ -1,33 +1,39 @@
-"""Changes of rank under DistributedDataParallel: one result for all processes, and a new reducer."""
+"""Changes of rank in several processes: one result for all of them, and a new reducer."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from lorank.training.optimizer_state import FactorChange
 
 
-def wrappers_of(model: Any) -> list[Any]:
-    """The wrappers by which processes share the model's gradients."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return []
-    ours = {id(parameter) for parameter in model.parameters()}
-    # Nothing leads from a module to its wrapper. One that is missed would silently stop to exchange the
-    # gradients of the factors that change.
-    wrappers = [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]
-    wrappers = [found for found in wrappers if any(id(p) in ours for p in found.parameters())]
-    for wrapper in wrappers:
-        if wrapper._comm_hooks or wrapper.static_graph:
-            raise NotImplementedError(
-                "the model is wrapped in DistributedDataParallel with a communication hook or a static "
-                "graph, which remember shapes: ranks cannot be changed under it"
-            )
-    return wrappers
+def averaged(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The mean over all processes, every tensor where it was."""
+    if not _are_several():
+        return list(tensors)
+    device = tensors[0].device
+    flat = torch.cat([tensor.flatten().to(device) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor).to(tensor.device) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def of_first_process(values: Sequence[float], device: Any) -> list[float]:
+    """The first process's numbers: others may have computed them with other last bits."""
+    if not _are_several():
+        return list(values)
+    shared = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.broadcast(shared, 0)
+    return [float(value) for value in shared.tolist()]
+
+
+def _are_several() -> bool:
+    return bool(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def agree(factor: FactorChange, wrappers: Sequence[Any]) -> None:

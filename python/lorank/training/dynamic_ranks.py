@@ -11,29 +11,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from lorank import signals
 from lorank._core import FormatError
 from lorank.budget import Budget, fit_ranks, is_integer, parse_budget
 from lorank.profiling.gradients import gradient_row
 from lorank.profiling.passes import check_weights
-from lorank.profiling.probe import probing
-from lorank.profiling.sketch import GradientSketches
 from lorank.profiling.targets import Target, named_targets
 from lorank.report.gradients import GradientReport, ModuleGradients, effective_rank
 from lorank.signals import AdaptedModule
 from lorank.sources import live
 from lorank.training import optimizer_state
+from lorank.training.data_parallel import of_first_process
+from lorank.training.gradient_window import GradientWindow
 from lorank.training.layers import AdaptedLayer, lora_layers
+from lorank.training.peft_config import check_config
 from lorank.training.resizing import RankChange, check_resizable, resize_lora
+from lorank.training.wrappers import check_not_compiled, check_one_device_a_process, data_parallel_wrappers
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,8 @@ class DynamicRanks:
         If an option is out of range, the adapter's ranks break the bounds or the budget already, or
         the adapter is not being trained.
     NotImplementedError
-        If the model or the adapter cannot be resized: as `resize_lora`.
+        If the model or the adapter cannot be resized: as `resize_lora`; if the model is copied to several
+        devices (DataParallel).
 
     Examples
     --------
@@ -121,9 +122,11 @@ class DynamicRanks:
     Notes
     -----
     Gradients of micro-batches add up until `step`, so that accumulation counts as one batch. Under
-    `torch.distributed` the sketches of all processes are averaged, and all find the same ranks. Extra
-    memory while a window is open: ``modules * window * k^2`` numbers, the projections, and the
-    projected inputs of one batch.
+    `torch.distributed` the sketches of all processes are averaged, and the first one's ranks are those of
+    all. A window in which no gradient reached any module changes nothing, and is warned of once. Extra
+    memory while a window is open: ``modules * window * k^2`` numbers, the projections, and of one batch the
+    projected inputs and the outputs of the first modules (before which nothing is trained), for as long as
+    its loss lives; between windows the projections, and nothing once ranks are frozen.
     """
 
     def __init__(
@@ -148,32 +151,33 @@ class DynamicRanks:
     ) -> None:
         _check_options(r_min, r_max, interval, window, smoothing, max_change, warmup, freeze_after)
         effective_rank([1.0], energy)
-        self._model, self._scaler = model, scaler
+        self._model = model
         self._optimizer = optimizer_state.unwrapped(optimizer)
-        self._interval, self._window = interval, window
+        self._interval, self._length = interval, window
         self._r_min, self._r_max = r_min, r_max
         self._energy, self._smoothing, self._max_change = energy, smoothing, max_change
         self._warmup, self._freeze_after = warmup, freeze_after
         self._adapter_name, self._seed = adapter_name, seed
 
         layers = lora_layers(model, adapter_name)
+        check_not_compiled(model)
+        check_one_device_a_process(model)
+        data_parallel_wrappers(model)  # Refuses those that remember shapes.
         check_weights(model)
         found = named_targets(model, live.from_module(model), layers)
         if not found.chosen:
             raise ValueError(f"adapter {adapter_name!r} has no module whose gradient can be sketched")
         names = [target.info.name for target in found.chosen]
         check_resizable(model.peft_config[adapter_name], layers, {name: layers[name].rank for name in names})
+        check_config(model.peft_config[adapter_name], range(r_min, r_max + 1))
         _check_trained(layers[name] for name in names)
         self._targets: Sequence[Target] = found.chosen
         self._modules = [AdaptedModule(t.info.name, t.info.kind, t.info.shape) for t in found.chosen]
         self._source = found.source
-        self._sketches = GradientSketches(found.chosen, sketch, seed)
-        self._collected: list[list[torch.Tensor]] = []
+        self._window = GradientWindow(found.chosen, sketch, seed, scaler)
         self._smoothed: dict[str, float] = {}
         self._step = 0
-        self._checked = False
-        self._probe: AbstractContextManager[None] | None = None
-        self._scale = 1.0
+        self._is_optimizer_checked = self._is_silence_told = False
 
         # What cannot change is paid first.
         everything = sum(factor.numel() for layer in layers.values() for factor in layer.factors)
@@ -223,10 +227,8 @@ class DynamicRanks:
         self.close()
 
     def close(self) -> None:
-        """Take all hooks off the model."""
-        if self._probe is not None:
-            self._probe.__exit__(None, None, None)
-            self._probe = None
+        """Take all hooks off the model, and free what can be made again."""
+        self._window.close()
 
     def step(self) -> RankUpdate | None:
         """Tell that the optimizer has made a step; change ranks if it is time.
@@ -241,16 +243,13 @@ class DynamicRanks:
         Raises
         ------
         NotImplementedError
-            If the optimizer's state cannot be carried over: as `resize_lora`, at the first step.
+            If the optimizer's state cannot be carried over: as `resize_lora`, as soon as it has one.
         """
         self._step += 1
-        if not self._checked:
-            # Now that the optimizer has made a step, it shows what it remembers.
+        if not self._is_optimizer_checked:
             self._check_optimizer()
-            self._checked = True
-        if self._probe is not None:
-            self._collect()
-        update = self._change() if self._is_due(self._step) and self._collected else None
+        self._window.end_step()
+        update = self._change() if self._is_due(self._step) and len(self._window) else None
         self._watch()
         return update
 
@@ -259,14 +258,13 @@ class DynamicRanks:
 
         Under `torch.distributed` call it in every process: sketches are averaged.
         """
-        self._collected = [_averaged(batch) for batch in self._collected]
         return {
             "step": self._step,
             "ranks": self.ranks,
             "budget": self._limit,
-            "sketch": self._sketches.size,
+            "sketch": self._window.size,
             "smoothed": dict(self._smoothed),
-            "sketches": [[sketch.cpu() for sketch in batch] for batch in self._collected],
+            "sketches": self._window.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,7 +283,8 @@ class DynamicRanks:
                 "the model's ranks are not those of the saved state: call restore_ranks(model, checkpoint) "
                 "before the weights are loaded"
             )
-        self._step, self._smoothed, self._collected = step, smoothed, sketches
+        self._window.load(sketches)
+        self._step, self._smoothed = step, smoothed
         if not self._limit_is_given:
             self._limit = limit
         self.close()
@@ -295,20 +294,16 @@ class DynamicRanks:
         self, state: Mapping[str, Any]
     ) -> tuple[int, dict[str, int], int, dict[str, float], list[list[torch.Tensor]]]:
         """What `state_dict` returned, checked."""
-        device = self._targets[0].module.weight.device
         try:
-            sketches = [[sketch.to(device) for sketch in batch] for batch in state["sketches"]]
+            sketches = [[torch.as_tensor(sketch) for sketch in batch] for batch in state["sketches"]]
             size = state["sketch"]
             ranks = {str(name): int(rank) for name, rank in state["ranks"].items()}
             smoothed = {str(name): float(value) for name, value in state["smoothed"].items()}
             step, limit = int(state["step"]), int(state["budget"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise FormatError(f"damaged: {error!r}") from error
-        if sketches and size != self._sketches.size:
-            raise ValueError(f"the state is within a window of sketch={size}, not {self._sketches.size}")
-        shapes = [self._sketches.shape(index) for index in range(len(self._targets))]
-        if any([tuple(sketch.shape) for sketch in batch] != shapes for batch in sketches):
-            raise FormatError("damaged: its sketches are not those of the model's modules")
+        if sketches and size != self._window.size:
+            raise ValueError(f"the state is within a window of sketch={size}, not {self._window.size}")
         return step, ranks, limit, smoothed, sketches
 
     def _is_due(self, step: int) -> bool:
@@ -316,30 +311,22 @@ class DynamicRanks:
         return step % self._interval == 0 and step > self._warmup and before_end
 
     def _watch(self) -> None:
-        """Put hooks on for the coming step if its gradients count, and take them off if not."""
+        """Look at the coming step if its gradients count."""
         coming = self._step + 1
         change = -(-coming // self._interval) * self._interval
-        counts = self._is_due(change) and change - coming < self._window
-        if counts and self._probe is None:
-            self._probe = probing(self._targets, self._sketches)
-            self._probe.__enter__()
-        elif not counts:
+        if self._freeze_after is not None and change > self._freeze_after:
             self.close()
-        self._sketches.take()  # What a skipped window may have left.
-        self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-
-    def _collect(self) -> None:
-        batch = self._sketches.take_all()
-        self._collected.append([sketch / self._scale for sketch in batch])
+        else:
+            self._window.watch(self._is_due(change) and change - coming < self._length)
 
     def _change(self) -> RankUpdate | None:
-        batches = [_averaged(batch) for batch in self._collected]
-        self._collected = []
-        # A step that overflowed under the gradient scaler was no step.
-        batches = [batch for batch in batches if all(bool(torch.isfinite(s).all()) for s in batch)]
-        if not batches:
+        batches = self._window.take()
+        rows = self._measured(batches) if batches else []
+        if not any(row.effective_rank for row in rows):
+            if rows:
+                self._tell_silence(len(batches))
             return None
-        report = self._report(batches)
+        report = self._report([self._smooth(row) for row in rows], len(batches))
         ranks, before = self._fitted(report), self.ranks
         moved = {name: rank for name, rank in ranks.items() if rank != before[name]}
         changes = resize_lora(
@@ -351,19 +338,34 @@ class DynamicRanks:
         )
         return RankUpdate(self._step, ranks, report, changes, self._fixed + self._cost(ranks))
 
-    def _report(self, batches: Sequence[Sequence[torch.Tensor]]) -> GradientReport:
+    def _measured(self, batches: Sequence[Sequence[torch.Tensor]]) -> list[ModuleGradients]:
         rows = [
-            self._smooth(gradient_row(target, [batch[index] for batch in batches], self._energy))
+            gradient_row(target, [batch[index] for batch in batches], self._energy)
             for index, target in enumerate(self._targets)
         ]
+        shared = self._shared([row.effective_rank for row in rows])
+        return [replace(row, effective_rank=value) for row, value in zip(rows, shared, strict=True)]
+
+    def _tell_silence(self, steps: int) -> None:
+        """Without this, ranks would become uniform, as they do where all modules say the same."""
+        if not self._is_silence_told:
+            self._is_silence_told = True
+            warnings.warn(
+                f"step {self._step}: no gradient reached any adapted module in the last {steps} steps, so "
+                "ranks stay as they are: does the loss come from this model, and not from compiled code or a "
+                "copy of it?",
+                stacklevel=4,
+            )
+
+    def _report(self, rows: Sequence[ModuleGradients], num_batches: int) -> GradientReport:
         return GradientReport(
             rows,
             (),
             self._source.label,
             self._source.num_parameters,
             self._energy,
-            self._sketches.size,
-            len(batches),
+            self._window.size,
+            num_batches,
         )
 
     def _smooth(self, row: ModuleGradients) -> ModuleGradients:
@@ -391,7 +393,11 @@ class DynamicRanks:
             at_least=least,
             at_most=most,
         )
-        return {module.name: int(rank) for module, rank in zip(self._modules, ranks, strict=True)}
+        shared = self._shared([float(rank) for rank in ranks])
+        return {module.name: int(rank) for module, rank in zip(self._modules, shared, strict=True)}
+
+    def _shared(self, values: Sequence[float]) -> list[float]:
+        return of_first_process(values, self._targets[0].module.weight.device)
 
     def _cost(self, ranks: Mapping[str, int]) -> int:
         return sum(ranks[module.name] * module.cost for module in self._modules)
@@ -410,9 +416,15 @@ class DynamicRanks:
             )
 
     def _check_optimizer(self) -> None:
+        """Refuse what cannot be carried over, as soon as the optimizer shows what it remembers.
+
+        That can be later than the first step, which a gradient scaler may skip.
+        """
         layers = lora_layers(self._model, self._adapter_name)
         factors = {module.name: layers[module.name].factors for module in self._modules}
         optimizer_state.check(self._optimizer, factors)
+        state = self._optimizer.state
+        self._is_optimizer_checked = any(state.get(factor) for pair in factors.values() for factor in pair)
 
 
 def _check_trained(layers: Iterable[AdaptedLayer]) -> None:
@@ -431,17 +443,6 @@ def _check_trained(layers: Iterable[AdaptedLayer]) -> None:
                 f"module {adapted.name!r}: adapter {adapted.adapter!r} is not trained (requires_grad is "
                 "False): load it with is_trainable=True, or build it without inference_mode"
             )
-
-
-def _averaged(sketches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The mean over all processes."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return list(sketches)
-    flat = torch.cat([sketch.flatten() for sketch in sketches])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([sketch.numel() for sketch in sketches])
-    return [part.view_as(sketch) for part, sketch in zip(parts, sketches, strict=True)]
 
 
 def _check_options(

@@ -102,7 +102,7 @@ def lora_layers(model: Any, adapter_name: str) -> dict[str, AdaptedLayer]:
     ValueError
         If the model has no such adapter, or is wrapped.
     NotImplementedError
-        If the adapter is no LoRA, or the model is compiled or sharded.
+        If the adapter is no LoRA, or the model is sharded.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a PEFT model, not {type(model).__name__}")
@@ -127,7 +127,7 @@ def _check_wrapping(model: Any) -> None:
         raise ValueError(f"the model is wrapped in {type(model).__name__}: pass model.module")
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if kind in ("OptimizedModule", "FullyShardedDataParallel", "DeepSpeedEngine"):
+        if kind in ("FullyShardedDataParallel", "DeepSpeedEngine"):
             raise NotImplementedError(
                 f"{path or 'the model'} is wrapped in {kind}, which remembers shapes: ranks cannot be "
                 "changed under it"

@@ -1,10 +1,13 @@
 r"""What an optimizer remembers about a factor, carried over to another rank.
 
-A factor changes along its rank axis only. Growing appends zeros to what is remembered. Shrinking
-changes the basis, ``A' = T_A A`` and ``B' = B T_B`` with ``T_A T_B = I``, so that gradients become
-``T_B^T dA`` and ``dB T_A^T``: first moments are averages of gradients and follow them exactly. Second
-moments follow with the squares of the coefficients, which is exact if the gradients of different
-ranks are uncorrelated, and an approximation otherwise. Step counters stay.
+A factor changes along its rank axis only. Shrinking changes the basis, ``A' = T_A A`` and ``B' = B T_B``
+with ``T_A T_B = I``, so that gradients become ``T_B^T dA`` and ``dB T_A^T``: first moments are averages of
+gradients and follow them exactly. Second moments follow with the squares of the coefficients, which is
+exact if the gradients of different ranks are uncorrelated, and an approximation otherwise.
+
+New ranks begin without a first moment, and with the mean second moment of the others: step counters stay,
+so that Adam's bias correction is over, and second moments that began at zero would make steps several
+times as long as the learning rate, until they have caught up.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ class FactorChange:
     values
         The factor's values at the new rank.
     of_values, of_gradients
-        ``(rank, old rank)`` coefficients of the new basis, for values and for gradients; None if the
-        old ranks stay what they are and new ones follow.
+        ``(kept, old rank)`` coefficients of the new basis, for values and for gradients; None if the old
+        ranks stay what they are. Ranks beyond those that are kept are new ones.
     """
 
     parameter: torch.nn.Parameter
@@ -44,30 +47,40 @@ class FactorChange:
 
     def gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         """A gradient, or an average of gradients, at the new rank."""
-        return self._carried(tensor, self.of_gradients)
+        return self._extended(self._kept(tensor, self.of_gradients), tensor.new_zeros(()))
 
-    def squared_gradient(self, tensor: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
-        """An average or a sum of squared gradients at the new rank; new entries are `fill`."""
-        return self._carried(tensor, _squared(self.of_gradients), fill)
+    def mean_square(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An average of squared gradients at the new rank; that of a new rank is the others' mean."""
+        kept = self._kept(tensor, _squared(self.of_gradients))
+        return self._extended(kept, kept.mean(self.axis, keepdim=True))
+
+    def sum_of_squares(self, tensor: torch.Tensor, start: float) -> torch.Tensor:
+        """A sum of squared gradients at the new rank; that of a new rank begins at `start`."""
+        kept = self._kept(tensor, _squared(self.of_gradients))
+        return self._extended(kept, tensor.new_full((), start))
 
     def largest_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         """A bound of gradients at the new rank, by the triangle inequality."""
-        return self._carried(tensor, None if self.of_gradients is None else self.of_gradients.abs())
+        coefficients = None if self.of_gradients is None else self.of_gradients.abs()
+        return self._extended(self._kept(tensor, coefficients), tensor.new_zeros(()))
 
-    def squared_step(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An average of squared steps of the factor at the new rank."""
-        return self._carried(tensor, _squared(self.of_values))
+    def mean_squared_step(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An average of squared steps of the factor at the new rank; that of a new rank is the mean."""
+        kept = self._kept(tensor, _squared(self.of_values))
+        return self._extended(kept, kept.mean(self.axis, keepdim=True))
 
-    def _carried(
-        self, tensor: torch.Tensor, coefficients: torch.Tensor | None, fill: float = 0.0
-    ) -> torch.Tensor:
+    def _kept(self, tensor: torch.Tensor, coefficients: torch.Tensor | None) -> torch.Tensor:
+        """What is known of the ranks that are kept, in their new basis."""
         if coefficients is None:
-            shape = list(tensor.shape)
-            shape[self.axis] = self.rank - shape[self.axis]
-            return torch.cat([tensor, tensor.new_full(shape, fill)], self.axis)
+            return tensor
         ranks_last = tensor.movedim(self.axis, -1).to(coefficients.dtype)
-        changed = (ranks_last @ coefficients.T).movedim(-1, self.axis)
-        return changed.to(tensor.dtype).contiguous()
+        return (ranks_last @ coefficients.T).movedim(-1, self.axis).to(tensor.dtype).contiguous()
+
+    def _extended(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """The same with new ranks behind."""
+        shape = list(kept.shape)
+        shape[self.axis] = self.rank - shape[self.axis]
+        return torch.cat([kept, new.expand(shape)], self.axis)
 
     def apply(self) -> None:
         """Give the parameter its new values, in place, and its pending gradient the new rank.
@@ -98,13 +111,14 @@ _RULES: dict[str, _Carry] = {
     "exp_avg": FactorChange.gradient,  # Adam, AdamW, Adamax, NAdam, RAdam, Lion
     "momentum_buffer": FactorChange.gradient,  # SGD, RMSprop, Muon
     "grad_avg": FactorChange.gradient,  # RMSprop, centered
-    "exp_avg_sq": FactorChange.squared_gradient,
-    "max_exp_avg_sq": FactorChange.squared_gradient,  # amsgrad
-    "square_avg": FactorChange.squared_gradient,  # RMSprop, Adadelta
-    "sum": FactorChange.squared_gradient,  # Adagrad
-    "exp_inf": FactorChange.largest_gradient,  # Adamax
-    "acc_delta": FactorChange.squared_step,  # Adadelta
+    "exp_avg_sq": FactorChange.mean_square,
+    "max_exp_avg_sq": FactorChange.mean_square,  # amsgrad
+    "square_avg": FactorChange.mean_square,  # RMSprop, Adadelta
+    "exp_inf": FactorChange.largest_gradient,  # Adamax: a maximum needs no time to catch up
+    "acc_delta": FactorChange.mean_squared_step,  # Adadelta
 }
+# Adagrad's sums begin with a number of its own.
+_SUM = "sum"
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -151,7 +165,10 @@ def check(optimizer: Any, factors: Mapping[str, Sequence[torch.nn.Parameter]]) -
 def _check_state(label: str, module: str, parameter: torch.nn.Parameter, state: Mapping[str, Any]) -> None:
     for key, value in state.items():
         is_counter = not _has_elements(value) and not isinstance(value, (list, tuple, dict))
-        if not is_counter and (key not in _RULES or getattr(value, "shape", None) != parameter.shape):
+        is_known = key in _RULES or key == _SUM
+        # Numbers in fewer bits are subclasses (torchao), which cannot be cut or extended along an axis.
+        is_plain = type(value) is torch.Tensor and value.shape == parameter.shape
+        if not is_counter and not (is_known and is_plain):
             raise NotImplementedError(
                 f"module {module!r}: the state {key!r} of {label} cannot be carried over to another rank: "
                 "what it says about each rank of a factor is not known"
@@ -169,8 +186,8 @@ def carry(optimizer: Any, change: FactorChange) -> None:
     for key, value in state.items():
         if not _has_elements(value):
             continue
-        if key == "sum":
-            state[key] = change.squared_gradient(value, _adagrad_start(optimizer, change.parameter))
+        if key == _SUM:
+            state[key] = change.sum_of_squares(value, _adagrad_start(optimizer, change.parameter))
         else:
             state[key] = _RULES[key](change, value)
 

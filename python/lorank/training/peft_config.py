@@ -65,4 +65,7 @@ def check_config(config: Any, new_ranks: Sequence[int]) -> None:
             "it is now, and set init_lora_weights to True in the adapter's config"
         )
     if init == "orthogonal" and any(rank % 2 for rank in new_ranks):
-        raise ValueError("the adapter was initialised by 'orthogonal': PEFT loads even ranks only")
+        raise ValueError(
+            "the adapter was initialised by 'orthogonal': PEFT loads even ranks only. Set init_lora_weights "
+            "to True in the adapter's config: what is loaded is the same, whatever it began with"
+        )

@@ -18,11 +18,12 @@ import torch
 from lorank._core import NumericalError
 from lorank.budget import is_integer
 from lorank.training import optimizer_state
-from lorank.training.data_parallel import agree, rebuild_reducer, wrappers_of
+from lorank.training.data_parallel import agree, rebuild_reducer
 from lorank.training.layers import AdaptedLayer, by_layer, check_layer, check_ties, lora_layers
 from lorank.training.optimizer_state import FactorChange
 from lorank.training.peft_config import check_config, write_config
 from lorank.training.truncation import new_ranks, truncated
+from lorank.training.wrappers import check_not_compiled, data_parallel_wrappers
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,11 @@ def resize_lora(
     which is the best approximation of that rank. Every module's scaling stays what it was.
 
     Parameters stay the same objects with new values. Gradients that are pending and the optimizer's
-    state go along: zeros for new ranks; where a module shrinks, they follow the change of basis
-    (second moments approximately, as if gradients of different ranks were uncorrelated). Call it
-    between steps, never between a forward pass and its backward pass. The adapter's config is written
-    anew, so that the model is saved and loaded with its ranks.
+    state go along: for new ranks zeros, and the mean of the others where they are averages of squares;
+    where a module shrinks, they follow the change of basis (second moments approximately, as if
+    gradients of different ranks were uncorrelated). Call it between steps, never between a forward pass
+    and its backward pass. The adapter's config is written anew, so that the model is saved and loaded
+    with its ranks.
 
     Under DistributedDataParallel call it in every process with the same arguments, with the model that
     is wrapped. The wrapper's reducer is built anew.
@@ -123,6 +125,7 @@ def resize_lora(
     Dynamic ranks that keep the function are what GARD (gradient-spectral rank allocation) asks for.
     """
     layers = lora_layers(model, adapter_name)
+    check_not_compiled(model)
     config = model.peft_config[adapter_name]
     targets = by_layer(ranks, layers, "ranks")
     rows = by_layer(directions or {}, layers, "directions")
@@ -135,7 +138,7 @@ def resize_lora(
 
     gaussian = config.init_lora_weights == "gaussian"
     plans = {name: _plan(layers[name], sizes[name], rows.get(name), seed, gaussian) for name in changed}
-    wrappers = wrappers_of(model)
+    wrappers = data_parallel_wrappers(model)
     for name, (_, factors) in plans.items():
         for factor in factors:
             agree(factor, wrappers)
@@ -215,7 +218,6 @@ def _shrunk(
         # More ranks than the module has dimensions: what is left of them starts anew.
         rows, columns = new_ranks(adapted, missing, None, seed, gaussian)
         new_a, new_b = torch.cat([new_a, rows.to(A)]), torch.cat([new_b, columns.to(B)], 1)
-        of_a, of_b = (torch.cat([of, of.new_zeros(missing, of.shape[1])]) for of in (of_a, of_b))
     dropped = abs(adapted.scaling) * basis.dropped.double().cpu().numpy()
     return RankChange(adapted.name, adapted.rank, rank, dropped), (
         FactorChange(a, 0, rank, like(a, 0, new_a), of_a, of_b),
