@@ -33,8 +33,8 @@ const UNRESOLVED: usize = 32;
 /// Analyses every matrix with up to `threads` threads and hands each result to `emit` with the
 /// index of its matrix, in the order in which they finish; `emit` is called from several threads.
 ///
-/// Large matrices come first, one at a time with all threads; then the rest, one per thread,
-/// costliest first. At most `threads` matrices are in memory at any time. A matrix that fails does
+/// Large matrices come first, one at a time with all threads, and so do all if there are fewer than threads; then
+/// the rest, one per thread, costliest first. At most `threads` matrices are in memory at any time. A matrix that fails does
 /// not stop the others. The results do not depend on `threads`.
 ///
 /// Under [`Accuracy::Fast`] a matrix is analysed again in float64 if the bounds of float32 do not hold its
@@ -52,6 +52,10 @@ pub fn analyze(
 ) -> Result<()> {
     let (mut together, mut alone): (Vec<usize>, Vec<usize>) =
         (0..matrices.len()).partition(|&i| strategy(&matrices[i]) == Strategy::Together);
+    if alone.len() < threads {
+        // Threads would have nothing to do.
+        together.extend(alone.extract_if(.., |i| single_strategy(&matrices[*i]) == Strategy::Together));
+    }
     let costliest_first = |i: &usize| std::cmp::Reverse(cost(&matrices[*i]));
     together.sort_by_key(costliest_first);
     alone.sort_by_key(costliest_first);
@@ -74,6 +78,11 @@ pub fn analyze(
 fn strategy(matrix: &StoredMatrix) -> Strategy {
     let (rows, cols) = matrix.shape();
     Strategy::for_shape(rows, cols)
+}
+
+fn single_strategy(matrix: &StoredMatrix) -> Strategy {
+    let (rows, cols) = matrix.shape();
+    Strategy::for_single(rows, cols)
 }
 
 /// Multiplications of the Gram matrix and the reduction, up to a constant.

@@ -8,25 +8,24 @@
 //! ```
 //!
 //! `A V` and the update are `2 n^2 w` operations each and run at the speed of GEMM: `4/3 n^3` in all,
-//! where the one-stage reduction does half of them at the speed of memory. Updates of [`PANELS`] panels are
-//! applied together, so that memory is passed over seldom; until then panels and products are corrected
-//! for what is due. `A` is kept whole, not as a triangle: products with a transposed operand take twice
-//! as long as mirroring does.
+//! where the one-stage reduction does half of them at the speed of memory. The update that one panel leaves
+//! and the product that the next one needs are done strip by strip in one pass over the lower triangle, so
+//! that a strip, once in cache, serves both; only the next panel itself is brought up to date before. Blocks on
+//! the diagonal are kept whole, as products with a triangle would take longer than the other half.
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
-use faer::linalg::matmul::triangular::{BlockStructure, matmul as triangular_matmul};
 use faer::linalg::qr::no_pivoting::factor::{qr_in_place, qr_in_place_scratch};
 use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
 use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
 use faer::mat::AsMatMut;
 use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, MatMut, MatRef, Par, Spec};
+use rayon::prelude::*;
 
-use crate::mirror::mirror;
 use crate::number::Number;
 use crate::parallel::Strategy;
-use crate::strips::{both, each_column_strip, each_row_strip};
+use crate::strips::{STRIP, each_column_strip, each_row_strip};
 
 /// Half-bandwidth. More makes the dense reduction's products a little faster, and the reduction of the
 /// band slower in proportion: measured best from 500 to 4096.
@@ -35,8 +34,10 @@ pub(crate) const WIDTH: usize = 32;
 /// Numbers stored of a column: `WIDTH` above the diagonal, `2 * WIDTH` from it on, where bulges need room.
 pub(crate) const COLUMN: usize = 3 * WIDTH;
 
-/// Panels whose updates are applied together.
-const PANELS: usize = 4;
+/// Strips that share the sums of their products at least, and groups of such strips at most. Both depend on
+/// shapes alone, and so do the bits of a result.
+const SHARED: usize = 2;
+const MOST_GROUPS: usize = 16;
 
 /// Where entry `(i, j)` of a band is stored, for `-WIDTH <= i - j < 2 * WIDTH`.
 pub(crate) const fn position(i: usize, j: usize) -> usize {
@@ -48,14 +49,19 @@ pub(crate) const fn storage(n: usize) -> usize {
     (n + WIDTH) * COLUMN
 }
 
+/// Groups that the strips of `columns` columns are dealt to.
+fn groups(columns: usize) -> usize {
+    columns.div_ceil(STRIP).div_ceil(SHARED).min(MOST_GROUPS)
+}
+
 /// The memory that [`reduce_to_band`] of a matrix of order `n` needs.
 pub(crate) fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
-    let updates = temp_mat_scratch::<T>(n, PANELS * WIDTH).array(2);
-    let product = temp_mat_scratch::<T>(WIDTH, n);
+    let updates = temp_mat_scratch::<T>(n, 2 * WIDTH).array(2);
+    let reflections = temp_mat_scratch::<T>(n, WIDTH);
+    let products = temp_mat_scratch::<T>(WIDTH, n * groups(n));
     let small = temp_mat_scratch::<T>(WIDTH, WIDTH).array(2);
-    let corrections = temp_mat_scratch::<T>(PANELS * WIDTH, WIDTH).array(2);
     let factor = qr_in_place_scratch::<T>(n, WIDTH, WIDTH, Par::Seq, Spec::default());
-    StackReq::all_of(&[updates, product, small, corrections, factor])
+    StackReq::all_of(&[updates, reflections, products, small, factor])
 }
 
 /// Reduces the symmetric matrix in the lower triangle of `a`, `(n, n)`, and writes `band`, of
@@ -70,55 +76,188 @@ pub(crate) fn reduce_to_band<T: Number>(
 ) {
     let n = a.nrows();
     band.fill(T::default());
-    let (mut v, stack) = temp_mat_zeroed::<T, _, _>(n, PANELS * WIDTH, stack);
-    let (mut w, stack) = temp_mat_zeroed::<T, _, _>(n, PANELS * WIDTH, stack);
-    for first in (0..n).step_by(PANELS * WIDTH) {
-        let mut block = a.rb_mut().submatrix_mut(first, first, n - first, n - first);
-        mirror(block.rb_mut(), strategy);
-        let mut due = Updates {
-            v: v.as_mat_mut().subrows_mut(first, n - first),
-            w: w.as_mat_mut().subrows_mut(first, n - first),
-            strategy,
-        };
-        due.v.fill(T::default());
-        due.w.fill(T::default());
-        let columns = block.ncols().min(PANELS * WIDTH);
-        for panel in (0..columns).step_by(WIDTH) {
-            reduce_panel(block.rb_mut(), panel, &mut due, stack);
-        }
-        store_columns(block.rb(), columns, first, band);
-        due.subtract_from_rest(block, columns);
+    complete_diagonal_blocks(a.rb_mut());
+    let (mut v_w, stack) = temp_mat_zeroed::<T, _, _>(n, 2 * WIDTH, stack);
+    let (mut w_v, stack) = temp_mat_zeroed::<T, _, _>(n, 2 * WIDTH, stack);
+    let mut updates = Updates { v_w: v_w.as_mat_mut(), w_v: w_v.as_mat_mut(), strategy };
+    for panel in (0..n).step_by(WIDTH) {
+        reduce_panel(a.rb_mut(), panel, &mut updates, stack);
+        store_columns(a.rb(), panel, band);
     }
 }
 
-/// Reduces the columns from `panel` on to those of a band, and notes what the others owe to it.
-fn reduce_panel<T: Number>(
-    mut block: MatMut<'_, T>,
-    panel: usize,
-    due: &mut Updates<'_, T>,
-    stack: &mut MemStack,
-) {
-    let rows = block.nrows() - panel;
-    due.subtract_from_panel(block.rb_mut().submatrix_mut(panel, panel, rows, WIDTH.min(rows)), panel);
-    let Some(below @ 1..) = rows.checked_sub(WIDTH) else { return };
-    let count = below.min(WIDTH);
-    let (mut coefficients, stack) = temp_mat_zeroed::<T, _, _>(WIDTH, WIDTH, stack);
-    let mut coefficients = coefficients.as_mat_mut().subcols_mut(0, count);
-
-    let (done, rest) = block.split_at_col_mut(panel + WIDTH);
-    let mut factored = done.submatrix_mut(panel + WIDTH, panel, below, WIDTH);
-    qr_in_place(factored.rb_mut(), coefficients.rb_mut(), Par::Seq, stack, Spec::default());
-    let reflections = due.v.rb_mut().submatrix_mut(panel + WIDTH, panel, below, count);
-    copy_unit_lower(factored.rb().subcols(0, count), reflections);
-
-    let (mut x, stack) = temp_mat_zeroed::<T, _, _>(count, below, stack);
-    let mut x = x.as_mat_mut();
-    let coefficients = coefficients.rb().subrows(0, count);
-    due.multiply(rest.rb().subrows(panel + WIDTH, below), coefficients, panel, x.rb_mut(), stack);
-    due.complete(x.rb(), coefficients, panel, stack);
+/// Writes the lower triangle of every block on the diagonal to where it belongs above.
+fn complete_diagonal_blocks<T: Number>(mut a: MatMut<'_, T>) {
+    let n = a.nrows();
+    for j in 0..n {
+        for i in j + 1..n.min((j / STRIP + 1) * STRIP) {
+            a[(j, i)] = a[(i, j)];
+        }
+    }
 }
 
-/// Writes the unit lower triangle of `from` to `to`; what lies above it in `to` stays.
+/// Reduces the columns from `panel` on to those of a band, brings the others up to date with the panel
+/// before, and notes what they owe to this one.
+fn reduce_panel<T: Number>(
+    mut a: MatMut<'_, T>,
+    panel: usize,
+    updates: &mut Updates<'_, T>,
+    stack: &mut MemStack,
+) {
+    let n = a.nrows();
+    let width = WIDTH.min(n - panel);
+    let own = a.rb_mut().submatrix_mut(panel, panel, n - panel, width);
+    each_row_strip(own, updates.strategy, |first, strip| {
+        updates.subtract(strip, panel + first, panel);
+    });
+    let Some(below @ 1..) = (n - panel).checked_sub(WIDTH) else { return };
+    let (first, count) = (panel + WIDTH, below.min(WIDTH));
+    let (mut coefficients, stack) = temp_mat_zeroed::<T, _, _>(WIDTH, WIDTH, stack);
+    let mut coefficients = coefficients.as_mat_mut().subcols_mut(0, count);
+    let (done, rest) = a.split_at_col_mut(first);
+    let mut factored = done.submatrix_mut(first, panel, below, WIDTH);
+    qr_in_place(factored.rb_mut(), coefficients.rb_mut(), Par::Seq, stack, Spec::default());
+    let coefficients = coefficients.rb().subrows(0, count);
+    let (mut v, stack) = temp_mat_zeroed::<T, _, _>(below, count, stack);
+    let mut v = v.as_mat_mut();
+    copy_unit_lower(factored.rb(), v.rb_mut());
+    let v = v.rb();
+
+    let (mut products, stack) = temp_mat_zeroed::<T, _, _>(WIDTH, below * groups(below), stack);
+    let products = products.as_mat_mut();
+    let x = updates.update_and_multiply(rest, first, v, products);
+    updates.note(x, v, coefficients, first, stack);
+}
+
+/// What is still to be subtracted from columns to come: `V W^T + W V^T`, as the product of `[V W]` and `[W V]^T`.
+struct Updates<'a, T> {
+    v_w: MatMut<'a, T>,
+    w_v: MatMut<'a, T>,
+    strategy: Strategy,
+}
+
+/// Columns of the matrix from their block on the diagonal down, and the index of their first.
+struct Strip<'a, T> {
+    first: usize,
+    columns: MatMut<'a, T>,
+}
+
+/// Strips that one thread works on, and the sums of their products.
+struct Share<'a, T> {
+    strips: Vec<Strip<'a, T>>,
+    sums: MatMut<'a, T>,
+}
+
+impl<T: Number> Updates<'_, T> {
+    /// Brings a block up to date whose first entry is `(row, col)`.
+    fn subtract(&self, block: MatMut<'_, T>, row: usize, col: usize) {
+        let left = self.v_w.rb().subrows(row, block.nrows());
+        let right = self.w_v.rb().subrows(col, block.ncols());
+        matmul(block, Accum::Add, left, right.transpose(), -T::of(1.0), Par::Seq);
+    }
+
+    /// Brings the columns from `first` on up to date, and returns `V^T A` of what they are then.
+    fn update_and_multiply<'p>(
+        &self,
+        rest: MatMut<'_, T>,
+        first: usize,
+        v: MatRef<'_, T>,
+        mut products: MatMut<'p, T>,
+    ) -> MatMut<'p, T> {
+        let (below, count) = (v.nrows(), groups(v.nrows()));
+        let mut dealt: Vec<Share<'_, T>> = Vec::with_capacity(count);
+        let mut rest_of_sums = products.rb_mut();
+        for _ in 0..count {
+            let (sums, others) = rest_of_sums.split_at_col_mut(below);
+            dealt.push(Share { strips: Vec::new(), sums });
+            rest_of_sums = others;
+        }
+        for (i, strip) in strips(rest, first).into_iter().enumerate() {
+            dealt[i % count].strips.push(strip);
+        }
+        let work = |Share { strips, mut sums }: Share<'_, T>| {
+            for Strip { first: start, mut columns } in strips {
+                self.subtract(columns.rb_mut(), start, start);
+                add_products(columns.rb(), v, start - first, sums.rb_mut());
+            }
+        };
+        match self.strategy {
+            Strategy::Together => dealt.into_par_iter().with_max_len(1).for_each(work),
+            Strategy::Alone => dealt.into_iter().for_each(work),
+        }
+        let (mut total, others) = products.split_at_col_mut(below);
+        let others = others.rb();
+        each_column_strip(total.rb_mut(), self.strategy, |start, mut strip| {
+            for group in 1..count {
+                strip += others.subcols((group - 1) * below + start, strip.ncols());
+            }
+        });
+        total.subrows_mut(0, v.ncols())
+    }
+
+    /// Replaces what is due by the updates of a panel: its `V`, and `W` from `X^T C = V^T A`, given as `x`.
+    fn note(
+        &mut self,
+        mut x: MatMut<'_, T>,
+        v: MatRef<'_, T>,
+        coefficients: MatRef<'_, T>,
+        first: usize,
+        stack: &mut MemStack,
+    ) {
+        let (count, rows) = x.shape();
+        each_column_strip(x.rb_mut(), self.strategy, |_, strip| {
+            solve_lower_triangular_in_place(coefficients.transpose(), strip, Par::Seq);
+        });
+        if count < WIDTH {
+            self.v_w.fill(T::default()); // What the other columns held is done.
+        }
+        let (v_place, w) = self.v_w.rb_mut().subrows_mut(first, rows).split_at_col_mut(WIDTH);
+        v_place.subcols_mut(0, count).copy_from(v);
+        let (mut inner, _) = temp_mat_zeroed::<T, _, _>(count, count, stack);
+        let mut inner = inner.as_mat_mut();
+        matmul(inner.rb_mut(), Accum::Replace, v.transpose(), x.rb().transpose(), T::of(1.0), Par::Seq);
+        solve_lower_triangular_in_place(coefficients.transpose(), inner.rb_mut(), Par::Seq);
+        let (x, inner) = (x.rb(), inner.rb());
+        each_row_strip(w.subcols_mut(0, count), self.strategy, |start, mut strip| {
+            let rows = strip.nrows();
+            strip.copy_from(x.subcols(start, rows).transpose());
+            matmul(strip, Accum::Add, v.subrows(start, rows), inner, T::of(-0.5), Par::Seq);
+        });
+        let (v, w) = self.v_w.rb().split_at_col(WIDTH);
+        let (mut left, mut right) = self.w_v.rb_mut().split_at_col_mut(WIDTH);
+        left.copy_from(w);
+        right.copy_from(v);
+    }
+}
+
+/// The columns from `first` on in strips whose diagonal blocks are kept whole.
+fn strips<T: Number>(rest: MatMut<'_, T>, first: usize) -> Vec<Strip<'_, T>> {
+    let n = rest.nrows();
+    let mut strips = Vec::new();
+    let (mut rest, mut start) = (rest, first);
+    while start < n {
+        let width = ((start / STRIP + 1) * STRIP).min(n) - start;
+        let (strip, others) = rest.split_at_col_mut(width);
+        strips.push(Strip { first: start, columns: strip.subrows_mut(start, n - start) });
+        (rest, start) = (others, start + width);
+    }
+    strips
+}
+
+/// Adds to `V^T A` what a strip of `A` has to do with it: its own columns, and by symmetry the rows below its
+/// diagonal block, as columns. `start` is the row of `V` that the strip begins with.
+fn add_products<T: Number>(strip: MatRef<'_, T>, v: MatRef<'_, T>, start: usize, mut sums: MatMut<'_, T>) {
+    let (count, width, below) = (v.ncols(), strip.ncols(), strip.nrows() - strip.ncols());
+    let mut add = |first: usize, left: MatRef<'_, T>, right: MatRef<'_, T>| {
+        let target = sums.rb_mut().submatrix_mut(0, first, count, right.ncols());
+        matmul(target, Accum::Add, left, right, T::of(1.0), Par::Seq);
+    };
+    add(start, v.subrows(start, strip.nrows()).transpose(), strip);
+    let own = v.subrows(start, width).transpose();
+    add(start + width, own, strip.subrows(width, below).transpose());
+}
+
+/// Writes the unit lower triangle of `from` to `to`, which has no more columns; what lies above it in `to` stays.
 fn copy_unit_lower<T: Number>(from: MatRef<'_, T>, mut to: MatMut<'_, T>) {
     for j in 0..to.ncols() {
         to[(j, j)] = T::of(1.0);
@@ -128,124 +267,15 @@ fn copy_unit_lower<T: Number>(from: MatRef<'_, T>, mut to: MatMut<'_, T>) {
     }
 }
 
-/// What is still to be subtracted: `V W^T + W V^T`. Rows are those of the block at hand.
-struct Updates<'a, T> {
-    v: MatMut<'a, T>,
-    w: MatMut<'a, T>,
-    strategy: Strategy,
-}
-
-impl<T: Number> Updates<'_, T> {
-    /// `V` and `W` of the panels before `panel`, rows from `first` on.
-    fn before(&self, panel: usize, first: usize) -> [MatRef<'_, T>; 2] {
-        [&self.v, &self.w].map(|x| x.rb().submatrix(first, 0, x.nrows() - first, panel))
-    }
-
-    /// Brings a panel up to date, from its diagonal block down.
-    fn subtract_from_panel(&self, target: MatMut<'_, T>, panel: usize) {
-        let [v, w] = self.before(panel, panel);
-        let width = target.ncols();
-        each_row_strip(target, self.strategy, |first, mut strip| {
-            for (x, y) in [(v, w), (w, v)] {
-                let (left, right) = (x.subrows(first, strip.nrows()), y.subrows(0, width));
-                subtract(strip.rb_mut(), left, right.transpose());
-            }
-        });
-    }
-
-    /// `X^T = C^-T V^T A` for the panel's `V`, where `A` is `rest` as it would be after these updates.
-    fn multiply(
-        &self,
-        rest: MatRef<'_, T>,
-        coefficients: MatRef<'_, T>,
-        panel: usize,
-        x: MatMut<'_, T>,
-        stack: &mut MemStack,
-    ) {
-        let (first, count) = (panel + WIDTH, x.nrows());
-        let own = self.v.rb().submatrix(first, panel, rest.nrows(), count).transpose();
-        let [v, w] = self.before(panel, first);
-        let (mut by_v, stack) = temp_mat_zeroed::<T, _, _>(count, panel, stack);
-        let (mut by_w, _) = temp_mat_zeroed::<T, _, _>(count, panel, stack);
-        let (mut by_v, mut by_w) = (by_v.as_mat_mut(), by_w.as_mat_mut());
-        both(
-            self.strategy,
-            || matmul(by_v.rb_mut(), Accum::Replace, own, v, T::of(1.0), Par::Seq),
-            || matmul(by_w.rb_mut(), Accum::Replace, own, w, T::of(1.0), Par::Seq),
-        );
-        let (by_v, by_w) = (by_v.rb(), by_w.rb());
-        each_column_strip(x, self.strategy, |first, mut strip| {
-            let width = strip.ncols();
-            matmul(strip.rb_mut(), Accum::Replace, own, rest.subcols(first, width), T::of(1.0), Par::Seq);
-            for (x, y) in [(by_v, w), (by_w, v)] {
-                subtract(strip.rb_mut(), x, y.subrows(first, width).transpose());
-            }
-            solve_lower_triangular_in_place(coefficients.transpose(), strip, Par::Seq);
-        });
-    }
-
-    /// `W = X - V (C^-T V^T X) / 2` for the panel.
-    fn complete(
-        &mut self,
-        x: MatRef<'_, T>,
-        coefficients: MatRef<'_, T>,
-        panel: usize,
-        stack: &mut MemStack,
-    ) {
-        let (count, rows) = (x.nrows(), x.ncols());
-        let v = self.v.rb().submatrix(panel + WIDTH, panel, rows, count);
-        let (mut inner, _) = temp_mat_zeroed::<T, _, _>(count, count, stack);
-        let mut inner = inner.as_mat_mut();
-        matmul(inner.rb_mut(), Accum::Replace, v.transpose(), x.transpose(), T::of(1.0), Par::Seq);
-        solve_lower_triangular_in_place(coefficients.transpose(), inner.rb_mut(), Par::Seq);
-        let inner = inner.rb();
-        let w = self.w.rb_mut().submatrix_mut(panel + WIDTH, panel, rows, count);
-        each_row_strip(w, self.strategy, |first, mut strip| {
-            let rows = strip.nrows();
-            strip.copy_from(x.subcols(first, rows).transpose());
-            matmul(strip, Accum::Add, v.subrows(first, rows), inner, T::of(-0.5), Par::Seq);
-        });
-    }
-
-    /// Subtracts from what follows `columns` columns, below the diagonal.
-    fn subtract_from_rest(&self, block: MatMut<'_, T>, columns: usize) {
-        let rest = block.nrows() - columns;
-        let [v, w] = self.before(columns, columns);
-        let target = block.submatrix_mut(columns, columns, rest, rest);
-        each_column_strip(target, self.strategy, |first, strip| {
-            let width = strip.ncols();
-            let (mut diagonal, mut below) = strip.subrows_mut(first, rest - first).split_at_row_mut(width);
-            for (x, y) in [(v, w), (w, v)] {
-                let right = y.subrows(first, width).transpose();
-                subtract_lower(diagonal.rb_mut(), x.subrows(first, width), right);
-                let left = x.subrows(first + width, below.nrows());
-                subtract(below.rb_mut(), left, right);
-            }
-        });
-    }
-}
-
-/// `target -= left right`
-fn subtract<T: Number>(target: MatMut<'_, T>, left: MatRef<'_, T>, right: MatRef<'_, T>) {
-    matmul(target, Accum::Add, left, right, -T::of(1.0), Par::Seq);
-}
-
-/// The same for the lower triangle of a square.
-fn subtract_lower<T: Number>(target: MatMut<'_, T>, left: MatRef<'_, T>, right: MatRef<'_, T>) {
-    let full = BlockStructure::Rectangular;
-    let lower = BlockStructure::TriangularLower;
-    triangular_matmul(target, lower, Accum::Add, left, full, right, full, -T::of(1.0), Par::Seq);
-}
-
-/// Stores reduced columns, both triangles of them; `first` is the index of the block's first.
-fn store_columns<T: Number>(block: MatRef<'_, T>, columns: usize, first: usize, band: &mut [T]) {
-    let n = block.nrows();
-    for j in 0..columns {
+/// Stores a panel's reduced columns, both triangles of them.
+fn store_columns<T: Number>(a: MatRef<'_, T>, panel: usize, band: &mut [T]) {
+    let n = a.nrows();
+    for j in panel..n.min(panel + WIDTH) {
         for i in j..n.min(j + WIDTH + 1) {
-            let value = block[(i, j)];
-            band[position(first + i, first + j)] = value;
+            let value = a[(i, j)];
+            band[position(i, j)] = value;
             if i - j < WIDTH {
-                band[position(first + j, first + i)] = value;
+                band[position(j, i)] = value;
             }
         }
     }

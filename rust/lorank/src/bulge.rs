@@ -107,17 +107,31 @@ impl<T: Number> WithSimd for Tile<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        // As many vectors as a column has, so that they stay in registers.
+        match WIDTH / T::lanes::<S>() {
+            2 => self.chase::<S, 2>(simd),
+            4 => self.chase::<S, 4>(simd),
+            8 => self.chase::<S, 8>(simd),
+            16 => self.chase::<S, 16>(simd),
+            _ => self.chase::<S, WIDTH>(simd),
+        }
+    }
+}
+
+impl<T: Number> Tile<'_, T> {
+    #[inline(always)]
+    fn chase<S: Simd, const VECTORS: usize>(self, simd: S) {
         let offset = self.first_column * COLUMN;
         for (behind, reflection) in self.reflections.iter_mut().enumerate() {
             let sweep = self.first_sweep + behind;
             if self.index == 0 {
                 let column = &mut self.band[position(sweep + 1, sweep) - offset..][..WIDTH];
-                *reflection = reflect(simd, column);
+                *reflection = reflect::<T, S, VECTORS>(simd, column);
             }
             let steps = (self.index * STEPS).saturating_sub(behind)..(self.index + 1) * STEPS - behind;
             for row in steps.map(|k| sweep + 1 + k * WIDTH).take_while(|row| *row < self.n) {
-                *reflection =
-                    step(simd, &mut self.band[row * COLUMN - offset..][..WIDTH * COLUMN], *reflection);
+                let columns = &mut self.band[row * COLUMN - offset..][..WIDTH * COLUMN];
+                *reflection = step::<T, S, VECTORS>(simd, columns, *reflection);
             }
         }
     }
@@ -125,11 +139,12 @@ impl<T: Number> WithSimd for Tile<'_, T> {
 
 /// Replaces `x` by its reflection onto the first axis, and returns the reflection.
 #[inline(always)]
-fn reflect<T: Number, S: Simd>(simd: S, x: &mut [T]) -> Reflection<T> {
+fn reflect<T: Number, S: Simd, const VECTORS: usize>(simd: S, x: &mut [T]) -> Reflection<T> {
     let (zero, one) = (T::default(), T::of(1.0));
     let mut v = [zero; WIDTH];
     v[1..].copy_from_slice(&x[1..]);
-    let (head, tail) = (x[0], dot::<T, S>(simd, &v, &v));
+    let tail = load::<T, S, VECTORS>(simd, &v);
+    let (head, tail) = (x[0], dot::<T, S, VECTORS>(simd, &tail, &tail));
     x[1..].fill(zero);
     if tail < T::SMALLEST {
         v = [zero; WIDTH];
@@ -150,32 +165,46 @@ fn reflect<T: Number, S: Simd>(simd: S, x: &mut [T]) -> Reflection<T> {
 /// Applies a reflection to the rows and columns of the block that `columns` begin with, and to the block
 /// below; returns the reflection of that block's first column, which has been applied to it.
 #[inline(always)]
-fn step<T: Number, S: Simd>(simd: S, columns: &mut [T], by: Reflection<T>) -> Reflection<T> {
+fn step<T: Number, S: Simd, const VECTORS: usize>(
+    simd: S,
+    columns: &mut [T],
+    by: Reflection<T>,
+) -> Reflection<T> {
     let Reflection { v, tau } = by;
     mirror_last_row(columns);
-    let mut w = combine(simd, columns, WIDTH, &v);
-    let mut y = combine(simd, columns, 2 * WIDTH, &v);
+    let v_vectors = load::<T, S, VECTORS>(simd, &v);
+    let by_v = combine::<T, S, VECTORS>(simd, columns, WIDTH, &v);
+    let mut y = combine::<T, S, VECTORS>(simd, columns, 2 * WIDTH, &v);
 
     // D - v w^T - w v^T with w = tau D v - tau^2 (v^T D v) v / 2.
-    let half = T::of(0.5) * tau * tau * dot::<T, S>(simd, &w, &v);
-    w.iter_mut().zip(&v).for_each(|(w, v)| *w = tau * *w - half * *v);
+    let half = T::of(0.5) * tau * tau * dot::<T, S, VECTORS>(simd, &by_v, &v_vectors);
+    let (tau_vector, half) = (T::splat(simd, tau), T::splat(simd, -half));
+    let mut w_vectors = v_vectors;
+    for (w, d) in w_vectors.iter_mut().zip(by_v) {
+        *w = T::mul_add(simd, tau_vector, d, T::times(simd, half, *w));
+    }
+    let w = stored::<T, S, VECTORS>(&w_vectors);
     for c in 0..WIDTH {
         let column = &mut columns[c * COLUMN + WIDTH - c..][..WIDTH];
-        subtract::<T, S>(simd, column, [(&v, w[c]), (&w, v[c])]);
+        subtract::<T, S, VECTORS>(simd, column, [(&v_vectors, w[c]), (&w_vectors, v[c])]);
     }
 
     // E - y v^T with y = tau E v, then u (z^T) with z = tau_u (E - y v^T)^T u.
     for value in &mut y {
-        *value *= tau;
+        *value = T::times(simd, tau_vector, *value);
     }
     let first = &mut columns[2 * WIDTH..3 * WIDTH];
-    first.iter_mut().zip(&y).for_each(|(x, y)| *x -= *y);
-    let next = reflect(simd, first);
-    let u_y = dot::<T, S>(simd, &next.v, &y);
+    for (x, y) in first.iter_mut().zip(stored::<T, S, VECTORS>(&y)) {
+        *x -= y;
+    }
+    let next = reflect::<T, S, VECTORS>(simd, first);
+    let u = load::<T, S, VECTORS>(simd, &next.v);
+    let u_y = dot::<T, S, VECTORS>(simd, &u, &y);
     for c in 1..WIDTH {
         let column = &mut columns[c * COLUMN + 2 * WIDTH - c..][..WIDTH];
-        let z = next.tau * (dot::<T, S>(simd, &next.v, column) - u_y * v[c]);
-        subtract::<T, S>(simd, column, [(&y, v[c]), (&next.v, z)]);
+        let along = dot::<T, S, VECTORS>(simd, &u, &load::<T, S, VECTORS>(simd, column));
+        let z = next.tau * (along - u_y * v[c]);
+        subtract::<T, S, VECTORS>(simd, column, [(&y, v[c]), (&u, z)]);
     }
     next
 }
@@ -191,24 +220,12 @@ fn mirror_last_row<T: Number>(columns: &mut [T]) {
 
 /// The block of `WIDTH` rows that begins `start` numbers into the first column, times `v`.
 #[inline(always)]
-fn combine<T: Number, S: Simd>(simd: S, columns: &[T], start: usize, v: &[T; WIDTH]) -> [T; WIDTH] {
-    // As many vectors as the result has, so that it stays in registers.
-    match WIDTH / T::lanes::<S>() {
-        2 => combine_vectors::<T, S, 2>(simd, columns, start, v),
-        4 => combine_vectors::<T, S, 4>(simd, columns, start, v),
-        8 => combine_vectors::<T, S, 8>(simd, columns, start, v),
-        16 => combine_vectors::<T, S, 16>(simd, columns, start, v),
-        _ => combine_vectors::<T, S, WIDTH>(simd, columns, start, v),
-    }
-}
-
-#[inline(always)]
-fn combine_vectors<T: Number, S: Simd, const VECTORS: usize>(
+fn combine<T: Number, S: Simd, const VECTORS: usize>(
     simd: S,
     columns: &[T],
     start: usize,
     v: &[T; WIDTH],
-) -> [T; WIDTH] {
+) -> [T::Vector<S>; VECTORS] {
     let mut sums = [T::splat(simd, T::default()); VECTORS];
     for (c, factor) in v.iter().enumerate() {
         let column = T::vectors::<S>(&columns[c * COLUMN + start - c..][..WIDTH]);
@@ -217,29 +234,47 @@ fn combine_vectors<T: Number, S: Simd, const VECTORS: usize>(
             *sum = T::mul_add(simd, factor, *vector, *sum);
         }
     }
-    let mut result = [T::default(); WIDTH];
-    T::vectors_mut::<S>(&mut result).copy_from_slice(&sums);
-    result
+    sums
+}
+
+#[inline(always)]
+fn load<T: Number, S: Simd, const VECTORS: usize>(simd: S, x: &[T]) -> [T::Vector<S>; VECTORS] {
+    let mut vectors = [T::splat(simd, T::default()); VECTORS];
+    vectors.copy_from_slice(T::vectors::<S>(&x[..WIDTH]));
+    vectors
+}
+
+#[inline(always)]
+fn stored<T: Number, S: Simd, const VECTORS: usize>(vectors: &[T::Vector<S>; VECTORS]) -> [T; WIDTH] {
+    let mut numbers = [T::default(); WIDTH];
+    T::vectors_mut::<S>(&mut numbers).copy_from_slice(vectors);
+    numbers
 }
 
 /// `x^T y`
 #[inline(always)]
-fn dot<T: Number, S: Simd>(simd: S, x: &[T], y: &[T]) -> T {
-    const SUMS: usize = 4;
-    let mut sums = [T::splat(simd, T::default()); SUMS];
-    for (i, (x, y)) in T::vectors::<S>(x).iter().zip(T::vectors::<S>(y)).enumerate() {
-        sums[i % SUMS] = T::mul_add(simd, *x, *y, sums[i % SUMS]);
+fn dot<T: Number, S: Simd, const VECTORS: usize>(
+    simd: S,
+    x: &[T::Vector<S>; VECTORS],
+    y: &[T::Vector<S>; VECTORS],
+) -> T {
+    let mut sums = [T::splat(simd, T::default()); 2];
+    for i in 0..VECTORS / 2 {
+        sums[0] = T::mul_add(simd, x[2 * i], y[2 * i], sums[0]);
+        sums[1] = T::mul_add(simd, x[2 * i + 1], y[2 * i + 1], sums[1]);
     }
-    let [a, b, c, d] = sums;
-    T::sum(simd, T::plus(simd, T::plus(simd, a, b), T::plus(simd, c, d)))
+    T::sum(simd, T::plus(simd, sums[0], sums[1]))
 }
 
 /// `column -= sum of vectors times factors`
 #[inline(always)]
-fn subtract<T: Number, S: Simd>(simd: S, column: &mut [T], [(x, a), (y, b)]: [(&[T; WIDTH], T); 2]) {
+fn subtract<T: Number, S: Simd, const VECTORS: usize>(
+    simd: S,
+    column: &mut [T],
+    [(x, a), (y, b)]: [(&[T::Vector<S>; VECTORS], T); 2],
+) {
     let (a, b) = (T::splat(simd, -a), T::splat(simd, -b));
-    let vectors = T::vectors::<S>(x).iter().zip(T::vectors::<S>(y));
-    for (entry, (x, y)) in T::vectors_mut::<S>(column).iter_mut().zip(vectors) {
+    for (entry, (x, y)) in T::vectors_mut::<S>(column).iter_mut().zip(x.iter().zip(y)) {
         *entry = T::mul_add(simd, *y, b, T::mul_add(simd, *x, a, *entry));
     }
 }

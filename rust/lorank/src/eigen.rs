@@ -70,7 +70,7 @@ pub fn spectrum(
     cancel: &CancelToken,
 ) -> Result<Spectrum> {
     let mut scratch = Scratch::default();
-    let strategy = Strategy::for_shape(view.rows(), view.cols());
+    let strategy = if threads > 1 { Strategy::for_single(view.rows(), view.cols()) } else { Strategy::Alone };
     let mut work = || spectrum_in_pool(view, accuracy, strategy, cancel, &mut scratch);
     match strategy {
         Strategy::Alone => work(),

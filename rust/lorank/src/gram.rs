@@ -11,7 +11,6 @@ use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
 use faer::mat::AsMatMut;
 use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, MatMut, MatRef, Par};
-use rayon::prelude::*;
 
 use crate::Result;
 use crate::cancel::CancelToken;
@@ -19,6 +18,7 @@ use crate::matrix::MatrixView;
 use crate::number::Number;
 use crate::parallel::Strategy;
 use crate::stacked::Stacked;
+use crate::strips::{each_column_strip, each_row_strip};
 use crate::thin::THIN;
 
 /// Columns of `X` per panel: deep enough for GEMM to run at speed, small enough to stay in cache. Of few
@@ -26,9 +26,6 @@ use crate::thin::THIN;
 fn depth(p: usize, m: usize) -> usize {
     (32_768 / p.max(1)).clamp(256, 4096).min(m)
 }
-
-/// Columns of `G` that one thread updates at a time when threads work together.
-const STRIP: usize = 128;
 
 /// The memory that [`gram`] of a `(rows, cols)` matrix needs.
 #[must_use]
@@ -70,19 +67,10 @@ pub fn gram<T: Number>(
         let columns = first..m.min(first + depth);
         let panel = if column_major { buffer.rb_mut() } else { buffer.rb_mut().transpose_mut() };
         let mut panel = panel.subcols_mut(0, columns.len());
-        match strategy {
-            Strategy::Alone => {
-                wide.upcast(0..p, columns, scale, panel.rb_mut());
-                add_lower(gram.rb_mut(), panel.rb());
-            }
-            Strategy::Together => {
-                panel.rb_mut().par_row_chunks_mut(STRIP).enumerate().for_each(|(i, block)| {
-                    let rows = i * STRIP..i * STRIP + block.nrows();
-                    wide.upcast(rows, columns.clone(), scale, block);
-                });
-                add_lower_in_strips(gram.rb_mut(), panel.rb());
-            }
-        }
+        each_row_strip(panel.rb_mut(), strategy, |first, block| {
+            wide.upcast(first..first + block.nrows(), columns.clone(), scale, block);
+        });
+        add_lower(gram.rb_mut(), panel.rb(), strategy);
     }
     Ok(())
 }
@@ -103,31 +91,18 @@ fn thin_gram<T: Number>(
     Ok(())
 }
 
-/// `G += X X^T`, lower triangle, on this thread.
-fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>) {
-    triangular_matmul(
-        gram,
-        BlockStructure::TriangularLower,
-        Accum::Add,
-        x,
-        BlockStructure::Rectangular,
-        x.transpose(),
-        BlockStructure::Rectangular,
-        T::of(1.0),
-        Par::Seq,
-    );
-}
-
-/// The same by column strips: each is a triangle on the diagonal and the rectangle below it.
-fn add_lower_in_strips<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>) {
+/// `G += X X^T`, lower triangle, by column strips: each is a triangle on the diagonal and the rectangle below it.
+fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, strategy: Strategy) {
     let p = gram.nrows();
-    gram.par_col_chunks_mut(STRIP).enumerate().for_each(|(i, strip)| {
-        let (first, width) = (i * STRIP, strip.ncols());
+    let (full, lower) = (BlockStructure::Rectangular, BlockStructure::TriangularLower);
+    let one = T::of(1.0);
+    each_column_strip(gram, strategy, |first, strip| {
+        let width = strip.ncols();
         let (diagonal, below) = strip.subrows_mut(first, p - first).split_at_row_mut(width);
-        let x_strip = x.subrows(first, width);
-        add_lower(diagonal, x_strip);
+        let own = x.subrows(first, width);
+        triangular_matmul(diagonal, lower, Accum::Add, own, full, own.transpose(), full, one, Par::Seq);
         let x_below = x.subrows(first + width, p - first - width);
-        matmul(below, Accum::Add, x_below, x_strip.transpose(), T::of(1.0), Par::Seq);
+        matmul(below, Accum::Add, x_below, own.transpose(), one, Par::Seq);
     });
 }
 

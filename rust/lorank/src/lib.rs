@@ -35,7 +35,6 @@ pub mod low_rank;
 pub mod marchenko_pastur;
 pub mod matrix;
 pub mod metrics;
-mod mirror;
 mod number;
 pub mod parallel;
 pub mod powerlaw;

@@ -67,6 +67,8 @@ pub trait Number:
     ) -> Self::Vector<S>;
     /// `a + b`.
     fn plus<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// `a * b`.
+    fn times<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// The sum of all lanes.
     fn sum<S: Simd>(simd: S, a: Self::Vector<S>) -> Self;
     /// Numbers as vectors; what fills no vector is left out.
@@ -77,7 +79,7 @@ pub trait Number:
 
 macro_rules! number {
     (
-        $number:ident, $dtype:ident, $vector:ident, $lanes:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
+        $number:ident, $dtype:ident, $vector:ident, $lanes:ident, $splat:ident, $mul_add:ident, $add:ident, $mul:ident, $sum:ident,
         $vectors:ident, $vectors_mut:ident
     ) => {
         impl Number for $number {
@@ -131,6 +133,10 @@ macro_rules! number {
                 simd.$add(a, b)
             }
             #[inline(always)]
+            fn times<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$mul(a, b)
+            }
+            #[inline(always)]
             fn sum<S: Simd>(simd: S, a: S::$vector) -> Self {
                 simd.$sum(a)
             }
@@ -154,6 +160,7 @@ number!(
     splat_f64s,
     mul_add_e_f64s,
     add_f64s,
+    mul_f64s,
     reduce_sum_f64s,
     as_simd_f64s,
     as_mut_simd_f64s
@@ -166,6 +173,7 @@ number!(
     splat_f32s,
     mul_add_e_f32s,
     add_f32s,
+    mul_f32s,
     reduce_sum_f32s,
     as_simd_f32s,
     as_mut_simd_f32s

@@ -1,8 +1,7 @@
 //! The thread budget: threads work on different matrices, or together within one, never both.
 //!
-//! Which of the two is decided by the shape of the matrix alone, and work within a matrix is cut
-//! into pieces of a size that is fixed by its shape. The bits of a result therefore do not depend
-//! on the number of threads.
+//! Work within a matrix is cut into pieces of a size that is fixed by its shape, whichever of the two it
+//! is. The bits of a result therefore depend neither on that nor on the number of threads.
 //!
 //! Pools are made for one call and dropped with it: a process may fork between calls.
 
@@ -28,16 +27,25 @@ pub enum Strategy {
 /// of work on one core, so that a queue of smaller ones never waits long for its last.
 const TOGETHER_FROM: u128 = 8_000_000_000;
 
+/// Those from which threads that have nothing else to do are of use: some milliseconds of work.
+const USEFUL_FROM: u128 = 30_000_000;
+
 impl Strategy {
-    /// The strategy of every `(rows, cols)` matrix.
+    /// The strategy of a `(rows, cols)` matrix among many.
     #[must_use]
     pub const fn for_shape(rows: usize, cols: usize) -> Self {
+        Self::from(rows, cols, TOGETHER_FROM)
+    }
+
+    /// The strategy of a `(rows, cols)` matrix while other threads have nothing to do.
+    #[must_use]
+    pub const fn for_single(rows: usize, cols: usize) -> Self {
+        Self::from(rows, cols, USEFUL_FROM)
+    }
+
+    const fn from(rows: usize, cols: usize, least: u128) -> Self {
         let short = if rows < cols { rows } else { cols };
-        if (rows as u128) * (cols as u128) * (short as u128) >= TOGETHER_FROM {
-            Self::Together
-        } else {
-            Self::Alone
-        }
+        if (rows as u128) * (cols as u128) * (short as u128) >= least { Self::Together } else { Self::Alone }
     }
 }
 

@@ -38,16 +38,3 @@ pub(crate) fn each_row_strip<T: Send + Sync>(
 ) {
     each_column_strip(matrix.transpose_mut(), strategy, |first, strip| work(first, strip.transpose_mut()));
 }
-
-/// Both pieces of work, side by side if threads work together.
-pub(crate) fn both(strategy: Strategy, one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
-    match strategy {
-        Strategy::Together => {
-            rayon::join(one, other);
-        }
-        Strategy::Alone => {
-            one();
-            other();
-        }
-    }
-}
