@@ -29,6 +29,7 @@ pub mod effective_rank;
 pub mod eigen;
 pub mod error;
 pub mod gram;
+mod gram_product;
 pub mod hill;
 mod jacobi;
 pub mod low_rank;

@@ -14,15 +14,11 @@
 //! What a statistic may be off by is estimated from groups of probes, each left out in turn (jackknife),
 //! and from stopping after two thirds of the steps.
 
-use std::ops::Range;
-
-use faer::linalg::matmul::matmul;
-use faer::prelude::{Reborrow, ReborrowMut};
-use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
-use rayon::prelude::*;
+use faer::{Mat, Side};
 
 use crate::cancel::CancelToken;
 use crate::eigen::{binary_exponent, power_of_two};
+use crate::gram_product::{GramProduct, VECTORS};
 use crate::matrix::MatrixView;
 use crate::number::Number;
 use crate::parallel::Strategy;
@@ -30,7 +26,7 @@ use crate::spectrum::Spectrum;
 use crate::{Error, Result};
 
 /// Random vectors.
-const PROBES: usize = 16;
+const PROBES: usize = VECTORS;
 
 /// Steps of the iteration.
 const STEPS: usize = 24;
@@ -40,13 +36,6 @@ const GROUPS: usize = 8;
 
 /// How many standard errors an error bar is long: measured, 2 cover nine of ten real matrices, 3 cover 97 %.
 const ERRORS: f64 = 3.0;
-
-/// Pieces that columns are cut into, each with sums of its own: fixed, so that the bits of a result do not
-/// depend on the number of threads.
-const PIECES: usize = 8;
-
-/// Columns of `X` that are multiplied with at a time.
-const DEPTH: usize = 128;
 
 /// Eigenvalues below this share of the largest are lost in float32.
 const RESOLUTION: f64 = 1e-6;
@@ -96,17 +85,8 @@ pub fn sampled_spectrum(
     }
     let exponent = binary_exponent(largest)?;
     let scale = power_of_two(-exponent);
-    // In the order in which the view lies in memory, so that reading and writing are in runs.
-    let mut values = vec![0.0f32; p * wide.cols()];
-    let x = if wide.is_column_major() {
-        wide.transposed().upcast_rows(0..wide.cols(), scale, &mut values);
-        MatRef::from_column_major_slice(&values, p, wide.cols())
-    } else {
-        wide.upcast_rows(0..p, scale, &mut values);
-        MatRef::from_row_major_slice(&values, p, wide.cols())
-    };
-    let mut product = GramProduct::new(x, strategy);
-    let recurrences = iterate(p, cancel, |v, u| product.apply(v, u))?;
+    let mut product = GramProduct::new(&wide, scale, strategy);
+    let recurrences = iterate(p, product.height(), cancel, |v, u| product.apply(v, u))?;
 
     let rules: Vec<Rule> =
         recurrences.iter().map(|found| found.rule(found.diagonal.len())).collect::<Result<_>>()?;
@@ -133,58 +113,6 @@ pub fn sampled_spectrum(
         without,
         coarse: spectrum(&coarse.iter().collect::<Vec<_>>())?,
     })
-}
-
-/// Products with `G = X X^T`, a block of columns of `X` at a time, so that memory is read once for each.
-struct GramProduct<'a> {
-    x: MatRef<'a, f32>,
-    strategy: Strategy,
-    pieces: Vec<Piece>,
-}
-
-/// Columns of `X` that one thread multiplies with, and the sums over them.
-struct Piece {
-    columns: Range<usize>,
-    sums: Mat<f32>,
-}
-
-impl<'a> GramProduct<'a> {
-    fn new(x: MatRef<'a, f32>, strategy: Strategy) -> Self {
-        let (p, m) = x.shape();
-        let length = m.div_ceil(PIECES).next_multiple_of(DEPTH);
-        let pieces = (0..m)
-            .step_by(length)
-            .map(|first| Piece { columns: first..m.min(first + length), sums: Mat::zeros(p, PROBES) })
-            .collect();
-        Self { x, strategy, pieces }
-    }
-
-    /// `u = G v`
-    fn apply(&mut self, v: MatRef<'_, f32>, mut u: MatMut<'_, f32>) {
-        let x = self.x;
-        match self.strategy {
-            Strategy::Together => self.pieces.par_iter_mut().for_each(|piece| piece.apply(x, v)),
-            Strategy::Alone => self.pieces.iter_mut().for_each(|piece| piece.apply(x, v)),
-        }
-        u.fill(0.0);
-        for piece in &self.pieces {
-            u += &piece.sums;
-        }
-    }
-}
-
-impl Piece {
-    fn apply(&mut self, x: MatRef<'_, f32>, v: MatRef<'_, f32>) {
-        self.sums.fill(0.0);
-        let mut inner = Mat::<f32>::zeros(DEPTH, PROBES);
-        for first in self.columns.clone().step_by(DEPTH) {
-            let count = DEPTH.min(self.columns.end - first);
-            let block = x.subcols(first, count);
-            let mut inner = inner.as_mut().subrows_mut(0, count);
-            matmul(inner.rb_mut(), Accum::Replace, block.transpose(), v, 1.0, Par::Seq);
-            matmul(self.sums.as_mut(), Accum::Add, block, inner.rb(), 1.0, Par::Seq);
-        }
-    }
 }
 
 /// The tridiagonal matrix of one probe.
@@ -219,72 +147,84 @@ impl Recurrence {
     }
 }
 
-/// Lanczos iteration from all probes side by side. A probe ends early where what it spans is exhausted.
+/// Lanczos iteration from all probes side by side, as rows of matrices of `height` rows, of which the first `p`
+/// count. A probe ends early where what it spans is exhausted.
 fn iterate(
     p: usize,
+    height: usize,
     cancel: &CancelToken,
-    mut apply: impl FnMut(MatRef<'_, f32>, MatMut<'_, f32>),
+    mut apply: impl FnMut(&[f32], &mut [f32]),
 ) -> Result<Vec<Recurrence>> {
     // Rounding leaves a remainder of about this size, relative to the products.
     const EXHAUSTED: f64 = 1e-5;
     let mut found: Vec<Recurrence> = (0..PROBES).map(|_| Recurrence::default()).collect();
     let mut ended = [false; PROBES];
-    let (mut v, mut before) = (signs(p), Mat::<f32>::zeros(p, PROBES));
-    let mut u = Mat::<f32>::zeros(p, PROBES);
+    let (mut v, mut before) = (signs(p, height), vec![0.0f32; height * PROBES]);
+    let mut u = vec![0.0f32; height * PROBES];
+    let mut last = [0.0; PROBES];
     for _ in 0..STEPS {
         cancel.check()?;
-        apply(v.as_ref(), u.as_mut());
+        apply(&v, &mut u);
+        let (size, diagonal) = (dots(&u, &u), dots(&u, &v));
+        each_row([&mut u, &mut v, &mut before], |probe, [u, v, before]| {
+            *u = f32::of(f64::from(*u) - diagonal[probe] * f64::from(*v) - last[probe] * f64::from(*before));
+        });
+        let squares = dots(&u, &u);
+        let mut inverse = [0.0; PROBES];
         for (probe, recurrence) in found.iter_mut().enumerate() {
             if ended[probe] {
                 continue;
             }
-            let (Some(u), Some(v), Some(before)) = (
-                u.as_mut().col_mut(probe).try_as_col_major_mut().map(faer::ColMut::as_slice_mut),
-                v.as_mut().col_mut(probe).try_as_col_major_mut().map(faer::ColMut::as_slice_mut),
-                before.as_mut().col_mut(probe).try_as_col_major_mut().map(faer::ColMut::as_slice_mut),
-            ) else {
-                unreachable!("a column of a matrix is contiguous")
-            };
-            let size = norm(u);
-            let last = recurrence.off_diagonal.last().copied().unwrap_or(0.0);
-            let diagonal = dot(u, v);
-            for ((u, v), before) in u.iter_mut().zip(&*v).zip(&*before) {
-                *u = f32::of(f64::from(*u) - diagonal * f64::from(*v) - last * f64::from(*before));
-            }
-            let next = norm(u);
-            recurrence.diagonal.push(diagonal);
-            recurrence.off_diagonal.push(next);
-            ended[probe] = next <= EXHAUSTED * size;
-            let inverse = if ended[probe] { 0.0 } else { 1.0 / next };
-            for ((u, v), before) in u.iter().zip(v.iter_mut()).zip(before.iter_mut()) {
-                *before = *v;
-                *v = f32::of(f64::from(*u) * inverse);
-            }
+            last[probe] = squares[probe].sqrt();
+            recurrence.diagonal.push(diagonal[probe]);
+            recurrence.off_diagonal.push(last[probe]);
+            ended[probe] = last[probe] <= EXHAUSTED * size[probe].sqrt();
+            inverse[probe] = if ended[probe] { 0.0 } else { 1.0 / last[probe] };
         }
+        each_row([&mut u, &mut v, &mut before], |probe, [u, v, before]| {
+            *before = *v;
+            *v = f32::of(f64::from(*u) * inverse[probe]);
+        });
     }
     Ok(found)
 }
 
-/// Unit vectors of random signs, the same for every matrix of that order.
-fn signs(p: usize) -> Mat<f32> {
+/// Calls `work` with every probe's number and its entries of a row of every matrix.
+fn each_row([a, b, c]: [&mut [f32]; 3], work: impl Fn(usize, [&mut f32; 3])) {
+    let (a, b, c) =
+        (a.as_chunks_mut::<PROBES>().0, b.as_chunks_mut::<PROBES>().0, c.as_chunks_mut::<PROBES>().0);
+    for ((a, b), c) in a.iter_mut().zip(b).zip(c) {
+        for probe in 0..PROBES {
+            work(probe, [&mut a[probe], &mut b[probe], &mut c[probe]]);
+        }
+    }
+}
+
+/// Unit vectors of random signs, the same for every matrix of that order, as columns.
+fn signs(p: usize, height: usize) -> Vec<f32> {
     let mut state = 0x6c6f_7261_6e6b_u64;
     let unit = f32::of(1.0 / (p as f64).sqrt());
-    Mat::from_fn(p, PROBES, |_, _| {
+    let mut vectors = vec![0.0; height * PROBES];
+    for place in &mut vectors[..p * PROBES] {
         // splitmix64
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        if (z ^ (z >> 31)) & 1 == 0 { unit } else { -unit }
-    })
+        *place = if (z ^ (z >> 31)) & 1 == 0 { unit } else { -unit };
+    }
+    vectors
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum()
-}
-
-fn norm(a: &[f32]) -> f64 {
-    dot(a, a).sqrt()
+/// The inner products of the probes' columns, in float64.
+fn dots(a: &[f32], b: &[f32]) -> [f64; PROBES] {
+    let mut sums = [0.0; PROBES];
+    for (a, b) in a.as_chunks::<PROBES>().0.iter().zip(b.as_chunks::<PROBES>().0) {
+        for ((sum, x), y) in sums.iter_mut().zip(a).zip(b) {
+            *sum += f64::from(*x) * f64::from(*y);
+        }
+    }
+    sums
 }
 
 /// The `p` quantiles `(i + 1/2) / p` of the mean of the rules' distributions, ascending. The last is the

@@ -53,6 +53,18 @@ pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]
     Arch::new().dispatch(Product { left, right, out });
 }
 
+/// `Y += L^T R` for `L (depth, cols)`, `cols` a multiple of [`HIGH`], and `R (depth, width)` and `Y (cols, width)`,
+/// row-major, of one vector's width, [`Number::WIDEST`].
+pub(crate) fn add_outer_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
+    Arch::new().dispatch(OuterProducts { left, right, out });
+}
+
+/// `Y += L R` for `L (rows, cols)`, `rows` a multiple of [`HIGH`], and `R (cols, width)` and `Y (rows, width)`, as
+/// [`add_outer_products`].
+pub(crate) fn add_row_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
+    Arch::new().dispatch(RowProducts { left, right, out });
+}
+
 /// Rows that begin `stride` numbers apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Panel<'a, T> {
@@ -183,6 +195,66 @@ impl<T: Number> WithSimd for Product<'_, T> {
     }
 }
 
+struct OuterProducts<'a, T> {
+    left: Panel<'a, T>,
+    right: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Number> WithSimd for OuterProducts<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { left: Panel { values, stride, cols }, right, out } = self;
+        let lanes = T::lanes::<S>();
+        for i in (0..cols).step_by(HIGH) {
+            for j in (0..T::WIDEST).step_by(lanes) {
+                let mut sums = [T::splat(simd, T::default()); HIGH];
+                for (left, right) in values[i..].chunks(stride).zip(right.chunks_exact(T::WIDEST)) {
+                    let vector = T::vectors::<S>(&right[j..j + lanes])[0];
+                    for (sum, factor) in sums.iter_mut().zip(&left[..HIGH]) {
+                        *sum = T::mul_add(simd, T::splat(simd, *factor), vector, *sum);
+                    }
+                }
+                add_tile::<T, S>(simd, &sums, &mut out[i * T::WIDEST + j..]);
+            }
+        }
+    }
+}
+
+struct RowProducts<'a, T> {
+    left: Panel<'a, T>,
+    right: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Number> WithSimd for RowProducts<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { left: Panel { values, stride, cols }, right, out } = self;
+        let lanes = T::lanes::<S>();
+        for i in (0..out.len() / T::WIDEST).step_by(HIGH) {
+            let rows: [&[T]; HIGH] = std::array::from_fn(|a| &values[(i + a) * stride..][..cols]);
+            for j in (0..T::WIDEST).step_by(lanes) {
+                let sums = row_products::<T, S>(simd, rows, &right[j..], T::WIDEST);
+                add_tile::<T, S>(simd, &sums, &mut out[i * T::WIDEST + j..]);
+            }
+        }
+    }
+}
+
+/// Adds a vector to the beginning of every one of [`HIGH`] rows of [`Number::WIDEST`] numbers.
+#[inline(always)]
+fn add_tile<T: Number, S: Simd>(simd: S, sums: &[T::Vector<S>; HIGH], out: &mut [T]) {
+    for (line, sum) in out.chunks_mut(T::WIDEST).zip(sums) {
+        let place = &mut T::vectors_mut::<S>(&mut line[..T::lanes::<S>()])[0];
+        *place = T::plus(simd, *place, *sum);
+    }
+}
+
 /// The sums over all columns, `p` numbers each, of [`HIGH`] numbers from `i` on times a vector's length from `j` on.
 #[inline(always)]
 fn outer_products<T: Number, S: Simd>(
@@ -280,6 +352,33 @@ mod tests {
         }
     }
 
+    /// Products with the transpose of panels and with panels, of a vector's width, add to what is there.
+    fn assert_narrow_products<T: Number>(rows: usize, depth: usize, gap: usize) {
+        let (rows, width, stride) = (rows * HIGH, T::WIDEST, rows * HIGH + gap);
+        let at = |values: &[T], i: usize| values[i].to_f64();
+        let tall: Vec<T> = integers(depth * stride, 3);
+        let right: Vec<T> = integers(depth * width, 4);
+        let wide: Vec<T> = integers(rows * (depth + gap), 5);
+        for path in 0..3 {
+            let (mut outer, mut inner) = (vec![T::of(1.0); rows * width], vec![T::of(1.0); rows * width]);
+            let left = Panel { values: &tall, stride, cols: rows };
+            on_path(path, OuterProducts { left, right: &right, out: &mut outer });
+            let left = Panel { values: &wide, stride: depth + gap, cols: depth };
+            on_path(path, RowProducts { left, right: &right, out: &mut inner });
+            for i in 0..rows {
+                for j in 0..width {
+                    let by = |left: &dyn Fn(usize) -> f64| -> f64 {
+                        (0..depth).map(|k| left(k) * at(&right, k * width + j)).sum()
+                    };
+                    let expected = 1.0 + by(&|k| at(&tall, k * stride + i));
+                    assert_eq!(at(&outer, i * width + j).to_bits(), expected.to_bits(), "path {path}");
+                    let expected = 1.0 + by(&|k| at(&wide, i * (depth + gap) + k));
+                    assert_eq!(at(&inner, i * width + j).to_bits(), expected.to_bits(), "path {path}");
+                }
+            }
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -287,6 +386,12 @@ mod tests {
         fn both_layouts_give_the_gram_matrix(units in 1usize..5, depths in 1usize..5, seed in 0usize..1000) {
             assert_grams::<f64>(units, depths, seed);
             assert_grams::<f32>(units, depths, seed);
+        }
+
+        #[test]
+        fn narrow_products(rows in 1usize..4, depth in 1usize..20, gap in 0usize..5) {
+            assert_narrow_products::<f64>(rows, depth, gap);
+            assert_narrow_products::<f32>(rows, depth, gap);
         }
 
         #[test]
