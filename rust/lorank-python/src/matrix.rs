@@ -7,7 +7,9 @@ use std::sync::Arc;
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
 use lorank::source::StoredMatrix;
-use numpy::{IntoPyArray, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{
+    IntoPyArray, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
@@ -19,7 +21,7 @@ use crate::errors::to_py;
 pub struct Matrix(pub StoredMatrix);
 
 /// The memory of a `NumPy` array, kept alive by a reference to it.
-struct ArrayMemory {
+pub struct ArrayMemory {
     start: *const u8,
     len: usize,
     _owner: Py<PyUntypedArray>,
@@ -38,6 +40,42 @@ impl AsRef<[u8]> for ArrayMemory {
         // lives. Python code that writes to it meanwhile changes the values read, as with any NumPy
         // function that releases the GIL.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
+    }
+}
+
+/// The numbers of an array, in its own memory where they lie in it one after the other: work may outlive the
+/// call that handed them over.
+pub enum SharedValues {
+    InPlace(ArrayMemory),
+    Copied(Vec<f64>),
+}
+
+impl SharedValues {
+    /// Of any array of float64.
+    pub fn of(array: &Bound<'_, PyArray1<f64>>) -> Self {
+        let values = array.readonly();
+        match values.as_slice() {
+            Ok(slice) if slice.as_ptr().is_aligned() => Self::InPlace(ArrayMemory {
+                start: slice.as_ptr().cast(),
+                len: size_of_val(slice),
+                _owner: array.as_untyped().clone().unbind(),
+            }),
+            _ => Self::Copied(values.as_array().iter().copied().collect()),
+        }
+    }
+}
+
+impl AsRef<[f64]> for SharedValues {
+    fn as_ref(&self) -> &[f64] {
+        match self {
+            Self::InPlace(memory) => {
+                let (start, len) = (memory.start.cast(), memory.len / size_of::<f64>());
+                // SAFETY: `of` has found an aligned slice of so many numbers there, which lives as long as its
+                // owner; any bits are a number. Of writes meanwhile holds what `ArrayMemory` says.
+                unsafe { std::slice::from_raw_parts(start, len) }
+            }
+            Self::Copied(values) => values,
+        }
     }
 }
 

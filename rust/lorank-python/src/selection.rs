@@ -1,29 +1,30 @@
 //! Masks over the singular values of many modules.
 
 use lorank::select;
-use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
+use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
 
 use crate::detached::detached_quiet;
+use crate::matrix::SharedValues;
 
-type Values<'py> = PyReadonlyArray1<'py, f64>;
+type Values<'py> = Bound<'py, PyArray1<f64>>;
 type Mask<'py> = PyResult<Bound<'py, PyArray1<bool>>>;
 
 /// The `count` largest, or all non-zero ones.
 #[pyfunction]
-pub fn select_largest<'py>(py: Python<'py>, scores: Values<'py>, count: usize) -> Mask<'py> {
+pub fn select_largest<'py>(py: Python<'py>, scores: &Values<'py>, count: usize) -> Mask<'py> {
     masked(py, scores, move |scores| select::largest(scores, count))
 }
 
 /// The `count` smallest non-zero ones.
 #[pyfunction]
-pub fn select_smallest<'py>(py: Python<'py>, scores: Values<'py>, count: usize) -> Mask<'py> {
+pub fn select_smallest<'py>(py: Python<'py>, scores: &Values<'py>, count: usize) -> Mask<'py> {
     masked(py, scores, move |scores| select::smallest(scores, count))
 }
 
 /// The fewest whose squares sum to a fraction of the total.
 #[pyfunction]
-pub fn select_energy<'py>(py: Python<'py>, values: Values<'py>, fraction: f64) -> Mask<'py> {
+pub fn select_energy<'py>(py: Python<'py>, values: &Values<'py>, fraction: f64) -> Mask<'py> {
     masked(py, values, move |values| select::energy(values, fraction))
 }
 
@@ -31,7 +32,7 @@ pub fn select_energy<'py>(py: Python<'py>, values: Values<'py>, fraction: f64) -
 #[pyfunction]
 pub fn select_budget<'py>(
     py: Python<'py>,
-    values: Values<'py>,
+    values: &Values<'py>,
     lengths: Vec<usize>,
     costs: Vec<u64>,
     parameters: u64,
@@ -41,11 +42,9 @@ pub fn select_budget<'py>(
 
 fn masked<'py>(
     py: Python<'py>,
-    values: Values<'py>,
+    values: &Values<'py>,
     choose: impl FnOnce(&[f64]) -> lorank::Result<Vec<bool>> + Send + 'static,
 ) -> Mask<'py> {
-    // Owned, as the work outlives an interrupted call.
-    let owned: Vec<f64> = values.as_array().iter().copied().collect();
-    drop(values);
-    Ok(detached_quiet(py, move |_| choose(&owned))?.into_pyarray(py))
+    let shared = SharedValues::of(values);
+    Ok(detached_quiet(py, move |_| choose(shared.as_ref()))?.into_pyarray(py))
 }
