@@ -1,6 +1,6 @@
 //! Eigenvalues of `W^T W`, in float64 arithmetic or in float32, or an estimate of them.
 //!
-//! `W` is scaled by a power of two so that its largest entry is near 1, multiplied into a Gram
+//! `W` is scaled by a power of two unless its largest entry is near 1, multiplied into a Gram
 //! matrix of order `p = min(out, in)` ([`gram`](mod@crate::gram)), reduced to tridiagonal form
 //! ([`tridiag`](crate::tridiag)), and solved there ([`root_free_ql`](crate::root_free_ql)), in float64
 //! always. The absolute error of an eigenvalue is a small multiple of `eps * lambda_max`. In float64,
@@ -98,7 +98,7 @@ pub fn spectrum_in_pool(
     if largest == 0.0 {
         return Spectrum::new(vec![0.0; p]);
     }
-    let exponent = binary_exponent(largest)?;
+    let exponent = scaling_exponent(largest)?;
     let scale = power_of_two(-exponent);
     let is_fast = accuracy == Accuracy::Fast;
     let mut eigenvalues = if is_fast {
@@ -150,6 +150,13 @@ fn error_bound<T: Number>(view: &MatrixView<'_>, eigenvalues: &[f64]) -> f64 {
     let (p, m) = (view.rows().min(view.cols()) as f64, view.rows().max(view.cols()) as f64);
     let largest = eigenvalues.last().copied().unwrap_or(0.0);
     (4.0 + p.sqrt() / 4.0 + m.sqrt() / 16.0) * T::EPSILON * largest
+}
+
+/// The exponent by which a matrix is scaled down whose largest entry is `x`: none where float32 arithmetic has room
+/// enough for it, so that entries need not be touched.
+fn scaling_exponent(x: f64) -> Result<i32> {
+    const ROOM: i32 = 12;
+    binary_exponent(x).map(|exponent| if exponent.abs() <= ROOM { 0 } else { exponent })
 }
 
 /// The exponent `e` with `2^(e-1) <= x < 2^e`.

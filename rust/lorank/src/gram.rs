@@ -57,6 +57,13 @@ pub fn gram<T: Number>(
     }
     let depth = depth(p, m);
     gram.fill(T::default());
+    if let Some(x) = in_place(&wide, scale) {
+        return (0..m).step_by(depth).try_for_each(|first| {
+            cancel.check()?;
+            add_lower(gram.rb_mut(), x.subcols(first, depth.min(m - first)), strategy);
+            Ok(())
+        });
+    }
     // The panel lies in memory as the view does, so that upcasting reads and writes in runs.
     let column_major = wide.is_column_major();
     let (rows, cols) = if column_major { (p, depth) } else { (depth, p) };
@@ -73,6 +80,21 @@ pub fn gram<T: Number>(
         add_lower(gram.rb_mut(), panel.rb(), strategy);
     }
     Ok(())
+}
+
+/// The matrix where it lies, if it is of this kind of numbers.
+fn in_place<'a, T: Number>(wide: &MatrixView<'a>, scale: f64) -> Option<MatRef<'a, T>> {
+    let (p, m) = (wide.rows(), wide.cols());
+    let is_plain = scale.to_bits() == 1f64.to_bits();
+    let by_columns = wide.is_column_major();
+    let (values, stride) =
+        if by_columns { wide.transposed() } else { *wide }.in_place(0, 0).filter(|_| is_plain)?;
+    Some(if by_columns {
+        MatRef::from_column_major_slice_with_stride(values, p, m, stride)
+    } else {
+        // faer 0.24's constructor for rows with a stride takes it for that of columns.
+        MatRef::from_column_major_slice_with_stride(values, m, p, stride).transpose()
+    })
 }
 
 /// The same for few rows, by kernels of their own, in float64 whatever the result is rounded to.
