@@ -47,6 +47,7 @@ pub mod safetensors;
 pub mod safetensors_writer;
 pub mod sampled;
 pub mod select;
+mod simd;
 pub mod source;
 pub mod spectrum;
 mod stacked;

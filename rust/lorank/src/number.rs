@@ -1,7 +1,7 @@
 //! float32 and float64, for kernels that are written once.
 //!
 //! faer's matrices are generic already; this adds vectors. Kernels take the widest that the machine
-//! has, through [`pulp::Arch`].
+//! has, see [`simd`](crate::simd).
 
 // Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
 #![allow(clippy::inline_always)]

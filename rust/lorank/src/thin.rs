@@ -18,9 +18,10 @@
 // Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
 #![allow(clippy::inline_always)]
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
 use crate::number::Number;
+use crate::simd::dispatch;
 
 /// Rows up to which these kernels are used.
 pub(crate) const THIN: usize = 128;
@@ -39,30 +40,30 @@ const INNER: (usize, usize) = (4, 2);
 /// `G += X X^T` for a padded panel of whole columns, one after the other: the lower triangle of `G (p, p)`,
 /// row-major, and what shares a tile with it.
 pub(crate) fn add_gram_of_columns<T: Number>(panel: &[T], p: usize, gram: &mut [f64]) {
-    Arch::new().dispatch(GramOfColumns { panel, p, gram });
+    dispatch(GramOfColumns { panel, p, gram });
 }
 
 /// `G += X X^T` for a padded panel of `p` rows, as [`add_gram_of_columns`].
 pub(crate) fn add_gram_of_rows<T: Number>(panel: Panel<'_, T>, p: usize, gram: &mut [f64]) {
-    Arch::new().dispatch(GramOfRows { panel, p, gram });
+    dispatch(GramOfRows { panel, p, gram });
 }
 
 /// `Y = L R` for padded `L (rows, depth)`, row-major, and `R (depth, cols)`; rows of `Y` lie as far apart as those
 /// of `R`, and beyond `cols` numbers they stay as they are.
 pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]) {
-    Arch::new().dispatch(Product { left, right, out });
+    dispatch(Product { left, right, out });
 }
 
 /// `Y += L^T R` for `L (depth, cols)`, `cols` a multiple of [`HIGH`], and `R (depth, width)` and `Y (cols, width)`,
 /// row-major, of one vector's width, [`Number::WIDEST`].
 pub(crate) fn add_outer_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
-    Arch::new().dispatch(OuterProducts { left, right, out });
+    dispatch(OuterProducts { left, right, out });
 }
 
 /// `Y += L R` for `L (rows, cols)`, `rows` a multiple of [`HIGH`], and `R (cols, width)` and `Y (rows, width)`, as
 /// [`add_outer_products`].
 pub(crate) fn add_row_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
-    Arch::new().dispatch(RowProducts { left, right, out });
+    dispatch(RowProducts { left, right, out });
 }
 
 /// Rows that begin `stride` numbers apart.
@@ -296,51 +297,41 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::simd::tests::on_every_path;
 
     /// Small integers: their products add up exactly, in any order.
     fn integers<T: Number>(count: usize, seed: usize) -> Vec<T> {
         (0..count).map(|i| T::of((((i + seed) * 7919) % 101) as f64 - 50.0)).collect()
     }
 
-    /// A kernel on scalars, on 256-bit vectors where there are any, and on the widest.
-    fn on_path(path: usize, kernel: impl WithSimd<Output = ()>) {
-        #[cfg(target_arch = "x86_64")]
-        if path == 1
-            && let Some(vectors) = pulp::x86::V3::try_new()
-        {
-            return Simd::vectorize(vectors, kernel);
-        }
-        if path == 0 { kernel.with_simd(pulp::Scalar::new()) } else { Arch::new().dispatch(kernel) }
-    }
-
     fn assert_grams<T: Number>(units: usize, depths: usize, seed: usize) {
         let (p, depth) = (units * T::WIDEST, depths * T::WIDEST);
         let rows: Vec<T> = integers(p * depth, seed);
         let columns: Vec<T> = (0..p * depth).map(|n| rows[n % p * depth + n / p]).collect();
-        for path in 0..3 {
+        on_every_path(|path| {
             // What was there stays.
             let (mut of_rows, mut of_columns) = (vec![1.0; p * p], vec![1.0; p * p]);
             let panel = Panel { values: &rows, stride: depth, cols: depth };
-            on_path(path, GramOfRows { panel, p, gram: &mut of_rows });
-            on_path(path, GramOfColumns { panel: &columns, p, gram: &mut of_columns });
+            add_gram_of_rows(panel, p, &mut of_rows);
+            add_gram_of_columns(&columns, p, &mut of_columns);
             for i in 0..p {
                 for j in 0..=i {
                     let product = |k: usize| rows[i * depth + k].to_f64() * rows[j * depth + k].to_f64();
                     let expected: f64 = 1.0 + (0..depth).map(product).sum::<f64>();
-                    assert_eq!(of_rows[i * p + j].to_bits(), expected.to_bits(), "path {path}");
-                    assert_eq!(of_columns[i * p + j].to_bits(), expected.to_bits(), "path {path}");
+                    assert_eq!(of_rows[i * p + j].to_bits(), expected.to_bits(), "{path:?}");
+                    assert_eq!(of_columns[i * p + j].to_bits(), expected.to_bits(), "{path:?}");
                 }
             }
-        }
+        });
     }
 
     fn assert_product<T: Number>((rows, cols): (usize, usize), depth: usize) {
         let (rows, cols) = (rows * HIGH, cols * T::WIDEST);
         let (left, right): (Vec<T>, Vec<T>) = (integers(rows * depth, 1), integers(depth * cols, 2));
-        for path in 0..3 {
+        on_every_path(|_| {
             let mut out = vec![T::of(f64::NAN); rows * cols];
             let right_view = Panel { values: &right, stride: cols, cols };
-            on_path(path, Product { left: &left, right: right_view, out: &mut out });
+            multiply(&left, right_view, &mut out);
             for i in 0..rows {
                 for j in 0..cols {
                     let product = |k: usize| left[i * depth + k].to_f64() * right[k * cols + j].to_f64();
@@ -349,7 +340,7 @@ mod tests {
                     assert_eq!((out[i * cols + j].to_f64() + 0.0).to_bits(), (expected + 0.0).to_bits());
                 }
             }
-        }
+        });
     }
 
     /// Products with the transpose of panels and with panels, of a vector's width, add to what is there.
@@ -359,24 +350,24 @@ mod tests {
         let tall: Vec<T> = integers(depth * stride, 3);
         let right: Vec<T> = integers(depth * width, 4);
         let wide: Vec<T> = integers(rows * (depth + gap), 5);
-        for path in 0..3 {
+        on_every_path(|path| {
             let (mut outer, mut inner) = (vec![T::of(1.0); rows * width], vec![T::of(1.0); rows * width]);
             let left = Panel { values: &tall, stride, cols: rows };
-            on_path(path, OuterProducts { left, right: &right, out: &mut outer });
+            add_outer_products(left, &right, &mut outer);
             let left = Panel { values: &wide, stride: depth + gap, cols: depth };
-            on_path(path, RowProducts { left, right: &right, out: &mut inner });
+            add_row_products(left, &right, &mut inner);
             for i in 0..rows {
                 for j in 0..width {
                     let by = |left: &dyn Fn(usize) -> f64| -> f64 {
                         (0..depth).map(|k| left(k) * at(&right, k * width + j)).sum()
                     };
                     let expected = 1.0 + by(&|k| at(&tall, k * stride + i));
-                    assert_eq!(at(&outer, i * width + j).to_bits(), expected.to_bits(), "path {path}");
+                    assert_eq!(at(&outer, i * width + j).to_bits(), expected.to_bits(), "{path:?}");
                     let expected = 1.0 + by(&|k| at(&wide, i * (depth + gap) + k));
-                    assert_eq!(at(&inner, i * width + j).to_bits(), expected.to_bits(), "path {path}");
+                    assert_eq!(at(&inner, i * width + j).to_bits(), expected.to_bits(), "{path:?}");
                 }
             }
-        }
+        });
     }
 
     proptest! {

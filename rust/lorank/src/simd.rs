@@ -1,0 +1,52 @@
+//! Which vectors kernels are compiled for, chosen at run time: the widest that the machine has.
+
+use pulp::{Arch, WithSimd};
+
+/// Runs a kernel on the widest vectors that there are.
+pub(crate) fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
+    #[cfg(test)]
+    match tests::PATH.get() {
+        tests::Path::Scalar => return kernel.with_simd(pulp::Scalar::new()),
+        #[cfg(target_arch = "x86_64")]
+        tests::Path::Avx2 => {
+            if let Some(vectors) = pulp::x86::V3::try_new() {
+                return pulp::Simd::vectorize(vectors, kernel);
+            }
+        }
+        tests::Path::Widest => {}
+    }
+    Arch::new().dispatch(kernel)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::cell::Cell;
+
+    /// What kernels run on in a test.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) enum Path {
+        Scalar,
+        #[cfg(target_arch = "x86_64")]
+        Avx2,
+        Widest,
+    }
+
+    thread_local! {
+        pub(super) static PATH: Cell<Path> = const { Cell::new(Path::Widest) };
+    }
+
+    /// Calls a test with kernels on scalars, on 256-bit vectors where there are any, and on the widest. What other
+    /// threads do is not touched.
+    pub(crate) fn on_every_path(test: impl Fn(Path)) {
+        let paths = [
+            Path::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2,
+            Path::Widest,
+        ];
+        for path in paths {
+            PATH.set(path);
+            test(path);
+        }
+    }
+}
