@@ -47,6 +47,7 @@ bench: $(VENV)/installed ## Measure speed and memory beside the peers (about an 
 lint: $(VENV)/installed ## Check format, lints, types and stubs.
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- --deny warnings
+	RUSTDOCFLAGS='--deny warnings' cargo doc --release --package lorank --no-deps
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

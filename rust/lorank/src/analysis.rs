@@ -42,7 +42,7 @@ const UNRESOLVED: usize = 32;
 /// [`Accuracy::Sampled`] large matrices are estimated, the others are fast.
 ///
 /// # Errors
-/// [`Error::Cancelled`], and a lack of threads; errors of single matrices go to `emit`.
+/// [`Cancelled`](crate::Error::Cancelled), and a lack of threads; errors of single matrices go to `emit`.
 pub fn analyze(
     matrices: &[StoredMatrix],
     accuracy: Accuracy,

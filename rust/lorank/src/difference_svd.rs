@@ -52,7 +52,7 @@ pub struct Difference {
 /// differences are in memory at any time, and the results do not depend on `threads`.
 ///
 /// # Errors
-/// [`Error::Cancelled`], and a lack of threads; errors of single pairs go to `emit`.
+/// [`Cancelled`](crate::Error::Cancelled), and a lack of threads; errors of single pairs go to `emit`.
 pub fn subtract_all(
     pairs: &[Pair],
     max_rank: usize,

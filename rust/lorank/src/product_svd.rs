@@ -62,7 +62,7 @@ pub(crate) struct Basis {
 /// stop the others. The results do not depend on `threads`.
 ///
 /// # Errors
-/// [`Error::Cancelled`], and a lack of threads; errors of single updates go to `emit`.
+/// [`Cancelled`](crate::Error::Cancelled), and a lack of threads; errors of single updates go to `emit`.
 pub fn decompose_all(
     updates: &[Vec<Term>],
     threads: usize,
@@ -88,7 +88,7 @@ fn cost(update: &[Term]) -> u128 {
 /// Decomposes one update.
 ///
 /// # Errors
-/// [`Error::InvalidInput`] if the shapes do not fit, [`Error::Numerical`] for NaN and infinite
+/// [`InvalidInput`](crate::Error::InvalidInput) if the shapes do not fit, [`Numerical`](crate::Error::Numerical) for NaN and infinite
 /// values, and those of reading.
 pub fn decompose(update: &[Term], buffers: &mut Buffers, cancel: &CancelToken) -> Result<Decomposition> {
     let shape = checked_shape(update)?;
