@@ -29,10 +29,10 @@ use crate::strips::{STRIP, each_column_strip, each_row_strip};
 
 /// Half-bandwidth. More makes the dense reduction's products a little faster, and the reduction of the
 /// band slower in proportion: measured best from 500 to 4096.
-pub(crate) const WIDTH: usize = 32;
+pub const WIDTH: usize = 32;
 
 /// Numbers stored of a column: `WIDTH` above the diagonal, `2 * WIDTH` from it on, where bulges need room.
-pub(crate) const COLUMN: usize = 3 * WIDTH;
+pub const COLUMN: usize = 3 * WIDTH;
 
 /// Strips that share the sums of their products at least, and groups of such strips at most. Both depend on
 /// shapes alone, and so do the bits of a result.
@@ -40,12 +40,14 @@ const SHARED: usize = 2;
 const MOST_GROUPS: usize = 16;
 
 /// Where entry `(i, j)` of a band is stored, for `-WIDTH <= i - j < 2 * WIDTH`.
-pub(crate) const fn position(i: usize, j: usize) -> usize {
+#[must_use]
+pub const fn position(i: usize, j: usize) -> usize {
     j * COLUMN + WIDTH + i - j
 }
 
 /// Numbers that a band of order `n` is stored in: blocks that reach beyond the matrix find zeros there.
-pub(crate) const fn storage(n: usize) -> usize {
+#[must_use]
+pub const fn storage(n: usize) -> usize {
     (n + WIDTH) * COLUMN
 }
 
@@ -55,7 +57,8 @@ fn groups(columns: usize) -> usize {
 }
 
 /// The memory that [`reduce_to_band`] of a matrix of order `n` needs.
-pub(crate) fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
+#[must_use]
+pub fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
     let updates = temp_mat_scratch::<T>(n, 2 * WIDTH).array(2);
     let reflections = temp_mat_scratch::<T>(n, WIDTH);
     let products = temp_mat_scratch::<T>(WIDTH, n * groups(n));
@@ -68,7 +71,7 @@ pub(crate) fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
 /// [`storage`]`(n)` numbers. What `a` held is lost.
 ///
 /// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
-pub(crate) fn reduce_to_band<T: Number>(
+pub fn reduce_to_band<T: Number>(
     mut a: MatMut<'_, T>,
     strategy: Strategy,
     band: &mut [T],

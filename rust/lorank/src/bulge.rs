@@ -42,7 +42,7 @@ struct Reflection<T> {
 /// lies beyond the first off-diagonals is unspecified afterwards.
 ///
 /// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
-pub(crate) fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Strategy) {
+pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Strategy) {
     let sweeps = n.saturating_sub(2);
     let mut reflections = vec![Reflection { v: [T::default(); WIDTH], tau: T::default() }; sweeps];
     let groups = sweeps.div_ceil(SWEEPS);

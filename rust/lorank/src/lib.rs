@@ -19,8 +19,8 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod analysis;
-mod band;
-mod bulge;
+pub mod band;
+pub mod bulge;
 pub mod cancel;
 pub mod checkpoint;
 pub mod difference_svd;
@@ -36,7 +36,7 @@ pub mod low_rank;
 pub mod marchenko_pastur;
 pub mod matrix;
 pub mod metrics;
-mod number;
+pub mod number;
 pub mod parallel;
 pub mod powerlaw;
 pub mod product_svd;
