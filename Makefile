@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := build-demo
+FIGURES := build-bench
 
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
@@ -30,14 +31,20 @@ test-rust:
 test-python: $(VENV)/installed
 	$(BIN)/pytest
 
-bench: $(VENV)/installed ## Measure speed and memory beside the peers (about an hour).
+bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two hours).
 	$(BIN)/pip install --quiet --editable '.[bench]'
-	cargo bench --package lorank
+	mkdir -p $(FIGURES)
+	cargo bench --package lorank -- --json $(abspath $(FIGURES))/phases.json
+	$(BIN)/python benches/spectra.py --json $(FIGURES)/spectra.json
+	PYTHONPATH=tests $(BIN)/python benches/analyze.py --json $(FIGURES)/analyze.json
+	$(BIN)/python benches/compress.py --json $(FIGURES)/compress.json
+	$(BIN)/python benches/selection.py --json $(FIGURES)/selection.json
+	PYTHONPATH=tests $(BIN)/python benches/threads.py --json $(FIGURES)/threads.json
+	$(BIN)/python benches/growth.py --json $(FIGURES)/growth.json
+	$(BIN)/python benches/table.py $(FIGURES)
 	$(BIN)/python benches/fit_ranks.py
 	$(BIN)/python benches/imports.py
 	$(BIN)/python benches/peft_build.py
-	PYTHONPATH=tests $(BIN)/python benches/analyze.py
-	$(BIN)/python benches/compress.py
 	$(BIN)/python benches/task_spectra.py
 	PYTHONPATH=tests $(BIN)/python benches/adapter_accuracy.py
 	PYTHONPATH=tests $(BIN)/python benches/gradients.py
@@ -59,4 +66,4 @@ format: $(VENV)/installed ## Rewrite files in the house format.
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove everything that the other verbs made.
-	rm -rf $(VENV) target $(DEMO) dist
+	rm -rf $(VENV) target $(DEMO) $(FIGURES) dist

@@ -45,9 +45,14 @@ def fresh(code: str, *arguments: object, threads: int) -> Run:
     return found
 
 
+def median(runs: Sequence[Run]) -> float:
+    """The median of their seconds."""
+    return float(statistics.median(run["seconds"] for run in runs))
+
+
 def compared(work: str, against: str, mine: Sequence[Run], theirs: Sequence[Run], **more: object) -> Run:
     """A row: medians, and the median of ratios pair by pair, so that a drift of the machine cancels."""
-    seconds = [statistics.median(run["seconds"] for run in runs) for runs in (mine, theirs)]
+    seconds = [median(runs) for runs in (mine, theirs)]
     ratios = [other["seconds"] / own["seconds"] for own, other in zip(mine, theirs, strict=True)]
     row = {"work": work, "against": against, "lorank": seconds[0], "peer": seconds[1]}
     return {**row, "ratio": statistics.median(ratios), "ratios": ratios, **more}

@@ -55,6 +55,7 @@ pub trait Number:
     /// The nearest float32.
     fn to_f32(self) -> f32;
     /// Its square root.
+    #[must_use]
     fn root(self) -> Self;
     /// The number in every lane.
     fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;

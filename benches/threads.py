@@ -1,0 +1,69 @@
+"""How much faster two threads are than one, beside a product's own ratio: ``python benches/threads.py``.
+
+All eigenvalues of a large matrix, the spectra of a model, and the compression of an adapter, each in turns
+with one thread and with several. The product is torch's, float64, of two square matrices. Every run is a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import compress
+import measuring
+import spectra
+
+PRODUCT = """
+import time, torch
+def run(order, threads):
+    torch.set_num_threads(threads)
+    a = torch.randn(int(order), int(order), dtype=torch.float64)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    return {"seconds": time.perf_counter() - start}
+"""
+
+MODEL = """
+import lorank
+def run(path, threads):
+    lorank.analyze(path, threads=threads, progress=False)
+"""
+
+
+def main() -> None:
+    options = measuring.parser(__doc__, repeats=3)
+    options.add_argument("--layers", type=int, default=32, help="of the adapter")
+    arguments = options.parse_args()
+    from material import smollm2
+
+    threads, rows = arguments.threads, []
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "adapter"
+        compress.write_adapter(adapter, compress.modules_of(arguments.layers), 64)
+        works = {
+            "product of 3000x3000": (PRODUCT, [3000]),
+            "spectrum 4096x4096, exact": (spectra.LORANK, ["4096x4096", "exact"]),
+            "spectrum 4096x4096, fast": (spectra.LORANK, ["4096x4096", "fast"]),
+            "SmolLM2, exact": (MODEL, [smollm2()]),
+            "compress r=64, folder to folder": (compress.LORANK, [adapter, Path(folder) / "out"]),
+        }
+        for work, (code, given) in works.items():
+            runs: list[list[measuring.Run]] = [[], []]
+            for repeat in range(arguments.repeats):
+                for k, count in enumerate((threads, 1)):
+                    last = [*given[:-1], f"{given[-1]}-{k}-{repeat}"] if code == compress.LORANK else given
+                    runs[k].append(measuring.fresh(code, *last, threads=count))
+            rows.append(measuring.compared(work, "one thread", *runs))
+            measuring.show(rows[-1])
+    own = rows[0]["ratio"]
+    for row in rows[1:]:
+        row["share_of_product"] = row["ratio"] / own
+        print(f"{row['work']}: {row['share_of_product']:.2f} of the product's ratio")
+    measuring.write(arguments.json, threads, rows)
+
+
+if __name__ == "__main__":
+    main()
