@@ -1,9 +1,9 @@
 """The figures of a run as a table, and a warning where ratios fell: ``python benches/table.py FOLDER``.
 
-Reads the JSON files that the other benches wrote into a folder, prints their comparisons as Markdown, and sets
-their ratios beside those of `ratios.json`, which belong to the last release. Ratios, not times, as those are
-another machine's. It only warns: ratios differ between machines, too. ``--keep`` makes these the ratios to
-compare with from now on.
+Reads the JSON files that the other benches wrote into a folder, prints their comparisons as Markdown, and
+sets their ratios beside those of `ratios.json`, which belong to the last release. Ratios, not times, as those
+are another machine's. It only warns: ratios differ between machines, too. ``--keep`` makes these the ratios
+to compare with from now on.
 """
 
 from __future__ import annotations

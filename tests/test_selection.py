@@ -230,6 +230,6 @@ def test_millions_of_values_with_ties(seed: int, share: float) -> None:
 def test_values_need_not_lie_side_by_side() -> None:
     values = np.array([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0])
     shifted = np.frombuffer(b"\0" + values.tobytes(), dtype=np.uint8)[1:].view(np.float64)
-    for given in (values, np.repeat(values, 3)[::3], values[::-1].copy()[::-1], shifted):
-        assert _core.select_largest(given, 3).tolist() == [v > 4 for v in values]
-        assert _core.select_energy(given, 0.5).tolist() == [v > 5 for v in values]
+    for placed in (values, np.repeat(values, 3)[::3], values[::-1].copy()[::-1], shifted):
+        assert _core.select_largest(placed, 3).tolist() == [v > 4 for v in values]
+        assert _core.select_energy(placed, 0.5).tolist() == [v > 5 for v in values]

@@ -54,8 +54,8 @@ pub fn decompose<'py>(
     )
 }
 
-/// Truncates decompositions and calls `on_result(index, (B, A))` for each as it finishes; the outcome may be an
-/// exception. Factors of terms in files are computed whenever they are asked for, those of arrays at once.
+/// Truncates decompositions and calls `on_result(index, (B, A))` for each as it finishes; the outcome may be
+/// an exception. Factors of terms in files are computed whenever they are asked for, those of arrays at once.
 #[pyfunction]
 pub fn rebuild<'py>(
     py: Python<'py>,

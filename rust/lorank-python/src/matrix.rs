@@ -70,8 +70,8 @@ impl AsRef<[f64]> for SharedValues {
         match self {
             Self::InPlace(memory) => {
                 let (start, len) = (memory.start.cast(), memory.len / size_of::<f64>());
-                // SAFETY: `of` has found an aligned slice of so many numbers there, which lives as long as its
-                // owner; any bits are a number. Of writes meanwhile holds what `ArrayMemory` says.
+                // SAFETY: `of` has found an aligned slice of so many numbers there, which lives as long as
+                // its owner; any bits are a number. Of writes meanwhile holds what `ArrayMemory` says.
                 unsafe { std::slice::from_raw_parts(start, len) }
             }
             Self::Copied(values) => values,

@@ -1,8 +1,10 @@
-//! How far each phase is from the machine's limit, on one thread and on several: `cargo bench --bench phases`.
+//! How far each phase is from the machine's limit, on one thread and on several:
+//! `cargo bench --bench phases`.
 //!
-//! `-- --threads 2 --orders 576,4096 --json FILE` choose. The limit is the speed of faer's product of two square
-//! matrices in the same run. Operations are those of the algorithm: half a product for a Gram matrix, `4/3 n^3` and
-//! `7 w n^2` for the two stages of the reduction, half a Gram matrix of both factors for a decomposition.
+//! `-- --threads 2 --orders 576,4096 --json FILE` choose. The limit is the speed of faer's product of two
+//! square matrices in the same run. Operations are those of the algorithm: half a product for a Gram matrix,
+//! `4/3 n^3` and `7 w n^2` for the two stages of the reduction, half a Gram matrix of both factors for a
+//! decomposition.
 
 use std::env::args;
 use std::hint::black_box;

@@ -33,9 +33,9 @@ const UNRESOLVED: usize = 32;
 /// Analyses every matrix with up to `threads` threads and hands each result to `emit` with the
 /// index of its matrix, in the order in which they finish; `emit` is called from several threads.
 ///
-/// Large matrices come first, one at a time with all threads, and so do all if there are fewer than threads; then
-/// the rest, one per thread, costliest first. At most `threads` matrices are in memory at any time. A matrix that fails does
-/// not stop the others. The results do not depend on `threads`.
+/// Large matrices come first, one at a time with all threads, and so do all if there are fewer than threads;
+/// then the rest, one per thread, costliest first. At most `threads` matrices are in memory at any time. A
+/// matrix that fails does not stop the others. The results do not depend on `threads`.
 ///
 /// Under [`Accuracy::Fast`] a matrix is analysed again in float64 if the bounds of float32 do not hold its
 /// exponent to 1e-3 and its spikes to one, or if too many eigenvalues may be zero. Under

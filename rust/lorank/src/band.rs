@@ -10,8 +10,8 @@
 //! `A V` and the update are `2 n^2 w` operations each and run at the speed of GEMM: `4/3 n^3` in all,
 //! where the one-stage reduction does half of them at the speed of memory. The update that one panel leaves
 //! and the product that the next one needs are done strip by strip in one pass over the lower triangle, so
-//! that a strip, once in cache, serves both; only the next panel itself is brought up to date before. Blocks on
-//! the diagonal are kept whole, as products with a triangle would take longer than the other half.
+//! that a strip, once in cache, serves both; only the next panel itself is brought up to date before. Blocks
+//! on the diagonal are kept whole, as products with a triangle would take longer than the other half.
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
@@ -132,7 +132,8 @@ fn reduce_panel<T: Number>(
     updates.note(x, v, coefficients, first, stack);
 }
 
-/// What is still to be subtracted from columns to come: `V W^T + W V^T`, as the product of `[V W]` and `[W V]^T`.
+/// What is still to be subtracted from columns to come: `V W^T + W V^T`, the product of `[V W]` and
+/// `[W V]^T`.
 struct Updates<'a, T> {
     v_w: MatMut<'a, T>,
     w_v: MatMut<'a, T>,
@@ -260,7 +261,8 @@ fn add_products<T: Number>(strip: MatRef<'_, T>, v: MatRef<'_, T>, start: usize,
     add(start + width, own, strip.subrows(width, below).transpose());
 }
 
-/// Writes the unit lower triangle of `from` to `to`, which has no more columns; what lies above it in `to` stays.
+/// Writes the unit lower triangle of `from` to `to`, which has no more columns; what lies above it in `to`
+/// stays.
 fn copy_unit_lower<T: Number>(from: MatRef<'_, T>, mut to: MatMut<'_, T>) {
     for j in 0..to.ncols() {
         to[(j, j)] = T::of(1.0);

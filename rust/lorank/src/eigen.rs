@@ -152,8 +152,8 @@ fn error_bound<T: Number>(view: &MatrixView<'_>, eigenvalues: &[f64]) -> f64 {
     (4.0 + p.sqrt() / 4.0 + m.sqrt() / 16.0) * T::EPSILON * largest
 }
 
-/// The exponent by which a matrix is scaled down whose largest entry is `x`: none where float32 arithmetic has room
-/// enough for it, so that entries need not be touched.
+/// The exponent by which a matrix is scaled down whose largest entry is `x`: none where float32 arithmetic
+/// has room enough for it, so that entries need not be touched.
 fn scaling_exponent(x: f64) -> Result<i32> {
     const ROOM: i32 = 12;
     binary_exponent(x).map(|exponent| if exponent.abs() <= ROOM { 0 } else { exponent })

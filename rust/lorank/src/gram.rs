@@ -113,7 +113,8 @@ fn thin_gram<T: Number>(
     Ok(())
 }
 
-/// `G += X X^T`, lower triangle, by column strips: each is a triangle on the diagonal and the rectangle below it.
+/// `G += X X^T`, lower triangle, by column strips: each is a triangle on the diagonal and the rectangle below
+/// it.
 fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, strategy: Strategy) {
     let p = gram.nrows();
     let (full, lower) = (BlockStructure::Rectangular, BlockStructure::TriangularLower);

@@ -1,8 +1,9 @@
 //! Products `G V = X (X^T V)` with the Gram matrix of a wide `X (p, m)` that is never formed, in float32.
 //!
-//! A few vectors `V (p, VECTORS)`, row-major, make two products of every element of `X`, which is laid out in panels
-//! of [`BLOCK`] columns: `U = X_b^T V` runs over a panel once, `sum += X_b U` once more, while the panel is in
-//! cache. Panels lie as `X` does, row by row or column by column, so that laying them out reads and writes in runs.
+//! A few vectors `V (p, VECTORS)`, row-major, make two products of every element of `X`, which is laid out in
+//! panels of [`BLOCK`] columns: `U = X_b^T V` runs over a panel once, `sum += X_b U` once more, while the
+//! panel is in cache. Panels lie as `X` does, row by row or column by column, so that laying them out reads
+//! and writes in runs.
 
 use std::ops::Range;
 
@@ -127,7 +128,8 @@ fn by_columns_of(panel: &[f32], height: usize, v: &[f32], Piece { inner, sums, .
     add_outer_products(Panel { values: panel, stride: height, cols: height }, inner, sums);
 }
 
-/// A multiple of what kernels take at a time, and an odd one of a cache line: columns do not compete for the same places of a cache.
+/// A multiple of what kernels take at a time, and an odd one of a cache line: columns do not compete for the
+/// same places of a cache.
 fn padded(rows: usize) -> usize {
     const LINE: usize = 16;
     let lines = rows.div_ceil(LINE);

@@ -75,7 +75,8 @@ pub(crate) enum Side {
 }
 
 impl Side {
-    /// Its factors one below the other, those of `B` transposed: read into the buffers where they are not in memory.
+    /// Its factors one below the other, those of `B` transposed: read into the buffers where they are not in
+    /// memory.
     pub(crate) fn stacked<'a>(
         self,
         terms: &'a [Term],

@@ -150,8 +150,8 @@ impl<'a> MatrixView<'a> {
             let gapless = self.row_stride == cols && usize::try_from(out.row_stride()) == Ok(cols);
             let (lines, length) = if gapless { (1, rows.len() * cols) } else { (rows.len(), cols) };
             for i in 0..lines {
-                // SAFETY: `length` elements of `out`, which is borrowed mutably, lie next to each other from the
-                // start of its row `i` on: one row, or with `gapless` all of them.
+                // SAFETY: `length` elements of `out`, which is borrowed mutably, lie next to each other from
+                // the start of its row `i` on: one row, or with `gapless` all of them.
                 let line = unsafe { std::slice::from_raw_parts_mut(out.rb_mut().ptr_at_mut(i, 0), length) };
                 self.dtype.decode(self.elements(first + i * self.row_stride, length), scale, line);
             }
@@ -183,8 +183,8 @@ impl<'a> MatrixView<'a> {
         (gapless && stacked).then(|| self.elements(0, self.rows * self.cols))
     }
 
-    /// The elements from a row's first wanted column on, as they lie in memory, if they are numbers of this kind and
-    /// rows are contiguous; the next row begins a row's stride further.
+    /// The elements from a row's first wanted column on, as they lie in memory, if they are numbers of this
+    /// kind and rows are contiguous; the next row begins a row's stride further.
     #[must_use]
     pub(crate) fn in_place<T: Number>(&self, row: usize, col: usize) -> Option<(&'a [T], usize)> {
         let is_native = cfg!(target_endian = "little") && self.dtype == T::DTYPE && self.col_stride == 1;

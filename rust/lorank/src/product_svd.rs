@@ -9,10 +9,11 @@
 //! Source: PARA, Post-Optimization Adaptive Rank Allocation for `LoRA`, equations 2 to 5 and 13.
 //!
 //! There are two ways to `R`. The fast one is the Cholesky factor of the Gram matrix
-//! ([`triangular`](crate::triangular)), half the operations of a product and no `Q`: `Q_B U = B (R_B^-1 U)` is
-//! formed for those columns alone that are kept. It serves factors of narrow types for which a bound shows that
-//! `Q` is orthonormal enough. Everything else takes Householder reflections ([`HouseholderQr`]) in float64, after
-//! powers of two have been taken out of every factor: in float32 the core loses digits wherever terms cancel.
+//! ([`triangular`](crate::triangular)), half the operations of a product and no `Q`: `Q_B U = B (R_B^-1 U)`
+//! is formed for those columns alone that are kept. It serves factors of narrow types for which a bound shows
+//! that `Q` is orthonormal enough. Everything else takes Householder reflections ([`HouseholderQr`]) in
+//! float64, after powers of two have been taken out of every factor: in float32 the core loses digits
+//! wherever terms cancel.
 
 use std::sync::Arc;
 
@@ -41,10 +42,12 @@ pub struct Decomposition {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Form {
-    /// The stacked factors `B^T` and `A`, `(K, length)`, become the balanced columns by products with `(K, k)`.
-    /// Terms in files are read again then: fresh memory to keep them in would cost more than a warm disk cache.
+    /// The stacked factors `B^T` and `A`, `(K, length)`, become the balanced columns by products with `(K,
+    /// k)`. Terms in files are read again then: fresh memory to keep them in would cost more than a warm disk
+    /// cache.
     Basis { terms: Arc<[Term]>, b: Basis, a: Basis },
-    /// The balanced columns themselves, one after the other, `(k, out)` and `(k, in)`: as wide as they are written.
+    /// The balanced columns themselves, one after the other, `(k, out)` and `(k, in)`: as wide as they are
+    /// written.
     Explicit { b: Values, a: Values },
 }
 
@@ -88,8 +91,8 @@ fn cost(update: &[Term]) -> u128 {
 /// Decomposes one update.
 ///
 /// # Errors
-/// [`InvalidInput`](crate::Error::InvalidInput) if the shapes do not fit, [`Numerical`](crate::Error::Numerical) for NaN and infinite
-/// values, and those of reading.
+/// [`InvalidInput`](crate::Error::InvalidInput) if the shapes do not fit,
+/// [`Numerical`](crate::Error::Numerical) for NaN and infinite values, and those of reading.
 pub fn decompose(update: &[Term], buffers: &mut Buffers, cancel: &CancelToken) -> Result<Decomposition> {
     let shape = checked_shape(update)?;
     if let Some(fast) = by_gram(update, shape, buffers, cancel)? {

@@ -180,7 +180,8 @@ impl SafetensorsFile {
         Ok(bytes)
     }
 
-    /// [`read`](Self::read) into the beginning of a buffer that may be used again: it grows and never shrinks.
+    /// [`read`](Self::read) into the beginning of a buffer that may be used again: it grows and never
+    /// shrinks.
     ///
     /// # Errors
     /// As [`read`](Self::read).

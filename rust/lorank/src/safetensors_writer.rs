@@ -1,8 +1,8 @@
 //! Writing safetensors files that appear whole or not at all.
 //!
 //! Tensors are converted in small pieces into a hidden file beside the target, which is renamed onto it
-//! at the end: an error, a full disk or an interruption leaves the target as it was. Where every tensor goes is
-//! known from the beginning, so that threads work on different ones.
+//! at the end: an error, a full disk or an interruption leaves the target as it was. Where every tensor goes
+//! is known from the beginning, so that threads work on different ones.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
@@ -66,7 +66,8 @@ pub enum Content<'a> {
         /// What they become.
         dtype: DType,
     },
-    /// A matrix's rows one after the other, rounded to the nearest of `dtype` (F64, F32, F16 or BF16), halves to even.
+    /// A matrix's rows one after the other, rounded to the nearest of `dtype` (F64, F32, F16 or BF16), halves
+    /// to even.
     Values {
         /// As many as the shape says, in any layout of their own.
         matrix: &'a StoredMatrix,

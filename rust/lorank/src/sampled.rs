@@ -1,15 +1,15 @@
 //! Spectra that are estimated, for matrices too large to reduce: stochastic Lanczos quadrature.
 //!
 //! Lanczos iteration from a random vector `v` turns `G = X X^T` into a small tridiagonal `T = Q D Q^T`
-//! whose eigenvalues `t_i` and weights `w_i = q_1i^2` are the Gauss quadrature of the spectrum as `v` sees it:
-//! `v^T f(G) v = sum w_i f(t_i)`, exact for polynomials of degree `2 steps - 1`. Averaged over [`PROBES`]
+//! whose eigenvalues `t_i` and weights `w_i = q_1i^2` are the Gauss quadrature of the spectrum as `v` sees
+//! it: `v^T f(G) v = sum w_i f(t_i)`, exact for polynomials of degree `2 steps - 1`. Averaged over [`PROBES`]
 //! vectors of random signs that is `trace f(G) / p`, with a relative error of about `(PROBES p)^(-1/2)` for
 //! what depends on the bulk. The share of eigenvalues below `t_i` lies between the weights before and up to
 //! `i`: the middle is taken, with straight lines in `ln t` between. The `p` quantiles of that distribution
 //! stand for the eigenvalues.
 //!
-//! [`STEPS`] products with `G`, of [`PROBES`] columns at once in float32, are `4 STEPS PROBES p m` operations:
-//! at `p = m = 8192` a twentieth of what a reduction takes.
+//! [`STEPS`] products with `G`, of [`PROBES`] columns at once in float32, are `4 STEPS PROBES p m`
+//! operations: at `p = m = 8192` a twentieth of what a reduction takes.
 //!
 //! What a statistic may be off by is estimated from groups of probes, each left out in turn (jackknife),
 //! and from stopping after two thirds of the steps.
@@ -147,8 +147,8 @@ impl Recurrence {
     }
 }
 
-/// Lanczos iteration from all probes side by side, as rows of matrices of `height` rows, of which the first `p`
-/// count. A probe ends early where what it spans is exhausted.
+/// Lanczos iteration from all probes side by side, as rows of matrices of `height` rows, of which the first
+/// `p` count. A probe ends early where what it spans is exhausted.
 fn iterate(
     p: usize,
     height: usize,

@@ -35,8 +35,8 @@ pub(crate) mod tests {
         pub(super) static PATH: Cell<Path> = const { Cell::new(Path::Widest) };
     }
 
-    /// Calls a test with kernels on scalars, on 256-bit vectors where there are any, and on the widest. What other
-    /// threads do is not touched.
+    /// Calls a test with kernels on scalars, on 256-bit vectors where there are any, and on the widest. What
+    /// other threads do is not touched.
     pub(crate) fn on_every_path(test: impl Fn(Path)) {
         let paths = [
             Path::Scalar,

@@ -1,8 +1,9 @@
 //! Factors of one side of an update, one below the other: `X (K, length)`, passed over in panels.
 //!
-//! `K = sum r_j` rows of length `in` are the terms' `A`; `K` rows of length `out` are their `B^T`. Two products
-//! are all that a decomposition from factors needs: the Gram matrix `X X^T` before it, and `X^T Y` or `Y^T X`
-//! for a small `Y` after it. Each passes over `X` once, panel by panel, and a panel stays in cache.
+//! `K = sum r_j` rows of length `in` are the terms' `A`; `K` rows of length `out` are their `B^T`. Two
+//! products are all that a decomposition from factors needs: the Gram matrix `X X^T` before it, and `X^T Y`
+//! or `Y^T X` for a small `Y` after it. Each passes over `X` once, panel by panel, and a panel stays in
+//! cache.
 
 use std::ops::Range;
 
@@ -18,11 +19,12 @@ use crate::thin::{HIGH, Panel, SUMMANDS, add_gram_of_columns, add_gram_of_rows, 
 /// Bytes of a panel that is read once and multiplied many times: a level-1 cache's worth.
 const PANEL: usize = 32 << 10;
 
-/// Bytes of a panel of which four rows are read many times, the others one after the other: of a level-2 cache.
+/// Bytes of a panel of which four rows are read many times, the others one after the other: of a level-2
+/// cache.
 const ROWS: usize = 64 << 10;
 
-/// Rows up to which a product of rows reads them where they lie: of more, whose strides may be powers of two, a
-/// cache does not hold enough lines.
+/// Rows up to which a product of rows reads them where they lie: of more, whose strides may be powers of two,
+/// a cache does not hold enough lines.
 const ROWS_IN_PLACE: usize = 16;
 
 /// Matrices of equal length, one below the other.
@@ -137,8 +139,8 @@ impl<'a> Stacked<'a> {
         (0..length).step_by(depth).map(move |first| first..length.min(first + depth))
     }
 
-    /// Columns one after the other, padded to `order` numbers each, a multiple of [`HIGH`] of them: as they lie in
-    /// memory if they do so, or else in `panel`.
+    /// Columns one after the other, padded to `order` numbers each, a multiple of [`HIGH`] of them: as they
+    /// lie in memory if they do so, or else in `panel`.
     fn columns<'b, T: Number>(&'b self, columns: Range<usize>, order: usize, panel: &'b mut [T]) -> &'b [T] {
         let (rank, count) = (self.rank(), columns.len());
         if let Some((values, stride)) = self.in_place(true, columns.start)
@@ -154,7 +156,8 @@ impl<'a> Stacked<'a> {
         panel
     }
 
-    /// `order` rows, padded to a multiple of [`Number::WIDEST`] each, from memory or in `panel` as [`Self::columns`].
+    /// `order` rows, padded to a multiple of [`Number::WIDEST`] each, from memory or in `panel` as
+    /// [`Self::columns`].
     fn rows<'b, T: Number>(
         &'b self,
         columns: Range<usize>,

@@ -69,9 +69,9 @@ pub fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
     decomposed(&(matrix * faer::Scale(power_of_two(-exponent))), power_of_two(exponent))
 }
 
-/// [`dense_svd`] of a square matrix, in half the time where its condition number is moderate: by the eigenvectors `V`
-/// of `A^T A`, singular values `s_i = ||A v_i||` and `u_i = A v_i / s_i`. `U` is then orthonormal to
-/// `eps (s_1 / s_n)^2`, which is held to 1e-9.
+/// [`dense_svd`] of a square matrix, in half the time where its condition number is moderate: by the
+/// eigenvectors `V` of `A^T A`, singular values `s_i = ||A v_i||` and `u_i = A v_i / s_i`. `U` is then
+/// orthonormal to `eps (s_1 / s_n)^2`, which is held to 1e-9.
 ///
 /// # Errors
 /// As [`dense_svd`].

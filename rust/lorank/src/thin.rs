@@ -5,12 +5,12 @@
 //! Here the sums of a tile stay in registers while the operands stream unpacked from a panel in cache.
 //!
 //! A panel holds some columns of a matrix `X (p, m)` with few rows, in one of two layouts: column by column
-//! (as `B` of an update lies in memory, its rows being the columns of `X = B^T`), or row by row (as `A` lies).
-//! Both sides are padded with zeros to multiples of [`Number::WIDEST`].
+//! (as `B` of an update lies in memory, its rows being the columns of `X = B^T`), or row by row (as `A`
+//! lies). Both sides are padded with zeros to multiples of [`Number::WIDEST`].
 //!
-//! Sums over the columns of a panel are of its kind of number, sums over panels are float64: in float32, where
-//! [`SUMMANDS`] products add up at most before they are widened, a Gram matrix is off by less than a float32
-//! sum over all columns by far.
+//! Sums over the columns of a panel are of its kind of number, sums over panels are float64: in float32,
+//! where [`SUMMANDS`] products add up at most before they are widened, a Gram matrix is off by less than a
+//! float32 sum over all columns by far.
 //!
 //! The vectors are the widest that the machine has, chosen at run time. The bits of a result
 //! depend on that choice and on shapes alone.
@@ -26,12 +26,12 @@ use crate::simd::dispatch;
 /// Rows up to which these kernels are used.
 pub(crate) const THIN: usize = 128;
 
-/// Numbers of a kind that are added up before they are widened to float64: rows of a panel that lies column by
-/// column, or numbers per lane of one that lies row by row.
+/// Numbers of a kind that are added up before they are widened to float64: rows of a panel that lies column
+/// by column, or numbers per lane of one that lies row by row.
 pub(crate) const SUMMANDS: usize = 32;
 
-/// Rows of a tile: as many sums hide the latency of a multiplication, and fit into 16 registers. Padded sides are
-/// multiples of it, as [`Number::WIDEST`] is.
+/// Rows of a tile: as many sums hide the latency of a multiplication, and fit into 16 registers. Padded sides
+/// are multiples of it, as [`Number::WIDEST`] is.
 pub(crate) const HIGH: usize = 8;
 
 /// Rows and columns of a tile of inner products.
@@ -48,20 +48,20 @@ pub(crate) fn add_gram_of_rows<T: Number>(panel: Panel<'_, T>, p: usize, gram: &
     dispatch(GramOfRows { panel, p, gram });
 }
 
-/// `Y = L R` for padded `L (rows, depth)`, row-major, and `R (depth, cols)`; rows of `Y` lie as far apart as those
-/// of `R`, and beyond `cols` numbers they stay as they are.
+/// `Y = L R` for padded `L (rows, depth)`, row-major, and `R (depth, cols)`; rows of `Y` lie as far apart as
+/// those of `R`, and beyond `cols` numbers they stay as they are.
 pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]) {
     dispatch(Product { left, right, out });
 }
 
-/// `Y += L^T R` for `L (depth, cols)`, `cols` a multiple of [`HIGH`], and `R (depth, width)` and `Y (cols, width)`,
-/// row-major, of one vector's width, [`Number::WIDEST`].
+/// `Y += L^T R` for `L (depth, cols)`, `cols` a multiple of [`HIGH`], and `R (depth, width)` and `Y (cols,
+/// width)`, row-major, of one vector's width, [`Number::WIDEST`].
 pub(crate) fn add_outer_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
     dispatch(OuterProducts { left, right, out });
 }
 
-/// `Y += L R` for `L (rows, cols)`, `rows` a multiple of [`HIGH`], and `R (cols, width)` and `Y (rows, width)`, as
-/// [`add_outer_products`].
+/// `Y += L R` for `L (rows, cols)`, `rows` a multiple of [`HIGH`], and `R (cols, width)` and `Y (rows,
+/// width)`, as [`add_outer_products`].
 pub(crate) fn add_row_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
     dispatch(RowProducts { left, right, out });
 }
@@ -256,7 +256,8 @@ fn add_tile<T: Number, S: Simd>(simd: S, sums: &[T::Vector<S>; HIGH], out: &mut 
     }
 }
 
-/// The sums over all columns, `p` numbers each, of [`HIGH`] numbers from `i` on times a vector's length from `j` on.
+/// The sums over all columns, `p` numbers each, of [`HIGH`] numbers from `i` on times a vector's length from
+/// `j` on.
 #[inline(always)]
 fn outer_products<T: Number, S: Simd>(
     simd: S,
@@ -274,7 +275,8 @@ fn outer_products<T: Number, S: Simd>(
     sums
 }
 
-/// The sums over `k` of the `k`-th number of [`HIGH`] rows times a vector's length of the `k`-th row of `right`.
+/// The sums over `k` of the `k`-th number of [`HIGH`] rows times a vector's length of the `k`-th row of
+/// `right`.
 #[inline(always)]
 fn row_products<T: Number, S: Simd>(
     simd: S,

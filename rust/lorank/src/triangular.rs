@@ -1,9 +1,9 @@
 //! `R` of a QR decomposition by the Cholesky factor of the Gram matrix, where that can be trusted.
 //!
-//! With the rows of `X (K, length)` scaled to length 1 by `D`, `D X X^T D = L L^T` and `Q^T = L^-1 D X`. An error
-//! `E` of the Gram matrix leaves `Q^T Q = I - L^-1 E L^-T`. By Ostrowski's theorem every singular value of the
-//! update is off by half that share of itself, `||E|| ||L^-1||^2`, at most; the largest row sum of `L^-T L^-1` bounds
-//! the one norm, what rounding makes of sums ([`Precision::error`]) the other.
+//! With the rows of `X (K, length)` scaled to length 1 by `D`, `D X X^T D = L L^T` and `Q^T = L^-1 D X`. An
+//! error `E` of the Gram matrix leaves `Q^T Q = I - L^-1 E L^-T`. By Ostrowski's theorem every singular value
+//! of the update is off by half that share of itself, `||E|| ||L^-1||^2`, at most; the largest row sum of
+//! `L^-T L^-1` bounds the one norm, what rounding makes of sums ([`Precision::error`]) the other.
 
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::{Mat, Par};
@@ -32,9 +32,9 @@ impl Precision {
         }
     }
 
-    /// The norm of the error of a Gram matrix of `rank` rows of length 1. Rounding errors of sums add up like a
-    /// random walk; of 16 to 128 random rows they measure half as much. Where all terms of a sum are equal, they do
-    /// not average out: that adds up to 4e-7.
+    /// The norm of the error of a Gram matrix of `rank` rows of length 1. Rounding errors of sums add up like
+    /// a random walk; of 16 to 128 random rows they measure half as much. Where all terms of a sum are equal,
+    /// they do not average out: that adds up to 4e-7.
     fn error(self, rank: usize, length: usize) -> f64 {
         let (rank, length) = (rank as f64, length as f64);
         let sums = |summands: f64| (3.0 + rank.sqrt() / 2.5) * (summands / length).min(1.0).sqrt();
@@ -63,7 +63,8 @@ pub(crate) struct Triangular {
     pub precision: Precision,
 }
 
-/// Of one side of an update; `None` if there are more rows than columns, or no bound shows `Q` to be orthonormal.
+/// Of one side of an update; `None` if there are more rows than columns, or no bound shows `Q` to be
+/// orthonormal.
 pub(crate) fn triangular(
     terms: &[Term],
     side: Side,

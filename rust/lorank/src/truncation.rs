@@ -1,8 +1,8 @@
 //! From a decomposition to the factors of the singular values that are kept.
 //!
-//! Factors are computed where they are needed, as a file of them is written for instance: all of them together
-//! need not be in memory. Only where an update's terms lie in memory that somebody else may write to, as live
-//! models do, are they computed at once.
+//! Factors are computed where they are needed, as a file of them is written for instance: all of them
+//! together need not be in memory. Only where an update's terms lie in memory that somebody else may write
+//! to, as live models do, are they computed at once.
 
 use std::sync::Arc;
 
@@ -35,7 +35,8 @@ pub struct Factors {
     pub a: StoredMatrix,
 }
 
-/// The factors of every truncation, as [`decompose_all`](crate::product_svd::decompose_all) does the decompositions.
+/// The factors of every truncation, as [`decompose_all`](crate::product_svd::decompose_all) does the
+/// decompositions.
 ///
 /// # Errors
 /// As there.
