@@ -35,6 +35,7 @@ _DROPPED = (
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
+    "monteclora_config",
     "lora_ga_config",
     "orth_reg_weight",
     "target_r",
