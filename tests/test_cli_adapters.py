@@ -206,7 +206,7 @@ def test_extract_says_what_its_filters_did_not_find(tmp_path: Path) -> None:
     unreachable = run(*arguments, "--energy", 1, "--max-rank", 1)
     assert unreachable.returncode == 1
     assert "--energy 1.0 is out of reach" in unreachable.stderr
-    assert "a larger --max-rank computes more" in unreachable.stderr
+    assert "a larger --max-rank allows more" in unreachable.stderr
     text = ok(*arguments, "--avg-rank", 2, "--exclude", "typo", "--prefix", "bert")
     assert "--exclude 'typo' matches no module" in text
     assert "[default: (128)]" in ok("extract", "--help")

@@ -162,6 +162,50 @@ def test_an_energy_beyond_the_computed_values() -> None:
         ranks(forms, energy=0.6)
 
 
+def test_a_bound_on_ranks_does_not_lower_the_energy_that_is_wanted() -> None:
+    forms = [form([3.0] + [1.0] * 9)]
+    assert ranks(forms, energy=0.6) == [3]
+    assert ranks(forms, energy=0.6, max_rank=5) == [3]
+    assert ranks(forms, energy=0.6, max_rank=5, scope="module") == [3]
+    assert ranks(forms, energy=13 / 18, max_rank=5) == [5]
+    with pytest.raises(ValueError, match=r"energy=0\.8 is out of reach: .* hold 0\.7222 .* max_rank"):
+        ranks(forms, energy=0.8, max_rank=5)
+
+
+@given(spectra, st.floats(0, 1), st.integers(1, 6))
+def test_an_energy_under_a_bound_keeps_the_fewest_or_says_so(
+    forms: list[SpectralForm], energy: float, most: int
+) -> None:
+    everything = np.concatenate([f.values for f in forms])
+    allowed = np.sort(np.concatenate([f.values[:most] for f in forms]))[::-1]
+    sums = np.concatenate([[0.0], np.cumsum(allowed**2)])
+    target = energy * np.square(everything).sum()
+    if sums[-1] < target * (1 - 1e-11):
+        with pytest.raises(ValueError, match="out of reach"):
+            ranks(forms, energy=energy, max_rank=most)
+    elif sums[-1] > target * (1 + 1e-11):
+        found = ranks(forms, energy=energy, max_rank=most)
+        assert max(found) <= most
+        assert sums[sum(found)] >= target * (1 - 1e-11)
+        assert sum(found) == 0 or sums[sum(found) - 1] < target * (1 + 1e-11)
+
+
+@pytest.mark.parametrize("score", [-1.0, math.nan, math.inf])
+def test_scores_that_are_none_are_named(score: float) -> None:
+    with pytest.raises(ValueError, match=rf"module 'b': score 1 is {score}: .* finite .* 0 or above"):
+        ranks(
+            [form([2.0], name="a"), form([2.0, 1.0], name="b")],
+            avg_rank=1,
+            scores={"a": [1], "b": [1, score]},
+        )
+
+
+def test_modules_of_one_or_two_values_have_no_noise_to_judge_by() -> None:
+    forms = [form([5.0]), form([5.0, 4.0]), form([5.0, 4.0, 0.0, 0.0]), form([5.0, 1.0, 1.0])]
+    assert ranks(forms, auto=True) == [1, 2, 2, 1]
+    assert ranks(forms, auto=True, max_rank=1) == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [

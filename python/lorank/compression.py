@@ -16,7 +16,7 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.adapters.reading import as_adapter
 from lorank.certificate import Certificate, ModuleCertificate
-from lorank.selection import Knobs, Mask, checked_knobs, select
+from lorank.selection import Knobs, Mask, checked_knobs, notes, select
 from lorank.spectral_form import SpectralForm, Update, spectral_form, truncate
 from lorank.threads import thread_count
 
@@ -62,7 +62,7 @@ def compress(
     adapter = as_adapter(adapter)
     forms = decomposed(adapter, threads, progress)
     result = truncated(adapter, forms, chosen, f"compress, {chosen}", threads)
-    return replace(result, notes=[*adapter.notes, *_zeros(forms)])
+    return replace(result, notes=[*result.notes, *_zeros(forms)])
 
 
 def _zeros(forms: Sequence[SpectralForm]) -> list[str]:
@@ -126,7 +126,13 @@ def truncated(
     modules: dict[str, LoraModule] = dict(adapter.modules)
     modules |= {module.name: module for module in truncate(forms, masks, thread_count(threads))}
     certificate = Certificate(action, [_certificate(*pair) for pair in zip(forms, masks, strict=True)])
-    return replace(adapter, modules=modules, is_spectral=True, certificate=certificate)
+    return replace(
+        adapter,
+        modules=modules,
+        notes=[*adapter.notes, *notes(forms, knobs)],
+        is_spectral=True,
+        certificate=certificate,
+    )
 
 
 def _certificate(form: SpectralForm, keep: Mask) -> ModuleCertificate:
