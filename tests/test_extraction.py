@@ -89,6 +89,21 @@ def test_wide_differences_are_truncated_while_they_are_computed() -> None:
     assert adapter.certificate.retained_energy == pytest.approx(kept, rel=1e-3)
 
 
+@pytest.mark.parametrize("rank", [5, 2])
+@pytest.mark.parametrize(("shape", "lowest"), [((40, 30), 1 - 1e-6), ((700, 600), 0.9)])
+def test_the_spectral_error_counts_what_was_not_computed(
+    shape: tuple[int, int], lowest: float, rank: int
+) -> None:
+    base = RNG.standard_normal(shape)
+    change = RNG.standard_normal(shape) + 20 * np.outer(*(RNG.standard_normal(n) / n**0.5 for n in shape))
+    models = {"w.weight": base}, {"w.weight": base + change}
+    adapter = lorank.extract(*models, avg_rank=rank, max_rank=5, progress=False)
+    assert adapter.ranks == {"w": rank}
+    true = np.linalg.norm(change - dense(adapter)["w"], 2)
+    assert adapter.certificate is not None
+    assert lowest * true <= adapter.certificate.spectral_error <= true * (1 + 1e-6)
+
+
 def test_the_automatic_threshold_finds_the_planted_rank() -> None:
     base = RNG.standard_normal((300, 200))
     change = 0.5 * RNG.standard_normal((300, 4)) @ RNG.standard_normal((4, 200))

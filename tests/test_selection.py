@@ -27,7 +27,7 @@ def form(
     k = len(values)
     module = LoraModule(name, "linear", shape, k, 1.0, "float32", list)
     part = Triplets(np.zeros((k, shape[0])), np.array(values, dtype=np.float64), np.zeros((k, shape[1])))
-    return SpectralForm(module, [part], unseen, dense)
+    return SpectralForm(module, [part], unseen, is_dense=dense)
 
 
 def ranks(forms: list[SpectralForm], **knobs: Any) -> list[int]:

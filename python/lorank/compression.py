@@ -148,5 +148,5 @@ def _certificate(form: SpectralForm, keep: Mask) -> ModuleCertificate:
         parameters_after=int(keep.sum()) * form.module.cost,
         energy=kept_energy + dropped_energy,
         dropped_energy=dropped_energy,
-        spectral_error=float(form.largest_values[~keep].max(initial=0.0)),
+        spectral_error=float(form.largest_values[~keep].max(initial=form.unseen_norm)),
     )

@@ -160,9 +160,18 @@ def _changed_vectors(before: Source, after: Source) -> list[str]:
     return [f"{len(changed)} vectors changed, which no adapter holds: {some}"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Leading:
+    """The leading triplets of a difference, the energy of all of it, and the value that comes next."""
+
+    part: Triplets
+    energy: float
+    following: float
+
+
 def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) -> list[SpectralForm]:
     """Every module's leading triplets; as many pairs at a time as keep memory bounded."""
-    found: dict[int, tuple[Triplets, float]] = {}
+    found: dict[int, _Leading] = {}
     work = [math.prod(pair.base.info.shape) for pair in pairs]
     with progress_bar("subtracting", sum(work), enabled=progress) as advance:
         direct = [i for i, pair in enumerate(pairs) if not (pair.base.lazy or pair.tuned.lazy)]
@@ -173,9 +182,9 @@ def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) 
                 pair = pairs[batch[index]]
                 if isinstance(outcome, BaseException):
                     raise type(outcome)(f"module {pair.base.info.name!r}: {outcome}")
-                (b, values, a), energy = outcome
+                (b, values, a), energy, following = outcome
                 part = Triplets(a, values, b) if _is_swapped(pair.base) else Triplets(b, values, a)
-                found[batch[index]] = part, energy
+                found[batch[index]] = _Leading(part, energy, following)
                 advance(work[batch[index]], pair.base.info.name)
 
             loaded = [(pairs[i].tuned.load(), pairs[i].base.load()) for i in batch]
@@ -191,10 +200,10 @@ def _is_swapped(matrix: SourceMatrix) -> bool:
     return matrix.transposed != (matrix.info.kind == "embedding")
 
 
-def _form(matrix: SourceMatrix, results: Sequence[tuple[Triplets, float]]) -> SpectralForm:
-    parts = [part for part, _ in results]
+def _form(matrix: SourceMatrix, results: Sequence[_Leading]) -> SpectralForm:
+    parts = [result.part for result in results]
     shape = (parts[0].b_columns.shape[1], parts[0].a_rows.shape[1])
-    energy = math.fsum(energy for _, energy in results)
+    energy = math.fsum(result.energy for result in results)
     kept = math.fsum(float(np.square(part.singular_values).sum()) for part in parts)
     info = matrix.info
     module = LoraModule(
@@ -211,4 +220,5 @@ def _form(matrix: SourceMatrix, results: Sequence[tuple[Triplets, float]]) -> Sp
     )
     # Rounding must not invent energy where all values were computed.
     unseen = energy - kept if len(parts[0].singular_values) < min(shape) else 0.0
-    return SpectralForm(module, parts, max(unseen, 0.0), is_dense=True)
+    following = max(result.following for result in results)
+    return SpectralForm(module, parts, max(unseen, 0.0), following, is_dense=True)

@@ -82,6 +82,8 @@ class SpectralForm:
         One per copy, all of one `k`.
     unseen_energy
         What ``||dW||_F^2`` is beyond the values' squares, where only the leading ones were computed.
+    unseen_norm
+        The largest of the values that were not computed.
     is_dense
         Whether it is a difference of dense weights, no product of factors.
     """
@@ -89,6 +91,7 @@ class SpectralForm:
     module: LoraModule
     parts: Sequence[Part]
     unseen_energy: float = 0.0
+    unseen_norm: float = 0.0
     is_dense: bool = False
 
     @property

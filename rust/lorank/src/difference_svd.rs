@@ -5,8 +5,9 @@
 //! range of `(D D^T)^q D Omega` for a Gaussian `Omega` with a few more columns than wanted, then the
 //! decomposition of `Q^T D`. The error of a value falls with the `2q + 1`-th power of the ratio of the
 //! first value left out to it; `q = 4` keeps the energy of the leading ones, which is what a truncation
-//! is about, to better than a thousandth even where the spectrum is flat (see the tests). The energy of
-//! the whole is that of the difference itself.
+//! is about, to better than a thousandth of the whole, and to half a per cent where the spectrum is flat;
+//! the first value left out comes out up to 5 per cent too small there (see the tests). The energy of
+//! the whole is that of the difference itself, and so is what is missing of it.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
@@ -45,6 +46,9 @@ pub struct Difference {
     pub leading: Triplets,
     /// `||tuned - base||_F^2`.
     pub energy: f64,
+    /// The first singular value that was left out: the spectral norm of what is missing, 0 if nothing
+    /// is. Of a large difference an estimate from below.
+    pub next: f64,
 }
 
 /// Decomposes every difference with up to `threads` threads, as
@@ -96,7 +100,8 @@ pub fn subtract(
     let energy = difference.squared_norm_l2();
     let (u, v) = (svd.u.as_ref().subcols(0, rank), svd.v.as_ref().subcols(0, rank));
     let leading = balanced(u, &svd.singular_values[..rank], v, exponent);
-    Ok(Difference { leading, energy: energy * power_of_two(exponent) * power_of_two(exponent) })
+    let next = svd.singular_values.get(rank).copied().unwrap_or(0.0) * power_of_two(exponent);
+    Ok(Difference { leading, energy: energy * power_of_two(exponent) * power_of_two(exponent), next })
 }
 
 /// `(tuned - base) / 2^exponent`, its largest entry near 1.
@@ -184,7 +189,9 @@ mod tests {
     /// Random singular vectors, given values.
     fn with_values(rows: usize, cols: usize, value: impl Fn(usize) -> f64) -> Mat<f64> {
         let k = rows.min(cols);
-        let (u, v) = (orthonormal(&gaussian(rows, k)), orthonormal(&gaussian(cols, k)));
+        // Rows swapped: the algorithm's own random start must not know the subspaces.
+        let swapped = |x: Mat<f64>| x.as_ref().reverse_rows().to_owned();
+        let (u, v) = (swapped(orthonormal(&gaussian(rows, k))), swapped(orthonormal(&gaussian(cols, k))));
         Mat::from_fn(rows, k, |i, j| u[(i, j)] * value(j)) * v.transpose()
     }
 
@@ -196,29 +203,35 @@ mod tests {
         for (i, s) in found.leading.singular_values.iter().enumerate() {
             assert!((s - 3.0 / (i + 1) as f64).abs() < 1e-13);
         }
+        assert!((found.next - 0.5).abs() < 1e-13);
+        assert_eq!(difference(&base, &change, 20).next, 0.0);
         let energy: f64 = (1..=20).map(|i| 9.0 / f64::from(i * i)).sum();
         assert!((found.energy - energy).abs() < 1e-12 * energy);
         let same = difference(&change, &Mat::zeros(20, 33), 5);
-        assert_eq!((same.energy, same.leading.singular_values), (0.0, vec![0.0; 5]));
+        assert_eq!((same.energy, same.next, same.leading.singular_values), (0.0, 0.0, vec![0.0; 5]));
     }
 
     #[test]
     fn large_differences_keep_the_energy_of_the_full_decomposition() {
         let (rows, cols, rank) = (700, 540, 24);
-        let decays: [fn(usize) -> f64; 4] = [
-            |i| 0.9f64.powi(i32::try_from(i).unwrap()),
-            |i| 1.0 / ((i + 1) as f64).sqrt(),
-            |i| 1.0 - i as f64 / 1000.0, // nearly flat: the hard case
-            |i| if i < 24 { 1.0 } else { 0.999 },
+        type Decay = fn(usize) -> f64;
+        let decays: [(Decay, f64); 4] = [
+            (|i| 0.9f64.powi(i32::try_from(i).unwrap()), 1e-12),
+            (|i| 1.0 / ((i + 1) as f64).sqrt(), 1e-3),
+            (|i| 1.0 - i as f64 / 1000.0, 5e-3), // nearly flat: the hard case
+            (|i| if i < 24 { 1.0 } else { 0.999 }, 1e-3),
         ];
-        for (case, value) in decays.into_iter().enumerate() {
+        for (case, (value, loss)) in decays.into_iter().enumerate() {
             let found = difference(&Mat::zeros(rows, cols), &with_values(rows, cols, value), rank);
             let kept: f64 = found.leading.singular_values.iter().map(|s| s * s).sum();
             let best: f64 = (0..rank).map(|i| value(i).powi(2)).sum();
             let whole: f64 = (0..cols).map(|i| value(i).powi(2)).sum();
             assert!((found.energy - whole).abs() < 1e-9 * whole);
             assert!(kept <= best * (1.0 + 1e-9), "case {case}");
-            assert!(best - kept <= 1e-3 * whole, "case {case}: {kept} of {best}");
+            assert!(best - kept <= loss * whole, "case {case}: {kept} of {best}");
+            // Of a subspace, hence never above the true one.
+            assert!(found.next <= value(rank) * (1.0 + 1e-9), "case {case}");
+            assert!(found.next >= value(rank) * 0.95, "case {case}: {} of {}", found.next, value(rank));
         }
     }
 
