@@ -425,7 +425,7 @@ def test_padding_is_no_rank(tmp_path: Path) -> None:
     again = lorank.LoraAdapter.load(tmp_path / "b")
     assert again.ranks == small.ranks
     assert again.num_parameters == small.num_parameters
-    assert any("padded every rank to" in note for note in again.notes)
+    assert any("zeros that padded the ranks of" in note for note in again.notes)
     half = [lorank.compress(x, rank_ratio=0.5, progress=False).ranks for x in (small, again)]
     assert half[0] == half[1]
     assert sum(half[0].values()) == round(0.5 * sum(small.ranks.values()) + 1e-9)

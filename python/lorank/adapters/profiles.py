@@ -23,6 +23,9 @@ Array = npt.NDArray[Any]
 
 PROFILES: tuple[Profile, ...] = ("compact", "portable", "tensor-rank")
 
+# How PEFT and how image adapters name DoRA's magnitudes.
+_MAGNITUDES = (".lora_magnitude_vector", ".dora_scale")
+
 # What configured the training and means nothing, or the wrong thing, for the result.
 _DROPPED = (
     "arrow_config",
@@ -73,13 +76,23 @@ def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
         raise ValueError(f"profile must be one of {', '.join(map(repr, PROFILES))}, not {profile!r}")
     if reason := nothing_left(adapter):
         raise ValueError(reason)
-    adapted = adapter.adapted
-    largest = max(module.rank for module in adapted)
+    modules = adapter.modules
+    largest = max(module.rank for module in adapter.adapted)
     if profile == "portable":
-        return {name: Layout(largest, 1.0) for name in adapter.modules}
+        return {name: Layout(largest, 1.0) for name in modules}
+    more = with_more_than_factors(adapter)
+    # PEFT has no rank 0: a module that is needed for something else gets a rank of zeros.
+    ranks = {name: max(m.rank, 1) for name, m in modules.items() if m.rank or name in more}
     if profile == "compact":
-        return {module.name: Layout(module.rank, 1.0) for module in adapted}
-    return {module.name: Layout(module.rank, module.rank / largest) for module in adapted}
+        return {name: Layout(rank, 1.0) for name, rank in ranks.items()}
+    return {name: Layout(rank, rank / largest) for name, rank in ranks.items()}
+
+
+def with_more_than_factors(adapter: LoraAdapter) -> set[str]:
+    """Modules that have a DoRA magnitude or a bias, which act whatever rank is left."""
+    keys = (key.removeprefix(PREFIX) for key in adapter.carried)
+    owners = {key.partition(part)[0] for key in keys for part in _MAGNITUDES if part in key}
+    return {name for name, module in adapter.modules.items() if module.carried or name in owners}
 
 
 def nothing_left(adapter: LoraAdapter) -> str | None:
