@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Variants of LoRA whose update is not `B A`, by the setting that turns them on.
 _OTHER_UPDATES = {"kasa_config": "KaSA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA"}
+
+# Of a sum of adapters: what the others may lack, and what has to be the same for all.
+_OF_ANY = ("task_type", "bias", "lora_bias", "trainable_token_indices")
+_OF_ALL = ("alora_invocation_tokens", "layer_replication")
 
 # What later code relies on, in words and as a test; a setting that is null is one that is not there.
 _SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -71,6 +76,44 @@ def checked_kind(label: str, config: Mapping[str, Any]) -> str:
         if (value := config.get(key)) is not None and not fits(value):
             raise FormatError(f"{label}: the settings' {key} is {_short(value)}: it should be {wanted}")
     return kind
+
+
+def merged(settings: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The settings of a sum of adapters: the first's, with what only later ones have.
+
+    Parameters
+    ----------
+    settings
+        Every adapter's label and settings.
+
+    Raises
+    ------
+    ValueError
+        If two adapters have different ones of what there can be one of.
+    """
+    result = dict(settings[0][1])
+    for key in (*_OF_ANY, *_OF_ALL):
+        found = [(label, _given(config.get(key))) for label, config in settings]
+        if key in _OF_ANY:
+            found = [(label, value) for label, value in found if value is not None] or found[:1]
+        for label, value in found[1:]:
+            if json.dumps(value, sort_keys=True) != json.dumps(found[0][1], sort_keys=True):
+                raise ValueError(
+                    f"{key} is {_short(found[0][1])} in {found[0][0]}, but {_short(value)} in {label}: a sum "
+                    "has one of them; make them agree in adapter_config.json"
+                )
+        if found[0][1] is not None:
+            result[key] = found[0][1]
+    kept = [name for _, config in settings for name in config.get("modules_to_save") or ()]
+    result["modules_to_save"] = list(dict.fromkeys(kept)) or None
+    bases = [base for _, config in settings if (base := config.get("base_model_name_or_path"))]
+    result["base_model_name_or_path"] = bases[0] if bases else None
+    return result
+
+
+def _given(value: Any) -> Any:
+    """A setting; None for PEFT's ways to say that there is none."""
+    return None if value in (False, "none", [], {}) else value
 
 
 class Settings:

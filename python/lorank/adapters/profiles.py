@@ -6,7 +6,7 @@ the same update.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,13 +114,8 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
     stacks = [module.name for module in modules if module.kind == "expert"]
     ranks = {key: rank for rank, key in rank_keys(written).items() if rank != largest}
     before = adapter.config
-    targets = before.get("target_modules")
-    # A merge may adapt more than its first adapter did.
-    fits = isinstance(targets, list) and not dropped and all(map(naming.matcher(targets), linear))
-    kept: list[str] | None = targets if fits else None
-    has_biases = before.get("bias", "none") != "none" and any(
-        key.endswith(".bias") for key in adapter.carried
-    )
+    kept = None if dropped else _kept_targets(before, linear)
+    has_biases = any(key.endswith(".bias") for key in adapter.carried)
     return {
         **{key: value for key, value in before.items() if key not in _DROPPED},
         "peft_type": "LORA",
@@ -130,13 +125,24 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
         "alpha_pattern": dict(ranks) if profile == "compact" else {},
         "use_rslora": False,
         # Biases are loaded by name, whatever is said here; but an engine that cannot must hear of them.
-        "bias": before["bias"] if has_biases else "none",
+        "bias": (before.get("bias") if has_biases else None) or "none",
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": sorted(kept) if kept else linear,
+        "target_modules": kept or linear,
         "exclude_modules": before.get("exclude_modules") if kept else accidental_matches(linear, dropped),
         "target_parameters": stacks or None,
     }
+
+
+def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] | None:
+    """The target modules of earlier settings, if they still select what is written."""
+    targets, excluded = before.get("target_modules"), before.get("exclude_modules")
+    # A choice of layers is not written again: suffixes alone would select more.
+    if not isinstance(targets, (list, tuple)) or before.get("layers_to_transform") is not None:
+        return None
+    selects, excludes = naming.matcher(targets), naming.matcher(excluded or [])
+    # A merge may adapt more than its first adapter did.
+    return sorted(targets) if all(selects(name) and not excludes(name) for name in names) else None
 
 
 def factors(module: LoraModule, layout: Layout) -> tuple[Array, Array]:
