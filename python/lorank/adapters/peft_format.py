@@ -31,8 +31,16 @@ _BIAS = re.compile(r"(?P<path>.+)\.lora_B\.bias")
 _ONLY_FOR_TRAINING = ".lora_monteclora_sampler"
 
 
-def read(tensors: Tensors, config: Mapping[str, Any]) -> LoraAdapter:
+def read(tensors: Tensors, config: Mapping[str, Any], *, contradictions: bool = False) -> LoraAdapter:
     """An adapter over PEFT's tensors.
+
+    Parameters
+    ----------
+    tensors, config
+        What the two files hold.
+    contradictions
+        Whether tensors may have other ranks than the settings say. The scale is the settings' then, as in
+        the layers that such files were saved from.
 
     Raises
     ------
@@ -45,18 +53,20 @@ def read(tensors: Tensors, config: Mapping[str, Any]) -> LoraAdapter:
     table = Settings(tensors.label, config)
     modules = []
     for path, keys in found.factors.items():
-        reader = _Reader(tensors, table, path, keys, parameters.get(path))
+        reader = _Reader(tensors, table, path, keys, parameters.get(path), contradictions)
         module = reader.adalora() if kind == "ADALORA" else reader.module()
         if path in found.biases:
             module = replace(module, carried={"lora_B.bias": reader.bias(found.biases[path])})
         modules.append(module)
     modules.sort(key=lambda module: naming.natural_key(module.name))
-    without = without_magnitude(config, found.carried, found.factors)
+    notes = _notes(config, found.carried, kind, without_magnitude(config, found.carried, found.factors))
+    if kind == "LORA" and (other := sum(table.of(m.name)[0] != m.rank for m in modules)):
+        notes.append(f"{other} modules have other ranks than the settings say: the settings' scale was kept")
     return LoraAdapter(
         {module.name: module for module in modules},
         dict(config),
         found.carried,
-        _notes(config, found.carried, kind, without),
+        notes,
         label=tensors.label,
         is_spectral=SPECTRAL_KEY in tensors.metadata,
     )
@@ -138,6 +148,7 @@ class _Reader:
     path: str
     keys: Mapping[str, str]
     parameter: str | None
+    contradictions: bool = False
 
     def module(self) -> LoraModule:
         if "E" in self.keys:
@@ -154,8 +165,12 @@ class _Reader:
             )
         if a_shape[0] != b_shape[1] or math.prod(b_shape[2:]) != 1:
             self._fail(f"factors of shapes {list(b_shape)} and {list(a_shape)} do not fit each other")
-        if a_shape[0] != rank:
-            self._fail(f"has rank {a_shape[0]}, but the settings say {rank}")
+        if a_shape[0] != rank and not self.contradictions:
+            self._fail(
+                f"has rank {a_shape[0]}, but the settings say {rank}: `lorank check --fix` writes what the "
+                "tensors say"
+            )
+        rank = a_shape[0]
         return LoraModule(
             name,
             self._kind(a_shape),

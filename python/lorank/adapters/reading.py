@@ -43,11 +43,17 @@ def read_adapter(path: str | Path) -> LoraAdapter:
 
 
 def read_as_stored(path: str | Path) -> LoraAdapter:
-    """The same with the ranks that the file's tensors have, padding included."""
-    return _read(path)[0]
+    """The same with the ranks that the file's tensors have, padding included, whatever its settings say."""
+    return _read(path, contradictions=True)[0]
 
 
-def _read(path: str | Path) -> tuple[LoraAdapter, Mapping[str, str]]:
+def read_for_repair(path: str | Path) -> LoraAdapter:
+    """An adapter whose settings may contradict its tensors: the ranks are the tensors', the scale theirs."""
+    adapter, metadata = _read(path, contradictions=True)
+    return _certified(padding.removed(adapter, metadata), Path(path).expanduser() / CERTIFICATE)
+
+
+def _read(path: str | Path, *, contradictions: bool = False) -> tuple[LoraAdapter, Mapping[str, str]]:
     if path == "":
         raise FileNotFoundError("an empty path names no adapter")
     path = Path(path).expanduser()
@@ -55,7 +61,7 @@ def _read(path: str | Path) -> tuple[LoraAdapter, Mapping[str, str]]:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and (path / CONFIG).exists():
         tensors = _weights(path)
-        adapter = peft_format.read(tensors, read_config(path / CONFIG))
+        adapter = peft_format.read(tensors, read_config(path / CONFIG), contradictions=contradictions)
         return replace(adapter, label=str(path)), tensors.metadata
     file = path if path.is_file() else _only_safetensors(path)
     if file.suffix != ".safetensors":

@@ -13,6 +13,7 @@ import lorank
 from lorank import runtimes
 from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
 from lorank.adapters.profiles import PROFILES, nothing_left
+from lorank.adapters.reading import read_for_repair
 from lorank.adapters.writing import write_adapter
 from lorank.cli.options import (
     Exclude,
@@ -256,7 +257,7 @@ def check(
     verdicts = lorank.check(adapter, wanted)
     if fix is not None:
         profile = runtimes.right_profile(wanted)
-        written = write_adapter(LoraAdapter.load(adapter), fix, profile, None, overwrite=overwrite)
+        written = write_adapter(read_for_repair(adapter), fix, profile, None, overwrite=overwrite)
         _say_notes(written.notes)
         say(f"saved to {fix} in the profile {profile}")
         verdicts = lorank.check(fix, wanted)
