@@ -13,6 +13,7 @@ import numpy as np
 
 from lorank import naming
 from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.diffusers_settings import PartSettings
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_settings import merged
 from lorank.adapters.reading import as_adapter
@@ -177,6 +178,8 @@ def _key_style(adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
     if adapters[0].format == "peft":
         return {}
     separators: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for adapter in reversed(adapters):
         separators |= adapter.key_style["separators"]
-    return {"separators": separators, "metadata": {}}
+        parts |= adapter.key_style["settings"].parts
+    return {"separators": separators, "metadata": {}, "settings": PartSettings(parts, {})}

@@ -104,6 +104,14 @@ class _Found:
         return found
 
 
+def dora_note(count: int) -> str:
+    """What to say of an adapter with magnitudes."""
+    return (
+        f"DoRA: {count} magnitude vectors are kept as they are; the certificate is about B A, before the "
+        "columns are normalised"
+    )
+
+
 def without_magnitude(
     config: Mapping[str, Any], carried: Mapping[str, Any], names: Iterable[str]
 ) -> list[str]:
@@ -128,10 +136,7 @@ def _notes(
         notes.append("rsLoRA: its scaling lora_alpha / sqrt(r) was taken over")
     magnitudes = [key for key in carried if "lora_magnitude_vector" in key]
     if config.get("use_dora") or magnitudes:
-        notes.append(
-            f"DoRA: {len(magnitudes)} magnitude vectors are kept as they are; the certificate is about B A, "
-            "before the columns are normalised"
-        )
+        notes.append(dora_note(len(magnitudes)))
     if without:
         notes.append(f"DoRA: {len(without)} modules have no magnitude vector, the first is {without[0]}")
     if others := len(carried) - len(magnitudes):

@@ -44,6 +44,27 @@ _SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
 }
 
+# What configured the training and means nothing, or the wrong thing, for the result.
+ONLY_FOR_TRAINING = (
+    "arrow_config",
+    "beta1",
+    "beta2",
+    "corda_config",
+    "deltaT",
+    "eva_config",
+    "init_r",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_ga_config",
+    "monteclora_config",
+    "orth_reg_weight",
+    "target_r",
+    "tfinal",
+    "tinit",
+    "total_step",
+)
+
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)

@@ -17,6 +17,7 @@ from lorank import naming
 from lorank.adapters.adapter import LoraAdapter, Profile
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX
+from lorank.adapters.peft_settings import ONLY_FOR_TRAINING
 from lorank.lora_config import accidental_matches, rank_keys
 
 Array = npt.NDArray[Any]
@@ -25,27 +26,6 @@ PROFILES: tuple[Profile, ...] = ("compact", "portable", "tensor-rank")
 
 # How PEFT and how image adapters name DoRA's magnitudes.
 _MAGNITUDES = (".lora_magnitude_vector", ".dora_scale")
-
-# What configured the training and means nothing, or the wrong thing, for the result.
-_DROPPED = (
-    "arrow_config",
-    "beta1",
-    "beta2",
-    "corda_config",
-    "deltaT",
-    "eva_config",
-    "init_r",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "monteclora_config",
-    "lora_ga_config",
-    "orth_reg_weight",
-    "target_r",
-    "tfinal",
-    "tinit",
-    "total_step",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +97,7 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
     kept = None if dropped else _kept_targets(before, linear)
     has_biases = any(key.endswith(".bias") for key in adapter.carried)
     return {
-        **{key: value for key, value in before.items() if key not in _DROPPED},
+        **{key: value for key, value in before.items() if key not in ONLY_FOR_TRAINING},
         "peft_type": "LORA",
         "r": largest,
         "lora_alpha": largest,

@@ -146,12 +146,15 @@ def family(
     for name, member in members.items():
         if reason := nothing_left(member):
             raise ValueError(f"{name}: {reason}")
+    stored = {}
     for name, member in members.items():
         target = output / (name if member.format == "peft" else f"{name}.safetensors")
         written = write_adapter(member, target, cast(Profile, profile), dtype, overwrite=overwrite)
+        stored[name] = written.stored_parameters
         _say_notes(f"{name}: {note}" for note in written.notes)
     if json_output:
-        print_json({name: _content(member) for name, member in members.items()})
+        content = {name: _content(member) for name, member in members.items()}
+        print_json({name: {**content[name], "stored_parameters": stored[name]} for name in members})
         return
     console().print(tables.family_table(members))
     say(f"saved to {output}")
@@ -347,22 +350,21 @@ def _finish(
     certificate = written.certificate
     assert certificate is not None
     if json_output:
-        print_json({**_content(result.with_certificate(certificate)), "profile": profile})
+        content = _content(result.with_certificate(certificate))
+        print_json({**content, "profile": profile, "stored_parameters": written.stored_parameters})
         return
     terminal = console()
     terminal.print(rank_map(result.ranks, "ranks"))
     terminal.print(tables.certificate_table(certificate))
     for note in result.notes:
         terminal.print(as_options(note), style="dim", soft_wrap=True, markup=False)
-    if profile == "portable":
-        terminal.print(tables.portable_advice(result), soft_wrap=True)
     _say_notes(written.notes)
     say(f"saved to {written.path}")
 
 
 def _say_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        say(note)
+        say(as_options(note))
 
 
 def _content(adapter: LoraAdapter) -> dict[str, Any]:

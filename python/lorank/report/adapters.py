@@ -65,17 +65,6 @@ def certificate_table(certificate: Certificate) -> Table:
     return table
 
 
-def portable_advice(adapter: LoraAdapter) -> str:
-    """How much the padding of the portable profile costs, and what to do about it."""
-    largest = max(module.rank for module in adapter.adapted)
-    stored = sum(largest * module.cost for module in adapter.modules.values())
-    before = adapter.certificate.parameters_before if adapter.certificate else adapter.num_parameters
-    line = f"portable: {stored:,} parameters are stored, as every rank is padded to {largest}"
-    if stored >= before:
-        line += "; nothing is saved: --max-rank bounds the largest rank"
-    return line
-
-
 def family_table(members: Mapping[str, LoraAdapter]) -> Table:
     """The members of a family side by side."""
     table = _table("family")
