@@ -146,6 +146,8 @@ USAGE = {
     "runtime": ("--for must be one of peft, ", "check A --for pefft"),
     "fix into a full folder": ("is not empty", "check A --fix A"),
     "extract no knob": ("exactly one of --avg-rank, --energy, --budget and --auto", "extract A A -o O"),
+    "extract budget": ("not a percentage: 'x%'", "extract A A -o O --budget x%"),
+    "extract no budget": ("--budget 0% keeps nothing", "extract A A -o O --budget 0%"),
     "regex": ("'(' is no regular expression", "extract A A -o O --avg-rank 1 --include re:("),
 }
 
@@ -207,7 +209,9 @@ def test_extract_says_what_its_filters_did_not_find(tmp_path: Path) -> None:
     assert unreachable.returncode == 1
     assert "--energy 1.0 is out of reach" in unreachable.stderr
     assert "a larger --max-rank allows more" in unreachable.stderr
-    text = ok(*arguments, "--avg-rank", 2, "--exclude", "typo", "--prefix", "bert")
+    share = json.loads(ok(*arguments, "--budget", "30%", "--json", "--overwrite"))
+    assert 0 < share["num_parameters"] <= 0.3 * 128
+    text = ok(*arguments, "--avg-rank", 2, "--exclude", "typo", "--prefix", "bert", "--overwrite")
     assert "--exclude 'typo' matches no module" in text
     assert "[default: (128)]" in ok("extract", "--help")
     assert set(lorank.LoraAdapter.load(tmp_path / "o").modules) == {"bert.q", "bert.k"}

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.compression import truncated
 from lorank.progress import progress_bar
-from lorank.selection import checked_knobs
-from lorank.sources import AnySource, Source, SourceMatrix, open_source
+from lorank.selection import checked_knobs, with_counted_budget
+from lorank.sources import AnySource, Skipped, Source, SourceMatrix, open_source
 from lorank.spectral_form import SpectralForm, Triplets
 from lorank.threads import thread_count
 
@@ -48,13 +49,15 @@ def extract(
     threads, progress
         As in `compress`.
     **knobs
-        As in `compress`, without `rank_ratio`. `max_rank` (default 128) also bounds what is computed.
+        As in `compress`, without `rank_ratio`. `max_rank` (default 128) also bounds what is computed;
+        a `budget` may be a share of the base model's parameters, such as ``"0.5%"``.
 
     Returns
     -------
     LoraAdapter
         With its `certificate`, against the dense differences; its `notes` name what an adapter cannot
-        hold: changed vectors, modules of one model only; and whose names its modules have.
+        hold: changed tensors that are no matrices, what is in one model only; and whose names its modules
+        have. A head that is tied to the embedding is extracted once, with that.
 
     Raises
     ------
@@ -69,25 +72,34 @@ def extract(
     """
     if knobs.get("rank_ratio") is not None:
         raise ValueError("rank_ratio has no meaning for a dense difference: use avg_rank, energy or budget")
-    chosen = checked_knobs(
-        {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
-    )
+    given = {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
+    # A slip is found before anything is opened, of whatever size the base model is.
+    checked_knobs(with_counted_budget(given, 0))
     before, after = open_source(base), open_source(tuned)
+    chosen = checked_knobs(with_counted_budget(given, before.num_parameters))
     pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
-    notes += [*_changed_vectors(before, after), *_idle(exclude, before, after), _naming_note(before, prefix)]
+    notes += [*_other_changes(before, after), *_idle(exclude, before, after), _naming_note(before, prefix)]
     assert chosen.max_rank is not None
-    forms = [
-        _renamed(form, prefix) for form in _forms(pairs, chosen.max_rank, thread_count(threads), progress)
-    ]
+    found, tied = _without_copies(_forms(pairs, chosen.max_rank, thread_count(threads), progress))
+    forms = [_renamed(form, prefix) for form in found]
+    notes += tied
     if all(form.energy == 0 for form in forms):
         raise ValueError(f"{before.label} and {after.label}: no selected matrix differs")
     whole = LoraAdapter(
         {form.module.name: form.module for form in forms},
-        config={"peft_type": "LORA", "base_model_name_or_path": before.label, "task_type": None},
+        config={"peft_type": "LORA", "base_model_name_or_path": _name_of(base), "task_type": None},
         notes=notes,
         label=f"{after.label} - {before.label}",
     )
     return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}", threads)
+
+
+def _name_of(base: AnySource) -> str | None:
+    """How PEFT would find the base model again; None for what lives in memory and has no name."""
+    if isinstance(base, (str, Path)):
+        return str(base)
+    name = getattr(base, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _renamed(form: SpectralForm, prefix: str) -> SpectralForm:
@@ -144,20 +156,45 @@ def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
     return pairs, notes
 
 
-def _changed_vectors(before: Source, after: Source) -> list[str]:
-    """What differs and is no matrix: an adapter cannot hold it."""
-    tuned = {entry.name: entry for entry in after.skipped}
-    changed = []
-    for entry in before.skipped:
-        other = tuned.get(entry.name)
-        if entry.load is None or other is None or other.load is None or other.shape != entry.shape:
-            continue
-        if not np.array_equal(entry.load().to_array(), other.load().to_array()):
-            changed.append(entry.name)
-    if not changed:
-        return []
+def _other_changes(before: Source, after: Source) -> list[str]:
+    """What differs and is no matrix of a module: an adapter cannot hold it."""
+    old, new = ({x.name: x for x in source.skipped if x.load is not None} for source in (before, after))
+    changed = [name for name in old if name in new and not _are_equal(old[name], new[name])]
     some = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-    return [f"{len(changed)} vectors changed, which no adapter holds: {some}"]
+    notes = [f"{len(changed)} tensors changed, which no adapter holds: {some}"] if changed else []
+    only = ((before.label, [n for n in old if n not in new]), (after.label, [n for n in new if n not in old]))
+    return notes + [
+        f"{len(names)} tensors that are no matrices are in {label} only, the first is {names[0]}"
+        for label, names in only
+        if names
+    ]
+
+
+def _are_equal(a: Skipped, b: Skipped) -> bool:
+    assert a.load is not None
+    assert b.load is not None
+    return a.shape == b.shape and np.array_equal(a.load().to_array(), b.load().to_array(), equal_nan=True)
+
+
+def _without_copies(forms: Sequence[SpectralForm]) -> tuple[list[SpectralForm], list[str]]:
+    """The forms without output heads that are stored copies of the embedding, and what to note.
+
+    Tied weights change alike, to the last bit: two matrices of models that were trained apart do not.
+    """
+    embeddings = [form for form in forms if form.module.kind == "embedding" and form.energy > 0]
+    kept, notes = [], []
+    for form in forms:
+        name = form.module.name
+        twins = [x for x in embeddings if naming.is_output_head(name) and _change_alike(x, form)]
+        if twins:
+            notes.append(f"{name} is {twins[0].module.name} under another name, and extracted with it")
+        else:
+            kept.append(form)
+    return kept, notes
+
+
+def _change_alike(a: SpectralForm, b: SpectralForm) -> bool:
+    return sorted(a.module.shape) == sorted(b.module.shape) and np.array_equal(a.values, b.values)
 
 
 @dataclass(frozen=True, slots=True)

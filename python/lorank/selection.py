@@ -107,6 +107,20 @@ def _check_range(name: str, value: float | None, most: float) -> None:
         raise ValueError(f"{name}={value} is not {limits}")
 
 
+def with_counted_budget(knobs: Mapping[str, Any], num_parameters: int) -> dict[str, Any]:
+    """Knobs whose budget, if it is a share of a base model of that size, is a number of parameters.
+
+    Raises
+    ------
+    ValueError
+        If it ends with a per cent sign and is no share.
+    """
+    budget = knobs.get("budget")
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        return {**knobs, "budget": parse_budget(budget, num_parameters)}
+    return dict(knobs)
+
+
 def checked_knobs(knobs: Mapping[str, Any]) -> Knobs:
     """Knobs from keyword arguments.
 

@@ -36,7 +36,7 @@ from lorank.cli.options import (
 from lorank.extraction import DEFAULT_MAX_RANK
 from lorank.report import adapters as tables
 from lorank.report.table import rank_map
-from lorank.selection import Knobs
+from lorank.selection import Knobs, with_counted_budget
 
 # Not a Path, which would turn an empty argument into the current folder.
 Adapter = Annotated[
@@ -52,6 +52,10 @@ Energy = Annotated[
 ]
 Budget = Annotated[
     str | None, typer.Option(help="Keep what fits into so many parameters: 500000, 500k or 1.5M.")
+]
+BudgetOrShare = Annotated[
+    str | None,
+    typer.Option(help="Keep what fits into so many parameters, or into a share of the base model's: 0.5%."),
 ]
 Auto = Annotated[bool, typer.Option("--auto", help="Keep what stands out of a module's noise: a heuristic.")]
 MaxRank = Annotated[int | None, typer.Option(min=1, help="No module keeps more.")]
@@ -73,8 +77,11 @@ DtypeOption = Annotated[
 _AMOUNTS = ("rank_ratio", "avg_rank", "energy", "budget", "auto")
 
 
-def _knobs(**given: Any) -> dict[str, Any]:
-    """The knobs that were given; exactly one that says how much to keep is wanted."""
+def _knobs(base_parameters: int | None = None, **given: Any) -> dict[str, Any]:
+    """The knobs that were given; exactly one that says how much to keep is wanted.
+
+    `base_parameters` may be any number where a budget can be a share: it is enough to judge by.
+    """
     chosen = {name: value for name, value in given.items() if value is not None and value is not False}
     options = {name: f"--{name.replace('_', '-')}" for name in _AMOUNTS if name in given}
     wanted = [name for name in options if name in chosen]
@@ -82,7 +89,8 @@ def _knobs(**given: Any) -> dict[str, Any]:
         *most, last = options.values()
         raise UsageError(f"give exactly one of {', '.join(most)} and {last}")
     with spelled_as_options(UsageError):
-        knobs = Knobs(**chosen)
+        counted = chosen if base_parameters is None else with_counted_budget(chosen, base_parameters)
+        knobs = Knobs(**counted)
     if knobs.keep_nothing:
         option = options[wanted[0]]
         raise UsageError(f"{option} {chosen[wanted[0]]} keeps nothing: ask for a larger {option}")
@@ -208,7 +216,7 @@ def extract(
     ] = "",
     avg_rank: AvgRank = None,
     energy: Energy = None,
-    budget: Budget = None,
+    budget: BudgetOrShare = None,
     auto: Auto = False,
     max_rank: ComputedRank = None,
     scope: Scope = "global",
@@ -220,7 +228,15 @@ def extract(
     quiet: Quiet = False,
 ) -> None:
     """A LoRA adapter from the difference of two models."""
-    knobs = _knobs(avg_rank=avg_rank, energy=energy, budget=budget, auto=auto, max_rank=max_rank, scope=scope)
+    knobs = _knobs(
+        10**12,
+        avg_rank=avg_rank,
+        energy=energy,
+        budget=budget,
+        auto=auto,
+        max_rank=max_rank,
+        scope=scope,
+    )
     targets = parse_targets(include), parse_targets(exclude)
     _check_form(profile, dtype)
     _check_output(output, overwrite)
