@@ -18,7 +18,7 @@ use crate::low_rank::{Triplets, balanced};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::StoredMatrix;
-use crate::svd::{ThinSvd, dense_svd};
+use crate::svd::{SvdSpace, ThinSvd, dense_svd};
 use crate::{Error, Result};
 
 /// Columns of the random start beyond the rank that is wanted.
@@ -29,6 +29,23 @@ const POWER_ITERATIONS: usize = 4;
 
 /// Smaller sides up to this are decomposed in full: it takes less than a second.
 const EXACT_UP_TO: usize = 512;
+
+/// Rows of the base that are subtracted at a time.
+const BLOCK_ROWS: usize = 64;
+
+/// What a worker keeps from one difference to the next, so that large pieces of memory that come and go
+/// leave no holes between the small results, which stay.
+#[derive(Default)]
+pub struct Buffers {
+    /// The stored elements of the weight at hand.
+    bytes: Vec<u8>,
+    /// The difference, row by row.
+    difference: Vec<f64>,
+    /// Some rows of the base.
+    block: Vec<f64>,
+    /// What a decomposition in full needs.
+    space: SvdSpace,
+}
 
 /// Two weights of one module.
 #[derive(Clone, Debug)]
@@ -67,8 +84,8 @@ pub fn subtract_all(
     let cost = |pair: &Pair| pair.base.shape().0 as u128 * pair.base.shape().1 as u128;
     let order = costliest_first(pairs.iter().map(cost));
     pool(threads)?.install(|| {
-        side_by_side(&order, threads, cancel, &|i, bytes: &mut Vec<u8>| {
-            emit(i, guarded(|| subtract(&pairs[i], max_rank, bytes, cancel)));
+        side_by_side(&order, threads, cancel, &|i, buffers: &mut Buffers| {
+            emit(i, guarded(|| subtract(&pairs[i], max_rank, buffers, cancel)));
         });
         cancel.check()
     })
@@ -82,7 +99,7 @@ pub fn subtract_all(
 pub fn subtract(
     pair: &Pair,
     max_rank: usize,
-    bytes: &mut Vec<u8>,
+    buffers: &mut Buffers,
     cancel: &CancelToken,
 ) -> Result<Difference> {
     let (rows, cols) = pair.base.shape();
@@ -90,41 +107,59 @@ pub fn subtract(
         let (r, c) = pair.tuned.shape();
         return Err(Error::InvalidInput(format!("{r}x{c} after the fine-tune, {rows}x{cols} before")));
     }
-    let (difference, exponent) = scaled_difference(pair, bytes, cancel)?;
-    let rank = max_rank.min(rows).min(cols);
-    let svd = if rows.min(cols) <= EXACT_UP_TO || rank + OVERSAMPLING >= rows.min(cols) / 2 {
-        dense_svd(difference.as_ref())?
-    } else {
-        randomized(difference.as_ref(), rank, cancel)?
+    let exponent = scaled_difference(pair, buffers, cancel)?;
+    let difference = MatRef::from_row_major_slice(&buffers.difference, rows, cols);
+    let (rank, unit) = (max_rank.min(rows).min(cols), power_of_two(exponent));
+    let energy = difference.squared_norm_l2() * unit * unit;
+    let leading_of = |values: &[f64], u: MatRef<'_, f64>, v: MatRef<'_, f64>| {
+        let (u, v) = (u.subcols(0, rank), v.subcols(0, rank));
+        let next = values.get(rank).copied().unwrap_or(0.0) * unit;
+        Difference { leading: balanced(u, &values[..rank], v, exponent), energy, next }
     };
-    let energy = difference.squared_norm_l2();
-    let (u, v) = (svd.u.as_ref().subcols(0, rank), svd.v.as_ref().subcols(0, rank));
-    let leading = balanced(u, &svd.singular_values[..rank], v, exponent);
-    let next = svd.singular_values.get(rank).copied().unwrap_or(0.0) * power_of_two(exponent);
-    Ok(Difference { leading, energy: energy * power_of_two(exponent) * power_of_two(exponent), next })
+    if rows.min(cols) <= EXACT_UP_TO || rank + OVERSAMPLING >= rows.min(cols) / 2 {
+        // Transposed, as it is column by column then.
+        let (values, v, u) = buffers.space.decompose(difference.transpose())?;
+        Ok(leading_of(&values, u, v))
+    } else {
+        let svd = randomized(difference, rank, cancel)?;
+        Ok(leading_of(&svd.singular_values, svd.u.as_ref(), svd.v.as_ref()))
+    }
 }
 
-/// `(tuned - base) / 2^exponent`, its largest entry near 1.
-fn scaled_difference(pair: &Pair, bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<(Mat<f64>, i32)> {
+/// Leaves `(tuned - base) / 2^exponent`, its largest entry near 1, in the buffers and returns the exponent.
+fn scaled_difference(pair: &Pair, buffers: &mut Buffers, cancel: &CancelToken) -> Result<i32> {
     let (rows, cols) = pair.base.shape();
-    let mut values = |matrix: &StoredMatrix| {
-        let mut out = Mat::zeros(rows, cols);
-        matrix.with_view(bytes, cancel, |view| {
-            view.max_abs()?; // Refuses NaN and infinities.
-            view.upcast(0..rows, 0..cols, 1.0, out.as_mut());
-            Ok(())
-        })?;
-        Ok(out)
-    };
-    let mut difference = values(&pair.tuned)?;
-    difference -= values(&pair.base)?;
-    let largest = difference.norm_max();
+    let Buffers { bytes, difference, block, .. } = buffers;
+    // Freed before it grows: old and new together would set the peak.
+    if difference.capacity() < rows * cols {
+        *difference = Vec::new();
+    }
+    difference.resize(rows * cols, 0.0);
+    pair.tuned.with_view(bytes, cancel, |view| {
+        view.max_abs()?; // Refuses NaN and infinities.
+        view.upcast_rows(0..rows, 1.0, difference);
+        Ok(())
+    })?;
+    pair.base.with_view(bytes, cancel, |view| {
+        view.max_abs()?;
+        for (k, part) in difference.chunks_mut(BLOCK_ROWS * cols.max(1)).enumerate() {
+            let first = k * BLOCK_ROWS;
+            block.resize(part.len(), 0.0);
+            view.upcast_rows(first..(first + BLOCK_ROWS).min(rows), 1.0, block);
+            part.iter_mut().zip(&*block).for_each(|(x, y)| *x -= y);
+        }
+        Ok(())
+    })?;
+    let largest = difference.iter().fold(0.0_f64, |most, x| most.max(x.abs()));
     if largest == 0.0 {
-        return Ok((difference, 0));
+        return Ok(0);
     }
     let exponent = binary_exponent(largest)?;
-    difference *= faer::Scale(power_of_two(-exponent));
-    Ok((difference, exponent))
+    let scale = power_of_two(-exponent);
+    for x in difference.iter_mut() {
+        *x *= scale;
+    }
+    Ok(exponent)
 }
 
 fn randomized(a: MatRef<'_, f64>, rank: usize, cancel: &CancelToken) -> Result<ThinSvd> {
@@ -183,7 +218,7 @@ mod tests {
 
     fn difference(base: &Mat<f64>, change: &Mat<f64>, rank: usize) -> Difference {
         let pair = Pair { tuned: stored(&(base + change)), base: stored(base) };
-        subtract(&pair, rank, &mut Vec::new(), &CancelToken::default()).unwrap()
+        subtract(&pair, rank, &mut Buffers::default(), &CancelToken::default()).unwrap()
     }
 
     /// Random singular vectors, given values.
@@ -204,7 +239,7 @@ mod tests {
             assert!((s - 3.0 / (i + 1) as f64).abs() < 1e-13);
         }
         assert!((found.next - 0.5).abs() < 1e-13);
-        assert_eq!(difference(&base, &change, 20).next, 0.0);
+        assert!(difference(&base, &change, 20).next.abs() < f64::MIN_POSITIVE);
         let energy: f64 = (1..=20).map(|i| 9.0 / f64::from(i * i)).sum();
         assert!((found.energy - energy).abs() < 1e-12 * energy);
         let same = difference(&change, &Mat::zeros(20, 33), 5);
@@ -213,8 +248,8 @@ mod tests {
 
     #[test]
     fn large_differences_keep_the_energy_of_the_full_decomposition() {
-        let (rows, cols, rank) = (700, 540, 24);
         type Decay = fn(usize) -> f64;
+        let (rows, cols, rank) = (700, 540, 24);
         let decays: [(Decay, f64); 4] = [
             (|i| 0.9f64.powi(i32::try_from(i).unwrap()), 1e-12),
             (|i| 1.0 / ((i + 1) as f64).sqrt(), 1e-3),
@@ -251,7 +286,7 @@ mod tests {
     fn misfits_are_errors() {
         let pair = Pair { tuned: stored(&Mat::zeros(2, 3)), base: stored(&Mat::zeros(3, 2)) };
         let fail = |pair: &Pair| {
-            subtract(pair, 1, &mut Vec::new(), &CancelToken::default()).unwrap_err().to_string()
+            subtract(pair, 1, &mut Buffers::default(), &CancelToken::default()).unwrap_err().to_string()
         };
         assert!(fail(&pair).contains("2x3 after the fine-tune, 3x2 before"));
         let nan = Pair { tuned: stored(&Mat::full(2, 2, f64::NAN)), base: stored(&Mat::zeros(2, 2)) };
