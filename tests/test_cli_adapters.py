@@ -40,6 +40,30 @@ def test_compress_says_what_it_did_and_peft_loads_it(adapter: Path, tmp_path: Pa
     assert "rank_ratio=0.25" in card
 
 
+def test_every_module_is_listed_before_and_after(adapter: Path, tmp_path: Path) -> None:
+    text = ok("compress", adapter, "-o", tmp_path / "out", "--rank-ratio", 0.25, "--modules")
+    small = lorank.LoraAdapter.load(tmp_path / "out")
+    for name in lorank.LoraAdapter.load(adapter).modules:
+        after = small.modules[name].rank if name in small.modules else 0
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [name]]
+        assert f"8 -> {after} " in line
+    assert "8 -> " not in ok("compress", adapter, "-o", tmp_path / "quiet", "--rank-ratio", 0.25)
+
+
+def test_image_adapters_have_a_map_by_block(tmp_path: Path) -> None:
+    tensors = {}
+    for block in range(3):
+        for role in ("img_attn_qkv", "txt_mlp_0"):
+            name = f"lora_unet_double_blocks_{block}_{role}"
+            tensors[f"{name}.lora_up.weight"] = np.ones((6, 2 + block), np.float32)
+            tensors[f"{name}.lora_down.weight"] = np.ones((2 + block, 4), np.float32)
+    save_file(tensors, tmp_path / "a.safetensors")
+    lines = ok("info", tmp_path / "a.safetensors").splitlines()
+    rows = [line.split() for line in lines if line.strip().startswith("lora_unet")]
+    assert rows == [[f"lora_unet_double_blocks_{k}", str(2 + k), str(2 + k)] for k in range(3)]
+    assert "qkv" in "".join(lines)
+
+
 @pytest.mark.parametrize(
     "knob",
     [

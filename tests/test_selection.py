@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lorank
 from lorank import _core
 from lorank.adapters.module import LoraModule
-from lorank.selection import Knobs, checked_knobs, select
+from lorank.selection import KnobArguments, Knobs, checked_knobs, select
 from lorank.spectral_form import SpectralForm, Triplets
 
 
@@ -55,7 +57,7 @@ def test_a_ratio_keeps_exactly_its_count_of_the_largest(forms: list[SpectralForm
     assert np.array_equal(np.sort(kept), np.sort(everything)[len(everything) - count :])
 
 
-@given(spectra, st.floats(0, 1))
+@given(spectra, st.floats(0, 1, allow_subnormal=False))
 def test_an_energy_keeps_the_fewest_that_reach_it(forms: list[SpectralForm], energy: float) -> None:
     everything = np.sort(np.concatenate([f.values for f in forms]))[::-1]
     sums = np.concatenate([[0.0], np.cumsum(everything**2)])
@@ -172,7 +174,7 @@ def test_a_bound_on_ranks_does_not_lower_the_energy_that_is_wanted() -> None:
         ranks(forms, energy=0.8, max_rank=5)
 
 
-@given(spectra, st.floats(0, 1), st.integers(1, 6))
+@given(spectra, st.floats(0, 1, allow_subnormal=False), st.integers(1, 6))
 def test_an_energy_under_a_bound_keeps_the_fewest_or_says_so(
     forms: list[SpectralForm], energy: float, most: int
 ) -> None:
@@ -231,6 +233,13 @@ def test_modules_of_one_or_two_values_have_no_noise_to_judge_by() -> None:
 def test_knobs_that_make_no_sense(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Knobs(**knobs)
+
+
+def test_signatures_tell_all_knobs() -> None:
+    arguments = {name: hint.__forward_arg__ for name, hint in KnobArguments.__annotations__.items()}
+    assert arguments == Knobs.__annotations__
+    for function in (lorank.compress, lorank.merge, lorank.extract, lorank.LoraAdapter.load):
+        assert "KnobArguments" in str(inspect.signature(function))
 
 
 def test_knobs_that_there_are_not() -> None:

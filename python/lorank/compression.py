@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +20,18 @@ from lorank.selection import Knobs, Mask, checked_knobs, notes, select
 from lorank.spectral_form import SpectralForm, Update, spectral_form, truncate
 from lorank.threads import thread_count
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lorank.selection import KnobArguments
+
 
 def compress(
-    adapter: LoraAdapter | str | Path, *, threads: int | None = None, progress: bool = True, **knobs: Any
+    adapter: LoraAdapter | str | Path,
+    *,
+    threads: int | None = None,
+    progress: bool = True,
+    **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
     """Truncate the updates of an adapter to where most of their energy is.
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,11 @@ from lorank.sources import AnySource, Skipped, Source, SourceMatrix, open_source
 from lorank.spectral_form import SpectralForm, Triplets
 from lorank.threads import thread_count
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lorank.selection import KnobArguments
+
 DEFAULT_MAX_RANK = 128
 
 
@@ -33,7 +38,7 @@ def extract(
     prefix: str = "",
     threads: int | None = None,
     progress: bool = True,
-    **knobs: Any,
+    **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
     """The best adapter of given ranks for the difference of two models.
 

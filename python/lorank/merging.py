@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,11 @@ from lorank.selection import checked_knobs
 from lorank.spectral_form import Term, Update, spectral_form
 from lorank.threads import thread_count
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lorank.selection import KnobArguments
+
 
 def merge(
     adapters: Sequence[LoraAdapter | str | Path],
@@ -30,7 +35,7 @@ def merge(
     *,
     threads: int | None = None,
     progress: bool = True,
-    **knobs: Any,
+    **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
     """The best adapter of given ranks for ``sum_j weight_j * dW_j``.
 

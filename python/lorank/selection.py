@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -101,13 +101,27 @@ class Knobs:
         return ", ".join(words)
 
 
+class KnobArguments(TypedDict, total=False):
+    """The fields of `Knobs` as keyword arguments, for functions that pass them on."""
+
+    rank_ratio: float | None
+    avg_rank: float | None
+    energy: float | None
+    budget: Budget | None
+    auto: bool
+    max_rank: int | None
+    scope: Literal["global", "module"]
+    keep: Literal["largest", "smallest"]
+    scores: Scores | None
+
+
 def _check_range(name: str, value: float | None, most: float) -> None:
     if value is not None and (not 0 <= value <= most or value == math.inf):
         limits = f"between 0 and {most:g}" if most < math.inf else "0 or a finite number above it"
         raise ValueError(f"{name}={value} is not {limits}")
 
 
-def with_counted_budget(knobs: Mapping[str, Any], num_parameters: int) -> dict[str, Any]:
+def with_counted_budget(knobs: Mapping[str, object], num_parameters: int) -> dict[str, Any]:
     """Knobs whose budget, if it is a share of a base model of that size, is a number of parameters.
 
     Raises
@@ -121,7 +135,7 @@ def with_counted_budget(knobs: Mapping[str, Any], num_parameters: int) -> dict[s
     return dict(knobs)
 
 
-def checked_knobs(knobs: Mapping[str, Any]) -> Knobs:
+def checked_knobs(knobs: Mapping[str, object]) -> Knobs:
     """Knobs from keyword arguments.
 
     Raises
@@ -134,7 +148,7 @@ def checked_knobs(knobs: Mapping[str, Any]) -> Knobs:
     known = [field.name for field in fields(Knobs)]
     if unknown := [name for name in knobs if name not in known]:
         raise TypeError(f"no knob {unknown[0]!r}: choose among {', '.join(known)}")
-    return Knobs(**knobs)
+    return Knobs(**cast("dict[str, Any]", dict(knobs)))
 
 
 def select(forms: Sequence[SpectralForm], knobs: Knobs) -> list[Mask]:

@@ -74,6 +74,9 @@ DtypeOption = Annotated[
 ]
 
 
+Modules = Annotated[bool, typer.Option("--modules", help="A row for every module, before and after.")]
+
+
 _AMOUNTS = ("rank_ratio", "avg_rank", "energy", "budget", "auto")
 
 
@@ -110,6 +113,7 @@ def compress(
     keep: Annotated[str, typer.Option(help="largest; or smallest, to study reverse pruning.")] = "largest",
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
+    modules: Modules = False,
     threads: Threads = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
@@ -130,7 +134,7 @@ def compress(
     _check_output(output, overwrite)
     with spelled_as_options():
         result = lorank.compress(adapter, threads=threads, progress=not quiet, **knobs)
-    _finish(result, output, profile, dtype, overwrite, json_output)
+    _finish(result, output, profile, dtype, overwrite, json_output, modules)
 
 
 def family(
@@ -182,6 +186,7 @@ def merge(
     scope: Scope = "global",
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
+    modules: Modules = False,
     threads: Threads = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
@@ -202,7 +207,7 @@ def merge(
     _check_output(output, overwrite)
     with spelled_as_options():
         result = lorank.merge(paths, weights, threads=threads, progress=not quiet, **knobs)
-    _finish(result, output, profile, dtype, overwrite, json_output)
+    _finish(result, output, profile, dtype, overwrite, json_output, modules)
 
 
 def extract(
@@ -222,6 +227,7 @@ def extract(
     scope: Scope = "global",
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
+    modules: Modules = False,
     threads: Threads = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
@@ -251,7 +257,7 @@ def extract(
             progress=not quiet,
             **knobs,
         )
-    _finish(result, output, profile, dtype, overwrite, json_output)
+    _finish(result, output, profile, dtype, overwrite, json_output, modules)
 
 
 def check(
@@ -359,7 +365,13 @@ def _check_output(path: Path, overwrite: bool) -> None:
 
 
 def _finish(
-    result: LoraAdapter, output: Path, profile: str, dtype: str | None, overwrite: bool, json_output: bool
+    result: LoraAdapter,
+    output: Path,
+    profile: str,
+    dtype: str | None,
+    overwrite: bool,
+    json_output: bool,
+    modules: bool,
 ) -> None:
     """Save, and say what was done."""
     written = write_adapter(result, output, cast(Profile, profile), dtype, overwrite=overwrite)
@@ -371,6 +383,8 @@ def _finish(
         return
     terminal = console()
     terminal.print(rank_map(result.ranks, "ranks"))
+    if modules:
+        terminal.print(tables.kept_table(certificate))
     terminal.print(tables.certificate_table(certificate))
     for note in result.notes:
         terminal.print(as_options(note), style="dim", soft_wrap=True, markup=False)

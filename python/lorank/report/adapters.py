@@ -65,6 +65,23 @@ def certificate_table(certificate: Certificate) -> Table:
     return table
 
 
+def kept_table(certificate: Certificate) -> Table:
+    """What was kept of every module."""
+    table = _table(f"{len(certificate.modules)} modules, before -> after")
+    table.add_column("module", overflow="fold")
+    for heading in ("rank", "parameters", "energy retained", "error, Frobenius norm"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in certificate.modules:
+        table.add_row(
+            entry.name,
+            f"{entry.rank_before} -> {entry.rank_after}",
+            f"{entry.parameters_before:,} -> {entry.parameters_after:,}",
+            f"{100 * entry.retained_energy:.4f} %",
+            f"{entry.error:.4g}",
+        )
+    return table
+
+
 def family_table(members: Mapping[str, LoraAdapter]) -> Table:
     """The members of a family side by side."""
     table = _table("family")
