@@ -309,7 +309,7 @@ def test_hotswap_does_what_check_says(name: str, tmp_path: Path) -> None:
     is_right = torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
     assert verdict.status == ("right" if is_right else "wrong"), verdict
     if is_right:
-        assert f"use_rslora={name == 'rslora'} and lora_dropout=0.0" in verdict.reason
+        assert f"use_rslora={name == 'rslora'}, use_dora=False and lora_dropout=0.0" in verdict.reason
 
 
 def test_targets_that_select_half(tmp_path: Path) -> None:

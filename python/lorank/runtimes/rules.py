@@ -116,7 +116,8 @@ def _hotswap_refuses(a: Found) -> str:
 def _hotswap_remark(a: Found) -> str:
     return (
         "if the adapter that it replaces adapts the same modules with "
-        f"use_rslora={a.rank_stabilized} and lora_dropout={a.config.get('lora_dropout') or 0.0}"
+        f"use_rslora={a.rank_stabilized}, use_dora=False and lora_dropout="
+        f"{a.config.get('lora_dropout') or 0.0}"
     )
 
 
