@@ -1,8 +1,9 @@
 """What compression costs in accuracy: ``PYTHONPATH=tests python benches/adapter_accuracy.py``.
 
 MiniLM with an adapter of rank 16 on all linear layers, trained on film reviews (minutes, once), then
-compressed three ways at three sizes: PARA (largest values anywhere), local pruning (one rank
-everywhere) and reverse pruning (smallest values).
+compressed four ways at three sizes: PARA (largest values anywhere), local pruning (one rank
+everywhere), Fisher importance (squared gradients on other reviews in place of the values) and reverse
+pruning (smallest values).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from peft import PeftModel
 import lorank
 import reviews
 
-WAYS = {"PARA": {}, "local": {"scope": "module"}, "reverse": {"keep": "smallest"}}
+FISHER_REVIEWS = 512
 
 
 def accuracy(adapter: lorank.LoraAdapter, data: list[dict[str, object]]) -> float:
@@ -24,17 +25,32 @@ def accuracy(adapter: lorank.LoraAdapter, data: list[dict[str, object]]) -> floa
         return reviews.accuracy(PeftModel.from_pretrained(reviews.base_model(), folder).eval(), data)
 
 
+def fisher(parent: lorank.LoraAdapter) -> dict[str, object]:
+    """Scores of the singular values, from reviews that neither training nor the accuracy uses."""
+    with tempfile.TemporaryDirectory() as folder:
+        parent.save(folder, overwrite=True)
+        model = PeftModel.from_pretrained(reviews.base_model(), folder)
+        return lorank.fisher_scores(model, reviews.batches(3000, FISHER_REVIEWS))
+
+
 def main() -> None:
     folder: Path = reviews.trained_adapter()
     data = reviews.batches(4000, 640)
     adapter = lorank.LoraAdapter.load(folder)
     whole = reviews.accuracy(PeftModel.from_pretrained(reviews.base_model(), folder).eval(), data)
     print(f"640 held-out reviews; the whole adapter ({adapter.num_parameters:,} parameters): {whole:.1%}")
-    print("rank ratio   " + "   ".join(f"{name:>22}" for name in WAYS))
+    parent = lorank.elastic(adapter, progress=False)
+    ways = {
+        "PARA": {},
+        "local": {"scope": "module"},
+        "Fisher": {"scores": fisher(parent)},
+        "reverse": {"keep": "smallest"},
+    }
+    print("rank ratio   " + "   ".join(f"{name:>22}" for name in ways))
     for ratio in (0.5, 0.25, 0.125):
         cells = []
-        for options in WAYS.values():
-            small = lorank.compress(adapter, rank_ratio=ratio, progress=False, **options)
+        for options in ways.values():
+            small = lorank.compress(parent, rank_ratio=ratio, progress=False, **options)
             assert small.certificate is not None
             energy = small.certificate.retained_energy
             cells.append(f"{accuracy(small, data):.1%} ({energy:.1%} energy)")

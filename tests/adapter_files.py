@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 
 import lorank
 
@@ -33,6 +35,22 @@ def trained(model: Any, config: Any, seed: int = 0) -> Any:
 
 def saved(peft_model: Any, folder: Path) -> Path:
     peft_model.save_pretrained(folder)
+    return folder
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """The folder with other tensors."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+    return folder
+
+
+def configured(folder: Path, **settings: Any) -> Path:
+    """The folder with other settings."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     return folder
 
 

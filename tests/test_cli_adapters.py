@@ -40,6 +40,30 @@ def test_compress_says_what_it_did_and_peft_loads_it(adapter: Path, tmp_path: Pa
     assert "rank_ratio=0.25" in card
 
 
+def test_every_module_is_listed_before_and_after(adapter: Path, tmp_path: Path) -> None:
+    text = ok("compress", adapter, "-o", tmp_path / "out", "--rank-ratio", 0.25, "--modules")
+    small = lorank.LoraAdapter.load(tmp_path / "out")
+    for name in lorank.LoraAdapter.load(adapter).modules:
+        after = small.modules[name].rank if name in small.modules else 0
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [name]]
+        assert f"8 -> {after} " in line
+    assert "8 -> " not in ok("compress", adapter, "-o", tmp_path / "quiet", "--rank-ratio", 0.25)
+
+
+def test_image_adapters_have_a_map_by_block(tmp_path: Path) -> None:
+    tensors = {}
+    for block in range(3):
+        for role in ("img_attn_qkv", "txt_mlp_0"):
+            name = f"lora_unet_double_blocks_{block}_{role}"
+            tensors[f"{name}.lora_up.weight"] = np.ones((6, 2 + block), np.float32)
+            tensors[f"{name}.lora_down.weight"] = np.ones((2 + block, 4), np.float32)
+    save_file(tensors, tmp_path / "a.safetensors")
+    lines = ok("info", tmp_path / "a.safetensors").splitlines()
+    rows = [line.split() for line in lines if line.strip().startswith("lora_unet")]
+    assert rows == [[f"lora_unet_double_blocks_{k}", str(2 + k), str(2 + k)] for k in range(3)]
+    assert "qkv" in "".join(lines)
+
+
 @pytest.mark.parametrize(
     "knob",
     [
@@ -146,6 +170,8 @@ USAGE = {
     "runtime": ("--for must be one of peft, ", "check A --for pefft"),
     "fix into a full folder": ("is not empty", "check A --fix A"),
     "extract no knob": ("exactly one of --avg-rank, --energy, --budget and --auto", "extract A A -o O"),
+    "extract budget": ("not a percentage: 'x%'", "extract A A -o O --budget x%"),
+    "extract no budget": ("--budget 0% keeps nothing", "extract A A -o O --budget 0%"),
     "regex": ("'(' is no regular expression", "extract A A -o O --avg-rank 1 --include re:("),
 }
 
@@ -206,8 +232,10 @@ def test_extract_says_what_its_filters_did_not_find(tmp_path: Path) -> None:
     unreachable = run(*arguments, "--energy", 1, "--max-rank", 1)
     assert unreachable.returncode == 1
     assert "--energy 1.0 is out of reach" in unreachable.stderr
-    assert "a larger --max-rank computes more" in unreachable.stderr
-    text = ok(*arguments, "--avg-rank", 2, "--exclude", "typo", "--prefix", "bert")
+    assert "a larger --max-rank allows more" in unreachable.stderr
+    share = json.loads(ok(*arguments, "--budget", "30%", "--json", "--overwrite"))
+    assert 0 < share["num_parameters"] <= 0.3 * 128
+    text = ok(*arguments, "--avg-rank", 2, "--exclude", "typo", "--prefix", "bert", "--overwrite")
     assert "--exclude 'typo' matches no module" in text
     assert "[default: (128)]" in ok("extract", "--help")
     assert set(lorank.LoraAdapter.load(tmp_path / "o").modules) == {"bert.q", "bert.k"}

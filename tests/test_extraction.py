@@ -89,6 +89,21 @@ def test_wide_differences_are_truncated_while_they_are_computed() -> None:
     assert adapter.certificate.retained_energy == pytest.approx(kept, rel=1e-3)
 
 
+@pytest.mark.parametrize("rank", [5, 2])
+@pytest.mark.parametrize(("shape", "lowest"), [((40, 30), 1 - 1e-6), ((700, 600), 0.9)])
+def test_the_spectral_error_counts_what_was_not_computed(
+    shape: tuple[int, int], lowest: float, rank: int
+) -> None:
+    base = RNG.standard_normal(shape)
+    change = RNG.standard_normal(shape) + 20 * np.outer(*(RNG.standard_normal(n) / n**0.5 for n in shape))
+    models = {"w.weight": base}, {"w.weight": base + change}
+    adapter = lorank.extract(*models, avg_rank=rank, max_rank=5, progress=False)
+    assert adapter.ranks == {"w": rank}
+    true = np.linalg.norm(change - dense(adapter)["w"], 2)
+    assert adapter.certificate is not None
+    assert lowest * true <= adapter.certificate.spectral_error <= true * (1 + 1e-6)
+
+
 def test_the_automatic_threshold_finds_the_planted_rank() -> None:
     base = RNG.standard_normal((300, 200))
     change = 0.5 * RNG.standard_normal((300, 4)) @ RNG.standard_normal((4, 200))
@@ -107,7 +122,7 @@ def test_files_are_read_shard_by_shard_and_notes_name_what_is_left(tmp_path: Pat
     adapter = lorank.extract(tmp_path / "base", tmp_path / "tuned", avg_rank=2, progress=False)
     assert [name for name in adapter.modules if "embed" in name or "head" in name] == ["model.embed_tokens"]
     assert any(
-        "1 vectors changed, which no adapter holds: model.norm.weight" in note for note in adapter.notes
+        "1 tensors changed, which no adapter holds: model.norm.weight" in note for note in adapter.notes
     )
     without = lorank.extract(
         tmp_path / "base", tmp_path / "tuned", exclude=["embed_tokens"], avg_rank=2, progress=False
@@ -118,6 +133,97 @@ def test_files_are_read_shard_by_shard_and_notes_name_what_is_left(tmp_path: Pat
     save_file(tensors, tmp_path / "tuned" / "model.safetensors")
     fewer = lorank.extract(tmp_path / "base", tmp_path / "tuned", avg_rank=2, progress=False)
     assert any("1 matrices are in" in note and "base only" in note for note in fewer.notes)
+
+
+def changed_names(note: str) -> list[str]:
+    return note.partition("no adapter holds: ")[2].split(", ")
+
+
+def test_whatever_changed_and_is_no_matrix_of_a_module_is_named(tmp_path: Path) -> None:
+    same = {"a.weight": np.eye(4), "nan.bias": np.array([np.nan, 1.0])}
+    base = {
+        **same,
+        "norm.bias": np.zeros(3),
+        "position": np.zeros((1, 5, 4)),
+        "A_log": np.zeros((4, 2)),
+        "scalar": np.array(1.0),
+        "resized.bias": np.zeros(3),
+        "gone.bias": np.zeros(2),
+        "counts": np.arange(3),
+    }
+    tuned = {
+        **same,
+        "a.weight": 2 * np.eye(4),
+        "norm.bias": np.ones(3),
+        "position": np.ones((1, 5, 4)),
+        "A_log": np.ones((4, 2)),
+        "scalar": np.array(2.0),
+        "resized.bias": np.zeros(4),
+        "new.bias": np.zeros(2),
+        "counts": np.arange(3),
+    }
+    for name, content in (("base", base), ("tuned", tuned)):
+        save_file(content, tmp_path / f"{name}.safetensors")
+        torch.save({k: torch.from_numpy(v.copy()) for k, v in content.items()}, tmp_path / f"{name}.bin")
+    files = [[tmp_path / f"{n}.{x}" for n in ("base", "tuned")] for x in ("safetensors", "bin")]
+    for pair in ([base, tuned], *files):
+        notes = lorank.extract(*pair, avg_rank=1, progress=False).notes
+        (changed,) = [note for note in notes if "no adapter holds" in note]
+        assert changed.startswith("5 tensors changed")
+        assert {"norm.bias", "position", "A_log", "scalar", "resized.bias"} >= set(changed_names(changed)[:3])
+        for name in ("gone.bias", "new.bias"):
+            assert any("1 tensors that are no matrices are in" in n and n.endswith(name) for n in notes)
+
+
+def test_parameters_of_live_models_are_compared_too() -> None:
+    model = tiny_models.vit()
+    after = tuned_copy(model)
+    after.vit.embeddings.position_embeddings.data += 1.0
+    after.vit.embeddings.cls_token.data = model.vit.embeddings.cls_token.data.clone()
+    notes = lorank.extract(model, after, avg_rank=1, progress=False).notes
+    assert any("1 tensors changed" in n and "position_embeddings" in n for n in notes), notes
+
+
+def test_a_head_that_is_stored_as_a_copy_is_extracted_once(tmp_path: Path) -> None:
+    model = tiny_models.llama_tied()
+    after = tuned_copy(model)
+    for name, part in (("base", model), ("tuned", after)):
+        state = {k: v.detach().clone().numpy() for k, v in part.state_dict().items()}
+        assert np.array_equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+        save_file(state, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")]
+    adapter = lorank.extract(*paths, avg_rank=2, progress=False)
+    assert [name for name in adapter.modules if "embed" in name or "head" in name] == ["model.embed_tokens"]
+    assert any("lm_head is model.embed_tokens" in note for note in adapter.notes)
+    # A head of its own is one, even where the shapes are those of the embedding.
+    state = load_file(paths[1])
+    state["lm_head.weight"] = state["lm_head.weight"] + 0.5
+    save_file(state, paths[1])
+    assert "lm_head" in lorank.extract(*paths, avg_rank=2, progress=False).modules
+
+
+def test_a_share_of_the_base_model_is_a_budget() -> None:
+    model = tiny_models.llama()
+    after = tuned_copy(model)
+    whole = sum(p.numel() for p in model.parameters())
+    for budget, most in (("10%", whole // 10), ("5 %", whole // 20)):
+        adapter = lorank.extract(model, after, budget=budget, include=["q_proj", "up_proj"], progress=False)
+        assert most - 80 < adapter.num_parameters <= most
+    with pytest.raises(ValueError, match="not a percentage"):
+        lorank.extract(model, after, budget="x%")
+
+
+def test_the_base_model_is_named_only_where_it_has_a_name(tmp_path: Path) -> None:
+    model = tiny_models.llama()
+    after = tuned_copy(model)
+    knobs: dict[str, Any] = {"include": ["q_proj"], "avg_rank": 1, "progress": False}
+    assert lorank.extract(model, after, **knobs).base_model is None
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    assert lorank.extract(state, after, **knobs).base_model is None
+    model.save_pretrained(tmp_path / "base")
+    assert lorank.extract(tmp_path / "base", after, **knobs).base_model == str(tmp_path / "base")
+    again = type(model).from_pretrained(tmp_path / "base")
+    assert lorank.extract(again, after, **knobs).base_model == str(tmp_path / "base")
 
 
 def test_a_prefix_makes_names_fit_a_model_around_the_checkpoint(tmp_path: Path) -> None:

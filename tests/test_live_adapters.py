@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -11,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 
 import lorank
 import tiny_models
-from adapter_files import dense, distance, norm, trained
+from adapter_files import dense, distance, loaded, norm, saved, trained
 
 IDS = torch.arange(8)[None]
 
@@ -115,3 +116,55 @@ def test_products_that_hurt() -> None:
         lorank.product_svd(B * np.nan, A)
     with pytest.raises(ValueError, match="9x3 and 4x7 do not make"):
         lorank.product_svd(B, rng.standard_normal((4, 7)))
+
+
+def test_sets_in_the_settings_are_saved(tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], exclude_modules=["layers.1.self_attn.q_proj"]
+    )
+    adapter = lorank.LoraAdapter.from_model(trained(tiny_models.llama(), config))
+    adapter.save(tmp_path / "a")
+    again = lorank.LoraAdapter.load(tmp_path / "a")
+    assert again.ranks == adapter.ranks
+    assert set(adapter.ranks) == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.v_proj",
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_layers_that_were_scaled_by_hand_keep_their_scale(name: str, tmp_path: Path) -> None:
+    base = getattr(tiny_models, name)()
+    config = lorank.allocate(base, "uniform", r_max=6).to_lora_config(base, lora_alpha=9)
+    model = trained(base, config)
+    plain = lorank.LoraAdapter.from_model(model)
+    assert not any("scaled by hand" in note for note in plain.notes)
+    layers = [layer for layer in model.modules() if hasattr(layer, "scale_layer")]
+    layers[0].scale_layer(2.0)
+    adapter = lorank.LoraAdapter.from_model(model)
+    assert any("1 modules were scaled by hand" in note for note in adapter.notes)
+    ratios = {n: adapter.modules[n].scaling / plain.modules[n].scaling for n in plain.modules}
+    assert sorted(ratios.values()) == pytest.approx([1.0] * (len(ratios) - 1) + [2.0])
+    lorank.compress(adapter, rank_ratio=1.0, progress=False).save(tmp_path / "a")
+    torch.testing.assert_close(logits(loaded(base, tmp_path / "a")), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_adalora_layers_keep_their_scale() -> None:
+    config = AdaLoraConfig(target_modules=["q_proj"], init_r=4, total_step=10, lora_alpha=5)
+    model = get_peft_model(tiny_models.llama(), config)
+    adapter = lorank.LoraAdapter.from_model(model)
+    assert {m.scaling for m in adapter.modules.values()} == {5 / (4 + 1e-5)}
+    assert not any("scaled by hand" in note for note in adapter.notes)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_was_frozen_stays_frozen(inference: bool, tmp_path: Path) -> None:
+    saved(trained(tiny_models.llama(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"])), tmp_path / "a")
+    model = PeftModel.from_pretrained(tiny_models.llama(), tmp_path / "a", is_trainable=not inference)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert any(before.values()) == (not inference)
+    lorank.compress(lorank.LoraAdapter.from_model(model), rank_ratio=1.0, progress=False).into_model(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert model.peft_config["default"].inference_mode == inference

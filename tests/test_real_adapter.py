@@ -102,7 +102,7 @@ def test_extraction_from_a_real_fine_tune_keeps_what_a_dense_svd_keeps(tmp_path:
     assert sum(adapter.ranks.values()) == 8 * len(adapter.ranks) == 8 * 37
     assert adapter.certificate is not None
     assert adapter.certificate.retained_energy == pytest.approx(kept / whole, rel=1e-3)
-    assert any("vectors changed" in note for note in adapter.notes)
+    assert any("tensors changed" in note for note in adapter.notes)
     adapter.save(tmp_path / "a")
     assert loaded(reviews.base_model().bert, tmp_path / "a") is not None
 

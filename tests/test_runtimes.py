@@ -6,20 +6,22 @@ import copy
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.numpy import load_file
 
 import lorank
 import tiny_models
-from adapter_files import loaded, saved, trained
+from adapter_files import configured, loaded, saved, trained
 from lorank.runtimes import RUNTIMES
+from test_cli import run
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROFILES = ("compact", "portable", "tensor-rank")
@@ -36,7 +38,9 @@ def updates(folder: Path, runtime: str) -> dict[str, Any] | None:
 
     found = {}
     ranks = {name: tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] for name in factors}
-    if runtime in ("sglang", "lorax") and set(ranks.values()) != {config["r"]}:
+    if runtime == "sglang" and set(ranks.values()) != {config["r"]}:
+        return None
+    if runtime == "lorax" and len(set(ranks.values())) > 1:
         return None
     if runtime == "peft-hotswap" and config["alpha_pattern"]:
         return None
@@ -47,9 +51,11 @@ def updates(folder: Path, runtime: str) -> dict[str, Any] | None:
             alpha = pattern(config["alpha_pattern"], name, config["lora_alpha"])
             r = pattern(config["rank_pattern"], name, config["r"])
             scale = alpha / (math.sqrt(r) if config["use_rslora"] else r)
-        elif runtime in ("llama.cpp", "tensorrt-llm"):
+        elif runtime == "llama.cpp":
             scale = config["lora_alpha"] / ranks[name]
-        elif runtime in ("vllm-old", "peft-hotswap"):
+        elif runtime == "tensorrt-llm":
+            scale = config["lora_alpha"] / (math.sqrt(ranks[name]) if config["use_rslora"] else ranks[name])
+        elif runtime in ("vllm-old", "peft-hotswap", "lorax"):
             scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
         else:
             scale = config["lora_alpha"] / config["r"]
@@ -164,32 +170,181 @@ def verdicts(folder: Path) -> dict[str, Any]:
     return {names[verdict.runtime]: verdict for verdict in lorank.check(folder)}
 
 
-def test_other_reasons(tmp_path: Path) -> None:
-    model = tiny_models.llama()
+def of(folder: Path, base: Any = None, **config: Any) -> dict[str, Any]:
+    settings = {"r": 4, "target_modules": ALL, **config}
+    return verdicts(saved(trained(base or tiny_models.llama(), LoraConfig(**settings)), folder))
 
-    def of(name: str, base: Any = model, **config: Any) -> dict[str, Any]:
-        return verdicts(saved(trained(base, LoraConfig(r=4, **config)), tmp_path / name))
 
-    dora = of("dora", target_modules=ALL, use_dora=True)
-    assert dora["peft"].status == "right"
-    assert {dora[name].status for name in ("vllm", "vllm-old", "sglang", "lorax", "llama.cpp")} == {"refuses"}
-    some = of("some", target_modules=["q_proj", "v_proj"])
+def test_attention_and_targets(tmp_path: Path) -> None:
+    some = of(tmp_path / "some", target_modules=["q_proj", "v_proj"])
     assert (some["sglang"].status, "together" in some["sglang"].reason) == ("refuses", True)
-    assert "regular expression" in of("regex", target_modules=r".*layers\.0\..*_proj")["sglang"].reason
-    layer = of("layer", target_modules=["q_proj", "k_proj", "v_proj"], layers_to_transform=[0])
-    assert layer["lorax"].status == "right"
-    names = ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.0.self_attn.v_proj"]
-    half = of("half", target_modules=names)["lorax"]
-    assert (half.status, "drops self_attn.v_proj" in half.reason) == ("wrong", True)
-    extra = of("head", target_modules=ALL, modules_to_save=["lm_head"])
-    assert "modules_to_save" in extra["vllm"].reason
-    assert (extra["llama.cpp"].status, extra["peft"].status) == ("wrong", "right")
-    biases = of("bias", tiny_models.bert_classifier(), target_modules=["query"], bias="all")
+    regex = of(tmp_path / "regex", target_modules=r".*layers\.0\..*_proj")
+    assert "regular expression" in regex["sglang"].reason
+
+
+@pytest.mark.parametrize(
+    ("targets", "more", "status"),
+    [
+        (["q_proj"], {}, "right"),
+        (["q_proj"], {"layers_to_transform": [0]}, "wrong"),
+        (["q_proj"], {"layers_to_transform": 1}, "wrong"),
+        (["layers.1.self_attn.q_proj"], {}, "wrong"),
+        (["layers.0.self_attn.q_proj", "v_proj"], {}, "wrong"),
+    ],
+)
+def test_lorax_wants_a_type_of_modules_in_every_block(
+    targets: list[str], more: dict[str, Any], status: str, tmp_path: Path
+) -> None:
+    verdict = of(tmp_path, target_modules=targets, **more)["lorax"]
+    assert verdict.status == status
+    wanted = "if the model has 2 blocks" if status == "right" else "drops self_attn.q_proj"
+    assert wanted in verdict.reason
+
+
+def test_lorax_forgets_small_ranks(tmp_path: Path) -> None:
+    assert "pads ranks to 8" in of(tmp_path / "a", r=4)["lorax"].reason
+    assert "pads ranks" not in of(tmp_path / "b", r=8)["lorax"].reason
+
+
+def taken(key: str, runtime: str) -> bool | None:
+    """Whether a runtime that raises at tensors it does not know takes one; None if it leaves it out."""
+    if key.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")):
+        return True  # The base's own weight: nothing is lost.
+    name, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
+    if factor in ("A.weight", "B.weight"):
+        if runtime == "tensorrt-llm" and re.search(r"\.\d+\.", name) is None:
+            return None if name == "lm_head" else False
+        return True
+    if factor in ("embedding_A", "embedding_B"):
+        return True if runtime != "tensorrt-llm" else None if "embed_tokens" in name else False
+    if runtime == "llama.cpp" and ("_layernorm" in key or ".norm" in key):
+        return None
+    if runtime == "tensorrt-llm" and ("lm_head" in key or "embed_tokens" in key):
+        return None
+    return False
+
+
+BESIDE_FACTORS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "lora_bias": {"lora_bias": True},
+    "head": {"modules_to_save": ["lm_head"]},
+    "norm": {"modules_to_save": ["norm"]},
+    "embedding": {"target_modules": ["q_proj", "k_proj", "v_proj", "embed_tokens"]},
+    "adapted head": {"target_modules": ["q_proj", "k_proj", "v_proj", "lm_head"]},
+    "tokens": {"trainable_token_indices": [3, 5]},
+    "dora": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_FACTORS)
+def test_who_takes_nothing_but_factors_refuses_the_rest(name: str, tmp_path: Path) -> None:
+    found = of(tmp_path, **BESIDE_FACTORS[name])
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    for runtime in ("vllm", "vllm-old", "llama.cpp", "tensorrt-llm"):
+        answers = {taken(key, runtime) for key in keys}
+        saves = runtime.startswith("vllm") and "modules_to_save" in BESIDE_FACTORS[name]
+        expected = "refuses" if saves or False in answers else "wrong" if None in answers else "right"
+        assert found[runtime].status == expected, (runtime, found[runtime])
+    left_out = any(".lora_" not in key and "base_layer" not in key for key in keys)
+    left_out |= any(key.endswith(".bias") for key in keys)
+    refused = name in ("dora", "embedding")
+    for runtime in ("sglang", "lorax"):
+        if "together" not in found[runtime].reason:
+            expected = "refuses" if refused else "wrong" if left_out else "right"
+            assert found[runtime].status == expected, (runtime, found[runtime])
+
+
+def test_biases_and_experts(tmp_path: Path) -> None:
+    bert = tiny_models.bert_classifier()
+    biases = of(tmp_path / "bias", bert, target_modules=["query"], bias="all")
     assert "bias='all'" in biases["vllm"].reason
     mixtral = tiny_models.mixtral()
     experts = lorank.allocate(mixtral, "uniform", r_min=1, r_max=2).to_lora_config(mixtral)
     stacks = verdicts(saved(trained(mixtral, experts), tmp_path / "experts"))
     assert {stacks[name].status for name in ("sglang", "lorax", "llama.cpp", "tensorrt-llm")} == {"refuses"}
+
+
+def test_adalora(tmp_path: Path) -> None:
+    config = AdaLoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_r=4, total_step=10)
+    model = get_peft_model(copy.deepcopy(tiny_models.llama()), config)
+    found = verdicts(saved(model, tmp_path / "a"))
+    assert {name for name, verdict in found.items() if verdict.status == "right"} == {"peft"}
+    assert (found["lorax"].status, found["lorax"].factors) == ("wrong", (0.0, 0.0))
+    assert {found[name].status for name in found if name not in ("peft", "lorax")} == {"refuses"}
+
+
+SWAPPED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "plain": (tiny_models.llama, {}),
+    "rslora": (tiny_models.llama, {"use_rslora": True}),
+    "lora_bias": (tiny_models.llama, {"lora_bias": True}),
+    "dora": (tiny_models.llama, {"use_dora": True}),
+    "tokens": (tiny_models.llama, {"trainable_token_indices": [3, 5]}),
+    "alphas": (tiny_models.llama, {"alpha_pattern": {"q_proj": 3}}),
+    "ranks": (tiny_models.llama, {"rank_pattern": {"q_proj": 3}}),
+    "head": (tiny_models.bert_classifier, {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    "bias": (tiny_models.bert_classifier, {"target_modules": ["query"], "bias": "all"}),
+    "embedding": (tiny_models.bert_classifier, {"target_modules": ["query", "word_embeddings"]}),
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_hotswap_does_what_check_says(name: str, tmp_path: Path) -> None:
+    build, more = SWAPPED[name]
+    folders = []
+    for k in (0, 1):
+        # Two adapters of one kind whose patterns differ, as they do after compressing.
+        more = {**more, "alpha_pattern": {"q_proj": 3 + k}} if name == "alphas" else more
+        model = trained(build(), LoraConfig(**{"r": 4, "target_modules": ALL, **more}), seed=k)
+        folders.append(saved(model, tmp_path / str(k)))
+    verdict = verdicts(folders[1])["peft-hotswap"]
+    ids = torch.arange(1, 9)[None]
+    live = PeftModel.from_pretrained(build(), folders[0])
+    try:
+        hotswap_adapter(live, str(folders[1]), "default", torch_device="cpu")
+    except (ValueError, KeyError, AttributeError):
+        assert verdict.status == "refuses", verdict
+        return
+    with torch.no_grad():
+        got, expected = live.eval()(ids).logits, loaded(build(), folders[1])(ids).logits
+    is_right = torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert verdict.status == ("right" if is_right else "wrong"), verdict
+    if is_right:
+        assert f"use_rslora={name == 'rslora'}, use_dora=False and lora_dropout=0.0" in verdict.reason
+
+
+def test_targets_that_select_half(tmp_path: Path) -> None:
+    of(tmp_path, target_modules=["q_proj", "v_proj"])
+    for targets in (["q_proj"], r".*\.q_proj"):
+        configured(tmp_path, target_modules=targets)
+        verdict = verdicts(tmp_path)["peft"]
+        assert (verdict.status, verdict.factors) == ("wrong", (0.0, 1.0))
+        assert "adapts 2 of 4 modules" in verdict.reason
+        live = loaded(tiny_models.llama(), tmp_path)
+        assert len(lorank.LoraAdapter.from_model(live).modules) == 2
+    configured(tmp_path, target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"])
+    assert "adapts 2 of 4 modules" in verdicts(tmp_path)["peft"].reason
+
+
+def test_ranks_that_contradict_the_settings_are_mended(tmp_path: Path) -> None:
+    """As PEFT's `add_weighted_adapter` leaves them: the layers in memory have the settings' scale."""
+    folder = saved(trained(tiny_models.llama(), LoraConfig(**CONFIGS["ranks"])), tmp_path / "a")
+    configured(folder, rank_pattern={}, r=8, lora_alpha=8)
+    found = verdicts(folder)
+    assert (found["peft"].status, "but the settings say 8" in found["peft"].reason) == ("refuses", True)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        loaded(tiny_models.llama(), folder)
+    assert found["llama.cpp"].factors == pytest.approx((8 / 6, 8 / 2))
+    assert found["vllm"].status == "right"
+    with pytest.raises(lorank.FormatError, match="lorank check --fix"):
+        lorank.LoraAdapter.load(folder)
+    text = run("check", folder, "--for", "peft,vllm", "--fix", tmp_path / "b")
+    assert text.returncode == 0, text.stderr
+    tensors = load_file(folder / "adapter_model.safetensors")
+    mended = lorank.LoraAdapter.load(tmp_path / "b")
+    for name, module in mended.modules.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        np.testing.assert_allclose(module.scaling * module.B @ module.A, b @ a, atol=1e-6)
+    assert "the settings' scale was kept" in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_questions_that_make_no_sense(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lorank
 from lorank import _core
 from lorank.adapters.module import LoraModule
-from lorank.selection import Knobs, checked_knobs, select
+from lorank.selection import KnobArguments, Knobs, checked_knobs, select
 from lorank.spectral_form import SpectralForm, Triplets
 
 
@@ -27,7 +29,7 @@ def form(
     k = len(values)
     module = LoraModule(name, "linear", shape, k, 1.0, "float32", list)
     part = Triplets(np.zeros((k, shape[0])), np.array(values, dtype=np.float64), np.zeros((k, shape[1])))
-    return SpectralForm(module, [part], unseen, dense)
+    return SpectralForm(module, [part], unseen, is_dense=dense)
 
 
 def ranks(forms: list[SpectralForm], **knobs: Any) -> list[int]:
@@ -55,7 +57,7 @@ def test_a_ratio_keeps_exactly_its_count_of_the_largest(forms: list[SpectralForm
     assert np.array_equal(np.sort(kept), np.sort(everything)[len(everything) - count :])
 
 
-@given(spectra, st.floats(0, 1))
+@given(spectra, st.floats(0, 1, allow_subnormal=False))
 def test_an_energy_keeps_the_fewest_that_reach_it(forms: list[SpectralForm], energy: float) -> None:
     everything = np.sort(np.concatenate([f.values for f in forms]))[::-1]
     sums = np.concatenate([[0.0], np.cumsum(everything**2)])
@@ -90,23 +92,6 @@ def test_no_module_exceeds_the_largest_rank(
     assert max(found) <= most
     available = sum(min(most, int((f.values > 0).sum())) for f in forms)
     assert sum(found) == min(math.floor(average * len(forms) + 0.5), available)
-
-
-def test_grouped_query_attention_gains_strictly() -> None:
-    """Narrow key and value projections hold more energy per parameter: PARA does not see it."""
-    rng = np.random.default_rng(0)
-    forms = []
-    for layer in range(8):
-        for name, shape in {"q": (64, 64), "k": (16, 64), "v": (16, 64), "up": (256, 64)}.items():
-            forms.append(form(sorted(rng.exponential(1, 16), reverse=True), shape, f"{layer}.{name}"))
-    para = select(forms, Knobs(rank_ratio=0.25))
-    parameters = sum(f.module.cost * int(m.sum()) for f, m in zip(forms, para, strict=True))
-    ours = select(forms, Knobs(budget=parameters))
-
-    def energy(masks: Any) -> float:
-        return sum(float(np.square(f.values[m]).sum()) for f, m in zip(forms, masks, strict=True))
-
-    assert energy(ours) > 1.01 * energy(para)
 
 
 def test_scopes() -> None:
@@ -162,6 +147,50 @@ def test_an_energy_beyond_the_computed_values() -> None:
         ranks(forms, energy=0.6)
 
 
+def test_a_bound_on_ranks_does_not_lower_the_energy_that_is_wanted() -> None:
+    forms = [form([3.0] + [1.0] * 9)]
+    assert ranks(forms, energy=0.6) == [3]
+    assert ranks(forms, energy=0.6, max_rank=5) == [3]
+    assert ranks(forms, energy=0.6, max_rank=5, scope="module") == [3]
+    assert ranks(forms, energy=13 / 18, max_rank=5) == [5]
+    with pytest.raises(ValueError, match=r"energy=0\.8 is out of reach: .* hold 0\.7222 .* max_rank"):
+        ranks(forms, energy=0.8, max_rank=5)
+
+
+@given(spectra, st.floats(0, 1, allow_subnormal=False), st.integers(1, 6))
+def test_an_energy_under_a_bound_keeps_the_fewest_or_says_so(
+    forms: list[SpectralForm], energy: float, most: int
+) -> None:
+    everything = np.concatenate([f.values for f in forms])
+    allowed = np.sort(np.concatenate([f.values[:most] for f in forms]))[::-1]
+    sums = np.concatenate([[0.0], np.cumsum(allowed**2)])
+    target = energy * np.square(everything).sum()
+    if sums[-1] < target * (1 - 1e-11):
+        with pytest.raises(ValueError, match="out of reach"):
+            ranks(forms, energy=energy, max_rank=most)
+    elif sums[-1] > target * (1 + 1e-11):
+        found = ranks(forms, energy=energy, max_rank=most)
+        assert max(found) <= most
+        assert sums[sum(found)] >= target * (1 - 1e-11)
+        assert sum(found) == 0 or sums[sum(found) - 1] < target * (1 + 1e-11)
+
+
+@pytest.mark.parametrize("score", [-1.0, math.nan, math.inf])
+def test_scores_that_are_none_are_named(score: float) -> None:
+    with pytest.raises(ValueError, match=rf"module 'b': score 1 is {score}: .* finite .* 0 or above"):
+        ranks(
+            [form([2.0], name="a"), form([2.0, 1.0], name="b")],
+            avg_rank=1,
+            scores={"a": [1], "b": [1, score]},
+        )
+
+
+def test_modules_of_one_or_two_values_have_no_noise_to_judge_by() -> None:
+    forms = [form([5.0]), form([5.0, 4.0]), form([5.0, 4.0, 0.0, 0.0]), form([5.0, 1.0, 1.0])]
+    assert ranks(forms, auto=True) == [1, 2, 2, 1]
+    assert ranks(forms, auto=True, max_rank=1) == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -187,6 +216,13 @@ def test_an_energy_beyond_the_computed_values() -> None:
 def test_knobs_that_make_no_sense(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Knobs(**knobs)
+
+
+def test_signatures_tell_all_knobs() -> None:
+    arguments = {name: hint.__forward_arg__ for name, hint in KnobArguments.__annotations__.items()}
+    assert arguments == Knobs.__annotations__
+    for function in (lorank.compress, lorank.merge, lorank.extract, lorank.LoraAdapter.load):
+        assert "KnobArguments" in str(inspect.signature(function))
 
 
 def test_knobs_that_there_are_not() -> None:

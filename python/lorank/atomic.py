@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,6 +51,52 @@ def made_folder(folder: Path) -> Iterator[None]:
             for path in made:
                 path.rmdir()
         raise
+
+
+@contextmanager
+def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary folder whose files appear in `folder` when the block ends without an error.
+
+    A folder that does not exist appears as a whole. In one that does, all files are complete before the
+    first of them takes its place, and the `stale` ones that are not replaced go.
+
+    Raises
+    ------
+    OSError
+        If there is no place for them, naming the file as it would be called; `folder` is then as it was.
+    """
+    is_new = not folder.exists()
+    place = folder.parent if is_new else folder
+    with made_folder(place):
+        try:
+            staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=place))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        try:
+            yield staging
+            _move(staging, folder, stale, is_new=is_new)
+        except OSError as error:
+            file = Path(str(error.filename))
+            if error.errno is None or not file.is_relative_to(staging):
+                raise
+            # The file's name as it would have been.
+            named = str(folder / file.relative_to(staging))
+            raise OSError(error.errno, error.strerror, named) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move(staging: Path, folder: Path, stale: Sequence[str], *, is_new: bool) -> None:
+    if is_new:
+        # mkdtemp makes folders private; a result is as open as any other new folder.
+        staging.chmod(0o777 & ~_umask())
+        staging.rename(folder)
+        return
+    files = sorted(staging.iterdir())
+    for file in files:
+        file.replace(folder / file.name)
+    for name in set(stale) - {file.name for file in files}:
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_writable(target: Path) -> None:

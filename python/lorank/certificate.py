@@ -26,7 +26,8 @@ class ModuleCertificate:
     dropped_energy
         ``||dW - dW_hat||_F^2``.
     spectral_error
-        ``||dW - dW_hat||_2``: the largest singular value dropped.
+        ``||dW - dW_hat||_2``: the largest singular value dropped. Of a dense difference with both sides
+        above 512 an estimate from below, as its values are.
     """
 
     name: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,13 +16,22 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.adapters.reading import as_adapter
 from lorank.certificate import Certificate, ModuleCertificate
-from lorank.selection import Knobs, Mask, checked_knobs, select
+from lorank.selection import Knobs, Mask, checked_knobs, notes, select
 from lorank.spectral_form import SpectralForm, Update, spectral_form, truncate
 from lorank.threads import thread_count
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lorank.selection import KnobArguments
+
 
 def compress(
-    adapter: LoraAdapter | str | Path, *, threads: int | None = None, progress: bool = True, **knobs: Any
+    adapter: LoraAdapter | str | Path,
+    *,
+    threads: int | None = None,
+    progress: bool = True,
+    **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
     """Truncate the updates of an adapter to where most of their energy is.
 
@@ -62,7 +71,7 @@ def compress(
     adapter = as_adapter(adapter)
     forms = decomposed(adapter, threads, progress)
     result = truncated(adapter, forms, chosen, f"compress, {chosen}", threads)
-    return replace(result, notes=[*adapter.notes, *_zeros(forms)])
+    return replace(result, notes=[*result.notes, *_zeros(forms)])
 
 
 def _zeros(forms: Sequence[SpectralForm]) -> list[str]:
@@ -126,7 +135,13 @@ def truncated(
     modules: dict[str, LoraModule] = dict(adapter.modules)
     modules |= {module.name: module for module in truncate(forms, masks, thread_count(threads))}
     certificate = Certificate(action, [_certificate(*pair) for pair in zip(forms, masks, strict=True)])
-    return replace(adapter, modules=modules, is_spectral=True, certificate=certificate)
+    return replace(
+        adapter,
+        modules=modules,
+        notes=[*adapter.notes, *notes(forms, knobs)],
+        is_spectral=True,
+        certificate=certificate,
+    )
 
 
 def _certificate(form: SpectralForm, keep: Mask) -> ModuleCertificate:
@@ -142,5 +157,5 @@ def _certificate(form: SpectralForm, keep: Mask) -> ModuleCertificate:
         parameters_after=int(keep.sum()) * form.module.cost,
         energy=kept_energy + dropped_energy,
         dropped_energy=dropped_energy,
-        spectral_error=float(form.largest_values[~keep].max(initial=0.0)),
+        spectral_error=float(form.largest_values[~keep].max(initial=form.unseen_norm)),
     )

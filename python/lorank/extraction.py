@@ -6,7 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,10 +16,15 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.compression import truncated
 from lorank.progress import progress_bar
-from lorank.selection import checked_knobs
-from lorank.sources import AnySource, Source, SourceMatrix, open_source
+from lorank.selection import checked_knobs, with_counted_budget
+from lorank.sources import AnySource, Skipped, Source, SourceMatrix, open_source
 from lorank.spectral_form import SpectralForm, Triplets
 from lorank.threads import thread_count
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lorank.selection import KnobArguments
 
 DEFAULT_MAX_RANK = 128
 
@@ -32,7 +38,7 @@ def extract(
     prefix: str = "",
     threads: int | None = None,
     progress: bool = True,
-    **knobs: Any,
+    **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
     """The best adapter of given ranks for the difference of two models.
 
@@ -48,13 +54,15 @@ def extract(
     threads, progress
         As in `compress`.
     **knobs
-        As in `compress`, without `rank_ratio`. `max_rank` (default 128) also bounds what is computed.
+        As in `compress`, without `rank_ratio`. `max_rank` (default 128) also bounds what is computed;
+        a `budget` may be a share of the base model's parameters, such as ``"0.5%"``.
 
     Returns
     -------
     LoraAdapter
         With its `certificate`, against the dense differences; its `notes` name what an adapter cannot
-        hold: changed vectors, modules of one model only; and whose names its modules have.
+        hold: changed tensors that are no matrices, what is in one model only; and whose names its modules
+        have. A head that is tied to the embedding is extracted once, with that.
 
     Raises
     ------
@@ -69,25 +77,34 @@ def extract(
     """
     if knobs.get("rank_ratio") is not None:
         raise ValueError("rank_ratio has no meaning for a dense difference: use avg_rank, energy or budget")
-    chosen = checked_knobs(
-        {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
-    )
+    given = {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
+    # A slip is found before anything is opened, of whatever size the base model is.
+    checked_knobs(with_counted_budget(given, 0))
     before, after = open_source(base), open_source(tuned)
+    chosen = checked_knobs(with_counted_budget(given, before.num_parameters))
     pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
-    notes += [*_changed_vectors(before, after), *_idle(exclude, before, after), _naming_note(before, prefix)]
+    notes += [*_other_changes(before, after), *_idle(exclude, before, after), _naming_note(before, prefix)]
     assert chosen.max_rank is not None
-    forms = [
-        _renamed(form, prefix) for form in _forms(pairs, chosen.max_rank, thread_count(threads), progress)
-    ]
+    found, tied = _without_copies(_forms(pairs, chosen.max_rank, thread_count(threads), progress))
+    forms = [_renamed(form, prefix) for form in found]
+    notes += tied
     if all(form.energy == 0 for form in forms):
         raise ValueError(f"{before.label} and {after.label}: no selected matrix differs")
     whole = LoraAdapter(
         {form.module.name: form.module for form in forms},
-        config={"peft_type": "LORA", "base_model_name_or_path": before.label, "task_type": None},
+        config={"peft_type": "LORA", "base_model_name_or_path": _name_of(base), "task_type": None},
         notes=notes,
         label=f"{after.label} - {before.label}",
     )
     return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}", threads)
+
+
+def _name_of(base: AnySource) -> str | None:
+    """How PEFT would find the base model again; None for what lives in memory and has no name."""
+    if isinstance(base, (str, Path)):
+        return str(base)
+    name = getattr(base, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _renamed(form: SpectralForm, prefix: str) -> SpectralForm:
@@ -144,25 +161,59 @@ def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
     return pairs, notes
 
 
-def _changed_vectors(before: Source, after: Source) -> list[str]:
-    """What differs and is no matrix: an adapter cannot hold it."""
-    tuned = {entry.name: entry for entry in after.skipped}
-    changed = []
-    for entry in before.skipped:
-        other = tuned.get(entry.name)
-        if entry.load is None or other is None or other.load is None or other.shape != entry.shape:
-            continue
-        if not np.array_equal(entry.load().to_array(), other.load().to_array()):
-            changed.append(entry.name)
-    if not changed:
-        return []
+def _other_changes(before: Source, after: Source) -> list[str]:
+    """What differs and is no matrix of a module: an adapter cannot hold it."""
+    old, new = ({x.name: x for x in source.skipped if x.load is not None} for source in (before, after))
+    changed = [name for name in old if name in new and not _are_equal(old[name], new[name])]
     some = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-    return [f"{len(changed)} vectors changed, which no adapter holds: {some}"]
+    notes = [f"{len(changed)} tensors changed, which no adapter holds: {some}"] if changed else []
+    only = ((before.label, [n for n in old if n not in new]), (after.label, [n for n in new if n not in old]))
+    return notes + [
+        f"{len(names)} tensors that are no matrices are in {label} only, the first is {names[0]}"
+        for label, names in only
+        if names
+    ]
+
+
+def _are_equal(a: Skipped, b: Skipped) -> bool:
+    assert a.load is not None
+    assert b.load is not None
+    return a.shape == b.shape and np.array_equal(a.load().to_array(), b.load().to_array(), equal_nan=True)
+
+
+def _without_copies(forms: Sequence[SpectralForm]) -> tuple[list[SpectralForm], list[str]]:
+    """The forms without output heads that are stored copies of the embedding, and what to note.
+
+    Tied weights change alike, to the last bit: two matrices of models that were trained apart do not.
+    """
+    embeddings = [form for form in forms if form.module.kind == "embedding" and form.energy > 0]
+    kept, notes = [], []
+    for form in forms:
+        name = form.module.name
+        twins = [x for x in embeddings if naming.is_output_head(name) and _change_alike(x, form)]
+        if twins:
+            notes.append(f"{name} is {twins[0].module.name} under another name, and extracted with it")
+        else:
+            kept.append(form)
+    return kept, notes
+
+
+def _change_alike(a: SpectralForm, b: SpectralForm) -> bool:
+    return sorted(a.module.shape) == sorted(b.module.shape) and np.array_equal(a.values, b.values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Leading:
+    """The leading triplets of a difference, the energy of all of it, and the value that comes next."""
+
+    part: Triplets
+    energy: float
+    following: float
 
 
 def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) -> list[SpectralForm]:
     """Every module's leading triplets; as many pairs at a time as keep memory bounded."""
-    found: dict[int, tuple[Triplets, float]] = {}
+    found: dict[int, _Leading] = {}
     work = [math.prod(pair.base.info.shape) for pair in pairs]
     with progress_bar("subtracting", sum(work), enabled=progress) as advance:
         direct = [i for i, pair in enumerate(pairs) if not (pair.base.lazy or pair.tuned.lazy)]
@@ -173,9 +224,9 @@ def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) 
                 pair = pairs[batch[index]]
                 if isinstance(outcome, BaseException):
                     raise type(outcome)(f"module {pair.base.info.name!r}: {outcome}")
-                (b, values, a), energy = outcome
+                (b, values, a), energy, following = outcome
                 part = Triplets(a, values, b) if _is_swapped(pair.base) else Triplets(b, values, a)
-                found[batch[index]] = part, energy
+                found[batch[index]] = _Leading(part, energy, following)
                 advance(work[batch[index]], pair.base.info.name)
 
             loaded = [(pairs[i].tuned.load(), pairs[i].base.load()) for i in batch]
@@ -191,10 +242,10 @@ def _is_swapped(matrix: SourceMatrix) -> bool:
     return matrix.transposed != (matrix.info.kind == "embedding")
 
 
-def _form(matrix: SourceMatrix, results: Sequence[tuple[Triplets, float]]) -> SpectralForm:
-    parts = [part for part, _ in results]
+def _form(matrix: SourceMatrix, results: Sequence[_Leading]) -> SpectralForm:
+    parts = [result.part for result in results]
     shape = (parts[0].b_columns.shape[1], parts[0].a_rows.shape[1])
-    energy = math.fsum(energy for _, energy in results)
+    energy = math.fsum(result.energy for result in results)
     kept = math.fsum(float(np.square(part.singular_values).sum()) for part in parts)
     info = matrix.info
     module = LoraModule(
@@ -211,4 +262,5 @@ def _form(matrix: SourceMatrix, results: Sequence[tuple[Triplets, float]]) -> Sp
     )
     # Rounding must not invent energy where all values were computed.
     unseen = energy - kept if len(parts[0].singular_values) < min(shape) else 0.0
-    return SpectralForm(module, parts, max(unseen, 0.0), is_dense=True)
+    following = max(result.following for result in results)
+    return SpectralForm(module, parts, max(unseen, 0.0), following, is_dense=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from lorank import extras
 from lorank.adapters import peft_format
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.tensors import ArrayTensors
+from lorank.orthogonality import are_orthogonal
 
 Loss = Callable[[Any, Any], Any]
 
@@ -47,7 +49,7 @@ def fisher_scores(
     Raises
     ------
     ValueError
-        If there is no batch, or the model has no such adapter.
+        If there is no batch, the model has no such adapter, or a module's factors are no singular vectors.
 
     Notes
     -----
@@ -58,6 +60,7 @@ def fisher_scores(
     from lorank.profiling import passes
 
     adapter = LoraAdapter.from_model(peft_model, adapter_name)
+    _check_spectral(adapter)
     parameters = _factors(peft_model, adapter_name)
     sums = {name: torch.zeros_like(p, dtype=torch.float64, device="cpu") for name, p in parameters.items()}
     count = 0
@@ -88,13 +91,24 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
+def _check_spectral(adapter: LoraAdapter) -> None:
+    """A score belongs to a singular value: columns that mix them have none."""
+    for module in adapter.adapted:
+        for b, a in module.factors():
+            if not all(are_orthogonal(side, module.dtype) for side in (b.to_array().T, a.to_array())):
+                raise ValueError(
+                    f"module {module.name!r}: its factors are no singular vectors: put "
+                    "lorank.elastic(adapter) into the model first"
+                )
+
+
 def _factors(peft_model: Any, adapter_name: str) -> dict[str, Any]:
     """The adapter's factors by the names that its file would give them."""
-    part = f".{adapter_name}"
+    name_of_factor = re.compile(rf"(.+\.lora_(?:embedding_)?[ABE])\.{re.escape(adapter_name)}(\.weight)?")
     return {
-        name.replace(part, ""): p
-        for name, p in peft_model.named_parameters()
-        if ".lora_" in name and part in name and "magnitude" not in name and not name.endswith(".bias")
+        found[1] + (found[2] or ""): parameter
+        for name, parameter in peft_model.named_parameters()
+        if (found := name_of_factor.fullmatch(name))
     }
 
 

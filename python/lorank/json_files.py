@@ -17,7 +17,18 @@ def read_json(path: Path) -> Any:
     ValueError
         If it is no JSON, or nested so deeply that the parser gives up.
     """
+    return parse_json(path.read_text("utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or nested so deeply that the parser gives up.
+    """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None

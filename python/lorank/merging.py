@@ -7,19 +7,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorank import naming
 from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.diffusers_settings import PartSettings
 from lorank.adapters.module import LoraModule
+from lorank.adapters.peft_settings import merged
 from lorank.adapters.reading import as_adapter
 from lorank.adapters.tensors import Stored
 from lorank.compression import truncated
 from lorank.selection import checked_knobs
 from lorank.spectral_form import Term, Update, spectral_form
 from lorank.threads import thread_count
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lorank.selection import KnobArguments
 
 
 def merge(
@@ -28,7 +35,7 @@ def merge(
     *,
     threads: int | None = None,
     progress: bool = True,
-    **knobs: Any,
+    **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
     """The best adapter of given ranks for ``sum_j weight_j * dW_j``.
 
@@ -53,7 +60,8 @@ def merge(
     ------
     ValueError
         If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes,
-        which do not add up, or module names of one differ from another's by a prefix.
+        which do not add up, module names of one differ from another's by a prefix, or settings that a
+        sum has one of (task type, biases, trained tokens) differ.
     TypeError
         If there is no such knob, or what is given are no adapters.
 
@@ -75,6 +83,7 @@ def merge(
     whole = replace(
         parts[0],
         modules={update.module.name: update.module for update in updates},
+        config=merged([(a.label, a.config) for a in parts]) if parts[0].format == "peft" else {},
         carried=_carried(parts),
         notes=_notes(parts),
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
@@ -98,9 +107,6 @@ def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] |
     for adapter in adapters:
         if adapter.config.get("use_dora") or any("dora_scale" in key for key in adapter.carried):
             raise ValueError(f"{adapter.label}: DoRA magnitudes do not add up: merge it into a model")
-    bases = {adapter.base_model for adapter in adapters if adapter.base_model}
-    if len(bases) > 1:
-        raise ValueError(f"adapters of different base models: {', '.join(sorted(bases))}")
     _check_prefixes(adapters)
     return shares
 
@@ -155,14 +161,18 @@ def _terms(sources: Sequence[tuple[LoraModule, float]]) -> list[list[Term]]:
 
 
 def _carried(adapters: Sequence[LoraAdapter]) -> dict[str, Stored]:
-    merged: dict[str, Stored] = {}
+    found: dict[str, Stored] = {}
     for adapter in reversed(adapters):
-        merged |= adapter.carried
-    return merged
+        found |= adapter.carried
+    return found
 
 
 def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:
     notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
+    # The same model may be a hub id here and a folder there; shapes have been compared.
+    bases = {adapter.base_model for adapter in adapters if adapter.base_model}
+    if len(bases) > 1:
+        notes.append(f"base models are called {', '.join(sorted(bases))}: a sum is one of one base model")
     owners = Counter(key for adapter in adapters for key in adapter.carried)
     if shared := sum(count > 1 for count in owners.values()):
         notes.append(f"{shared} tensors that are no factors lie in several adapters: the first's were taken")
@@ -173,6 +183,8 @@ def _key_style(adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
     if adapters[0].format == "peft":
         return {}
     separators: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for adapter in reversed(adapters):
         separators |= adapter.key_style["separators"]
-    return {"separators": separators, "metadata": {}}
+        parts |= adapter.key_style["settings"].parts
+    return {"separators": separators, "metadata": {}, "settings": PartSettings(parts, {})}

@@ -88,6 +88,21 @@ def is_suffix(short: str, name: str) -> bool:
     return name == short or name.endswith(f".{short}")
 
 
+def expression(text: str) -> re.Pattern[str]:
+    """A regular expression of unknown origin, compiled.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or one that Python gives up on.
+    """
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        short = repr(text if len(text) <= 80 else f"{text[:77]}...")
+        raise ValueError(f"{short} is no regular expression: {error}") from None
+
+
 def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
     """A test for names: a string is matched in full, a list holds names or suffixes.
 
@@ -97,11 +112,8 @@ def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
         If the string is no regular expression.
     """
     if isinstance(targets, str):
-        try:
-            expression = re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"{targets!r} is no regular expression: {error}") from None
-        return lambda name: expression.fullmatch(name) is not None
+        pattern = expression(targets)
+        return lambda name: pattern.fullmatch(name) is not None
     wanted = frozenset(targets)
     return lambda name: not wanted.isdisjoint(suffixes(name))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,8 @@ class Knobs:
     avg_rank
         Keep so many values per module on average.
     energy
-        Keep the fewest values whose squares reach this share of the energy (PARA's epsilon).
+        Keep the fewest values whose squares reach this share of the energy (PARA's epsilon): of all of
+        it, also where `max_rank` forbids some values. It is an error if the others do not hold so much.
     budget
         Keep what fits into so many parameters, the most energy per parameter first.
     auto
@@ -100,13 +101,41 @@ class Knobs:
         return ", ".join(words)
 
 
+class KnobArguments(TypedDict, total=False):
+    """The fields of `Knobs` as keyword arguments, for functions that pass them on."""
+
+    rank_ratio: float | None
+    avg_rank: float | None
+    energy: float | None
+    budget: Budget | None
+    auto: bool
+    max_rank: int | None
+    scope: Literal["global", "module"]
+    keep: Literal["largest", "smallest"]
+    scores: Scores | None
+
+
 def _check_range(name: str, value: float | None, most: float) -> None:
     if value is not None and (not 0 <= value <= most or value == math.inf):
         limits = f"between 0 and {most:g}" if most < math.inf else "0 or a finite number above it"
         raise ValueError(f"{name}={value} is not {limits}")
 
 
-def checked_knobs(knobs: Mapping[str, Any]) -> Knobs:
+def with_counted_budget(knobs: Mapping[str, object], num_parameters: int) -> dict[str, Any]:
+    """Knobs whose budget, if it is a share of a base model of that size, is a number of parameters.
+
+    Raises
+    ------
+    ValueError
+        If it ends with a per cent sign and is no share.
+    """
+    budget = knobs.get("budget")
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        return {**knobs, "budget": parse_budget(budget, num_parameters)}
+    return dict(knobs)
+
+
+def checked_knobs(knobs: Mapping[str, object]) -> Knobs:
     """Knobs from keyword arguments.
 
     Raises
@@ -119,7 +148,7 @@ def checked_knobs(knobs: Mapping[str, Any]) -> Knobs:
     known = [field.name for field in fields(Knobs)]
     if unknown := [name for name in knobs if name not in known]:
         raise TypeError(f"no knob {unknown[0]!r}: choose among {', '.join(known)}")
-    return Knobs(**knobs)
+    return Knobs(**cast("dict[str, Any]", dict(knobs)))
 
 
 def select(forms: Sequence[SpectralForm], knobs: Knobs) -> list[Mask]:
@@ -128,7 +157,7 @@ def select(forms: Sequence[SpectralForm], knobs: Knobs) -> list[Mask]:
     Raises
     ------
     ValueError
-        If scores do not fit the modules.
+        If scores do not fit the modules, or are no scores, or an energy is out of reach.
     """
     lengths = [len(form.values) for form in forms]
     scores = _concatenated(_scores(forms, knobs.scores))
@@ -144,16 +173,23 @@ def select(forms: Sequence[SpectralForm], knobs: Knobs) -> list[Mask]:
         parts = _split(scores, lengths)
         if knobs.energy is not None:
             return [
-                _core.select_energy(part, _known_share(knobs.energy, [form]))
+                _core.select_energy(part, _share(knobs.energy, [form], part))
                 for part, form in zip(parts, forms, strict=True)
             ]
         count = math.floor(count_of(forms, knobs) / len(forms) + 0.5) if forms else 0
         return [_choice(knobs)(part, count) for part in parts]
     elif knobs.energy is not None:
-        kept = _core.select_energy(scores, _known_share(knobs.energy, forms))
+        kept = _core.select_energy(scores, _share(knobs.energy, forms, scores))
     else:
         kept = _choice(knobs)(scores, count_of(forms, knobs))
     return _split(kept, lengths)
+
+
+def notes(forms: Sequence[SpectralForm], knobs: Knobs) -> list[str]:
+    """What to say about a selection beside its result."""
+    counts = [np.count_nonzero(form.values) for form in forms if not form.is_dense]
+    few = sum(0 < count <= 2 for count in counts) if knobs.auto else 0
+    return [f"{few} modules of one or two ranks were left as they are: no noise to judge by"] if few else []
 
 
 def count_of(forms: Sequence[SpectralForm], knobs: Knobs) -> int:
@@ -179,25 +215,29 @@ def _choice(knobs: Knobs) -> Callable[[npt.NDArray[np.float64], int], Mask]:
     return _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
 
 
-def _known_share(energy: float, forms: Sequence[SpectralForm]) -> float:
-    """The share of the computed values' energy that is `energy` of the whole.
+def _share(energy: float, forms: Sequence[SpectralForm], allowed: npt.NDArray[np.float64]) -> float:
+    """The share of the allowed values' energy that is `energy` of the whole.
+
+    The whole has what was not computed and what `max_rank` forbids, too.
 
     Raises
     ------
     ValueError
-        If the computed values do not hold so much.
+        If the allowed values do not hold so much.
     """
-    unseen = math.fsum(form.unseen_energy for form in forms)
-    if unseen == 0:
+    forbidden = _concatenated([form.values for form in forms])[allowed == 0]
+    missing = math.fsum(form.unseen_energy for form in forms) + float(np.square(forbidden).sum())
+    if energy == 0 or missing == 0:
         return energy
-    whole = math.fsum(form.energy for form in forms)
-    share = energy * whole / (whole - unseen) if whole > unseen else math.inf
-    if share > 1:
+    held = float(np.square(allowed).sum())
+    share = energy * (held + missing) / held if held > 0 else math.inf
+    if share > 1 + 1e-12:
+        which = f"module {forms[0].module.name!r}: " if len(forms) == 1 else ""
         raise ValueError(
-            f"energy={energy} is out of reach: the computed singular values hold {1 - unseen / whole:.4f} of "
-            "the whole; a larger max_rank computes more"
+            f"{which}energy={energy} is out of reach: the singular values that may be kept hold "
+            f"{held / (held + missing):.4f} of the whole; a larger max_rank allows more"
         )
-    return share
+    return min(share, 1.0)
 
 
 def _scores(forms: Sequence[SpectralForm], scores: Scores | None) -> list[npt.NDArray[np.float64]]:
@@ -212,6 +252,11 @@ def _scores(forms: Sequence[SpectralForm], scores: Scores | None) -> list[npt.ND
         if given.shape != (length,):
             raise ValueError(
                 f"module {name!r} has {length} singular values, its scores have shape {given.shape}"
+            )
+        if np.any(bad := ~np.isfinite(given) | (given < 0)):
+            i = int(np.argmax(bad))
+            raise ValueError(
+                f"module {name!r}: score {i} is {given[i]}: scores are finite numbers, 0 or above"
             )
         # A value of zero is not worth keeping, whatever its score; a score of zero still is a score.
         chosen.append(np.where(form.values > 0, np.maximum(given, np.finfo(np.float64).tiny), 0.0))
@@ -230,14 +275,14 @@ def _above_noise(form: SpectralForm) -> Mask:
 
     Where the whole spectrum's energy is known to exceed the computed values' (a difference of dense
     weights): the Marchenko-Pastur edge of what is left, taken anew until nothing more stands out. For
-    an adapter, whose other values are zero: 2.858 times the median of its own.
+    an adapter, whose other values are zero: 2.858 times the median of its own; one or two values are
+    all kept, as none of them could stand out of that.
     """
     values = form.values
-    if not len(values) or values[0] == 0:
-        return np.zeros(len(values), dtype=bool)
+    positive = values[values > 0]
     if form.is_dense:
         return values > _noise_floor(form)
-    mask: Mask = values > _GAVISH_DONOHO * np.median(values)
+    mask: Mask = values > (_GAVISH_DONOHO * np.median(positive) if len(positive) > 2 else 0.0)
     return mask
 
 

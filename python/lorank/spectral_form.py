@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lorank import _core
 from lorank.adapters.module import LoraModule, in_memory
+from lorank.orthogonality import are_orthogonal
 from lorank.progress import progress_bar
 
 Array = npt.NDArray[Any]
@@ -29,7 +30,8 @@ class Update:
     terms
         Returns, for every copy, the products ``weight * B @ A`` that are summed up.
     is_spectral
-        Whether there is one term, in balanced spectral form already.
+        Whether there is one term that is said to be in spectral form already. It is looked at before it
+        is believed.
     """
 
     module: LoraModule
@@ -82,6 +84,8 @@ class SpectralForm:
         One per copy, all of one `k`.
     unseen_energy
         What ``||dW||_F^2`` is beyond the values' squares, where only the leading ones were computed.
+    unseen_norm
+        The largest of the values that were not computed.
     is_dense
         Whether it is a difference of dense weights, no product of factors.
     """
@@ -89,6 +93,7 @@ class SpectralForm:
     module: LoraModule
     parts: Sequence[Part]
     unseen_energy: float = 0.0
+    unseen_norm: float = 0.0
     is_dense: bool = False
 
     @property
@@ -200,8 +205,8 @@ def _decomposed(
 ) -> Iterator[tuple[int, SpectralForm]]:
     jobs: list[tuple[int, Sequence[Term]]] = []
     for i in batch:
-        if updates[i].is_spectral:
-            yield i, _as_it_is(updates[i])
+        if updates[i].is_spectral and (form := _as_it_is(updates[i])):
+            yield i, form
         else:
             jobs += [(i, terms) for terms in updates[i].terms()]
     results: dict[int, _core.Decomposition] = {}
@@ -220,17 +225,25 @@ def _decomposed(
         yield i, SpectralForm(updates[i].module, found)
 
 
-def _as_it_is(update: Update) -> SpectralForm:
-    """Balanced columns have the length of the root of their value, and so have the rows."""
+def _as_it_is(update: Update) -> SpectralForm | None:
+    """The form of factors that are singular vectors already; None if they are not, whatever a file says.
+
+    Balanced columns have the length of the root of their value, and so have the rows.
+    """
     parts = []
     for ((b, a, scaling),) in update.terms():
         columns, rows = b.to_array().T, a.to_array()
+        if not all(are_orthogonal(side, update.module.dtype) for side in (columns, rows)):
+            return None
         # Another profile may have moved a factor from one side to the other.
         length, width = (np.linalg.norm(x.astype(np.float64), axis=1) for x in (columns, rows))
-        values = length * width * abs(scaling)
-        balance = np.sqrt(np.divide(scaling * width, length, out=np.zeros_like(length), where=length > 0))
-        columns = (columns * balance[:, None]).astype(columns.dtype)
-        inverse = np.divide(scaling, balance, out=np.zeros_like(length), where=balance > 0)
+        size = abs(scaling)
+        balance = np.sqrt(np.divide(size * width, length, out=np.zeros_like(length), where=length > 0))
+        columns = (columns * np.copysign(balance, scaling)[:, None]).astype(columns.dtype)
+        inverse = np.divide(size, balance, out=np.zeros_like(length), where=balance > 0)
         rows = (rows * inverse[:, None]).astype(rows.dtype)
-        parts.append(Triplets(columns, np.minimum.accumulate(values), rows))
+        values = size * length * width
+        # Rounding, or another program, may have left near equals in another order.
+        order = np.argsort(-values, kind="stable")
+        parts.append(Triplets(columns[order], values[order], rows[order]))
     return SpectralForm(update.module, parts)

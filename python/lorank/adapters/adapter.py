@@ -11,7 +11,10 @@ from lorank.adapters.module import LoraModule
 from lorank.adapters.tensors import Stored
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from lorank.certificate import Certificate
+    from lorank.selection import KnobArguments
 
 Format = Literal["peft", "kohya"]
 Profile = Literal["compact", "portable", "tensor-rank"]
@@ -56,7 +59,14 @@ class LoraAdapter:
     key_style: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: str | Path, **knobs: Any) -> LoraAdapter:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        progress: bool = False,
+        **knobs: Unpack[KnobArguments],
+    ) -> LoraAdapter:
         """Read an adapter; factors stay on disk until they are needed.
 
         Parameters
@@ -64,8 +74,10 @@ class LoraAdapter:
         path
             A PEFT folder (`adapter_config.json` and `adapter_model.safetensors` or `.bin`), or a
             `.safetensors` file with the keys of kohya or diffusers.
+        threads, progress
+            As in `compress`.
         **knobs
-            Any of `compress`: the adapter is cut to them, without a decomposition if it is elastic.
+            As in `compress`: the adapter is cut to them, without a decomposition if it is elastic.
 
         Raises
         ------
@@ -81,7 +93,7 @@ class LoraAdapter:
             return adapter
         from lorank.compression import compress
 
-        return compress(adapter, **{"progress": False, **knobs})
+        return compress(adapter, threads=threads, progress=progress, **knobs)
 
     @classmethod
     def from_model(cls, peft_model: Any, adapter_name: str = "default") -> LoraAdapter:

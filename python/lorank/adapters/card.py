@@ -20,12 +20,14 @@ def is_ours(text: str) -> bool:
     return _MARK in text
 
 
-def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None) -> str:
-    """The card's markdown, with the front matter that the hub reads."""
+def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None, stored: int) -> str:
+    """The card's markdown, with the front matter that the hub reads; `stored` counts padding, too."""
     base = adapter.base_model
+    is_peft = adapter.format == "peft"
+    readers = _LOADS[profile] if is_peft else "what reads the keys of kohya's scripts or diffusers"
     lines = [
         "---",
-        "library_name: peft",
+        *(["library_name: peft"] if is_peft else []),
         *([f"base_model: {base}"] if base else []),
         "tags:",
         "- lora",
@@ -36,10 +38,11 @@ def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None
     lines += [f"# LoRA adapter{f' for {base}' if base else ''}", ""]
     lines += [
         f"{len(adapter.adapted)} adapted modules, {adapter.num_parameters:,} parameters, ranks "
-        f"{_range(adapter)}. {_MARK}{__version__} in the profile `{profile}`, for "
-        f"{_LOADS[profile]}.",
+        f"{_range(adapter)}. {_MARK}{__version__} in the profile `{profile}`, for {readers}.",
         "",
     ]
+    if stored != adapter.num_parameters:
+        lines += [f"{stored:,} parameters are stored, as ranks are padded with zeros.", ""]
     if certificate is not None:
         lines += _certified(certificate)
     if adapter.notes:

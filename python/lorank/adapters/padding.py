@@ -1,4 +1,4 @@
-"""Ranks that the portable profile pads with zeros: told in the file, taken off again on reading.
+"""Ranks that a profile pads with zeros: told in the file, taken off again on reading.
 
 Padding is a matter of the file, not of the adapter: counted as ranks, its zeros would let a rank ratio
 keep more than it says.
@@ -33,11 +33,11 @@ def removed(adapter: LoraAdapter, found: Mapping[str, str]) -> LoraAdapter:
     ranks = _ranks(found[RANKS_KEY])
     if ranks is None or any(not 0 <= ranks.get(m.name, -1) <= m.rank for m in adapter.modules.values()):
         return replace(adapter, notes=[*adapter.notes, f"metadata {RANKS_KEY} do not fit and were ignored"])
-    largest = max(module.rank for module in adapter.modules.values())
+    padded = sum(ranks[module.name] < module.rank for module in adapter.modules.values())
     return replace(
         adapter,
         modules={name: _cut(module, ranks[name]) for name, module in adapter.modules.items()},
-        notes=[*adapter.notes, f"zeros that padded every rank to {largest} were left out on reading"],
+        notes=[*adapter.notes, f"zeros that padded the ranks of {padded} modules were left out"],
     )
 
 

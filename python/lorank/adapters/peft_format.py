@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -16,72 +15,101 @@ from lorank import naming
 from lorank._core import FormatError, Matrix
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule, in_memory
+from lorank.adapters.peft_settings import Settings, checked_kind
 from lorank.adapters.tensors import Stored, Tensors
 from lorank.sources import arrays
+from lorank.sources.base import Kind
 
 PREFIX = "base_model.model."
 SPECTRAL_KEY = "lorank.spectral"
 """Metadata of a file whose factors are in balanced spectral form."""
 
-_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE])(\.weight)?")
-_BIAS = re.compile(r"(?P<name>.+)\.lora_B\.bias")
+_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE])(\.weight)?")
+_BIAS = re.compile(r"(?P<path>.+)\.lora_B\.bias")
 
-# Their saved factors are relative to a base model that the method has changed.
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# MonteCLoRA's sampler matters in training alone, and is as wide as the rank was.
+_ONLY_FOR_TRAINING = ".lora_monteclora_sampler"
 
 
-def read(tensors: Tensors, config: Mapping[str, Any]) -> LoraAdapter:
+def read(tensors: Tensors, config: Mapping[str, Any], *, contradictions: bool = False) -> LoraAdapter:
     """An adapter over PEFT's tensors.
+
+    Parameters
+    ----------
+    tensors, config
+        What the two files hold.
+    contradictions
+        Whether tensors may have other ranks than the settings say. The scale is the settings' then, as in
+        the layers that such files were saved from.
 
     Raises
     ------
     FormatError
         If the adapter is no LoRA, or tensors and settings contradict each other.
     """
-    kind = _checked_kind(tensors.label, config)
-    factors: dict[str, dict[str, str]] = defaultdict(dict)
-    biases: dict[str, str] = {}
-    carried: dict[str, Stored] = {}
-    for key in tensors.shapes():
-        if found := _KEY.fullmatch(key):
-            factors[found["name"].removeprefix(PREFIX)][found["factor"]] = key
-        elif found := _BIAS.fullmatch(key):
-            biases[found["name"].removeprefix(PREFIX)] = key
-        else:
-            carried[key] = tensors.stored(key)
-    if not factors:
-        raise FormatError(f"{tensors.label}: holds no LoRA factors (keys that end with .lora_A.weight)")
-    parameters = _stacked_parameters(tensors, config, factors)
-    table = _Settings(tensors.label, config)
+    kind = checked_kind(tensors.label, config)
+    found = _Found.of(tensors)
+    parameters = _stacked_parameters(tensors, config, found.factors)
+    table = Settings(tensors.label, config)
     modules = []
-    for path, keys in factors.items():
-        reader = _Reader(tensors, table, path, keys, parameters.get(path))
+    for path, keys in found.factors.items():
+        reader = _Reader(tensors, table, path, keys, parameters.get(path), contradictions)
         module = reader.adalora() if kind == "ADALORA" else reader.module()
-        if path in biases:
-            module = replace(module, carried={"lora_B.bias": _vector(tensors, biases[path])})
+        if path in found.biases:
+            module = replace(module, carried={"lora_B.bias": reader.bias(found.biases[path])})
         modules.append(module)
     modules.sort(key=lambda module: naming.natural_key(module.name))
+    notes = _notes(config, found.carried, kind, without_magnitude(config, found.carried, found.factors))
+    if kind == "LORA" and (other := sum(table.of(m.name)[0] != m.rank for m in modules)):
+        notes.append(f"{other} modules have other ranks than the settings say: the settings' scale was kept")
     return LoraAdapter(
         {module.name: module for module in modules},
         dict(config),
-        carried,
-        _notes(config, carried, kind, without_magnitude(config, carried, factors)),
+        found.carried,
+        notes,
         label=tensors.label,
         is_spectral=SPECTRAL_KEY in tensors.metadata,
     )
 
 
-def _checked_kind(label: str, config: Mapping[str, Any]) -> str:
-    kind = str(config.get("peft_type", "LORA")).upper().rpartition(".")[2]
-    if kind not in ("LORA", "ADALORA"):
-        raise FormatError(f"{label}: is a {kind} adapter: only LoRA (and AdaLoRA) can be read")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_THE_BASE):
-        raise FormatError(
-            f"{label}: was initialised by {init!r}, which changes the base model: its factors are no update "
-            "of the original weights. Save it again with PEFT's path_initial_model_for_weight_conversion"
-        )
-    return kind
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The keys of a file, sorted out: factors by path and letter, biases by path, and the rest."""
+
+    factors: dict[str, dict[str, str]]
+    biases: dict[str, str]
+    carried: dict[str, Stored]
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> _Found:
+        found = cls(defaultdict(dict), {}, {})
+        for key in tensors.shapes():
+            if (name := _KEY.fullmatch(key)) or (name := _BIAS.fullmatch(key)):
+                path = name["path"].removeprefix(PREFIX)
+                is_bias = name.re is _BIAS
+                table, entry = (found.biases, path) if is_bias else (found.factors[path], name["factor"])
+                if entry in table:
+                    raise FormatError(
+                        f"{tensors.label}: tensors {table[entry]!r} and {key!r} are the same thing twice"
+                    )
+                table[entry] = key
+            elif ".lora_diag" in key:
+                raise FormatError(f"{tensors.label}: tensor {key!r} belongs to KaSA: only LoRA can be read")
+            elif _ONLY_FOR_TRAINING not in key:
+                found.carried[key] = tensors.stored(key)
+        if not found.factors:
+            raise FormatError(f"{tensors.label}: holds no LoRA factors (keys that end with .lora_A.weight)")
+        if orphans := [key for path, key in found.biases.items() if path not in found.factors]:
+            raise FormatError(f"{tensors.label}: tensor {orphans[0]!r}: its module has no factors")
+        return found
+
+
+def dora_note(count: int) -> str:
+    """What to say of an adapter with magnitudes."""
+    return (
+        f"DoRA: {count} magnitude vectors are kept as they are; the certificate is about B A, before the "
+        "columns are normalised"
+    )
 
 
 def without_magnitude(
@@ -100,14 +128,15 @@ def _notes(
     notes = []
     if kind == "ADALORA":
         notes.append("AdaLoRA: its values were folded into B; the result is a plain LoRA adapter")
+    if config.get("monteclora_config"):
+        notes.append("MonteCLoRA: its sampler, which only trains, was left out; the result is a plain LoRA")
+    if config.get("alora_invocation_tokens"):
+        notes.append("aLoRA: acts from its invocation tokens on; they are kept in the settings")
     if config.get("use_rslora"):
         notes.append("rsLoRA: its scaling lora_alpha / sqrt(r) was taken over")
     magnitudes = [key for key in carried if "lora_magnitude_vector" in key]
     if config.get("use_dora") or magnitudes:
-        notes.append(
-            f"DoRA: {len(magnitudes)} magnitude vectors are kept as they are; the certificate is about B A, "
-            "before the columns are normalised"
-        )
+        notes.append(dora_note(len(magnitudes)))
     if without:
         notes.append(f"DoRA: {len(without)} modules have no magnitude vector, the first is {without[0]}")
     if others := len(carried) - len(magnitudes):
@@ -115,90 +144,55 @@ def _notes(
     return notes
 
 
-class _Settings:
-    """Rank and scaling by module, as PEFT looks them up: the first key that matches wins."""
-
-    def __init__(self, label: str, config: Mapping[str, Any]) -> None:
-        self.rank = _rank(label, "r", config.get("r", 8))
-        self.alpha = _alpha(label, "lora_alpha", config.get("lora_alpha", 8))
-        self.rank_stabilized = bool(config.get("use_rslora"))
-        is_masks = str(config.get("peft_type", "")).upper().endswith("ADALORA")
-        self._ranks = {} if is_masks else _compiled(label, config, "rank_pattern", _rank)
-        self._alphas = _compiled(label, config, "alpha_pattern", _alpha)
-
-    def of(self, name: str) -> tuple[int, float]:
-        """The rank that the settings name, and the scaling."""
-        rank = _first(self._ranks, name, self.rank)
-        alpha = _first(self._alphas, name, self.alpha)
-        return rank, alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
-
-
-def _rank(label: str, key: str, value: Any) -> int:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value < 2**31:
-        raise FormatError(f"{label}: the settings' {key} is {value!r}: ranks are positive integers")
-    return int(value)
-
-
-def _alpha(label: str, key: str, value: Any) -> float:
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:
-        raise FormatError(f"{label}: the settings' {key} is {value!r}: alphas are finite numbers")
-    return float(value)
-
-
-def _compiled(
-    label: str, config: Mapping[str, Any], key: str, checked: Callable[[str, str, Any], Any]
-) -> dict[re.Pattern[str], Any]:
-    pattern = config.get(key) or {}
-    if not isinstance(pattern, Mapping):
-        raise FormatError(f"{label}: the settings' {key} is a {type(pattern).__name__}, no table of modules")
-    try:
-        return {
-            re.compile(rf"(.*\.)?({name})$"): checked(label, f"{key}[{name!r}]", value)
-            for name, value in pattern.items()
-        }
-    except re.error as error:
-        raise FormatError(f"{label}: a key of {key} is no regular expression: {error}") from None
-
-
-def _first(table: Mapping[re.Pattern[str], Any], name: str, default: Any) -> Any:
-    return next((value for key, value in table.items() if key.match(name)), default)
-
-
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """Reads the factors of one path within the adapter."""
 
     tensors: Tensors
-    table: _Settings
+    table: Settings
     path: str
     keys: Mapping[str, str]
     parameter: str | None
+    contradictions: bool = False
 
     def module(self) -> LoraModule:
+        if "E" in self.keys:
+            self._fail("has lora_E, which is AdaLoRA's, but the settings say LORA")
         a_shape, b_shape = self._shapes()
         name = self.parameter or self.path
         rank, scaling = self.table.of(name)
         if self.parameter is not None:
             return self._stack(name, rank, scaling, a_shape, b_shape)
+        if len(b_shape) > 2 and a_shape[0] != b_shape[1] and a_shape[0] % b_shape[1] == 0:
+            self._fail(
+                f"is a convolution in {a_shape[0] // b_shape[1]} groups, whose update is no product of two "
+                "matrices: leave it out of the adapter"
+            )
         if a_shape[0] != b_shape[1] or math.prod(b_shape[2:]) != 1:
             self._fail(f"factors of shapes {list(b_shape)} and {list(a_shape)} do not fit each other")
-        if a_shape[0] != rank:
-            self._fail(f"has rank {a_shape[0]}, but the settings say {rank}")
-        shape = (b_shape[0], math.prod(a_shape[1:]))
-        is_embedding = ".lora_embedding_A" in self.keys["A"]
-        kind = "embedding" if is_embedding else "linear" if len(a_shape) == 2 else "conv"
+        if a_shape[0] != rank and not self.contradictions:
+            self._fail(
+                f"has rank {a_shape[0]}, but the settings say {rank}: `lorank check --fix` writes what the "
+                "tensors say"
+            )
+        rank = a_shape[0]
         return LoraModule(
             name,
-            kind,  # type: ignore[arg-type]
-            shape,
+            self._kind(a_shape),
+            (b_shape[0], math.prod(a_shape[1:])),
             rank,
             scaling,
             self._dtype(),
-            lambda: [self._pair(shape, rank)],
+            lambda: [self._pair((b_shape[0], math.prod(a_shape[1:])), rank)],
             a_tail=a_shape[1:],
             b_tail=b_shape[2:],
         )
+
+    def _kind(self, a_shape: Sequence[int]) -> Kind:
+        embeds = {".lora_embedding_" in key for key in self.keys.values()}
+        if len(embeds) > 1:
+            self._fail("has one factor of an embedding and one of another layer")
+        return "embedding" if embeds.pop() else "linear" if len(a_shape) == 2 else "conv"
 
     def _stack(
         self, name: str, rank: int, scaling: float, a_shape: Sequence[int], b_shape: Sequence[int]
@@ -217,30 +211,42 @@ class _Reader:
         return LoraModule(name, "expert", shape, rank, scaling, self._dtype(), factors, copies)
 
     def adalora(self) -> LoraModule:
-        """``B (A * E)`` with a value per rank; masked values are zero, and leave with the next truncation."""
+        """``B (A * E)`` with a value per rank; the masks may have left a module none."""
         if "E" not in self.keys:
             self._fail("AdaLoRA without lora_E")
-        a_shape, b_shape = self._shapes()
+        a_shape, b_shape = self._shapes(least=0)
         rank, shape = a_shape[0], (b_shape[0], a_shape[1])
-        values = self.tensors.matrix(self.keys["E"], rank, 1).to_array()
+        e_shape = self.tensors.shapes()[self.keys["E"]]
+        if len(b_shape) != 2 or len(a_shape) != 2 or b_shape[1] != rank or e_shape != (rank, 1):
+            shapes = " and ".join(str(list(shape)) for shape in (b_shape, e_shape, a_shape))
+            self._fail(f"factors of shapes {shapes} do not fit each other")
 
         def factors() -> list[tuple[Matrix, Matrix]]:
             b, a = self._pair(shape, rank)
+            values = self.tensors.matrix(self.keys["E"], rank, 1).to_array()
             return [(b, arrays.matrix(a.to_array() * values))]
 
-        # PEFT divides by the number of ranks that are left, plus 1e-5.
-        scaling = (self.table.alpha if self.table.alpha > 0 else float(rank)) / (rank + 1e-5)
+        scaling = self.table.adalora_scaling(rank)
         return LoraModule(
             self.path, "linear", shape, rank, scaling, self._dtype(), factors, a_tail=a_shape[1:]
         )
 
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def bias(self, key: str) -> np.ndarray[Any, Any]:
+        """What `lora_bias` adds to the outputs."""
+        outputs = self.tensors.shapes()[self.keys["B"]][0]
+        if self.tensors.shapes()[key] != (outputs,):
+            self._fail(f"a bias of shape {list(self.tensors.shapes()[key])} does not fit {outputs} outputs")
+        vector: np.ndarray[Any, Any] = self.tensors.matrix(key, 1, outputs).to_array()[0]
+        return vector
+
+    def _shapes(self, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B, with `least` as the smallest rank that can be."""
         for factor in "AB":
             if factor not in self.keys:
                 self._fail(f"has no lora_{factor}")
         shapes = self.tensors.shapes()
         a, b = shapes[self.keys["A"]], shapes[self.keys["B"]]
-        if len(a) < 2 or len(b) < 2 or 0 in (*a, *b):
+        if len(a) < 2 or len(b) < 2 or 0 in (*a[1:], b[0], *b[2:]) or min(a[0], b[1]) < least:
             self._fail(
                 f"factors of shapes {list(b)} and {list(a)} are no matrices: was a sharded model saved?"
             )
@@ -253,14 +259,8 @@ class _Reader:
     def _dtype(self) -> str:
         return self.tensors.dtype(self.keys["B"])
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> NoReturn:
         raise FormatError(f"{self.tensors.label}: module {self.path!r}: {reason}")
-
-
-def _vector(tensors: Tensors, key: str) -> np.ndarray[Any, Any]:
-    (length,) = tensors.shapes()[key]
-    vector: np.ndarray[Any, Any] = tensors.matrix(key, 1, length).to_array()[0]
-    return vector
 
 
 def _stacked_parameters(

@@ -6,7 +6,7 @@ the same update.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,31 +17,15 @@ from lorank import naming
 from lorank.adapters.adapter import LoraAdapter, Profile
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX
+from lorank.adapters.peft_settings import ONLY_FOR_TRAINING
 from lorank.lora_config import accidental_matches, rank_keys
 
 Array = npt.NDArray[Any]
 
 PROFILES: tuple[Profile, ...] = ("compact", "portable", "tensor-rank")
 
-# What configured the training and means nothing, or the wrong thing, for the result.
-_DROPPED = (
-    "arrow_config",
-    "beta1",
-    "beta2",
-    "corda_config",
-    "deltaT",
-    "eva_config",
-    "init_r",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_ga_config",
-    "orth_reg_weight",
-    "target_r",
-    "tfinal",
-    "tinit",
-    "total_step",
-)
+# How PEFT and how image adapters name DoRA's magnitudes.
+_MAGNITUDES = (".lora_magnitude_vector", ".dora_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +56,23 @@ def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
         raise ValueError(f"profile must be one of {', '.join(map(repr, PROFILES))}, not {profile!r}")
     if reason := nothing_left(adapter):
         raise ValueError(reason)
-    adapted = adapter.adapted
-    largest = max(module.rank for module in adapted)
+    modules = adapter.modules
+    largest = max(module.rank for module in adapter.adapted)
     if profile == "portable":
-        return {name: Layout(largest, 1.0) for name in adapter.modules}
+        return {name: Layout(largest, 1.0) for name in modules}
+    more = with_more_than_factors(adapter)
+    # PEFT has no rank 0: a module that is needed for something else gets a rank of zeros.
+    ranks = {name: max(m.rank, 1) for name, m in modules.items() if m.rank or name in more}
     if profile == "compact":
-        return {module.name: Layout(module.rank, 1.0) for module in adapted}
-    return {module.name: Layout(module.rank, module.rank / largest) for module in adapted}
+        return {name: Layout(rank, 1.0) for name, rank in ranks.items()}
+    return {name: Layout(rank, rank / largest) for name, rank in ranks.items()}
+
+
+def with_more_than_factors(adapter: LoraAdapter) -> set[str]:
+    """Modules that have a DoRA magnitude or a bias, which act whatever rank is left."""
+    keys = (key.removeprefix(PREFIX) for key in adapter.carried)
+    owners = {key.partition(part)[0] for key in keys for part in _MAGNITUDES if part in key}
+    return {name for name, module in adapter.modules.items() if module.carried or name in owners}
 
 
 def nothing_left(adapter: LoraAdapter) -> str | None:
@@ -100,15 +94,10 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
     stacks = [module.name for module in modules if module.kind == "expert"]
     ranks = {key: rank for rank, key in rank_keys(written).items() if rank != largest}
     before = adapter.config
-    targets = before.get("target_modules")
-    # A merge may adapt more than its first adapter did.
-    fits = isinstance(targets, list) and not dropped and all(map(naming.matcher(targets), linear))
-    kept: list[str] | None = targets if fits else None
-    has_biases = before.get("bias", "none") != "none" and any(
-        key.endswith(".bias") for key in adapter.carried
-    )
+    kept = None if dropped else _kept_targets(before, linear)
+    has_biases = any(key.endswith(".bias") for key in adapter.carried)
     return {
-        **{key: value for key, value in before.items() if key not in _DROPPED},
+        **{key: value for key, value in before.items() if key not in ONLY_FOR_TRAINING},
         "peft_type": "LORA",
         "r": largest,
         "lora_alpha": largest,
@@ -116,13 +105,24 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
         "alpha_pattern": dict(ranks) if profile == "compact" else {},
         "use_rslora": False,
         # Biases are loaded by name, whatever is said here; but an engine that cannot must hear of them.
-        "bias": before["bias"] if has_biases else "none",
+        "bias": (before.get("bias") if has_biases else None) or "none",
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": sorted(kept) if kept else linear,
+        "target_modules": kept or linear,
         "exclude_modules": before.get("exclude_modules") if kept else accidental_matches(linear, dropped),
         "target_parameters": stacks or None,
     }
+
+
+def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] | None:
+    """The target modules of earlier settings, if they still select what is written."""
+    targets, excluded = before.get("target_modules"), before.get("exclude_modules")
+    # A choice of layers is not written again: suffixes alone would select more.
+    if not isinstance(targets, (list, tuple)) or before.get("layers_to_transform") is not None:
+        return None
+    selects, excludes = naming.matcher(targets), naming.matcher(excluded or [])
+    # A merge may adapt more than its first adapter did.
+    return sorted(targets) if all(selects(name) and not excludes(name) for name in names) else None
 
 
 def factors(module: LoraModule, layout: Layout) -> tuple[Array, Array]:

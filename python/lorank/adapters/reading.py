@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from lorank.adapters import kohya, padding, peft_format
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
 from lorank.certificate import Certificate
-from lorank.json_files import read_json
+from lorank.json_files import parse_json, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -37,17 +37,20 @@ def as_adapter(adapter: LoraAdapter | str | Path) -> LoraAdapter:
 
 def read_adapter(path: str | Path) -> LoraAdapter:
     """Read a PEFT folder or an image adapter's file; see `LoraAdapter.load`."""
-    adapter, metadata = _read(path)
-    adapter = padding.removed(adapter, metadata)
-    return _certified(adapter, Path(path).expanduser() / CERTIFICATE)
+    return _finished(path, *_read(path))
 
 
 def read_as_stored(path: str | Path) -> LoraAdapter:
-    """The same with the ranks that the file's tensors have, padding included."""
-    return _read(path)[0]
+    """The same with the ranks that the file's tensors have, padding included, whatever its settings say."""
+    return _read(path, contradictions=True)[0]
 
 
-def _read(path: str | Path) -> tuple[LoraAdapter, Mapping[str, str]]:
+def read_for_repair(path: str | Path) -> LoraAdapter:
+    """An adapter whose settings may contradict its tensors: the ranks are the tensors', the scale theirs."""
+    return _finished(path, *_read(path, contradictions=True))
+
+
+def _read(path: str | Path, *, contradictions: bool = False) -> tuple[LoraAdapter, Mapping[str, str]]:
     if path == "":
         raise FileNotFoundError("an empty path names no adapter")
     path = Path(path).expanduser()
@@ -55,7 +58,7 @@ def _read(path: str | Path) -> tuple[LoraAdapter, Mapping[str, str]]:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and (path / CONFIG).exists():
         tensors = _weights(path)
-        adapter = peft_format.read(tensors, read_config(path / CONFIG))
+        adapter = peft_format.read(tensors, read_config(path / CONFIG), contradictions=contradictions)
         return replace(adapter, label=str(path)), tensors.metadata
     file = path if path.is_file() else _only_safetensors(path)
     if file.suffix != ".safetensors":
@@ -64,19 +67,29 @@ def _read(path: str | Path) -> tuple[LoraAdapter, Mapping[str, str]]:
     return kohya.read(tensors), tensors.metadata
 
 
-def _certified(adapter: LoraAdapter, file: Path) -> LoraAdapter:
-    """The adapter with the certificate and the notes that were written beside it, if they are its own."""
+def _finished(path: str | Path, adapter: LoraAdapter, metadata: Mapping[str, str]) -> LoraAdapter:
+    """The adapter without padding, and with its certificate."""
+    adapter = padding.removed(adapter, metadata)
     # Who has trained the adapter since did not write factors in spectral form.
-    if not adapter.is_spectral or not file.is_file():
+    if not adapter.is_spectral:
         return adapter
+    if adapter.format == "kohya":
+        text = metadata.get(kohya.CERTIFICATE_KEY, "")
+        return _certified(adapter, kohya.CERTIFICATE_KEY, lambda: parse_json(text)) if text else adapter
+    file = Path(path).expanduser() / CERTIFICATE
+    return _certified(adapter, CERTIFICATE, lambda: read_json(file)) if file.is_file() else adapter
+
+
+def _certified(adapter: LoraAdapter, name: str, content_of: Callable[[], Any]) -> LoraAdapter:
+    """The adapter with the certificate and the notes that were written with it, if they are its own."""
     try:
-        content = read_json(file)
+        content = content_of()
         certificate = Certificate.from_json(content)
     except (OSError, ValueError) as error:
-        return replace(adapter, notes=[*adapter.notes, f"{file.name} was ignored, as it is damaged: {error}"])
+        return replace(adapter, notes=[*adapter.notes, f"{name} was ignored, as it is damaged: {error}"])
     ranks = {module.name: module.rank_after for module in certificate.modules if module.rank_after}
     if ranks != {module.name: module.rank for module in adapter.adapted}:
-        return replace(adapter, notes=[*adapter.notes, f"{file.name} was ignored: it has other ranks"])
+        return replace(adapter, notes=[*adapter.notes, f"{name} was ignored: it has other ranks"])
     earlier = content.get("notes")
     notes = [note for note in earlier if isinstance(note, str)] if isinstance(earlier, list) else []
     return replace(adapter, certificate=certificate, notes=list(dict.fromkeys([*notes, *adapter.notes])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,10 @@ class Tensors(Protocol):
         """A tensor as a row-major matrix."""
         ...
 
+    def number(self, name: str) -> float:
+        """The one element of a tensor, of any type that is a number."""
+        ...
+
     def stored(self, name: str) -> Stored:
         """A tensor for a writer that does not look at it."""
         ...
@@ -85,6 +90,17 @@ class FileTensors:
         """A tensor as a row-major matrix."""
         return self._checkpoint.matrix(self._entries[name][0], rows, cols)
 
+    def number(self, name: str) -> float:
+        """The one element of a tensor, of any type that is a number."""
+        position, _, shape = self._entries[name]
+        dtype = self.dtype(name)
+        if math.prod(shape) != 1:
+            raise FormatError(f"{self.label}: tensor {name!r} of shape {list(shape)} is not one number")
+        if not dtype.startswith(("int", "uint")):
+            return float(self.matrix(name, 1, 1).to_array()[0, 0])
+        (value,) = np.frombuffer(self._checkpoint.stored_bytes(position), np.dtype(dtype).newbyteorder("<"))
+        return float(value)
+
     def stored(self, name: str) -> Stored:
         """A tensor for a writer that does not look at it."""
         return Stored(self._checkpoint, self._entries[name][0])
@@ -110,6 +126,12 @@ class ArrayTensors:
     def matrix(self, name: str, rows: int, cols: int) -> Matrix:
         """A tensor as a row-major matrix."""
         return arrays.matrix(self._values[name].reshape(rows, cols))
+
+    def number(self, name: str) -> float:
+        """The one element of a tensor, of any type that is a number."""
+        if math.prod(self._shapes[name]) != 1:
+            raise FormatError(f"{self.label}: tensor {name!r} is not one number")
+        return float(self._values[name].reshape(()))
 
     def stored(self, name: str) -> Stored:
         """A tensor for a writer that does not look at it."""

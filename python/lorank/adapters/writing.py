@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -13,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank import _core
-from lorank.adapters import card, kohya, padding, profiles
+from lorank.adapters import card, kohya, padding, profiles, rounding
 from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX, SPECTRAL_KEY
 from lorank.adapters.reading import CERTIFICATE, CONFIG, PICKLED_WEIGHTS, WEIGHTS
-from lorank.adapters.tensors import SAFETENSORS_NAMES, FileTensors, Stored, raw_bytes
-from lorank.atomic import made_folder, write_text
+from lorank.adapters.tensors import SAFETENSORS_NAMES, Stored, raw_bytes
+from lorank.atomic import staged_folder, write_text
 from lorank.certificate import Certificate
 from lorank.sources import arrays
 from lorank.threads import thread_count
@@ -27,6 +26,9 @@ from lorank.threads import thread_count
 Array = npt.NDArray[Any]
 Tensor = tuple[str, list[int], Any, str]
 """Name, shape, values (an array, or a checkpoint and a position), and element type by safetensors' name."""
+
+IMAGE_WEIGHTS = "adapter.safetensors"
+"""What an image adapter's file is called where only a folder is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,43 +41,65 @@ class Written:
         Where the factors are.
     certificate
         The adapter's, with what rounding the factors added.
+    stored_parameters
+        Parameters of the written factors, the zeros of padded ranks included.
     notes
-        What was left as it was.
+        What was left as it was, what rounding did where no certificate tells, what padding costs.
     """
 
     path: Path
     certificate: Certificate | None
+    stored_parameters: int
     notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be written, how, and where."""
+
+    adapter: LoraAdapter
+    profile: Profile
+    dtype: Dtype | None
+    layouts: Mapping[str, profiles.Layout]
+    keys: Mapping[str, tuple[str, str]]
+    folder: Path
+    file: str
+    alone: bool
+
+    @classmethod
+    def of(cls, adapter: LoraAdapter, target: Path, profile: Profile, dtype: Any) -> _Job:
+        layouts = profiles.layouts(adapter, profile)
+        checked = _checked_dtype(dtype)
+        if adapter.format == "peft":
+            keys = profiles.keys(adapter, layouts)
+            return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, alone=False)
+        # An alpha for every module: profiles differ by padding only.
+        layouts = {name: profiles.Layout(layout.rank, 1.0) for name, layout in layouts.items()}
+        keys = {name: kohya.keys(adapter, name) for name in layouts}
+        alone = target.suffix == ".safetensors"
+        folder, file = (target.parent, target.name) if alone else (target, IMAGE_WEIGHTS)
+        return cls(adapter, profile, checked, layouts, keys, folder, file, alone)
+
+    @property
+    def stored_parameters(self) -> int:
+        return sum(layout.rank * self.adapter.modules[name].cost for name, layout in self.layouts.items())
 
 
 def write_adapter(
     adapter: LoraAdapter, target: Path, profile: Profile, dtype: Any, *, overwrite: bool
 ) -> Written:
     """Write an adapter; see `LoraAdapter.save`."""
-    stored = _checked_dtype(dtype)
-    target = target.expanduser()
-    layouts = profiles.layouts(adapter, profile)
-    metadata = {"format": "pt"} | padding.metadata(adapter, layouts)
-    metadata |= {SPECTRAL_KEY: "1"} if adapter.is_spectral else {}
-    if adapter.format == "kohya":
-        path = _write_image_adapter(adapter, target, layouts, stored, metadata, overwrite)
-        return Written(path, adapter.certificate)
-    _refuse_to_overwrite(target, overwrite)
-    tensors = _tensors(adapter, layouts, stored)
-    weights = target / WEIGHTS
-    with made_folder(target):
-        _core.write_safetensors(weights, tensors, metadata, thread_count(None))
-    certificate = _with_rounding(adapter, layouts, target, stored)
-    write_text(
-        target / CONFIG, json.dumps(profiles.settings(adapter, profile), indent=2, sort_keys=True) + "\n"
-    )
+    job = _Job.of(adapter, target.expanduser(), profile, dtype)
+    _check_target(job, overwrite)
     # What tells of an earlier adapter must not contradict this one.
-    (target / PICKLED_WEIGHTS).unlink(missing_ok=True)
-    if certificate is None:
-        (target / CERTIFICATE).unlink(missing_ok=True)
-    else:
-        write_text(target / CERTIFICATE, certificate.to_text(adapter.notes))
-    return Written(weights, certificate, _write_card(target, card.text(adapter, profile, certificate)))
+    with staged_folder(job.folder, () if job.alone else (PICKLED_WEIGHTS, CERTIFICATE)) as staging:
+        certificate, notes = _write_weights(job, staging)
+        if adapter.format == "peft":
+            settings = profiles.settings(adapter, profile)
+            write_text(staging / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        if not job.alone:
+            notes += _write_words(job, staging, certificate)
+    return Written(job.folder / job.file, certificate, job.stored_parameters, [*notes, *_padding_note(job)])
 
 
 def _checked_dtype(dtype: Any) -> Dtype | None:
@@ -86,63 +110,87 @@ def _checked_dtype(dtype: Any) -> Dtype | None:
     return cast("Dtype | None", name)
 
 
-def _write_card(folder: Path, text: str) -> list[str]:
-    """Write the card, unless there is one of somebody else's; what to note."""
-    file = folder / "README.md"
+def _check_target(job: _Job, overwrite: bool) -> None:
+    file = job.folder / job.file
+    if job.folder.exists() and not job.folder.is_dir():
+        raise FileExistsError(f"{job.folder}: is a file, not a folder")
+    if overwrite or not job.folder.exists():
+        return
+    if job.alone and file.exists():
+        raise FileExistsError(f"{file}: exists (overwrite replaces it)")
+    if not job.alone and any(job.folder.iterdir()):
+        raise FileExistsError(f"{job.folder}: is not empty (overwrite replaces the adapter in it)")
+
+
+def _write_weights(job: _Job, staging: Path) -> tuple[Certificate | None, list[str]]:
+    """Write the factors; the certificate with what rounding added, or a note of that."""
+    tensors = _tensors(job)
+    file = staging / job.file
+    _core.write_safetensors(file, tensors, _metadata(job, job.adapter.certificate), thread_count(None))
+    added = rounding.added(job.adapter, job.layouts, job.keys, file, job.dtype)
+    if added is None:
+        return job.adapter.certificate, []
+    if job.adapter.certificate is None:
+        return None, [rounding.note(job.adapter, added)] if added else []
+    certificate = job.adapter.certificate.with_rounding(added)
+    if job.adapter.format == "kohya":
+        # The file itself holds the certificate, and what the file is measured for belongs to that.
+        _core.write_safetensors(file, tensors, _metadata(job, certificate), thread_count(None))
+    return certificate, []
+
+
+def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:
+    adapter = job.adapter
+    metadata = {"format": "pt"} | padding.metadata(adapter, job.layouts)
+    metadata |= {SPECTRAL_KEY: "1"} if adapter.is_spectral else {}
+    if adapter.format == "peft":
+        return metadata
+    metadata |= kohya.metadata(adapter, {name: layout.rank for name, layout in job.layouts.items()})
+    words = {kohya.CERTIFICATE_KEY: certificate.to_text(adapter.notes)} if certificate else {}
+    return metadata | words
+
+
+def _write_words(job: _Job, staging: Path, certificate: Certificate | None) -> list[str]:
+    """Write the certificate and the card, unless there is a card of somebody else's; what to note."""
+    if certificate is not None:
+        write_text(staging / CERTIFICATE, certificate.to_text(job.adapter.notes))
+    file = job.folder / "README.md"
     if file.exists() and not card.is_ours(file.read_text("utf-8", errors="replace")):
         return [f"{file} was kept, as lorank did not write it"]
-    write_text(file, text)
+    text = card.text(job.adapter, job.profile, certificate, job.stored_parameters)
+    write_text(staging / "README.md", text)
     return []
 
 
-def _tensors(
-    adapter: LoraAdapter, layouts: Mapping[str, profiles.Layout], dtype: Dtype | None
-) -> list[Tensor]:
-    """Everything that a PEFT adapter's file holds."""
+def _padding_note(job: _Job) -> list[str]:
+    """How much padded ranks cost, and what to do about it."""
+    adapter, stored = job.adapter, job.stored_parameters
+    if stored == adapter.num_parameters:
+        return []
+    largest = max(layout.rank for layout in job.layouts.values())
+    note = f"{job.profile}: {stored:,} parameters are stored, as ranks are padded with zeros"
+    before = adapter.certificate.parameters_before if adapter.certificate else adapter.num_parameters
+    if job.profile == "portable" and stored >= before:
+        note += f" to {largest}; nothing is saved: max_rank bounds the largest rank"
+    return [note]
+
+
+def _tensors(job: _Job) -> list[Tensor]:
+    """Everything that the file holds."""
+    adapter = job.adapter
     tensors: list[Tensor] = []
-    for name, keys in profiles.keys(adapter, layouts).items():
+    for name, layout in job.layouts.items():
         module = adapter.modules[name]
-        tensors += _factors(module, layouts[name], keys, dtype or module.dtype)
+        dtype = job.dtype or module.dtype
+        tensors += _factors(module, layout, job.keys[name], dtype)
         for ending, vector in module.carried.items():
-            scaled = vector * np.float32(module.scaling * layouts[name].b_factor)
-            tensors.append(_tensor(f"{PREFIX}{name}.{ending}", scaled, dtype or module.dtype))
-    return tensors + [
-        _carried(key, stored)
-        for key, stored in adapter.carried.items()
-        if _still_has_a_module(adapter, key, layouts)
-    ]
-
-
-def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: is a file, not a folder")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder}: is not empty (overwrite replaces the adapter in it)")
-
-
-def _write_image_adapter(
-    adapter: LoraAdapter,
-    target: Path,
-    layouts: Mapping[str, profiles.Layout],
-    dtype: Dtype | None,
-    metadata: dict[str, str],
-    overwrite: bool,
-) -> Path:
-    if target.suffix != ".safetensors":
-        target = target / "adapter.safetensors"
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target}: exists (overwrite replaces it)")
-    tensors: list[Tensor] = []
-    for name, layout in layouts.items():
-        module = adapter.modules[name]
-        b_key, a_key, alpha_key = kohya.keys(adapter, name)
-        stored = dtype or module.dtype
-        tensors += _factors(module, profiles.Layout(layout.rank, 1.0), (b_key, a_key), stored)
-        tensors.append(_tensor(alpha_key, np.array(layout.rank, dtype=np.float32), stored))
-    tensors += [_carried(key, stored) for key, stored in adapter.carried.items()]
-    with made_folder(target.parent):
-        _core.write_safetensors(target, tensors, {**kohya.metadata(adapter), **metadata}, thread_count(None))
-    return target
+            scaled = vector * np.float32(module.scaling * layout.b_factor)
+            tensors.append(_tensor(f"{PREFIX}{name}.{ending}", scaled, dtype))
+        if adapter.format == "kohya" and (key := kohya.alpha_key(adapter, name)):
+            # Narrow types do not hold every rank.
+            tensors.append(_tensor(key, np.array(layout.rank, dtype=np.float32), "float32"))
+    carried = adapter.carried.items()
+    return tensors + [_carried(key, x) for key, x in carried if _still_has_a_module(job, key)]
 
 
 def _factors(module: LoraModule, layout: profiles.Layout, keys: tuple[str, str], dtype: str) -> list[Tensor]:
@@ -171,53 +219,7 @@ def _carried(key: str, stored: Stored) -> Tensor:
     return key, list(shape), values.tobytes(), dtype
 
 
-def _still_has_a_module(adapter: LoraAdapter, key: str, layouts: Mapping[str, profiles.Layout]) -> bool:
+def _still_has_a_module(job: _Job, key: str) -> bool:
     """Whether what belongs to a LoRA layer (its DoRA magnitude) still has that layer."""
     owner, found, _ = key.removeprefix(PREFIX).partition(".lora_")
-    return not found or owner not in adapter.modules or owner in layouts
-
-
-def _with_rounding(
-    adapter: LoraAdapter, layouts: Mapping[str, profiles.Layout], folder: Path, dtype: Dtype | None
-) -> Certificate | None:
-    """The certificate with what rounding to a narrow type added, measured on the written file."""
-    certificate = adapter.certificate
-    narrow = {
-        name for name in layouts if (dtype or adapter.modules[name].dtype) not in ("float32", "float64")
-    }
-    if certificate is None or not narrow:
-        return certificate
-    written = FileTensors(folder / WEIGHTS)
-    total = 0.0
-    for name, (b_key, a_key) in profiles.keys(adapter, layouts).items():
-        exact = profiles.factors(adapter.modules[name], layouts[name])
-        rounded = _rows(written, b_key), _rows(written, a_key)
-        copies = adapter.modules[name].copies
-        for (b, a), (b2, a2) in zip(_experts(*exact, copies), _experts(*rounded, copies), strict=True):
-            # The file's update is the adapter's times the layout's factor.
-            total += _squared_distance(b, a, b2, a2) / layouts[name].b_factor ** 2
-    return certificate.with_rounding(math.sqrt(total))
-
-
-def _rows(tensors: FileTensors, key: str) -> Array:
-    first, *rest = tensors.shapes()[key]
-    return tensors.matrix(key, first, math.prod(rest)).to_array()
-
-
-def _experts(b: Array, a: Array, copies: int) -> Iterator[tuple[Array, Array]]:
-    """Every copy's factors from the stored ones."""
-    b, rank = b.reshape(b.shape[0], -1), a.shape[0] // copies
-    a = a.reshape(a.shape[0], -1)
-    return ((b[:, e::copies], a[e * rank : (e + 1) * rank]) for e in range(copies))
-
-
-def _squared_distance(b: Array, a: Array, b2: Array, a2: Array) -> float:
-    """``||B A - B2 A2||_F^2`` from small products of the factors."""
-    if np.array_equal(b, b2) and np.array_equal(a, a2):
-        return 0.0
-    left = np.hstack([b, -b2]).astype(np.float64)
-    right = np.vstack([a, a2]).astype(np.float64)
-    # A change of basis first: traces of the products alone would cancel.
-    r_left: Array = np.linalg.qr(left)[1]
-    r_right: Array = np.linalg.qr(right.T)[1]
-    return float(np.square(r_left @ r_right.T).sum())
+    return not found or owner not in job.adapter.modules or owner in job.layouts

@@ -13,6 +13,7 @@ import lorank
 from lorank import runtimes
 from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
 from lorank.adapters.profiles import PROFILES, nothing_left
+from lorank.adapters.reading import read_for_repair
 from lorank.adapters.writing import write_adapter
 from lorank.cli.options import (
     Exclude,
@@ -35,7 +36,7 @@ from lorank.cli.options import (
 from lorank.extraction import DEFAULT_MAX_RANK
 from lorank.report import adapters as tables
 from lorank.report.table import rank_map
-from lorank.selection import Knobs
+from lorank.selection import Knobs, with_counted_budget
 
 # Not a Path, which would turn an empty argument into the current folder.
 Adapter = Annotated[
@@ -51,6 +52,10 @@ Energy = Annotated[
 ]
 Budget = Annotated[
     str | None, typer.Option(help="Keep what fits into so many parameters: 500000, 500k or 1.5M.")
+]
+BudgetOrShare = Annotated[
+    str | None,
+    typer.Option(help="Keep what fits into so many parameters, or into a share of the base model's: 0.5%."),
 ]
 Auto = Annotated[bool, typer.Option("--auto", help="Keep what stands out of a module's noise: a heuristic.")]
 MaxRank = Annotated[int | None, typer.Option(min=1, help="No module keeps more.")]
@@ -69,11 +74,17 @@ DtypeOption = Annotated[
 ]
 
 
+Modules = Annotated[bool, typer.Option("--modules", help="A row for every module, before and after.")]
+
+
 _AMOUNTS = ("rank_ratio", "avg_rank", "energy", "budget", "auto")
 
 
-def _knobs(**given: Any) -> dict[str, Any]:
-    """The knobs that were given; exactly one that says how much to keep is wanted."""
+def _knobs(base_parameters: int | None = None, **given: Any) -> dict[str, Any]:
+    """The knobs that were given; exactly one that says how much to keep is wanted.
+
+    `base_parameters` may be any number where a budget can be a share: it is enough to judge by.
+    """
     chosen = {name: value for name, value in given.items() if value is not None and value is not False}
     options = {name: f"--{name.replace('_', '-')}" for name in _AMOUNTS if name in given}
     wanted = [name for name in options if name in chosen]
@@ -81,7 +92,8 @@ def _knobs(**given: Any) -> dict[str, Any]:
         *most, last = options.values()
         raise UsageError(f"give exactly one of {', '.join(most)} and {last}")
     with spelled_as_options(UsageError):
-        knobs = Knobs(**chosen)
+        counted = chosen if base_parameters is None else with_counted_budget(chosen, base_parameters)
+        knobs = Knobs(**counted)
     if knobs.keep_nothing:
         option = options[wanted[0]]
         raise UsageError(f"{option} {chosen[wanted[0]]} keeps nothing: ask for a larger {option}")
@@ -101,6 +113,7 @@ def compress(
     keep: Annotated[str, typer.Option(help="largest; or smallest, to study reverse pruning.")] = "largest",
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
+    modules: Modules = False,
     threads: Threads = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
@@ -121,7 +134,7 @@ def compress(
     _check_output(output, overwrite)
     with spelled_as_options():
         result = lorank.compress(adapter, threads=threads, progress=not quiet, **knobs)
-    _finish(result, output, profile, dtype, overwrite, json_output)
+    _finish(result, output, profile, dtype, overwrite, json_output, modules)
 
 
 def family(
@@ -145,12 +158,15 @@ def family(
     for name, member in members.items():
         if reason := nothing_left(member):
             raise ValueError(f"{name}: {reason}")
+    stored = {}
     for name, member in members.items():
         target = output / (name if member.format == "peft" else f"{name}.safetensors")
         written = write_adapter(member, target, cast(Profile, profile), dtype, overwrite=overwrite)
+        stored[name] = written.stored_parameters
         _say_notes(f"{name}: {note}" for note in written.notes)
     if json_output:
-        print_json({name: _content(member) for name, member in members.items()})
+        content = {name: _content(member) for name, member in members.items()}
+        print_json({name: {**content[name], "stored_parameters": stored[name]} for name in members})
         return
     console().print(tables.family_table(members))
     say(f"saved to {output}")
@@ -170,6 +186,7 @@ def merge(
     scope: Scope = "global",
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
+    modules: Modules = False,
     threads: Threads = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
@@ -190,7 +207,7 @@ def merge(
     _check_output(output, overwrite)
     with spelled_as_options():
         result = lorank.merge(paths, weights, threads=threads, progress=not quiet, **knobs)
-    _finish(result, output, profile, dtype, overwrite, json_output)
+    _finish(result, output, profile, dtype, overwrite, json_output, modules)
 
 
 def extract(
@@ -204,19 +221,28 @@ def extract(
     ] = "",
     avg_rank: AvgRank = None,
     energy: Energy = None,
-    budget: Budget = None,
+    budget: BudgetOrShare = None,
     auto: Auto = False,
     max_rank: ComputedRank = None,
     scope: Scope = "global",
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
+    modules: Modules = False,
     threads: Threads = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """A LoRA adapter from the difference of two models."""
-    knobs = _knobs(avg_rank=avg_rank, energy=energy, budget=budget, auto=auto, max_rank=max_rank, scope=scope)
+    knobs = _knobs(
+        10**12,
+        avg_rank=avg_rank,
+        energy=energy,
+        budget=budget,
+        auto=auto,
+        max_rank=max_rank,
+        scope=scope,
+    )
     targets = parse_targets(include), parse_targets(exclude)
     _check_form(profile, dtype)
     _check_output(output, overwrite)
@@ -231,7 +257,7 @@ def extract(
             progress=not quiet,
             **knobs,
         )
-    _finish(result, output, profile, dtype, overwrite, json_output)
+    _finish(result, output, profile, dtype, overwrite, json_output, modules)
 
 
 def check(
@@ -256,7 +282,7 @@ def check(
     verdicts = lorank.check(adapter, wanted)
     if fix is not None:
         profile = runtimes.right_profile(wanted)
-        written = write_adapter(LoraAdapter.load(adapter), fix, profile, None, overwrite=overwrite)
+        written = write_adapter(read_for_repair(adapter), fix, profile, None, overwrite=overwrite)
         _say_notes(written.notes)
         say(f"saved to {fix} in the profile {profile}")
         verdicts = lorank.check(fix, wanted)
@@ -339,29 +365,36 @@ def _check_output(path: Path, overwrite: bool) -> None:
 
 
 def _finish(
-    result: LoraAdapter, output: Path, profile: str, dtype: str | None, overwrite: bool, json_output: bool
+    result: LoraAdapter,
+    output: Path,
+    profile: str,
+    dtype: str | None,
+    overwrite: bool,
+    json_output: bool,
+    modules: bool,
 ) -> None:
     """Save, and say what was done."""
     written = write_adapter(result, output, cast(Profile, profile), dtype, overwrite=overwrite)
     certificate = written.certificate
     assert certificate is not None
     if json_output:
-        print_json({**_content(result.with_certificate(certificate)), "profile": profile})
+        content = _content(result.with_certificate(certificate))
+        print_json({**content, "profile": profile, "stored_parameters": written.stored_parameters})
         return
     terminal = console()
     terminal.print(rank_map(result.ranks, "ranks"))
+    if modules:
+        terminal.print(tables.kept_table(certificate))
     terminal.print(tables.certificate_table(certificate))
     for note in result.notes:
         terminal.print(as_options(note), style="dim", soft_wrap=True, markup=False)
-    if profile == "portable":
-        terminal.print(tables.portable_advice(result), soft_wrap=True)
     _say_notes(written.notes)
     say(f"saved to {written.path}")
 
 
 def _say_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        say(note)
+        say(as_options(note))
 
 
 def _content(adapter: LoraAdapter) -> dict[str, Any]:

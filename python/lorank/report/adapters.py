@@ -65,15 +65,21 @@ def certificate_table(certificate: Certificate) -> Table:
     return table
 
 
-def portable_advice(adapter: LoraAdapter) -> str:
-    """How much the padding of the portable profile costs, and what to do about it."""
-    largest = max(module.rank for module in adapter.adapted)
-    stored = sum(largest * module.cost for module in adapter.modules.values())
-    before = adapter.certificate.parameters_before if adapter.certificate else adapter.num_parameters
-    line = f"portable: {stored:,} parameters are stored, as every rank is padded to {largest}"
-    if stored >= before:
-        line += "; nothing is saved: --max-rank bounds the largest rank"
-    return line
+def kept_table(certificate: Certificate) -> Table:
+    """What was kept of every module."""
+    table = _table(f"{len(certificate.modules)} modules, before -> after")
+    table.add_column("module", overflow="fold")
+    for heading in ("rank", "parameters", "energy retained", "error, Frobenius norm"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in certificate.modules:
+        table.add_row(
+            entry.name,
+            f"{entry.rank_before} -> {entry.rank_after}",
+            f"{entry.parameters_before:,} -> {entry.parameters_after:,}",
+            f"{100 * entry.retained_energy:.4f} %",
+            f"{entry.error:.4g}",
+        )
+    return table
 
 
 def family_table(members: Mapping[str, LoraAdapter]) -> Table:

@@ -102,8 +102,7 @@ def rank_map(ranks: Mapping[str, int], title: str) -> Table:
     cells: dict[str, dict[str, int]] = {}
     columns: dict[str, None] = {}
     for name, rank in ranks.items():
-        block = naming.block_of(name)
-        inner = name[len(block) + 1 :] or _ITSELF
+        block, inner = _place_of(name)
         columns.setdefault(inner)
         cells.setdefault(block, {})[inner] = rank
     low, high = min(ranks.values()), max(ranks.values())
@@ -116,6 +115,16 @@ def rank_map(ranks: Mapping[str, int], title: str) -> Table:
         row = [_coloured(found[inner], low, high) if inner in found else Text("") for inner in columns]
         table.add_row(block, *row)
     return table
+
+
+def _place_of(name: str) -> tuple[str, str]:
+    """A module's block, and its name within the block.
+
+    Image adapters have underscores where modules have dots.
+    """
+    dotted = name if "." in name else name.replace("_", ".")
+    block = naming.block_of(dotted)
+    return name[: len(block)], dotted[len(block) + 1 :] or _ITSELF
 
 
 def _shortest_unique_suffix(name: str, names: Iterable[str]) -> str:

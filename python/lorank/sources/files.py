@@ -53,8 +53,9 @@ def _open_safetensors(path: Path, label: str) -> Source:
     for position, (name, dtype, shape) in enumerate(tensors):
         found = layout.matrices(name, dtype)
         if isinstance(found, str):
-            vector = len(shape) == 1 and dtype in FLOAT_TYPES
-            load = partial(checkpoint.matrix, position, 1, shape[0]) if vector else None
+            size = math.prod(shape)
+            readable = size > 0 and dtype in FLOAT_TYPES
+            load = partial(checkpoint.matrix, position, 1, size) if readable else None
             skipped.append(Skipped(name, tuple(shape), found, load))
             continue
         matrices += [

@@ -10,7 +10,7 @@ from typing import Any
 from lorank._core import Matrix
 from lorank.sources import arrays, quantized
 from lorank.sources.base import Kind, MatrixInfo, Skipped, Source, SourceMatrix
-from lorank.sources.layout import Layout
+from lorank.sources.layout import FLOAT_TYPES, Layout
 
 # How wrappers of PEFT and of torch, by the names of their base classes, keep the module that they wrap.
 _WRAPPED = {
@@ -57,8 +57,7 @@ def from_module(model: Any) -> Source:
         num_parameters += math.prod(shape)
         found = _matrices(layout, name, weight)
         if isinstance(found, str):
-            readable = weight.is_direct and len(shape) == 1 and weight.parameter.device.type != "meta"
-            load = partial(_load, partial(_identity, weight.parameter), 0, 1, shape[0]) if readable else None
+            load = partial(_as_row, weight.parameter) if weight.is_readable else None
             skipped.append(Skipped(name, shape, found, load))
         else:
             matrices += found
@@ -79,6 +78,13 @@ class _Weight:
     def is_direct(self) -> bool:
         """Whether the parameter is a plain tensor of floats that can be read in place."""
         return not quantized.is_quantized(self.module, self.parameter)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether it is such a tensor, holds something, and lies somewhere."""
+        parameter = self.parameter
+        has_values = parameter.device.type != "meta" and parameter.numel() > 0
+        return self.is_direct and has_values and arrays.dtype_name(parameter) in FLOAT_TYPES
 
 
 def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
@@ -169,6 +175,10 @@ def _load(values: Callable[[], Any], index: int, rows: int, cols: int) -> Matrix
     tensor = values()
     tensor = tensor[index] if tensor.ndim == 3 and tuple(tensor.shape[1:]) == (rows, cols) else tensor
     return arrays.matrix(tensor if tensor.ndim == 2 else tensor.reshape(rows, cols))
+
+
+def _as_row(parameter: Any) -> Matrix:
+    return arrays.matrix(parameter.reshape(1, -1))
 
 
 def _num_experts(model: Any) -> int | None:

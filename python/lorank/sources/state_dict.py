@@ -57,8 +57,8 @@ def from_mapping(
         num_parameters += math.prod(shape) if dtype in FLOAT_TYPES else 0
         found = layout.matrices(name, dtype)
         if isinstance(found, str):
-            vector = len(shape) == 1 and dtype in FLOAT_TYPES
-            load = partial(_load, value, 0, 1, shape[0]) if vector else None
+            readable = math.prod(shape) > 0 and dtype in FLOAT_TYPES
+            load = partial(_as_row, value) if readable else None
             skipped.append(Skipped(name, shape, found, load))
             continue
         matrices += [
@@ -81,6 +81,10 @@ def _load(value: Any, index: int, rows: int, cols: int) -> Matrix:
     elif value.ndim != 2:
         value = value.reshape(rows, cols)
     return arrays.matrix(value)
+
+
+def _as_row(value: Any) -> Matrix:
+    return arrays.matrix(value.reshape(1, -1))
 
 
 def from_pickles(path: Path, label: str, config: Mapping[str, Any]) -> Source:

@@ -83,8 +83,8 @@ pub fn rebuild<'py>(
 }
 
 /// Decomposes differences `tuned - base` up to a rank and calls `on_result(index, outcome)` for each
-/// as it finishes. The outcome is `((columns of B, singular values, rows of A), energy)`, or the
-/// exception that the pair met.
+/// as it finishes. The outcome is `((columns of B, singular values, rows of A), energy, next)`, `next`
+/// the first singular value beyond the rank, or the exception that the pair met.
 #[pyfunction]
 pub fn subtract<'py>(
     py: Python<'py>,
@@ -105,11 +105,11 @@ pub fn subtract<'py>(
             subtract_all(&stored, max_rank, threads, cancel, &|index, result| outbox.send((index, result)))
         },
         |py, (index, result): (usize, lorank::Result<Difference>)| {
-            hand_over(py, on_result, index, result, |Difference { leading, energy }| {
+            hand_over(py, on_result, index, result, |Difference { leading, energy, next }| {
                 let k = Some(leading.singular_values.len());
                 let (b, a) = (rows(py, leading.b_columns, k, 0)?, rows(py, leading.a_rows, k, 0)?);
                 let values = leading.singular_values.into_pyarray(py);
-                Ok(((b, values, a), energy).into_pyobject(py)?.into_any())
+                Ok(((b, values, a), energy, next).into_pyobject(py)?.into_any())
             })
         },
     )

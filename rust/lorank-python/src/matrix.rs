@@ -12,6 +12,7 @@ use numpy::{
 };
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use crate::detached::detached_quiet;
 use crate::errors::to_py;
@@ -210,6 +211,14 @@ impl Checkpoint {
     #[pyo3(signature = (position, rows, cols, index=0))]
     fn matrix(&self, position: usize, rows: usize, cols: usize, index: usize) -> PyResult<Matrix> {
         StoredMatrix::in_file(self.tensor(position)?.clone(), (rows, cols), index).map(Matrix).map_err(to_py)
+    }
+
+    /// A tensor as it is stored, for element types that no matrix has.
+    fn stored_bytes<'py>(&self, py: Python<'py>, position: usize) -> PyResult<Bound<'py, PyBytes>> {
+        let tensor = self.tensor(position)?.clone();
+        let bytes =
+            detached_quiet(py, move |cancel| tensor.file.read(&tensor.info, 0, tensor.info.len, cancel))?;
+        Ok(PyBytes::new(py, &bytes))
     }
 }
 

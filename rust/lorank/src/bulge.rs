@@ -3,7 +3,7 @@
 //! A sweep `s` reflects column `s` of the band onto its first entry below the diagonal. The reflection
 //! changes the diagonal block of the rows that it acts on and fills the block below, whose first column
 //! is reflected in turn, and so on down the band (Lang's variant: what fills the other columns stays for
-//! the next sweeps, which are shifted by one). With `w` = [`WIDTH`](crate::band::WIDTH) that is
+//! the next sweeps, which are shifted by one). With `w` = [`WIDTH`] that is
 //! `7 n^2 w` operations, on blocks that lie in the level-1 cache.
 //!
 //! Step `k` of a sweep needs step `k + 1` of the sweep before and nothing else, so steps are done in

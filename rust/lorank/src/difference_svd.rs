@@ -5,8 +5,9 @@
 //! range of `(D D^T)^q D Omega` for a Gaussian `Omega` with a few more columns than wanted, then the
 //! decomposition of `Q^T D`. The error of a value falls with the `2q + 1`-th power of the ratio of the
 //! first value left out to it; `q = 4` keeps the energy of the leading ones, which is what a truncation
-//! is about, to better than a thousandth even where the spectrum is flat (see the tests). The energy of
-//! the whole is that of the difference itself.
+//! is about, to better than a thousandth of the whole, and to half a per cent where the spectrum is flat;
+//! the first value left out comes out up to 5 per cent too small there (see the tests). The energy of
+//! the whole is that of the difference itself, and so is what is missing of it.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
@@ -17,7 +18,7 @@ use crate::low_rank::{Triplets, balanced};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::StoredMatrix;
-use crate::svd::{ThinSvd, dense_svd};
+use crate::svd::{SvdSpace, ThinSvd, dense_svd};
 use crate::{Error, Result};
 
 /// Columns of the random start beyond the rank that is wanted.
@@ -28,6 +29,23 @@ const POWER_ITERATIONS: usize = 4;
 
 /// Smaller sides up to this are decomposed in full: it takes less than a second.
 const EXACT_UP_TO: usize = 512;
+
+/// Rows of the base that are subtracted at a time.
+const BLOCK_ROWS: usize = 64;
+
+/// What a worker keeps from one difference to the next, so that large pieces of memory that come and go
+/// leave no holes between the small results, which stay.
+#[derive(Default)]
+pub struct Buffers {
+    /// The stored elements of the weight at hand.
+    bytes: Vec<u8>,
+    /// The difference, row by row.
+    difference: Vec<f64>,
+    /// Some rows of the base.
+    block: Vec<f64>,
+    /// What a decomposition in full needs.
+    space: SvdSpace,
+}
 
 /// Two weights of one module.
 #[derive(Clone, Debug)]
@@ -45,6 +63,9 @@ pub struct Difference {
     pub leading: Triplets,
     /// `||tuned - base||_F^2`.
     pub energy: f64,
+    /// The first singular value that was left out: the spectral norm of what is missing, 0 if nothing
+    /// is. Of a large difference an estimate from below.
+    pub next: f64,
 }
 
 /// Decomposes every difference with up to `threads` threads, as
@@ -63,8 +84,8 @@ pub fn subtract_all(
     let cost = |pair: &Pair| pair.base.shape().0 as u128 * pair.base.shape().1 as u128;
     let order = costliest_first(pairs.iter().map(cost));
     pool(threads)?.install(|| {
-        side_by_side(&order, threads, cancel, &|i, bytes: &mut Vec<u8>| {
-            emit(i, guarded(|| subtract(&pairs[i], max_rank, bytes, cancel)));
+        side_by_side(&order, threads, cancel, &|i, buffers: &mut Buffers| {
+            emit(i, guarded(|| subtract(&pairs[i], max_rank, buffers, cancel)));
         });
         cancel.check()
     })
@@ -78,7 +99,7 @@ pub fn subtract_all(
 pub fn subtract(
     pair: &Pair,
     max_rank: usize,
-    bytes: &mut Vec<u8>,
+    buffers: &mut Buffers,
     cancel: &CancelToken,
 ) -> Result<Difference> {
     let (rows, cols) = pair.base.shape();
@@ -86,40 +107,59 @@ pub fn subtract(
         let (r, c) = pair.tuned.shape();
         return Err(Error::InvalidInput(format!("{r}x{c} after the fine-tune, {rows}x{cols} before")));
     }
-    let (difference, exponent) = scaled_difference(pair, bytes, cancel)?;
-    let rank = max_rank.min(rows).min(cols);
-    let svd = if rows.min(cols) <= EXACT_UP_TO || rank + OVERSAMPLING >= rows.min(cols) / 2 {
-        dense_svd(difference.as_ref())?
-    } else {
-        randomized(difference.as_ref(), rank, cancel)?
+    let exponent = scaled_difference(pair, buffers, cancel)?;
+    let difference = MatRef::from_row_major_slice(&buffers.difference, rows, cols);
+    let (rank, unit) = (max_rank.min(rows).min(cols), power_of_two(exponent));
+    let energy = difference.squared_norm_l2() * unit * unit;
+    let leading_of = |values: &[f64], u: MatRef<'_, f64>, v: MatRef<'_, f64>| {
+        let (u, v) = (u.subcols(0, rank), v.subcols(0, rank));
+        let next = values.get(rank).copied().unwrap_or(0.0) * unit;
+        Difference { leading: balanced(u, &values[..rank], v, exponent), energy, next }
     };
-    let energy = difference.squared_norm_l2();
-    let (u, v) = (svd.u.as_ref().subcols(0, rank), svd.v.as_ref().subcols(0, rank));
-    let leading = balanced(u, &svd.singular_values[..rank], v, exponent);
-    Ok(Difference { leading, energy: energy * power_of_two(exponent) * power_of_two(exponent) })
+    if rows.min(cols) <= EXACT_UP_TO || rank + OVERSAMPLING >= rows.min(cols) / 2 {
+        // Transposed, as it is column by column then.
+        let (values, v, u) = buffers.space.decompose(difference.transpose())?;
+        Ok(leading_of(&values, u, v))
+    } else {
+        let svd = randomized(difference, rank, cancel)?;
+        Ok(leading_of(&svd.singular_values, svd.u.as_ref(), svd.v.as_ref()))
+    }
 }
 
-/// `(tuned - base) / 2^exponent`, its largest entry near 1.
-fn scaled_difference(pair: &Pair, bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<(Mat<f64>, i32)> {
+/// Leaves `(tuned - base) / 2^exponent`, its largest entry near 1, in the buffers and returns the exponent.
+fn scaled_difference(pair: &Pair, buffers: &mut Buffers, cancel: &CancelToken) -> Result<i32> {
     let (rows, cols) = pair.base.shape();
-    let mut values = |matrix: &StoredMatrix| {
-        let mut out = Mat::zeros(rows, cols);
-        matrix.with_view(bytes, cancel, |view| {
-            view.max_abs()?; // Refuses NaN and infinities.
-            view.upcast(0..rows, 0..cols, 1.0, out.as_mut());
-            Ok(())
-        })?;
-        Ok(out)
-    };
-    let mut difference = values(&pair.tuned)?;
-    difference -= values(&pair.base)?;
-    let largest = difference.norm_max();
+    let Buffers { bytes, difference, block, .. } = buffers;
+    // Freed before it grows: old and new together would set the peak.
+    if difference.capacity() < rows * cols {
+        *difference = Vec::new();
+    }
+    difference.resize(rows * cols, 0.0);
+    pair.tuned.with_view(bytes, cancel, |view| {
+        view.max_abs()?; // Refuses NaN and infinities.
+        view.upcast_rows(0..rows, 1.0, difference);
+        Ok(())
+    })?;
+    pair.base.with_view(bytes, cancel, |view| {
+        view.max_abs()?;
+        for (k, part) in difference.chunks_mut(BLOCK_ROWS * cols.max(1)).enumerate() {
+            let first = k * BLOCK_ROWS;
+            block.resize(part.len(), 0.0);
+            view.upcast_rows(first..(first + BLOCK_ROWS).min(rows), 1.0, block);
+            part.iter_mut().zip(&*block).for_each(|(x, y)| *x -= y);
+        }
+        Ok(())
+    })?;
+    let largest = difference.iter().fold(0.0_f64, |most, x| most.max(x.abs()));
     if largest == 0.0 {
-        return Ok((difference, 0));
+        return Ok(0);
     }
     let exponent = binary_exponent(largest)?;
-    difference *= faer::Scale(power_of_two(-exponent));
-    Ok((difference, exponent))
+    let scale = power_of_two(-exponent);
+    for x in difference.iter_mut() {
+        *x *= scale;
+    }
+    Ok(exponent)
 }
 
 fn randomized(a: MatRef<'_, f64>, rank: usize, cancel: &CancelToken) -> Result<ThinSvd> {
@@ -178,13 +218,15 @@ mod tests {
 
     fn difference(base: &Mat<f64>, change: &Mat<f64>, rank: usize) -> Difference {
         let pair = Pair { tuned: stored(&(base + change)), base: stored(base) };
-        subtract(&pair, rank, &mut Vec::new(), &CancelToken::default()).unwrap()
+        subtract(&pair, rank, &mut Buffers::default(), &CancelToken::default()).unwrap()
     }
 
     /// Random singular vectors, given values.
     fn with_values(rows: usize, cols: usize, value: impl Fn(usize) -> f64) -> Mat<f64> {
         let k = rows.min(cols);
-        let (u, v) = (orthonormal(&gaussian(rows, k)), orthonormal(&gaussian(cols, k)));
+        // Rows swapped: the algorithm's own random start must not know the subspaces.
+        let swapped = |x: Mat<f64>| x.as_ref().reverse_rows().to_owned();
+        let (u, v) = (swapped(orthonormal(&gaussian(rows, k))), swapped(orthonormal(&gaussian(cols, k))));
         Mat::from_fn(rows, k, |i, j| u[(i, j)] * value(j)) * v.transpose()
     }
 
@@ -196,29 +238,35 @@ mod tests {
         for (i, s) in found.leading.singular_values.iter().enumerate() {
             assert!((s - 3.0 / (i + 1) as f64).abs() < 1e-13);
         }
+        assert!((found.next - 0.5).abs() < 1e-13);
+        assert!(difference(&base, &change, 20).next.abs() < f64::MIN_POSITIVE);
         let energy: f64 = (1..=20).map(|i| 9.0 / f64::from(i * i)).sum();
         assert!((found.energy - energy).abs() < 1e-12 * energy);
         let same = difference(&change, &Mat::zeros(20, 33), 5);
-        assert_eq!((same.energy, same.leading.singular_values), (0.0, vec![0.0; 5]));
+        assert_eq!((same.energy, same.next, same.leading.singular_values), (0.0, 0.0, vec![0.0; 5]));
     }
 
     #[test]
     fn large_differences_keep_the_energy_of_the_full_decomposition() {
+        type Decay = fn(usize) -> f64;
         let (rows, cols, rank) = (700, 540, 24);
-        let decays: [fn(usize) -> f64; 4] = [
-            |i| 0.9f64.powi(i32::try_from(i).unwrap()),
-            |i| 1.0 / ((i + 1) as f64).sqrt(),
-            |i| 1.0 - i as f64 / 1000.0, // nearly flat: the hard case
-            |i| if i < 24 { 1.0 } else { 0.999 },
+        let decays: [(Decay, f64); 4] = [
+            (|i| 0.9f64.powi(i32::try_from(i).unwrap()), 1e-12),
+            (|i| 1.0 / ((i + 1) as f64).sqrt(), 1e-3),
+            (|i| 1.0 - i as f64 / 1000.0, 5e-3), // nearly flat: the hard case
+            (|i| if i < 24 { 1.0 } else { 0.999 }, 1e-3),
         ];
-        for (case, value) in decays.into_iter().enumerate() {
+        for (case, (value, loss)) in decays.into_iter().enumerate() {
             let found = difference(&Mat::zeros(rows, cols), &with_values(rows, cols, value), rank);
             let kept: f64 = found.leading.singular_values.iter().map(|s| s * s).sum();
             let best: f64 = (0..rank).map(|i| value(i).powi(2)).sum();
             let whole: f64 = (0..cols).map(|i| value(i).powi(2)).sum();
             assert!((found.energy - whole).abs() < 1e-9 * whole);
             assert!(kept <= best * (1.0 + 1e-9), "case {case}");
-            assert!(best - kept <= 1e-3 * whole, "case {case}: {kept} of {best}");
+            assert!(best - kept <= loss * whole, "case {case}: {kept} of {best}");
+            // Of a subspace, hence never above the true one.
+            assert!(found.next <= value(rank) * (1.0 + 1e-9), "case {case}");
+            assert!(found.next >= value(rank) * 0.95, "case {case}: {} of {}", found.next, value(rank));
         }
     }
 
@@ -238,7 +286,7 @@ mod tests {
     fn misfits_are_errors() {
         let pair = Pair { tuned: stored(&Mat::zeros(2, 3)), base: stored(&Mat::zeros(3, 2)) };
         let fail = |pair: &Pair| {
-            subtract(pair, 1, &mut Vec::new(), &CancelToken::default()).unwrap_err().to_string()
+            subtract(pair, 1, &mut Buffers::default(), &CancelToken::default()).unwrap_err().to_string()
         };
         assert!(fail(&pair).contains("2x3 after the fine-tune, 3x2 before"));
         let nan = Pair { tuned: stored(&Mat::full(2, 2, f64::NAN)), base: stored(&Mat::zeros(2, 2)) };

@@ -5,7 +5,6 @@
 //! Where its iteration does not converge, one-sided Jacobi ([`jacobi`](crate::jacobi)) takes over.
 
 use faer::diag::Diag;
-use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::{Mat, MatMut, MatRef, Par, Spec};
 
@@ -13,6 +12,7 @@ use crate::eigen::{binary_exponent, power_of_two};
 use crate::jacobi::jacobi_svd;
 use crate::matrix::MatrixView;
 use crate::qr::thin_qr;
+use crate::workspace::Scratch;
 use crate::{Error, Result};
 
 /// `A = U diag(s) V^T`.
@@ -35,7 +35,7 @@ pub fn singular_values(view: &MatrixView<'_>) -> Result<Vec<f64>> {
     let Some((matrix, unit)) = scaled(view)? else {
         return Ok(vec![0.0; view.rows().min(view.cols())]);
     };
-    let values = match faer_svd(&matrix, None, None) {
+    let values = match faer_svd(matrix.as_ref(), None, None, &mut Scratch::default())? {
         Some(values) => values,
         None => fallback(&matrix)?.singular_values,
     };
@@ -107,6 +107,44 @@ fn by_eigenvectors(matrix: MatRef<'_, f64>) -> Option<ThinSvd> {
     })
 }
 
+/// Memory that one thin decomposition after the other uses: see [`Workspace`](crate::workspace::Workspace).
+#[derive(Default)]
+pub struct SvdSpace {
+    u: Vec<f64>,
+    v: Vec<f64>,
+    scratch: Scratch,
+}
+
+impl SvdSpace {
+    /// The singular values of a finite matrix whose largest entry is near 1, descending, and its singular
+    /// vectors, `(m, k)` and `(n, k)`, which stay here.
+    ///
+    /// # Errors
+    /// [`Error::Numerical`] if there is no memory for it, or no convergence.
+    pub fn decompose(
+        &mut self,
+        matrix: MatRef<'_, f64>,
+    ) -> Result<(Vec<f64>, MatRef<'_, f64>, MatRef<'_, f64>)> {
+        let (m, n) = (matrix.nrows(), matrix.ncols());
+        let k = m.min(n);
+        self.u.resize(m * k, 0.0);
+        self.v.resize(n * k, 0.0);
+        let u = MatMut::from_column_major_slice_mut(&mut self.u, m, k);
+        let v = MatMut::from_column_major_slice_mut(&mut self.v, n, k);
+        let converged = faer_svd(matrix, Some(u), Some(v), &mut self.scratch)?;
+        let values = if let Some(values) = converged {
+            values
+        } else {
+            let found = fallback(&matrix.to_owned())?;
+            MatMut::from_column_major_slice_mut(&mut self.u, m, k).copy_from(&found.u);
+            MatMut::from_column_major_slice_mut(&mut self.v, n, k).copy_from(&found.v);
+            found.singular_values
+        };
+        let vectors = |x, rows| MatRef::from_column_major_slice(x, rows, k);
+        Ok((values, vectors(&self.u, m), vectors(&self.v, n)))
+    }
+}
+
 fn zero_svd(m: usize, n: usize) -> ThinSvd {
     let k = m.min(n);
     ThinSvd { u: Mat::identity(m, k), singular_values: vec![0.0; k], v: Mat::identity(n, k) }
@@ -116,7 +154,8 @@ fn zero_svd(m: usize, n: usize) -> ThinSvd {
 fn decomposed(matrix: &Mat<f64>, unit: f64) -> Result<ThinSvd> {
     let (m, n) = (matrix.nrows(), matrix.ncols());
     let (mut u, mut v) = (Mat::zeros(m, m.min(n)), Mat::zeros(n, m.min(n)));
-    let mut decomposition = match faer_svd(matrix, Some(u.as_mut()), Some(v.as_mut())) {
+    let vectors = (Some(u.as_mut()), Some(v.as_mut()));
+    let mut decomposition = match faer_svd(matrix.as_ref(), vectors.0, vectors.1, &mut Scratch::default())? {
         Some(singular_values) => ThinSvd { u, singular_values, v },
         None => fallback(matrix)?,
     };
@@ -139,14 +178,19 @@ fn scaled(view: &MatrixView<'_>) -> Result<Option<(Mat<f64>, f64)>> {
 }
 
 /// `None` where the iteration does not converge.
-fn faer_svd(a: &Mat<f64>, u: Option<MatMut<'_, f64>>, v: Option<MatMut<'_, f64>>) -> Option<Vec<f64>> {
+fn faer_svd(
+    a: MatRef<'_, f64>,
+    u: Option<MatMut<'_, f64>>,
+    v: Option<MatMut<'_, f64>>,
+    scratch: &mut Scratch,
+) -> Result<Option<Vec<f64>>> {
     let (m, n) = (a.nrows(), a.ncols());
     let vectors = if u.is_some() { ComputeSvdVectors::Thin } else { ComputeSvdVectors::No };
     let par = Par::Seq;
-    let mut memory = MemBuffer::new(svd_scratch::<f64>(m, n, vectors, vectors, par, Spec::default()));
+    let stack = scratch.stack(svd_scratch::<f64>(m, n, vectors, vectors, par, Spec::default()))?;
     let mut values = Diag::zeros(m.min(n));
-    svd(a.as_ref(), values.as_mut(), u, v, par, MemStack::new(&mut memory), Spec::default()).ok()?;
-    Some(values.column_vector().iter().copied().collect())
+    let converged = svd(a, values.as_mut(), u, v, par, stack, Spec::default()).is_ok();
+    Ok(converged.then(|| values.column_vector().iter().copied().collect()))
 }
 
 /// Jacobi on the triangular factor of the tall orientation.
@@ -203,6 +247,20 @@ mod tests {
             let mut jacobi = fallback(&matrix).unwrap();
             jacobi.singular_values.iter_mut().for_each(|s| *s *= unit);
             assert_decomposes(&jacobi, values, m, n);
+        }
+    }
+
+    #[test]
+    fn one_space_serves_one_shape_after_the_other() {
+        let mut space = SvdSpace::default();
+        for (m, n) in [(9, 4), (4, 9), (2, 2), (1, 12), (12, 1), (9, 4)] {
+            for zero in [false, true] {
+                let of = |i: usize| if zero { 0.0 } else { (i * 37 % 11) as f64 / 8.0 - 0.5 };
+                let values: Vec<f64> = (0..m * n).map(of).collect();
+                let (s, u, v) = space.decompose(MatRef::from_row_major_slice(&values, m, n)).unwrap();
+                let found = ThinSvd { u: u.to_owned(), singular_values: s, v: v.to_owned() };
+                assert_decomposes(&found, &values, m, n);
+            }
         }
     }
 
