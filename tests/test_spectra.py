@@ -404,7 +404,8 @@ def test_large_matrices_alone_are_sampled():
     report = lorank.analyze(weights, accuracy="sampled", progress=False)
     assert [row.accuracy for row in report] == ["sampled", "fast"]
     one, other = exact["large"], report["large"]
-    assert 0 < abs(one.alpha_hill - other.alpha_hill) <= other.alpha_hill_error < 0.05
+    # An error bar that says something is a few per cent of alpha long; which ones, the random vectors decide.
+    assert 0 < abs(one.alpha_hill - other.alpha_hill) <= other.alpha_hill_error < 0.1
     assert abs(one.mp_spikes - other.mp_spikes) <= other.mp_spikes_error
     assert other.frobenius_norm == pytest.approx(one.frobenius_norm, rel=1e-12)
     assert np.isnan(other.eigenvalue_error)

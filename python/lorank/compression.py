@@ -145,17 +145,19 @@ def truncated(
 
 
 def _certificate(form: SpectralForm, keep: Mask) -> ModuleCertificate:
-    dropped = form.values[~keep]
-    kept_energy = float(np.square(form.values[keep]).sum())
+    kept, left = form.values[keep], ~keep
+    dropped = form.values[left]
+    kept_energy = float(kept @ kept)
     # What is dropped is summed by itself: the difference of two large sums would lose it.
-    dropped_energy = float(np.square(dropped).sum()) + form.unseen_energy
+    dropped_energy = float(dropped @ dropped) + form.unseen_energy
+    rank = len(kept)
     return ModuleCertificate(
         name=form.module.name,
         rank_before=form.module.rank,
-        rank_after=int(keep.sum()),
+        rank_after=rank,
         parameters_before=form.num_parameters,
-        parameters_after=int(keep.sum()) * form.module.cost,
+        parameters_after=rank * form.module.cost,
         energy=kept_energy + dropped_energy,
         dropped_energy=dropped_energy,
-        spectral_error=float(form.largest_values[~keep].max(initial=form.unseen_norm)),
+        spectral_error=float(form.largest_values[left].max(initial=form.unseen_norm)),
     )

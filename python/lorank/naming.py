@@ -79,8 +79,11 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 def suffixes(name: str) -> Iterator[str]:
     """The dotted suffixes of a name, longest first: the name itself, then without its first part, ..."""
-    parts = name.split(".")
-    return (".".join(parts[i:]) for i in range(len(parts)))
+    yield name
+    dot = name.find(".")
+    while dot >= 0:
+        yield name[dot + 1 :]
+        dot = name.find(".", dot + 1)
 
 
 def is_suffix(short: str, name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,7 +73,7 @@ class Triplets:
     a_rows: Array
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SpectralForm:
     """A module's update, decomposed.
 
@@ -107,7 +108,7 @@ class SpectralForm:
         """``||dW||_F^2``."""
         return self.unseen_energy + float(np.square(self.values).sum())
 
-    @property
+    @cached_property
     def values(self) -> npt.NDArray[np.float64]:
         """The singular values; of several copies the root of the sum of their squares."""
         if len(self.parts) == 1:
@@ -120,7 +121,7 @@ class SpectralForm:
     def largest_values(self) -> npt.NDArray[np.float64]:
         """The largest of the copies' singular values: the spectral norm of leaving one out."""
         if len(self.parts) == 1:
-            return self.parts[0].singular_values
+            return self.values
         largest: npt.NDArray[np.float64] = np.max([part.singular_values for part in self.parts], axis=0)
         return largest
 

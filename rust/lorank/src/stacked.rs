@@ -78,7 +78,7 @@ impl<'a> Stacked<'a> {
         Ok(Gram { values, order })
     }
 
-    /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes appended to `out`.
+    /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes, which become `out`.
     pub(crate) fn transposed_times<T: Number>(
         &self,
         y: MatRef<'_, f64>,
@@ -90,7 +90,7 @@ impl<'a> Stacked<'a> {
         let y: Vec<T> = padded(order, width, |i, j| if i < y.nrows() && j < k { y[(i, j)] } else { 0.0 });
         let depth = panel_length::<T>(order);
         let (mut panel, mut product) = (vec![T::default(); depth * order], vec![T::default(); depth * width]);
-        let mut lines = appended(out, self.length() * k).chunks_exact_mut(k);
+        let mut lines = places(out, self.length() * k).chunks_exact_mut(k);
         for columns in self.panels(depth) {
             cancel.check()?;
             let count = columns.len();
@@ -105,7 +105,7 @@ impl<'a> Stacked<'a> {
         Ok(())
     }
 
-    /// `Y^T X` for `Y (K, k)`: `(k, length)` float32, row-major little-endian bytes appended to `out`.
+    /// `Y^T X` for `Y (K, k)`: `(k, length)` float32, row-major little-endian bytes, which become `out`.
     pub(crate) fn times<T: Number>(
         &self,
         y: MatRef<'_, f64>,
@@ -115,7 +115,7 @@ impl<'a> Stacked<'a> {
         let (order, k, length) = (self.rank(), y.ncols(), self.length());
         let height = k.next_multiple_of(HIGH);
         let y: Vec<T> = padded(height, order, |i, j| if i < k { y[(j, i)] } else { 0.0 });
-        let out = appended(out, k * length);
+        let out = places(out, k * length);
         let depth = panel_length::<T>(order);
         // An odd number of cache lines apart, rows do not compete for the same places of the cache.
         let stride = depth + T::WIDEST;
@@ -230,11 +230,10 @@ fn padded<T: Number>(rows: usize, cols: usize, value: impl Fn(usize, usize) -> f
 /// The bytes of a float32 in a file.
 type Bytes = [u8; size_of::<f32>()];
 
-/// Places for so many more numbers.
-fn appended(out: &mut Vec<u8>, count: usize) -> &mut [Bytes] {
-    let start = out.len();
-    out.resize(start + count * size_of::<Bytes>(), 0);
-    out[start..].as_chunks_mut().0
+/// Places for so many numbers, all of which will be written to: a buffer that is large enough is not zeroed.
+fn places(out: &mut Vec<u8>, count: usize) -> &mut [Bytes] {
+    out.resize(count * size_of::<Bytes>(), 0);
+    out.as_chunks_mut().0
 }
 
 fn write<T: Number>(values: &[T], places: &mut [Bytes]) {

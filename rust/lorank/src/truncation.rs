@@ -119,13 +119,19 @@ struct Factor {
 
 impl Computed for Factor {
     fn compute(&self, out: &mut Vec<u8>, cancel: &CancelToken) -> Result<()> {
-        out.clear();
         if self.kept.is_empty() {
+            out.clear();
             return Ok(()); // Terms need not be read to keep nothing of them.
         }
         match (&self.decomposition.form, self.side) {
-            (Form::Explicit { b, .. }, Side::B) => b.put_columns(&self.kept, self.decomposition.shape.0, out),
-            (Form::Explicit { a, .. }, Side::A) => a.put_rows(&self.kept, self.decomposition.shape.1, out),
+            (Form::Explicit { b, .. }, Side::B) => {
+                out.clear();
+                b.put_columns(&self.kept, self.decomposition.shape.0, out);
+            }
+            (Form::Explicit { a, .. }, Side::A) => {
+                out.clear();
+                a.put_rows(&self.kept, self.decomposition.shape.1, out);
+            }
             (Form::Basis { terms, b: basis, .. }, Side::B)
             | (Form::Basis { terms, a: basis, .. }, Side::A) => {
                 let mut buffers = Buffers::new();
