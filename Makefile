@@ -34,7 +34,7 @@ test-python: $(VENV)/installed
 bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two hours).
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	mkdir -p $(FIGURES)
-	cargo bench --package lorank -- --json $(abspath $(FIGURES))/phases.json
+	cargo bench --package lorank --bench phases -- --json $(abspath $(FIGURES))/phases.json
 	$(BIN)/python benches/spectra.py --json $(FIGURES)/spectra.json
 	PYTHONPATH=tests $(BIN)/python benches/analyze.py --json $(FIGURES)/analyze.json
 	$(BIN)/python benches/compress.py --json $(FIGURES)/compress.json

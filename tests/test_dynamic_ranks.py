@@ -1132,6 +1132,7 @@ def train_together(process: int, folder: str, port: int) -> None:
             ("MASTER_ADDR", "127.0.0.1"),
             ("MASTER_PORT", port),
             ("OMP_NUM_THREADS", 1),  # Accelerate would take all cores for each.
+            ("CUDA_VISIBLE_DEVICES", ""),  # Trainer cannot resume on a CPU beside a GPU.
         ):
             patch.setenv(name, str(value))
         model, gard = llama(), GardCallback(**OPTIONS)

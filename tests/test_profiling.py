@@ -770,21 +770,27 @@ def test_switched_off_gradients_are_switched_on(profile: Any, mode: Any) -> None
     assert found == expected
 
 
+def placed(model: Any) -> Any:
+    """Where DataParallel takes a model to: a GPU, if there is one."""
+    return model.cuda() if torch.cuda.is_available() else model
+
+
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
 def test_wrapped_models_have_their_own_names(profile: Any) -> None:
-    expected = profile(tiny_models.llama(), text_batches(2))
-    compiled = torch.compile(tiny_models.llama())
-    parallel = nn.DataParallel(tiny_models.llama())
-    for wrapped in (compiled, parallel, nn.DataParallel(compiled)):
+    model = placed(tiny_models.llama())
+    expected = profile(model, text_batches(2))
+    compiled = torch.compile(model)
+    for wrapped in (compiled, nn.DataParallel(model), nn.DataParallel(compiled)):
         assert list(profile(wrapped, text_batches(2))) == list(expected)
 
 
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
 def test_no_copies_are_made_for_several_devices(profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would share the hooks of the model, on other devices and at the same time."""
-    expected = profile(tiny_models.llama(), text_batches(2))
+    model = placed(tiny_models.llama())
+    expected = profile(model, text_batches(2))
     monkeypatch.setattr(nn.DataParallel, "forward", lambda *_, **__: pytest.fail("the wrapper was called"))
-    assert profile(nn.DataParallel(tiny_models.llama()), text_batches(2)) == expected
+    assert profile(nn.DataParallel(model), text_batches(2)) == expected
 
 
 class Checkpointed(nn.Module):
@@ -1230,8 +1236,9 @@ class Tape:
 
 
 def that_count(X: Array, Y: Array) -> tuple[Array, Array]:
-    """Rows to which a gradient came back."""
-    counts = np.any(Y != 0, axis=1)
+    """Rows to which a gradient came back, not only what rounding leaves of zeros."""
+    sizes = np.abs(Y).max(1)
+    counts = sizes > 1e-6 * sizes.max()
     return X[counts], Y[counts]
 
 

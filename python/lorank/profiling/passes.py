@@ -183,12 +183,11 @@ def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
 def _moved(batch: Any, model: Any) -> Any:
     """The batch on the model's device, in tensors that autograd may keep."""
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
-    if isinstance(batch, torch.Tensor):
-        return batch.clone() if batch.is_inference() else batch
-    if device is None or not isinstance(batch, Mapping):
-        return batch
-    moved = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
-    return {
-        key: value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
-        for key, value in moved.items()
-    }
+    if isinstance(batch, Mapping):
+        return {key: _moved_value(value, device) for key, value in batch.items()}
+    return _moved_value(batch, device) if isinstance(batch, torch.Tensor) else batch
+
+
+def _moved_value(value: Any, device: torch.device | None) -> Any:
+    moved = value.to(device) if device is not None and hasattr(value, "to") else value
+    return moved.clone() if isinstance(moved, torch.Tensor) and moved.is_inference() else moved
