@@ -150,7 +150,7 @@ def _noise(targets: TargetMoments, projected: Array, errors: Array, n: int) -> t
     if n <= rank:
         mean = float(np.min(np.sum(errors, axis=1))) / (n * d_out) if n > 1 else energy / d_out
         assumed = "that of held-out samples" if n > 1 else "that of Y"
-        return math.sqrt(mean), (f"no residuals: the noise is assumed to be {assumed}; better give it",)
+        return math.sqrt(mean), (f"no residuals: the noise is assumed to be {assumed}, better give it",)
     residual = energy - float(np.sum(np.square(projected)))
     # Less than this is the rounding of two sums that are nearly equal.
     finest = 4 * _EPS * (rank + 1) * energy
