@@ -43,7 +43,8 @@ def analyze(
     accuracy
         ``"exact"``: float64 arithmetic. ``"fast"``: float32 for the Gram matrices and their reduction,
         float64 again for a matrix whose error bounds would not hold the exponent to 1e-3 and the
-        spikes to 1, or of whose eigenvalues more than one in 32 could be zero. The rows tell which
+        spikes to 1, or of whose eigenvalues more than one in 32 could be zero, and for those that are 32
+        times as long as wide, as tables of embeddings are. The rows tell which
         (`accuracy`), and the bounds. ``"sampled"``: estimates by stochastic Lanczos quadrature where
         both sides are 2048 or more, ``"fast"`` elsewhere: a tenth of the time at 8192x8192. The exponent
         and the spikes come with error bars (`alpha_hill_error`, `mp_spikes_error`) that covered the exact
@@ -77,7 +78,7 @@ def analyze(
     Notes
     -----
     Memory: per thread one matrix as stored, plus about ``p^2 + 700 p`` float64 numbers with
-    ``p = min(out, in)``. Matrices so large that a core needs about half a second for them are
+    ``p = min(out, in)``. Matrices so large that a core needs some seconds for them are
     done one at a time by all threads together. ``accuracy="sampled"`` takes ``out * in`` float32
     numbers instead.
     """

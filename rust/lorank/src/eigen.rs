@@ -31,6 +31,10 @@ const EXPONENT_LIMIT: i32 = 480;
 /// Rows and columns from which float32 saves time.
 const FAST_FROM: usize = 128;
 
+/// How many times as long as wide a matrix may be for float32. What is longer is a table of embeddings: their
+/// common direction dwarfs the others, so that bounds relative to the largest eigenvalue are of no use.
+const FAST_RATIO: usize = 32;
+
 /// Rows and columns from which an estimate is several times faster than float32.
 const SAMPLED_FROM: usize = 2048;
 
@@ -49,9 +53,9 @@ impl Accuracy {
     /// What is really done for a `(rows, cols)` matrix: small ones are exact, or fast.
     #[must_use]
     pub const fn for_shape(self, rows: usize, cols: usize) -> Self {
-        let p = if rows < cols { rows } else { cols };
+        let (p, m) = if rows < cols { (rows, cols) } else { (cols, rows) };
         match self {
-            _ if p < FAST_FROM => Self::Exact,
+            _ if p < FAST_FROM || m / p > FAST_RATIO => Self::Exact,
             Self::Sampled if p < SAMPLED_FROM => Self::Fast,
             _ => self,
         }

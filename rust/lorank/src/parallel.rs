@@ -23,9 +23,9 @@ pub enum Strategy {
     Together,
 }
 
-/// Multiplications of a Gram matrix from which a matrix deserves all threads: about half a second
-/// of work on one core, so that a queue of smaller ones never waits long for its last.
-const TOGETHER_FROM: u128 = 8_000_000_000;
+/// Multiplications of a Gram matrix from which a matrix deserves all threads: some seconds of work on one
+/// core, so that a queue of smaller ones never waits long for its last, and few are in memory at a time.
+const TOGETHER_FROM: u128 = 40_000_000_000;
 
 /// Those from which threads that have nothing else to do are of use: some milliseconds of work.
 const USEFUL_FROM: u128 = 30_000_000;

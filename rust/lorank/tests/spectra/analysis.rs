@@ -45,9 +45,9 @@ fn the_same_with_one_thread_and_with_four() {
         .map(|(seed, (rows, cols))| gaussian(seed as u64, rows, cols))
         .collect();
     // Large enough for all threads together, with a parallel reduction (p > 1024).
-    let bytes = codes(&Gaussian::new(50).numbers(1100 * 6700));
-    let large = StoredMatrix::in_memory(Arc::new(bytes), DType::F8E4M3, (1100, 6700), (6700, 1)).unwrap();
-    assert_eq!(Strategy::for_shape(1100, 6700), Strategy::Together);
+    let bytes = codes(&Gaussian::new(50).numbers(1100 * 33_100));
+    let large = StoredMatrix::in_memory(Arc::new(bytes), DType::F8E4M3, (1100, 33_100), (33_100, 1)).unwrap();
+    assert_eq!(Strategy::for_shape(1100, 33_100), Strategy::Together);
     matrices.insert(3, large);
 
     let (one, four) = (run(&matrices, 1), run(&matrices, 4));

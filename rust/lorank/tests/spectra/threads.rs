@@ -67,7 +67,7 @@ fn the_entry_point_has_the_same_bits_alone() {
         cancel.cancel();
         assert!(matches!(spectrum(&view, Accuracy::Exact, 3, &cancel), Err(Error::Cancelled)));
     }
-    assert_eq!(Strategy::for_shape(22_300, 600), Strategy::Together);
+    assert_eq!(Strategy::for_shape(111_200, 600), Strategy::Together);
     assert_eq!(Strategy::for_single(500, 400), Strategy::Together);
     assert_eq!(Strategy::for_shape(500, 400), Strategy::Alone);
     assert_eq!(Strategy::for_single(300, 300), Strategy::Alone);
