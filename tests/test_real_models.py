@@ -59,8 +59,10 @@ def test_fast_exponents_and_spikes(model: str, request: pytest.FixtureRequest) -
         assert abs(a.alpha_hill - b.alpha_hill) <= min(1e-3, b.alpha_hill_error), a.name
         assert abs(a.mp_spikes - b.mp_spikes) <= min(1, b.mp_spikes_error), a.name
         assert a.num_nonzero <= b.num_nonzero <= a.num_nonzero + b.num_unresolved, a.name
-    # Nearly all of them are done in float32.
-    assert sum(row.accuracy == "exact" for row in fast) <= 0.05 * len(fast)
+    # Nearly all of them are done in float32, but for tables of embeddings and what is small anyway.
+    usual = [row for row in fast if min(row.shape) >= 128 and max(row.shape) <= 32 * min(row.shape)]
+    assert len(usual) >= len(fast) - 3
+    assert sum(row.accuracy == "exact" for row in usual) <= 0.05 * len(usual)
 
 
 def test_error_bars_of_estimates_cover_what_is_true(minilm: Path, smollm2: Path) -> None:

@@ -143,7 +143,7 @@ def backward_passes(
         for count, batch in enumerate(islice(batches, max_batches), 1):
             # Whatever the caller has switched off.
             with torch.inference_mode(False), torch.enable_grad():
-                value = loss_of(model, _moved(batch, model), loss)
+                value = loss_of(model, batch, loss)
                 if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
                     raise ValueError(
                         f"batch {count - 1}: the loss must be a number that depends on the model"
@@ -159,13 +159,14 @@ def backward_passes(
 
 
 def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
-    """The loss of a batch: the model's own, or what the caller's function says.
+    """The loss of a batch, on the model's device: the model's own, or what the caller's function says.
 
     Raises
     ------
     ValueError
         If the model returns none.
     """
+    batch = _moved(batch, model)
     if loss is not None:
         value = loss(model, batch)
     elif isinstance(batch, Mapping):
