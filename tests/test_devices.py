@@ -30,6 +30,7 @@ DEVICES = ["cpu", *(["cuda"] if HAS_GPU else [])]
 PRECISIONS = [("cpu", "bf16"), *([("cuda", "bf16"), ("cuda", "fp16")] if HAS_GPU else [])]
 # Both count steps where the parameters are; AdamW refuses capturable ones on a CPU.
 OPTIMIZERS = [(device, "fused") for device in DEVICES] + ([("cuda", "capturable")] if HAS_GPU else [])
+LOOPS = [(*optimizer, dtype) for optimizer in OPTIMIZERS for dtype in (torch.float16, torch.bfloat16)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -133,16 +134,17 @@ def test_tasks_are_those_of_float64(device: str) -> None:
 # Ranks that move in a loop of one's own.
 
 
-def mixed_precision_loop(device: str, kind: str) -> tuple[Any, Any, list[Any]]:
-    """float16 with a gradient scaler; the model, the optimizer and its updates."""
+def mixed_precision_loop(device: str, kind: str, dtype: torch.dtype) -> tuple[Any, Any, list[Any]]:
+    """float16 with a gradient scaler, or bfloat16 without; the model, the optimizer and its updates."""
     model = loops.llama().to(device)
     optimizer = adamw(model, kind)
-    scaler = torch.amp.GradScaler(device, init_scale=8.0, growth_interval=3)
+    is_scaled = dtype == torch.float16
+    scaler = torch.amp.GradScaler(device, init_scale=8.0, growth_interval=3, enabled=is_scaled)
     updates = []
-    with DynamicRanks(model, optimizer, scaler=scaler, **loops.OPTIONS) as dynamic:
+    with DynamicRanks(model, optimizer, scaler=scaler if is_scaled else None, **loops.OPTIONS) as dynamic:
         # One more than the last change: the optimizer goes on after each.
         for step in range(loops.STEPS + 1):
-            with torch.autocast(device, torch.float16):
+            with torch.autocast(device, dtype):
                 loss = loss_on(device, model, step)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -157,9 +159,9 @@ def adamw(model: Any, kind: str) -> Any:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, **{kind: True})
 
 
-@pytest.mark.parametrize(("device", "kind"), OPTIMIZERS)
-def test_ranks_move_under_mixed_precision(device: str, kind: str) -> None:
-    model, optimizer, updates = mixed_precision_loop(device, kind)
+@pytest.mark.parametrize(("device", "kind", "dtype"), LOOPS)
+def test_ranks_move_under_mixed_precision(device: str, kind: str, dtype: torch.dtype) -> None:
+    model, optimizer, updates = mixed_precision_loop(device, kind, dtype)
     assert [update.step for update in updates] == [6, 12, 18]
     assert loops.moved(updates)
     assert loops.ranks(model) == updates[-1].ranks
@@ -177,9 +179,10 @@ def test_ranks_move_under_mixed_precision(device: str, kind: str) -> None:
         assert bool(torch.isfinite(parameter).all())
 
 
-@pytest.mark.parametrize(("device", "kind"), OPTIMIZERS)
-def test_two_loops_are_identical(device: str, kind: str) -> None:
-    (model, optimizer, updates), (again, other, repeated) = (mixed_precision_loop(device, kind) for _ in "12")
+@pytest.mark.parametrize(("device", "kind", "dtype"), LOOPS)
+def test_two_loops_are_identical(device: str, kind: str, dtype: torch.dtype) -> None:
+    model, optimizer, updates = mixed_precision_loop(device, kind, dtype)
+    again, other, repeated = mixed_precision_loop(device, kind, dtype)
     loops.assert_same_updates(repeated, updates)
     loops.assert_same_weights(again, model)
     for one, two in zip(optimizer.state.values(), other.state.values(), strict=True):
