@@ -13,7 +13,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
 
 use crate::cancel::CancelToken;
-use crate::eigen::{binary_exponent, power_of_two};
+use crate::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::{Triplets, balanced};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;

@@ -12,7 +12,9 @@ use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
 use faer::mat::AsMatMut;
 use faer::prelude::ReborrowMut;
 
+use crate::Result;
 use crate::cancel::CancelToken;
+use crate::exponent::{binary_exponent, power_of_two};
 use crate::gram::{gram, gram_scratch};
 use crate::matrix::MatrixView;
 use crate::number::Number;
@@ -22,11 +24,6 @@ use crate::sampled::sampled_spectrum;
 use crate::spectrum::Spectrum;
 use crate::tridiag::{tridiagonalize, tridiagonalize_scratch};
 use crate::workspace::Scratch;
-use crate::{Error, Result};
-
-/// Largest binary exponent of an entry (and smallest, negated) whose square, times any number of
-/// entries, stays a normal float64.
-const EXPONENT_LIMIT: i32 = 480;
 
 /// Rows and columns from which float32 saves time.
 const FAST_FROM: usize = 128;
@@ -65,8 +62,8 @@ impl Accuracy {
 /// The eigenvalues of `W^T W` with up to `threads` threads (the result does not depend on them).
 ///
 /// # Errors
-/// [`Error::Numerical`] if `W` holds NaN or infinite values, or if its entries are so large or
-/// small (beyond `2^±480`) that eigenvalues leave the range of float64; [`Error::Cancelled`].
+/// [`Error::Numerical`](crate::Error::Numerical) if `W` holds NaN or infinite values, or if its entries are so large or
+/// small (beyond `2^±480`) that eigenvalues leave the range of float64; [`Error::Cancelled`](crate::Error::Cancelled).
 pub fn spectrum(
     view: &MatrixView<'_>,
     accuracy: Accuracy,
@@ -85,7 +82,7 @@ pub fn spectrum(
 /// [`spectrum`] for a caller who already runs inside the thread pool to use, and keeps memory for it.
 ///
 /// # Errors
-/// As [`spectrum`], and [`Error::Numerical`] if memory runs out.
+/// As [`spectrum`], and [`Error::Numerical`](crate::Error::Numerical) if memory runs out.
 pub fn spectrum_in_pool(
     view: &MatrixView<'_>,
     accuracy: Accuracy,
@@ -161,38 +158,4 @@ fn error_bound<T: Number>(view: &MatrixView<'_>, eigenvalues: &[f64]) -> f64 {
 fn scaling_exponent(x: f64) -> Result<i32> {
     const ROOM: i32 = 12;
     binary_exponent(x).map(|exponent| if exponent.abs() <= ROOM { 0 } else { exponent })
-}
-
-/// The exponent `e` with `2^(e-1) <= x < 2^e`.
-pub(crate) fn binary_exponent(x: f64) -> Result<i32> {
-    // Read from the bits: the logarithm of a number just below a power of two may round up to it.
-    let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1022;
-    if exponent.abs() > EXPONENT_LIMIT {
-        return Err(Error::Numerical(format!(
-            "its largest absolute value is {x:e}: the squares leave the range of float64; rescale the matrix"
-        )));
-    }
-    Ok(exponent)
-}
-
-/// `2^exponent` for exponents of normal numbers.
-pub(crate) fn power_of_two(exponent: i32) -> f64 {
-    2f64.powi(exponent)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn exponents_bracket_their_number() {
-        for power in [-479, -100, -1, 0, 1, 3, 100, 480] {
-            let edge = power_of_two(power - 1);
-            assert_eq!(binary_exponent(edge).unwrap(), power, "2^{}", power - 1);
-            assert_eq!(binary_exponent(edge * (2.0 - f64::EPSILON)).unwrap(), power, "below 2^{power}");
-        }
-        for outside in [power_of_two(480), power_of_two(-482), f64::MAX, f64::MIN_POSITIVE, 5e-324] {
-            assert!(matches!(binary_exponent(outside), Err(Error::Numerical(_))), "{outside:e}");
-        }
-    }
 }

@@ -28,6 +28,7 @@ pub mod dtype;
 pub mod effective_rank;
 pub mod eigen;
 pub mod error;
+mod exponent;
 pub mod gram;
 mod gram_product;
 pub mod hill;

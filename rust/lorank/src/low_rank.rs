@@ -3,7 +3,7 @@
 use faer::MatRef;
 
 use crate::cancel::CancelToken;
-use crate::eigen::power_of_two;
+use crate::exponent::power_of_two;
 use crate::source::StoredMatrix;
 use crate::stacked::Stacked;
 use crate::{Error, Result};

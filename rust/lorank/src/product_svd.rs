@@ -22,7 +22,7 @@ use faer::{Mat, MatMut, MatRef};
 use crate::Result;
 use crate::cancel::CancelToken;
 use crate::dtype::DType;
-use crate::eigen::{binary_exponent, power_of_two};
+use crate::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::{Buffers, Side, Term, Values, checked_shape};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;

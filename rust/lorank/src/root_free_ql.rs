@@ -15,7 +15,7 @@
 //! rounding, and what follows from them is sums of positive terms, products and quotients; eigenvalues
 //! are off by a small multiple of `eps ||T||`.
 
-use crate::eigen::{binary_exponent, power_of_two};
+use crate::exponent::{binary_exponent, power_of_two};
 use crate::tridiag::Tridiagonal;
 use crate::{Error, Result};
 

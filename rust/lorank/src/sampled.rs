@@ -17,7 +17,7 @@
 use faer::{Mat, Side};
 
 use crate::cancel::CancelToken;
-use crate::eigen::{binary_exponent, power_of_two};
+use crate::exponent::{binary_exponent, power_of_two};
 use crate::gram_product::{GramProduct, VECTORS};
 use crate::matrix::MatrixView;
 use crate::number::Number;

@@ -8,7 +8,7 @@ use faer::diag::Diag;
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::{Mat, MatMut, MatRef, Par, Spec};
 
-use crate::eigen::{binary_exponent, power_of_two};
+use crate::exponent::{binary_exponent, power_of_two};
 use crate::jacobi::jacobi_svd;
 use crate::matrix::MatrixView;
 use crate::qr::thin_qr;
