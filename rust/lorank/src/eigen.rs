@@ -62,8 +62,9 @@ impl Accuracy {
 /// The eigenvalues of `W^T W` with up to `threads` threads (the result does not depend on them).
 ///
 /// # Errors
-/// [`Error::Numerical`](crate::Error::Numerical) if `W` holds NaN or infinite values, or if its entries are so large or
-/// small (beyond `2^±480`) that eigenvalues leave the range of float64; [`Error::Cancelled`](crate::Error::Cancelled).
+/// [`Error::Numerical`](crate::Error::Numerical) if `W` holds NaN or infinite values, or if its entries are
+/// so large or small (beyond `2^±480`) that eigenvalues leave the range of float64;
+/// [`Error::Cancelled`](crate::Error::Cancelled).
 pub fn spectrum(
     view: &MatrixView<'_>,
     accuracy: Accuracy,
