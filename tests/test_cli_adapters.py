@@ -259,3 +259,17 @@ def test_foreign_cards_are_kept(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("My notes")
     assert "README.md was kept" in run(*arguments).stderr
     assert (tmp_path / "README.md").read_text() == "My notes"
+
+
+def test_an_overwritten_family_has_no_members_of_another(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "family"
+    ok("family", adapter, "-o", out, "--avg-ranks", "1,2,3")
+    (out / "rank-3" / "notes.txt").write_text("mine")
+    (out / "other").mkdir()
+    done = run(
+        "family", adapter, "-o", out, "--avg-ranks", "2", "--overwrite", "--dtype", "bfloat16", "--json"
+    )
+    assert done.returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == ["elastic", "other", "rank-2", "rank-3"]
+    assert "rank-3 was kept" in done.stderr
+    assert {row["dtype"] for row in json.loads(done.stdout)["rank-2"]["modules"]} == {"bfloat16"}

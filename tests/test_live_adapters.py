@@ -168,3 +168,11 @@ def test_what_was_frozen_stays_frozen(inference: bool, tmp_path: Path) -> None:
     lorank.compress(lorank.LoraAdapter.from_model(model), rank_ratio=1.0, progress=False).into_model(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert model.peft_config["default"].inference_mode == inference
+
+
+def test_a_model_without_peft_is_refused_by_name() -> None:
+    adapter = lorank.LoraAdapter.from_model(
+        trained(tiny_models.llama(), LoraConfig(target_modules=["q_proj"]))
+    )
+    with pytest.raises(TypeError, match="LlamaForCausalLM is no PEFT model"):
+        lorank.compress(adapter, avg_rank=2, progress=False).into_model(tiny_models.llama())

@@ -72,7 +72,12 @@ _STAND_IN = "lorank_stand_in"
 
 def into_model(adapter: LoraAdapter, peft_model: Any, adapter_name: str) -> None:
     """Replace or add an adapter; see `LoraAdapter.into_model`."""
-    extras.require("peft", "peft", "for live models")
+    peft = extras.require("peft", "peft", "for live models")
+    if not isinstance(peft_model, peft.PeftModel):
+        raise TypeError(
+            f"{type(peft_model).__name__} is no PEFT model: save the adapter and load it with "
+            "peft.PeftModel.from_pretrained(model, folder)"
+        )
     if adapter.format != "peft":
         raise ValueError("an image adapter has no PEFT settings: it cannot be put into a PEFT model")
     active = list(peft_model.active_adapters)

@@ -12,6 +12,7 @@ import typer
 import lorank
 from lorank import runtimes
 from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
+from lorank.adapters.families import remove_stale
 from lorank.adapters.profiles import PROFILES, nothing_left
 from lorank.adapters.reading import read_for_repair
 from lorank.adapters.writing import write_adapter
@@ -164,8 +165,9 @@ def family(
         written = write_adapter(member, target, cast(Profile, profile), dtype, overwrite=overwrite)
         stored[name] = written.stored_parameters
         _say_notes(f"{name}: {note}" for note in written.notes)
+    _say_notes(remove_stale(output, members))
     if json_output:
-        content = {name: _content(member) for name, member in members.items()}
+        content = {name: _content(member, dtype) for name, member in members.items()}
         print_json({name: {**content[name], "stored_parameters": stored[name]} for name in members})
         return
     console().print(tables.family_table(members))
@@ -378,7 +380,7 @@ def _finish(
     certificate = written.certificate
     assert certificate is not None
     if json_output:
-        content = _content(result.with_certificate(certificate))
+        content = _content(result.with_certificate(certificate), dtype)
         print_json({**content, "profile": profile, "stored_parameters": written.stored_parameters})
         return
     terminal = console()
@@ -397,7 +399,8 @@ def _say_notes(notes: Iterable[str]) -> None:
         say(as_options(note))
 
 
-def _content(adapter: LoraAdapter) -> dict[str, Any]:
+def _content(adapter: LoraAdapter, dtype: str | None = None) -> dict[str, Any]:
+    """What an adapter holds, as it is written if that was in another `dtype`."""
     return {
         "label": adapter.label,
         "format": adapter.format,
@@ -411,7 +414,7 @@ def _content(adapter: LoraAdapter) -> dict[str, Any]:
                 "shape": list(module.shape),
                 "rank": module.rank,
                 "scaling": module.scaling,
-                "dtype": module.dtype,
+                "dtype": dtype or module.dtype,
                 "copies": module.copies,
             }
             for module in adapter.modules.values()

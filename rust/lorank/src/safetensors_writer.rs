@@ -281,12 +281,13 @@ fn convert(
             view.upcast(block_rows, block_cols, 1.0, block);
             bytes.clear();
             if let Some(bad) = piece.iter().find(|&&x| !encode(x, dtype, &mut bytes)) {
-                return Err(Error::Numerical(format!(
-                    "{}: tensor `{}`: {bad:e} does not fit into {}",
-                    out.path.display(),
-                    tensor.name,
-                    dtype.name()
-                )));
+                let reason = if bad.is_finite() {
+                    format!("{bad:e} does not fit into {}", dtype.name())
+                } else {
+                    "holds NaN or infinite values".into()
+                };
+                let path = out.path.display();
+                return Err(Error::Numerical(format!("{path}: tensor `{}`: {reason}", tensor.name)));
             }
             out.bytes(&bytes)?;
         }
