@@ -3,7 +3,7 @@
 use lorank::analysis::{Analysis, analyze as analyze_matrices, sampled};
 use lorank::eigen::Accuracy;
 use lorank::parallel::Strategy;
-use lorank::source::StoredMatrix;
+use lorank::source::{Buffer, StoredMatrix};
 use numpy::IntoPyArray;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -55,7 +55,7 @@ pub fn analyze<'py>(
 pub fn sample<'py>(py: Python<'py>, matrix: &Bound<'py, Matrix>) -> PyResult<Bound<'py, PyDict>> {
     let matrix = matrix.get().0.clone();
     let found = detached_quiet(py, move |cancel| {
-        matrix.with_view(&mut Vec::new(), cancel, |view| sampled(view, Strategy::Alone, cancel))
+        matrix.with_view(&mut Buffer::default(), cancel, |view| sampled(view, Strategy::Alone, cancel))
     })?;
     metrics_dict(py, &found.metrics)
 }

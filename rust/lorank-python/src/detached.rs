@@ -1,7 +1,8 @@
 //! The one way into heavy work: without the GIL, with Ctrl-C, without panics.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Sender, TryRecvError, channel};
+use std::thread;
 use std::time::Duration;
 
 use lorank::cancel::CancelToken;
@@ -11,8 +12,9 @@ use pyo3::prelude::*;
 
 use crate::errors::{LorankError, to_py};
 
-/// How long a Ctrl-C can stay unnoticed.
-const POLL: Duration = Duration::from_millis(50);
+/// How long results, and a Ctrl-C, can stay unnoticed. To wake up for every result would take as long as a
+/// small one, from the thread that works on the next; the end of the work is noticed at once.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// From the worker to the waiting Python thread.
 enum Message<M, T> {
@@ -50,7 +52,7 @@ where
     let cancel = CancelToken::default();
     let (sender, receiver) = channel::<Message<M, T>>();
     let worker = {
-        let cancel = cancel.clone();
+        let (cancel, waiting) = (cancel.clone(), thread::current());
         move || {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 let send: &(dyn Fn(M) + Sync) = &|item| ignore_hangup(&sender, Message::Item(item));
@@ -59,19 +61,16 @@ where
             .map_err(|panic| Error::Panic(panic_message(&*panic)))
             .and_then(|result| result.map_err(Error::Core));
             ignore_hangup(&sender, Message::Done(outcome));
+            waiting.unpark();
         }
     };
-    std::thread::Builder::new()
+    thread::Builder::new()
         .name("lorank".into())
         .spawn(worker)
         .map_err(|e| PyRuntimeError::new_err(format!("could not start a thread: {e}")))?;
 
-    let mut receiver = receiver;
     loop {
-        let message;
-        // Moved in and out, as a receiver cannot be shared with the closure's thread.
-        (message, receiver) = py.detach(move || (receiver.recv_timeout(POLL), receiver));
-        let step = match message {
+        let step = match receiver.try_recv() {
             Ok(Message::Done(outcome)) => {
                 return outcome.map_err(|error| match error {
                     Error::Core(error) => to_py(error),
@@ -79,8 +78,11 @@ where
                 });
             }
             Ok(Message::Item(item)) => on_item(py, item),
-            Err(RecvTimeoutError::Timeout) => Ok(()),
-            Err(RecvTimeoutError::Disconnected) => Err(LorankError::new_err("internal error: worker lost")),
+            Err(TryRecvError::Empty) => {
+                py.detach(|| thread::park_timeout(PAUSE));
+                Ok(())
+            }
+            Err(TryRecvError::Disconnected) => Err(LorankError::new_err("internal error: worker lost")),
         };
         if let Err(error) = step.and_then(|()| py.check_signals()) {
             cancel.cancel();

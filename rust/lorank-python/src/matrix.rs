@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
-use lorank::source::StoredMatrix;
+use lorank::source::{Buffer, StoredMatrix};
 use numpy::{
     IntoPyArray, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
 };
@@ -134,7 +134,7 @@ impl Matrix {
     fn to_array<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let (stored, (rows, cols)) = (self.0.clone(), self.shape());
         let values = detached_quiet(py, move |cancel| {
-            stored.with_view(&mut Vec::new(), cancel, |view| Ok(view.to_row_major()))
+            stored.with_view(&mut Buffer::default(), cancel, |view| Ok(view.to_row_major()))
         })?;
         Ok(if self.0.dtype() == DType::F64 {
             values.into_pyarray(py).reshape([rows, cols])?.into_any()

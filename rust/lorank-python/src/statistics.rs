@@ -4,6 +4,7 @@ use lorank::eigen::Accuracy;
 use lorank::hill::{self, Convention};
 use lorank::marchenko_pastur::{self as mp, Scale};
 use lorank::metrics::SpectralMetrics;
+use lorank::source::Buffer;
 use lorank::spectrum::Spectrum;
 use numpy::{AllowTypeChange, IntoPyArray, PyArray1, PyArrayLike1};
 use pyo3::exceptions::PyValueError;
@@ -51,7 +52,7 @@ pub fn spectrum<'py>(
     let matrix = matrix.get().0.clone();
     let accuracy = self::accuracy(accuracy)?;
     let spectrum = detached_quiet(py, move |cancel| {
-        matrix.with_view(&mut Vec::new(), cancel, |view| {
+        matrix.with_view(&mut Buffer::default(), cancel, |view| {
             lorank::eigen::spectrum(view, accuracy, threads, cancel)
         })
     })?;

@@ -24,7 +24,7 @@ use lorank::number::Number;
 use lorank::parallel::{Strategy, pool};
 use lorank::product_svd::decompose;
 use lorank::root_free_ql::tridiagonal_eigenvalues;
-use lorank::source::StoredMatrix;
+use lorank::source::{Buffer, StoredMatrix};
 use lorank::tridiag::Tridiagonal;
 use lorank::truncation::Truncation;
 use lorank::workspace::Scratch;
@@ -146,11 +146,11 @@ impl Report {
         let kept = r.div_ceil(4);
         let keep = (0..r).map(|i| i < kept).collect();
         let factors = Truncation { decomposition, keep }.factors().expect("a mark for each");
-        let mut bytes = Vec::new();
+        let mut buffer = Buffer::default();
         let taken = seconds(|| {
             timed(|| {
-                factors.b.load(&mut bytes, &cancel).expect("computed");
-                factors.a.load(&mut bytes, &cancel).expect("computed");
+                factors.b.load(&mut buffer, &cancel).expect("computed");
+                factors.a.load(&mut buffer, &cancel).expect("computed");
             })
         });
         self.row(

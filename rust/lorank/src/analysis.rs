@@ -99,10 +99,10 @@ fn analyze_matrix(
     cancel: &CancelToken,
     workspace: &mut Workspace,
 ) -> Result<Analysis> {
-    let Workspace { bytes, scratch } = workspace;
+    let Workspace { buffer, scratch } = workspace;
     let (rows, cols) = matrix.shape();
     let accuracy = accuracy.for_shape(rows, cols);
-    matrix.with_view(bytes, cancel, |view| {
+    matrix.with_view(buffer, cancel, |view| {
         if accuracy == Accuracy::Sampled {
             return sampled(view, strategy, cancel);
         }

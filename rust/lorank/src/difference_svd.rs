@@ -9,15 +9,15 @@
 //! the first value left out comes out up to 5 per cent too small there (see the tests). The energy of
 //! the whole is that of the difference itself, and so is what is missing of it.
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatRef, Par};
+use faer::{Mat, MatRef};
 
 use crate::cancel::CancelToken;
+use crate::dense::product;
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::{Triplets, balanced};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
-use crate::source::StoredMatrix;
+use crate::source::{Buffer, StoredMatrix};
 use crate::svd::{SvdSpace, ThinSvd, dense_svd};
 use crate::{Error, Result};
 
@@ -38,7 +38,7 @@ const BLOCK_ROWS: usize = 64;
 #[derive(Default)]
 pub struct Buffers {
     /// The stored elements of the weight at hand.
-    bytes: Vec<u8>,
+    buffer: Buffer,
     /// The difference, row by row.
     difference: Vec<f64>,
     /// Some rows of the base.
@@ -129,18 +129,18 @@ pub fn subtract(
 /// Leaves `(tuned - base) / 2^exponent`, its largest entry near 1, in the buffers and returns the exponent.
 fn scaled_difference(pair: &Pair, buffers: &mut Buffers, cancel: &CancelToken) -> Result<i32> {
     let (rows, cols) = pair.base.shape();
-    let Buffers { bytes, difference, block, .. } = buffers;
+    let Buffers { buffer, difference, block, .. } = buffers;
     // Freed before it grows: old and new together would set the peak.
     if difference.capacity() < rows * cols {
         *difference = Vec::new();
     }
     difference.resize(rows * cols, 0.0);
-    pair.tuned.with_view(bytes, cancel, |view| {
+    pair.tuned.with_view(buffer, cancel, |view| {
         view.max_abs()?; // Refuses NaN and infinities.
         view.upcast_rows(0..rows, 1.0, difference);
         Ok(())
     })?;
-    pair.base.with_view(bytes, cancel, |view| {
+    pair.base.with_view(buffer, cancel, |view| {
         view.max_abs()?;
         for (k, part) in difference.chunks_mut(BLOCK_ROWS * cols.max(1)).enumerate() {
             let first = k * BLOCK_ROWS;
@@ -174,13 +174,11 @@ fn randomized(a: MatRef<'_, f64>, rank: usize, cancel: &CancelToken) -> Result<T
     // A = Q (Q^T A): the small factor's transpose is tall.
     let small = product(a.transpose(), range.as_ref());
     let inner = dense_svd(small.as_ref())?;
-    Ok(ThinSvd { u: &range * &inner.v, singular_values: inner.singular_values, v: inner.u })
-}
-
-fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
-    let mut out = Mat::zeros(a.nrows(), b.ncols());
-    matmul(out.as_mut(), Accum::Replace, a, b, 1.0, Par::Seq);
-    out
+    Ok(ThinSvd {
+        u: product(range.as_ref(), inner.v.as_ref()),
+        singular_values: inner.singular_values,
+        v: inner.u,
+    })
 }
 
 fn orthonormal(a: &Mat<f64>) -> Mat<f64> {

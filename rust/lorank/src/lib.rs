@@ -23,6 +23,7 @@ pub mod band;
 pub mod bulge;
 pub mod cancel;
 pub mod checkpoint;
+mod dense;
 pub mod difference_svd;
 pub mod dtype;
 pub mod effective_rank;

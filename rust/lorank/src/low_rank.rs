@@ -4,7 +4,7 @@ use faer::MatRef;
 
 use crate::cancel::CancelToken;
 use crate::exponent::power_of_two;
-use crate::source::StoredMatrix;
+use crate::source::{Buffer, StoredMatrix};
 use crate::stacked::Stacked;
 use crate::{Error, Result};
 
@@ -19,8 +19,8 @@ pub struct Term {
     pub weight: f64,
 }
 
-/// Bytes of factors at hand, a buffer for each term.
-pub type Buffers = Vec<Vec<u8>>;
+/// The factors at hand, a buffer for each term.
+pub type Buffers = Vec<Buffer>;
 
 /// Numbers: float32 unless a factor was float64.
 #[derive(Clone, Debug, PartialEq)]
@@ -83,7 +83,7 @@ impl Side {
         buffers: &'a mut Buffers,
         cancel: &CancelToken,
     ) -> Result<Stacked<'a>> {
-        buffers.resize_with(buffers.len().max(terms.len()), Vec::new);
+        buffers.resize_with(buffers.len().max(terms.len()), Buffer::default);
         let views = terms.iter().zip(buffers).map(|(term, buffer)| match self {
             Self::B => Ok(term.b.load(buffer, cancel)?.transposed()),
             Self::A => term.a.load(buffer, cancel),

@@ -21,12 +21,13 @@ use faer::{Mat, MatMut, MatRef};
 
 use crate::Result;
 use crate::cancel::CancelToken;
+use crate::dense::product;
 use crate::dtype::DType;
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::{Buffers, Side, Term, Values, checked_shape};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
-use crate::source::StoredMatrix;
+use crate::source::{Buffer, StoredMatrix};
 use crate::svd::{dense_svd, square_svd};
 use crate::triangular::{Precision, Triangular, triangular};
 
@@ -113,11 +114,11 @@ fn by_gram(
     }
     let Some(b) = triangular(update, Side::B, buffers, cancel)? else { return Ok(None) };
     let Some(a) = triangular(update, Side::A, buffers, cancel)? else { return Ok(None) };
-    let core = square_svd((b.factor.transpose() * &a.factor).as_ref())?;
+    let core = square_svd(product(b.factor.transpose(), a.factor.as_ref()).as_ref())?;
     let singular_values = without_noise(core.singular_values, rank, b.factor.norm_l2() * a.factor.norm_l2());
     let roots: Vec<f64> = singular_values.iter().map(|s| s.sqrt()).collect();
     let basis = |of: &Triangular, vectors: &Mat<f64>| {
-        let mut columns = of.inverse.transpose() * vectors;
+        let mut columns = product(of.inverse.transpose(), vectors.as_ref());
         scale_columns(&mut columns, &roots);
         Basis { columns, precision: of.precision }
     };
@@ -147,17 +148,17 @@ fn by_reflections(
     buffers: &mut Buffers,
     cancel: &CancelToken,
 ) -> Result<Decomposition> {
-    buffers.resize_with(buffers.len().max(1), Vec::new);
-    let bytes = &mut buffers[0];
-    let scales = Scales::of(update, bytes, cancel)?;
+    buffers.resize_with(buffers.len().max(1), Buffer::default);
+    let buffer = &mut buffers[0];
+    let scales = Scales::of(update, buffer, cancel)?;
     let mut b = Mat::zeros(out, rank);
     let mut a_transposed = Mat::zeros(fan_in, rank);
     let mut column = 0;
     for (term, (b_scale, a_scale)) in update.iter().zip(&scales.factors) {
         let r = term.a.shape().0;
-        upcast(&term.b, *b_scale, b.as_mut().subcols_mut(column, r), bytes, cancel)?;
+        upcast(&term.b, *b_scale, b.as_mut().subcols_mut(column, r), buffer, cancel)?;
         let rows = a_transposed.as_mut().subcols_mut(column, r).transpose_mut();
-        upcast(&term.a, *a_scale, rows, bytes, cancel)?;
+        upcast(&term.a, *a_scale, rows, buffer, cancel)?;
         column += r;
     }
     let (b, a) = (HouseholderQr::new(b), HouseholderQr::new(a_transposed));
@@ -187,11 +188,11 @@ struct Scales {
 impl Scales {
     /// Brings the largest term near 1, the others in proportion, and both factors of each to the
     /// same size.
-    fn of(update: &[Term], bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<Self> {
+    fn of(update: &[Term], buffer: &mut Buffer, cancel: &CancelToken) -> Result<Self> {
         let mut exponents = Vec::with_capacity(update.len());
         for term in update {
-            let b = exponent(&term.b, bytes, cancel)?;
-            let a = exponent(&term.a, bytes, cancel)?;
+            let b = exponent(&term.b, buffer, cancel)?;
+            let a = exponent(&term.a, buffer, cancel)?;
             let weight = if term.weight == 0.0 { None } else { Some(binary_exponent(term.weight.abs())?) };
             exponents.push(b.zip(a).zip(weight).map(|((b, a), weight)| (b, a, weight)));
         }
@@ -214,8 +215,8 @@ impl Scales {
 }
 
 /// The binary exponent of the largest entry, `None` for a matrix of zeros.
-fn exponent(matrix: &StoredMatrix, bytes: &mut Vec<u8>, cancel: &CancelToken) -> Result<Option<i32>> {
-    matrix.with_view(bytes, cancel, |view| {
+fn exponent(matrix: &StoredMatrix, buffer: &mut Buffer, cancel: &CancelToken) -> Result<Option<i32>> {
+    matrix.with_view(buffer, cancel, |view| {
         let largest = view.max_abs()?;
         if largest == 0.0 { Ok(None) } else { binary_exponent(largest).map(Some) }
     })
@@ -225,14 +226,14 @@ fn upcast(
     matrix: &StoredMatrix,
     scale: f64,
     out: MatMut<'_, f64>,
-    bytes: &mut Vec<u8>,
+    buffer: &mut Buffer,
     cancel: &CancelToken,
 ) -> Result<()> {
     if scale == 0.0 {
         return Ok(()); // `out` is zero already.
     }
     let (rows, cols) = matrix.shape();
-    matrix.with_view(bytes, cancel, |view| {
+    matrix.with_view(buffer, cancel, |view| {
         view.upcast(0..rows, 0..cols, scale, out);
         Ok(())
     })
@@ -288,14 +289,14 @@ mod tests {
         let matrix = |m: &StoredMatrix| {
             let (rows, cols) = m.shape();
             let mut out = Mat::zeros(rows, cols);
-            upcast(m, 1.0, out.as_mut(), &mut Vec::new(), &CancelToken::default()).unwrap();
+            upcast(m, 1.0, out.as_mut(), &mut Buffer::default(), &CancelToken::default()).unwrap();
             nalgebra::DMatrix::from_fn(rows, cols, |i, j| out[(i, j)])
         };
         update.iter().map(|t| matrix(&t.b) * matrix(&t.a) * t.weight).reduce(|sum, next| sum + next).unwrap()
     }
 
     fn numbers(matrix: &StoredMatrix) -> Vec<f64> {
-        matrix.load(&mut Vec::new(), &CancelToken::default()).unwrap().to_row_major()
+        matrix.load(&mut Buffer::default(), &CancelToken::default()).unwrap().to_row_major()
     }
 
     fn decomposed(update: &[Term]) -> Decomposition {

@@ -23,7 +23,7 @@ use crate::matrix::MatrixView;
 use crate::parallel::{guarded, pool, side_by_side};
 use crate::rounding::{all_finite, encode};
 use crate::safetensors::bits_per_element;
-use crate::source::StoredMatrix;
+use crate::source::{Buffer, StoredMatrix};
 use crate::{Error, Result};
 
 /// Elements converted at a time: they stay in cache.
@@ -157,7 +157,7 @@ pub fn write(
     let failure = Mutex::new(None);
     pool(threads.min(tensors.len()))?.install(|| {
         let stop = CancelToken::default();
-        side_by_side(&order, threads, &stop, &|i, buffer: &mut Vec<u8>| {
+        side_by_side(&order, threads, &stop, &|i, buffer: &mut Buffer| {
             let mut sink = sink(start + offsets[i]);
             if let Err(error) = guarded(|| write_tensor(&mut sink, &tensors[i], buffer, cancel)) {
                 stop.cancel();
@@ -226,7 +226,7 @@ fn header(
 fn write_tensor(
     out: &mut Sink<'_>,
     tensor: &OutTensor<'_>,
-    buffer: &mut Vec<u8>,
+    buffer: &mut Buffer,
     cancel: &CancelToken,
 ) -> Result<()> {
     match &tensor.content {
@@ -245,7 +245,7 @@ fn write_tensor(
         }),
         Content::Stored(stored) => (0..stored.info.len).step_by(COPIED).try_for_each(|start| {
             let len = COPIED.min(stored.info.len - start);
-            out.bytes(stored.file.read_into(buffer, &stored.info, start, len, cancel)?)
+            out.bytes(stored.file.read_into(&mut buffer.bytes, &stored.info, start, len, cancel)?)
         }),
     }
 }

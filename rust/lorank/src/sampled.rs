@@ -14,9 +14,10 @@
 //! What a statistic may be off by is estimated from groups of probes, each left out in turn (jackknife),
 //! and from stopping after two thirds of the steps.
 
-use faer::{Mat, Side};
+use faer::Mat;
 
 use crate::cancel::CancelToken;
+use crate::dense::symmetric_eigen;
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::gram_product::{GramProduct, VECTORS};
 use crate::matrix::MatrixView;
@@ -137,13 +138,9 @@ impl Recurrence {
             1 => self.off_diagonal[i.min(j)],
             _ => 0.0,
         });
-        let found = matrix
-            .self_adjoint_eigen(Side::Lower)
-            .map_err(|_| Error::NoConvergence("the eigenvalues of a small tridiagonal matrix"))?;
-        Ok(Rule {
-            nodes: (0..steps).map(|i| found.S()[i]).collect(),
-            weights: (0..steps).map(|i| found.U()[(0, i)] * found.U()[(0, i)]).collect(),
-        })
+        let (nodes, vectors) = symmetric_eigen(matrix.as_ref())
+            .ok_or(Error::NoConvergence("the eigenvalues of a small tridiagonal matrix"))?;
+        Ok(Rule { nodes, weights: (0..steps).map(|i| vectors[(0, i)] * vectors[(0, i)]).collect() })
     }
 }
 

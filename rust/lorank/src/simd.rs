@@ -18,6 +18,19 @@ pub(crate) fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
     Arch::new().dispatch(kernel)
 }
 
+/// The same for numbers that fill half of the widest vectors of any machine: on vectors of that length.
+pub(crate) fn dispatch_halved<K: WithSimd>(kernel: K) -> K::Output {
+    #[cfg(test)]
+    if !matches!(tests::PATH.get(), tests::Path::Widest) {
+        return dispatch(kernel);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(halved) = pulp::x86::V3::try_new() {
+        return pulp::Simd::vectorize(halved, kernel);
+    }
+    dispatch(kernel)
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use std::cell::Cell;

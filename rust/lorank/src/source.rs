@@ -24,13 +24,21 @@ enum Storage {
     Computed(Arc<dyn Computed>),
 }
 
+/// Memory that one matrix after the other is loaded into: it grows and never shrinks.
+#[derive(Debug, Default)]
+pub struct Buffer {
+    pub(crate) bytes: Vec<u8>,
+    parts: Vec<Buffer>,
+}
+
 /// Values that are computed whenever they are needed.
 pub trait Computed: Send + Sync {
-    /// Fills `out` with the row-major, little-endian values of a matrix.
+    /// Puts the row-major, little-endian values of a matrix at the beginning of `out`, which may hold more; what
+    /// they are made of is loaded into `parts`.
     ///
     /// # Errors
     /// Those of the computation, and of reading what it needs.
-    fn compute(&self, out: &mut Vec<u8>, cancel: &CancelToken) -> Result<()>;
+    fn compute(&self, out: &mut Vec<u8>, parts: &mut Vec<Buffer>, cancel: &CancelToken) -> Result<()>;
 }
 
 /// A matrix that becomes a [`MatrixView`] when it is needed.
@@ -116,7 +124,7 @@ impl StoredMatrix {
     /// Those of reading, and those of `work`.
     pub fn with_view<R>(
         &self,
-        buffer: &mut Vec<u8>,
+        buffer: &mut Buffer,
         cancel: &CancelToken,
         work: impl FnOnce(&MatrixView<'_>) -> Result<R>,
     ) -> Result<R> {
@@ -127,15 +135,15 @@ impl StoredMatrix {
     ///
     /// # Errors
     /// Those of reading.
-    pub fn load<'a>(&'a self, buffer: &'a mut Vec<u8>, cancel: &CancelToken) -> Result<MatrixView<'a>> {
+    pub fn load<'a>(&'a self, buffer: &'a mut Buffer, cancel: &CancelToken) -> Result<MatrixView<'a>> {
         let bytes = match &self.storage {
             Storage::File { tensor, start, len } => {
-                tensor.file.read_into(buffer, &tensor.info, *start, *len, cancel)?
+                tensor.file.read_into(&mut buffer.bytes, &tensor.info, *start, *len, cancel)?
             }
             Storage::Memory(bytes) => (**bytes).as_ref(),
             Storage::Computed(by) => {
-                by.compute(buffer, cancel)?;
-                buffer
+                by.compute(&mut buffer.bytes, &mut buffer.parts, cancel)?;
+                &buffer.bytes[..self.shape.0 * self.shape.1 * self.dtype.size()]
             }
         };
         MatrixView::new(bytes, self.dtype, self.shape, self.strides)
@@ -158,7 +166,7 @@ mod tests {
         assert_eq!(format!("{matrix:?}"), "StoredMatrix(3x2 float32)");
         let mut transposed = faer::Mat::<f64>::zeros(3, 2);
         matrix
-            .with_view(&mut Vec::new(), &CancelToken::default(), |view| {
+            .with_view(&mut Buffer::default(), &CancelToken::default(), |view| {
                 view.upcast(0..3, 0..2, 1.0, transposed.as_mut());
                 Ok(())
             })
@@ -178,7 +186,7 @@ mod tests {
     fn errors_of_the_work_come_through() {
         let matrix = StoredMatrix::in_memory(shared(&[1.0]), DType::F32, (1, 1), (1, 1)).unwrap();
         let result: Result<()> =
-            matrix.with_view(&mut Vec::new(), &CancelToken::default(), |_| Err(Error::Cancelled));
+            matrix.with_view(&mut Buffer::default(), &CancelToken::default(), |_| Err(Error::Cancelled));
         assert!(matches!(result, Err(Error::Cancelled)));
     }
 }

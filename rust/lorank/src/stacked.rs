@@ -78,7 +78,8 @@ impl<'a> Stacked<'a> {
         Ok(Gram { values, order })
     }
 
-    /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes, which become `out`.
+    /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes, at the beginning of
+    /// `out`.
     pub(crate) fn transposed_times<T: Number>(
         &self,
         y: MatRef<'_, f64>,
@@ -86,7 +87,7 @@ impl<'a> Stacked<'a> {
         cancel: &CancelToken,
     ) -> Result<()> {
         let (order, k) = (self.rank().next_multiple_of(T::WIDEST), y.ncols());
-        let width = k.next_multiple_of(T::WIDEST);
+        let width = k.next_multiple_of(T::WIDEST / 2);
         let y: Vec<T> = padded(order, width, |i, j| if i < y.nrows() && j < k { y[(i, j)] } else { 0.0 });
         let depth = panel_length::<T>(order);
         let (mut panel, mut product) = (vec![T::default(); depth * order], vec![T::default(); depth * width]);
@@ -105,7 +106,8 @@ impl<'a> Stacked<'a> {
         Ok(())
     }
 
-    /// `Y^T X` for `Y (K, k)`: `(k, length)` float32, row-major little-endian bytes, which become `out`.
+    /// `Y^T X` for `Y (K, k)`: `(k, length)` float32, row-major little-endian bytes, at the beginning of
+    /// `out`.
     pub(crate) fn times<T: Number>(
         &self,
         y: MatRef<'_, f64>,
@@ -230,10 +232,14 @@ fn padded<T: Number>(rows: usize, cols: usize, value: impl Fn(usize, usize) -> f
 /// The bytes of a float32 in a file.
 type Bytes = [u8; size_of::<f32>()];
 
-/// Places for so many numbers, all of which will be written to: a buffer that is large enough is not zeroed.
+/// Places for so many numbers at the beginning of a buffer, all of which will be written to: one that is large
+/// enough is not zeroed.
 fn places(out: &mut Vec<u8>, count: usize) -> &mut [Bytes] {
-    out.resize(count * size_of::<Bytes>(), 0);
-    out.as_chunks_mut().0
+    let size = count * size_of::<Bytes>();
+    if size > out.len() {
+        *out = vec![0; size]; // What was there need not move.
+    }
+    out[..size].as_chunks_mut().0
 }
 
 fn write<T: Number>(values: &[T], places: &mut [Bytes]) {

@@ -8,6 +8,7 @@ use faer::diag::Diag;
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::{Mat, MatMut, MatRef, Par, Spec};
 
+use crate::dense::{product, symmetric_eigen};
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::jacobi::jacobi_svd;
 use crate::matrix::MatrixView;
@@ -87,14 +88,12 @@ fn by_eigenvectors(matrix: MatRef<'_, f64>) -> Option<ThinSvd> {
     const SMALLEST: f64 = 1e-6;
     let exponent = binary_exponent(matrix.norm_max()).ok()?;
     let scaled = matrix * faer::Scale(power_of_two(-exponent));
-    let found = (scaled.transpose() * &scaled).self_adjoint_eigen(faer::Side::Lower).ok()?;
-    let (first, last) =
-        (found.S().column_vector().iter().next()?, found.S().column_vector().iter().next_back()?);
-    let is_moderate = *first > SMALLEST * *last;
+    let (eigenvalues, v) = symmetric_eigen(product(scaled.transpose(), scaled.as_ref()).as_ref())?;
+    let is_moderate = *eigenvalues.first()? > SMALLEST * *eigenvalues.last()?;
     if !is_moderate {
         return None;
     }
-    let u = scaled * found.U();
+    let u = product(scaled.as_ref(), v.as_ref());
     let lengths: Vec<f64> = u.col_iter().map(|column| column.norm_l2()).collect();
     // Eigenvalues ascend, but for rounding of equal ones.
     let mut order: Vec<usize> = (0..lengths.len()).collect();
@@ -103,7 +102,7 @@ fn by_eigenvectors(matrix: MatRef<'_, f64>) -> Option<ThinSvd> {
     Some(ThinSvd {
         u: Mat::from_fn(n, n, |i, j| u[(i, order[j])] / lengths[order[j]]),
         singular_values: order.iter().map(|&i| lengths[i] * power_of_two(exponent)).collect(),
-        v: Mat::from_fn(n, n, |i, j| found.U()[(i, order[j])]),
+        v: Mat::from_fn(n, n, |i, j| v[(i, order[j])]),
     })
 }
 
@@ -201,7 +200,7 @@ fn fallback(a: &Mat<f64>) -> Result<ThinSvd> {
     }
     let qr = thin_qr(a.as_ref());
     let core = jacobi_svd(&qr.r)?;
-    Ok(ThinSvd { u: &qr.q * &core.u, ..core })
+    Ok(ThinSvd { u: product(qr.q.as_ref(), core.u.as_ref()), ..core })
 }
 
 #[cfg(test)]

@@ -18,10 +18,12 @@
 // Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
 #![allow(clippy::inline_always)]
 
+use std::ops::Range;
+
 use pulp::{Simd, WithSimd};
 
 use crate::number::Number;
-use crate::simd::dispatch;
+use crate::simd::{dispatch, dispatch_halved};
 
 /// Rows up to which these kernels are used.
 pub(crate) const THIN: usize = 128;
@@ -48,10 +50,17 @@ pub(crate) fn add_gram_of_rows<T: Number>(panel: Panel<'_, T>, p: usize, gram: &
     dispatch(GramOfRows { panel, p, gram });
 }
 
-/// `Y = L R` for padded `L (rows, depth)`, row-major, and `R (depth, cols)`; rows of `Y` lie as far apart as
-/// those of `R`, and beyond `cols` numbers they stay as they are.
+/// `Y = L R` for padded `L (rows, depth)`, row-major, and `R (depth, cols)`, `cols` a multiple of half of
+/// [`Number::WIDEST`]; rows of `Y` lie as far apart as those of `R`, and beyond `cols` numbers they stay as
+/// they are.
 pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]) {
-    dispatch(Product { left, right, out });
+    let whole = right.cols / T::WIDEST * T::WIDEST;
+    if whole > 0 {
+        dispatch(Product { left, right, columns: 0..whole, out });
+    }
+    if whole < right.cols {
+        dispatch_halved(Product { left, right, columns: whole..right.cols, out });
+    }
 }
 
 /// `Y += L^T R` for `L (depth, cols)`, `cols` a multiple of [`HIGH`], and `R (depth, width)` and `Y (cols,
@@ -174,6 +183,7 @@ fn widened_sum<T: Number>(lanes: &[T]) -> f64 {
 struct Product<'a, T> {
     left: &'a [T],
     right: Panel<'a, T>,
+    columns: Range<usize>,
     out: &'a mut [T],
 }
 
@@ -182,11 +192,11 @@ impl<T: Number> WithSimd for Product<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { left, right: Panel { values, stride, cols }, out } = self;
+        let Self { left, right: Panel { values, stride, .. }, columns, out } = self;
         let (depth, lanes) = (values.len() / stride, T::lanes::<S>());
         for (i, lines) in out.chunks_exact_mut(HIGH * stride).enumerate() {
             let rows: [&[T]; HIGH] = std::array::from_fn(|a| &left[(i * HIGH + a) * depth..][..depth]);
-            for j in (0..cols).step_by(lanes) {
+            for j in columns.clone().step_by(lanes) {
                 let sums = row_products::<T, S>(simd, rows, &values[j..], stride);
                 for (line, sum) in lines.chunks_exact_mut(stride).zip(&sums) {
                     line[j..j + lanes].copy_from_slice(T::lanes_of::<S>(sum));
@@ -328,7 +338,7 @@ mod tests {
     }
 
     fn assert_product<T: Number>((rows, cols): (usize, usize), depth: usize) {
-        let (rows, cols) = (rows * HIGH, cols * T::WIDEST);
+        let (rows, cols) = (rows * HIGH, cols * T::WIDEST / 2);
         let (left, right): (Vec<T>, Vec<T>) = (integers(rows * depth, 1), integers(depth * cols, 2));
         on_every_path(|_| {
             let mut out = vec![T::of(f64::NAN); rows * cols];
@@ -388,7 +398,7 @@ mod tests {
         }
 
         #[test]
-        fn products(shape in (1usize..5, 1usize..4), depth in 1usize..20) {
+        fn products(shape in (1usize..5, 1usize..8), depth in 1usize..20) {
             assert_product::<f64>(shape, depth);
             assert_product::<f32>(shape, depth);
         }

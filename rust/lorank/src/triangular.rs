@@ -2,14 +2,16 @@
 //!
 //! With the rows of `X (K, length)` scaled to length 1 by `D`, `D X X^T D = L L^T` and `Q^T = L^-1 D X`. An
 //! error `E` of the Gram matrix leaves `Q^T Q = I - L^-1 E L^-T`. By Ostrowski's theorem every singular value
-//! of the update is off by half that share of itself, `||E|| ||L^-1||^2`, at most; the largest row sum of
-//! `L^-T L^-1` bounds the one norm, what rounding makes of sums ([`Precision::error`]) the other.
+//! of the update is off by half that share of itself, `||E|| ||L^-1||^2`, at most. Row and column sums of
+//! `L^-1`, or those of `L^-T L^-1`, bound the one norm, what rounding makes of sums ([`Precision::error`]) the
+//! other.
 
 use faer::linalg::triangular_inverse::invert_lower_triangular;
-use faer::{Mat, Par};
+use faer::{Mat, MatRef, Par};
 
 use crate::Result;
 use crate::cancel::CancelToken;
+use crate::dense::{cholesky, product};
 use crate::low_rank::{Buffers, Side, Term};
 use crate::stacked::Gram;
 use crate::thin::SUMMANDS;
@@ -93,25 +95,38 @@ fn factored(gram: &Gram, weights: &[f64], length: usize, precision: Precision) -
         return None;
     }
     let lengths: Vec<f64> = squares.iter().map(|x| x.sqrt()).collect();
-    let scaled = Mat::from_fn(rank, rank, |i, j| at(i.max(j), i.min(j)) / lengths[i] / lengths[j]);
-    let cholesky = scaled.llt(faer::Side::Lower).ok()?;
-    let l = cholesky.L();
+    let inverses: Vec<f64> = lengths.iter().map(|x| x.recip()).collect();
+    let mut factor = lower_triangle(rank, |i, j| at(i, j) * inverses[i] * inverses[j]);
+    cholesky(factor.as_mut())?;
     let mut inverse = Mat::zeros(rank, rank);
-    invert_lower_triangular(inverse.as_mut(), l, Par::Seq);
-    let norm = largest_row_sum(&(inverse.transpose() * &inverse));
-    let is_orthonormal = precision.error(rank, length) * norm <= precision.tolerance();
-    if !is_orthonormal {
+    invert_lower_triangular(inverse.as_mut(), factor.as_ref(), Par::Seq);
+    let is_orthonormal = |norm: f64| precision.error(rank, length) * norm <= precision.tolerance();
+    // The first bound takes no product, and is enough where rows are nearly orthogonal.
+    if !is_orthonormal(largest_sum(inverse.as_ref()) * largest_sum(inverse.transpose()))
+        && !is_orthonormal(largest_sum(product(inverse.transpose(), inverse.as_ref()).as_ref()))
+    {
         return None;
     }
-    let lower = |i, j, value: f64| if i >= j { value } else { 0.0 };
-    Some(Triangular {
-        factor: Mat::from_fn(rank, rank, |i, j| lower(i, j, weights[i] * lengths[i] * l[(i, j)])),
-        inverse: Mat::from_fn(rank, rank, |i, j| lower(i, j, inverse[(i, j)] / lengths[j])),
-        precision,
-    })
+    let sizes: Vec<f64> = weights.iter().zip(&lengths).map(|(weight, length)| weight * length).collect();
+    for (j, column) in factor.col_iter_mut().enumerate() {
+        column.iter_mut().zip(&sizes).skip(j).for_each(|(x, size)| *x *= size);
+    }
+    for (j, column) in inverse.col_iter_mut().enumerate() {
+        column.iter_mut().skip(j).for_each(|x| *x *= inverses[j]);
+    }
+    Some(Triangular { factor, inverse, precision })
 }
 
-/// An upper bound of a symmetric matrix's norm.
-fn largest_row_sum(matrix: &Mat<f64>) -> f64 {
-    matrix.col_iter().map(|column| column.norm_l1()).fold(0.0, f64::max)
+/// A matrix with zeros above its diagonal.
+fn lower_triangle(order: usize, value: impl Fn(usize, usize) -> f64) -> Mat<f64> {
+    let mut matrix = Mat::zeros(order, order);
+    for (j, column) in matrix.col_iter_mut().enumerate() {
+        column.iter_mut().enumerate().skip(j).for_each(|(i, x)| *x = value(i, j));
+    }
+    matrix
+}
+
+/// The largest sum of a column's absolute values.
+fn largest_sum(matrix: MatRef<'_, f64>) -> f64 {
+    matrix.col_iter().map(|column| column.iter().map(|x| x.abs()).sum()).fold(0.0, f64::max)
 }

@@ -13,7 +13,7 @@ use crate::dtype::DType;
 use crate::low_rank::{Buffers, Side, Term, Values};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::product_svd::{Decomposition, Form};
-use crate::source::{Computed, StoredMatrix};
+use crate::source::{Buffer, Computed, StoredMatrix};
 use crate::triangular::Precision;
 use crate::{Error, Result};
 
@@ -62,10 +62,10 @@ impl Truncation {
             return Ok(factors);
         }
         let hold = |matrix: &StoredMatrix| {
-            let mut bytes = Vec::new();
-            matrix.load(&mut bytes, cancel)?;
+            let mut buffer = Buffer::default();
+            matrix.load(&mut buffer, cancel)?;
             let (rows, cols) = matrix.shape();
-            StoredMatrix::in_memory(Arc::new(bytes), matrix.dtype(), (rows, cols), (cols, 1))
+            StoredMatrix::in_memory(Arc::new(buffer.bytes), matrix.dtype(), (rows, cols), (cols, 1))
         };
         Ok(Factors { b: hold(&factors.b)?, a: hold(&factors.a)? })
     }
@@ -118,9 +118,8 @@ struct Factor {
 }
 
 impl Computed for Factor {
-    fn compute(&self, out: &mut Vec<u8>, cancel: &CancelToken) -> Result<()> {
+    fn compute(&self, out: &mut Vec<u8>, parts: &mut Buffers, cancel: &CancelToken) -> Result<()> {
         if self.kept.is_empty() {
-            out.clear();
             return Ok(()); // Terms need not be read to keep nothing of them.
         }
         match (&self.decomposition.form, self.side) {
@@ -134,8 +133,7 @@ impl Computed for Factor {
             }
             (Form::Basis { terms, b: basis, .. }, Side::B)
             | (Form::Basis { terms, a: basis, .. }, Side::A) => {
-                let mut buffers = Buffers::new();
-                let stacked = self.side.stacked(terms, &mut buffers, cancel)?;
+                let stacked = self.side.stacked(terms, parts, cancel)?;
                 let columns = basis.columns.as_ref();
                 let y = Mat::from_fn(columns.nrows(), self.kept.len(), |i, j| columns[(i, self.kept[j])]);
                 let y = y.as_ref();

@@ -6,13 +6,14 @@
 
 use faer::dyn_stack::{MemBuffer, MemStack, StackReq};
 
+use crate::source::Buffer;
 use crate::{Error, Result};
 
 /// The buffers of one worker.
 #[derive(Default)]
 pub struct Workspace {
-    /// The stored elements of the matrix at hand.
-    pub bytes: Vec<u8>,
+    /// The matrix at hand.
+    pub buffer: Buffer,
     /// What its decomposition needs.
     pub scratch: Scratch,
 }

@@ -7,7 +7,7 @@ use lorank::cancel::CancelToken;
 use lorank::checkpoint::Checkpoint;
 use lorank::dtype::DType;
 use lorank::safetensors::{SafetensorsFile, TensorInfo};
-use lorank::source::StoredMatrix;
+use lorank::source::{Buffer, StoredMatrix};
 
 use crate::builder::{assert_says, entry, file_bytes, folder, vectors, write};
 
@@ -62,7 +62,7 @@ fn data_at_odd_offsets() {
         let tensor = Checkpoint::open(&path).unwrap().tensors.remove(0);
         let matrix = StoredMatrix::in_file(tensor, (2, 2), 0).unwrap();
         matrix
-            .with_view(&mut Vec::new(), &CancelToken::default(), |view| {
+            .with_view(&mut Buffer::default(), &CancelToken::default(), |view| {
                 let mut found = faer::Mat::<f64>::zeros(2, 2);
                 view.upcast(0..2, 0..2, 1.0, found.as_mut());
                 assert_eq!(found, faer::Mat::from_fn(2, 2, |i, j| f64::from(values[2 * i + j])));

@@ -9,7 +9,7 @@ use lorank::cancel::CancelToken;
 use lorank::checkpoint::Checkpoint;
 use lorank::dtype::DType;
 use lorank::parallel::Strategy;
-use lorank::source::StoredMatrix;
+use lorank::source::{Buffer, StoredMatrix};
 use lorank::{
     Error, Result,
     eigen::{self, Accuracy},
@@ -55,7 +55,7 @@ fn the_same_with_one_thread_and_with_four() {
         let (one, four) = (one.unwrap(), four.unwrap());
         assert_eq!(bits(one.spectrum.eigenvalues()), bits(four.spectrum.eigenvalues()), "{matrix:?}");
         assert_eq!(format!("{:?}", one.metrics), format!("{:?}", four.metrics), "{matrix:?}");
-        let direct = matrix.with_view(&mut Vec::new(), &CancelToken::default(), |view| {
+        let direct = matrix.with_view(&mut Buffer::default(), &CancelToken::default(), |view| {
             eigen::spectrum(view, Accuracy::Exact, 2, &CancelToken::default())
         });
         assert_eq!(bits(direct.unwrap().eigenvalues()), bits(one.spectrum.eigenvalues()), "{matrix:?}");
