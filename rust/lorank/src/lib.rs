@@ -59,6 +59,7 @@ mod thin;
 mod triangular;
 pub mod tridiag;
 pub mod truncation;
+mod whole_file;
 pub mod workspace;
 
 pub use error::{Error, Result};

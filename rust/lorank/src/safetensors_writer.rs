@@ -1,16 +1,12 @@
-//! Writing safetensors files that appear whole or not at all.
+//! Writing safetensors files that appear whole or not at all ([`whole_file`](crate::whole_file)).
 //!
-//! Tensors are converted in small pieces into a hidden file beside the target, which is renamed onto it
-//! at the end: an error, a full disk or an interruption leaves the target as it was. Where every tensor goes
-//! is known from the beginning, so that threads work on different ones.
+//! Tensors are converted in small pieces. Where every tensor goes is known from the beginning, so that threads
+//! work on different ones.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{File, OpenOptions};
-use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use faer::MatMut;
 use serde::{Serialize, Serializer};
@@ -24,6 +20,7 @@ use crate::parallel::{guarded, pool, side_by_side};
 use crate::rounding::{all_finite, encode};
 use crate::safetensors::bits_per_element;
 use crate::source::{Buffer, StoredMatrix};
+use crate::whole_file::{Sink, WholeFile};
 use crate::{Error, Result};
 
 /// Elements converted at a time: they stay in cache.
@@ -31,6 +28,9 @@ const PIECE: usize = 1 << 16;
 
 /// Bytes copied at a time: fewer and larger calls, but not seconds without a look at the cancel token.
 const COPIED: usize = 1 << 22;
+
+/// Bytes of tensors that one thread writes together.
+const RUN: u64 = 1 << 20;
 
 /// The alignment of the data, which other readers expect.
 const ALIGNMENT: usize = 8;
@@ -149,28 +149,53 @@ pub fn write(
     cancel: &CancelToken,
 ) -> Result<()> {
     let order = layout(tensors);
-    let (header, offsets) = header(tensors, &order, metadata)?;
-    let start = 8 + header.len() as u64;
-    let temporary = Temporary::create(path)?;
-    let sink = |position| Sink { path, file: &temporary.file, position };
-    sink(0).bytes(&[&(header.len() as u64).to_le_bytes(), &header[..]].concat())?;
+    let Header { text, offsets, size } = header(tensors, &order, metadata)?;
+    let start = text.len() as u64;
+    let file = WholeFile::create(path, start + size)?;
+    let mut pending = Vec::new();
+    file.write_from(0, &mut pending, |sink| sink.bytes(&text))?;
+    let runs = runs(&order, &offsets);
     let failure = Mutex::new(None);
-    pool(threads.min(tensors.len()))?.install(|| {
+    pool(threads.min(runs.len()))?.install(|| {
         let stop = CancelToken::default();
-        side_by_side(&order, threads, &stop, &|i, buffer: &mut Buffer| {
-            let mut sink = sink(start + offsets[i]);
-            if let Err(error) = guarded(|| write_tensor(&mut sink, &tensors[i], buffer, cancel)) {
+        let all: Vec<usize> = (0..runs.len()).collect();
+        side_by_side(&all, threads, &stop, &|k, Space { buffer, pending }: &mut Space| {
+            let run = &order[runs[k].clone()];
+            let mut write = |sink: &mut Sink<'_>| {
+                run.iter().try_for_each(|&i| write_tensor(sink, &tensors[i], buffer, cancel))
+            };
+            if let Err(error) = guarded(|| file.write_from(start + offsets[run[0]], pending, &mut write)) {
                 stop.cancel();
                 // The first is the one to tell of; what others meet follows from it, or will be met again.
-                failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             }
         });
     });
-    match failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+    match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => return Err(error),
         None => cancel.check()?,
     }
-    temporary.rename(path)
+    file.finish()
+}
+
+/// What a thread keeps from one tensor to the next.
+#[derive(Default)]
+struct Space {
+    buffer: Buffer,
+    pending: Vec<u8>,
+}
+
+/// Neighbours in the file that one thread writes, as ranges of `order`: few and large writes, as every one
+/// holds up the other threads.
+fn runs(order: &[usize], offsets: &[u64]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (place, &i) in order.iter().enumerate() {
+        match runs.last_mut() {
+            Some(run) if offsets[i] - offsets[order[run.start]] < RUN => run.end = place + 1,
+            _ => runs.push(place..place + 1),
+        }
+    }
+    runs
 }
 
 /// Wide elements first, then by name, as the format's own library does: every tensor is aligned.
@@ -190,12 +215,17 @@ impl Serialize for Entries<'_> {
     }
 }
 
-/// The header, and where the bytes of every tensor begin after it.
-fn header(
-    tensors: &[OutTensor<'_>],
-    order: &[usize],
-    metadata: &BTreeMap<String, String>,
-) -> Result<(Vec<u8>, Vec<u64>)> {
+/// What a file begins with.
+struct Header {
+    /// With its own length before it.
+    text: Vec<u8>,
+    /// Where the bytes of every tensor begin after it.
+    offsets: Vec<u64>,
+    /// Of all of them.
+    size: u64,
+}
+
+fn header(tensors: &[OutTensor<'_>], order: &[usize], metadata: &BTreeMap<String, String>) -> Result<Header> {
     let mut entries = Vec::with_capacity(tensors.len() + 1);
     if !metadata.is_empty() {
         entries.push((METADATA, json!(metadata)));
@@ -218,9 +248,12 @@ fn header(
         entries.push((&tensor.name, entry));
         offset = end;
     }
-    let mut header = serde_json::to_vec(&Entries(entries)).map_err(|e| Error::InvalidInput(e.to_string()))?;
-    header.resize(header.len().next_multiple_of(ALIGNMENT), b' ');
-    Ok((header, offsets))
+    let mut text = vec![0; size_of::<u64>()];
+    serde_json::to_writer(&mut text, &Entries(entries)).map_err(|e| Error::InvalidInput(e.to_string()))?;
+    text.resize(text.len().next_multiple_of(ALIGNMENT), b' ');
+    let len = (text.len() - size_of::<u64>()) as u64;
+    text[..size_of::<u64>()].copy_from_slice(&len.to_le_bytes());
+    Ok(Header { text, offsets, size: offset })
 }
 
 fn write_tensor(
@@ -286,69 +319,13 @@ fn convert(
                 } else {
                     "holds NaN or infinite values".into()
                 };
-                let path = out.path.display();
+                let path = out.path().display();
                 return Err(Error::Numerical(format!("{path}: tensor `{}`: {reason}", tensor.name)));
             }
             out.bytes(&bytes)?;
         }
     }
     Ok(())
-}
-
-/// A place in a file, which moves on with what is written there.
-struct Sink<'a> {
-    path: &'a Path,
-    file: &'a File,
-    position: u64,
-}
-
-impl Sink<'_> {
-    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all_at(bytes, self.position).map_err(|e| Error::io(self.path, e))?;
-        self.position += bytes.len() as u64;
-        Ok(())
-    }
-}
-
-/// Tells the temporary files of one process apart.
-static COUNTER: AtomicU64 = AtomicU64::new(0);
-
-/// A hidden file beside the target, removed unless it is renamed.
-struct Temporary {
-    path: PathBuf,
-    file: File,
-    keep: bool,
-}
-
-impl Temporary {
-    fn create(target: &Path) -> Result<Self> {
-        loop {
-            // Without the target's name, which may be as long as a name can be.
-            let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-            let path = target.with_file_name(format!(".lorank.{}.{number}.part", std::process::id()));
-            match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(file) => return Ok(Self { path, file, keep: false }),
-                // Left by a killed process of the same id: in containers they are alike.
-                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
-                Err(e) => return Err(Error::io(target, e)),
-            }
-        }
-    }
-
-    fn rename(mut self, target: &Path) -> Result<()> {
-        std::fs::rename(&self.path, target).map_err(|e| Error::io(target, e))?;
-        self.keep = true;
-        Ok(())
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if !self.keep {
-            // What cannot be removed cannot be helped: the error that led here is on its way.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -454,20 +431,6 @@ mod tests {
             next += tensor.len as u64;
         }
         assert_eq!(next, bytes.len() as u64);
-    }
-
-    #[test]
-    fn any_name_will_do_and_remains_are_not_in_the_way() {
-        let folder = tempfile::tempdir().unwrap();
-        let next = COUNTER.load(Ordering::Relaxed); // other tests count on meanwhile
-        for number in next..next + 1000 {
-            let remains = format!(".lorank.{}.{number}.part", std::process::id());
-            std::fs::write(folder.path().join(remains), b"").unwrap();
-        }
-        let path = folder.path().join("x".repeat(255));
-        write(&path, &[f64s("a", &[1.0], DType::F32)], &BTreeMap::new(), 2, &CancelToken::default()).unwrap();
-        assert_eq!(SafetensorsFile::open(&path).unwrap().tensors()[0].name, "a");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1001);
     }
 
     /// Late enough for earlier tensors to be on disk, in the very file that is copied from.
