@@ -208,27 +208,33 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::Numerical`] at the first NaN or infinity.
     pub fn max_abs(&self) -> Result<f64> {
-        let mut largest = [0.0f64; 16];
-        self.each_run(1.0, |values| {
-            // The product of a finite number and 0 is 0, of any other NaN.
-            let mut zeros = [0.0f64; 16];
-            let (whole, rest) = values.as_chunks::<16>();
-            for values in whole {
-                for ((largest, zero), x) in largest.iter_mut().zip(&mut zeros).zip(values) {
-                    *largest = if x.abs() > *largest { x.abs() } else { *largest };
-                    *zero += x * 0.0;
-                }
-            }
-            for ((largest, zero), x) in largest.iter_mut().zip(&mut zeros).zip(rest) {
-                *largest = if x.abs() > *largest { x.abs() } else { *largest };
-                *zero += x * 0.0;
-            }
-            if zeros.iter().any(|x| x.is_nan()) {
+        if self.is_column_major() {
+            return self.transposed().max_abs();
+        }
+        let mut largest = 0.0;
+        for line in self.lines() {
+            let found = self.dtype.largest(line);
+            if !found.is_finite() {
                 return Err(Error::Numerical("holds NaN or infinite values".into()));
             }
-            Ok(())
-        })?;
-        Ok(largest.iter().fold(0.0, |max, &x| max.max(x)))
+            largest = found.max(largest);
+        }
+        Ok(largest)
+    }
+
+    /// The bytes of all elements, in pieces that are as long as rows without gaps allow.
+    fn lines(&self) -> impl Iterator<Item = &'a [u8]> {
+        let is_dense = self.cols <= 1 || self.col_stride == 1;
+        let (count, length) = match self.as_row_major_bytes() {
+            Some(_) => (1, self.rows * self.cols),
+            None if is_dense => (self.rows, self.cols),
+            None => (self.rows * self.cols, 1),
+        };
+        // However many empty rows there are: a file may claim 2^60.
+        (0..if self.cols == 0 { 0 } else { count }).map(move |i| {
+            let (row, col) = if length == 1 { (i / self.cols, i % self.cols) } else { (i, 0) };
+            self.elements(row * self.row_stride + col * self.col_stride, length)
+        })
     }
 
     /// The sum of the squares of all elements, each times `scale`.
