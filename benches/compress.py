@@ -30,7 +30,7 @@ from lorank import LoraAdapter, compress
 def run(source, target, threads):
     adapter = LoraAdapter.load(source)
     small = compress(adapter, rank_ratio=0.25, threads=threads, progress=False)
-    small.save(target)
+    small.save(target, threads=threads)
     return small.certificate.relative_error
 """
 

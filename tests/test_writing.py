@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 import lorank
 import tiny_models
 from adapter_files import dense, distance, saved, trained
-from lorank import atomic
+from lorank import _core, atomic
 from lorank.adapters.writing import write_adapter
+from lorank.cli import adapters as commands
 from test_adapters import PROFILES, small_one
 from test_cli import ok, run
 
@@ -123,3 +124,22 @@ def test_padded_ranks_are_counted_where_they_are_stored(tmp_path: Path) -> None:
     assert f"rank-1: portable: {stored:,} parameters are stored" in family.stderr
     assert "parameters are stored" in run("check", tmp_path / "c", "--fix", tmp_path / "f").stderr
     assert "--max-rank bounds" in run("compress", *to, tmp_path / "g", "--rank-ratio", 0.95).stderr
+
+
+def test_no_more_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small_one(tmp_path / "source")
+    asked: list[int] = []
+    write = _core.write_safetensors
+
+    def counted(*arguments: Any) -> None:
+        asked.append(arguments[-1])
+        write(*arguments)
+
+    monkeypatch.setattr(_core, "write_safetensors", counted)
+    small.save(tmp_path / "one", threads=1)
+    small.save(tmp_path / "all")
+    commands.compress(str(tmp_path / "source"), tmp_path / "line", avg_rank=2.0, threads=3, quiet=True)
+    assert asked == [1, _core.available_threads(), 3]
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        small.save(tmp_path / "none", threads=0)
+    assert not (tmp_path / "none").exists()

@@ -127,6 +127,7 @@ class LoraAdapter:
         dtype: Dtype | Any | None = None,
         *,
         overwrite: bool = False,
+        threads: int | None = None,
     ) -> Path:
         """Write the adapter.
 
@@ -143,6 +144,8 @@ class LoraAdapter:
         overwrite
             Whether to replace the files of another adapter. A `README.md` that lorank did not write is
             kept in any case.
+        threads
+            At most so many (default: all that the process may use).
 
         Returns
         -------
@@ -154,13 +157,13 @@ class LoraAdapter:
         FileExistsError
             If the target holds something and `overwrite` is false.
         ValueError
-            If no module has any rank left.
+            If no module has any rank left, or `threads` is not positive.
         NumericalError
             If a value does not fit the element type; nothing is written then.
         """
         from lorank.adapters.writing import write_adapter
 
-        return write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite).path
+        return write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite, threads=threads).path
 
     @property
     def adapted(self) -> list[LoraModule]:

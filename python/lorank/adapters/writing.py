@@ -65,20 +65,24 @@ class _Job:
     folder: Path
     file: str
     alone: bool
+    threads: int
 
     @classmethod
-    def of(cls, adapter: LoraAdapter, target: Path, profile: Profile, dtype: Any) -> _Job:
+    def of(
+        cls, adapter: LoraAdapter, target: Path, profile: Profile, dtype: Any, threads: int | None
+    ) -> _Job:
+        count = thread_count(threads)
         layouts = profiles.layouts(adapter, profile)
         checked = _checked_dtype(dtype)
         if adapter.format == "peft":
             keys = profiles.keys(adapter, layouts)
-            return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, alone=False)
+            return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, False, count)
         # An alpha for every module: profiles differ by padding only.
         layouts = {name: profiles.Layout(layout.rank, 1.0) for name, layout in layouts.items()}
         keys = {name: kohya.keys(adapter, name) for name in layouts}
         alone = target.suffix == ".safetensors"
         folder, file = (target.parent, target.name) if alone else (target, IMAGE_WEIGHTS)
-        return cls(adapter, profile, checked, layouts, keys, folder, file, alone)
+        return cls(adapter, profile, checked, layouts, keys, folder, file, alone, count)
 
     @property
     def stored_parameters(self) -> int:
@@ -86,10 +90,16 @@ class _Job:
 
 
 def write_adapter(
-    adapter: LoraAdapter, target: Path, profile: Profile, dtype: Any, *, overwrite: bool
+    adapter: LoraAdapter,
+    target: Path,
+    profile: Profile,
+    dtype: Any,
+    *,
+    overwrite: bool,
+    threads: int | None = None,
 ) -> Written:
     """Write an adapter; see `LoraAdapter.save`."""
-    job = _Job.of(adapter, target.expanduser(), profile, dtype)
+    job = _Job.of(adapter, target.expanduser(), profile, dtype, threads)
     _check_target(job, overwrite)
     # What tells of an earlier adapter must not contradict this one.
     with staged_folder(job.folder, () if job.alone else (PICKLED_WEIGHTS, CERTIFICATE)) as staging:
@@ -126,7 +136,7 @@ def _write_weights(job: _Job, staging: Path) -> tuple[Certificate | None, list[s
     """Write the factors; the certificate with what rounding added, or a note of that."""
     tensors = _tensors(job)
     file = staging / job.file
-    _core.write_safetensors(file, tensors, _metadata(job, job.adapter.certificate), thread_count(None))
+    _core.write_safetensors(file, tensors, _metadata(job, job.adapter.certificate), job.threads)
     added = rounding.added(job.adapter, job.layouts, job.keys, file, job.dtype)
     if added is None:
         return job.adapter.certificate, []
@@ -135,7 +145,7 @@ def _write_weights(job: _Job, staging: Path) -> tuple[Certificate | None, list[s
     certificate = job.adapter.certificate.with_rounding(added)
     if job.adapter.format == "kohya":
         # The file itself holds the certificate, and what the file is measured for belongs to that.
-        _core.write_safetensors(file, tensors, _metadata(job, certificate), thread_count(None))
+        _core.write_safetensors(file, tensors, _metadata(job, certificate), job.threads)
     return certificate, []
 
 

@@ -135,7 +135,7 @@ def compress(
     _check_output(output, overwrite)
     with spelled_as_options():
         result = lorank.compress(adapter, threads=threads, progress=not quiet, **knobs)
-    _finish(result, output, profile, dtype, overwrite, json_output, modules)
+    _finish(result, output, profile, dtype, overwrite, json_output, modules, threads)
 
 
 def family(
@@ -162,7 +162,8 @@ def family(
     stored = {}
     for name, member in members.items():
         target = output / (name if member.format == "peft" else f"{name}.safetensors")
-        written = write_adapter(member, target, cast(Profile, profile), dtype, overwrite=overwrite)
+        form = cast(Profile, profile), dtype
+        written = write_adapter(member, target, *form, overwrite=overwrite, threads=threads)
         stored[name] = written.stored_parameters
         _say_notes(f"{name}: {note}" for note in written.notes)
     _say_notes(remove_stale(output, members))
@@ -209,7 +210,7 @@ def merge(
     _check_output(output, overwrite)
     with spelled_as_options():
         result = lorank.merge(paths, weights, threads=threads, progress=not quiet, **knobs)
-    _finish(result, output, profile, dtype, overwrite, json_output, modules)
+    _finish(result, output, profile, dtype, overwrite, json_output, modules, threads)
 
 
 def extract(
@@ -259,7 +260,7 @@ def extract(
             progress=not quiet,
             **knobs,
         )
-    _finish(result, output, profile, dtype, overwrite, json_output, modules)
+    _finish(result, output, profile, dtype, overwrite, json_output, modules, threads)
 
 
 def check(
@@ -374,9 +375,11 @@ def _finish(
     overwrite: bool,
     json_output: bool,
     modules: bool,
+    threads: int | None,
 ) -> None:
     """Save, and say what was done."""
-    written = write_adapter(result, output, cast(Profile, profile), dtype, overwrite=overwrite)
+    form = cast(Profile, profile), dtype
+    written = write_adapter(result, output, *form, overwrite=overwrite, threads=threads)
     certificate = written.certificate
     assert certificate is not None
     if json_output:
