@@ -51,7 +51,7 @@ class ModuleCertificate:
 
     def to_json(self) -> dict[str, Any]:
         """All numbers as values that JSON knows."""
-        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
+        numbers = {name: getattr(self, name) for name in _FIELDS}
         return {**numbers, "error": self.error, "retained_energy": self.retained_energy}
 
     @classmethod
@@ -65,14 +65,15 @@ class ModuleCertificate:
         """
         if not isinstance(content, dict) or not isinstance(content.get("name"), str):
             raise ValueError("a module without a name")
-        numbers: dict[str, Any] = {
-            field.name: content.get(field.name) for field in fields(cls) if field.name != "name"
-        }
+        numbers: dict[str, Any] = {name: content.get(name) for name in _FIELDS if name != "name"}
         for key, value in numbers.items():
             wanted = (int,) if key.startswith(("rank", "parameters")) else (int, float)
             if type(value) not in wanted or not 0 <= value < math.inf:
                 raise ValueError(f"{content['name']}: {key} is {value!r}")
         return cls(content["name"], **numbers)
+
+
+_FIELDS = tuple(field.name for field in fields(ModuleCertificate))
 
 
 @dataclass(frozen=True, slots=True)

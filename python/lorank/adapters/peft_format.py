@@ -60,7 +60,8 @@ def read(tensors: Tensors, config: Mapping[str, Any], *, contradictions: bool = 
         modules.append(module)
     modules.sort(key=lambda module: naming.natural_key(module.name))
     notes = _notes(config, found.carried, kind, without_magnitude(config, found.carried, found.factors))
-    if kind == "LORA" and (other := sum(table.of(m.name)[0] != m.rank for m in modules)):
+    tells_ranks = contradictions and kind == "LORA"
+    if tells_ranks and (other := sum(table.of(m.name)[0] != m.rank for m in modules)):
         notes.append(f"{other} modules have other ranks than the settings say: the settings' scale was kept")
     return LoraAdapter(
         {module.name: module for module in modules},
@@ -271,7 +272,9 @@ def _stacked_parameters(
     PEFT wraps the module once per parameter, in the order in which the module holds them, and names
     the factors of the inner wrappers `base_layer`: the deepest belongs to the first parameter.
     """
-    targets = config.get("target_parameters") or []
+    targets = config.get("target_parameters")
+    if not targets:
+        return {}
     by_module: dict[str, list[str]] = defaultdict(list)
     for path in factors:
         module = path

@@ -66,6 +66,7 @@ class _Job:
     file: str
     alone: bool
     threads: int
+    stored_parameters: int
 
     @classmethod
     def of(
@@ -73,20 +74,17 @@ class _Job:
     ) -> _Job:
         count = thread_count(threads)
         layouts = profiles.layouts(adapter, profile)
+        stored = sum(layout.rank * adapter.modules[name].cost for name, layout in layouts.items())
         checked = _checked_dtype(dtype)
         if adapter.format == "peft":
             keys = profiles.keys(adapter, layouts)
-            return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, False, count)
+            return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, False, count, stored)
         # An alpha for every module: profiles differ by padding only.
         layouts = {name: profiles.Layout(layout.rank, 1.0) for name, layout in layouts.items()}
         keys = {name: kohya.keys(adapter, name) for name in layouts}
         alone = target.suffix == ".safetensors"
         folder, file = (target.parent, target.name) if alone else (target, IMAGE_WEIGHTS)
-        return cls(adapter, profile, checked, layouts, keys, folder, file, alone, count)
-
-    @property
-    def stored_parameters(self) -> int:
-        return sum(layout.rank * self.adapter.modules[name].cost for name, layout in self.layouts.items())
+        return cls(adapter, profile, checked, layouts, keys, folder, file, alone, count, stored)
 
 
 def write_adapter(
