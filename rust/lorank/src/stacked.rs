@@ -91,17 +91,15 @@ impl<'a> Stacked<'a> {
         let y: Vec<T> = padded(order, width, |i, j| if i < y.nrows() && j < k { y[(i, j)] } else { 0.0 });
         let depth = panel_length::<T>(order);
         let (mut panel, mut product) = (vec![T::default(); depth * order], vec![T::default(); depth * width]);
-        let mut lines = places(out, self.length() * k).chunks_exact_mut(k);
+        let out = places(out, self.length() * k);
         for columns in self.panels(depth) {
             cancel.check()?;
-            let count = columns.len();
-            let height = count.next_multiple_of(HIGH);
+            let lines = &mut out[columns.start * k..columns.end * k];
+            let height = columns.len().next_multiple_of(HIGH);
             let left = self.columns(columns, order, &mut panel);
             let right = Panel { values: &y, stride: width, cols: width };
             multiply(left, right, &mut product[..height * width]);
-            for (sums, line) in product.chunks_exact(width).take(count).zip(&mut lines) {
-                write(&sums[..k], line);
-            }
+            write_rows(&product, width, k, lines);
         }
         Ok(())
     }
@@ -240,6 +238,24 @@ fn places(out: &mut Vec<u8>, count: usize) -> &mut [Bytes] {
         *out = vec![0; size]; // What was there need not move.
     }
     out[..size].as_chunks_mut().0
+}
+
+/// Writes the first `k` numbers of every row of `width`, row by row, until there is no place left.
+///
+/// In pieces of one length: a loop over a few numbers takes longer than the product that they are of. What is
+/// too much of a row's last piece is written over by the next row.
+fn write_rows<T: Number>(values: &[T], width: usize, k: usize, places: &mut [Bytes]) {
+    const PIECE: usize = 4;
+    for (row, values) in values.chunks_exact(width).take(places.len() / k).enumerate() {
+        let (pieces, _) = values.as_chunks::<PIECE>();
+        for (i, piece) in pieces.iter().take(k.div_ceil(PIECE)).enumerate() {
+            let places = &mut places[row * k + i * PIECE..];
+            match places.first_chunk_mut::<PIECE>() {
+                Some(places) => *places = piece.map(|x| x.to_f32().to_le_bytes()),
+                None => write(piece, places),
+            }
+        }
+    }
 }
 
 fn write<T: Number>(values: &[T], places: &mut [Bytes]) {

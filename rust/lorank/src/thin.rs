@@ -195,7 +195,7 @@ impl<T: Number> WithSimd for Product<'_, T> {
         let Self { left, right: Panel { values, stride, .. }, columns, out } = self;
         let (depth, lanes) = (values.len() / stride, T::lanes::<S>());
         for (i, lines) in out.chunks_exact_mut(HIGH * stride).enumerate() {
-            let rows: [&[T]; HIGH] = std::array::from_fn(|a| &left[(i * HIGH + a) * depth..][..depth]);
+            let rows = rows_of(&left[i * HIGH * depth..], depth, depth);
             for j in columns.clone().step_by(lanes) {
                 let sums = row_products::<T, S>(simd, rows, &values[j..], stride);
                 for (line, sum) in lines.chunks_exact_mut(stride).zip(&sums) {
@@ -248,13 +248,24 @@ impl<T: Number> WithSimd for RowProducts<'_, T> {
         let Self { left: Panel { values, stride, cols }, right, out } = self;
         let lanes = T::lanes::<S>();
         for i in (0..out.len() / T::WIDEST).step_by(HIGH) {
-            let rows: [&[T]; HIGH] = std::array::from_fn(|a| &values[(i + a) * stride..][..cols]);
+            let rows = rows_of(&values[i * stride..], stride, cols);
             for j in (0..T::WIDEST).step_by(lanes) {
                 let sums = row_products::<T, S>(simd, rows, &right[j..], T::WIDEST);
                 add_tile::<T, S>(simd, &sums, &mut out[i * T::WIDEST + j..]);
             }
         }
     }
+}
+
+/// Rows that begin `stride` numbers apart, of one length: no index is checked in loops over them, which hold them
+/// in registers.
+#[inline(always)]
+fn rows_of<T>(values: &[T], stride: usize, length: usize) -> [&[T]; HIGH] {
+    let mut rows = [&values[..length]; HIGH];
+    for (a, row) in rows.iter_mut().enumerate() {
+        *row = &values[a * stride..][..length];
+    }
+    rows
 }
 
 /// Adds a vector to the beginning of every one of [`HIGH`] rows of [`Number::WIDEST`] numbers.
