@@ -98,12 +98,21 @@ fn by_eigenvectors(matrix: MatRef<'_, f64>) -> Option<ThinSvd> {
     // Eigenvalues ascend, but for rounding of equal ones.
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by(|&i, &j| lengths[j].total_cmp(&lengths[i]));
-    let n = lengths.len();
     Some(ThinSvd {
-        u: Mat::from_fn(n, n, |i, j| u[(i, order[j])] / lengths[order[j]]),
+        u: columns(&u, &order, |i| lengths[i].recip()),
         singular_values: order.iter().map(|&i| lengths[i] * power_of_two(exponent)).collect(),
-        v: Mat::from_fn(n, n, |i, j| v[(i, order[j])]),
+        v: columns(&v, &order, |_| 1.0),
     })
+}
+
+/// Columns in another order, each times its scale.
+fn columns(of: &Mat<f64>, order: &[usize], scale: impl Fn(usize) -> f64) -> Mat<f64> {
+    let mut out = Mat::zeros(of.nrows(), order.len());
+    for (column, &i) in out.col_iter_mut().zip(order) {
+        let scale = scale(i);
+        column.iter_mut().zip(of.col(i).iter()).for_each(|(x, y)| *x = y * scale);
+    }
+    out
 }
 
 /// Memory that one thin decomposition after the other uses: see [`Workspace`](crate::workspace::Workspace).

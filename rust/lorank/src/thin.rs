@@ -132,8 +132,8 @@ impl<T: Number> WithSimd for GramOfRows<'_, T> {
                 for first in (0..cols).step_by(length) {
                     let run = first..cols.min(first + length);
                     let row = |i: usize| T::vectors::<S>(&values[i * stride..][run.clone()]);
-                    let (above, beside) = (std::array::from_fn(|a| row(i + a)), [row(j), row(j + 1)]);
-                    let sums = inner_products::<T, S>(simd, above, beside);
+                    let above = [row(i), row(i + 1), row(i + 2), row(i + 3)];
+                    let sums = inner_products::<T, S>(simd, above, [row(j), row(j + 1)]);
                     for (a, sums) in sums.iter().enumerate() {
                         for (b, sum) in sums.iter().enumerate() {
                             gram[(i + a) * p + j + b] += widened_sum(T::lanes_of::<S>(sum));
@@ -146,15 +146,17 @@ impl<T: Number> WithSimd for GramOfRows<'_, T> {
 }
 
 #[inline(always)]
-fn inner_products<T: Number, S: Simd>(
+fn inner_products<'a, T: Number, S: Simd>(
     simd: S,
-    above: [&[T::Vector<S>]; INNER.0],
-    beside: [&[T::Vector<S>]; INNER.1],
+    mut above: [&'a [T::Vector<S>]; INNER.0],
+    mut beside: [&'a [T::Vector<S>]; INNER.1],
 ) -> [[T::Vector<S>; INNER.1]; INNER.0] {
     let mut sums = [[T::splat(simd, T::default()); INNER.1]; INNER.0];
     let vectors = beside[0].len();
     // Of one length, so that no index is checked within the loop.
-    let (above, beside) = (above.map(|row| &row[..vectors]), beside.map(|row| &row[..vectors]));
+    for row in above.iter_mut().chain(&mut beside) {
+        *row = &row[..vectors];
+    }
     for k in 0..vectors {
         let right = [beside[0][k], beside[1][k]];
         for (sums, row) in sums.iter_mut().zip(above) {
