@@ -154,7 +154,10 @@ fn inner_products<'a, T: Number, S: Simd>(
     let mut sums = [[T::splat(simd, T::default()); INNER.1]; INNER.0];
     let vectors = beside[0].len();
     // Of one length, so that no index is checked within the loop.
-    for row in above.iter_mut().chain(&mut beside) {
+    for row in &mut above {
+        *row = &row[..vectors];
+    }
+    for row in &mut beside {
         *row = &row[..vectors];
     }
     for k in 0..vectors {
