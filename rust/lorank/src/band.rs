@@ -59,7 +59,7 @@ fn groups(columns: usize) -> usize {
 /// The memory that [`reduce_to_band`] of a matrix of order `n` needs.
 #[must_use]
 pub fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
-    let updates = temp_mat_scratch::<T>(n, 2 * WIDTH).array(2);
+    let updates = temp_mat_scratch::<T>(n, 3 * WIDTH);
     let reflections = temp_mat_scratch::<T>(n, WIDTH);
     let products = temp_mat_scratch::<T>(WIDTH, n * groups(n));
     let small = temp_mat_scratch::<T>(WIDTH, WIDTH).array(2);
@@ -80,9 +80,8 @@ pub fn reduce_to_band<T: Number>(
     let n = a.nrows();
     band.fill(T::default());
     complete_diagonal_blocks(a.rb_mut());
-    let (mut v_w, stack) = temp_mat_zeroed::<T, _, _>(n, 2 * WIDTH, stack);
-    let (mut w_v, stack) = temp_mat_zeroed::<T, _, _>(n, 2 * WIDTH, stack);
-    let mut updates = Updates { v_w: v_w.as_mat_mut(), w_v: w_v.as_mat_mut(), strategy };
+    let (mut v_w_v, stack) = temp_mat_zeroed::<T, _, _>(n, 3 * WIDTH, stack);
+    let mut updates = Updates { v_w_v: v_w_v.as_mat_mut(), strategy };
     for panel in (0..n).step_by(WIDTH) {
         reduce_panel(a.rb_mut(), panel, &mut updates, stack);
         store_columns(a.rb(), panel, band);
@@ -133,10 +132,9 @@ fn reduce_panel<T: Number>(
 }
 
 /// What is still to be subtracted from columns to come: `V W^T + W V^T`, the product of `[V W]` and
-/// `[W V]^T`.
+/// `[W V]^T`, which lie side by side in `[V W V]`.
 struct Updates<'a, T> {
-    v_w: MatMut<'a, T>,
-    w_v: MatMut<'a, T>,
+    v_w_v: MatMut<'a, T>,
     strategy: Strategy,
 }
 
@@ -155,8 +153,8 @@ struct Share<'a, T> {
 impl<T: Number> Updates<'_, T> {
     /// Brings a block up to date whose first entry is `(row, col)`.
     fn subtract(&self, block: MatMut<'_, T>, row: usize, col: usize) {
-        let left = self.v_w.rb().subrows(row, block.nrows());
-        let right = self.w_v.rb().subrows(col, block.ncols());
+        let left = self.v_w_v.rb().subcols(0, 2 * WIDTH).subrows(row, block.nrows());
+        let right = self.v_w_v.rb().subcols(WIDTH, 2 * WIDTH).subrows(col, block.ncols());
         matmul(block, Accum::Add, left, right.transpose(), -T::of(1.0), Par::Seq);
     }
 
@@ -213,10 +211,12 @@ impl<T: Number> Updates<'_, T> {
             solve_lower_triangular_in_place(coefficients.transpose(), strip, Par::Seq);
         });
         if count < WIDTH {
-            self.v_w.fill(T::default()); // What the other columns held is done.
+            self.v_w_v.fill(T::default()); // What the other columns held is done.
         }
-        let (v_place, w) = self.v_w.rb_mut().subrows_mut(first, rows).split_at_col_mut(WIDTH);
+        let (v_place, others) = self.v_w_v.rb_mut().subrows_mut(first, rows).split_at_col_mut(WIDTH);
+        let (w, v_again) = others.split_at_col_mut(WIDTH);
         v_place.subcols_mut(0, count).copy_from(v);
+        v_again.subcols_mut(0, count).copy_from(v);
         let (mut inner, _) = temp_mat_zeroed::<T, _, _>(count, count, stack);
         let mut inner = inner.as_mat_mut();
         matmul(inner.rb_mut(), Accum::Replace, v.transpose(), x.rb().transpose(), T::of(1.0), Par::Seq);
@@ -227,10 +227,6 @@ impl<T: Number> Updates<'_, T> {
             strip.copy_from(x.subcols(start, rows).transpose());
             matmul(strip, Accum::Add, v.subrows(start, rows), inner, T::of(-0.5), Par::Seq);
         });
-        let (v, w) = self.v_w.rb().split_at_col(WIDTH);
-        let (mut left, mut right) = self.w_v.rb_mut().split_at_col_mut(WIDTH);
-        left.copy_from(w);
-        right.copy_from(v);
     }
 }
 
