@@ -55,9 +55,11 @@ def test_weights_that_do_not_fit_leave_all_as_it_was(tmp_path: Path) -> None:
     small.save(tmp_path / "old")
     before = everything(tmp_path)
     huge = lorank.merge([small], [1e14], rank_ratio=1.0, progress=False)
-    with pytest.raises(lorank.NumericalError):
-        huge.save(tmp_path / "old", dtype="float16", overwrite=True)
-    assert everything(tmp_path) == before
+    for target in (tmp_path / "old", tmp_path / "new"):
+        with pytest.raises(lorank.NumericalError) as error:
+            huge.save(target, dtype="float16", overwrite=True)
+        assert str(error.value).startswith(f"{target / 'adapter_model.safetensors'}: tensor `")
+        assert everything(tmp_path) == before
 
 
 def test_new_folders_are_as_open_as_others(tmp_path: Path) -> None:

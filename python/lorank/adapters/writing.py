@@ -134,7 +134,7 @@ def _write_weights(job: _Job, staging: Path) -> tuple[Certificate | None, list[s
     """Write the factors; the certificate with what rounding added, or a note of that."""
     tensors = _tensors(job)
     file = staging / job.file
-    _core.write_safetensors(file, tensors, _metadata(job, job.adapter.certificate), job.threads)
+    _write_tensors(job, file, tensors, job.adapter.certificate)
     added = rounding.added(job.adapter, job.layouts, job.keys, file, job.dtype)
     if added is None:
         return job.adapter.certificate, []
@@ -143,8 +143,16 @@ def _write_weights(job: _Job, staging: Path) -> tuple[Certificate | None, list[s
     certificate = job.adapter.certificate.with_rounding(added)
     if job.adapter.format == "kohya":
         # The file itself holds the certificate, and what the file is measured for belongs to that.
-        _core.write_safetensors(file, tensors, _metadata(job, certificate), job.threads)
+        _write_tensors(job, file, tensors, certificate)
     return certificate, []
+
+
+def _write_tensors(job: _Job, file: Path, tensors: Sequence[Tensor], certificate: Certificate | None) -> None:
+    try:
+        _core.write_safetensors(file, tensors, _metadata(job, certificate), job.threads)
+    except _core.NumericalError as error:
+        # The file's name as it would have been.
+        raise type(error)(str(error).replace(str(file), str(job.folder / job.file))) from None
 
 
 def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:

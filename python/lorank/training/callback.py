@@ -17,7 +17,7 @@ from lorank._core import FormatError
 from lorank.atomic import atomic_path
 from lorank.budget import Budget
 from lorank.training import rank_logs
-from lorank.training.dynamic_ranks import DynamicRanks, RankUpdate
+from lorank.training.dynamic_ranks import DynamicRanks, RankUpdate, check_options
 
 _STATE = "lorank_gard.safetensors"
 _TABLE = "lora_ranks.csv"
@@ -85,6 +85,8 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
         seed: int = 0,
         checkpoint: str | Path | None = None,
     ) -> None:
+        # Now, not when the model has been loaded and training begins.
+        check_options(r_min, r_max, interval, window, smoothing, max_change, warmup, freeze_after)
         self._options: dict[str, Any] = {
             "budget": budget,
             "interval": interval,

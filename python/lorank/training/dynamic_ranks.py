@@ -149,7 +149,7 @@ class DynamicRanks:
         seed: int = 0,
         scaler: Any = None,
     ) -> None:
-        _check_options(r_min, r_max, interval, window, smoothing, max_change, warmup, freeze_after)
+        check_options(r_min, r_max, interval, window, smoothing, max_change, warmup, freeze_after)
         effective_rank([1.0], energy)
         self._model = model
         self._optimizer = optimizer_state.unwrapped(optimizer)
@@ -445,7 +445,7 @@ def _check_trained(layers: Iterable[AdaptedLayer]) -> None:
             )
 
 
-def _check_options(
+def check_options(
     r_min: int,
     r_max: int,
     interval: int,
@@ -455,6 +455,13 @@ def _check_options(
     warmup: int,
     freeze_after: int | None,
 ) -> None:
+    """Refuse options that no training could take.
+
+    Raises
+    ------
+    ValueError
+        If one is no number of its kind or out of range, or the window longer than the interval.
+    """
     for name, value, least in (
         ("r_min", r_min, 1),
         ("r_max", r_max, r_min),
@@ -467,6 +474,8 @@ def _check_options(
         if value is not None and (not is_integer(value) or value < least):
             raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
     if window > interval:
-        raise ValueError(f"window {window} is longer than interval {interval}")
+        raise ValueError(
+            f"window {window} is longer than interval {interval}: pass window={interval} or less"
+        )
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be at least 0 and below 1, not {smoothing!r}")

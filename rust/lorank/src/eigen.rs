@@ -52,7 +52,7 @@ impl Accuracy {
     pub const fn for_shape(self, rows: usize, cols: usize) -> Self {
         let (p, m) = if rows < cols { (rows, cols) } else { (cols, rows) };
         match self {
-            _ if p < FAST_FROM || m / p > FAST_RATIO => Self::Exact,
+            _ if p < FAST_FROM || m > FAST_RATIO * p => Self::Exact,
             Self::Sampled if p < SAMPLED_FROM => Self::Fast,
             _ => self,
         }
