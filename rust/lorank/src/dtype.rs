@@ -218,6 +218,7 @@ const fn e5m2_table() -> [f32; 256] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simd::tests::on_every_path;
 
     fn same(a: f32, b: f32) -> bool {
         a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan())
@@ -229,6 +230,41 @@ mod tests {
             assert!(same(f16_to_f32(bits), f16::from_bits(bits).to_f32()), "f16 {bits:#06x}");
             assert!(same(bf16_to_f32(bits), half::bf16::from_bits(bits).to_f32()), "bf16 {bits:#06x}");
         }
+    }
+
+    #[test]
+    fn the_largest_magnitude_of_every_type() {
+        // -3, 0.5, 1, infinity (E4M3 has none), NaN.
+        let codes = |dtype, numbers: [f64; 5]| -> [Vec<u8>; 5] {
+            #[allow(clippy::cast_possible_truncation)]
+            numbers.map(|x| match dtype {
+                DType::F64 => x.to_le_bytes().to_vec(),
+                DType::F32 => (x as f32).to_le_bytes().to_vec(),
+                DType::F16 => f16::from_f64(x).to_le_bytes().to_vec(),
+                _ => half::bf16::from_f64(x).to_le_bytes().to_vec(),
+            })
+        };
+        let numbers = [-3.0, 0.5, 1.0, f64::INFINITY, f64::NAN];
+        let wide =
+            [DType::F64, DType::F32, DType::F16, DType::Bf16].map(|dtype| (dtype, codes(dtype, numbers)));
+        let narrow = [
+            (DType::F8E4M3, [0xc4, 0x30, 0x38, 0x7f, 0xff].map(|code| vec![code])),
+            (DType::F8E5M2, [0xc2, 0x38, 0x3c, 0x7c, 0xff].map(|code| vec![code])),
+        ];
+        on_every_path(|path| {
+            for (dtype, [three, half, one, infinity, nan]) in wide.iter().chain(&narrow) {
+                assert!(dtype.largest(&[]).to_bits() == 0, "{path:?} {dtype:?}");
+                let mut bytes = half.repeat(70);
+                bytes.extend_from_slice(three);
+                bytes.extend(one.repeat(13));
+                assert!((dtype.largest(&bytes) - 3.0).abs() < f64::EPSILON, "{path:?} {dtype:?}");
+                for (bad, place) in [(infinity, 0), (infinity, 80), (nan, 3), (nan, 83)] {
+                    let mut bytes = bytes.clone();
+                    bytes[place * dtype.size()..][..dtype.size()].copy_from_slice(bad);
+                    assert!(!dtype.largest(&bytes).is_finite(), "{path:?} {dtype:?} {place}");
+                }
+            }
+        });
     }
 
     #[test]
