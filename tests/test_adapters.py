@@ -383,6 +383,7 @@ def test_a_certificate_is_read_again_and_survives_another_profile(
         card = (tmp_path / other / "README.md").read_text()
         assert "compress, avg_rank=1" in card
         assert "- the eldest note" in card
+        assert "It holds more than factors" not in card
         # Whatever is rounded a second time is added to the first.
         assert (certificate.rounding_error or 0) >= (again.certificate.rounding_error or 0)
         assert (certificate.rounding_error is None) == (dtype is None)

@@ -51,6 +51,7 @@ def test_modules_without_rank_keep_what_else_they_have(variant: str, profile: An
     small.save(tmp_path / "b", profile)
     got = output(loaded(tiny_models.llama(), tmp_path / "b"))
     torch.testing.assert_close(got, output(by_hand(peft_model, small)), rtol=1e-4, atol=1e-5)
+    assert "It holds more than factors" in (tmp_path / "b" / "README.md").read_text()
     again = lorank.LoraAdapter.load(tmp_path / "b")
     assert again.ranks == small.ranks
     assert again.certificate == small.certificate

@@ -41,6 +41,12 @@ def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None
         f"{_range(adapter)}. {_MARK}{__version__} in the profile `{profile}`, for {readers}.",
         "",
     ]
+    if is_peft and (adapter.carried or any(module.carried for module in adapter.modules.values())):
+        lines += [
+            "It holds more than factors (saved modules, biases or magnitudes), which not all of these load: "
+            "`lorank check` tells which do.",
+            "",
+        ]
     if stored != adapter.num_parameters:
         lines += [f"{stored:,} parameters are stored, as ranks are padded with zeros.", ""]
     if certificate is not None:
