@@ -145,3 +145,13 @@ def test_no_more_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="threads must be at least 1"):
         small.save(tmp_path / "none", threads=0)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_peft_adapter_is_no_file(tmp_path: Path) -> None:
+    small = small_one(tmp_path / "source")
+    target = tmp_path / "small.safetensors"
+    with pytest.raises(ValueError, match=r"small\.safetensors: a PEFT adapter is a folder"):
+        small.save(target)
+    assert not target.exists()
+    assert "name a folder" in run("compress", tmp_path / "source", "-o", target, "--avg-rank", 2).stderr
+    assert not target.exists()

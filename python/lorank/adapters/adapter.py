@@ -157,7 +157,8 @@ class LoraAdapter:
         FileExistsError
             If the target holds something and `overwrite` is false.
         ValueError
-            If no module has any rank left, or `threads` is not positive.
+            If no module has any rank left, `threads` is not positive, or a PEFT adapter's folder is named
+            like a file.
         NumericalError
             If a value does not fit the element type; nothing is written then.
         """

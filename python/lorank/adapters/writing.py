@@ -77,6 +77,10 @@ class _Job:
         stored = sum(layout.rank * adapter.modules[name].cost for name, layout in layouts.items())
         checked = _checked_dtype(dtype)
         if adapter.format == "peft":
+            if target.suffix == ".safetensors":
+                raise ValueError(
+                    f"{target}: a PEFT adapter is a folder, its settings beside its factors: name a folder"
+                )
             keys = profiles.keys(adapter, layouts)
             return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, False, count, stored)
         # An alpha for every module: profiles differ by padding only.
