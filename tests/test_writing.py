@@ -141,7 +141,8 @@ def test_no_more_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
     small.save(tmp_path / "one", threads=1)
     small.save(tmp_path / "all")
     commands.compress(str(tmp_path / "source"), tmp_path / "line", avg_rank=2.0, threads=3, quiet=True)
-    assert asked == [1, _core.available_threads(), 3]
+    commands.family(str(tmp_path / "source"), tmp_path / "family", "1,2", threads=2, quiet=True)
+    assert asked == [1, _core.available_threads(), 3, 2, 2, 2]
     with pytest.raises(ValueError, match="threads must be at least 1"):
         small.save(tmp_path / "none", threads=0)
     assert not (tmp_path / "none").exists()

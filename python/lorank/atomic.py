@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lorank._core import NumericalError
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -63,7 +65,11 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     Raises
     ------
     OSError
-        If there is no place for them, naming the file as it would be called; `folder` is then as it was.
+        If there is no place for them.
+    NumericalError
+        If the block raises it.
+
+    Either names the file as it would have been called, and `folder` is then as it was.
     """
     is_new = not folder.exists()
     place = folder.parent if is_new else folder
@@ -79,9 +85,10 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
             file = Path(str(error.filename))
             if error.errno is None or not file.is_relative_to(staging):
                 raise
-            # The file's name as it would have been.
             named = str(folder / file.relative_to(staging))
             raise OSError(error.errno, error.strerror, named) from error
+        except NumericalError as error:
+            raise NumericalError(str(error).replace(str(staging), str(folder))) from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

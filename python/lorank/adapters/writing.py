@@ -66,7 +66,6 @@ class _Job:
     file: str
     alone: bool
     threads: int
-    stored_parameters: int
 
     @classmethod
     def of(
@@ -74,21 +73,20 @@ class _Job:
     ) -> _Job:
         count = thread_count(threads)
         layouts = profiles.layouts(adapter, profile)
-        stored = sum(layout.rank * adapter.modules[name].cost for name, layout in layouts.items())
         checked = _checked_dtype(dtype)
         if adapter.format == "peft":
-            if target.suffix == ".safetensors":
-                raise ValueError(
-                    f"{target}: a PEFT adapter is a folder, its settings beside its factors: name a folder"
-                )
             keys = profiles.keys(adapter, layouts)
-            return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, False, count, stored)
+            return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, alone=False, threads=count)
         # An alpha for every module: profiles differ by padding only.
         layouts = {name: profiles.Layout(layout.rank, 1.0) for name, layout in layouts.items()}
         keys = {name: kohya.keys(adapter, name) for name in layouts}
         alone = target.suffix == ".safetensors"
         folder, file = (target.parent, target.name) if alone else (target, IMAGE_WEIGHTS)
-        return cls(adapter, profile, checked, layouts, keys, folder, file, alone, count, stored)
+        return cls(adapter, profile, checked, layouts, keys, folder, file, alone, count)
+
+    @property
+    def stored_parameters(self) -> int:
+        return sum(layout.rank * self.adapter.modules[name].cost for name, layout in self.layouts.items())
 
 
 def write_adapter(
@@ -124,6 +122,10 @@ def _checked_dtype(dtype: Any) -> Dtype | None:
 
 def _check_target(job: _Job, overwrite: bool) -> None:
     file = job.folder / job.file
+    if not job.alone and job.folder.suffix == ".safetensors":
+        raise ValueError(
+            f"{job.folder}: a PEFT adapter is a folder, its settings beside its factors: name a folder"
+        )
     if job.folder.exists() and not job.folder.is_dir():
         raise FileExistsError(f"{job.folder}: is a file, not a folder")
     if overwrite or not job.folder.exists():
@@ -138,7 +140,7 @@ def _write_weights(job: _Job, staging: Path) -> tuple[Certificate | None, list[s
     """Write the factors; the certificate with what rounding added, or a note of that."""
     tensors = _tensors(job)
     file = staging / job.file
-    _write_tensors(job, file, tensors, job.adapter.certificate)
+    _core.write_safetensors(file, tensors, _metadata(job, job.adapter.certificate), job.threads)
     added = rounding.added(job.adapter, job.layouts, job.keys, file, job.dtype)
     if added is None:
         return job.adapter.certificate, []
@@ -147,16 +149,8 @@ def _write_weights(job: _Job, staging: Path) -> tuple[Certificate | None, list[s
     certificate = job.adapter.certificate.with_rounding(added)
     if job.adapter.format == "kohya":
         # The file itself holds the certificate, and what the file is measured for belongs to that.
-        _write_tensors(job, file, tensors, certificate)
-    return certificate, []
-
-
-def _write_tensors(job: _Job, file: Path, tensors: Sequence[Tensor], certificate: Certificate | None) -> None:
-    try:
         _core.write_safetensors(file, tensors, _metadata(job, certificate), job.threads)
-    except _core.NumericalError as error:
-        # The file's name as it would have been.
-        raise type(error)(str(error).replace(str(file), str(job.folder / job.file))) from None
+    return certificate, []
 
 
 def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:

@@ -162,8 +162,9 @@ def family(
     stored = {}
     for name, member in members.items():
         target = output / (name if member.format == "peft" else f"{name}.safetensors")
-        form = cast(Profile, profile), dtype
-        written = write_adapter(member, target, *form, overwrite=overwrite, threads=threads)
+        written = write_adapter(
+            member, target, cast(Profile, profile), dtype, overwrite=overwrite, threads=threads
+        )
         stored[name] = written.stored_parameters
         _say_notes(f"{name}: {note}" for note in written.notes)
     _say_notes(remove_stale(output, members))
@@ -378,8 +379,9 @@ def _finish(
     threads: int | None,
 ) -> None:
     """Save, and say what was done."""
-    form = cast(Profile, profile), dtype
-    written = write_adapter(result, output, *form, overwrite=overwrite, threads=threads)
+    written = write_adapter(
+        result, output, cast(Profile, profile), dtype, overwrite=overwrite, threads=threads
+    )
     certificate = written.certificate
     assert certificate is not None
     if json_output:

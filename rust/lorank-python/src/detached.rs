@@ -12,8 +12,8 @@ use pyo3::prelude::*;
 
 use crate::errors::{LorankError, to_py};
 
-/// How long results, and a Ctrl-C, can stay unnoticed. To wake up for every result would take as long as a
-/// small one, from the thread that works on the next; the end of the work is noticed at once.
+/// How long results, and a Ctrl-C, can stay unnoticed: to wake up for every small one would take a processor from
+/// the threads that work on the next. The end of the work is noticed at once.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// From the worker to the waiting Python thread.

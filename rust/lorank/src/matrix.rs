@@ -240,45 +240,25 @@ impl<'a> MatrixView<'a> {
     /// The sum of the squares of all elements, each times `scale`.
     #[must_use]
     pub fn sum_of_squares(&self, scale: f64) -> f64 {
-        let mut sums = [0.0; 16];
-        let Ok(()) = self.each_run(scale, |values| {
-            let (whole, rest) = values.as_chunks::<16>();
-            for values in whole {
+        const LANES: usize = 16;
+        const BLOCK: usize = 64 * LANES;
+        if self.is_column_major() {
+            return self.transposed().sum_of_squares(scale);
+        }
+        let (mut sums, mut buffer) = ([0.0; LANES], [0.0f64; BLOCK]);
+        let size = self.dtype.size();
+        for bytes in self.lines().flat_map(|line| line.chunks(BLOCK * size)) {
+            let count = bytes.len() / size;
+            self.dtype.decode(bytes, scale, &mut buffer[..count]);
+            let padded = count.next_multiple_of(LANES);
+            buffer[count..padded].fill(0.0);
+            for values in buffer[..padded].as_chunks::<LANES>().0 {
                 for (sum, x) in sums.iter_mut().zip(values) {
                     *sum += x * x;
                 }
             }
-            for (sum, x) in sums.iter_mut().zip(rest) {
-                *sum += x * x;
-            }
-            Ok::<(), std::convert::Infallible>(())
-        });
+        }
         sums.iter().sum()
-    }
-
-    /// Calls `work` with all elements, times `scale`, a run of neighbours in memory at a time.
-    fn each_run<E>(
-        &self,
-        scale: f64,
-        mut work: impl FnMut(&[f64]) -> std::result::Result<(), E>,
-    ) -> std::result::Result<(), E> {
-        if self.cols == 0 {
-            return Ok(()); // However many empty rows there are: a file may claim 2^60.
-        }
-        if self.is_column_major() {
-            return self.transposed().each_run(scale, work);
-        }
-        let mut buffer = [0.0f64; 1024];
-        for row in 0..self.rows {
-            for first in (0..self.cols).step_by(buffer.len()) {
-                let block = first..self.cols.min(first + buffer.len());
-                let values = &mut buffer[..block.len()];
-                let out = MatMut::from_row_major_slice_mut(values, 1, block.len());
-                self.upcast(row..row + 1, block, scale, out);
-                work(values)?;
-            }
-        }
-        Ok(())
     }
 
     fn elements(&self, start: usize, count: usize) -> &'a [u8] {

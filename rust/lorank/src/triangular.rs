@@ -96,7 +96,8 @@ fn factored(gram: &Gram, weights: &[f64], length: usize, precision: Precision) -
     }
     let lengths: Vec<f64> = squares.iter().map(|x| x.sqrt()).collect();
     let inverses: Vec<f64> = lengths.iter().map(|x| x.recip()).collect();
-    let mut factor = lower_triangle(rank, |i, j| at(i, j) * inverses[i] * inverses[j]);
+    let scaled = |i, j| at(i, j) * inverses[i] * inverses[j];
+    let mut factor = Mat::from_fn(rank, rank, |i, j| if i >= j { scaled(i, j) } else { 0.0 });
     cholesky(factor.as_mut())?;
     let mut inverse = Mat::zeros(rank, rank);
     invert_lower_triangular(inverse.as_mut(), factor.as_ref(), Par::Seq);
@@ -115,15 +116,6 @@ fn factored(gram: &Gram, weights: &[f64], length: usize, precision: Precision) -
         column.iter_mut().skip(j).for_each(|x| *x *= inverses[j]);
     }
     Some(Triangular { factor, inverse, precision })
-}
-
-/// A matrix with zeros above its diagonal.
-fn lower_triangle(order: usize, value: impl Fn(usize, usize) -> f64) -> Mat<f64> {
-    let mut matrix = Mat::zeros(order, order);
-    for (j, column) in matrix.col_iter_mut().enumerate() {
-        column.iter_mut().enumerate().skip(j).for_each(|(i, x)| *x = value(i, j));
-    }
-    matrix
 }
 
 /// The largest sum of a column's absolute values.
