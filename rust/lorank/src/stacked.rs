@@ -242,18 +242,31 @@ fn places(out: &mut Vec<u8>, count: usize) -> &mut [Bytes] {
 
 /// Writes the first `k` numbers of every row of `width`, row by row, until there is no place left.
 ///
-/// In pieces of one length: a loop over a few numbers takes longer than the product that they are of. What is
-/// too much of a row's last piece is written over by the next row.
+/// A loop over a few numbers takes longer than the product that they are of: their count is known when this is
+/// compiled.
 fn write_rows<T: Number>(values: &[T], width: usize, k: usize, places: &mut [Bytes]) {
-    const PIECE: usize = 4;
-    for (row, values) in values.chunks_exact(width).take(places.len() / k).enumerate() {
-        let (pieces, _) = values.as_chunks::<PIECE>();
-        for (i, piece) in pieces.iter().take(k.div_ceil(PIECE)).enumerate() {
-            let places = &mut places[row * k + i * PIECE..];
-            match places.first_chunk_mut::<PIECE>() {
-                Some(places) => *places = piece.map(|x| x.to_f32().to_le_bytes()),
-                None => write(piece, places),
+    match k {
+        1 => write_rows_of::<1, T>(values, width, places),
+        2 => write_rows_of::<2, T>(values, width, places),
+        3 => write_rows_of::<3, T>(values, width, places),
+        4 => write_rows_of::<4, T>(values, width, places),
+        5 => write_rows_of::<5, T>(values, width, places),
+        6 => write_rows_of::<6, T>(values, width, places),
+        7 => write_rows_of::<7, T>(values, width, places),
+        8 => write_rows_of::<8, T>(values, width, places),
+        _ => {
+            for (row, places) in values.chunks_exact(width).zip(places.chunks_exact_mut(k)) {
+                write(&row[..k], places);
             }
+        }
+    }
+}
+
+fn write_rows_of<const K: usize, T: Number>(values: &[T], width: usize, places: &mut [Bytes]) {
+    let (places, _) = places.as_chunks_mut::<K>();
+    for (row, places) in values.chunks_exact(width).zip(places) {
+        if let Some(row) = row.first_chunk::<K>() {
+            *places = row.map(|x| x.to_f32().to_le_bytes());
         }
     }
 }

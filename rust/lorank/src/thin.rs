@@ -36,13 +36,16 @@ pub(crate) const SUMMANDS: usize = 32;
 /// are multiples of it, as [`Number::WIDEST`] is.
 pub(crate) const HIGH: usize = 8;
 
-/// Rows and columns of a tile of inner products.
-const INNER: (usize, usize) = (4, 2);
+/// Rows of a tile of inner products.
+const ABOVE: usize = 4;
 
 /// `G += X X^T` for a padded panel of whole columns, one after the other: the lower triangle of `G (p, p)`,
 /// row-major, and what shares a tile with it.
 pub(crate) fn add_gram_of_columns<T: Number>(panel: &[T], p: usize, gram: &mut [f64]) {
-    dispatch(GramOfColumns { panel, p, gram });
+    dispatch(GramOfColumns { panel, p, gram: &mut *gram, halves: false });
+    if T::WIDEST > HIGH {
+        dispatch_halved(GramOfColumns { panel, p, gram, halves: true });
+    }
 }
 
 /// `G += X X^T` for a padded panel of `p` rows, as [`add_gram_of_columns`].
@@ -87,6 +90,8 @@ struct GramOfColumns<'a, T> {
     panel: &'a [T],
     p: usize,
     gram: &'a mut [f64],
+    /// Whether what is left of rows after whole vectors of any machine is added, or that which they fill.
+    halves: bool,
 }
 
 impl<T: Number> WithSimd for GramOfColumns<'_, T> {
@@ -95,11 +100,13 @@ impl<T: Number> WithSimd for GramOfColumns<'_, T> {
     /// Outer products of columns.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { panel, p, gram } = self;
+        let Self { panel, p, gram, halves } = self;
         let lanes = T::lanes::<S>();
         for columns in panel.chunks(SUMMANDS * p) {
             for i in (0..p).step_by(HIGH) {
-                for j in (0..i + HIGH).step_by(lanes) {
+                let whole = (i + HIGH) / T::WIDEST * T::WIDEST;
+                let places = if halves { whole..i + HIGH } else { 0..whole };
+                for j in places.step_by(lanes) {
                     let sums = outer_products::<T, S>(simd, columns, p, (i, j));
                     for (a, sum) in sums.iter().enumerate() {
                         let line = &mut gram[(i + a) * p + j..][..lanes];
@@ -120,20 +127,28 @@ struct GramOfRows<'a, T> {
 impl<T: Number> WithSimd for GramOfRows<'_, T> {
     type Output = ();
 
-    /// Inner products of rows, a vector's length of columns at a time.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        // The wider a tile, the less often rows are read; its sums stay in registers.
+        if S::REGISTER_COUNT >= 32 { self.add_tiles::<4, S>(simd) } else { self.add_tiles::<2, S>(simd) }
+    }
+}
+
+impl<T: Number> GramOfRows<'_, T> {
+    /// Inner products of [`ABOVE`] rows with `BESIDE` rows, a vector's length of columns at a time.
+    #[inline(always)]
+    fn add_tiles<const BESIDE: usize, S: Simd>(self, simd: S) {
         let Self { panel: Panel { values, stride, cols }, p, gram } = self;
         // Nothing is lost by longer sums of float64.
         let summands = if size_of::<T>() == size_of::<f64>() { cols } else { SUMMANDS };
         let length = summands * T::lanes::<S>();
-        for i in (0..p).step_by(INNER.0) {
-            for j in (0..i + INNER.0).step_by(INNER.1) {
+        for i in (0..p).step_by(ABOVE) {
+            for j in (0..i + ABOVE).step_by(BESIDE) {
                 for first in (0..cols).step_by(length) {
                     let run = first..cols.min(first + length);
-                    let row = |i: usize| T::vectors::<S>(&values[i * stride..][run.clone()]);
-                    let above = [row(i), row(i + 1), row(i + 2), row(i + 3)];
-                    let sums = inner_products::<T, S>(simd, above, [row(j), row(j + 1)]);
+                    let above = vectors_of::<ABOVE, T, S>(&values[i * stride..], stride, run.clone());
+                    let beside = vectors_of::<BESIDE, T, S>(&values[j * stride..], stride, run);
+                    let sums = inner_products::<BESIDE, T, S>(simd, above, beside);
                     for (a, sums) in sums.iter().enumerate() {
                         for (b, sum) in sums.iter().enumerate() {
                             gram[(i + a) * p + j + b] += widened_sum(T::lanes_of::<S>(sum));
@@ -145,13 +160,27 @@ impl<T: Number> WithSimd for GramOfRows<'_, T> {
     }
 }
 
+/// Some of the columns of rows that begin `stride` numbers apart.
 #[inline(always)]
-fn inner_products<'a, T: Number, S: Simd>(
+fn vectors_of<const ROWS: usize, T: Number, S: Simd>(
+    values: &[T],
+    stride: usize,
+    columns: Range<usize>,
+) -> [&[T::Vector<S>]; ROWS] {
+    let mut rows: [&[T::Vector<S>]; ROWS] = [&[]; ROWS];
+    for (a, row) in rows.iter_mut().enumerate() {
+        *row = T::vectors::<S>(&values[a * stride..][columns.clone()]);
+    }
+    rows
+}
+
+#[inline(always)]
+fn inner_products<'a, const BESIDE: usize, T: Number, S: Simd>(
     simd: S,
-    mut above: [&'a [T::Vector<S>]; INNER.0],
-    mut beside: [&'a [T::Vector<S>]; INNER.1],
-) -> [[T::Vector<S>; INNER.1]; INNER.0] {
-    let mut sums = [[T::splat(simd, T::default()); INNER.1]; INNER.0];
+    mut above: [&'a [T::Vector<S>]; ABOVE],
+    mut beside: [&'a [T::Vector<S>]; BESIDE],
+) -> [[T::Vector<S>; BESIDE]; ABOVE] {
+    let mut sums = [[T::splat(simd, T::default()); BESIDE]; ABOVE];
     let vectors = beside[0].len();
     // Of one length, so that no index is checked within the loop.
     for row in &mut above {
@@ -161,7 +190,10 @@ fn inner_products<'a, T: Number, S: Simd>(
         *row = &row[..vectors];
     }
     for k in 0..vectors {
-        let right = [beside[0][k], beside[1][k]];
+        let mut right = [sums[0][0]; BESIDE];
+        for (right, row) in right.iter_mut().zip(beside) {
+            *right = row[k];
+        }
         for (sums, row) in sums.iter_mut().zip(above) {
             for (sum, right) in sums.iter_mut().zip(right) {
                 *sum = T::mul_add(simd, row[k], right, *sum);
