@@ -545,6 +545,7 @@ def test_the_gradient_scaler_goes_on() -> None:
 def test_scheduler_clipping_and_accelerates_wrapper_go_on() -> None:
     model = linear()
     inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # Of a Trainer on a GPU.
     optimizer = accelerate.Accelerator(cpu=True).prepare_optimizer(inner)
     assert optimizer is not inner
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, 0.5)
