@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -233,6 +234,29 @@ def test_every_column_is_readable_on_a_narrow_terminal(checkpoint: Path, tmp_pat
     assert "…" not in text
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+@pytest.mark.parametrize(("width", "is_told"), [(80, True), (130, False)])
+def test_a_narrow_terminal_is_told_which_columns_it_does_not_see(
+    checkpoint: Path, tmp_path: Path, width: int, is_told: bool
+) -> None:
+    ok("analyze", checkpoint, "-o", tmp_path / "report.json")
+    terminal, inside = os.openpty()
+    # What it prints fits into the terminal's buffer.
+    subprocess.run(
+        [str(EXECUTABLE), "report", str(tmp_path / "report.json"), "--top", "1"],
+        stdout=inside,
+        env=os.environ | {"COLUMNS": str(width), "NO_COLOR": "1"},
+        check=True,
+    )
+    os.close(inside)
+    text = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert "alpha" in text
+    told = "no room for powerlaw_distance, stable_rank, effective_rank, spectral_norm: a wider terminal"
+    assert (told in text) == is_told
+    assert ("no room" in text) == is_told
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in run("--debug", "analyze", tmp_path / "missing.safetensors").stderr
 
@@ -246,6 +270,8 @@ def test_a_matrix_without_a_spectrum_fails_the_run_but_keeps_the_rest(tmp_path: 
     result = run("analyze", tmp_path, "-o", saved)
     assert result.returncode == 1
     assert "1 of 2 matrices have no spectrum, the first is b" in result.stderr
+    row = next(line for line in result.stdout.splitlines() if line.split()[:1] == ["b"])
+    assert row.split()[2:9] == ["-"] * 7  # Counts, too: none of them is zero.
     report = lorank.SpectralReport.load(saved)
     assert report["a"].spectral_norm == pytest.approx(4.0)
     assert "NaN" in report["b"].flags[0]

@@ -355,10 +355,11 @@ def _show(
         print_json(to_json(content) if isinstance(content, SpectralReport) else content.to_json())
         return
     terminal = console()
-    known = _columns_of(shown)
+    known, hidden = _columns_of(shown), ""
     if columns is None:
-        default = table.fitting_columns(terminal.width)
-        chosen = default if isinstance(shown, SpectralReport) else known[: len(default)]
+        default = table.DEFAULT_COLUMNS if isinstance(shown, SpectralReport) else known
+        chosen = default[: len(table.fitting_columns(terminal.width))]
+        hidden = table.left_out(default[len(chosen) : len(table.DEFAULT_COLUMNS)])
     else:
         chosen = known if columns == "all" else columns.split(",")
         # Lines that a terminal wraps are read more easily than columns of one letter.
@@ -367,6 +368,8 @@ def _show(
         terminal.print(table.spectral_table(shown, rows, chosen))
     else:
         terminal.print(profiles_table.profile_table(shown, rows, chosen))
+    if hidden:
+        terminal.print(hidden, style="dim", soft_wrap=True)
     if skipped:
         terminal.print(table.skipped_table(shown))
     elif shown.skipped:

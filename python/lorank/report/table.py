@@ -41,6 +41,12 @@ def fitting_columns(width: int) -> Sequence[str]:
     return DEFAULT_COLUMNS[: max(2, (width - _NAME_WIDTH) // _COLUMN_WIDTH)]
 
 
+def left_out(columns: Sequence[str]) -> str:
+    """One line: which columns a terminal has no room for, and how to see them; empty if there are none."""
+    names = ", ".join(columns)
+    return f"no room for {names}: a wider terminal or `--columns all` shows more" if columns else ""
+
+
 def width_of(columns: Sequence[str]) -> int:
     """What a terminal needs for these columns beside the names."""
     return _NAME_WIDTH + _COLUMN_WIDTH * len(columns)
@@ -69,7 +75,9 @@ def spectral_table(report: SpectralReport, rows: Sequence[ModuleSpectrum], colum
         table.add_column("note", overflow="fold")
     for row in rows:
         cells = [row.name, f"{row.shape[0]}x{row.shape[1]}"]
-        cells += [_number(getattr(row, column)) for column in columns]
+        # Counts of what could not be computed would be zeros.
+        is_known = not math.isnan(row.spectral_norm)
+        cells += [_number(getattr(row, column)) if is_known else "-" for column in columns]
         table.add_row(
             *cells, *(["; ".join(row.flags)] if flagged else []), style="yellow" if row.flags else ""
         )
