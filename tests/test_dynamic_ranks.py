@@ -35,6 +35,8 @@ from lorank.training import DynamicRanks, GardCallback, dynamic_ranks, restore_r
 
 # Between changes, gradients pass by that do not count: 1 and 2, 7 and 8, 13 and 14, ...
 INTERVAL, WINDOW, STEPS = 6, 4, 18
+TRAINED = STEPS + 1
+"""Steps of Trainer, which changes nothing after its last."""
 BUDGET = 5000
 OPTIONS: dict[str, Any] = {
     "budget": BUDGET,
@@ -678,7 +680,7 @@ def trainer(model: Any, folder: Path, *callbacks: Any, **settings: Any) -> Any:
     arguments = transformers.TrainingArguments(
         str(folder),
         **{
-            "max_steps": STEPS,
+            "max_steps": TRAINED,
             "per_device_train_batch_size": 2,
             "learning_rate": 0.01,
             "save_strategy": "no",
@@ -893,7 +895,7 @@ def fp16(folder: Path, scaler: Any) -> tuple[list[Any], list[float]]:
     model, gard = llama(), GardCallback(**OPTIONS)
     arguments = trainer(model, folder).args  # Accelerate has a state from then on.
     optimizer = AcceleratedOptimizer(adamw(model), scaler=scaler)
-    state = transformers.TrainerState(max_steps=STEPS)
+    state = transformers.TrainerState(max_steps=TRAINED)
     gard.on_train_begin(arguments, state, None, model=model, optimizer=optimizer)
     scales = []
     for step in range(STEPS):
@@ -950,7 +952,7 @@ def test_gradients_of_all_ranks_are_clipped(tmp_path: Path) -> None:
     norms = Norms()
     run = Run(tmp_path, norms, max_grad_norm=0.05)
     assert moved(run.updates)
-    assert norms.norms == pytest.approx([0.05] * STEPS, rel=1e-3)
+    assert norms.norms == pytest.approx([0.05] * TRAINED, rel=1e-3)
     assert norms.count[6] == run.updates[0].num_parameters > norms.count[5]
     logged = [entry["grad_norm"] for entry in run.trainer.state.log_history if "grad_norm" in entry]
     assert min(logged) > 0.05
@@ -984,8 +986,8 @@ def test_a_schedule_goes_on(tmp_path: Path) -> None:
     rates = [entry["learning_rate"] for entry in run.trainer.state.log_history if "learning_rate" in entry]
     # What is logged at a step is the rate of that step.
     expected = [
-        step / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / (STEPS - 3))) / 2
-        for step in range(STEPS)
+        step / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / (TRAINED - 3))) / 2
+        for step in range(TRAINED)
     ]
     assert rates == pytest.approx([0.01 * rate for rate in expected], abs=1e-9)
 
@@ -1005,7 +1007,7 @@ def test_the_trained_adapter_is_saved_and_loaded(whole: tuple[Run, Path], tmp_pa
 
 def test_evaluations_leave_no_trace(whole: tuple[Run, Path], tmp_path: Path) -> None:
     run = Run(tmp_path, eval_strategy="steps", eval_steps=1)
-    assert sum("eval_loss" in entry for entry in run.trainer.state.log_history) == STEPS
+    assert sum("eval_loss" in entry for entry in run.trainer.state.log_history) == TRAINED
     assert_same_updates(run.updates, whole[0].updates)
     assert_same_weights(run.model, whole[0].model)
 
@@ -1047,7 +1049,7 @@ def test_ranks_are_logged_where_trainer_logs(
     names = [type(callback).__name__ for callback in run.callback_handler.callbacks]
     assert names.index("Reporter") < names.index("GardCallback")
     run.train()
-    assert len(Reporter.seen) == STEPS + 2 + 1  # Steps, evaluations, and the summary.
+    assert len(Reporter.seen) == TRAINED + 3 + 1  # Steps, evaluations (of the last, too), and the summary.
     assert len({size["lora_parameters"] for size in sizes.values()}) > 1
     for step, logs in Reporter.seen:
         assert {key: logs[key] for key in sizes[step]} == sizes[step]
@@ -1089,11 +1091,11 @@ def test_the_table_holds_every_change_and_nothing_of_an_earlier_run(
     assert table(folder) == expected
     # The same folder, shorter, then longer.
     shutil.copy(folder / "lora_ranks.csv", tmp_path)
-    Run(tmp_path, max_steps=6)
+    Run(tmp_path, max_steps=7)
     assert table(tmp_path) == expected[:14]
     Run(tmp_path, max_steps=4)
     assert table(tmp_path) == []
-    Run(tmp_path, max_steps=12)
+    Run(tmp_path, max_steps=13)
     assert {row["step"] for row in table(tmp_path)} == {"6", "12"}
 
 
@@ -1414,6 +1416,19 @@ def test_a_training_that_ends_before_the_first_change_is_told(tmp_path: Path) ->
     ):
         trainer(llama(), tmp_path, callback, max_steps=5).train()
     assert callback.history == []
+
+
+@pytest.mark.parametrize(("freeze_after", "steps"), [(None, [6, 12]), (6, [6]), (18, [6, 12])])
+def test_nothing_changes_after_the_last_step(
+    tmp_path: Path, freeze_after: int | None, steps: list[int]
+) -> None:
+    """New ranks would never be trained."""
+    run = Run(tmp_path, options={"freeze_after": freeze_after}, max_steps=18)
+    assert [update.step for update in run.updates] == steps
+    with pytest.warns(
+        UserWarning, match="training ends at step 6, and the first change would be after step 6"
+    ):
+        assert not Run(tmp_path, max_steps=6).updates
 
 
 def test_an_adapter_that_is_not_trained_is_refused() -> None:

@@ -31,7 +31,8 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
     gradient scaler go on. What Trainer logs is extended by ``lora_rank_mean``, ``lora_rank_min``,
     ``lora_rank_max`` and ``lora_parameters``; trackers (TensorBoard, W&B and their like) also get
     ``lora_rank/MODULE`` for every module, which are kept off the console. Every change is a table in
-    ``lora_ranks.csv`` of the output folder and an entry of `history`.
+    ``lora_ranks.csv`` of the output folder and an entry of `history`. Nothing changes after the last step
+    of the training: new ranks would never be trained.
 
     Parameters
     ----------
@@ -115,7 +116,9 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]
         self._dynamic = DynamicRanks(
             kwargs["model"], optimizer, scaler=getattr(optimizer, "scaler", None), **self._options
         )
-        if state.max_steps < self._dynamic.first_change:
+        # After the last step new ranks would never be trained.
+        self._dynamic.freeze(state.max_steps - 1)
+        if state.max_steps <= self._dynamic.first_change:
             warnings.warn(
                 f"ranks will never change: training ends at step {state.max_steps}, and the first change "
                 f"would be after step {self._dynamic.first_change}: take a smaller interval",

@@ -192,6 +192,10 @@ class DynamicRanks:
                 stacklevel=2,
             )
 
+    def freeze(self, after: int) -> None:
+        """Let ranks stay from a step on: no change comes after it, nor after the `freeze_after` of before."""
+        self._freeze_after = after if self._freeze_after is None else min(self._freeze_after, after)
+
     @property
     def first_change(self) -> int:
         """The first step after which ranks may change, counted from the start of the training."""
