@@ -58,7 +58,7 @@ def _one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-def llama(r: int = 4, targets: Any = "all-linear", **settings: Any) -> Any:
+def llama(r: int = 4, targets: Any = "all-linear", prepared: Any = lambda base: base, **settings: Any) -> Any:
     """Weights as large as trained ones: modules see gradients of different ranks."""
     base = tiny_models.llama()
     for parameter in base.parameters():
@@ -66,7 +66,7 @@ def llama(r: int = 4, targets: Any = "all-linear", **settings: Any) -> Any:
             parameter.data *= 10
     torch.manual_seed(1)
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, **settings)
-    return get_peft_model(base, config).train()
+    return get_peft_model(prepared(base), config).train()
 
 
 def text(seed: int) -> torch.Tensor:

@@ -19,18 +19,13 @@ import tiny_models
 from adapter_files import distance, norm
 from lorank.training import resize_lora
 from test_devices import DEVICES, loss_on, on, text_batches, updates_of
-from test_sources_live import assert_spectrum
+from test_sources_live import LAYERS, assert_spectrum
 
 bnb = pytest.importorskip("bitsandbytes.nn")
 
-LAYERS = {
-    "8bit": ("Linear8bitLt", {"has_fp16_weights": False}),
-    "fp4": ("Linear4bit", {"quant_type": "fp4"}),
-    "nf4": ("Linear4bit", {"quant_type": "nf4"}),
-}
 # Products with eight bits round what goes in, too; those with four do not.
 TOLERANCE = {"8bit": 0.05, "fp4": 1e-5, "nf4": 1e-5}
-CASES = [(device, kind) for device in DEVICES for kind in LAYERS]
+CASES = [(device, kind) for device in DEVICES for kind in TOLERANCE]
 every_case = pytest.mark.parametrize(("device", "kind"), CASES)
 
 
@@ -41,8 +36,7 @@ def quantized(model: Any, kind: str, device: str) -> Any:
         if isinstance(linear, nn.Linear) and name != "lm_head":
             small = getattr(bnb, layer)(linear.in_features, linear.out_features, bias=False, **options)
             small.load_state_dict(linear.state_dict())
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, small)
+            model.set_submodule(name, small)
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "8bit", kind != "8bit"  # As PEFT asks.
     return model.to(device)
 
@@ -61,8 +55,7 @@ def dequantized(model: Any) -> Any:
             continue
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
         linear.weight.data = weight.reshape(linear.weight.shape).float().cpu()
-        parent, _, leaf = name.rpartition(".")
-        setattr(plain.get_submodule(parent), leaf, linear)
+        plain.set_submodule(name, linear)
     return plain.cpu()
 
 
@@ -101,14 +94,8 @@ def test_tasks_of_few_bits(device: str, kind: str) -> None:
 
 @every_case
 def test_ranks_move_over_few_bits(device: str, kind: str) -> None:
-    base = tiny_models.llama()
-    for parameter in base.parameters():
-        if parameter.ndim == 2:
-            parameter.data *= 10
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    model = get_peft_model(quantized(base, kind, device), config).train()
-    assert "bnb" in type(loops.layers(model)[next(iter(loops.layers(model)))]).__module__
+    model = loops.llama(prepared=lambda base: quantized(base, kind, device))
+    assert all("bnb" in type(layer).__module__ for layer in loops.layers(model).values())
     updates = loops.trained(model, loss_of=lambda model, step: loss_on(device, model, step))
     assert [update.step for update in updates] == [6, 12, 18]
     assert loops.moved(updates)

@@ -355,21 +355,21 @@ def _show(
         print_json(to_json(content) if isinstance(content, SpectralReport) else content.to_json())
         return
     terminal = console()
-    known, hidden = _columns_of(shown), ""
+    known = _columns_of(shown)
     if columns is None:
-        default = table.DEFAULT_COLUMNS if isinstance(shown, SpectralReport) else known
-        chosen = default[: len(table.fitting_columns(terminal.width))]
-        hidden = table.left_out(default[len(chosen) : len(table.DEFAULT_COLUMNS)])
+        default = table.DEFAULT_COLUMNS
+        wanted = default if isinstance(shown, SpectralReport) else known[: len(default)]
+        chosen = table.fitting(wanted, terminal.width)
     else:
-        chosen = known if columns == "all" else columns.split(",")
+        wanted = chosen = known if columns == "all" else columns.split(",")
         # Lines that a terminal wraps are read more easily than columns of one letter.
         terminal = console(table.width_of(chosen))
     if isinstance(shown, SpectralReport):
         terminal.print(table.spectral_table(shown, rows, chosen))
     else:
         terminal.print(profiles_table.profile_table(shown, rows, chosen))
-    if hidden:
-        terminal.print(hidden, style="dim", soft_wrap=True)
+    if hidden := wanted[len(chosen) :]:
+        terminal.print(table.left_out(hidden), style="dim", soft_wrap=True)
     if skipped:
         terminal.print(table.skipped_table(shown))
     elif shown.skipped:

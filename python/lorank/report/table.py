@@ -36,15 +36,14 @@ _ITSELF = "(itself)"
 _PALETTE = ("bright_black", "blue", "cyan", "green", "yellow", "red")
 
 
-def fitting_columns(width: int) -> Sequence[str]:
-    """As many of the default columns as a terminal of that width shows beside the names."""
-    return DEFAULT_COLUMNS[: max(2, (width - _NAME_WIDTH) // _COLUMN_WIDTH)]
+def fitting(columns: Sequence[str], width: int) -> Sequence[str]:
+    """As many of the columns as a terminal of that width shows beside the names."""
+    return columns[: max(2, (width - _NAME_WIDTH) // _COLUMN_WIDTH)]
 
 
 def left_out(columns: Sequence[str]) -> str:
-    """One line: which columns a terminal has no room for, and how to see them; empty if there are none."""
-    names = ", ".join(columns)
-    return f"no room for {names}: a wider terminal or `--columns all` shows more" if columns else ""
+    """One line: which columns a terminal has no room for, and how to see them."""
+    return f"no room for {', '.join(columns)}: a wider terminal or `--columns all` shows more"
 
 
 def width_of(columns: Sequence[str]) -> int:
