@@ -1,10 +1,10 @@
 //! Symmetric band matrices: how they are stored, and the reduction of a dense matrix to one.
 //!
 //! `A = Q B Q^T` with `B` of half-bandwidth `w` ([`WIDTH`]), by blocked Householder reflections. A panel of
-//! `w` columns is factored below its diagonal block, `P = (I - V C^-1 V^T) R`; the rest becomes
+//! `w` columns is factored below its diagonal block, `P = (I - V T V^T) R`; the rest becomes
 //!
 //! ```text
-//! Q^T A Q = A - V W^T - W V^T,   W = X - V (C^-T V^T X) / 2,   X = A V C^-1
+//! Q^T A Q = A - V W^T - W V^T,   W = X - V (T^T V^T X) / 2,   X = A V T
 //! ```
 //!
 //! `A V` and the update are `2 n^2 w` operations each and run at the speed of GEMM: `4/3 n^3` in all,
@@ -15,16 +15,16 @@
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
-use faer::linalg::qr::no_pivoting::factor::{qr_in_place, qr_in_place_scratch};
-use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
 use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
 use faer::mat::AsMatMut;
 use faer::prelude::{Reborrow, ReborrowMut};
-use faer::{Accum, MatMut, MatRef, Par, Spec};
+use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use crate::number::Number;
+use crate::panel_qr::{factor_panel, padded};
 use crate::parallel::Strategy;
+use crate::simd::LINE;
 use crate::strips::{STRIP, each_column_strip, each_row_strip};
 
 /// Half-bandwidth. More makes the dense reduction's products a little faster, and the reduction of the
@@ -60,11 +60,10 @@ fn groups(columns: usize) -> usize {
 #[must_use]
 pub fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
     let updates = temp_mat_scratch::<T>(n, 3 * WIDTH);
-    let reflections = temp_mat_scratch::<T>(n, WIDTH);
+    let reflections = StackReq::new_aligned::<T>(padded::<T>(n) * WIDTH, LINE);
     let products = temp_mat_scratch::<T>(WIDTH, n * groups(n));
-    let small = temp_mat_scratch::<T>(WIDTH, WIDTH).array(2);
-    let factor = qr_in_place_scratch::<T>(n, WIDTH, WIDTH, Par::Seq, Spec::default());
-    StackReq::all_of(&[updates, reflections, products, small, factor])
+    let small = temp_mat_scratch::<T>(WIDTH, WIDTH).array(3);
+    StackReq::all_of(&[updates, reflections, products, small])
 }
 
 /// Reduces the symmetric matrix in the lower triangle of `a`, `(n, n)`, and writes `band`, of
@@ -114,21 +113,19 @@ fn reduce_panel<T: Number>(
     });
     let Some(below @ 1..) = (n - panel).checked_sub(WIDTH) else { return };
     let (first, count) = (panel + WIDTH, below.min(WIDTH));
-    let (mut coefficients, stack) = temp_mat_zeroed::<T, _, _>(WIDTH, WIDTH, stack);
-    let mut coefficients = coefficients.as_mat_mut().subcols_mut(0, count);
     let (done, rest) = a.split_at_col_mut(first);
-    let mut factored = done.submatrix_mut(first, panel, below, WIDTH);
-    qr_in_place(factored.rb_mut(), coefficients.rb_mut(), Par::Seq, stack, Spec::default());
-    let coefficients = coefficients.rb().subrows(0, count);
-    let (mut v, stack) = temp_mat_zeroed::<T, _, _>(below, count, stack);
-    let mut v = v.as_mat_mut();
-    copy_unit_lower(factored.rb(), v.rb_mut());
-    let v = v.rb();
+    let (mut t, stack) = temp_mat_zeroed::<T, _, _>(count, count, stack);
+    let mut t = t.as_mat_mut();
+    let stride = padded::<T>(below);
+    let (mut v, stack) = stack.make_aligned_with(stride * WIDTH, LINE, |_| T::default());
+    factor_panel(done.submatrix_mut(first, panel, below, WIDTH), &mut v, t.rb_mut());
+    let v = MatRef::from_column_major_slice_with_stride(&v, below, count, stride);
+    let t = t.rb();
 
     let (mut products, stack) = temp_mat_zeroed::<T, _, _>(WIDTH, below * groups(below), stack);
     let products = products.as_mat_mut();
-    let x = updates.update_and_multiply(rest, first, v, products);
-    updates.note(x, v, coefficients, first, stack);
+    let products = updates.update_and_multiply(rest, first, v, products);
+    updates.note(products.rb(), v, t, first, stack);
 }
 
 /// What is still to be subtracted from columns to come: `V W^T + W V^T`, the product of `[V W]` and
@@ -197,19 +194,16 @@ impl<T: Number> Updates<'_, T> {
         total.subrows_mut(0, v.ncols())
     }
 
-    /// Replaces what is due by the updates of a panel: its `V`, and `W` from `X^T C = V^T A`, given as `x`.
+    /// Replaces what is due by the updates of a panel: its `V`, and `W` from `V^T A`, given as `products`.
     fn note(
         &mut self,
-        mut x: MatMut<'_, T>,
+        products: MatRef<'_, T>,
         v: MatRef<'_, T>,
-        coefficients: MatRef<'_, T>,
+        t: MatRef<'_, T>,
         first: usize,
         stack: &mut MemStack,
     ) {
-        let (count, rows) = x.shape();
-        each_column_strip(x.rb_mut(), self.strategy, |_, strip| {
-            solve_lower_triangular_in_place(coefficients.transpose(), strip, Par::Seq);
-        });
+        let (count, rows) = products.shape();
         if count < WIDTH {
             self.v_w_v.fill(T::default()); // What the other columns held is done.
         }
@@ -217,15 +211,20 @@ impl<T: Number> Updates<'_, T> {
         let (w, v_again) = others.split_at_col_mut(WIDTH);
         v_place.subcols_mut(0, count).copy_from(v);
         v_again.subcols_mut(0, count).copy_from(v);
-        let (mut inner, _) = temp_mat_zeroed::<T, _, _>(count, count, stack);
-        let mut inner = inner.as_mat_mut();
-        matmul(inner.rb_mut(), Accum::Replace, v.transpose(), x.rb().transpose(), T::of(1.0), Par::Seq);
-        solve_lower_triangular_in_place(coefficients.transpose(), inner.rb_mut(), Par::Seq);
-        let (x, inner) = (x.rb(), inner.rb());
-        each_row_strip(w.subcols_mut(0, count), self.strategy, |start, mut strip| {
-            let rows = strip.nrows();
-            strip.copy_from(x.subcols(start, rows).transpose());
-            matmul(strip, Accum::Add, v.subrows(start, rows), inner, T::of(-0.5), Par::Seq);
+        let mut w = w.subcols_mut(0, count);
+        each_row_strip(w.rb_mut(), self.strategy, |start, strip| {
+            let own = products.subcols(start, strip.nrows()).transpose();
+            matmul(strip, Accum::Replace, own, t, T::of(1.0), Par::Seq);
+        });
+        let (mut inner, stack) = temp_mat_zeroed::<T, _, _>(count, count, stack);
+        let (mut half, _) = temp_mat_zeroed::<T, _, _>(count, count, stack);
+        let (mut inner, mut half) = (inner.as_mat_mut(), half.as_mat_mut());
+        matmul(inner.rb_mut(), Accum::Replace, v.transpose(), w.rb(), T::of(1.0), Par::Seq);
+        matmul(half.rb_mut(), Accum::Replace, t.transpose(), inner.rb(), T::of(0.5), Par::Seq);
+        let half = half.rb();
+        each_row_strip(w, self.strategy, |start, strip| {
+            let own = v.subrows(start, strip.nrows());
+            matmul(strip, Accum::Add, own, half, T::of(-1.0), Par::Seq);
         });
     }
 }
@@ -255,17 +254,6 @@ fn add_products<T: Number>(strip: MatRef<'_, T>, v: MatRef<'_, T>, start: usize,
     add(start, v.subrows(start, strip.nrows()).transpose(), strip);
     let own = v.subrows(start, width).transpose();
     add(start + width, own, strip.subrows(width, below).transpose());
-}
-
-/// Writes the unit lower triangle of `from` to `to`, which has no more columns; what lies above it in `to`
-/// stays.
-fn copy_unit_lower<T: Number>(from: MatRef<'_, T>, mut to: MatMut<'_, T>) {
-    for j in 0..to.ncols() {
-        to[(j, j)] = T::of(1.0);
-        for i in j + 1..to.nrows() {
-            to[(i, j)] = from[(i, j)];
-        }
-    }
 }
 
 /// Stores a panel's reduced columns, both triangles of them.

@@ -39,6 +39,7 @@ pub mod marchenko_pastur;
 pub mod matrix;
 pub mod metrics;
 pub mod number;
+mod panel_qr;
 pub mod parallel;
 pub mod powerlaw;
 pub mod product_svd;

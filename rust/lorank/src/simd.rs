@@ -2,6 +2,9 @@
 
 use pulp::{Arch, WithSimd};
 
+/// Bytes of a cache line, and of the widest vector of any machine.
+pub(crate) const LINE: usize = 64;
+
 /// Runs a kernel on the widest vectors that there are.
 pub(crate) fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
     #[cfg(test)]

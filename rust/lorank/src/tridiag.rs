@@ -14,6 +14,7 @@ use crate::band::{position, reduce_to_band, reduce_to_band_scratch, storage};
 use crate::bulge::reduce_to_tridiagonal;
 use crate::number::Number;
 use crate::parallel::Strategy;
+use crate::simd::LINE;
 
 /// A symmetric tridiagonal matrix.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,16 +25,19 @@ pub struct Tridiagonal {
     pub off_diagonal: Vec<f64>,
 }
 
-/// Order from which two stages are faster than one.
-const TWO_STAGES_FROM: usize = 320;
+/// Order from which two stages are faster than one, as measured: of float32, more numbers fit into vectors,
+/// which the one stage does not use as well.
+const fn two_stages_from<T: Number>() -> usize {
+    if size_of::<T>() == size_of::<f32>() { 96 } else { 320 }
+}
 
 /// The memory that [`tridiagonalize`] of a matrix of order `n` needs.
 #[must_use]
 pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
-    if n < TWO_STAGES_FROM {
+    if n < two_stages_from::<T>() {
         temp_mat_scratch::<T>(1, n).and(tridiag_in_place_scratch::<T>(n, Par::Seq, Spec::default()))
     } else {
-        temp_mat_scratch::<T>(storage(n), 1).and(reduce_to_band_scratch::<T>(n))
+        StackReq::new_aligned::<T>(storage(n), LINE).and(reduce_to_band_scratch::<T>(n))
     }
 }
 
@@ -44,7 +48,11 @@ pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
 /// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
 #[must_use]
 pub fn tridiagonalize<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
-    if a.nrows() < TWO_STAGES_FROM { in_one_stage(a, stack) } else { in_two_stages(a, strategy, stack) }
+    if a.nrows() < two_stages_from::<T>() {
+        in_one_stage(a, stack)
+    } else {
+        in_two_stages(a, strategy, stack)
+    }
 }
 
 fn in_one_stage<T: Number>(mut a: MatMut<'_, T>, stack: &mut MemStack) -> Tridiagonal {
@@ -60,14 +68,9 @@ fn in_one_stage<T: Number>(mut a: MatMut<'_, T>, stack: &mut MemStack) -> Tridia
 
 fn in_two_stages<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
     let n = a.nrows();
-    let (mut band, stack) = temp_mat_zeroed::<T, _, _>(storage(n), 1, stack);
-    let mut band = band.as_mat_mut();
-    let Some(band) = band.rb_mut().col_mut(0).try_as_col_major_mut().map(faer::col::ColMut::as_slice_mut)
-    else {
-        unreachable!("a column of a temporary is contiguous")
-    };
-    reduce_to_band(a, strategy, band, stack);
-    reduce_to_tridiagonal(band, n, strategy);
+    let (mut band, stack) = stack.make_aligned_with(storage(n), LINE, |_| T::default());
+    reduce_to_band(a, strategy, &mut band, stack);
+    reduce_to_tridiagonal(&mut band, n, strategy);
     Tridiagonal {
         diagonal: (0..n).map(|i| band[position(i, i)].to_f64()).collect(),
         off_diagonal: (1..n).map(|i| band[position(i, i - 1)].to_f64()).collect(),
@@ -97,7 +100,8 @@ mod tests {
 
     #[test]
     fn eigenvalues_survive() {
-        for n in [1, 2, 3, 4, 5, 31, 64, 100, TWO_STAGES_FROM - 1, TWO_STAGES_FROM, 400] {
+        let edge = two_stages_from::<f64>();
+        for n in [1, 2, 3, 4, 5, 31, 64, 100, edge - 1, edge, 400] {
             let a = symmetric(n);
             let found = reduced(a.clone(), Strategy::Alone);
             assert_eq!((found.diagonal.len(), found.off_diagonal.len()), (n, n - 1));
