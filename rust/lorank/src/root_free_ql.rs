@@ -14,8 +14,8 @@
 //! These are the quantities of Pal, Walker and Kahan's variant, `gamma_i = c_i g_i` with the squared cosines
 //! `c_i = d_(i+1)^2 / S_(i+1)` and the pivots `g_i = d_i / d_(i+1)`. There, a step waits for the divisions of
 //! the step before; here a step divides once, and what is passed on are sums and products. The determinants
-//! are exact for entries that are off by a few units of rounding, no pivot is ever zero, and all else is sums
-//! of positive terms, products and quotients; eigenvalues are off by a small multiple of `eps ||T||`.
+//! are exact for entries that are off by a few units of rounding, no pivot is divided by, and all else is
+//! sums of positive terms, products and quotients; eigenvalues are off by a small multiple of `eps ||T||`.
 
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::tridiag::Tridiagonal;

@@ -85,9 +85,9 @@ mod tests {
     use crate::parallel;
     use crate::workspace::Scratch;
 
-    fn reduced(mut a: Mat<f64>, strategy: Strategy) -> Tridiagonal {
+    fn reduced<T: Number>(mut a: Mat<T>, strategy: Strategy) -> Tridiagonal {
         let mut scratch = Scratch::default();
-        let stack = scratch.stack(tridiagonalize_scratch::<f64>(a.nrows())).unwrap();
+        let stack = scratch.stack(tridiagonalize_scratch::<T>(a.nrows())).unwrap();
         tridiagonalize(a.as_mut(), strategy, stack)
     }
 
@@ -98,37 +98,44 @@ mod tests {
         })
     }
 
+    fn assert_survive<T: Number>(n: usize) {
+        let a = symmetric(n);
+        let found = reduced(Mat::from_fn(n, n, |i, j| T::of(a[(i, j)])), Strategy::Alone);
+        assert_eq!((found.diagonal.len(), found.off_diagonal.len()), (n, n - 1));
+        // The same solver on both sides, so that a difference can only come from the reduction.
+        let sorted = |matrix: nalgebra::DMatrix<f64>| {
+            let mut values: Vec<f64> = matrix.symmetric_eigenvalues().iter().copied().collect();
+            values.sort_by(f64::total_cmp);
+            values
+        };
+        let dense = sorted(nalgebra::DMatrix::from_fn(n, n, |i, j| a[(i.max(j), i.min(j))]));
+        let reduced = sorted(nalgebra::DMatrix::from_fn(n, n, |i, j| match i.abs_diff(j) {
+            0 => found.diagonal[i],
+            1 => found.off_diagonal[i.min(j)],
+            _ => 0.0,
+        }));
+        let norm = dense.iter().fold(0.0f64, |norm, x| norm.max(x.abs()));
+        for (x, y) in reduced.iter().zip(&dense) {
+            assert!((x - y).abs() <= 16.0 * n as f64 * T::EPSILON * norm, "order {n}: {x} {y}");
+        }
+    }
+
     #[test]
     fn eigenvalues_survive() {
-        let edge = two_stages_from::<f64>();
-        for n in [1, 2, 3, 4, 5, 31, 64, 100, edge - 1, edge, 400] {
-            let a = symmetric(n);
-            let found = reduced(a.clone(), Strategy::Alone);
-            assert_eq!((found.diagonal.len(), found.off_diagonal.len()), (n, n - 1));
-            // The same solver on both sides, so that a difference can only come from the reduction.
-            let sorted = |matrix: nalgebra::DMatrix<f64>| {
-                let mut values: Vec<f64> = matrix.symmetric_eigenvalues().iter().copied().collect();
-                values.sort_by(f64::total_cmp);
-                values
-            };
-            let dense = sorted(nalgebra::DMatrix::from_fn(n, n, |i, j| a[(i.max(j), i.min(j))]));
-            let reduced = sorted(nalgebra::DMatrix::from_fn(n, n, |i, j| match i.abs_diff(j) {
-                0 => found.diagonal[i],
-                1 => found.off_diagonal[i.min(j)],
-                _ => 0.0,
-            }));
-            let norm = dense.iter().fold(0.0f64, |norm, x| norm.max(x.abs()));
-            for (x, y) in reduced.iter().zip(&dense) {
-                assert!((x - y).abs() <= 16.0 * n as f64 * f64::EPSILON * norm, "order {n}: {x} {y}");
-            }
+        let (single, double) = (two_stages_from::<f32>(), two_stages_from::<f64>());
+        for n in [1, 2, 3, 4, 5, 31, 64, 100, double - 1, double, 400] {
+            assert_survive::<f64>(n);
+        }
+        for n in [1, 2, 31, single - 1, single, 192, 400] {
+            assert_survive::<f32>(n);
         }
     }
 
     #[test]
     fn nothing_to_reduce() {
-        let empty = reduced(Mat::zeros(0, 0), Strategy::Alone);
+        let empty = reduced(Mat::<f64>::zeros(0, 0), Strategy::Alone);
         assert!(empty.diagonal.is_empty() && empty.off_diagonal.is_empty());
-        let zero = reduced(Mat::zeros(6, 6), Strategy::Alone);
+        let zero = reduced(Mat::<f64>::zeros(6, 6), Strategy::Alone);
         assert!(zero.diagonal.iter().chain(&zero.off_diagonal).all(|&x| x == 0.0));
     }
 
