@@ -4,7 +4,7 @@
 //! term is an adapter's module, several are a merge. The terms are stacked into one product `B A` of
 //! rank at most `K = sum r_j`. With `B = Q_B R_B` and `A^T = Q_A R_A`, the decomposition of the small
 //! core `R_B R_A^T = U S V^T` gives that of the whole, `(Q_B U) S (Q_A V)^T`, and `out * in` numbers
-//! never exist.
+//! never exist. `U` and `V` are computed of the values that are kept ([`core_svd`](crate::core_svd)).
 //!
 //! Source: PARA, Post-Optimization Adaptive Rank Allocation for `LoRA`, equations 2 to 5 and 13.
 //!
@@ -21,6 +21,7 @@ use faer::{Mat, MatMut, MatRef};
 
 use crate::Result;
 use crate::cancel::CancelToken;
+use crate::core_svd::CoreSvd;
 use crate::dense::product;
 use crate::dtype::DType;
 use crate::exponent::{binary_exponent, power_of_two};
@@ -28,7 +29,7 @@ use crate::low_rank::{Buffers, Side, Term, Values, checked_shape};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::{Buffer, StoredMatrix};
-use crate::svd::{dense_svd, square_svd};
+use crate::svd::dense_svd;
 use crate::triangular::{Precision, Triangular, triangular};
 
 /// An update's singular values, and the way to its factors.
@@ -46,17 +47,27 @@ pub(crate) enum Form {
     /// The stacked factors `B^T` and `A`, `(K, length)`, become the balanced columns by products with `(K,
     /// k)`. Terms in files are read again then: fresh memory to keep them in would cost more than a warm disk
     /// cache.
-    Basis { terms: Arc<[Term]>, b: Basis, a: Basis },
+    Basis { terms: Arc<[Term]>, core: Box<CoreSvd>, b: Basis, a: Basis },
     /// The balanced columns themselves, one after the other, `(k, out)` and `(k, in)`: as wide as they are
     /// written.
-    Explicit { b: Values, a: Values },
+    Explicit { b: Arc<Values>, a: Arc<Values> },
 }
 
-/// What one side's stacked factors are multiplied with, `(K, k)`, and in which arithmetic.
+/// One side's orthonormal basis, and in which arithmetic products with the stacked factors are formed.
 #[derive(Clone, Debug)]
 pub(crate) struct Basis {
-    pub columns: Mat<f64>,
+    /// `R^-T (K, K)`: `Q^T` is its product with the stacked factors.
+    inverse: Mat<f64>,
     pub precision: Precision,
+}
+
+impl Basis {
+    /// What the stacked factors are multiplied with, `(K, k)`, for `Q X diag(roots)`.
+    pub(crate) fn columns(&self, x: MatRef<'_, f64>, roots: &[f64]) -> Mat<f64> {
+        let mut columns = product(self.inverse.transpose(), x);
+        scale_columns(&mut columns, roots);
+        columns
+    }
 }
 
 /// Decomposes every update with up to `threads` threads and hands each result to `emit` with the
@@ -114,15 +125,11 @@ fn by_gram(
     }
     let Some(b) = triangular(update, Side::B, buffers, cancel)? else { return Ok(None) };
     let Some(a) = triangular(update, Side::A, buffers, cancel)? else { return Ok(None) };
-    let core = square_svd(product(b.factor.transpose(), a.factor.as_ref()).as_ref())?;
-    let singular_values = without_noise(core.singular_values, rank, b.factor.norm_l2() * a.factor.norm_l2());
-    let roots: Vec<f64> = singular_values.iter().map(|s| s.sqrt()).collect();
-    let basis = |of: &Triangular, vectors: &Mat<f64>| {
-        let mut columns = product(of.inverse.transpose(), vectors.as_ref());
-        scale_columns(&mut columns, &roots);
-        Basis { columns, precision: of.precision }
-    };
-    let form = Form::Basis { b: basis(&b, &core.u), a: basis(&a, &core.v), terms: update.into() };
+    let core = CoreSvd::of(product(b.factor.transpose(), a.factor.as_ref()).as_ref())?;
+    let norm = b.factor.norm_l2() * a.factor.norm_l2();
+    let singular_values = without_noise(core.singular_values.clone(), rank, norm);
+    let basis = |of: Triangular| Basis { inverse: of.inverse, precision: of.precision };
+    let form = Form::Basis { core: Box::new(core), b: basis(b), a: basis(a), terms: update.into() };
     Ok(Some(Decomposition { singular_values, shape: (out, fan_in), form }))
 }
 
@@ -170,7 +177,7 @@ fn by_reflections(
     let wide = update.iter().any(is_wide);
     let columns = |of: &HouseholderQr, vectors: &Mat<f64>, length| {
         let columns = rotated(of, vectors.as_ref(), &roots, length);
-        Values::collect(columns.col_iter().flat_map(|column| column.iter().copied()), wide)
+        Arc::new(Values::collect(columns.col_iter().flat_map(|column| column.iter().copied()), wide))
     };
     let form = Form::Explicit { b: columns(&b, &core.u, out), a: columns(&a, &core.v, fan_in) };
     let singular_values = values.into_iter().map(|s| s * unit * unit).collect();

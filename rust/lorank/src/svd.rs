@@ -8,7 +8,7 @@ use faer::diag::Diag;
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::{Mat, MatMut, MatRef, Par, Spec};
 
-use crate::dense::{product, symmetric_eigen};
+use crate::dense::product;
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::jacobi::jacobi_svd;
 use crate::matrix::MatrixView;
@@ -68,51 +68,6 @@ pub fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
     }
     let exponent = binary_exponent(largest)?;
     decomposed(&(matrix * faer::Scale(power_of_two(-exponent))), power_of_two(exponent))
-}
-
-/// [`dense_svd`] of a square matrix, in half the time where its condition number is moderate: by the
-/// eigenvectors `V` of `A^T A`, singular values `s_i = ||A v_i||` and `u_i = A v_i / s_i`. `U` is then
-/// orthonormal to `eps (s_1 / s_n)^2`, which is held to 1e-9.
-///
-/// # Errors
-/// As [`dense_svd`].
-pub fn square_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
-    match by_eigenvectors(matrix) {
-        Some(found) => Ok(found),
-        None => dense_svd(matrix),
-    }
-}
-
-/// `None` if the condition number is large, or the matrix is none that has one.
-fn by_eigenvectors(matrix: MatRef<'_, f64>) -> Option<ThinSvd> {
-    const SMALLEST: f64 = 1e-6;
-    let exponent = binary_exponent(matrix.norm_max()).ok()?;
-    let scaled = matrix * faer::Scale(power_of_two(-exponent));
-    let (eigenvalues, v) = symmetric_eigen(product(scaled.transpose(), scaled.as_ref()).as_ref())?;
-    let is_moderate = *eigenvalues.first()? > SMALLEST * *eigenvalues.last()?;
-    if !is_moderate {
-        return None;
-    }
-    let u = product(scaled.as_ref(), v.as_ref());
-    let lengths: Vec<f64> = u.col_iter().map(|column| column.norm_l2()).collect();
-    // Eigenvalues ascend, but for rounding of equal ones.
-    let mut order: Vec<usize> = (0..lengths.len()).collect();
-    order.sort_by(|&i, &j| lengths[j].total_cmp(&lengths[i]));
-    Some(ThinSvd {
-        u: columns(&u, &order, |i| lengths[i].recip()),
-        singular_values: order.iter().map(|&i| lengths[i] * power_of_two(exponent)).collect(),
-        v: columns(&v, &order, |_| 1.0),
-    })
-}
-
-/// Columns in another order, each times its scale.
-fn columns(of: &Mat<f64>, order: &[usize], scale: impl Fn(usize) -> f64) -> Mat<f64> {
-    let mut out = Mat::zeros(of.nrows(), order.len());
-    for (column, &i) in out.col_iter_mut().zip(order) {
-        let scale = scale(i);
-        column.iter_mut().zip(of.col(i).iter()).for_each(|(x, y)| *x = y * scale);
-    }
-    out
 }
 
 /// Memory that one thin decomposition after the other uses: see [`Workspace`](crate::workspace::Workspace).
@@ -281,39 +236,6 @@ mod tests {
                 let values: Vec<f64> = (0..m * n).map(|i| norm * ((i * 37 % 11) as f64 - 5.0)).collect();
                 check(&values, m, n);
             }
-        }
-    }
-
-    #[test]
-    fn square_matrices_of_every_condition_number() {
-        let n = 24;
-        let noise = |seed: usize| -> Vec<f64> {
-            (0..n * n).map(|i| ((i * 7919 + seed * 31 + i * i * seed) % 1013) as f64 / 1013.0 - 0.5).collect()
-        };
-        let orthonormal = |seed| thin_svd(&view(&noise(seed), n, n)).unwrap().u;
-        let mut by_vectors = 0;
-        for spread in [0.0, 1.0, 2.0, 2.9, 3.1, 8.0, 14.0] {
-            for size in [1e-140, 1.0, 1e140] {
-                let (u, v) = (orthonormal(1), orthonormal(2));
-                let s = |i: usize| size * 10f64.powf(-spread * i as f64 / (n - 1) as f64);
-                let matrix = Mat::from_fn(n, n, |i, j| u[(i, j)] * s(j)) * v.transpose();
-                let found = square_svd(matrix.as_ref()).unwrap();
-                by_vectors += usize::from(by_eigenvectors(matrix.as_ref()).is_some());
-                for (i, x) in found.singular_values.iter().enumerate() {
-                    assert!((x - s(i)).abs() <= 1e-13 * size, "{spread}: {x:e} {:e}", s(i));
-                }
-                let identity = Mat::<f64>::identity(n, n);
-                assert!((found.u.transpose() * &found.u - &identity).norm_max() < 1e-9);
-                assert!((found.v.transpose() * &found.v - &identity).norm_max() < 1e-13);
-                let values = &found.singular_values;
-                let product = Mat::from_fn(n, n, |i, j| found.u[(i, j)] * values[j]) * found.v.transpose();
-                assert!((product - matrix).norm_max() <= 1e-13 * size);
-            }
-        }
-        assert_eq!(by_vectors, 12);
-        for odd in [0.0, f64::NAN] {
-            let matrix = Mat::from_fn(3, 3, |_, _| odd);
-            assert!(by_eigenvectors(matrix.as_ref()).is_none());
         }
     }
 

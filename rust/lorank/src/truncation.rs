@@ -12,7 +12,7 @@ use crate::cancel::CancelToken;
 use crate::dtype::DType;
 use crate::low_rank::{Buffers, Side, Term, Values};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
-use crate::product_svd::{Decomposition, Form};
+use crate::product_svd::{Basis, Decomposition, Form};
 use crate::source::{Buffer, Computed, StoredMatrix};
 use crate::triangular::Precision;
 use crate::{Error, Result};
@@ -81,14 +81,31 @@ impl Truncation {
             let reason = format!("{} marks for {} singular values", keep.len(), values.len());
             return Err(Error::InvalidInput(reason));
         }
-        let kept: Arc<[usize]> = (0..keep.len()).filter(|&i| keep[i]).collect();
+        let kept: Vec<usize> = (0..keep.len()).filter(|&i| keep[i]).collect();
         let (k, (out, fan_in)) = (kept.len(), decomposition.shape);
-        let dtype = decomposition.dtype();
-        let factor = |side, shape| {
-            let of = (Arc::clone(decomposition), Arc::clone(&kept));
-            StoredMatrix::computed(Arc::new(Factor { decomposition: of.0, kept: of.1, side }), dtype, shape)
+        let (b, a) = match &decomposition.form {
+            Form::Explicit { b, a } => {
+                let columns = |of: &Arc<Values>| Source::Columns { of: Arc::clone(of), kept: kept.clone() };
+                (columns(b), columns(a))
+            }
+            Form::Basis { terms, core, b, a } => {
+                let found = core.kept(&kept)?;
+                // What rounding left of zeros is none of the triplets.
+                let root = |(i, s): (&usize, &f64)| if values[*i] > 0.0 { s.sqrt() } else { 0.0 };
+                let roots: Vec<f64> = kept.iter().zip(&found.singular_values).map(root).collect();
+                let times = |basis: &Basis, vectors: &Mat<f64>| Source::Product {
+                    terms: Arc::clone(terms),
+                    by: basis.columns(vectors.as_ref(), &roots),
+                    precision: basis.precision,
+                };
+                (times(b, &found.u), times(a, &found.v))
+            }
         };
-        Ok(Factors { b: factor(Side::B, (out, k)), a: factor(Side::A, (k, fan_in)) })
+        let dtype = decomposition.dtype();
+        let factor = |side, source, length, shape| {
+            StoredMatrix::computed(Arc::new(Factor { source, side, length }), dtype, shape)
+        };
+        Ok(Factors { b: factor(Side::B, b, out, (out, k)), a: factor(Side::A, a, fan_in, (k, fan_in)) })
     }
 }
 
@@ -100,7 +117,7 @@ impl Decomposition {
     }
 
     fn dtype(&self) -> DType {
-        let is_wide = matches!(&self.form, Form::Explicit { b: Values::F64(_), .. });
+        let is_wide = matches!(&self.form, Form::Explicit { b, .. } if matches!(**b, Values::F64(_)));
         if is_wide { DType::F64 } else { DType::F32 }
     }
 
@@ -112,36 +129,40 @@ impl Decomposition {
 
 /// One factor of a truncation.
 struct Factor {
-    decomposition: Arc<Decomposition>,
-    kept: Arc<[usize]>,
+    source: Source,
     side: Side,
+    /// What its columns or rows are long.
+    length: usize,
+}
+
+/// What a factor is computed of.
+enum Source {
+    /// Those of balanced columns in memory that are kept.
+    Columns { of: Arc<Values>, kept: Vec<usize> },
+    /// The side's stacked factors times a matrix `(K, k)`.
+    Product { terms: Arc<[Term]>, by: Mat<f64>, precision: Precision },
 }
 
 impl Computed for Factor {
     fn compute(&self, out: &mut Vec<u8>, parts: &mut Buffers, cancel: &CancelToken) -> Result<()> {
-        if self.kept.is_empty() {
-            return Ok(()); // Terms need not be read to keep nothing of them.
-        }
-        match (&self.decomposition.form, self.side) {
-            (Form::Explicit { b, .. }, Side::B) => {
+        match &self.source {
+            Source::Columns { of, kept } => {
                 out.clear();
-                b.put_columns(&self.kept, self.decomposition.shape.0, out);
+                match self.side {
+                    Side::B => of.put_columns(kept, self.length, out),
+                    Side::A => of.put_rows(kept, self.length, out),
+                }
             }
-            (Form::Explicit { a, .. }, Side::A) => {
-                out.clear();
-                a.put_rows(&self.kept, self.decomposition.shape.1, out);
-            }
-            (Form::Basis { terms, b: basis, .. }, Side::B)
-            | (Form::Basis { terms, a: basis, .. }, Side::A) => {
+            // Terms need not be read to keep nothing of them.
+            Source::Product { by, .. } if by.ncols() == 0 => {}
+            Source::Product { terms, by, precision } => {
                 let stacked = self.side.stacked(terms, parts, cancel)?;
-                let columns = basis.columns.as_ref();
-                let y = Mat::from_fn(columns.nrows(), self.kept.len(), |i, j| columns[(i, self.kept[j])]);
-                let y = y.as_ref();
-                match (self.side, basis.precision) {
-                    (Side::B, Precision::Single) => stacked.transposed_times::<f32>(y, out, cancel)?,
-                    (Side::B, Precision::Double) => stacked.transposed_times::<f64>(y, out, cancel)?,
-                    (Side::A, Precision::Single) => stacked.times::<f32>(y, out, cancel)?,
-                    (Side::A, Precision::Double) => stacked.times::<f64>(y, out, cancel)?,
+                let by = by.as_ref();
+                match (self.side, precision) {
+                    (Side::B, Precision::Single) => stacked.transposed_times::<f32>(by, out, cancel)?,
+                    (Side::B, Precision::Double) => stacked.transposed_times::<f64>(by, out, cancel)?,
+                    (Side::A, Precision::Single) => stacked.times::<f32>(by, out, cancel)?,
+                    (Side::A, Precision::Double) => stacked.times::<f64>(by, out, cancel)?,
                 }
             }
         }

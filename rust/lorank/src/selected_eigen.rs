@@ -1,0 +1,169 @@
+//! Eigenvalues of a small symmetric matrix, and the eigenvectors of some of them.
+//!
+//! `A = Q T Q^T` is reduced once, in `4/3 n^3` operations. The eigenvalues of `T` take `O(n^2)`
+//! ([`root_free_ql`](crate::root_free_ql)), so do the eigenvectors of `k` of them ([`twisted`](crate::twisted)),
+//! and bringing these back, `Q Z`, takes `2 n^2 k`: most of what a decomposition of all costs is saved where few
+//! are wanted.
+//!
+//! Vectors of neighbouring eigenvalues are made orthonormal, `Z L^-T` with `Z^T Z = L L^T`. That mixes vectors by
+//! `eps ||T|| / gap`, and so it does not move them from what they solve by more than `eps ||T||`.
+
+use faer::dyn_stack::{MemBuffer, MemStack, StackReq};
+use faer::linalg::evd::tridiag::{tridiag_in_place, tridiag_in_place_scratch};
+use faer::linalg::householder::{
+    apply_block_householder_sequence_on_the_left_in_place_scratch,
+    apply_block_householder_sequence_on_the_left_in_place_with_conj,
+};
+use faer::linalg::triangular_inverse::invert_lower_triangular;
+use faer::{Conj, Mat, Par, Spec};
+
+use crate::Result;
+use crate::dense::{cholesky, product};
+use crate::root_free_ql::tridiagonal_eigenvalues;
+use crate::tridiag::Tridiagonal;
+use crate::twisted::tridiagonal_eigenvectors;
+
+/// Reflections that are applied together.
+const BLOCK: usize = 16;
+
+/// Inner products of unit vectors up to which they are made orthogonal: beyond, eigenvalues are equal to rounding,
+/// and the vectors may be one.
+const MOST_ALIKE: f64 = 0.01;
+
+/// A matrix whose eigenvalues are known.
+#[derive(Clone, Debug)]
+pub(crate) struct SelectedEigen {
+    /// Ascending.
+    pub values: Vec<f64>,
+    tridiagonal: Tridiagonal,
+    /// The vectors of the reflections that `Q` is made of, below the first subdiagonal.
+    reflections: Mat<f64>,
+    factors: Mat<f64>,
+}
+
+impl SelectedEigen {
+    /// Of the symmetric matrix in the lower triangle of `a`, whose largest entry is near 1.
+    ///
+    /// # Errors
+    /// As [`tridiagonal_eigenvalues`].
+    pub(crate) fn of(mut a: Mat<f64>) -> Result<Self> {
+        let n = a.nrows();
+        let mut factors = Mat::zeros(BLOCK, n.saturating_sub(1));
+        with_memory(tridiag_in_place_scratch::<f64>(n, Par::Seq, Spec::default()), |stack| {
+            tridiag_in_place(a.as_mut(), factors.as_mut(), Par::Seq, stack, Spec::default());
+        });
+        let tridiagonal = Tridiagonal {
+            diagonal: (0..n).map(|i| a[(i, i)]).collect(),
+            off_diagonal: (1..n).map(|i| a[(i, i - 1)]).collect(),
+        };
+        Ok(Self { values: tridiagonal_eigenvalues(&tridiagonal)?, tridiagonal, reflections: a, factors })
+    }
+
+    /// Orthonormal eigenvectors, `(n, k)`, of the eigenvalues at these places; `None` if some of those are too
+    /// close to each other.
+    pub(crate) fn vectors(&self, places: impl Iterator<Item = usize>) -> Option<Mat<f64>> {
+        let values: Vec<f64> = places.map(|i| self.values[i]).collect();
+        let mut vectors = orthonormal(tridiagonal_eigenvectors(&self.tridiagonal, &values))?;
+        let (n, k) = (vectors.nrows(), vectors.ncols());
+        if n > 1 {
+            let request =
+                apply_block_householder_sequence_on_the_left_in_place_scratch::<f64>(n - 1, BLOCK, k);
+            with_memory(request, |stack| {
+                apply_block_householder_sequence_on_the_left_in_place_with_conj(
+                    self.reflections.submatrix(1, 0, n - 1, n - 1),
+                    self.factors.as_ref(),
+                    Conj::No,
+                    vectors.as_mut().subrows_mut(1, n - 1),
+                    Par::Seq,
+                    stack,
+                );
+            });
+        }
+        Some(vectors)
+    }
+}
+
+fn with_memory<R>(request: StackReq, work: impl FnOnce(&mut MemStack) -> R) -> R {
+    work(MemStack::new(&mut MemBuffer::new(request)))
+}
+
+/// `Z L^-T`; `None` unless inner products are small.
+fn orthonormal(z: Mat<f64>) -> Option<Mat<f64>> {
+    let mut gram = product(z.transpose(), z.as_ref());
+    let k = gram.nrows();
+    let alike = |i: usize, j: usize| (gram[(i, j)] - f64::from(u8::from(i == j))).abs();
+    let most = (0..k).flat_map(|j| (j..k).map(move |i| (i, j))).map(|(i, j)| alike(i, j)).fold(0.0, f64::max);
+    if most <= 4.0 * f64::EPSILON {
+        return Some(z);
+    }
+    if most > MOST_ALIKE {
+        return None;
+    }
+    cholesky(gram.as_mut())?;
+    let mut inverse = Mat::zeros(k, k);
+    invert_lower_triangular(inverse.as_mut(), gram.as_ref(), Par::Seq);
+    Some(product(z.as_ref(), inverse.transpose()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `2` on the diagonal, less and less within `width` of it.
+    fn banded(n: usize, width: usize) -> Mat<f64> {
+        Mat::from_fn(n, n, |i, j| match i.abs_diff(j) {
+            0 => 2.0,
+            d if d <= width => -1.0 / d as f64,
+            _ => 0.0,
+        })
+    }
+
+    fn assert_vectors(a: &Mat<f64>, places: &[usize]) {
+        let n = a.nrows();
+        let lower = Mat::from_fn(n, n, |i, j| if i >= j { a[(i, j)] } else { f64::NAN });
+        let found = SelectedEigen::of(lower).unwrap();
+        let dense = nalgebra::DMatrix::from_fn(n, n, |i, j| a[(i, j)]);
+        let mut expected: Vec<f64> = dense.symmetric_eigenvalues().iter().copied().collect();
+        expected.sort_by(f64::total_cmp);
+        let norm = expected.iter().fold(0.0f64, |norm, x| norm.max(x.abs()));
+        let tolerance = 1e-14 * n as f64 * norm;
+        assert!(found.values.iter().zip(&expected).all(|(x, y)| (x - y).abs() <= tolerance));
+        let vectors = found.vectors(places.iter().copied()).unwrap();
+        let scaled = Mat::from_fn(n, places.len(), |i, j| vectors[(i, j)] * found.values[places[j]]);
+        assert!((a * &vectors - scaled).norm_max() <= tolerance);
+        let identity = Mat::<f64>::identity(places.len(), places.len());
+        assert!((vectors.transpose() * &vectors - identity).norm_max() <= 1e-14 * n as f64);
+    }
+
+    #[test]
+    fn vectors_of_some_and_of_all() {
+        for n in [1, 2, 3, 17, 64, 128] {
+            for width in [1, 3] {
+                let a = banded(n, width);
+                assert_vectors(&a, &[n - 1]);
+                assert_vectors(&a, &(0..n).step_by(3).collect::<Vec<_>>());
+                assert_vectors(&a, &(0..n).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn graded_matrices() {
+        // Small eigenvalues lie close to each other, compared with the largest.
+        let n = 40;
+        let grade = |i: usize| 10f64.powf(-6.0 * i as f64 / n as f64);
+        let a = banded(n, 2);
+        let graded = Mat::from_fn(n, n, |i, j| {
+            (a[(i, j)] + if i == j { 3.0 } else { 0.0 }) * grade(i).sqrt() * grade(j).sqrt()
+        });
+        assert_vectors(&graded, &(0..n).collect::<Vec<_>>());
+        assert_vectors(&graded, &[0, 1, 2]);
+    }
+
+    #[test]
+    fn equal_eigenvalues_are_none_of_its_business() {
+        let found = SelectedEigen::of(Mat::identity(5, 5)).unwrap();
+        assert!(found.vectors([0, 1].into_iter()).is_none());
+        assert_eq!(found.vectors(std::iter::empty()).unwrap().ncols(), 0);
+    }
+}
