@@ -44,8 +44,8 @@ pub trait Number:
 
     /// Numbers in a vector.
     fn lanes<S: Simd>() -> usize;
-    /// The numbers of a vector.
-    fn lanes_of<S: Simd>(vector: &Self::Vector<S>) -> &[Self];
+    /// The numbers of vectors.
+    fn lanes_of<S: Simd>(vectors: &[Self::Vector<S>]) -> &[Self];
     /// The nearest number of this kind.
     fn of(x: f64) -> Self;
     /// The same number; exact.
@@ -96,8 +96,8 @@ macro_rules! number {
                 S::$lanes
             }
             #[inline(always)]
-            fn lanes_of<S: Simd>(vector: &S::$vector) -> &[$number] {
-                pulp::bytemuck::cast_slice(std::slice::from_ref(vector))
+            fn lanes_of<S: Simd>(vectors: &[S::$vector]) -> &[$number] {
+                pulp::bytemuck::cast_slice(vectors)
             }
             #[inline(always)]
             #[allow(clippy::cast_possible_truncation)] // Rounding is what is asked for.

@@ -23,7 +23,7 @@ use pulp::{Simd, WithSimd};
 use crate::band::WIDTH;
 use crate::number::Number;
 use crate::simd::dispatch;
-use crate::thin::{Panel, add_gram_of_rows};
+use crate::thin::{Panel, SumsOfRows};
 
 /// Columns that are read side by side.
 const BESIDE: usize = 4;
@@ -49,13 +49,13 @@ pub(crate) fn factor_panel<T: Number>(panel: MatMut<'_, T>, v: &mut [T], t: MatM
     for (column, r) in panel.col_iter_mut().zip(r.chunks_exact(WIDTH)) {
         column.iter_mut().zip(r).for_each(|(to, from)| *to = *from);
     }
-    let mut gram = [0.0; WIDTH * WIDTH];
-    add_gram_of_rows(Panel { values: v, stride, cols: stride }, WIDTH, &mut gram);
-    write_products(&gram, t);
+    let mut sums = SumsOfRows::<T>::zeros(WIDTH);
+    sums.add(Panel { values: v, stride, cols: stride });
+    write_products(&sums.gram(), t);
 }
 
 /// Writes `T` for the lower triangle of `V^T V`, row by row.
-fn write_products<T: Number>(gram: &[f64; WIDTH * WIDTH], mut t: MatMut<'_, T>) {
+fn write_products<T: Number>(gram: &[f64], mut t: MatMut<'_, T>) {
     let mut columns = [[0.0; WIDTH]; WIDTH];
     for (j, products) in gram.chunks_exact(WIDTH).enumerate() {
         let tau = 2.0 / products[j];

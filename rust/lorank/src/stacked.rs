@@ -14,7 +14,7 @@ use crate::Result;
 use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
 use crate::number::Number;
-use crate::thin::{HIGH, Panel, SUMMANDS, add_gram_of_columns, add_gram_of_rows, multiply};
+use crate::thin::{HIGH, Panel, SUMMANDS, SumsOfRows, add_gram_of_columns, multiply};
 
 /// Bytes of a panel that is read once and multiplied many times: a level-1 cache's worth.
 const PANEL: usize = 32 << 10;
@@ -63,19 +63,35 @@ impl<'a> Stacked<'a> {
     /// `X X^T`, in the arithmetic of `T`: see [`thin`](crate::thin).
     pub(crate) fn gram<T: Number>(&self, cancel: &CancelToken) -> Result<Gram> {
         let order = self.rank().next_multiple_of(T::WIDEST);
-        let mut values = vec![0.0; order * order];
         let by_columns = self.parts.first().is_some_and(MatrixView::is_column_major);
-        let depth = if by_columns { panel_length::<T>(order) } else { row_length::<T>(order) };
+        let values = if by_columns {
+            self.gram_of_columns::<T>(order, cancel)
+        } else {
+            self.gram_of_rows::<T>(order, cancel)
+        };
+        Ok(Gram { values: values?, order })
+    }
+
+    fn gram_of_columns<T: Number>(&self, order: usize, cancel: &CancelToken) -> Result<Vec<f64>> {
+        let depth = panel_length::<T>(order);
         let mut panel = vec![T::default(); order * depth];
+        let mut gram = vec![0.0; order * order];
         for columns in self.panels(depth) {
             cancel.check()?;
-            if by_columns {
-                add_gram_of_columns(self.columns(columns, order, &mut panel), order, &mut values);
-            } else {
-                add_gram_of_rows(self.rows(columns, order, &mut panel), order, &mut values);
-            }
+            add_gram_of_columns(self.columns(columns, order, &mut panel), order, &mut gram);
         }
-        Ok(Gram { values, order })
+        Ok(gram)
+    }
+
+    fn gram_of_rows<T: Number>(&self, order: usize, cancel: &CancelToken) -> Result<Vec<f64>> {
+        let depth = row_length::<T>(order);
+        let mut panel = vec![T::default(); order * depth];
+        let mut sums = SumsOfRows::<T>::zeros(order);
+        for columns in self.panels(depth) {
+            cancel.check()?;
+            sums.add(self.rows(columns, order, &mut panel));
+        }
+        Ok(sums.gram())
     }
 
     /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes, at the beginning of
