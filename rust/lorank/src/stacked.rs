@@ -14,7 +14,7 @@ use crate::Result;
 use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
 use crate::number::Number;
-use crate::thin::{HIGH, Panel, SUMMANDS, SumsOfRows, add_gram_of_columns, multiply};
+use crate::thin::{HIGH, Panel, SUMMANDS, SumsOfRows, add_gram_of_columns, multiply, multiply_transposed};
 
 /// Bytes of a panel that is read once and multiplied many times: a level-1 cache's worth.
 const PANEL: usize = 32 << 10;
@@ -129,21 +129,19 @@ impl<'a> Stacked<'a> {
         cancel: &CancelToken,
     ) -> Result<()> {
         let (order, k, length) = (self.rank(), y.ncols(), self.length());
-        let height = k.next_multiple_of(HIGH);
-        let y: Vec<T> = padded(height, order, |i, j| if i < k { y[(j, i)] } else { 0.0 });
+        let y: Vec<T> = padded(order, k, |i, j| y[(i, j)]);
         let out = places(out, k * length);
         let depth = panel_length::<T>(order);
         // An odd number of cache lines apart, rows do not compete for the same places of the cache.
         let stride = depth + T::WIDEST;
-        let (mut panel, mut product) =
-            (vec![T::default(); order * stride], vec![T::default(); height * stride]);
+        let (mut panel, mut product) = (vec![T::default(); order * stride], vec![T::default(); k * stride]);
         for columns in self.panels(depth) {
             cancel.check()?;
             let (first, count) = (columns.start, columns.len());
             self.fill_rows(columns, stride, &mut panel);
             let right = Panel { values: &panel, stride, cols: count.next_multiple_of(T::WIDEST) };
-            multiply(&y, right, &mut product);
-            for (i, line) in product.chunks_exact(stride).take(k).enumerate() {
+            multiply_transposed(Panel { values: &y, stride: k, cols: k }, right, &mut product);
+            for (i, line) in product.chunks_exact(stride).enumerate() {
                 write(&line[..count], &mut out[i * length + first..][..count]);
             }
         }

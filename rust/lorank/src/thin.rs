@@ -40,6 +40,10 @@ pub(crate) const HIGH: usize = 8;
 /// Rows of a tile of inner products.
 const ABOVE: usize = 4;
 
+/// Most rows of a tile of a product with a transpose: with two vectors beside each other their sums fill 24 of 32 registers, with one
+/// 12 of 16.
+const TALLEST: usize = 12;
+
 /// `G += X X^T` for a padded panel of whole columns, one after the other: the lower triangle of `G (p, p)`,
 /// row-major, and what shares a tile with it.
 pub(crate) fn add_gram_of_columns<T: Number>(panel: &[T], p: usize, gram: &mut [f64]) {
@@ -112,6 +116,11 @@ pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]
     if whole < right.cols {
         dispatch_halved(Product { left, right, columns: whole..right.cols, out });
     }
+}
+
+/// `Y = L^T R` for `L (depth, rows)`, all of its columns, and `R` and `Y` as in [`multiply`], but for whole vectors.
+pub(crate) fn multiply_transposed<T: Number>(left: Panel<'_, T>, right: Panel<'_, T>, out: &mut [T]) {
+    dispatch(TransposedProduct { left, right, out });
 }
 
 /// `Y += L^T R` for `L (depth, cols)`, `cols` a multiple of [`HIGH`], and `R (depth, width)` and `Y (cols,
@@ -299,6 +308,72 @@ impl<T: Number> WithSimd for Product<'_, T> {
     }
 }
 
+struct TransposedProduct<'a, T> {
+    left: Panel<'a, T>,
+    right: Panel<'a, T>,
+    out: &'a mut [T],
+}
+
+impl<T: Number> WithSimd for TransposedProduct<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        if S::REGISTER_COUNT >= 32 { self.multiply::<2, S>(simd) } else { self.multiply::<1, S>(simd) }
+    }
+}
+
+impl<T: Number> TransposedProduct<'_, T> {
+    /// In tiles of `BESIDE` vectors' length and of equal heights, or nearly so: no row is one of padding.
+    #[inline(always)]
+    fn multiply<const BESIDE: usize, S: Simd>(mut self, simd: S) {
+        let height = self.left.cols;
+        let tiles = height.div_ceil(TALLEST);
+        for tile in 0..tiles {
+            let rows = height * tile / tiles..height * (tile + 1) / tiles;
+            // A count that is known when this is compiled keeps sums in registers.
+            match rows.len() {
+                1 => self.tile::<1, BESIDE, S>(simd, rows.start),
+                2 => self.tile::<2, BESIDE, S>(simd, rows.start),
+                3 => self.tile::<3, BESIDE, S>(simd, rows.start),
+                4 => self.tile::<4, BESIDE, S>(simd, rows.start),
+                5 => self.tile::<5, BESIDE, S>(simd, rows.start),
+                6 => self.tile::<6, BESIDE, S>(simd, rows.start),
+                7 => self.tile::<7, BESIDE, S>(simd, rows.start),
+                8 => self.tile::<8, BESIDE, S>(simd, rows.start),
+                9 => self.tile::<9, BESIDE, S>(simd, rows.start),
+                10 => self.tile::<10, BESIDE, S>(simd, rows.start),
+                11 => self.tile::<11, BESIDE, S>(simd, rows.start),
+                12 => self.tile::<12, BESIDE, S>(simd, rows.start),
+                _ => {}
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn tile<const ROWS: usize, const BESIDE: usize, S: Simd>(&mut self, simd: S, first: usize) {
+        let wide = BESIDE * T::lanes::<S>();
+        let whole = self.right.cols / wide * wide;
+        for j in (0..whole).step_by(wide) {
+            self.strip::<ROWS, BESIDE, S>(simd, first, j);
+        }
+        for j in (whole..self.right.cols).step_by(T::lanes::<S>()) {
+            self.strip::<ROWS, 1, S>(simd, first, j);
+        }
+    }
+
+    /// Some vectors from column `j` on, of rows from `first` on.
+    #[inline(always)]
+    fn strip<const ROWS: usize, const BESIDE: usize, S: Simd>(&mut self, simd: S, first: usize, j: usize) {
+        let Panel { values, stride, .. } = self.right;
+        let left = (&self.left.values[first..], self.left.stride);
+        let sums = column_products::<ROWS, BESIDE, T, S>(simd, left, (&values[j..], stride));
+        for (line, sums) in self.out[first * stride..].chunks_exact_mut(stride).zip(&sums) {
+            line[j..j + BESIDE * T::lanes::<S>()].copy_from_slice(T::lanes_of::<S>(sums));
+        }
+    }
+}
+
 struct OuterProducts<'a, T> {
     left: Panel<'a, T>,
     right: &'a [T],
@@ -408,6 +483,27 @@ fn row_products<T: Number, S: Simd>(
     sums
 }
 
+/// The sums over `k` of the first numbers of the `k`-th row of `left` times some vectors of the `k`-th row of
+/// `right`. Unlike rows of their own, they are found from one address.
+#[inline(always)]
+fn column_products<const ROWS: usize, const BESIDE: usize, T: Number, S: Simd>(
+    simd: S,
+    (left, left_stride): (&[T], usize),
+    (right, stride): (&[T], usize),
+) -> [[T::Vector<S>; BESIDE]; ROWS] {
+    let mut sums = [[T::splat(simd, T::default()); BESIDE]; ROWS];
+    for (left, right) in left.chunks(left_stride).zip(right.chunks(stride)) {
+        let vectors = &T::vectors::<S>(&right[..BESIDE * T::lanes::<S>()])[..BESIDE];
+        for (sums, factor) in sums.iter_mut().zip(&left[..ROWS]) {
+            let factor = T::splat(simd, *factor);
+            for (sum, vector) in sums.iter_mut().zip(vectors) {
+                *sum = T::mul_add(simd, factor, *vector, *sum);
+            }
+        }
+    }
+    sums
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -461,6 +557,22 @@ mod tests {
         });
     }
 
+    fn assert_transposed_product<T: Number>((rows, width): (usize, usize), depth: usize) {
+        let (cols, stride) = (width * T::WIDEST, (width + 1) * T::WIDEST);
+        let (left, right): (Vec<T>, Vec<T>) = (integers(depth * rows, 1), integers(depth * stride, 2));
+        on_every_path(|path| {
+            let mut out = vec![T::of(0.5); rows * stride];
+            let panel = |values, stride, cols| Panel { values, stride, cols };
+            multiply_transposed(panel(&left, rows, rows), panel(&right, stride, cols), &mut out);
+            for (n, found) in out.iter().enumerate() {
+                let (i, j) = (n / stride, n % stride);
+                let product = |k: usize| left[k * rows + i].to_f64() * right[k * stride + j].to_f64();
+                let expected = if j < cols { (0..depth).map(product).sum() } else { 0.5 };
+                assert_eq!((found.to_f64() + 0.0).to_bits(), (expected + 0.0).to_bits(), "{path:?}");
+            }
+        });
+    }
+
     /// Products with the transpose of panels and with panels, of a vector's width, add to what is there.
     fn assert_narrow_products<T: Number>(rows: usize, depth: usize, gap: usize) {
         let (rows, width, stride) = (rows * HIGH, T::WIDEST, rows * HIGH + gap);
@@ -495,6 +607,12 @@ mod tests {
         fn both_layouts_give_the_gram_matrix(units in 1usize..5, depths in 1usize..5, seed in 0usize..1000) {
             assert_grams::<f64>(units, depths, seed);
             assert_grams::<f32>(units, depths, seed);
+        }
+
+        #[test]
+        fn transposed_products(rows in 1usize..40, width in 1usize..6, depth in 1usize..20) {
+            assert_transposed_product::<f64>((rows, width), depth);
+            assert_transposed_product::<f32>((rows, width), depth);
         }
 
         #[test]
