@@ -138,9 +138,16 @@ impl<'a> Stacked<'a> {
         for columns in self.panels(depth) {
             cancel.check()?;
             let (first, count) = (columns.start, columns.len());
-            self.fill_rows(columns, stride, &mut panel);
-            let right = Panel { values: &panel, stride, cols: count.next_multiple_of(T::WIDEST) };
-            multiply_transposed(Panel { values: &y, stride: k, cols: k }, right, &mut product);
+            let right = match self.in_place(false, first) {
+                Some((values, stride)) if count.is_multiple_of(T::WIDEST) => {
+                    Panel { values, stride, cols: count }
+                }
+                _ => {
+                    self.fill_rows(columns, stride, &mut panel);
+                    Panel { values: &panel, stride, cols: count.next_multiple_of(T::WIDEST) }
+                }
+            };
+            multiply_transposed(Panel { values: &y, stride: k, cols: k }, right, (&mut product, stride));
             for (i, line) in product.chunks_exact(stride).enumerate() {
                 write(&line[..count], &mut out[i * length + first..][..count]);
             }

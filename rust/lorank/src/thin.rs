@@ -118,9 +118,14 @@ pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]
     }
 }
 
-/// `Y = L^T R` for `L (depth, rows)`, all of its columns, and `R` and `Y` as in [`multiply`], but for whole vectors.
-pub(crate) fn multiply_transposed<T: Number>(left: Panel<'_, T>, right: Panel<'_, T>, out: &mut [T]) {
-    dispatch(TransposedProduct { left, right, out });
+/// `Y = L^T R` for `L (depth, rows)`, all of its columns, and `R (depth, cols)`, `cols` a multiple of
+/// [`Number::WIDEST`]; rows of `Y` begin `stride` numbers apart, and beyond `cols` numbers they stay as they are.
+pub(crate) fn multiply_transposed<T: Number>(
+    left: Panel<'_, T>,
+    right: Panel<'_, T>,
+    (out, stride): (&mut [T], usize),
+) {
+    dispatch(TransposedProduct { left, right, out, stride });
 }
 
 /// `Y += L^T R` for `L (depth, cols)`, `cols` a multiple of [`HIGH`], and `R (depth, width)` and `Y (cols,
@@ -312,6 +317,8 @@ struct TransposedProduct<'a, T> {
     left: Panel<'a, T>,
     right: Panel<'a, T>,
     out: &'a mut [T],
+    /// Of `out`.
+    stride: usize,
 }
 
 impl<T: Number> WithSimd for TransposedProduct<'_, T> {
@@ -368,7 +375,7 @@ impl<T: Number> TransposedProduct<'_, T> {
         let Panel { values, stride, .. } = self.right;
         let left = (&self.left.values[first..], self.left.stride);
         let sums = column_products::<ROWS, BESIDE, T, S>(simd, left, (&values[j..], stride));
-        for (line, sums) in self.out[first * stride..].chunks_exact_mut(stride).zip(&sums) {
+        for (line, sums) in self.out[first * self.stride..].chunks_exact_mut(self.stride).zip(&sums) {
             line[j..j + BESIDE * T::lanes::<S>()].copy_from_slice(T::lanes_of::<S>(sums));
         }
     }
@@ -563,7 +570,7 @@ mod tests {
         on_every_path(|path| {
             let mut out = vec![T::of(0.5); rows * stride];
             let panel = |values, stride, cols| Panel { values, stride, cols };
-            multiply_transposed(panel(&left, rows, rows), panel(&right, stride, cols), &mut out);
+            multiply_transposed(panel(&left, rows, rows), panel(&right, stride, cols), (&mut out, stride));
             for (n, found) in out.iter().enumerate() {
                 let (i, j) = (n / stride, n % stride);
                 let product = |k: usize| left[k * rows + i].to_f64() * right[k * stride + j].to_f64();
