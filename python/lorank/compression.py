@@ -134,30 +134,40 @@ def truncated(
     masks = select(forms, knobs)
     modules: dict[str, LoraModule] = dict(adapter.modules)
     modules |= {module.name: module for module in truncate(forms, masks, thread_count(threads))}
-    certificate = Certificate(action, [_certificate(*pair) for pair in zip(forms, masks, strict=True)])
     return replace(
         adapter,
         modules=modules,
         notes=[*adapter.notes, *notes(forms, knobs)],
         is_spectral=True,
-        certificate=certificate,
+        certificate=Certificate(action, _certificates(forms, masks)),
     )
 
 
-def _certificate(form: SpectralForm, keep: Mask) -> ModuleCertificate:
-    kept, left = form.values[keep], ~keep
-    dropped = form.values[left]
-    kept_energy = float(kept @ kept)
+def _certificates(forms: Sequence[SpectralForm], masks: Sequence[Mask]) -> list[ModuleCertificate]:
+    """One for every module; sums over its values are taken of all modules at once."""
+    if not forms:
+        return []
+    keep = np.concatenate(masks)
+    squares = np.square(np.concatenate([form.values for form in forms]))
+    largest = np.concatenate([form.largest_values for form in forms])
+    starts = np.cumsum([0, *(len(mask) for mask in masks[:-1])])
+    ranks = np.add.reduceat(keep, starts, dtype=np.int64).tolist()
+    kept = np.add.reduceat(np.where(keep, squares, 0.0), starts).tolist()
     # What is dropped is summed by itself: the difference of two large sums would lose it.
-    dropped_energy = float(dropped @ dropped) + form.unseen_energy
-    rank = len(kept)
-    return ModuleCertificate(
-        name=form.module.name,
-        rank_before=form.module.rank,
-        rank_after=rank,
-        parameters_before=form.num_parameters,
-        parameters_after=rank * form.module.cost,
-        energy=kept_energy + dropped_energy,
-        dropped_energy=dropped_energy,
-        spectral_error=float(form.largest_values[left].max(initial=form.unseen_norm)),
-    )
+    dropped = np.add.reduceat(np.where(keep, 0.0, squares), starts).tolist()
+    next_values = np.maximum.reduceat(np.where(keep, 0.0, largest), starts).tolist()
+    return [
+        ModuleCertificate(
+            name=form.module.name,
+            rank_before=form.module.rank,
+            rank_after=rank,
+            parameters_before=form.num_parameters,
+            parameters_after=rank * form.module.cost,
+            energy=kept_energy + (dropped_energy + form.unseen_energy),
+            dropped_energy=dropped_energy + form.unseen_energy,
+            spectral_error=max(next_value, form.unseen_norm),
+        )
+        for form, rank, kept_energy, dropped_energy, next_value in zip(
+            forms, ranks, kept, dropped, next_values, strict=True
+        )
+    ]

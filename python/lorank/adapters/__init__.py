@@ -1,6 +1,7 @@
 """Trained adapters: what they hold, the formats they come in, the profiles they go out in."""
 
+from lorank.adapters import reading, writing
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 
-__all__ = ["LoraAdapter", "LoraModule"]
+__all__ = ["LoraAdapter", "LoraModule", "reading", "writing"]

@@ -18,6 +18,14 @@ from lorank.adapters.tensors import FileTensors
 Array = npt.NDArray[Any]
 
 
+def narrow(
+    adapter: LoraAdapter, layouts: Mapping[str, profiles.Layout], dtype: Dtype | None
+) -> dict[str, str]:
+    """The modules that are written in a type narrower than float32, and which."""
+    types = {name: dtype or adapter.modules[name].dtype for name in layouts}
+    return {name: stored for name, stored in types.items() if stored not in ("float32", "float64")}
+
+
 def added(
     adapter: LoraAdapter,
     layouts: Mapping[str, profiles.Layout],
@@ -36,15 +44,14 @@ def added(
     dtype
         The type that was asked for.
     """
-    types = {name: dtype or adapter.modules[name].dtype for name in layouts}
-    narrow = [name for name, stored in types.items() if stored not in ("float32", "float64")]
-    if not narrow:
+    types = narrow(adapter, layouts, dtype)
+    if not types:
         return None
     written = FileTensors(file)
     total = 0.0
-    for name in narrow:
+    for name, stored in types.items():
         module, layout = adapter.modules[name], layouts[name]
-        if _is_copied(module, layout, types[name]):
+        if _is_copied(module, layout, stored):
             continue
         exact = _copies(*profiles.factors(module, layout), module.copies)
         b_key, a_key = keys[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -18,7 +19,7 @@ from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX, SPECTRAL_KEY
 from lorank.adapters.reading import CERTIFICATE, CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lorank.adapters.tensors import SAFETENSORS_NAMES, Stored, raw_bytes
-from lorank.atomic import staged_folder, write_text
+from lorank.atomic import staged_folder
 from lorank.certificate import Certificate
 from lorank.sources import arrays
 from lorank.threads import thread_count
@@ -102,12 +103,19 @@ def write_adapter(
     job = _Job.of(adapter, target.expanduser(), profile, dtype, threads)
     _check_target(job, overwrite)
     # What tells of an earlier adapter must not contradict this one.
-    with staged_folder(job.folder, () if job.alone else (PICKLED_WEIGHTS, CERTIFICATE)) as staging:
+    with (
+        staged_folder(job.folder, () if job.alone else (PICKLED_WEIGHTS, CERTIFICATE)) as staging,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        # The texts take as long as a tenth of the factors does: they are written meanwhile.
+        texts = [beside.submit(_write_settings, job, staging)] if adapter.format == "peft" else []
+        told = not job.alone
+        if told and not rounding.narrow(adapter, job.layouts, job.dtype):
+            texts.append(beside.submit(_write_words, job, staging, adapter.certificate))
+            told = False
         certificate, notes = _write_weights(job, staging)
-        if adapter.format == "peft":
-            settings = profiles.settings(adapter, profile)
-            write_text(staging / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        if not job.alone:
+        notes += [note for text in texts for note in text.result()]
+        if told:
             notes += _write_words(job, staging, certificate)
     return Written(job.folder / job.file, certificate, job.stored_parameters, [*notes, *_padding_note(job)])
 
@@ -164,15 +172,22 @@ def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:
     return metadata | words
 
 
+def _write_settings(job: _Job, staging: Path) -> list[str]:
+    """Write PEFT's settings; nothing to note."""
+    settings = profiles.settings(job.adapter, job.profile)
+    (staging / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+    return []
+
+
 def _write_words(job: _Job, staging: Path, certificate: Certificate | None) -> list[str]:
     """Write the certificate and the card, unless there is a card of somebody else's; what to note."""
     if certificate is not None:
-        write_text(staging / CERTIFICATE, certificate.to_text(job.adapter.notes))
+        (staging / CERTIFICATE).write_text(certificate.to_text(job.adapter.notes), "utf-8")
     file = job.folder / "README.md"
     if file.exists() and not card.is_ours(file.read_text("utf-8", errors="replace")):
         return [f"{file} was kept, as lorank did not write it"]
     text = card.text(job.adapter, job.profile, certificate, job.stored_parameters)
-    write_text(staging / "README.md", text)
+    (staging / "README.md").write_text(text, "utf-8")
     return []
 
 
