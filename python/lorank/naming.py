@@ -118,6 +118,8 @@ def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
         pattern = expression(targets)
         return lambda name: pattern.fullmatch(name) is not None
     wanted = frozenset(targets)
+    if not wanted:
+        return lambda _: False
     return lambda name: not wanted.isdisjoint(suffixes(name))
 
 

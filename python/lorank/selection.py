@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
@@ -307,4 +308,5 @@ def _concatenated(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
 
 
 def _split(whole: npt.NDArray[Any], lengths: Sequence[int]) -> list[npt.NDArray[Any]]:
-    return np.split(whole, np.cumsum(lengths)[:-1])
+    ends = np.cumsum(lengths).tolist()
+    return [whole[start:end] for start, end in pairwise([0, *ends])]

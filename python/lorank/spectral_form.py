@@ -138,13 +138,14 @@ def truncate(
     ]
     choices: list[tuple[_core.Decomposition, Sequence[bool]]] = []
     places: list[tuple[int, int]] = []
+    marks = [keep.tolist() for keep in masks]
     for i, (form, keep) in enumerate(zip(forms, masks, strict=True)):
         for e, part in enumerate(form.parts):
-            if isinstance(part, Triplets):
-                factors[i][e] = in_memory(part.b_columns[keep].T, part.a_rows[keep])
-            elif isinstance(part, _core.Decomposition):
-                choices.append((part, keep.tolist()))
+            if isinstance(part, _core.Decomposition):
+                choices.append((part, marks[i]))
                 places.append((i, e))
+            elif isinstance(part, Triplets):
+                factors[i][e] = in_memory(part.b_columns[keep].T, part.a_rows[keep])
 
     def on_result(index: int, outcome: Any) -> None:
         i, e = places[index]
@@ -154,22 +155,16 @@ def truncate(
 
     _core.rebuild(choices, threads, on_result)
     return [
-        _truncated(form, int(keep.sum()), [pair for pair in pairs if pair is not None])
-        for form, keep, pairs in zip(forms, masks, factors, strict=True)
+        _truncated(form.module, kept.count(True), [pair for pair in pairs if pair is not None])
+        for form, kept, pairs in zip(forms, marks, factors, strict=True)
     ]
 
 
 def _truncated(
-    form: SpectralForm, rank: int, pairs: Sequence[tuple[_core.Matrix, _core.Matrix]]
+    module: LoraModule, rank: int, pairs: Sequence[tuple[_core.Matrix, _core.Matrix]]
 ) -> LoraModule:
-    module = form.module
-    return replace(
-        module,
-        rank=rank,
-        scaling=1.0,
-        factors=lambda: pairs,
-        carried={name: value * np.float32(module.scaling) for name, value in module.carried.items()},
-    )
+    carried = {name: value * np.float32(module.scaling) for name, value in module.carried.items()}
+    return replace(module, rank=rank, scaling=1.0, factors=lambda: pairs, carried=carried)
 
 
 def spectral_form(
