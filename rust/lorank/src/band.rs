@@ -186,7 +186,7 @@ impl<T: Number> Updates<'_, T> {
         }
         let (mut total, others) = products.split_at_col_mut(below);
         let others = others.rb();
-        each_column_strip(total.rb_mut(), self.strategy, |start, mut strip| {
+        each_column_strip(total.rb_mut(), STRIP, self.strategy, |start, mut strip| {
             for group in 1..count {
                 strip += others.subcols((group - 1) * below + start, strip.ncols());
             }

@@ -1,7 +1,7 @@
 //! Gram matrices: `G = X X^T`, lower triangle, for `X` the wide orientation of `W`.
 //!
-//! `X (p, m)` with `p <= m` is upcast in panels of 256 columns, or more where there are few rows, so
-//! that memory beyond the stored matrix is `p^2` numbers and a panel. The panels add up to `p^2 m / 2`
+//! `X (p, m)` with `p <= m` is upcast in panels of `p / 4` columns, or more where there are few rows, so
+//! that memory beyond the stored matrix is `p^2` numbers and a quarter. The panels add up to `p^2 m / 2`
 //! multiplications at the speed of faer's GEMM, half of what a full product would cost.
 
 use faer::dyn_stack::{MemStack, StackReq};
@@ -18,13 +18,19 @@ use crate::matrix::MatrixView;
 use crate::number::Number;
 use crate::parallel::Strategy;
 use crate::stacked::Stacked;
-use crate::strips::{each_column_strip, each_row_strip};
+use crate::strips::{STRIP, each_column_strip, each_row_strip};
 use crate::thin::THIN;
 
-/// Columns of `X` per panel: deep enough for GEMM to run at speed, small enough to stay in cache. Of few
-/// rows more columns fit, and longer runs of memory are read at once.
+/// Columns of `X` per panel: deep enough for GEMM to run at speed, and for `G` to be read and written a few times
+/// only. Of few rows more columns fit into cache, and longer runs of memory are read at once.
 fn depth(p: usize, m: usize) -> usize {
-    (32_768 / p.max(1)).clamp(256, 4096).min(m)
+    (32_768 / p.max(1)).clamp(256, 4096).max(p / 4).min(m)
+}
+
+/// Columns of `G` that are multiplied at a time: wider products pack less for each multiplication, more of them
+/// keep all threads busy.
+const fn strip(p: usize) -> usize {
+    if p < 1024 { STRIP } else { 2 * STRIP }
 }
 
 /// The memory that [`gram`] of a `(rows, cols)` matrix needs.
@@ -119,7 +125,7 @@ fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, strategy: Strateg
     let p = gram.nrows();
     let (full, lower) = (BlockStructure::Rectangular, BlockStructure::TriangularLower);
     let one = T::of(1.0);
-    each_column_strip(gram, strategy, |first, strip| {
+    each_column_strip(gram, strip(p), strategy, |first, strip| {
         let width = strip.ncols();
         let (diagonal, below) = strip.subrows_mut(first, p - first).split_at_row_mut(width);
         let own = x.subrows(first, width);
@@ -150,7 +156,9 @@ mod tests {
     #[test]
     fn both_strategies_match_the_plain_product() {
         let cancel = CancelToken::default();
-        for (rows, cols) in [(1, 1), (1, 700), (700, 1), (3, 600), (600, 3), (300, 290), (257, 513)] {
+        for (rows, cols) in
+            [(1, 1), (1, 700), (700, 1), (3, 600), (600, 3), (300, 290), (257, 513), (1100, 1030)]
+        {
             let values: Vec<f64> = (0..rows * cols).map(|i| ((i * 7919) % 1013) as f64 - 506.0).collect();
             let view = MatrixView::from_f64(&values, rows, cols).unwrap();
             let dense = Mat::from_fn(rows, cols, |i, j| values[i * cols + j]);
