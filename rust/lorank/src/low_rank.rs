@@ -41,28 +41,28 @@ impl Values {
         }
     }
 
-    /// Appends some of the columns, which lie one after the other, as rows.
-    pub(crate) fn put_rows(&self, kept: &[usize], length: usize, out: &mut Vec<u8>) {
-        for &j in kept {
-            for place in j * length..(j + 1) * length {
-                self.put(place, out);
-            }
-        }
+    /// Writes some of the columns, which lie one after the other, as rows.
+    pub(crate) fn put_rows(&self, kept: &[usize], length: usize, out: &mut [u8]) {
+        self.put(kept.iter().flat_map(|j| j * length..(j + 1) * length), out);
     }
 
-    /// Appends some of the columns side by side, row by row.
-    pub(crate) fn put_columns(&self, kept: &[usize], length: usize, out: &mut Vec<u8>) {
-        for i in 0..length {
-            for j in kept {
-                self.put(j * length + i, out);
-            }
-        }
+    /// Writes some of the columns side by side, row by row.
+    pub(crate) fn put_columns(&self, kept: &[usize], length: usize, out: &mut [u8]) {
+        self.put((0..length).flat_map(|i| kept.iter().map(move |j| j * length + i)), out);
     }
 
-    fn put(&self, place: usize, out: &mut Vec<u8>) {
+    fn put(&self, places: impl Iterator<Item = usize>, out: &mut [u8]) {
         match self {
-            Self::F32(values) => out.extend_from_slice(&values[place].to_le_bytes()),
-            Self::F64(values) => out.extend_from_slice(&values[place].to_le_bytes()),
+            Self::F32(values) => {
+                for (to, i) in out.as_chunks_mut().0.iter_mut().zip(places) {
+                    *to = values[i].to_le_bytes();
+                }
+            }
+            Self::F64(values) => {
+                for (to, i) in out.as_chunks_mut().0.iter_mut().zip(places) {
+                    *to = values[i].to_le_bytes();
+                }
+            }
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::parallel::{guarded, pool, side_by_side};
 use crate::rounding::{all_finite, encode};
 use crate::safetensors::bits_per_element;
 use crate::source::{Buffer, StoredMatrix};
-use crate::whole_file::{Sink, WholeFile};
+use crate::whole_file::{Pending, Sink, WholeFile};
 use crate::{Error, Result};
 
 /// Elements converted at a time: they stay in cache.
@@ -152,7 +152,7 @@ pub fn write(
     let Header { text, offsets, size } = header(tensors, &order, metadata)?;
     let start = text.len() as u64;
     let file = WholeFile::create(path, start + size)?;
-    let mut pending = Vec::new();
+    let mut pending = Pending::default();
     file.write_from(0, &mut pending, |sink| sink.bytes(&text))?;
     let runs = runs(&order, &offsets);
     let failure = Mutex::new(None);
@@ -182,7 +182,7 @@ pub fn write(
 #[derive(Default)]
 struct Space {
     buffer: Buffer,
-    pending: Vec<u8>,
+    pending: Pending,
 }
 
 /// Neighbours in the file that one thread writes, as ranges of `order`: few and large writes, as every one
@@ -269,9 +269,16 @@ fn write_tensor(
         Content::F32 { values, dtype } => {
             convert(out, tensor, &MatrixView::from_f32(values, 1, values.len())?, *dtype, cancel)
         }
-        Content::Values { matrix, dtype } => {
-            matrix.with_view(buffer, cancel, |view| convert(out, tensor, view, *dtype, cancel))
-        }
+        Content::Values { matrix, dtype } => match matrix.computation() {
+            Some(values) if matrix.dtype() == *dtype => {
+                let path = out.path();
+                out.put(matrix.size(), |place| {
+                    values.compute(place, &mut buffer.parts, cancel)?;
+                    if all_finite(place, *dtype) { Ok(()) } else { Err(not_finite(path, tensor)) }
+                })
+            }
+            _ => matrix.with_view(buffer, cancel, |view| convert(out, tensor, view, *dtype, cancel)),
+        },
         Content::Raw { bytes, .. } => bytes.chunks(COPIED).try_for_each(|piece| {
             cancel.check()?;
             out.bytes(piece)
@@ -281,6 +288,11 @@ fn write_tensor(
             out.bytes(stored.file.read_into(&mut buffer.bytes, &stored.info, start, len, cancel)?)
         }),
     }
+}
+
+fn not_finite(path: &Path, tensor: &OutTensor<'_>) -> Error {
+    let (path, name) = (path.display(), &tensor.name);
+    Error::Numerical(format!("{path}: tensor `{name}`: holds NaN or infinite values"))
 }
 
 /// Writes the rows of a view, piece by piece.
@@ -314,13 +326,12 @@ fn convert(
             view.upcast(block_rows, block_cols, 1.0, block);
             bytes.clear();
             if let Some(bad) = piece.iter().find(|&&x| !encode(x, dtype, &mut bytes)) {
-                let reason = if bad.is_finite() {
-                    format!("{bad:e} does not fit into {}", dtype.name())
-                } else {
-                    "holds NaN or infinite values".into()
-                };
-                let path = out.path().display();
-                return Err(Error::Numerical(format!("{path}: tensor `{}`: {reason}", tensor.name)));
+                if !bad.is_finite() {
+                    return Err(not_finite(out.path(), tensor));
+                }
+                let (path, name) = (out.path().display(), &tensor.name);
+                let reason = format!("{bad:e} does not fit into {}", dtype.name());
+                return Err(Error::Numerical(format!("{path}: tensor `{name}`: {reason}")));
             }
             out.bytes(&bytes)?;
         }

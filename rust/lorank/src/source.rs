@@ -28,17 +28,28 @@ enum Storage {
 #[derive(Debug, Default)]
 pub struct Buffer {
     pub(crate) bytes: Vec<u8>,
-    parts: Vec<Buffer>,
+    /// What a matrix is computed of.
+    pub(crate) parts: Vec<Buffer>,
+}
+
+impl Buffer {
+    /// So many bytes, whatever they hold.
+    fn place(&mut self, size: usize) -> &mut [u8] {
+        if size > self.bytes.len() {
+            self.bytes = vec![0; size]; // What was there need not move.
+        }
+        &mut self.bytes[..size]
+    }
 }
 
 /// Values that are computed whenever they are needed.
 pub trait Computed: Send + Sync {
-    /// Puts the row-major, little-endian values of a matrix at the beginning of `out`, which may hold more; what
-    /// they are made of is loaded into `parts`.
+    /// Writes the row-major, little-endian values of a matrix to all of `out`; what they are made of is loaded into
+    /// `parts`.
     ///
     /// # Errors
     /// Those of the computation, and of reading what it needs.
-    fn compute(&self, out: &mut Vec<u8>, parts: &mut Vec<Buffer>, cancel: &CancelToken) -> Result<()>;
+    fn compute(&self, out: &mut [u8], parts: &mut Vec<Buffer>, cancel: &CancelToken) -> Result<()>;
 }
 
 /// A matrix that becomes a [`MatrixView`] when it is needed.
@@ -106,6 +117,16 @@ impl StoredMatrix {
         matches!(self.storage, Storage::Memory(_))
     }
 
+    /// The computation, if there is one.
+    pub(crate) fn computation(&self) -> Option<&dyn Computed> {
+        if let Storage::Computed(by) = &self.storage { Some(&**by) } else { None }
+    }
+
+    /// Bytes of all values.
+    pub(crate) const fn size(&self) -> usize {
+        self.shape.0 * self.shape.1 * self.dtype.size()
+    }
+
     /// Rows and columns.
     #[must_use]
     pub const fn shape(&self) -> (usize, usize) {
@@ -142,8 +163,11 @@ impl StoredMatrix {
             }
             Storage::Memory(bytes) => (**bytes).as_ref(),
             Storage::Computed(by) => {
-                by.compute(&mut buffer.bytes, &mut buffer.parts, cancel)?;
-                &buffer.bytes[..self.shape.0 * self.shape.1 * self.dtype.size()]
+                let mut parts = std::mem::take(&mut buffer.parts);
+                let result = by.compute(buffer.place(self.size()), &mut parts, cancel);
+                buffer.parts = parts;
+                result?;
+                &buffer.bytes[..self.size()]
             }
         };
         MatrixView::new(bytes, self.dtype, self.shape, self.strides)

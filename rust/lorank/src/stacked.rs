@@ -94,12 +94,11 @@ impl<'a> Stacked<'a> {
         Ok(sums.gram())
     }
 
-    /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes, at the beginning of
-    /// `out`.
+    /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes, which fill `out`.
     pub(crate) fn transposed_times<T: Number>(
         &self,
         y: MatRef<'_, f64>,
-        out: &mut Vec<u8>,
+        out: &mut [u8],
         cancel: &CancelToken,
     ) -> Result<()> {
         let (order, k) = (self.rank().next_multiple_of(T::WIDEST), y.ncols());
@@ -107,7 +106,7 @@ impl<'a> Stacked<'a> {
         let y: Vec<T> = padded(order, width, |i, j| if i < y.nrows() && j < k { y[(i, j)] } else { 0.0 });
         let depth = panel_length::<T>(order);
         let (mut panel, mut product) = (vec![T::default(); depth * order], vec![T::default(); depth * width]);
-        let out = places(out, self.length() * k);
+        let out = out.as_chunks_mut::<PLACE>().0;
         for columns in self.panels(depth) {
             cancel.check()?;
             let lines = &mut out[columns.start * k..columns.end * k];
@@ -120,17 +119,16 @@ impl<'a> Stacked<'a> {
         Ok(())
     }
 
-    /// `Y^T X` for `Y (K, k)`: `(k, length)` float32, row-major little-endian bytes, at the beginning of
-    /// `out`.
+    /// `Y^T X` for `Y (K, k)`: `(k, length)` float32, row-major little-endian bytes, which fill `out`.
     pub(crate) fn times<T: Number>(
         &self,
         y: MatRef<'_, f64>,
-        out: &mut Vec<u8>,
+        out: &mut [u8],
         cancel: &CancelToken,
     ) -> Result<()> {
         let (order, k, length) = (self.rank(), y.ncols(), self.length());
         let y: Vec<T> = padded(order, k, |i, j| y[(i, j)]);
-        let out = places(out, k * length);
+        let out = out.as_chunks_mut::<PLACE>().0;
         let depth = panel_length::<T>(order);
         // An odd number of cache lines apart, rows do not compete for the same places of the cache.
         let stride = depth + T::WIDEST;
@@ -248,18 +246,10 @@ fn padded<T: Number>(rows: usize, cols: usize, value: impl Fn(usize, usize) -> f
     (0..rows * cols).map(|n| T::of(value(n / cols, n % cols))).collect()
 }
 
-/// The bytes of a float32 in a file.
-type Bytes = [u8; size_of::<f32>()];
+/// Bytes of a float32 in a file.
+const PLACE: usize = size_of::<f32>();
 
-/// Places for so many numbers at the beginning of a buffer, all of which will be written to: one that is large
-/// enough is not zeroed.
-fn places(out: &mut Vec<u8>, count: usize) -> &mut [Bytes] {
-    let size = count * size_of::<Bytes>();
-    if size > out.len() {
-        *out = vec![0; size]; // What was there need not move.
-    }
-    out[..size].as_chunks_mut().0
-}
+type Bytes = [u8; PLACE];
 
 /// Writes the first `k` numbers of every row of `width`, row by row, until there is no place left.
 ///

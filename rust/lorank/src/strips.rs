@@ -38,6 +38,6 @@ pub(crate) fn each_row_strip<T: Send + Sync>(
     work: impl Fn(usize, MatMut<'_, T>) + Send + Sync,
 ) {
     each_column_strip(matrix.transpose_mut(), STRIP, strategy, |first, strip| {
-        work(first, strip.transpose_mut())
+        work(first, strip.transpose_mut());
     });
 }

@@ -144,15 +144,12 @@ enum Source {
 }
 
 impl Computed for Factor {
-    fn compute(&self, out: &mut Vec<u8>, parts: &mut Buffers, cancel: &CancelToken) -> Result<()> {
+    fn compute(&self, out: &mut [u8], parts: &mut Buffers, cancel: &CancelToken) -> Result<()> {
         match &self.source {
-            Source::Columns { of, kept } => {
-                out.clear();
-                match self.side {
-                    Side::B => of.put_columns(kept, self.length, out),
-                    Side::A => of.put_rows(kept, self.length, out),
-                }
-            }
+            Source::Columns { of, kept } => match self.side {
+                Side::B => of.put_columns(kept, self.length, out),
+                Side::A => of.put_rows(kept, self.length, out),
+            },
             // Terms need not be read to keep nothing of them.
             Source::Product { by, .. } if by.ncols() == 0 => {}
             Source::Product { terms, by, precision } => {

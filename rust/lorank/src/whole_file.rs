@@ -72,10 +72,10 @@ impl<'a> WholeFile<'a> {
     pub(crate) fn write_from(
         &self,
         position: u64,
-        pending: &mut Vec<u8>,
+        pending: &mut Pending,
         write: impl FnOnce(&mut Sink<'_>) -> Result<()>,
     ) -> Result<()> {
-        pending.clear();
+        pending.filled = 0;
         let mut sink = Sink { path: self.target, file: &self.file, position, pending };
         write(&mut sink)?;
         sink.flush()
@@ -98,36 +98,65 @@ impl Drop for WholeFile<'_> {
     }
 }
 
+/// Bytes that are gathered for a file, in memory that is used again and again.
+#[derive(Debug, Default)]
+pub(crate) struct Pending {
+    bytes: Vec<u8>,
+    filled: usize,
+}
+
+impl Pending {
+    /// The next bytes, whatever they hold.
+    fn place(&mut self, size: usize) -> &mut [u8] {
+        let end = self.filled + size;
+        if end > self.bytes.len() {
+            let mut larger = vec![0; end.max(GATHERED)];
+            larger[..self.filled].copy_from_slice(&self.bytes[..self.filled]);
+            self.bytes = larger;
+        }
+        &mut self.bytes[self.filled..end]
+    }
+}
+
 /// A place in a file, which moves on with what is written there.
 pub(crate) struct Sink<'a> {
     path: &'a Path,
     file: &'a File,
     position: u64,
-    pending: &'a mut Vec<u8>,
+    pending: &'a mut Pending,
 }
 
-impl Sink<'_> {
+impl<'a> Sink<'a> {
     /// What the file will be called.
-    pub(crate) const fn path(&self) -> &Path {
+    pub(crate) const fn path(&self) -> &'a Path {
         self.path
     }
 
     pub(crate) fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.pending.len() + bytes.len() > GATHERED {
+        if bytes.len() < GATHERED {
+            return self.put(bytes.len(), |place| {
+                place.copy_from_slice(bytes);
+                Ok(())
+            });
+        }
+        self.flush()?;
+        self.write(bytes)
+    }
+
+    /// So many bytes that `fill` writes, all of them, to where they are gathered.
+    pub(crate) fn put(&mut self, size: usize, fill: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        if self.pending.filled + size > GATHERED {
             self.flush()?;
         }
-        if bytes.len() < GATHERED {
-            self.pending.extend_from_slice(bytes);
-            return Ok(());
-        }
-        self.write(bytes)
+        fill(self.pending.place(size))?;
+        self.pending.filled += size;
+        Ok(())
     }
 
     fn flush(&mut self) -> Result<()> {
         let pending = std::mem::take(self.pending);
-        let result = self.write(&pending);
-        *self.pending = pending;
-        self.pending.clear();
+        let result = self.write(&pending.bytes[..pending.filled]);
+        *self.pending = Pending { filled: 0, ..pending };
         result
     }
 
@@ -145,8 +174,18 @@ mod tests {
     fn whole(path: &Path, pieces: &[Vec<u8>]) -> Result<()> {
         let size: usize = pieces.iter().map(Vec::len).sum();
         let file = WholeFile::create(path, size as u64)?;
-        let mut pending = b"of another".to_vec();
-        file.write_from(0, &mut pending, |sink| pieces.iter().try_for_each(|piece| sink.bytes(piece)))?;
+        let mut pending = Pending { bytes: b"of another".to_vec(), filled: 10 };
+        file.write_from(0, &mut pending, |sink| {
+            pieces.iter().enumerate().try_for_each(|(k, piece)| {
+                if k % 2 == 0 {
+                    return sink.bytes(piece);
+                }
+                sink.put(piece.len(), |place| {
+                    place.copy_from_slice(piece);
+                    Ok(())
+                })
+            })
+        })?;
         file.finish()
     }
 
@@ -160,6 +199,7 @@ mod tests {
             vec![1, 2, 3],
             vec![GATHERED - 1, 1, 1],
             vec![GATHERED, 5, GATHERED + 1, GATHERED - 5, 7],
+            vec![5, GATHERED, 5, GATHERED - 4, 3, 2 * GATHERED, 7, 8],
         ] {
             let piece = |(k, size): (usize, &usize)| {
                 (0..*size).map(|i| ((i * 7 + k) % 251).try_into().unwrap()).collect()
