@@ -348,6 +348,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
     use crate::safetensors::SafetensorsFile;
+    use crate::source::Computed;
 
     fn stored(values: &[f32]) -> StoredMatrix {
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -503,6 +504,47 @@ mod tests {
         assert!(fail(&[f32s("a", &good, DType::F8E4M3)], &go).to_string().contains("cannot be written"));
         let nowhere = folder.path().join("none/out.safetensors");
         assert!(matches!(write(&nowhere, &[], &BTreeMap::new(), 1, &go), Err(Error::Io { .. })));
+    }
+
+    /// As many threes, and a last number.
+    struct Threes(f32);
+
+    impl Computed for Threes {
+        fn compute(&self, out: &mut [u8], _: &mut Vec<Buffer>, cancel: &CancelToken) -> Result<()> {
+            cancel.check()?;
+            let (last, others) = out.as_chunks_mut().0.split_last_mut().unwrap();
+            others.fill(3f32.to_le_bytes());
+            *last = self.0.to_le_bytes();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn values_are_computed_as_they_are_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let computed = |last| StoredMatrix::computed(Arc::new(Threes(last)), DType::F32, (2, 2));
+        let (good, bad) = (computed(5.0), computed(f32::INFINITY));
+        let tensor = |name: &str, matrix, dtype| OutTensor {
+            name: name.into(),
+            shape: vec![2, 2],
+            content: Content::Values { matrix, dtype },
+        };
+        let given =
+            [tensor("a", &good, DType::F32), tensor("b", &good, DType::F16), tensor("c", &good, DType::F32)];
+        let file = written(folder.path(), &given);
+        let expected = [3f32, 3.0, 3.0, 5.0];
+        assert_eq!(read(&file, "a"), expected.map(f32::to_le_bytes).concat());
+        assert_eq!(read(&file, "b"), expected.map(|x| half::f16::from_f32(x).to_le_bytes()).concat());
+        assert_eq!(read(&file, "c"), read(&file, "a"));
+        let before = std::fs::read(file.path()).unwrap();
+        for dtype in [DType::F32, DType::Bf16] {
+            let tensors = [tensor("a", &good, DType::F32), tensor("bad", &bad, dtype)];
+            let error =
+                write(file.path(), &tensors, &BTreeMap::new(), 1, &CancelToken::default()).unwrap_err();
+            let said = "out.safetensors: tensor `bad`: holds NaN or infinite values";
+            assert!(matches!(error, Error::Numerical(_)) && error.to_string().contains(said), "{error}");
+            assert!(std::fs::read(file.path()).unwrap() == before);
+        }
     }
 
     proptest! {
