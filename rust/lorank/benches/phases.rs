@@ -145,7 +145,7 @@ impl Report {
         let decomposition = Arc::new(decompose(&update, &mut buffers, &cancel).expect("finite"));
         let kept = r.div_ceil(4);
         let keep = (0..r).map(|i| i < kept).collect();
-        let factors = Truncation { decomposition, keep }.factors().expect("a mark for each");
+        let factors = Truncation { decomposition, keep }.factors(&cancel).expect("a mark for each");
         let mut buffer = Buffer::default();
         let taken = seconds(|| {
             timed(|| {

@@ -2,10 +2,10 @@
 //! when these are known.
 //!
 //! A truncation keeps a quarter of the values, and which ones follows from the values of all updates. For a core
-//! `C (K, K)` whose condition number is moderate, `C^T C` has the squares of the singular values for eigenvalues, off
-//! by `eps s_1^2`, and for eigenvectors the `v_i` ([`SelectedEigen`]); `u_i = C v_i / s_i`. What is found so is looked
-//! at: `C^T u_i = s_i v_i` must hold, which makes the `u_i` orthonormal, too. Else, and for other cores, faer
-//! decomposes all of `C`.
+//! `C (K, K)` whose condition number is moderate, `C^T C = Q T Q^T` has the squares of the singular values for
+//! eigenvalues, off by `eps s_1^2`; with eigenvectors `z_i` of `T` ([`SelectedEigen`]), `v_i = Q z_i` and
+//! `u_i = C v_i / s_i`. What is kept of a core is `C Q` and `Q`, or what they are multiplied with: memory that is
+//! touched for the first time costs more than the arithmetic. Other cores are decomposed by faer, all of them.
 
 use faer::{Mat, MatRef};
 
@@ -13,38 +13,33 @@ use crate::Result;
 use crate::dense::product;
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::selected_eigen::SelectedEigen;
-use crate::svd::{ThinSvd, dense_svd};
+use crate::svd::dense_svd;
 
 /// The least of `(s_n / s_1)^2` for which eigenvalues of `C^T C` are taken: values are then right to 1e-9.
 const SMALLEST_SQUARE: f64 = 1e-6;
 
-/// What `C^T u_i - s_i v_i` may be, of the least value that is kept.
-const TOLERANCE: f64 = 1e-9;
+/// The least distance between squares, of the largest: closer ones have no vectors of their own.
+const LEAST_GAP: f64 = 1e-11;
 
 /// A core, decomposed as far as its singular values.
 #[derive(Clone, Debug)]
 pub(crate) struct CoreSvd {
     /// All of them, descending.
     pub singular_values: Vec<f64>,
-    vectors: Vectors,
+    /// `C X (K, K)`.
+    pub left: Mat<f64>,
+    /// `X (K, K)`: the right singular vectors are `X Z`.
+    pub right: Mat<f64>,
+    pub rotation: Rotation,
 }
 
+/// `Z`, orthonormal.
 #[derive(Clone, Debug)]
-enum Vectors {
-    /// All of them.
-    Known { u: Mat<f64>, v: Mat<f64> },
-    /// By eigenvectors: of `core / unit`.
-    Later { core: Mat<f64>, unit: f64, eigen: SelectedEigen },
-}
-
-/// Some singular triplets.
-pub(crate) struct Kept {
-    /// `(K, k)`.
-    pub u: Mat<f64>,
-    /// As many values.
-    pub singular_values: Vec<f64>,
-    /// `(K, k)`.
-    pub v: Mat<f64>,
+pub(crate) enum Rotation {
+    /// The identity.
+    None,
+    /// Eigenvectors that are still to be found.
+    Eigenvectors(SelectedEigen),
 }
 
 impl CoreSvd {
@@ -56,67 +51,47 @@ impl CoreSvd {
         if let Some(found) = Self::by_eigenvalues(core) {
             return Ok(found);
         }
-        let ThinSvd { u, singular_values, v } = dense_svd(core)?;
-        Ok(Self { singular_values, vectors: Vectors::Known { u, v } })
+        let svd = dense_svd(core)?;
+        let s = &svd.singular_values;
+        let left = Mat::from_fn(svd.u.nrows(), s.len(), |i, j| svd.u[(i, j)] * s[j]);
+        Ok(Self { left, right: svd.v, singular_values: svd.singular_values, rotation: Rotation::None })
     }
 
-    /// `None` if the condition number is large, or the matrix is none that has one.
+    /// `None` if the condition number is large, values are equal, or the matrix is none that has a condition number.
     fn by_eigenvalues(core: MatRef<'_, f64>) -> Option<Self> {
         let exponent = binary_exponent(core.norm_max()).ok()?;
         let unit = power_of_two(exponent);
-        let core = core * faer::Scale(power_of_two(-exponent));
-        let eigen = SelectedEigen::of(product(core.transpose(), core.as_ref())).ok()?;
-        let is_moderate = *eigen.values.first()? > SMALLEST_SQUARE * *eigen.values.last()?;
-        if !is_moderate {
+        let scaled = core * faer::Scale(power_of_two(-exponent));
+        let (eigen, q) = SelectedEigen::of(product(scaled.transpose(), scaled.as_ref())).ok()?;
+        let largest = *eigen.values.last()?;
+        let is_moderate = *eigen.values.first()? > SMALLEST_SQUARE * largest;
+        let are_apart = eigen.values.windows(2).all(|pair| pair[1] - pair[0] > LEAST_GAP * largest);
+        if !is_moderate || !are_apart {
             return None;
         }
         let singular_values = eigen.values.iter().rev().map(|square| square.sqrt() * unit).collect();
-        Some(Self { singular_values, vectors: Vectors::Later { core, unit, eigen } })
-    }
-
-    /// The triplets of the values at these places.
-    ///
-    /// # Errors
-    /// As [`dense_svd`].
-    pub(crate) fn kept(&self, places: &[usize]) -> Result<Kept> {
-        let select = |of: &Mat<f64>| Mat::from_fn(of.nrows(), places.len(), |i, j| of[(i, places[j])]);
-        let triplets = |u: &Mat<f64>, values: &[f64], v: &Mat<f64>| Kept {
-            u: select(u),
-            singular_values: places.iter().map(|&i| values[i]).collect(),
-            v: select(v),
-        };
-        match &self.vectors {
-            Vectors::Known { u, v } => Ok(triplets(u, &self.singular_values, v)),
-            Vectors::Later { core, unit, eigen } => {
-                if let Some(kept) = by_eigenvectors(core, *unit, eigen, places) {
-                    return Ok(kept);
-                }
-                let ThinSvd { u, singular_values, v } = dense_svd((core * faer::Scale(*unit)).as_ref())?;
-                Ok(triplets(&u, &singular_values, &v))
-            }
-        }
+        let left = product(core, q.as_ref());
+        Some(Self { singular_values, left, right: q, rotation: Rotation::Eigenvectors(eigen) })
     }
 }
 
-/// `None` where eigenvalues are so close to each other that vectors are not right.
-fn by_eigenvectors(core: &Mat<f64>, unit: f64, eigen: &SelectedEigen, places: &[usize]) -> Option<Kept> {
-    let last = eigen.values.len() - 1;
-    let v = eigen.vectors(places.iter().map(|i| last - i))?;
-    let mut u = product(core.as_ref(), v.as_ref());
-    let lengths: Vec<f64> = u.col_iter().map(|column| column.norm_l2()).collect();
-    for (column, length) in u.col_iter_mut().zip(&lengths) {
-        let inverse = length.recip();
-        column.iter_mut().for_each(|x| *x *= inverse);
+impl Rotation {
+    /// `X Z` of the columns that belong to the values at these places, for some matrices `X (., K)`; `None` if
+    /// vectors are not right, which [`LEAST_GAP`] should rule out.
+    pub(crate) fn columns<const N: usize>(
+        &self,
+        of: [&Mat<f64>; N],
+        places: &[usize],
+    ) -> Option<[Mat<f64>; N]> {
+        Some(match self {
+            Self::None => of.map(|x| Mat::from_fn(x.nrows(), places.len(), |i, j| x[(i, places[j])])),
+            Self::Eigenvectors(eigen) => {
+                let last = eigen.values.len() - 1;
+                let z = eigen.vectors(places.iter().map(|i| last - i))?;
+                of.map(|x| product(x.as_ref(), z.as_ref()))
+            }
+        })
     }
-    let least = lengths.iter().copied().fold(f64::INFINITY, f64::min);
-    let image = product(core.transpose(), u.as_ref());
-    let is_singular = |(j, length): (usize, &f64)| {
-        image.col(j).iter().zip(v.col(j).iter()).all(|(x, v)| (x - length * v).abs() <= TOLERANCE * least)
-    };
-    if !lengths.iter().enumerate().all(is_singular) {
-        return None;
-    }
-    Some(Kept { u, singular_values: lengths.iter().map(|length| length * unit).collect(), v })
 }
 
 #[cfg(test)]
@@ -143,8 +118,12 @@ mod tests {
         for (x, s) in found.singular_values.iter().zip(values) {
             assert!((x - s).abs() <= 1e-12 * size, "{x:e} {s:e}");
         }
-        let Kept { u, singular_values, v } = found.kept(places).unwrap();
-        assert_eq!((u.ncols(), v.ncols(), singular_values.len()), (places.len(), places.len(), places.len()));
+        let [mut u, v] = found.rotation.columns([&found.left, &found.right], places).unwrap();
+        assert_eq!((u.ncols(), v.ncols()), (places.len(), places.len()));
+        let singular_values: Vec<f64> = u.col_iter().map(|column| column.norm_l2()).collect();
+        for (column, s) in u.col_iter_mut().zip(&singular_values) {
+            column.iter_mut().for_each(|x| *x /= s);
+        }
         let identity = Mat::<f64>::identity(places.len(), places.len());
         assert!((u.transpose() * &u - &identity).norm_max() < 1e-9);
         assert!((v.transpose() * &v - &identity).norm_max() < 1e-13);
@@ -163,7 +142,7 @@ mod tests {
     }
 
     fn is_by_eigenvalues(core: &Mat<f64>) -> bool {
-        matches!(CoreSvd::of(core.as_ref()).unwrap().vectors, Vectors::Later { .. })
+        matches!(CoreSvd::of(core.as_ref()).unwrap().rotation, Rotation::Eigenvectors(_))
     }
 
     #[test]
@@ -181,7 +160,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(by_eigenvalues, 12);
+        assert_eq!(by_eigenvalues, 9);
     }
 
     #[test]
@@ -205,7 +184,7 @@ mod tests {
         }
         let zero = CoreSvd::of(Mat::zeros(3, 3).as_ref()).unwrap();
         assert_eq!(zero.singular_values, [0.0; 3]);
-        assert_eq!(zero.kept(&[0, 2]).unwrap().v.ncols(), 2);
+        assert_eq!(zero.rotation.columns([&zero.right], &[0, 2]).unwrap()[0].ncols(), 2);
         let one = CoreSvd::of(Mat::from_fn(5, 5, |i, j| (i + 1) as f64 * (j + 1) as f64).as_ref()).unwrap();
         assert!((one.singular_values[0] - 55.0).abs() < 1e-12 && one.singular_values[1] < 1e-13);
     }

@@ -21,7 +21,7 @@ use faer::{Mat, MatMut, MatRef};
 
 use crate::Result;
 use crate::cancel::CancelToken;
-use crate::core_svd::CoreSvd;
+use crate::core_svd::{CoreSvd, Rotation};
 use crate::dense::product;
 use crate::dtype::DType;
 use crate::exponent::{binary_exponent, power_of_two};
@@ -47,27 +47,18 @@ pub(crate) enum Form {
     /// The stacked factors `B^T` and `A`, `(K, length)`, become the balanced columns by products with `(K,
     /// k)`. Terms in files are read again then: fresh memory to keep them in would cost more than a warm disk
     /// cache.
-    Basis { terms: Arc<[Term]>, core: Box<CoreSvd>, b: Basis, a: Basis },
+    Basis { terms: Arc<[Term]>, rotation: Box<Rotation>, b: Basis, a: Basis },
     /// The balanced columns themselves, one after the other, `(k, out)` and `(k, in)`: as wide as they are
     /// written.
     Explicit { b: Arc<Values>, a: Arc<Values> },
 }
 
-/// One side's orthonormal basis, and in which arithmetic products with the stacked factors are formed.
+/// One side's columns before a rotation, and in which arithmetic products with the stacked factors are formed.
 #[derive(Clone, Debug)]
 pub(crate) struct Basis {
-    /// `R^-T (K, K)`: `Q^T` is its product with the stacked factors.
-    inverse: Mat<f64>,
+    /// `(K, K)`: rotated, it gives `Q_B U S`, or `Q_A V`, by a product with the stacked factors.
+    pub columns: Mat<f64>,
     pub precision: Precision,
-}
-
-impl Basis {
-    /// What the stacked factors are multiplied with, `(K, k)`, for `Q X diag(roots)`.
-    pub(crate) fn columns(&self, x: MatRef<'_, f64>, roots: &[f64]) -> Mat<f64> {
-        let mut columns = product(self.inverse.transpose(), x);
-        scale_columns(&mut columns, roots);
-        columns
-    }
 }
 
 /// Decomposes every update with up to `threads` threads and hands each result to `emit` with the
@@ -127,9 +118,13 @@ fn by_gram(
     let Some(a) = triangular(update, Side::A, buffers, cancel)? else { return Ok(None) };
     let core = CoreSvd::of(product(b.factor.transpose(), a.factor.as_ref()).as_ref())?;
     let norm = b.factor.norm_l2() * a.factor.norm_l2();
-    let singular_values = without_noise(core.singular_values.clone(), rank, norm);
-    let basis = |of: Triangular| Basis { inverse: of.inverse, precision: of.precision };
-    let form = Form::Basis { core: Box::new(core), b: basis(b), a: basis(a), terms: update.into() };
+    let singular_values = without_noise(core.singular_values, rank, norm);
+    let basis = |of: &Triangular, core: &Mat<f64>| Basis {
+        columns: product(of.inverse.transpose(), core.as_ref()),
+        precision: of.precision,
+    };
+    let (b, a) = (basis(&b, &core.left), basis(&a, &core.right));
+    let form = Form::Basis { rotation: Box::new(core.rotation), b, a, terms: update.into() };
     Ok(Some(Decomposition { singular_values, shape: (out, fan_in), form }))
 }
 
@@ -143,13 +138,13 @@ fn without_noise(values: Vec<f64>, rank: usize, norm: f64) -> Vec<f64> {
     values.into_iter().map(|s| if s > noise { s } else { 0.0 }).collect()
 }
 
-fn scale_columns(matrix: &mut Mat<f64>, factors: &[f64]) {
+pub(crate) fn scale_columns(matrix: &mut Mat<f64>, factors: &[f64]) {
     for (column, factor) in matrix.col_iter_mut().zip(factors) {
         column.iter_mut().for_each(|x| *x *= factor);
     }
 }
 
-fn by_reflections(
+pub(crate) fn by_reflections(
     update: &[Term],
     (out, fan_in, rank): (usize, usize, usize),
     buffers: &mut Buffers,
@@ -313,7 +308,7 @@ mod tests {
     /// The singular values, and `B` and `A` of the marked ones.
     fn truncated(of: &Decomposition, keep: &[bool]) -> (Vec<f64>, Vec<f64>) {
         let truncation = Truncation { decomposition: Arc::new(of.clone()), keep: keep.to_vec() };
-        let Factors { b, a } = truncation.factors().unwrap();
+        let Factors { b, a } = truncation.factors(&CancelToken::default()).unwrap();
         (numbers(&b), numbers(&a))
     }
 
@@ -413,7 +408,7 @@ mod tests {
             assert_eq!(a.len(), 40);
             assert!((0..20).all(|j| (a[20 + j] - whole_a[40 + j]).abs() < 1e-6));
             let misfit = Truncation { decomposition: Arc::new(found), keep: vec![true; 3] };
-            let error = misfit.factors().unwrap_err();
+            let error = misfit.factors(&CancelToken::default()).unwrap_err();
             assert!(error.to_string().contains("3 marks for 4 singular values"));
         }
     }
@@ -501,7 +496,8 @@ mod tests {
         for (r, dtype) in [(4, DType::F32), (4, DType::F64), (9, DType::F32)] {
             let found = decomposed(&[term(12, 8, &noise(12 * r, 1), &noise(r * 8, 2), 1.0, dtype)]);
             let keep = vec![false; found.singular_values.len()];
-            let Factors { b, a } = Truncation { decomposition: Arc::new(found), keep }.factors().unwrap();
+            let Factors { b, a } =
+                Truncation { decomposition: Arc::new(found), keep }.factors(&CancelToken::default()).unwrap();
             assert_eq!((b.shape(), a.shape()), ((12, 0), (0, 8)), "{r} {dtype:?}");
             assert!(numbers(&b).is_empty() && numbers(&a).is_empty());
         }

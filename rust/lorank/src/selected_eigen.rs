@@ -1,12 +1,13 @@
 //! Eigenvalues of a small symmetric matrix, and the eigenvectors of some of them.
 //!
-//! `A = Q T Q^T` is reduced once, in `4/3 n^3` operations. The eigenvalues of `T` take `O(n^2)`
-//! ([`root_free_ql`](crate::root_free_ql)), so do the eigenvectors of `k` of them ([`twisted`](crate::twisted)),
-//! and bringing these back, `Q Z`, takes `2 n^2 k`: most of what a decomposition of all costs is saved where few
-//! are wanted.
+//! `A = Q T Q^T` is reduced once, in `4/3 n^3` operations, and as many for `Q`. The eigenvalues of `T` take
+//! `O(n^2)` ([`root_free_ql`](crate::root_free_ql)), and so do the eigenvectors `Z` of `k` of them
+//! ([`twisted`](crate::twisted)): those of `A` are `Q Z`. Half of what a decomposition of all costs is saved where
+//! few are wanted, and which ones need not be known before.
 //!
 //! Vectors of neighbouring eigenvalues are made orthonormal, `Z L^-T` with `Z^T Z = L L^T`. That mixes vectors by
-//! `eps ||T|| / gap`, and so it does not move them from what they solve by more than `eps ||T||`.
+//! `eps ||T|| / gap`, and so it does not move them from what they solve by more than `eps ||T||`. What comes out
+//! is looked at: `T z - l z` must be small.
 
 use faer::dyn_stack::{MemBuffer, MemStack, StackReq};
 use faer::linalg::evd::tridiag::{tridiag_in_place, tridiag_in_place_scratch};
@@ -30,57 +31,76 @@ const BLOCK: usize = 16;
 /// and the vectors may be one.
 const MOST_ALIKE: f64 = 0.01;
 
-/// A matrix whose eigenvalues are known.
+/// What `|T z - l z|` may be, of the largest eigenvalue.
+const TOLERANCE: f64 = 64.0 * f64::EPSILON;
+
+/// A tridiagonal matrix whose eigenvalues are known.
 #[derive(Clone, Debug)]
 pub(crate) struct SelectedEigen {
     /// Ascending.
     pub values: Vec<f64>,
     tridiagonal: Tridiagonal,
-    /// The vectors of the reflections that `Q` is made of, below the first subdiagonal.
-    reflections: Mat<f64>,
-    factors: Mat<f64>,
 }
 
 impl SelectedEigen {
-    /// Of the symmetric matrix in the lower triangle of `a`, whose largest entry is near 1.
+    /// Of the positive definite matrix in the lower triangle of `a`, whose largest entry is near 1; and `Q`.
     ///
     /// # Errors
     /// As [`tridiagonal_eigenvalues`].
-    pub(crate) fn of(mut a: Mat<f64>) -> Result<Self> {
-        let n = a.nrows();
-        let mut factors = Mat::zeros(BLOCK, n.saturating_sub(1));
-        with_memory(tridiag_in_place_scratch::<f64>(n, Par::Seq, Spec::default()), |stack| {
-            tridiag_in_place(a.as_mut(), factors.as_mut(), Par::Seq, stack, Spec::default());
-        });
-        let tridiagonal = Tridiagonal {
-            diagonal: (0..n).map(|i| a[(i, i)]).collect(),
-            off_diagonal: (1..n).map(|i| a[(i, i - 1)]).collect(),
-        };
-        Ok(Self { values: tridiagonal_eigenvalues(&tridiagonal)?, tridiagonal, reflections: a, factors })
+    pub(crate) fn of(a: Mat<f64>) -> Result<(Self, Mat<f64>)> {
+        let (tridiagonal, q) = reduced(a);
+        Ok((Self { values: tridiagonal_eigenvalues(&tridiagonal)?, tridiagonal }, q))
     }
 
-    /// Orthonormal eigenvectors, `(n, k)`, of the eigenvalues at these places; `None` if some of those are too
-    /// close to each other.
+    /// Orthonormal eigenvectors `Z (n, k)` of the tridiagonal matrix, of the eigenvalues at these places; `None` if
+    /// some of those are too close to each other.
     pub(crate) fn vectors(&self, places: impl Iterator<Item = usize>) -> Option<Mat<f64>> {
         let values: Vec<f64> = places.map(|i| self.values[i]).collect();
-        let mut vectors = orthonormal(tridiagonal_eigenvectors(&self.tridiagonal, &values))?;
-        let (n, k) = (vectors.nrows(), vectors.ncols());
-        if n > 1 {
-            let request =
-                apply_block_householder_sequence_on_the_left_in_place_scratch::<f64>(n - 1, BLOCK, k);
-            with_memory(request, |stack| {
-                apply_block_householder_sequence_on_the_left_in_place_with_conj(
-                    self.reflections.submatrix(1, 0, n - 1, n - 1),
-                    self.factors.as_ref(),
-                    Conj::No,
-                    vectors.as_mut().subrows_mut(1, n - 1),
-                    Par::Seq,
-                    stack,
-                );
-            });
-        }
-        Some(vectors)
+        let z = orthonormal(tridiagonal_eigenvectors(&self.tridiagonal, &values))?;
+        let largest = self.values.last().copied().unwrap_or(0.0);
+        let solves = |j: usize| self.residual(values[j], &z, j) <= TOLERANCE * largest;
+        (0..values.len()).all(solves).then_some(z)
     }
+
+    /// `|T z - l z|` for a column of `Z`.
+    fn residual(&self, value: f64, z: &Mat<f64>, j: usize) -> f64 {
+        let Tridiagonal { diagonal, off_diagonal } = &self.tridiagonal;
+        let row = |i: usize| {
+            let above = if i > 0 { off_diagonal[i - 1] * z[(i - 1, j)] } else { 0.0 };
+            let below = off_diagonal.get(i).map_or(0.0, |b| b * z[(i + 1, j)]);
+            above + (diagonal[i] - value) * z[(i, j)] + below
+        };
+        (0..diagonal.len()).map(|i| row(i).powi(2)).sum::<f64>().sqrt()
+    }
+}
+
+/// `T` and `Q`.
+fn reduced(mut a: Mat<f64>) -> (Tridiagonal, Mat<f64>) {
+    let n = a.nrows();
+    let mut factors = Mat::zeros(BLOCK, n.saturating_sub(1));
+    with_memory(tridiag_in_place_scratch::<f64>(n, Par::Seq, Spec::default()), |stack| {
+        tridiag_in_place(a.as_mut(), factors.as_mut(), Par::Seq, stack, Spec::default());
+    });
+    let tridiagonal = Tridiagonal {
+        diagonal: (0..n).map(|i| a[(i, i)]).collect(),
+        off_diagonal: (1..n).map(|i| a[(i, i - 1)]).collect(),
+    };
+    let mut q = Mat::identity(n, n);
+    if n > 1 {
+        let request =
+            apply_block_householder_sequence_on_the_left_in_place_scratch::<f64>(n - 1, BLOCK, n - 1);
+        with_memory(request, |stack| {
+            apply_block_householder_sequence_on_the_left_in_place_with_conj(
+                a.submatrix(1, 0, n - 1, n - 1),
+                factors.as_ref(),
+                Conj::No,
+                q.as_mut().submatrix_mut(1, 1, n - 1, n - 1),
+                Par::Seq,
+                stack,
+            );
+        });
+    }
+    (tridiagonal, q)
 }
 
 fn with_memory<R>(request: StackReq, work: impl FnOnce(&mut MemStack) -> R) -> R {
@@ -109,10 +129,10 @@ fn orthonormal(z: Mat<f64>) -> Option<Mat<f64>> {
 mod tests {
     use super::*;
 
-    /// `2` on the diagonal, less and less within `width` of it.
+    /// `4` on the diagonal, less and less within `width` of it.
     fn banded(n: usize, width: usize) -> Mat<f64> {
         Mat::from_fn(n, n, |i, j| match i.abs_diff(j) {
-            0 => 2.0,
+            0 => 4.0,
             d if d <= width => -1.0 / d as f64,
             _ => 0.0,
         })
@@ -121,14 +141,14 @@ mod tests {
     fn assert_vectors(a: &Mat<f64>, places: &[usize]) {
         let n = a.nrows();
         let lower = Mat::from_fn(n, n, |i, j| if i >= j { a[(i, j)] } else { f64::NAN });
-        let found = SelectedEigen::of(lower).unwrap();
+        let (found, q) = SelectedEigen::of(lower).unwrap();
         let dense = nalgebra::DMatrix::from_fn(n, n, |i, j| a[(i, j)]);
         let mut expected: Vec<f64> = dense.symmetric_eigenvalues().iter().copied().collect();
         expected.sort_by(f64::total_cmp);
         let norm = expected.iter().fold(0.0f64, |norm, x| norm.max(x.abs()));
         let tolerance = 1e-14 * n as f64 * norm;
         assert!(found.values.iter().zip(&expected).all(|(x, y)| (x - y).abs() <= tolerance));
-        let vectors = found.vectors(places.iter().copied()).unwrap();
+        let vectors = product(q.as_ref(), found.vectors(places.iter().copied()).unwrap().as_ref());
         let scaled = Mat::from_fn(n, places.len(), |i, j| vectors[(i, j)] * found.values[places[j]]);
         assert!((a * &vectors - scaled).norm_max() <= tolerance);
         let identity = Mat::<f64>::identity(places.len(), places.len());
@@ -162,7 +182,7 @@ mod tests {
 
     #[test]
     fn equal_eigenvalues_are_none_of_its_business() {
-        let found = SelectedEigen::of(Mat::identity(5, 5)).unwrap();
+        let (found, _) = SelectedEigen::of(Mat::identity(5, 5)).unwrap();
         assert!(found.vectors([0, 1].into_iter()).is_none());
         assert_eq!(found.vectors(std::iter::empty()).unwrap().ncols(), 0);
     }

@@ -12,7 +12,7 @@ use crate::cancel::CancelToken;
 use crate::dtype::DType;
 use crate::low_rank::{Buffers, Side, Term, Values};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
-use crate::product_svd::{Basis, Decomposition, Form};
+use crate::product_svd::{Basis, Decomposition, Form, by_reflections, scale_columns};
 use crate::source::{Buffer, Computed, StoredMatrix};
 use crate::triangular::Precision;
 use crate::{Error, Result};
@@ -57,7 +57,7 @@ pub fn rebuild_all(
 
 impl Truncation {
     fn rebuild(&self, cancel: &CancelToken) -> Result<Factors> {
-        let factors = self.factors()?;
+        let factors = self.factors(cancel)?;
         if !self.decomposition.reads_memory() {
             return Ok(factors);
         }
@@ -73,8 +73,9 @@ impl Truncation {
     /// The factors, computed whenever they are needed.
     ///
     /// # Errors
-    /// [`Error::InvalidInput`] if there is not one mark per value.
-    pub fn factors(&self) -> Result<Factors> {
+    /// [`Error::InvalidInput`] if there is not one mark per value; those of a decomposition, where it has to be
+    /// done anew.
+    pub fn factors(&self, cancel: &CancelToken) -> Result<Factors> {
         let Self { decomposition, keep } = self;
         let values = &decomposition.singular_values;
         if keep.len() != values.len() {
@@ -88,17 +89,21 @@ impl Truncation {
                 let columns = |of: &Arc<Values>| Source::Columns { of: Arc::clone(of), kept: kept.clone() };
                 (columns(b), columns(a))
             }
-            Form::Basis { terms, core, b, a } => {
-                let found = core.kept(&kept)?;
+            Form::Basis { terms, rotation, b, a } => {
+                let Some([mut left, mut right]) = rotation.columns([&b.columns, &a.columns], &kept) else {
+                    return self.by_reflections(terms, cancel);
+                };
                 // What rounding left of zeros is none of the triplets.
-                let root = |(i, s): (&usize, &f64)| if values[*i] > 0.0 { s.sqrt() } else { 0.0 };
-                let roots: Vec<f64> = kept.iter().zip(&found.singular_values).map(root).collect();
-                let times = |basis: &Basis, vectors: &Mat<f64>| Source::Product {
+                let roots: Vec<f64> = kept.iter().map(|&i| values[i].sqrt()).collect();
+                let inverse = |root: &f64| if *root > 0.0 { root.recip() } else { 0.0 };
+                scale_columns(&mut left, &roots.iter().map(inverse).collect::<Vec<_>>());
+                scale_columns(&mut right, &roots);
+                let times = |by, basis: &Basis| Source::Product {
                     terms: Arc::clone(terms),
-                    by: basis.columns(vectors.as_ref(), &roots),
+                    by,
                     precision: basis.precision,
                 };
-                (times(b, &found.u), times(a, &found.v))
+                (times(left, b), times(right, a))
             }
         };
         let dtype = decomposition.dtype();
@@ -106,6 +111,14 @@ impl Truncation {
             StoredMatrix::computed(Arc::new(Factor { source, side, length }), dtype, shape)
         };
         Ok(Factors { b: factor(Side::B, b, out, (out, k)), a: factor(Side::A, a, fan_in, (k, fan_in)) })
+    }
+
+    /// The factors by the decomposition that needs no bound.
+    fn by_reflections(&self, terms: &[Term], cancel: &CancelToken) -> Result<Factors> {
+        let Self { decomposition, keep } = self;
+        let ((out, fan_in), rank) = (decomposition.shape, keep.len());
+        let again = by_reflections(terms, (out, fan_in, rank), &mut Buffers::default(), cancel)?;
+        Self { decomposition: Arc::new(again), keep: keep.clone() }.factors(cancel)
     }
 }
 
