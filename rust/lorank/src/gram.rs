@@ -17,7 +17,7 @@ use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
 use crate::number::Number;
 use crate::parallel::Strategy;
-use crate::stacked::Stacked;
+use crate::stacked::{Stacked, gram_scratch as thin_scratch};
 use crate::strips::{STRIP, each_column_strip, each_row_strip};
 use crate::thin::THIN;
 
@@ -37,6 +37,9 @@ const fn strip(p: usize) -> usize {
 #[must_use]
 pub fn gram_scratch<T: Number>(rows: usize, cols: usize) -> StackReq {
     let p = rows.min(cols);
+    if p <= THIN {
+        return thin_scratch::<f64>(p);
+    }
     let depth = depth(p, rows.max(cols));
     temp_mat_scratch::<T>(p, depth).or(temp_mat_scratch::<T>(depth, p))
 }
@@ -59,7 +62,7 @@ pub fn gram<T: Number>(
     let wide = view.wide();
     let (p, m) = (wide.rows(), wide.cols());
     if p <= THIN {
-        return thin_gram(&wide, scale, cancel, gram);
+        return thin_gram(&wide, scale, cancel, gram, stack);
     }
     let depth = depth(p, m);
     gram.fill(T::default());
@@ -109,8 +112,9 @@ fn thin_gram<T: Number>(
     scale: f64,
     cancel: &CancelToken,
     mut gram: MatMut<'_, T>,
+    stack: &mut MemStack,
 ) -> Result<()> {
-    let found = Stacked::new(vec![*wide]).scaled(scale).gram::<f64>(cancel)?;
+    let found = Stacked::new(vec![*wide]).scaled(scale).gram::<f64>(stack, cancel)?;
     for j in 0..wide.rows() {
         for i in j..wide.rows() {
             gram[(i, j)] = T::of(found.values[i * found.order + j]);

@@ -6,6 +6,7 @@ use crate::cancel::CancelToken;
 use crate::exponent::power_of_two;
 use crate::source::{Buffer, StoredMatrix};
 use crate::stacked::Stacked;
+use crate::workspace::Scratch;
 use crate::{Error, Result};
 
 /// One term of an update: `weight * B A`.
@@ -19,8 +20,14 @@ pub struct Term {
     pub weight: f64,
 }
 
-/// The factors at hand, a buffer for each term.
-pub type Buffers = Vec<Buffer>;
+/// Memory that one update after the other uses.
+#[derive(Default)]
+pub struct Buffers {
+    /// The factors at hand, a buffer for each term.
+    pub(crate) factors: Vec<Buffer>,
+    /// What products with them need.
+    pub(crate) scratch: Scratch,
+}
 
 /// Numbers: float32 unless a factor was float64.
 #[derive(Clone, Debug, PartialEq)]
@@ -80,7 +87,7 @@ impl Side {
     pub(crate) fn stacked<'a>(
         self,
         terms: &'a [Term],
-        buffers: &'a mut Buffers,
+        buffers: &'a mut Vec<Buffer>,
         cancel: &CancelToken,
     ) -> Result<Stacked<'a>> {
         buffers.resize_with(buffers.len().max(terms.len()), Buffer::default);

@@ -23,7 +23,7 @@ use pulp::{Simd, WithSimd};
 use crate::band::WIDTH;
 use crate::number::Number;
 use crate::simd::dispatch;
-use crate::thin::{Panel, SumsOfRows};
+use crate::thin::{Panel, SumsOfRows, sums_of_rows};
 
 /// Columns that are read side by side.
 const BESIDE: usize = 4;
@@ -49,7 +49,8 @@ pub(crate) fn factor_panel<T: Number>(panel: MatMut<'_, T>, v: &mut [T], t: MatM
     for (column, r) in panel.col_iter_mut().zip(r.chunks_exact(WIDTH)) {
         column.iter_mut().zip(r).for_each(|(to, from)| *to = *from);
     }
-    let mut sums = SumsOfRows::<T>::zeros(WIDTH);
+    let mut memory = [0.0; sums_of_rows::<f32>(WIDTH)];
+    let mut sums = SumsOfRows::<T>::new(WIDTH, &mut memory);
     sums.add(Panel { values: v, stride, cols: stride });
     write_products(&sums.gram(), t);
 }

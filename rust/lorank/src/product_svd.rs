@@ -150,6 +150,7 @@ pub(crate) fn by_reflections(
     buffers: &mut Buffers,
     cancel: &CancelToken,
 ) -> Result<Decomposition> {
+    let buffers = &mut buffers.factors;
     buffers.resize_with(buffers.len().max(1), Buffer::default);
     let buffer = &mut buffers[0];
     let scales = Scales::of(update, buffer, cancel)?;

@@ -347,6 +347,7 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::Checkpoint;
+    use crate::low_rank::Buffers;
     use crate::safetensors::SafetensorsFile;
     use crate::source::Computed;
 
@@ -510,7 +511,7 @@ mod tests {
     struct Threes(f32);
 
     impl Computed for Threes {
-        fn compute(&self, out: &mut [u8], _: &mut Vec<Buffer>, cancel: &CancelToken) -> Result<()> {
+        fn compute(&self, out: &mut [u8], _: &mut Buffers, cancel: &CancelToken) -> Result<()> {
             cancel.check()?;
             let (last, others) = out.as_chunks_mut().0.split_last_mut().unwrap();
             others.fill(3f32.to_le_bytes());

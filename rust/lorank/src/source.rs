@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::cancel::CancelToken;
 use crate::checkpoint::StoredTensor;
 use crate::dtype::DType;
+use crate::low_rank::Buffers;
 use crate::matrix::MatrixView;
 use crate::{Error, Result};
 
@@ -25,11 +26,11 @@ enum Storage {
 }
 
 /// Memory that one matrix after the other is loaded into: it grows and never shrinks.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Buffer {
     pub(crate) bytes: Vec<u8>,
     /// What a matrix is computed of.
-    pub(crate) parts: Vec<Buffer>,
+    pub(crate) parts: Buffers,
 }
 
 impl Buffer {
@@ -49,7 +50,7 @@ pub trait Computed: Send + Sync {
     ///
     /// # Errors
     /// Those of the computation, and of reading what it needs.
-    fn compute(&self, out: &mut [u8], parts: &mut Vec<Buffer>, cancel: &CancelToken) -> Result<()>;
+    fn compute(&self, out: &mut [u8], parts: &mut Buffers, cancel: &CancelToken) -> Result<()>;
 }
 
 /// A matrix that becomes a [`MatrixView`] when it is needed.

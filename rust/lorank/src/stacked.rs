@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+use faer::dyn_stack::{DynArray, MemStack, StackReq};
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
 
@@ -14,7 +15,10 @@ use crate::Result;
 use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
 use crate::number::Number;
-use crate::thin::{HIGH, Panel, SUMMANDS, SumsOfRows, add_gram_of_columns, multiply, multiply_transposed};
+use crate::simd::LINE;
+use crate::thin::{
+    HIGH, Panel, SUMMANDS, SumsOfRows, add_gram_of_columns, multiply, multiply_transposed, sums_of_rows,
+};
 
 /// Bytes of a panel that is read once and multiplied many times: a level-1 cache's worth.
 const PANEL: usize = 32 << 10;
@@ -61,20 +65,27 @@ impl<'a> Stacked<'a> {
     }
 
     /// `X X^T`, in the arithmetic of `T`: see [`thin`](crate::thin).
-    pub(crate) fn gram<T: Number>(&self, cancel: &CancelToken) -> Result<Gram> {
+    ///
+    /// Needs the memory that [`gram_scratch`] says.
+    pub(crate) fn gram<T: Number>(&self, stack: &mut MemStack, cancel: &CancelToken) -> Result<Gram> {
         let order = self.rank().next_multiple_of(T::WIDEST);
         let by_columns = self.parts.first().is_some_and(MatrixView::is_column_major);
         let values = if by_columns {
-            self.gram_of_columns::<T>(order, cancel)
+            self.gram_of_columns::<T>(order, stack, cancel)
         } else {
-            self.gram_of_rows::<T>(order, cancel)
+            self.gram_of_rows::<T>(order, stack, cancel)
         };
         Ok(Gram { values: values?, order })
     }
 
-    fn gram_of_columns<T: Number>(&self, order: usize, cancel: &CancelToken) -> Result<Vec<f64>> {
+    fn gram_of_columns<T: Number>(
+        &self,
+        order: usize,
+        stack: &mut MemStack,
+        cancel: &CancelToken,
+    ) -> Result<Vec<f64>> {
         let depth = panel_length::<T>(order);
-        let mut panel = vec![T::default(); order * depth];
+        let (mut panel, _) = zeros::<T>(order * depth, stack);
         let mut gram = vec![0.0; order * order];
         for columns in self.panels(depth) {
             cancel.check()?;
@@ -83,10 +94,16 @@ impl<'a> Stacked<'a> {
         Ok(gram)
     }
 
-    fn gram_of_rows<T: Number>(&self, order: usize, cancel: &CancelToken) -> Result<Vec<f64>> {
+    fn gram_of_rows<T: Number>(
+        &self,
+        order: usize,
+        stack: &mut MemStack,
+        cancel: &CancelToken,
+    ) -> Result<Vec<f64>> {
         let depth = row_length::<T>(order);
-        let mut panel = vec![T::default(); order * depth];
-        let mut sums = SumsOfRows::<T>::zeros(order);
+        let (mut panel, stack) = zeros::<T>(order * depth, stack);
+        let (mut memory, _) = zeros::<f64>(sums_of_rows::<T>(order), stack);
+        let mut sums = SumsOfRows::<T>::new(order, &mut memory);
         for columns in self.panels(depth) {
             cancel.check()?;
             sums.add(self.rows(columns, order, &mut panel));
@@ -99,13 +116,15 @@ impl<'a> Stacked<'a> {
         &self,
         y: MatRef<'_, f64>,
         out: &mut [u8],
+        stack: &mut MemStack,
         cancel: &CancelToken,
     ) -> Result<()> {
         let (order, k) = (self.rank().next_multiple_of(T::WIDEST), y.ncols());
         let width = k.next_multiple_of(T::WIDEST / 2);
         let y: Vec<T> = padded(order, width, |i, j| if i < y.nrows() && j < k { y[(i, j)] } else { 0.0 });
         let depth = panel_length::<T>(order);
-        let (mut panel, mut product) = (vec![T::default(); depth * order], vec![T::default(); depth * width]);
+        let (mut panel, stack) = zeros::<T>(depth * order, stack);
+        let (mut product, _) = zeros::<T>(depth * width, stack);
         let out = out.as_chunks_mut::<PLACE>().0;
         for columns in self.panels(depth) {
             cancel.check()?;
@@ -124,6 +143,7 @@ impl<'a> Stacked<'a> {
         &self,
         y: MatRef<'_, f64>,
         out: &mut [u8],
+        stack: &mut MemStack,
         cancel: &CancelToken,
     ) -> Result<()> {
         let (order, k, length) = (self.rank(), y.ncols(), self.length());
@@ -132,7 +152,8 @@ impl<'a> Stacked<'a> {
         let depth = panel_length::<T>(order);
         // An odd number of cache lines apart, rows do not compete for the same places of the cache.
         let stride = depth + T::WIDEST;
-        let (mut panel, mut product) = (vec![T::default(); order * stride], vec![T::default(); k * stride]);
+        let (mut panel, stack) = zeros::<T>(order * stride, stack);
+        let (mut product, _) = zeros::<T>(k * stride, stack);
         for columns in self.panels(depth) {
             cancel.check()?;
             let (first, count) = (columns.start, columns.len());
@@ -229,6 +250,31 @@ impl<'a> Stacked<'a> {
             first += part.rows();
         }
     }
+}
+
+/// The memory that a Gram matrix of so many rows needs.
+pub(crate) fn gram_scratch<T: Number>(rank: usize) -> StackReq {
+    let order = rank.next_multiple_of(T::WIDEST);
+    let columns = room::<T>(order * panel_length::<T>(order));
+    let rows = room::<T>(order * row_length::<T>(order));
+    columns.or(rows.and(room::<f64>(sums_of_rows::<T>(order))))
+}
+
+/// The memory that a product of so many rows with `k` vectors needs.
+pub(crate) fn product_scratch<T: Number>(rank: usize, k: usize) -> StackReq {
+    let order = rank.next_multiple_of(T::WIDEST);
+    let width = k.next_multiple_of(T::WIDEST / 2);
+    // Rows have gaps between them.
+    let stride = panel_length::<T>(rank) + T::WIDEST;
+    room::<T>(order * stride).and(room::<T>(width * stride))
+}
+
+fn room<T: Number>(count: usize) -> StackReq {
+    StackReq::new_aligned::<T>(count, LINE)
+}
+
+fn zeros<T: Number>(count: usize, stack: &mut MemStack) -> (DynArray<'_, T>, &mut MemStack) {
+    stack.make_aligned_with(count, LINE, |_| T::default())
 }
 
 /// Columns of a panel of so many rows: a multiple of [`SUMMANDS`].

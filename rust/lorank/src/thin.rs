@@ -55,24 +55,28 @@ pub(crate) fn add_gram_of_columns<T: Number>(panel: &[T], p: usize, gram: &mut [
 
 /// The lower triangle of a Gram matrix of rows, and what shares a tile with it, before the lanes of vectors are
 /// summed up: to do so after every panel would take a quarter of the time.
-pub(crate) struct SumsOfRows<T> {
+pub(crate) struct SumsOfRows<'a, T> {
     p: usize,
     lanes: usize,
     /// For every [`ABOVE`] rows, their products with one row after the other, lane by lane.
-    sums: Vec<f64>,
+    sums: &'a mut [f64],
     number: PhantomData<T>,
 }
 
-impl<T: Number> SumsOfRows<T> {
-    /// Of `p` rows, a multiple of [`ABOVE`].
-    pub(crate) fn zeros(p: usize) -> Self {
-        let lanes = dispatch(Lanes(PhantomData::<T>));
-        Self { p, lanes, sums: vec![0.0; place(p, 0) * lanes], number: PhantomData }
+/// Numbers that the sums of `p` rows take at most.
+pub(crate) const fn sums_of_rows<T: Number>(p: usize) -> usize {
+    place(p, 0) * T::WIDEST
+}
+
+impl<'a, T: Number> SumsOfRows<'a, T> {
+    /// Of `p` rows, a multiple of [`ABOVE`]; `sums` are [`sums_of_rows`] zeros.
+    pub(crate) fn new(p: usize, sums: &'a mut [f64]) -> Self {
+        Self { p, lanes: dispatch(Lanes(PhantomData::<T>)), sums, number: PhantomData }
     }
 
     /// `G += X X^T` for a padded panel of rows.
     pub(crate) fn add(&mut self, panel: Panel<'_, T>) {
-        dispatch(GramOfRows { panel, p: self.p, sums: &mut self.sums });
+        dispatch(GramOfRows { panel, p: self.p, sums: self.sums });
     }
 
     /// `G (p, p)`, row-major.
@@ -529,7 +533,8 @@ mod tests {
         let columns: Vec<T> = (0..p * depth).map(|n| rows[n % p * depth + n / p]).collect();
         on_every_path(|path| {
             // What was there stays.
-            let (mut sums, mut of_columns) = (SumsOfRows::<T>::zeros(p), vec![1.0; p * p]);
+            let mut memory = vec![0.0; sums_of_rows::<T>(p)];
+            let (mut sums, mut of_columns) = (SumsOfRows::<T>::new(p, &mut memory), vec![1.0; p * p]);
             let lanes = sums.lanes;
             sums.sums.iter_mut().step_by(lanes).for_each(|lane| *lane = 1.0);
             sums.add(Panel { values: &rows, stride: depth, cols: depth });

@@ -13,7 +13,7 @@ use crate::Result;
 use crate::cancel::CancelToken;
 use crate::dense::{cholesky, product};
 use crate::low_rank::{Buffers, Side, Term};
-use crate::stacked::Gram;
+use crate::stacked::{Gram, gram_scratch};
 use crate::thin::SUMMANDS;
 
 /// The arithmetic of a Gram matrix, and of products with what follows from it.
@@ -73,17 +73,19 @@ pub(crate) fn triangular(
     buffers: &mut Buffers,
     cancel: &CancelToken,
 ) -> Result<Option<Triangular>> {
-    let stacked = side.stacked(terms, buffers, cancel)?;
-    let length = stacked.length();
-    if !(1..=length).contains(&stacked.rank()) {
+    let Buffers { factors, scratch } = buffers;
+    let stacked = side.stacked(terms, factors, cancel)?;
+    let (rank, length) = (stacked.rank(), stacked.length());
+    if !(1..=length).contains(&rank) {
         return Ok(None);
     }
     let weights = side.weights(terms);
-    let single = factored(&stacked.gram::<f32>(cancel)?, &weights, length, Precision::Single);
-    if single.is_some() {
-        return Ok(single);
+    let gram = stacked.gram::<f32>(scratch.stack(gram_scratch::<f32>(rank))?, cancel)?;
+    if let Some(single) = factored(&gram, &weights, length, Precision::Single) {
+        return Ok(Some(single));
     }
-    Ok(factored(&stacked.gram::<f64>(cancel)?, &weights, length, Precision::Double))
+    let gram = stacked.gram::<f64>(scratch.stack(gram_scratch::<f64>(rank))?, cancel)?;
+    Ok(factored(&gram, &weights, length, Precision::Double))
 }
 
 fn factored(gram: &Gram, weights: &[f64], length: usize, precision: Precision) -> Option<Triangular> {

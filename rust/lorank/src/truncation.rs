@@ -6,14 +6,16 @@
 
 use std::sync::Arc;
 
-use faer::Mat;
+use faer::{Mat, MatRef};
 
 use crate::cancel::CancelToken;
 use crate::dtype::DType;
 use crate::low_rank::{Buffers, Side, Term, Values};
+use crate::number::Number;
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::product_svd::{Basis, Decomposition, Form, by_reflections, scale_columns};
 use crate::source::{Buffer, Computed, StoredMatrix};
+use crate::stacked::product_scratch;
 use crate::triangular::Precision;
 use crate::{Error, Result};
 
@@ -165,17 +167,29 @@ impl Computed for Factor {
             },
             // Terms need not be read to keep nothing of them.
             Source::Product { by, .. } if by.ncols() == 0 => {}
-            Source::Product { terms, by, precision } => {
-                let stacked = self.side.stacked(terms, parts, cancel)?;
-                let by = by.as_ref();
-                match (self.side, precision) {
-                    (Side::B, Precision::Single) => stacked.transposed_times::<f32>(by, out, cancel)?,
-                    (Side::B, Precision::Double) => stacked.transposed_times::<f64>(by, out, cancel)?,
-                    (Side::A, Precision::Single) => stacked.times::<f32>(by, out, cancel)?,
-                    (Side::A, Precision::Double) => stacked.times::<f64>(by, out, cancel)?,
-                }
-            }
+            Source::Product { terms, by, precision } => match precision {
+                Precision::Single => self.multiply::<f32>(terms, by.as_ref(), out, parts, cancel)?,
+                Precision::Double => self.multiply::<f64>(terms, by.as_ref(), out, parts, cancel)?,
+            },
         }
         Ok(())
+    }
+}
+
+impl Factor {
+    fn multiply<T: Number>(
+        &self,
+        terms: &[Term],
+        by: MatRef<'_, f64>,
+        out: &mut [u8],
+        Buffers { factors, scratch }: &mut Buffers,
+        cancel: &CancelToken,
+    ) -> Result<()> {
+        let stacked = self.side.stacked(terms, factors, cancel)?;
+        let stack = scratch.stack(product_scratch::<T>(by.nrows(), by.ncols()))?;
+        match self.side {
+            Side::B => stacked.transposed_times::<T>(by, out, stack, cancel),
+            Side::A => stacked.times::<T>(by, out, stack, cancel),
+        }
     }
 }
