@@ -22,7 +22,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use crate::number::Number;
-use crate::panel_qr::{factor_panel, padded};
+use crate::panel_qr::{factor_panel, factor_panel_scratch, padded};
 use crate::parallel::Strategy;
 use crate::simd::LINE;
 use crate::strips::{STRIP, each_column_strip, each_row_strip};
@@ -63,7 +63,7 @@ pub fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
     let reflections = StackReq::new_aligned::<T>(padded::<T>(n) * WIDTH, LINE);
     let products = temp_mat_scratch::<T>(WIDTH, n * groups(n));
     let small = temp_mat_scratch::<T>(WIDTH, WIDTH).array(3);
-    StackReq::all_of(&[updates, reflections, products, small])
+    StackReq::all_of(&[updates, reflections, products, small, factor_panel_scratch::<T>()])
 }
 
 /// Reduces the symmetric matrix in the lower triangle of `a`, `(n, n)`, and writes `band`, of
@@ -118,7 +118,7 @@ fn reduce_panel<T: Number>(
     let mut t = t.as_mat_mut();
     let stride = padded::<T>(below);
     let (mut v, stack) = stack.make_aligned_with(stride * WIDTH, LINE, |_| T::default());
-    factor_panel(done.submatrix_mut(first, panel, below, WIDTH), &mut v, t.rb_mut());
+    factor_panel(done.submatrix_mut(first, panel, below, WIDTH), &mut v, t.rb_mut(), stack);
     let v = MatRef::from_column_major_slice_with_stride(&v, below, count, stride);
     let t = t.rb();
 

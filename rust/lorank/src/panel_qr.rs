@@ -17,12 +17,13 @@
 #![allow(clippy::inline_always)]
 
 use faer::MatMut;
+use faer::dyn_stack::{MemStack, StackReq};
 use faer::prelude::{Reborrow, ReborrowMut};
 use pulp::{Simd, WithSimd};
 
 use crate::band::WIDTH;
 use crate::number::Number;
-use crate::simd::dispatch;
+use crate::simd::{LINE, dispatch};
 use crate::thin::{Panel, SumsOfRows, sums_of_rows};
 
 /// Columns that are read side by side.
@@ -34,10 +35,20 @@ pub(crate) const fn padded<T: Number>(rows: usize) -> usize {
     rows.next_multiple_of(T::WIDEST)
 }
 
+/// The memory that [`factor_panel`] needs.
+pub(crate) fn factor_panel_scratch<T: Number>() -> StackReq {
+    StackReq::new_aligned::<f64>(sums_of_rows::<T>(WIDTH), LINE)
+}
+
 /// Factors `panel`, `(m, WIDTH)`: its upper triangle becomes `R`, what lies below is unspecified. `V`, with
 /// ones on its diagonal and zeros above, is written to `v`, column by column of [`padded`]`(m)` numbers, and
 /// the upper triangle of `T` to `t`, `(k, k)` for `k = min(m, WIDTH)` reflections.
-pub(crate) fn factor_panel<T: Number>(panel: MatMut<'_, T>, v: &mut [T], t: MatMut<'_, T>) {
+pub(crate) fn factor_panel<T: Number>(
+    panel: MatMut<'_, T>,
+    v: &mut [T],
+    t: MatMut<'_, T>,
+    stack: &mut MemStack,
+) {
     let (rows, stride) = (panel.nrows(), padded::<T>(panel.nrows()));
     for (j, column) in v.chunks_exact_mut(stride).enumerate() {
         let (own, padding) = column.split_at_mut(rows);
@@ -49,7 +60,7 @@ pub(crate) fn factor_panel<T: Number>(panel: MatMut<'_, T>, v: &mut [T], t: MatM
     for (column, r) in panel.col_iter_mut().zip(r.chunks_exact(WIDTH)) {
         column.iter_mut().zip(r).for_each(|(to, from)| *to = *from);
     }
-    let mut memory = [0.0; sums_of_rows::<f32>(WIDTH)];
+    let (mut memory, _) = stack.make_aligned_with(sums_of_rows::<T>(WIDTH), LINE, |_| 0.0);
     let mut sums = SumsOfRows::<T>::new(WIDTH, &mut memory);
     sums.add(Panel { values: v, stride, cols: stride });
     write_products(&sums.gram(), t);
@@ -239,6 +250,7 @@ fn advance_four<T: Number, S: Simd>(
 #[cfg(test)]
 mod tests {
     use faer::Mat;
+    use faer::dyn_stack::MemBuffer;
     use proptest::prelude::{ProptestConfig, proptest};
 
     use super::*;
@@ -251,7 +263,8 @@ mod tests {
         on_every_path(|path| {
             let (mut r, mut t) = (panel.clone(), Mat::zeros(count, count));
             let mut v = vec![T::of(f64::NAN); stride * WIDTH];
-            factor_panel(r.as_mut(), &mut v, t.as_mut());
+            let mut memory = MemBuffer::new(factor_panel_scratch::<T>());
+            factor_panel(r.as_mut(), &mut v, t.as_mut(), MemStack::new(&mut memory));
             let v = Mat::from_fn(rows, count, |i, j| v[j * stride + i].to_f64());
             for j in 0..count {
                 assert!((0..j).all(|i| v[(i, j)] == 0.0), "{path:?}");
