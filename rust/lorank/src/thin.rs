@@ -40,8 +40,8 @@ pub(crate) const HIGH: usize = 8;
 /// Rows of a tile of inner products.
 const ABOVE: usize = 4;
 
-/// Most rows of a tile of a product with a transpose: with two vectors beside each other their sums fill 24 of 32 registers, with one
-/// 12 of 16.
+/// Most rows of a tile of a product with a transpose: with two vectors beside each other, their sums fill 24 of 32
+/// registers, with one 12 of 16.
 const TALLEST: usize = 12;
 
 /// `G += X X^T` for a padded panel of whole columns, one after the other: the lower triangle of `G (p, p)`,

@@ -19,7 +19,7 @@ use crate::thin::SUMMANDS;
 /// The arithmetic of a Gram matrix, and of products with what follows from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Precision {
-    /// float32, sums widened to float64 every [`SUMMANDS`] numbers.
+    /// float32, two sums of [`SUMMANDS`] numbers widened to float64 at a time.
     Single,
     /// float64.
     Double,

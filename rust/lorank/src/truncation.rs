@@ -14,7 +14,7 @@ use crate::low_rank::{Buffers, Side, Term, Values};
 use crate::number::Number;
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::product_svd::{Basis, Decomposition, Form, by_reflections, scale_columns};
-use crate::source::{Buffer, Computed, StoredMatrix};
+use crate::source::{Computed, StoredMatrix};
 use crate::stacked::product_scratch;
 use crate::triangular::Precision;
 use crate::{Error, Result};
@@ -50,24 +50,26 @@ pub fn rebuild_all(
 ) -> Result<()> {
     let order = costliest_first(truncations.iter().map(|t| t.decomposition.cost()));
     pool(threads)?.install(|| {
-        side_by_side(&order, threads, cancel, &|i, (): &mut ()| {
-            emit(i, guarded(|| truncations[i].rebuild(cancel)));
+        side_by_side(&order, threads, cancel, &|i, buffers: &mut Buffers| {
+            emit(i, guarded(|| truncations[i].rebuild(buffers, cancel)));
         });
         cancel.check()
     })
 }
 
 impl Truncation {
-    fn rebuild(&self, cancel: &CancelToken) -> Result<Factors> {
+    fn rebuild(&self, buffers: &mut Buffers, cancel: &CancelToken) -> Result<Factors> {
         let factors = self.factors(cancel)?;
         if !self.decomposition.reads_memory() {
             return Ok(factors);
         }
-        let hold = |matrix: &StoredMatrix| {
-            let mut buffer = Buffer::default();
-            matrix.load(&mut buffer, cancel)?;
+        let mut hold = |matrix: &StoredMatrix| {
+            let mut bytes = vec![0; matrix.size()];
+            if let Some(values) = matrix.computation() {
+                values.compute(&mut bytes, buffers, cancel)?;
+            }
             let (rows, cols) = matrix.shape();
-            StoredMatrix::in_memory(Arc::new(buffer.bytes), matrix.dtype(), (rows, cols), (cols, 1))
+            StoredMatrix::in_memory(Arc::new(bytes), matrix.dtype(), (rows, cols), (cols, 1))
         };
         Ok(Factors { b: hold(&factors.b)?, a: hold(&factors.a)? })
     }
@@ -190,6 +192,54 @@ impl Factor {
         match self.side {
             Side::B => stacked.transposed_times::<T>(by, out, stack, cancel),
             Side::A => stacked.times::<T>(by, out, stack, cancel),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::product_svd::decompose;
+    use crate::source::Buffer;
+
+    fn stored(rows: usize, cols: usize, seed: usize) -> StoredMatrix {
+        let value =
+            |i: usize| (((i * 7919 + seed * 131 + i * i * 3) % 1013) as f32 / 507.0 - 1.0).to_le_bytes();
+        let bytes: Vec<u8> = (0..rows * cols).flat_map(value).collect();
+        StoredMatrix::in_memory(Arc::new(bytes), DType::F32, (rows, cols), (cols, 1)).unwrap()
+    }
+
+    fn product(Factors { b, a }: &Factors) -> Mat<f64> {
+        let dense = |matrix: &StoredMatrix| {
+            let (mut buffer, (rows, cols)) = (Buffer::default(), matrix.shape());
+            let mut out = Mat::<f64>::zeros(rows, cols);
+            matrix.load(&mut buffer, &CancelToken::default()).unwrap().upcast(
+                0..rows,
+                0..cols,
+                1.0,
+                out.as_mut(),
+            );
+            out
+        };
+        dense(b) * dense(a)
+    }
+
+    #[test]
+    fn both_decompositions_give_the_same_factors() {
+        let cancel = CancelToken::default();
+        let update = vec![Term { b: stored(60, 12, 1), a: stored(12, 70, 2), weight: 0.5 }];
+        let found = decompose(&update, &mut Buffers::default(), &cancel).unwrap();
+        assert!(matches!(found.form, Form::Basis { .. }));
+        let decomposition = Arc::new(found);
+        for kept in [0, 1, 5, 12] {
+            let keep = (0..12).map(|i| i < kept).collect();
+            let truncation = Truncation { decomposition: Arc::clone(&decomposition), keep };
+            let (fast, slow) =
+                (truncation.factors(&cancel).unwrap(), truncation.by_reflections(&update, &cancel).unwrap());
+            assert_eq!((fast.b.shape(), fast.a.shape()), ((60, kept), (kept, 70)));
+            assert_eq!((slow.b.shape(), slow.a.shape()), ((60, kept), (kept, 70)));
+            let size = decomposition.singular_values[0];
+            assert!((product(&fast) - product(&slow)).norm_max() <= 1e-6 * size);
         }
     }
 }
