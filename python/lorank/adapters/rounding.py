@@ -31,7 +31,7 @@ def added(
     layouts: Mapping[str, profiles.Layout],
     keys: Mapping[str, tuple[str, str]],
     file: Path,
-    dtype: Dtype | None,
+    types: Mapping[str, str],
 ) -> float | None:
     """``||.||_F`` between the updates in memory and in the file; None if no type is narrow.
 
@@ -41,10 +41,9 @@ def added(
         What was written, how, and under which keys of B and A.
     file
         Where.
-    dtype
-        The type that was asked for.
+    types
+        Of the modules that may have been rounded, as from `narrow`.
     """
-    types = narrow(adapter, layouts, dtype)
     if not types:
         return None
     written = FileTensors(file)

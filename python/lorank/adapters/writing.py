@@ -107,15 +107,18 @@ def write_adapter(
         staged_folder(job.folder, () if job.alone else (PICKLED_WEIGHTS, CERTIFICATE)) as staging,
         ThreadPoolExecutor(1) as beside,
     ):
-        # The texts take as long as a tenth of the factors does: they are written meanwhile.
-        texts = [beside.submit(_write_settings, job, staging)] if adapter.format == "peft" else []
-        told = not job.alone
-        if told and not rounding.narrow(adapter, job.layouts, job.dtype):
-            texts.append(beside.submit(_write_words, job, staging, adapter.certificate))
-            told = False
-        certificate, notes = _write_weights(job, staging)
-        notes += [note for text in texts for note in text.result()]
-        if told:
+        narrow = rounding.narrow(adapter, job.layouts, job.dtype)
+        # Python writes texts while the core writes factors, but for words that tell of their rounding.
+        settings = beside.submit(_write_settings, job, staging) if adapter.format == "peft" else None
+        words = (
+            None if narrow or job.alone else beside.submit(_write_words, job, staging, adapter.certificate)
+        )
+        certificate, notes = _write_weights(job, staging, narrow)
+        if settings is not None:
+            settings.result()
+        if words is not None:
+            notes += words.result()
+        elif not job.alone:
             notes += _write_words(job, staging, certificate)
     return Written(job.folder / job.file, certificate, job.stored_parameters, [*notes, *_padding_note(job)])
 
@@ -144,12 +147,14 @@ def _check_target(job: _Job, overwrite: bool) -> None:
         raise FileExistsError(f"{job.folder}: is not empty (overwrite replaces the adapter in it)")
 
 
-def _write_weights(job: _Job, staging: Path) -> tuple[Certificate | None, list[str]]:
-    """Write the factors; the certificate with what rounding added, or a note of that."""
+def _write_weights(
+    job: _Job, staging: Path, narrow: Mapping[str, str]
+) -> tuple[Certificate | None, list[str]]:
+    """Write the factors; the certificate with what rounding to narrow types added, or a note of that."""
     tensors = _tensors(job)
     file = staging / job.file
     _core.write_safetensors(file, tensors, _metadata(job, job.adapter.certificate), job.threads)
-    added = rounding.added(job.adapter, job.layouts, job.keys, file, job.dtype)
+    added = rounding.added(job.adapter, job.layouts, job.keys, file, narrow)
     if added is None:
         return job.adapter.certificate, []
     if job.adapter.certificate is None:
@@ -172,11 +177,9 @@ def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:
     return metadata | words
 
 
-def _write_settings(job: _Job, staging: Path) -> list[str]:
-    """Write PEFT's settings; nothing to note."""
+def _write_settings(job: _Job, staging: Path) -> None:
     settings = profiles.settings(job.adapter, job.profile)
     (staging / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
-    return []
 
 
 def _write_words(job: _Job, staging: Path, certificate: Certificate | None) -> list[str]:

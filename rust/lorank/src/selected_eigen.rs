@@ -83,10 +83,7 @@ fn reduced(mut a: Mat<f64>) -> (Tridiagonal, Mat<f64>) {
     with_memory(tridiag_in_place_scratch::<f64>(n, Par::Seq, Spec::default()), |stack| {
         tridiag_in_place(a.as_mut(), factors.as_mut(), Par::Seq, stack, Spec::default());
     });
-    let tridiagonal = Tridiagonal {
-        diagonal: (0..n).map(|i| a[(i, i)]).collect(),
-        off_diagonal: (1..n).map(|i| a[(i, i - 1)]).collect(),
-    };
+    let tridiagonal = Tridiagonal::of_reduced(a.as_ref());
     let mut q = Mat::identity(n, n);
     if n > 1 {
         let request =

@@ -7,8 +7,8 @@ use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::evd::tridiag::{tridiag_in_place, tridiag_in_place_scratch};
 use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
 use faer::mat::AsMatMut;
-use faer::prelude::ReborrowMut;
-use faer::{MatMut, Par, Spec};
+use faer::prelude::{Reborrow, ReborrowMut};
+use faer::{MatMut, MatRef, Par, Spec};
 
 use crate::band::{position, reduce_to_band, reduce_to_band_scratch, storage};
 use crate::bulge::reduce_to_tridiagonal;
@@ -23,6 +23,17 @@ pub struct Tridiagonal {
     pub diagonal: Vec<f64>,
     /// The `n - 1` entries beside the diagonal.
     pub off_diagonal: Vec<f64>,
+}
+
+impl Tridiagonal {
+    /// What a reduction in place leaves on the diagonal of a matrix and below it.
+    pub(crate) fn of_reduced<T: Number>(a: MatRef<'_, T>) -> Self {
+        let n = a.nrows();
+        Self {
+            diagonal: (0..n).map(|i| a[(i, i)].to_f64()).collect(),
+            off_diagonal: (1..n).map(|i| a[(i, i - 1)].to_f64()).collect(),
+        }
+    }
 }
 
 /// Order from which two stages are faster than one, as measured: of float32, more numbers fit into vectors,
@@ -60,10 +71,7 @@ fn in_one_stage<T: Number>(mut a: MatMut<'_, T>, stack: &mut MemStack) -> Tridia
     // One reflection per block: their products are only needed for eigenvectors.
     let (mut reflections, stack) = temp_mat_zeroed::<T, _, _>(1, n.saturating_sub(1), stack);
     tridiag_in_place(a.rb_mut(), reflections.as_mat_mut(), Par::Seq, stack, Spec::default());
-    Tridiagonal {
-        diagonal: (0..n).map(|i| a[(i, i)].to_f64()).collect(),
-        off_diagonal: (1..n).map(|i| a[(i, i - 1)].to_f64()).collect(),
-    }
+    Tridiagonal::of_reduced(a.rb())
 }
 
 fn in_two_stages<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
