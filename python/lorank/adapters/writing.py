@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -108,17 +109,15 @@ def write_adapter(
         ThreadPoolExecutor(1) as beside,
     ):
         narrow = rounding.narrow(adapter, job.layouts, job.dtype)
-        # Python writes texts while the core writes factors, but for words that tell of their rounding.
-        settings = beside.submit(_write_settings, job, staging) if adapter.format == "peft" else None
-        words = (
-            None if narrow or job.alone else beside.submit(_write_words, job, staging, adapter.certificate)
-        )
-        certificate, notes = _write_weights(job, staging, narrow)
-        if settings is not None:
-            settings.result()
-        if words is not None:
-            notes += words.result()
-        elif not job.alone:
+        tensors = _tensors(job)
+        # Python writes texts while the core writes factors, but for words that tell of their rounding. It waits
+        # until this thread has nothing more to do in Python: the core would wait for the texts.
+        begin = Event()
+        texts = beside.submit(_write_texts, job, staging, begin, with_words=not narrow)
+        begin.set()
+        certificate, notes = _write_weights(job, staging, tensors, narrow)
+        notes += texts.result()
+        if narrow:
             notes += _write_words(job, staging, certificate)
     return Written(job.folder / job.file, certificate, job.stored_parameters, [*notes, *_padding_note(job)])
 
@@ -148,10 +147,9 @@ def _check_target(job: _Job, overwrite: bool) -> None:
 
 
 def _write_weights(
-    job: _Job, staging: Path, narrow: Mapping[str, str]
+    job: _Job, staging: Path, tensors: list[Tensor], narrow: Mapping[str, str]
 ) -> tuple[Certificate | None, list[str]]:
     """Write the factors; the certificate with what rounding to narrow types added, or a note of that."""
-    tensors = _tensors(job)
     file = staging / job.file
     _core.write_safetensors(file, tensors, _metadata(job, job.adapter.certificate), job.threads)
     added = rounding.added(job.adapter, job.layouts, job.keys, file, narrow)
@@ -177,13 +175,19 @@ def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:
     return metadata | words
 
 
-def _write_settings(job: _Job, staging: Path) -> None:
-    settings = profiles.settings(job.adapter, job.profile)
-    (staging / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+def _write_texts(job: _Job, staging: Path, begin: Event, *, with_words: bool) -> list[str]:
+    """Write what does not depend on how factors are rounded; what to note."""
+    begin.wait(timeout=1.0)  # An interrupt may come before it is set.
+    if job.adapter.format == "peft":
+        settings = profiles.settings(job.adapter, job.profile)
+        (staging / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+    return _write_words(job, staging, job.adapter.certificate) if with_words else []
 
 
 def _write_words(job: _Job, staging: Path, certificate: Certificate | None) -> list[str]:
     """Write the certificate and the card, unless there is a card of somebody else's; what to note."""
+    if job.alone:
+        return []
     if certificate is not None:
         (staging / CERTIFICATE).write_text(certificate.to_text(job.adapter.notes), "utf-8")
     file = job.folder / "README.md"

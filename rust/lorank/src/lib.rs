@@ -23,6 +23,7 @@ pub mod band;
 pub mod bulge;
 pub mod cancel;
 pub mod checkpoint;
+mod copy_buffer;
 mod core_svd;
 mod dense;
 pub mod difference_svd;

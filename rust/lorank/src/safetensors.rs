@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
+use crate::cancel::CancelToken;
+use crate::copy_buffer::CopyBuffer;
 use crate::{Error, Result};
 
 /// Headers beyond this are refused, as the format's own library does.
@@ -173,41 +175,46 @@ impl SafetensorsFile {
         tensor: &TensorInfo,
         start: usize,
         len: usize,
-        cancel: &crate::cancel::CancelToken,
+        cancel: &CancelToken,
     ) -> Result<Vec<u8>> {
+        self.check_range(tensor, start, len)?;
         let mut bytes = Vec::new();
-        self.read_into(&mut bytes, tensor, start, len, cancel)?;
+        bytes.try_reserve_exact(len).map_err(|_| self.no_memory(tensor, len))?;
+        bytes.resize(len, 0);
+        self.fill(&mut bytes, tensor, start, cancel)?;
         Ok(bytes)
     }
 
-    /// [`read`](Self::read) into the beginning of a buffer that may be used again: it grows and never
-    /// shrinks.
-    ///
-    /// # Errors
-    /// As [`read`](Self::read).
-    pub fn read_into<'a>(
+    /// [`read`](Self::read) into a buffer that may be used again.
+    pub(crate) fn read_into<'a>(
         &self,
-        bytes: &'a mut Vec<u8>,
+        buffer: &'a mut CopyBuffer,
         tensor: &TensorInfo,
         start: usize,
         len: usize,
-        cancel: &crate::cancel::CancelToken,
+        cancel: &CancelToken,
     ) -> Result<&'a [u8]> {
-        if start.checked_add(len).is_none_or(|end| end > tensor.len) {
-            let reason = format!("bytes {start} to {start}+{len} of {} asked for", tensor.len);
-            return Err(Error::tensor(&self.path, &tensor.name, reason));
+        self.check_range(tensor, start, len)?;
+        let room = buffer.room(len, tensor.offset + start as u64);
+        let bytes = &mut room.ok_or_else(|| self.no_memory(tensor, len))?[..len];
+        self.fill(bytes, tensor, start, cancel)?;
+        Ok(bytes)
+    }
+
+    fn check_range(&self, tensor: &TensorInfo, start: usize, len: usize) -> Result<()> {
+        if start.checked_add(len).is_some_and(|end| end <= tensor.len) {
+            return Ok(());
         }
-        if len > bytes.capacity() {
-            *bytes = Vec::new(); // Not copied, and never held together with the larger one.
-        }
-        if len > bytes.len() {
-            bytes.try_reserve_exact(len - bytes.len()).map_err(|_| {
-                let (path, name) = (self.path.display(), &tensor.name);
-                Error::Numerical(format!("{path}: tensor `{name}`: no memory for its {len} bytes"))
-            })?;
-            bytes.resize(len, 0);
-        }
-        let bytes = &mut bytes[..len];
+        let reason = format!("bytes {start} to {start}+{len} of {} asked for", tensor.len);
+        Err(Error::tensor(&self.path, &tensor.name, reason))
+    }
+
+    fn no_memory(&self, tensor: &TensorInfo, len: usize) -> Error {
+        let (path, name) = (self.path.display(), &tensor.name);
+        Error::Numerical(format!("{path}: tensor `{name}`: no memory for its {len} bytes"))
+    }
+
+    fn fill(&self, bytes: &mut [u8], tensor: &TensorInfo, start: usize, cancel: &CancelToken) -> Result<()> {
         let mut position = tensor.offset + start as u64;
         for chunk in bytes.chunks_mut(READ_CHUNK) {
             cancel.check()?;
@@ -219,7 +226,7 @@ impl SafetensorsFile {
             })?;
             position += chunk.len() as u64;
         }
-        Ok(bytes)
+        Ok(())
     }
 }
 

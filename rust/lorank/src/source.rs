@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::cancel::CancelToken;
 use crate::checkpoint::StoredTensor;
+use crate::copy_buffer::CopyBuffer;
 use crate::dtype::DType;
 use crate::low_rank::Buffers;
 use crate::matrix::MatrixView;
@@ -28,19 +29,9 @@ enum Storage {
 /// Memory that one matrix after the other is loaded into: it grows and never shrinks.
 #[derive(Default)]
 pub struct Buffer {
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) bytes: CopyBuffer,
     /// What a matrix is computed of.
     pub(crate) parts: Buffers,
-}
-
-impl Buffer {
-    /// So many bytes, whatever they hold.
-    fn place(&mut self, size: usize) -> &mut [u8] {
-        if size > self.bytes.len() {
-            self.bytes = vec![0; size]; // What was there need not move.
-        }
-        &mut self.bytes[..size]
-    }
 }
 
 /// Values that are computed whenever they are needed.
@@ -164,11 +155,12 @@ impl StoredMatrix {
             }
             Storage::Memory(bytes) => (**bytes).as_ref(),
             Storage::Computed(by) => {
-                let mut parts = std::mem::take(&mut buffer.parts);
-                let result = by.compute(buffer.place(self.size()), &mut parts, cancel);
-                buffer.parts = parts;
-                result?;
-                &buffer.bytes[..self.size()]
+                let Buffer { bytes, parts } = buffer;
+                let size = self.size();
+                let no_memory = || Error::Numerical(format!("no memory for the {size} bytes of a matrix"));
+                let out = &mut bytes.room(size, 0).ok_or_else(no_memory)?[..size];
+                by.compute(out, parts, cancel)?;
+                out
             }
         };
         MatrixView::new(bytes, self.dtype, self.shape, self.strides)

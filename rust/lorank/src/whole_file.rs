@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::copy_buffer::CopyBuffer;
 use crate::{Error, Result};
 
 /// Bytes that are gathered before they are written. Threads that write to one file wait for each other, at every
@@ -101,20 +102,18 @@ impl Drop for WholeFile<'_> {
 /// Bytes that are gathered for a file, in memory that is used again and again.
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
-    bytes: Vec<u8>,
+    buffer: CopyBuffer,
     filled: usize,
 }
 
 impl Pending {
-    /// The next bytes, whatever they hold.
-    fn place(&mut self, size: usize) -> &mut [u8] {
-        let end = self.filled + size;
-        if end > self.bytes.len() {
-            let mut larger = vec![0; end.max(GATHERED)];
-            larger[..self.filled].copy_from_slice(&self.bytes[..self.filled]);
-            self.bytes = larger;
+    /// The next bytes, whatever they hold: pieces together fill [`GATHERED`] at most, or there is but one. `position`
+    /// is that of the first of them.
+    fn place(&mut self, size: usize, position: u64) -> Option<&mut [u8]> {
+        if self.filled == 0 {
+            self.buffer.room(size.max(GATHERED), position)?;
         }
-        &mut self.bytes[self.filled..end]
+        Some(&mut self.buffer.bytes_mut()[self.filled..][..size])
     }
 }
 
@@ -148,14 +147,15 @@ impl<'a> Sink<'a> {
         if self.pending.filled + size > GATHERED {
             self.flush()?;
         }
-        fill(self.pending.place(size))?;
+        let no_memory = || Error::Numerical(format!("{}: no memory for {size} bytes", self.path.display()));
+        fill(self.pending.place(size, self.position).ok_or_else(no_memory)?)?;
         self.pending.filled += size;
         Ok(())
     }
 
     fn flush(&mut self) -> Result<()> {
         let pending = std::mem::take(self.pending);
-        let result = self.write(&pending.bytes[..pending.filled]);
+        let result = self.write(&pending.buffer.bytes()[..pending.filled]);
         *self.pending = Pending { filled: 0, ..pending };
         result
     }
@@ -174,7 +174,9 @@ mod tests {
     fn whole(path: &Path, pieces: &[Vec<u8>]) -> Result<()> {
         let size: usize = pieces.iter().map(Vec::len).sum();
         let file = WholeFile::create(path, size as u64)?;
-        let mut pending = Pending { bytes: b"of another".to_vec(), filled: 10 };
+        let mut pending = Pending::default();
+        pending.place(10, 3).unwrap().copy_from_slice(b"of another");
+        pending.filled = 10;
         file.write_from(0, &mut pending, |sink| {
             pieces.iter().enumerate().try_for_each(|(k, piece)| {
                 if k % 2 == 0 {
