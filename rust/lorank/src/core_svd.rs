@@ -2,18 +2,21 @@
 //! when these are known.
 //!
 //! A truncation keeps a quarter of the values, and which ones follows from the values of all updates. For a core
-//! `C (K, K)` whose condition number is moderate, `C^T C = Q T Q^T` has the squares of the singular values for
-//! eigenvalues, off by `eps s_1^2`; with eigenvectors `z_i` of `T` ([`SelectedEigen`]), `v_i = Q z_i` and
-//! `u_i = C v_i / s_i`. What is kept of a core is `C Q` and `Q`, or what they are multiplied with: memory that is
-//! touched for the first time costs more than the arithmetic. Other cores are decomposed by faer, all of them.
+//! `C (K, K)` whose condition number is moderate, `C^T C` has the squares of the singular values for eigenvalues,
+//! off by `eps s_1^2`, and the right singular vectors for eigenvectors ([`SelectedEigen`]); `u_i = C v_i / s_i`.
+//! What is kept of it is little: memory that is touched for the first time costs more than the arithmetic. Other
+//! cores are decomposed by faer, all of them.
 
+use faer::dyn_stack::{MemStack, StackReq};
 use faer::{Mat, MatRef};
 
 use crate::Result;
-use crate::dense::product;
 use crate::exponent::{binary_exponent, power_of_two};
-use crate::selected_eigen::SelectedEigen;
+use crate::one_stage::padded;
+use crate::selected_eigen::{SelectedEigen, selected_eigen_scratch};
+use crate::simd::LINE;
 use crate::svd::dense_svd;
+use crate::thin::add_gram_of_columns;
 
 /// The least of `(s_n / s_1)^2` for which eigenvalues of `C^T C` are taken: values are then right to 1e-9.
 const SMALLEST_SQUARE: f64 = 1e-6;
@@ -26,20 +29,27 @@ const LEAST_GAP: f64 = 1e-11;
 pub(crate) struct CoreSvd {
     /// All of them, descending.
     pub singular_values: Vec<f64>,
-    /// `C X (K, K)`.
-    pub left: Mat<f64>,
-    /// `X (K, K)`: the right singular vectors are `X Z`.
-    pub right: Mat<f64>,
-    pub rotation: Rotation,
+    pub vectors: Vectors,
 }
 
-/// `Z`, orthonormal.
+/// Its singular vectors.
 #[derive(Clone, Debug)]
-pub(crate) enum Rotation {
-    /// The identity.
-    None,
-    /// Eigenvectors that are still to be found.
-    Eigenvectors(SelectedEigen),
+pub(crate) enum Vectors {
+    /// All of them.
+    Found {
+        /// `U diag(s) (K, K)`.
+        left: Mat<f64>,
+        /// `V (K, K)`.
+        right: Mat<f64>,
+    },
+    /// Those on the right are to be found; `U diag(s) = C V`.
+    Sought(Box<SelectedEigen>),
+}
+
+/// The memory that [`CoreSvd::of`] a core of order `n` needs.
+pub(crate) fn core_svd_scratch(n: usize) -> StackReq {
+    let square = StackReq::new_aligned::<f64>(padded::<f64>(n).pow(2), LINE);
+    square.and(square).and(selected_eigen_scratch(n))
 }
 
 impl CoreSvd {
@@ -47,55 +57,51 @@ impl CoreSvd {
     ///
     /// # Errors
     /// As [`dense_svd`].
-    pub(crate) fn of(core: MatRef<'_, f64>) -> Result<Self> {
-        if let Some(found) = Self::by_eigenvalues(core) {
+    pub(crate) fn of(core: MatRef<'_, f64>, stack: &mut MemStack) -> Result<Self> {
+        if let Some(found) = Self::by_eigenvalues(core, stack) {
             return Ok(found);
         }
         let svd = dense_svd(core)?;
         let s = &svd.singular_values;
         let left = Mat::from_fn(svd.u.nrows(), s.len(), |i, j| svd.u[(i, j)] * s[j]);
-        Ok(Self { left, right: svd.v, singular_values: svd.singular_values, rotation: Rotation::None })
+        let vectors = Vectors::Found { left, right: svd.v };
+        Ok(Self { singular_values: svd.singular_values, vectors })
     }
 
     /// `None` if the condition number is large, values are equal, or the matrix is none that has a condition number.
-    fn by_eigenvalues(core: MatRef<'_, f64>) -> Option<Self> {
+    fn by_eigenvalues(core: MatRef<'_, f64>, stack: &mut MemStack) -> Option<Self> {
         let exponent = binary_exponent(core.norm_max()).ok()?;
-        let unit = power_of_two(exponent);
-        let scaled = core * faer::Scale(power_of_two(-exponent));
-        let (eigen, q) = SelectedEigen::of(product(scaled.transpose(), scaled.as_ref())).ok()?;
+        let (n, stride) = (core.nrows(), padded::<f64>(core.nrows()));
+        let (mut rows, stack) = stack.make_aligned_with(n * stride, LINE, |_| 0.0);
+        let (mut squares, stack) = stack.make_aligned_with(stride * stride, LINE, |_| 0.0);
+        let scale = power_of_two(-exponent);
+        for (j, column) in core.col_iter().enumerate() {
+            column.iter().enumerate().for_each(|(i, x)| rows[i * stride + j] = x * scale);
+        }
+        // The columns of `C^T` are the rows of `C`.
+        add_gram_of_columns(&rows, stride, &mut squares);
+        for i in 0..n {
+            for j in 0..i {
+                squares[j * stride + i] = squares[i * stride + j];
+            }
+        }
+        let eigen = SelectedEigen::of(&mut squares, n, stack).ok()?;
         let largest = *eigen.values.last()?;
         let is_moderate = *eigen.values.first()? > SMALLEST_SQUARE * largest;
         let are_apart = eigen.values.windows(2).all(|pair| pair[1] - pair[0] > LEAST_GAP * largest);
         if !is_moderate || !are_apart {
             return None;
         }
+        let unit = power_of_two(exponent);
         let singular_values = eigen.values.iter().rev().map(|square| square.sqrt() * unit).collect();
-        let left = product(core, q.as_ref());
-        Some(Self { singular_values, left, right: q, rotation: Rotation::Eigenvectors(eigen) })
-    }
-}
-
-impl Rotation {
-    /// `X Z` of the columns that belong to the values at these places, for some matrices `X (., K)`; `None` if
-    /// vectors are not right, which [`LEAST_GAP`] should rule out.
-    pub(crate) fn columns<const N: usize>(
-        &self,
-        of: [&Mat<f64>; N],
-        places: &[usize],
-    ) -> Option<[Mat<f64>; N]> {
-        Some(match self {
-            Self::None => of.map(|x| Mat::from_fn(x.nrows(), places.len(), |i, j| x[(i, places[j])])),
-            Self::Eigenvectors(eigen) => {
-                let last = eigen.values.len() - 1;
-                let z = eigen.vectors(places.iter().map(|i| last - i))?;
-                of.map(|x| product(x.as_ref(), z.as_ref()))
-            }
-        })
+        Some(Self { singular_values, vectors: Vectors::Sought(Box::new(eigen)) })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use faer::dyn_stack::MemBuffer;
+
     use super::*;
 
     /// Orthonormal, `(n, n)`.
@@ -111,14 +117,33 @@ mod tests {
         Mat::from_fn(n, n, |i, j| u[(i, j)] * values[j]) * v.transpose()
     }
 
+    fn decomposed(core: &Mat<f64>) -> CoreSvd {
+        let mut memory = MemBuffer::new(core_svd_scratch(core.nrows()));
+        CoreSvd::of(core.as_ref(), MemStack::new(&mut memory)).unwrap()
+    }
+
+    /// `U diag(s)` and `V` of the values at these places.
+    fn triplets(found: &CoreSvd, core: &Mat<f64>, places: &[usize]) -> [Mat<f64>; 2] {
+        match &found.vectors {
+            Vectors::Found { left, right } => {
+                [left, right].map(|x| Mat::from_fn(x.nrows(), places.len(), |i, j| x[(i, places[j])]))
+            }
+            Vectors::Sought(eigen) => {
+                let last = core.nrows() - 1;
+                let v = eigen.vectors(places.iter().map(|i| last - i)).unwrap();
+                [core * &v, v]
+            }
+        }
+    }
+
     /// The kept triplets of a matrix with these singular values, against what is known of them.
     fn check(values: &[f64], places: &[usize]) {
         let (core, size) = (with_values(values), values[0]);
-        let found = CoreSvd::of(core.as_ref()).unwrap();
+        let found = decomposed(&core);
         for (x, s) in found.singular_values.iter().zip(values) {
             assert!((x - s).abs() <= 1e-12 * size, "{x:e} {s:e}");
         }
-        let [mut u, v] = found.rotation.columns([&found.left, &found.right], places).unwrap();
+        let [mut u, v] = triplets(&found, &core, places);
         assert_eq!((u.ncols(), v.ncols()), (places.len(), places.len()));
         let singular_values: Vec<f64> = u.col_iter().map(|column| column.norm_l2()).collect();
         for (column, s) in u.col_iter_mut().zip(&singular_values) {
@@ -142,7 +167,7 @@ mod tests {
     }
 
     fn is_by_eigenvalues(core: &Mat<f64>) -> bool {
-        matches!(CoreSvd::of(core.as_ref()).unwrap().rotation, Rotation::Eigenvectors(_))
+        matches!(decomposed(core).vectors, Vectors::Sought(_))
     }
 
     #[test]
@@ -180,12 +205,14 @@ mod tests {
         check(&[3.0], &[0]);
         check(&[3.0, 2.0], &[1]);
         for odd in [f64::NAN, f64::INFINITY] {
-            assert!(CoreSvd::of(Mat::from_fn(3, 3, |_, _| odd).as_ref()).is_err());
+            let mut memory = MemBuffer::new(core_svd_scratch(3));
+            let core = Mat::from_fn(3, 3, |_, _| odd);
+            assert!(CoreSvd::of(core.as_ref(), MemStack::new(&mut memory)).is_err());
         }
-        let zero = CoreSvd::of(Mat::zeros(3, 3).as_ref()).unwrap();
+        let zero = decomposed(&Mat::zeros(3, 3));
         assert_eq!(zero.singular_values, [0.0; 3]);
-        assert_eq!(zero.rotation.columns([&zero.right], &[0, 2]).unwrap()[0].ncols(), 2);
-        let one = CoreSvd::of(Mat::from_fn(5, 5, |i, j| (i + 1) as f64 * (j + 1) as f64).as_ref()).unwrap();
+        assert_eq!(triplets(&zero, &Mat::zeros(3, 3), &[0, 2])[1].ncols(), 2);
+        let one = decomposed(&Mat::from_fn(5, 5, |i, j| (i + 1) as f64 * (j + 1) as f64));
         assert!((one.singular_values[0] - 55.0).abs() < 1e-12 && one.singular_values[1] < 1e-13);
     }
 }

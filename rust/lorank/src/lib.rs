@@ -20,6 +20,7 @@
 
 pub mod analysis;
 pub mod band;
+mod basis;
 pub mod bulge;
 pub mod cancel;
 pub mod checkpoint;
@@ -41,6 +42,7 @@ pub mod marchenko_pastur;
 pub mod matrix;
 pub mod metrics;
 pub mod number;
+mod one_stage;
 mod panel_qr;
 pub mod parallel;
 pub mod powerlaw;

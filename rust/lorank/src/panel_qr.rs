@@ -167,17 +167,17 @@ fn advance<T: Number, S: Simd>(
 }
 
 /// What maps `(alpha, x)` onto its first axis.
-struct Reflection<T> {
-    beta: T,
-    tau: T,
+pub(crate) struct Reflection<T> {
+    pub beta: T,
+    pub tau: T,
     /// `1 / (alpha - beta)`
-    scale: T,
+    pub scale: T,
 }
 
 impl<T: Number> Reflection<T> {
     /// Of `alpha` and the sum of squares of `x`.
     #[inline(always)]
-    fn of(alpha: T, squares: T) -> Self {
+    pub(crate) fn of(alpha: T, squares: T) -> Self {
         if squares < T::SMALLEST {
             return Self { beta: -alpha, tau: T::of(2.0), scale: T::default() };
         }
@@ -189,7 +189,7 @@ impl<T: Number> Reflection<T> {
 
 /// `column -= vector * weight`
 #[inline(always)]
-fn subtract<T: Number, S: Simd>(simd: S, column: &mut [T], vector: &[T], weight: T) {
+pub(crate) fn subtract<T: Number, S: Simd>(simd: S, column: &mut [T], vector: &[T], weight: T) {
     let weight = T::splat(simd, -weight);
     for (x, v) in T::vectors_mut::<S>(column).iter_mut().zip(T::vectors::<S>(vector)) {
         *x = T::mul_add(simd, weight, *v, *x);
@@ -198,7 +198,7 @@ fn subtract<T: Number, S: Simd>(simd: S, column: &mut [T], vector: &[T], weight:
 
 /// `x^T y`
 #[inline(always)]
-fn dot<T: Number, S: Simd>(simd: S, x: &[T], y: &[T]) -> T {
+pub(crate) fn dot<T: Number, S: Simd>(simd: S, x: &[T], y: &[T]) -> T {
     let mut sum = T::splat(simd, T::default());
     for (x, y) in T::vectors::<S>(x).iter().zip(T::vectors::<S>(y)) {
         sum = T::mul_add(simd, *x, *y, sum);

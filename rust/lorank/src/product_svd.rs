@@ -10,7 +10,7 @@
 //!
 //! There are two ways to `R`. The fast one is the Cholesky factor of the Gram matrix
 //! ([`triangular`](crate::triangular)), half the operations of a product and no `Q`: `Q_B U = B (R_B^-1 U)`
-//! is formed for those columns alone that are kept. It serves factors of narrow types for which a bound shows
+//! is formed for those columns alone that are kept ([`basis`](crate::basis)). It serves factors of narrow types for which a bound shows
 //! that `Q` is orthonormal enough. Everything else takes Householder reflections ([`HouseholderQr`]) in
 //! float64, after powers of two have been taken out of every factor: in float32 the core loses digits
 //! wherever terms cancel.
@@ -20,8 +20,9 @@ use std::sync::Arc;
 use faer::{Mat, MatMut, MatRef};
 
 use crate::Result;
+use crate::basis::Basis;
 use crate::cancel::CancelToken;
-use crate::core_svd::{CoreSvd, Rotation};
+use crate::core_svd::{CoreSvd, core_svd_scratch};
 use crate::dense::product;
 use crate::dtype::DType;
 use crate::exponent::{binary_exponent, power_of_two};
@@ -30,7 +31,7 @@ use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::{Buffer, StoredMatrix};
 use crate::svd::dense_svd;
-use crate::triangular::{Precision, Triangular, triangular};
+use crate::triangular::triangular;
 
 /// An update's singular values, and the way to its factors.
 #[derive(Clone, Debug)]
@@ -44,21 +45,12 @@ pub struct Decomposition {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Form {
-    /// The stacked factors `B^T` and `A`, `(K, length)`, become the balanced columns by products with `(K,
-    /// k)`. Terms in files are read again then: fresh memory to keep them in would cost more than a warm disk
-    /// cache.
-    Basis { terms: Arc<[Term]>, rotation: Box<Rotation>, b: Basis, a: Basis },
+    /// The stacked factors become the balanced columns by products with small matrices. Terms in files are read
+    /// again then: fresh memory to keep them in would cost more than a warm disk cache.
+    Basis { terms: Arc<[Term]>, basis: Basis },
     /// The balanced columns themselves, one after the other, `(k, out)` and `(k, in)`: as wide as they are
     /// written.
     Explicit { b: Arc<Values>, a: Arc<Values> },
-}
-
-/// One side's columns before a rotation, and in which arithmetic products with the stacked factors are formed.
-#[derive(Clone, Debug)]
-pub(crate) struct Basis {
-    /// `(K, K)`: rotated, it gives `Q_B U S`, or `Q_A V`, by a product with the stacked factors.
-    pub columns: Mat<f64>,
-    pub precision: Precision,
 }
 
 /// Decomposes every update with up to `threads` threads and hands each result to `emit` with the
@@ -116,15 +108,12 @@ fn by_gram(
     }
     let Some(b) = triangular(update, Side::B, buffers, cancel)? else { return Ok(None) };
     let Some(a) = triangular(update, Side::A, buffers, cancel)? else { return Ok(None) };
-    let core = CoreSvd::of(product(b.factor.transpose(), a.factor.as_ref()).as_ref())?;
+    let core = product(b.factor.transpose(), a.factor.as_ref());
+    let CoreSvd { singular_values, vectors } =
+        CoreSvd::of(core.as_ref(), buffers.scratch.stack(core_svd_scratch(rank))?)?;
     let norm = b.factor.norm_l2() * a.factor.norm_l2();
-    let singular_values = without_noise(core.singular_values, rank, norm);
-    let basis = |of: &Triangular, core: &Mat<f64>| Basis {
-        columns: product(of.inverse.transpose(), core.as_ref()),
-        precision: of.precision,
-    };
-    let (b, a) = (basis(&b, &core.left), basis(&a, &core.right));
-    let form = Form::Basis { rotation: Box::new(core.rotation), b, a, terms: update.into() };
+    let singular_values = without_noise(singular_values, rank, norm);
+    let form = Form::Basis { basis: Basis::new(&b, &a, vectors), terms: update.into() };
     Ok(Some(Decomposition { singular_values, shape: (out, fan_in), form }))
 }
 
@@ -258,6 +247,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::triangular::Precision;
     use crate::truncation::{Factors, Truncation, rebuild_all};
 
     fn stored(values: &[f64], rows: usize, cols: usize, dtype: DType) -> StoredMatrix {
@@ -373,9 +363,7 @@ mod tests {
                     }
                     let update = [term(out, fan_in, &b, &a, -1.5, DType::F32)];
                     let way = match decomposed(&update).form {
-                        Form::Basis { b, a, .. } => {
-                            usize::from(b.precision == Precision::Double && a.precision == Precision::Double)
-                        }
+                        Form::Basis { basis, .. } => usize::from(basis.precisions == [Precision::Double; 2]),
                         Form::Explicit { .. } => 2,
                     };
                     taken[way] += 1;

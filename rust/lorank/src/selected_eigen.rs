@@ -1,31 +1,25 @@
 //! Eigenvalues of a small symmetric matrix, and the eigenvectors of some of them.
 //!
-//! `A = Q T Q^T` is reduced once, in `4/3 n^3` operations, and as many for `Q`. The eigenvalues of `T` take
-//! `O(n^2)` ([`root_free_ql`](crate::root_free_ql)), and so do the eigenvectors `Z` of `k` of them
-//! ([`twisted`](crate::twisted)): those of `A` are `Q Z`. Half of what a decomposition of all costs is saved where
-//! few are wanted, and which ones need not be known before.
+//! `A = Q T Q^T` is reduced once ([`one_stage`](crate::one_stage)). The eigenvalues of `T` take `O(n^2)`
+//! operations ([`root_free_ql`](crate::root_free_ql)), and so do the eigenvectors `Z` of `k` of them
+//! ([`twisted`](crate::twisted)): those of `A` are `Q Z`, in `2 n^2 k`. Most of what a decomposition of all costs is
+//! saved where few are wanted, and which ones need not be known before.
 //!
 //! Vectors of neighbouring eigenvalues are made orthonormal, `Z L^-T` with `Z^T Z = L L^T`. That mixes vectors by
 //! `eps ||T|| / gap`, and so it does not move them from what they solve by more than `eps ||T||`. What comes out
 //! is looked at: `T z - l z` must be small.
 
-use faer::dyn_stack::{MemBuffer, MemStack, StackReq};
-use faer::linalg::evd::tridiag::{tridiag_in_place, tridiag_in_place_scratch};
-use faer::linalg::householder::{
-    apply_block_householder_sequence_on_the_left_in_place_scratch,
-    apply_block_householder_sequence_on_the_left_in_place_with_conj,
-};
+use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
-use faer::{Conj, Mat, Par, Spec};
+use faer::{Mat, Par};
 
 use crate::Result;
 use crate::dense::{cholesky, product};
+use crate::number::Number;
+use crate::one_stage::{Reflections, one_stage_scratch, reduce_in_one_stage};
 use crate::root_free_ql::tridiagonal_eigenvalues;
 use crate::tridiag::Tridiagonal;
 use crate::twisted::tridiagonal_eigenvectors;
-
-/// Reflections that are applied together.
-const BLOCK: usize = 16;
 
 /// Inner products of unit vectors up to which they are made orthogonal: beyond, eigenvalues are equal to rounding,
 /// and the vectors may be one.
@@ -35,33 +29,52 @@ const MOST_ALIKE: f64 = 0.01;
 /// matrices of order 16 to 512.
 const TOLERANCE: f64 = 16.0 * f64::EPSILON;
 
-/// A tridiagonal matrix whose eigenvalues are known.
+/// A symmetric matrix whose eigenvalues are known.
 #[derive(Clone, Debug)]
 pub(crate) struct SelectedEigen {
     /// Ascending.
     pub values: Vec<f64>,
     tridiagonal: Tridiagonal,
+    reflections: Reflections<f64>,
+}
+
+/// The memory that [`SelectedEigen::of`] needs.
+pub(crate) fn selected_eigen_scratch(n: usize) -> StackReq {
+    one_stage_scratch::<f64>(n)
 }
 
 impl SelectedEigen {
-    /// Of the positive definite matrix in the lower triangle of `a`, whose largest entry is near 1; and `Q`.
+    /// Of a positive definite matrix whose largest entry is near 1, laid out as
+    /// [`reduce_in_one_stage`] says.
     ///
     /// # Errors
     /// As [`tridiagonal_eigenvalues`].
-    pub(crate) fn of(a: Mat<f64>) -> Result<(Self, Mat<f64>)> {
-        let (tridiagonal, q) = reduced(a);
-        Ok((Self { values: tridiagonal_eigenvalues(&tridiagonal)?, tridiagonal }, q))
+    pub(crate) fn of(a: &mut [f64], n: usize, stack: &mut MemStack) -> Result<Self> {
+        let (tridiagonal, reflections) = reduce_in_one_stage(a, n, stack);
+        Ok(Self { values: tridiagonal_eigenvalues(&tridiagonal)?, tridiagonal, reflections })
     }
 
-    /// Orthonormal eigenvectors `Z (n, k)` of the tridiagonal matrix, of the eigenvalues at these places; `None` if
-    /// some of those are too close to each other.
+    /// Orthonormal eigenvectors `(n, k)` of the eigenvalues at these places; `None` if some of those are too close to
+    /// each other.
     pub(crate) fn vectors(&self, places: impl Iterator<Item = usize>) -> Option<Mat<f64>> {
         let values: Vec<f64> = places.map(|i| self.values[i]).collect();
         let z = orthonormal(tridiagonal_eigenvectors(&self.tridiagonal, &values))?;
         let largest = self.values.last().copied().unwrap_or(0.0);
         let most = TOLERANCE * largest * (self.values.len() as f64).sqrt();
         let solves = |j: usize| self.residual(values[j], &z, j) <= most;
-        (0..values.len()).all(solves).then_some(z)
+        (0..values.len()).all(solves).then(|| self.reflected(&z))
+    }
+
+    /// `Q Z`.
+    fn reflected(&self, z: &Mat<f64>) -> Mat<f64> {
+        let (n, k) = (z.nrows(), z.ncols());
+        let width = k.next_multiple_of(f64::WIDEST);
+        let mut rows = vec![0.0; n * width];
+        for (i, row) in rows.chunks_exact_mut(width.max(1)).enumerate() {
+            row.iter_mut().take(k).enumerate().for_each(|(j, x)| *x = z[(i, j)]);
+        }
+        self.reflections.apply(&mut rows, width);
+        Mat::from_fn(n, k, |i, j| rows[i * width + j])
     }
 
     /// `|T z - l z|` for a column of `Z`.
@@ -74,36 +87,6 @@ impl SelectedEigen {
         };
         (0..diagonal.len()).map(|i| row(i).powi(2)).sum::<f64>().sqrt()
     }
-}
-
-/// `T` and `Q`.
-fn reduced(mut a: Mat<f64>) -> (Tridiagonal, Mat<f64>) {
-    let n = a.nrows();
-    let mut factors = Mat::zeros(BLOCK, n.saturating_sub(1));
-    with_memory(tridiag_in_place_scratch::<f64>(n, Par::Seq, Spec::default()), |stack| {
-        tridiag_in_place(a.as_mut(), factors.as_mut(), Par::Seq, stack, Spec::default());
-    });
-    let tridiagonal = Tridiagonal::of_reduced(a.as_ref());
-    let mut q = Mat::identity(n, n);
-    if n > 1 {
-        let request =
-            apply_block_householder_sequence_on_the_left_in_place_scratch::<f64>(n - 1, BLOCK, n - 1);
-        with_memory(request, |stack| {
-            apply_block_householder_sequence_on_the_left_in_place_with_conj(
-                a.submatrix(1, 0, n - 1, n - 1),
-                factors.as_ref(),
-                Conj::No,
-                q.as_mut().submatrix_mut(1, 1, n - 1, n - 1),
-                Par::Seq,
-                stack,
-            );
-        });
-    }
-    (tridiagonal, q)
-}
-
-fn with_memory<R>(request: StackReq, work: impl FnOnce(&mut MemStack) -> R) -> R {
-    work(MemStack::new(&mut MemBuffer::new(request)))
 }
 
 /// `Z L^-T`; `None` unless inner products are small.
@@ -126,7 +109,10 @@ fn orthonormal(z: Mat<f64>) -> Option<Mat<f64>> {
 
 #[cfg(test)]
 mod tests {
+    use faer::dyn_stack::MemBuffer;
+
     use super::*;
+    use crate::one_stage::padded;
 
     /// `4` on the diagonal, less and less within `width` of it.
     fn banded(n: usize, width: usize) -> Mat<f64> {
@@ -137,17 +123,24 @@ mod tests {
         })
     }
 
+    fn eigen(a: &Mat<f64>) -> SelectedEigen {
+        let (n, stride) = (a.nrows(), padded::<f64>(a.nrows()));
+        let mut rows = vec![0.0; stride * stride];
+        (0..n).flat_map(|i| (0..n).map(move |j| (i, j))).for_each(|(i, j)| rows[i * stride + j] = a[(i, j)]);
+        let mut memory = MemBuffer::new(selected_eigen_scratch(n));
+        SelectedEigen::of(&mut rows, n, MemStack::new(&mut memory)).unwrap()
+    }
+
     fn assert_vectors(a: &Mat<f64>, places: &[usize]) {
         let n = a.nrows();
-        let lower = Mat::from_fn(n, n, |i, j| if i >= j { a[(i, j)] } else { f64::NAN });
-        let (found, q) = SelectedEigen::of(lower).unwrap();
+        let found = eigen(a);
         let dense = nalgebra::DMatrix::from_fn(n, n, |i, j| a[(i, j)]);
         let mut expected: Vec<f64> = dense.symmetric_eigenvalues().iter().copied().collect();
         expected.sort_by(f64::total_cmp);
         let norm = expected.iter().fold(0.0f64, |norm, x| norm.max(x.abs()));
         let tolerance = 1e-14 * n as f64 * norm;
         assert!(found.values.iter().zip(&expected).all(|(x, y)| (x - y).abs() <= tolerance));
-        let vectors = product(q.as_ref(), found.vectors(places.iter().copied()).unwrap().as_ref());
+        let vectors = found.vectors(places.iter().copied()).unwrap();
         let scaled = Mat::from_fn(n, places.len(), |i, j| vectors[(i, j)] * found.values[places[j]]);
         assert!((a * &vectors - scaled).norm_max() <= tolerance);
         let identity = Mat::<f64>::identity(places.len(), places.len());
@@ -196,7 +189,7 @@ mod tests {
 
     #[test]
     fn equal_eigenvalues_are_none_of_its_business() {
-        let (found, _) = SelectedEigen::of(Mat::identity(5, 5)).unwrap();
+        let found = eigen(&Mat::identity(5, 5));
         assert!(found.vectors([0, 1].into_iter()).is_none());
         assert_eq!(found.vectors(std::iter::empty()).unwrap().ncols(), 0);
     }

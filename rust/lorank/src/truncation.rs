@@ -13,7 +13,7 @@ use crate::dtype::DType;
 use crate::low_rank::{Buffers, Side, Term, Values};
 use crate::number::Number;
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
-use crate::product_svd::{Basis, Decomposition, Form, by_reflections, scale_columns};
+use crate::product_svd::{Decomposition, Form, by_reflections, scale_columns};
 use crate::source::{Computed, StoredMatrix};
 use crate::stacked::product_scratch;
 use crate::triangular::Precision;
@@ -93,8 +93,9 @@ impl Truncation {
                 let columns = |of: &Arc<Values>| Source::Columns { of: Arc::clone(of), kept: kept.clone() };
                 (columns(b), columns(a))
             }
-            Form::Basis { terms, rotation, b, a } => {
-                let Some([mut left, mut right]) = rotation.columns([&b.columns, &a.columns], &kept) else {
+            Form::Basis { terms, basis } => {
+                let weights = Side::B.weights(terms);
+                let Some([mut left, mut right]) = basis.columns(&kept, &weights) else {
                     return self.by_reflections(terms, cancel);
                 };
                 // What rounding left of zeros is none of the triplets.
@@ -102,11 +103,8 @@ impl Truncation {
                 let inverse = |root: &f64| if *root > 0.0 { root.recip() } else { 0.0 };
                 scale_columns(&mut left, &roots.iter().map(inverse).collect::<Vec<_>>());
                 scale_columns(&mut right, &roots);
-                let times = |by, basis: &Basis| Source::Product {
-                    terms: Arc::clone(terms),
-                    by,
-                    precision: basis.precision,
-                };
+                let times = |by, precision| Source::Product { terms: Arc::clone(terms), by, precision };
+                let [b, a] = basis.precisions;
                 (times(left, b), times(right, a))
             }
         };
