@@ -8,7 +8,8 @@
 //! cores are decomposed by faer, all of them.
 
 use faer::dyn_stack::{MemStack, StackReq};
-use faer::{Mat, MatRef};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 use crate::Result;
 use crate::exponent::{binary_exponent, power_of_two};
@@ -53,14 +54,27 @@ pub(crate) fn core_svd_scratch(n: usize) -> StackReq {
 }
 
 impl CoreSvd {
-    /// Of a square core.
+    /// Of the product of two square matrices.
     ///
     /// # Errors
     /// As [`dense_svd`].
-    pub(crate) fn of(core: MatRef<'_, f64>, stack: &mut MemStack) -> Result<Self> {
-        if let Some(found) = Self::by_eigenvalues(core, stack) {
-            return Ok(found);
-        }
+    pub(crate) fn of(left: MatRef<'_, f64>, right: MatRef<'_, f64>, stack: &mut MemStack) -> Result<Self> {
+        let (n, stride) = (right.nrows(), padded::<f64>(right.nrows()));
+        let (mut rows, stack) = stack.make_aligned_with(n * stride, LINE, |_| 0.0);
+        // faer 0.24's constructor for rows with a stride takes it for that of columns.
+        let core = MatMut::from_column_major_slice_with_stride_mut(&mut rows, n, n, stride).transpose_mut();
+        matmul(core, Accum::Replace, left, right, 1.0, Par::Seq);
+        let exponent = scale_to_one(&mut rows)?;
+        let found = match Self::by_eigenvalues(&rows, n, stack) {
+            Some(found) => found,
+            None => {
+                Self::dense(MatRef::from_column_major_slice_with_stride(&rows, n, n, stride).transpose())?
+            }
+        };
+        Ok(found.times(power_of_two(exponent)))
+    }
+
+    fn dense(core: MatRef<'_, f64>) -> Result<Self> {
         let svd = dense_svd(core)?;
         let s = &svd.singular_values;
         let left = Mat::from_fn(svd.u.nrows(), s.len(), |i, j| svd.u[(i, j)] * s[j]);
@@ -68,18 +82,12 @@ impl CoreSvd {
         Ok(Self { singular_values: svd.singular_values, vectors })
     }
 
-    /// `None` if the condition number is large, values are equal, or the matrix is none that has a condition number.
-    fn by_eigenvalues(core: MatRef<'_, f64>, stack: &mut MemStack) -> Option<Self> {
-        let exponent = binary_exponent(core.norm_max()).ok()?;
-        let (n, stride) = (core.nrows(), padded::<f64>(core.nrows()));
-        let (mut rows, stack) = stack.make_aligned_with(n * stride, LINE, |_| 0.0);
+    /// Of a core's rows, whose largest entry is near 1; `None` if the condition number is large, or values are equal.
+    fn by_eigenvalues(rows: &[f64], n: usize, stack: &mut MemStack) -> Option<Self> {
+        let stride = padded::<f64>(n);
         let (mut squares, stack) = stack.make_aligned_with(stride * stride, LINE, |_| 0.0);
-        let scale = power_of_two(-exponent);
-        for (j, column) in core.col_iter().enumerate() {
-            column.iter().enumerate().for_each(|(i, x)| rows[i * stride + j] = x * scale);
-        }
         // The columns of `C^T` are the rows of `C`.
-        add_gram_of_columns(&rows, stride, &mut squares);
+        add_gram_of_columns(rows, stride, &mut squares);
         for i in 0..n {
             for j in 0..i {
                 squares[j * stride + i] = squares[i * stride + j];
@@ -92,10 +100,32 @@ impl CoreSvd {
         if !is_moderate || !are_apart {
             return None;
         }
-        let unit = power_of_two(exponent);
-        let singular_values = eigen.values.iter().rev().map(|square| square.sqrt() * unit).collect();
+        let singular_values = eigen.values.iter().rev().map(|square| square.sqrt()).collect();
         Some(Self { singular_values, vectors: Vectors::Sought(Box::new(eigen)) })
     }
+
+    /// Of the core times a positive number.
+    fn times(mut self, factor: f64) -> Self {
+        self.singular_values.iter_mut().for_each(|s| *s *= factor);
+        if let Vectors::Found { left, .. } = &mut self.vectors {
+            *left *= faer::Scale(factor);
+        }
+        self
+    }
+}
+
+/// Takes a power of two out of numbers, so that the largest is near 1, and returns its exponent; zeros stay.
+fn scale_to_one(numbers: &mut [f64]) -> Result<i32> {
+    let largest = numbers.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
+    if largest == 0.0 || largest.is_infinite() {
+        return Ok(0); // Of infinite numbers and of NaN, the decomposition tells.
+    }
+    let exponent = binary_exponent(largest)?;
+    let scale = power_of_two(-exponent);
+    for x in numbers {
+        *x *= scale;
+    }
+    Ok(exponent)
 }
 
 #[cfg(test)]
@@ -119,7 +149,8 @@ mod tests {
 
     fn decomposed(core: &Mat<f64>) -> CoreSvd {
         let mut memory = MemBuffer::new(core_svd_scratch(core.nrows()));
-        CoreSvd::of(core.as_ref(), MemStack::new(&mut memory)).unwrap()
+        let identity = Mat::<f64>::identity(core.nrows(), core.nrows());
+        CoreSvd::of(core.as_ref(), identity.as_ref(), MemStack::new(&mut memory)).unwrap()
     }
 
     /// `U diag(s)` and `V` of the values at these places.
@@ -207,7 +238,7 @@ mod tests {
         for odd in [f64::NAN, f64::INFINITY] {
             let mut memory = MemBuffer::new(core_svd_scratch(3));
             let core = Mat::from_fn(3, 3, |_, _| odd);
-            assert!(CoreSvd::of(core.as_ref(), MemStack::new(&mut memory)).is_err());
+            assert!(CoreSvd::of(core.as_ref(), core.as_ref(), MemStack::new(&mut memory)).is_err());
         }
         let zero = decomposed(&Mat::zeros(3, 3));
         assert_eq!(zero.singular_values, [0.0; 3]);

@@ -23,7 +23,6 @@ use crate::Result;
 use crate::basis::Basis;
 use crate::cancel::CancelToken;
 use crate::core_svd::{CoreSvd, core_svd_scratch};
-use crate::dense::product;
 use crate::dtype::DType;
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::{Buffers, Side, Term, Values, checked_shape};
@@ -108,9 +107,8 @@ fn by_gram(
     }
     let Some(b) = triangular(update, Side::B, buffers, cancel)? else { return Ok(None) };
     let Some(a) = triangular(update, Side::A, buffers, cancel)? else { return Ok(None) };
-    let core = product(b.factor.transpose(), a.factor.as_ref());
-    let CoreSvd { singular_values, vectors } =
-        CoreSvd::of(core.as_ref(), buffers.scratch.stack(core_svd_scratch(rank))?)?;
+    let stack = buffers.scratch.stack(core_svd_scratch(rank))?;
+    let CoreSvd { singular_values, vectors } = CoreSvd::of(b.factor.transpose(), a.factor.as_ref(), stack)?;
     let norm = b.factor.norm_l2() * a.factor.norm_l2();
     let singular_values = without_noise(singular_values, rank, norm);
     let form = Form::Basis { basis: Basis::new(&b, &a, vectors), terms: update.into() };
