@@ -192,7 +192,10 @@ def _compiled(
 
 
 def _first(table: Mapping[re.Pattern[str], Any], name: str, default: Any) -> Any:
-    return next((value for key, value in table.items() if key.match(name)), default)
+    for key, value in table.items():
+        if key.match(name):
+            return value
+    return default
 
 
 def _short(value: Any) -> str:

@@ -25,8 +25,10 @@ impl CopyBuffer {
         let needed = size.checked_add(LINE)?;
         if needed > self.memory.len() {
             self.memory = Vec::new(); // Not copied, and never held together with the larger one.
-            self.memory.try_reserve_exact(needed).ok()?;
-            self.memory.resize(needed, 0);
+            // Asked before, as what follows ends the process where there is no memory. But it need not touch pages
+            // that nobody will use.
+            Vec::<u8>::new().try_reserve_exact(needed).ok()?;
+            self.memory = vec![0; needed];
         }
         let place = usize::try_from(position % LINE as u64).ok()? / ALIGNMENT * ALIGNMENT;
         self.start = (LINE + place - self.memory.as_ptr().addr() % LINE) % LINE;

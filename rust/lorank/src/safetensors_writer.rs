@@ -152,8 +152,7 @@ pub fn write(
     let Header { text, offsets, size } = header(tensors, &order, metadata)?;
     let start = text.len() as u64;
     let file = WholeFile::create(path, start + size)?;
-    let mut pending = Pending::default();
-    file.write_from(0, &mut pending, |sink| sink.bytes(&text))?;
+    file.write_at(0, &text)?;
     let runs = runs(&order, &offsets);
     let failure = Mutex::new(None);
     pool(threads.min(runs.len()))?.install(|| {

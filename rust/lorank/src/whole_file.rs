@@ -69,6 +69,11 @@ impl<'a> WholeFile<'a> {
         Ok(())
     }
 
+    /// Writes bytes to a place.
+    pub(crate) fn write_at(&self, position: u64, bytes: &[u8]) -> Result<()> {
+        self.file.write_all_at(bytes, position).map_err(|e| Error::io(self.target, e))
+    }
+
     /// Lets `write` put bytes from a place on, which are gathered in `pending`.
     pub(crate) fn write_from(
         &self,
@@ -77,7 +82,7 @@ impl<'a> WholeFile<'a> {
         write: impl FnOnce(&mut Sink<'_>) -> Result<()>,
     ) -> Result<()> {
         pending.filled = 0;
-        let mut sink = Sink { path: self.target, file: &self.file, position, pending };
+        let mut sink = Sink { file: self, position, pending };
         write(&mut sink)?;
         sink.flush()
     }
@@ -119,8 +124,7 @@ impl Pending {
 
 /// A place in a file, which moves on with what is written there.
 pub(crate) struct Sink<'a> {
-    path: &'a Path,
-    file: &'a File,
+    file: &'a WholeFile<'a>,
     position: u64,
     pending: &'a mut Pending,
 }
@@ -128,7 +132,7 @@ pub(crate) struct Sink<'a> {
 impl<'a> Sink<'a> {
     /// What the file will be called.
     pub(crate) const fn path(&self) -> &'a Path {
-        self.path
+        self.file.target
     }
 
     pub(crate) fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
@@ -147,8 +151,10 @@ impl<'a> Sink<'a> {
         if self.pending.filled + size > GATHERED {
             self.flush()?;
         }
-        let no_memory = || Error::Numerical(format!("{}: no memory for {size} bytes", self.path.display()));
-        fill(self.pending.place(size, self.position).ok_or_else(no_memory)?)?;
+        let Some(place) = self.pending.place(size, self.position) else {
+            return Err(Error::Numerical(format!("{}: no memory for {size} bytes", self.path().display())));
+        };
+        fill(place)?;
         self.pending.filled += size;
         Ok(())
     }
@@ -161,7 +167,7 @@ impl<'a> Sink<'a> {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all_at(bytes, self.position).map_err(|e| Error::io(self.path, e))?;
+        self.file.write_at(self.position, bytes)?;
         self.position += bytes.len() as u64;
         Ok(())
     }
