@@ -36,7 +36,7 @@ pub(crate) fn one_stage_scratch<T: Number>(n: usize) -> StackReq {
     StackReq::new_aligned::<T>(4 * padded::<T>(n), LINE)
 }
 
-/// `H_0 H_1 ... H_(n-2)`, each of which leaves one entry more alone.
+/// `Q = H_0 H_1 ... H_(n-2)`, each of which leaves one entry more alone.
 #[derive(Clone, Debug)]
 pub(crate) struct Reflections<T> {
     order: usize,
@@ -45,29 +45,28 @@ pub(crate) struct Reflections<T> {
     vectors: Vec<T>,
 }
 
-/// Reduces a symmetric matrix of order `n`, row-major in [`padded`] rows and columns, zeros beyond its own. Its
-/// entries must be far from the ends of the range of numbers. What `a` held is lost.
+/// Reduces a symmetric matrix of order `n`, row-major in [`padded`] rows and columns, zeros beyond its own; what it
+/// is reflected by goes to `reflections`, if that is wanted. Entries must be far from the ends of the range of
+/// numbers. What `a` held is lost.
 pub(crate) fn reduce_in_one_stage<T: Number>(
     a: &mut [T],
     n: usize,
+    reflections: Option<&mut Reflections<T>>,
     stack: &mut MemStack,
-) -> (Tridiagonal, Reflections<T>) {
+) -> Tridiagonal {
     let mut tridiagonal =
         Tridiagonal { diagonal: Vec::with_capacity(n), off_diagonal: Vec::with_capacity(n) };
-    let mut reflections =
-        Reflections { order: n, taus: Vec::with_capacity(n), vectors: Vec::with_capacity(n * n / 2) };
     let (mut memory, _) = stack.make_aligned_with(4 * padded::<T>(n), LINE, |_| T::default());
-    dispatch(Reduce {
-        a,
-        n,
-        memory: &mut memory,
-        tridiagonal: &mut tridiagonal,
-        reflections: &mut reflections,
-    });
-    (tridiagonal, reflections)
+    dispatch(Reduce { a, n, memory: &mut memory, tridiagonal: &mut tridiagonal, reflections });
+    tridiagonal
 }
 
 impl<T: Number> Reflections<T> {
+    /// Room for those of a matrix of order `n`.
+    pub(crate) fn new(n: usize) -> Self {
+        Self { order: n, taus: Vec::with_capacity(n), vectors: Vec::with_capacity(n * n / 2) }
+    }
+
     /// `Q Z` for `Z (n, width)`, row-major, `width` a multiple of [`Number::WIDEST`].
     pub(crate) fn apply(&self, z: &mut [T], width: usize) {
         dispatch(Apply { reflections: self, z, width });
@@ -80,7 +79,7 @@ struct Reduce<'a, T> {
     /// For four vectors.
     memory: &'a mut [T],
     tridiagonal: &'a mut Tridiagonal,
-    reflections: &'a mut Reflections<T>,
+    reflections: Option<&'a mut Reflections<T>>,
 }
 
 impl<T: Number> WithSimd for Reduce<'_, T> {
@@ -88,7 +87,7 @@ impl<T: Number> WithSimd for Reduce<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { a, n, memory, tridiagonal, reflections } = self;
+        let Self { a, n, memory, tridiagonal, mut reflections } = self;
         let stride = padded::<T>(n);
         let (v, others) = memory.split_at_mut(stride);
         let (w, others) = others.split_at_mut(stride);
@@ -121,8 +120,10 @@ impl<T: Number> WithSimd for Reduce<'_, T> {
                 *w = tau * *x - half * *next;
             }
             v.copy_from_slice(next);
-            reflections.taus.push(tau);
-            reflections.vectors.extend_from_slice(&v[k + 1..n]);
+            if let Some(kept) = &mut reflections {
+                kept.taus.push(tau);
+                kept.vectors.extend_from_slice(&v[k + 1..n]);
+            }
         }
     }
 }
@@ -244,7 +245,8 @@ mod tests {
                 (0..n).for_each(|j| rows[i * stride + j] = T::of(a[(i, j)]));
             }
             let mut memory = MemBuffer::new(one_stage_scratch::<T>(n));
-            let (t, reflections) = reduce_in_one_stage(&mut rows, n, MemStack::new(&mut memory));
+            let (stack, mut reflections) = (MemStack::new(&mut memory), Reflections::new(n));
+            let t = reduce_in_one_stage(&mut rows, n, Some(&mut reflections), stack);
             assert_eq!((t.diagonal.len(), t.off_diagonal.len()), (n, n.saturating_sub(1)));
             let mut q = vec![T::default(); n * stride];
             (0..n).for_each(|i| q[i * stride + i] = T::of(1.0));

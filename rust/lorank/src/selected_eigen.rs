@@ -50,7 +50,8 @@ impl SelectedEigen {
     /// # Errors
     /// As [`tridiagonal_eigenvalues`].
     pub(crate) fn of(a: &mut [f64], n: usize, stack: &mut MemStack) -> Result<Self> {
-        let (tridiagonal, reflections) = reduce_in_one_stage(a, n, stack);
+        let mut reflections = Reflections::new(n);
+        let tridiagonal = reduce_in_one_stage(a, n, Some(&mut reflections), stack);
         Ok(Self { values: tridiagonal_eigenvalues(&tridiagonal)?, tridiagonal, reflections })
     }
 

@@ -1,18 +1,16 @@
 //! Reduction of a symmetric matrix to tridiagonal form: `A = Q T Q^T`, `T` kept, `Q` dropped.
 //!
 //! In two stages, to a band ([`band`](mod@crate::band)) and from there ([`bulge`](mod@crate::bulge)); small
-//! matrices, which a cache holds, in one.
+//! matrices, which a cache holds, in one ([`one_stage`](crate::one_stage)).
 
 use faer::dyn_stack::{MemStack, StackReq};
-use faer::linalg::evd::tridiag::{tridiag_in_place, tridiag_in_place_scratch};
-use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
-use faer::mat::AsMatMut;
-use faer::prelude::{Reborrow, ReborrowMut};
-use faer::{MatMut, MatRef, Par, Spec};
+use faer::prelude::Reborrow;
+use faer::{MatMut, MatRef};
 
 use crate::band::{position, reduce_to_band, reduce_to_band_scratch, storage};
 use crate::bulge::reduce_to_tridiagonal;
 use crate::number::Number;
+use crate::one_stage::{one_stage_scratch, padded, reduce_in_one_stage};
 use crate::parallel::Strategy;
 use crate::simd::LINE;
 
@@ -25,28 +23,16 @@ pub struct Tridiagonal {
     pub off_diagonal: Vec<f64>,
 }
 
-impl Tridiagonal {
-    /// What a reduction in place leaves on the diagonal of a matrix and below it.
-    pub(crate) fn of_reduced<T: Number>(a: MatRef<'_, T>) -> Self {
-        let n = a.nrows();
-        Self {
-            diagonal: (0..n).map(|i| a[(i, i)].to_f64()).collect(),
-            off_diagonal: (1..n).map(|i| a[(i, i - 1)].to_f64()).collect(),
-        }
-    }
-}
-
-/// Order from which two stages are faster than one, as measured: of float32, more numbers fit into vectors,
-/// which the one stage does not use as well.
+/// Order from which two stages are faster than one, as measured: a cache holds more numbers of float32.
 const fn two_stages_from<T: Number>() -> usize {
-    if size_of::<T>() == size_of::<f32>() { 96 } else { 320 }
+    if size_of::<T>() == size_of::<f32>() { 384 } else { 320 }
 }
 
 /// The memory that [`tridiagonalize`] of a matrix of order `n` needs.
 #[must_use]
 pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
     if n < two_stages_from::<T>() {
-        temp_mat_scratch::<T>(1, n).and(tridiag_in_place_scratch::<T>(n, Par::Seq, Spec::default()))
+        StackReq::new_aligned::<T>(padded::<T>(n).pow(2), LINE).and(one_stage_scratch::<T>(n))
     } else {
         StackReq::new_aligned::<T>(storage(n), LINE).and(reduce_to_band_scratch::<T>(n))
     }
@@ -60,18 +46,22 @@ pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
 #[must_use]
 pub fn tridiagonalize<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
     if a.nrows() < two_stages_from::<T>() {
-        in_one_stage(a, stack)
+        in_one_stage(a.rb(), stack)
     } else {
         in_two_stages(a, strategy, stack)
     }
 }
 
-fn in_one_stage<T: Number>(mut a: MatMut<'_, T>, stack: &mut MemStack) -> Tridiagonal {
-    let n = a.nrows();
-    // One reflection per block: their products are only needed for eigenvectors.
-    let (mut reflections, stack) = temp_mat_zeroed::<T, _, _>(1, n.saturating_sub(1), stack);
-    tridiag_in_place(a.rb_mut(), reflections.as_mat_mut(), Par::Seq, stack, Spec::default());
-    Tridiagonal::of_reduced(a.rb())
+fn in_one_stage<T: Number>(a: MatRef<'_, T>, stack: &mut MemStack) -> Tridiagonal {
+    let (n, stride) = (a.nrows(), padded::<T>(a.nrows()));
+    let (mut rows, stack) = stack.make_aligned_with(stride * stride, LINE, |_| T::default());
+    for (j, column) in a.col_iter().enumerate() {
+        for (i, x) in column.iter().enumerate().skip(j) {
+            rows[j * stride + i] = *x;
+            rows[i * stride + j] = *x;
+        }
+    }
+    reduce_in_one_stage(&mut rows, n, None, stack)
 }
 
 fn in_two_stages<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
