@@ -17,7 +17,7 @@ use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
 use crate::number::Number;
 use crate::parallel::Strategy;
-use crate::stacked::{Stacked, gram_scratch as thin_scratch};
+use crate::stacked::{Gram, Stacked, gram_scratch as thin_scratch};
 use crate::strips::{STRIP, each_column_strip, each_row_strip};
 use crate::thin::THIN;
 
@@ -114,7 +114,8 @@ fn thin_gram<T: Number>(
     mut gram: MatMut<'_, T>,
     stack: &mut MemStack,
 ) -> Result<()> {
-    let found = Stacked::new(vec![*wide]).scaled(scale).gram::<f64>(stack, cancel)?;
+    let mut found = Gram::default();
+    Stacked::new(vec![*wide]).scaled(scale).gram::<f64>(&mut found, stack, cancel)?;
     for j in 0..wide.rows() {
         for i in j..wide.rows() {
             gram[(i, j)] = T::of(found.values[i * found.order + j]);

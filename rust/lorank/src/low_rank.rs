@@ -5,7 +5,8 @@ use faer::MatRef;
 use crate::cancel::CancelToken;
 use crate::exponent::power_of_two;
 use crate::source::{Buffer, StoredMatrix};
-use crate::stacked::Stacked;
+use crate::stacked::{Gram, Stacked};
+use crate::triangular::Triangular;
 use crate::workspace::Scratch;
 use crate::{Error, Result};
 
@@ -27,6 +28,10 @@ pub struct Buffers {
     pub(crate) factors: Vec<Buffer>,
     /// What products with them need.
     pub(crate) scratch: Scratch,
+    /// The products of a side's rows with each other.
+    pub(crate) gram: Gram,
+    /// What the sides of `B` and of `A` become.
+    pub(crate) sides: [Triangular; 2],
 }
 
 /// Numbers: float32 unless a factor was float64.

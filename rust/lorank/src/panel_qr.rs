@@ -63,7 +63,9 @@ pub(crate) fn factor_panel<T: Number>(
     let (mut memory, _) = stack.make_aligned_with(sums_of_rows::<T>(WIDTH), LINE, |_| 0.0);
     let mut sums = SumsOfRows::<T>::new(WIDTH, &mut memory);
     sums.add(Panel { values: v, stride, cols: stride });
-    write_products(&sums.gram(), t);
+    let mut gram = [0.0; WIDTH * WIDTH];
+    sums.write(&mut gram);
+    write_products(&gram, t);
 }
 
 /// Writes `T` for the lower triangle of `V^T V`, row by row.

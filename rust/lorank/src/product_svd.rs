@@ -30,7 +30,6 @@ use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::{Buffer, StoredMatrix};
 use crate::svd::dense_svd;
-use crate::triangular::triangular;
 
 /// An update's singular values, and the way to its factors.
 #[derive(Clone, Debug)]
@@ -105,13 +104,17 @@ fn by_gram(
     if update.iter().any(is_wide) {
         return Ok(None);
     }
-    let Some(b) = triangular(update, Side::B, buffers, cancel)? else { return Ok(None) };
-    let Some(a) = triangular(update, Side::A, buffers, cancel)? else { return Ok(None) };
-    let stack = buffers.scratch.stack(core_svd_scratch(rank))?;
+    let Buffers { factors, scratch, gram, sides: [b, a] } = buffers;
+    if !b.find(update, Side::B, (&mut *factors, &mut *gram, &mut *scratch), cancel)?
+        || !a.find(update, Side::A, (factors, gram, &mut *scratch), cancel)?
+    {
+        return Ok(None);
+    }
+    let stack = scratch.stack(core_svd_scratch(rank))?;
     let CoreSvd { singular_values, vectors } = CoreSvd::of(b.factor.transpose(), a.factor.as_ref(), stack)?;
     let norm = b.factor.norm_l2() * a.factor.norm_l2();
     let singular_values = without_noise(singular_values, rank, norm);
-    let form = Form::Basis { basis: Basis::new(&b, &a, vectors), terms: update.into() };
+    let form = Form::Basis { basis: Basis::new(b, a, vectors), terms: update.into() };
     Ok(Some(Decomposition { singular_values, shape: (out, fan_in), form }))
 }
 

@@ -37,7 +37,8 @@ pub(crate) struct Stacked<'a> {
     scale: f64,
 }
 
-/// A Gram matrix with zeros beyond its rows and columns.
+/// A Gram matrix with zeros beyond its rows and columns, in memory that one after the other uses.
+#[derive(Default)]
 pub(crate) struct Gram {
     /// The lower triangle, row-major.
     pub values: Vec<f64>,
@@ -67,48 +68,54 @@ impl<'a> Stacked<'a> {
     /// `X X^T`, in the arithmetic of `T`: see [`thin`](crate::thin).
     ///
     /// Needs the memory that [`gram_scratch`] says.
-    pub(crate) fn gram<T: Number>(&self, stack: &mut MemStack, cancel: &CancelToken) -> Result<Gram> {
+    pub(crate) fn gram<T: Number>(
+        &self,
+        gram: &mut Gram,
+        stack: &mut MemStack,
+        cancel: &CancelToken,
+    ) -> Result<()> {
         let order = self.rank().next_multiple_of(T::WIDEST);
-        let by_columns = self.parts.first().is_some_and(MatrixView::is_column_major);
-        let values = if by_columns {
-            self.gram_of_columns::<T>(order, stack, cancel)
+        gram.order = order;
+        gram.values.clear();
+        gram.values.resize(order * order, 0.0);
+        if self.parts.first().is_some_and(MatrixView::is_column_major) {
+            self.gram_of_columns::<T>(gram, stack, cancel)
         } else {
-            self.gram_of_rows::<T>(order, stack, cancel)
-        };
-        Ok(Gram { values: values?, order })
+            self.gram_of_rows::<T>(gram, stack, cancel)
+        }
     }
 
     fn gram_of_columns<T: Number>(
         &self,
-        order: usize,
+        Gram { values, order }: &mut Gram,
         stack: &mut MemStack,
         cancel: &CancelToken,
-    ) -> Result<Vec<f64>> {
-        let depth = panel_length::<T>(order);
-        let (mut panel, _) = zeros::<T>(order * depth, stack);
-        let mut gram = vec![0.0; order * order];
+    ) -> Result<()> {
+        let depth = panel_length::<T>(*order);
+        let (mut panel, _) = zeros::<T>(*order * depth, stack);
         for columns in self.panels(depth) {
             cancel.check()?;
-            add_gram_of_columns(self.columns(columns, order, &mut panel), order, &mut gram);
+            add_gram_of_columns(self.columns(columns, *order, &mut panel), *order, values);
         }
-        Ok(gram)
+        Ok(())
     }
 
     fn gram_of_rows<T: Number>(
         &self,
-        order: usize,
+        Gram { values, order }: &mut Gram,
         stack: &mut MemStack,
         cancel: &CancelToken,
-    ) -> Result<Vec<f64>> {
-        let depth = row_length::<T>(order);
-        let (mut panel, stack) = zeros::<T>(order * depth, stack);
-        let (mut memory, _) = zeros::<f64>(sums_of_rows::<T>(order), stack);
-        let mut sums = SumsOfRows::<T>::new(order, &mut memory);
+    ) -> Result<()> {
+        let depth = row_length::<T>(*order);
+        let (mut panel, stack) = zeros::<T>(*order * depth, stack);
+        let (mut memory, _) = zeros::<f64>(sums_of_rows::<T>(*order), stack);
+        let mut sums = SumsOfRows::<T>::new(*order, &mut memory);
         for columns in self.panels(depth) {
             cancel.check()?;
-            sums.add(self.rows(columns, order, &mut panel));
+            sums.add(self.rows(columns, *order, &mut panel));
         }
-        Ok(sums.gram())
+        sums.write(values);
+        Ok(())
     }
 
     /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes, which fill `out`.

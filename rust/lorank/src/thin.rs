@@ -79,15 +79,13 @@ impl<'a, T: Number> SumsOfRows<'a, T> {
         dispatch(GramOfRows { panel, p: self.p, sums: self.sums });
     }
 
-    /// `G (p, p)`, row-major.
-    pub(crate) fn gram(&self) -> Vec<f64> {
-        let mut gram = vec![0.0; self.p * self.p];
+    /// Writes the lower triangle of `G (p, p)`, row-major, and what shares a tile with it.
+    pub(crate) fn write(&self, gram: &mut [f64]) {
         for (i, line) in gram.chunks_exact_mut(self.p).enumerate() {
             for (j, g) in line.iter_mut().enumerate().take(i / ABOVE * ABOVE + ABOVE) {
                 *g = self.sums[place(i, j) * self.lanes..][..self.lanes].iter().sum();
             }
         }
-        gram
     }
 }
 
@@ -538,7 +536,8 @@ mod tests {
             let lanes = sums.lanes;
             sums.sums.iter_mut().step_by(lanes).for_each(|lane| *lane = 1.0);
             sums.add(Panel { values: &rows, stride: depth, cols: depth });
-            let of_rows = sums.gram();
+            let mut of_rows = vec![0.0; p * p];
+            sums.write(&mut of_rows);
             add_gram_of_columns(&columns, p, &mut of_columns);
             for i in 0..p {
                 for j in 0..=i {

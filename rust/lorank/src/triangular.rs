@@ -12,9 +12,11 @@ use faer::{Mat, MatRef, Par};
 use crate::Result;
 use crate::cancel::CancelToken;
 use crate::dense::{cholesky, product};
-use crate::low_rank::{Buffers, Side, Term};
+use crate::low_rank::{Side, Term};
+use crate::source::Buffer;
 use crate::stacked::{Gram, gram_scratch};
 use crate::thin::SUMMANDS;
+use crate::workspace::Scratch;
 
 /// The arithmetic of a Gram matrix, and of products with what follows from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +58,8 @@ impl Precision {
     }
 }
 
-/// `W X = F Q^T` for stacked factors `X (K, length)` and the terms' weights `W`.
+/// `W X = F Q^T` for stacked factors `X (K, length)` and the terms' weights `W`, in memory that one side after the
+/// other uses.
 pub(crate) struct Triangular {
     /// `F (K, K)`, lower triangular.
     pub factor: Mat<f64>,
@@ -65,62 +68,88 @@ pub(crate) struct Triangular {
     pub precision: Precision,
 }
 
-/// Of one side of an update; `None` if there are more rows than columns, or no bound shows `Q` to be
-/// orthonormal.
-pub(crate) fn triangular(
-    terms: &[Term],
-    side: Side,
-    buffers: &mut Buffers,
-    cancel: &CancelToken,
-) -> Result<Option<Triangular>> {
-    let Buffers { factors, scratch } = buffers;
-    let stacked = side.stacked(terms, factors, cancel)?;
-    let (rank, length) = (stacked.rank(), stacked.length());
-    if !(1..=length).contains(&rank) {
-        return Ok(None);
+impl Default for Triangular {
+    fn default() -> Self {
+        Self { factor: Mat::new(), inverse: Mat::new(), precision: Precision::Double }
     }
-    let weights = side.weights(terms);
-    let gram = stacked.gram::<f32>(scratch.stack(gram_scratch::<f32>(rank))?, cancel)?;
-    if let Some(single) = factored(&gram, &weights, length, Precision::Single) {
-        return Ok(Some(single));
-    }
-    let gram = stacked.gram::<f64>(scratch.stack(gram_scratch::<f64>(rank))?, cancel)?;
-    Ok(factored(&gram, &weights, length, Precision::Double))
 }
 
-fn factored(gram: &Gram, weights: &[f64], length: usize, precision: Precision) -> Option<Triangular> {
-    let rank = weights.len();
-    let at = |i: usize, j: usize| gram.values[i * gram.order + j];
-    let squares: Vec<f64> = (0..rank).map(|i| at(i, i)).collect();
-    let range = precision.range();
-    if !squares.iter().all(|x| range.contains(&(x / length as f64))) {
-        return None;
+impl Triangular {
+    /// Finds those of one side of an update; `false` if there are more rows than columns, or no bound shows `Q` to be
+    /// orthonormal.
+    pub(crate) fn find(
+        &mut self,
+        terms: &[Term],
+        side: Side,
+        (factors, gram, scratch): (&mut Vec<Buffer>, &mut Gram, &mut Scratch),
+        cancel: &CancelToken,
+    ) -> Result<bool> {
+        let stacked = side.stacked(terms, factors, cancel)?;
+        let (rank, length) = (stacked.rank(), stacked.length());
+        if !(1..=length).contains(&rank) {
+            return Ok(false);
+        }
+        let weights = side.weights(terms);
+        stacked.gram::<f32>(gram, scratch.stack(gram_scratch::<f32>(rank))?, cancel)?;
+        if self.factor(gram, &weights, length, Precision::Single).is_some() {
+            return Ok(true);
+        }
+        stacked.gram::<f64>(gram, scratch.stack(gram_scratch::<f64>(rank))?, cancel)?;
+        Ok(self.factor(gram, &weights, length, Precision::Double).is_some())
     }
-    let lengths: Vec<f64> = squares.iter().map(|x| x.sqrt()).collect();
-    let inverses: Vec<f64> = lengths.iter().map(|x| x.recip()).collect();
-    let scaled = |i, j| at(i, j) * inverses[i] * inverses[j];
-    let mut factor = Mat::from_fn(rank, rank, |i, j| if i >= j { scaled(i, j) } else { 0.0 });
-    cholesky(factor.as_mut())?;
-    let mut inverse = Mat::zeros(rank, rank);
-    invert_lower_triangular(inverse.as_mut(), factor.as_ref(), Par::Seq);
-    let is_orthonormal = |norm: f64| precision.error(rank, length) * norm <= precision.tolerance();
-    // The first bound takes no product, and is enough where rows are nearly orthogonal.
-    if !is_orthonormal(largest_sum(inverse.as_ref()) * largest_sum(inverse.transpose()))
-        && !is_orthonormal(largest_sum(product(inverse.transpose(), inverse.as_ref()).as_ref()))
-    {
-        return None;
+
+    fn factor(&mut self, gram: &Gram, weights: &[f64], length: usize, precision: Precision) -> Option<()> {
+        let rank = weights.len();
+        let squares: Vec<f64> = gram.values.iter().step_by(gram.order + 1).take(rank).copied().collect();
+        let range = precision.range();
+        if !squares.iter().all(|x| range.contains(&(x / length as f64))) {
+            return None;
+        }
+        let lengths: Vec<f64> = squares.iter().map(|x| x.sqrt()).collect();
+        let inverses: Vec<f64> = lengths.iter().map(|x| x.recip()).collect();
+        let Self { factor, inverse, .. } = self;
+        for matrix in [&mut *factor, &mut *inverse] {
+            matrix.resize_with(rank, rank, |_, _| 0.0);
+            matrix.fill(0.0);
+        }
+        for (j, (column, scale)) in factor.col_iter_mut().zip(&inverses).enumerate() {
+            let below = gram.values[j..].iter().step_by(gram.order).zip(&inverses).skip(j);
+            for (to, (x, other)) in column.iter_mut().skip(j).zip(below) {
+                *to = x * other * scale;
+            }
+        }
+        cholesky(factor.as_mut())?;
+        invert_lower_triangular(inverse.as_mut(), factor.as_ref(), Par::Seq);
+        let is_orthonormal = |norm: f64| precision.error(rank, length) * norm <= precision.tolerance();
+        // The first bound takes no product, and is enough where rows are nearly orthogonal.
+        let (columns, rows) = largest_sums(inverse.as_ref());
+        if !is_orthonormal(columns * rows) {
+            let (columns, _) = largest_sums(product(inverse.transpose(), inverse.as_ref()).as_ref());
+            is_orthonormal(columns).then_some(())?;
+        }
+        for (j, column) in factor.col_iter_mut().enumerate() {
+            let sizes = weights.iter().zip(&lengths).skip(j);
+            column.iter_mut().skip(j).zip(sizes).for_each(|(x, (weight, length))| *x *= weight * length);
+        }
+        for (j, (column, scale)) in inverse.col_iter_mut().zip(&inverses).enumerate() {
+            column.iter_mut().skip(j).for_each(|x| *x *= scale);
+        }
+        self.precision = precision;
+        Some(())
     }
-    let sizes: Vec<f64> = weights.iter().zip(&lengths).map(|(weight, length)| weight * length).collect();
-    for (j, column) in factor.col_iter_mut().enumerate() {
-        column.iter_mut().zip(&sizes).skip(j).for_each(|(x, size)| *x *= size);
-    }
-    for (j, column) in inverse.col_iter_mut().enumerate() {
-        column.iter_mut().skip(j).for_each(|x| *x *= inverses[j]);
-    }
-    Some(Triangular { factor, inverse, precision })
 }
 
-/// The largest sum of a column's absolute values.
-fn largest_sum(matrix: MatRef<'_, f64>) -> f64 {
-    matrix.col_iter().map(|column| column.iter().map(|x| x.abs()).sum()).fold(0.0, f64::max)
+/// The largest sums of absolute values of a column, and of a row.
+fn largest_sums(matrix: MatRef<'_, f64>) -> (f64, f64) {
+    let mut rows = vec![0.0; matrix.nrows()];
+    let mut largest = 0.0f64;
+    for column in matrix.col_iter() {
+        let mut sum = 0.0;
+        for (x, row) in column.iter().zip(&mut rows) {
+            sum += x.abs();
+            *row += x.abs();
+        }
+        largest = largest.max(sum);
+    }
+    (largest, rows.into_iter().fold(0.0, f64::max))
 }

@@ -182,7 +182,7 @@ impl Factor {
         terms: &[Term],
         by: MatRef<'_, f64>,
         out: &mut [u8],
-        Buffers { factors, scratch }: &mut Buffers,
+        Buffers { factors, scratch, .. }: &mut Buffers,
         cancel: &CancelToken,
     ) -> Result<()> {
         let stacked = self.side.stacked(terms, factors, cancel)?;
