@@ -110,8 +110,8 @@ def write_adapter(
     ):
         narrow = rounding.narrow(adapter, job.layouts, job.dtype)
         tensors = _tensors(job)
-        # Python writes texts while the core writes factors, but for words that tell of their rounding. It waits
-        # until this thread has nothing more to do in Python: the core would wait for the texts.
+        # Python writes texts while the core writes factors, but for words that tell of their rounding. It
+        # begins when this thread has nothing more to do in Python: the core would wait for the texts.
         begin = Event()
         texts = beside.submit(_write_texts, job, staging, begin, with_words=not narrow)
         begin.set()
