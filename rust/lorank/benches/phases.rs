@@ -17,7 +17,7 @@ use lorank::band::{WIDTH, position, reduce_to_band, reduce_to_band_scratch, stor
 use lorank::bulge::reduce_to_tridiagonal;
 use lorank::cancel::CancelToken;
 use lorank::dtype::DType;
-use lorank::gram::{gram, gram_scratch};
+use lorank::gram::{gram, gram_scratch, panel_size};
 use lorank::low_rank::{Buffers, Term};
 use lorank::matrix::MatrixView;
 use lorank::number::Number;
@@ -100,8 +100,9 @@ impl Report {
         let (mut scratch, mut product, n) = (Scratch::default(), Mat::<T>::zeros(p, p), p as f64);
 
         let taken = seconds(|| {
-            let stack = scratch.stack(gram_scratch::<T>(p, p)).expect("memory");
-            timed(|| gram(&view, 1.0, strategy, &cancel, product.as_mut(), stack))
+            let memory = scratch.numbers::<T>(panel_size::<T>(p, p), gram_scratch(p, p));
+            let (panel, stack) = memory.expect("memory");
+            timed(|| gram(&view, 1.0, strategy, &cancel, product.as_mut(), panel, stack))
         });
         self.row(kind, &order, "Gram matrix", taken, n.powi(3), peak);
 

@@ -8,14 +8,13 @@
 //! nine or more correct digits. In float32 the Gram matrix squares the condition number: what lies below
 //! `1e-6 lambda_max` is lost, and the error bound says so.
 
-use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
-use faer::mat::AsMatMut;
+use faer::MatMut;
 use faer::prelude::ReborrowMut;
 
 use crate::Result;
 use crate::cancel::CancelToken;
 use crate::exponent::{binary_exponent, power_of_two};
-use crate::gram::{gram, gram_scratch};
+use crate::gram::{gram, gram_scratch, panel_size};
 use crate::matrix::MatrixView;
 use crate::number::Number;
 use crate::parallel::{Strategy, pool};
@@ -133,12 +132,14 @@ fn gram_eigenvalues<T: Number>(
     cancel: &CancelToken,
     scratch: &mut Scratch,
 ) -> Result<Vec<f64>> {
-    let p = view.rows().min(view.cols());
-    let steps = gram_scratch::<T>(view.rows(), view.cols()).or(tridiagonalize_scratch::<T>(p));
-    let stack = scratch.stack(temp_mat_scratch::<T>(p, p).and(steps))?;
-    let (mut a, stack) = temp_mat_zeroed::<T, _, _>(p, p, stack);
-    let mut a = a.as_mat_mut();
-    gram(view, scale, strategy, cancel, a.rb_mut(), stack)?;
+    let (rows, cols) = (view.rows(), view.cols());
+    let (p, request) =
+        (rows.min(cols), gram_scratch(rows, cols).or(tridiagonalize_scratch::<T>(rows.min(cols))));
+    let stride = p.next_multiple_of(T::WIDEST);
+    let (numbers, stack) = scratch.numbers::<T>(p * stride + panel_size::<T>(rows, cols), request)?;
+    let (matrix, panel) = numbers.split_at_mut(p * stride);
+    let mut a = MatMut::from_column_major_slice_with_stride_mut(matrix, p, p, stride);
+    gram(view, scale, strategy, cancel, a.rb_mut(), panel, stack)?;
     cancel.check()?;
     let tridiagonal = tridiagonalize(a, strategy, stack);
     cancel.check()?;

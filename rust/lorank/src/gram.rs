@@ -7,8 +7,6 @@
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{BlockStructure, matmul as triangular_matmul};
-use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
-use faer::mat::AsMatMut;
 use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, MatMut, MatRef, Par};
 
@@ -33,19 +31,31 @@ const fn strip(p: usize) -> usize {
     if p < 1024 { STRIP } else { 2 * STRIP }
 }
 
+/// Numbers of a panel of a `(rows, cols)` matrix.
+#[must_use]
+pub fn panel_size<T: Number>(rows: usize, cols: usize) -> usize {
+    let (p, m) = (rows.min(cols), rows.max(cols));
+    if p <= THIN {
+        return 0;
+    }
+    let depth = depth(p, m);
+    (padded::<T>(p) * depth).max(padded::<T>(depth) * p)
+}
+
+/// Numbers from one column of a panel to the next.
+const fn padded<T: Number>(rows: usize) -> usize {
+    rows.next_multiple_of(T::WIDEST)
+}
+
 /// The memory that [`gram`] of a `(rows, cols)` matrix needs.
 #[must_use]
-pub fn gram_scratch<T: Number>(rows: usize, cols: usize) -> StackReq {
+pub fn gram_scratch(rows: usize, cols: usize) -> StackReq {
     let p = rows.min(cols);
-    if p <= THIN {
-        return thin_scratch::<f64>(p);
-    }
-    let depth = depth(p, rows.max(cols));
-    temp_mat_scratch::<T>(p, depth).or(temp_mat_scratch::<T>(depth, p))
+    if p <= THIN { thin_scratch::<f64>(p) } else { StackReq::EMPTY }
 }
 
 /// Writes the lower triangle of `scale^2 * X X^T` to `gram`, `(p, p)`; what lies above the diagonal
-/// is unspecified.
+/// is unspecified. `panel` has [`panel_size`] numbers, whatever they are.
 ///
 /// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
 ///
@@ -57,6 +67,7 @@ pub fn gram<T: Number>(
     strategy: Strategy,
     cancel: &CancelToken,
     mut gram: MatMut<'_, T>,
+    panel: &mut [T],
     stack: &mut MemStack,
 ) -> Result<()> {
     let wide = view.wide();
@@ -64,29 +75,26 @@ pub fn gram<T: Number>(
     if p <= THIN {
         return thin_gram(&wide, scale, cancel, gram, stack);
     }
-    let depth = depth(p, m);
-    gram.fill(T::default());
-    if let Some(x) = in_place(&wide, scale) {
-        return (0..m).step_by(depth).try_for_each(|first| {
-            cancel.check()?;
-            add_lower(gram.rb_mut(), x.subcols(first, depth.min(m - first)), strategy);
-            Ok(())
-        });
-    }
+    let (depth, in_place) = (depth(p, m), in_place(&wide, scale));
     // The panel lies in memory as the view does, so that upcasting reads and writes in runs.
     let column_major = wide.is_column_major();
     let (rows, cols) = if column_major { (p, depth) } else { (depth, p) };
-    let (mut buffer, _) = temp_mat_zeroed::<T, _, _>(rows, cols, stack);
-    let mut buffer = buffer.as_mat_mut();
-    for first in (0..m).step_by(depth.max(1)) {
+    let mut buffer = MatMut::from_column_major_slice_with_stride_mut(panel, rows, cols, padded::<T>(rows));
+    for first in (0..m).step_by(depth) {
         cancel.check()?;
+        // The first product is written to memory that nobody has touched, by the threads that will go on with it.
+        let accum = if first == 0 { Accum::Replace } else { Accum::Add };
         let columns = first..m.min(first + depth);
+        if let Some(x) = in_place {
+            add_lower(gram.rb_mut(), x.subcols(first, columns.len()), accum, strategy);
+            continue;
+        }
         let panel = if column_major { buffer.rb_mut() } else { buffer.rb_mut().transpose_mut() };
         let mut panel = panel.subcols_mut(0, columns.len());
         each_row_strip(panel.rb_mut(), strategy, |first, block| {
             wide.upcast(first..first + block.nrows(), columns.clone(), scale, block);
         });
-        add_lower(gram.rb_mut(), panel.rb(), strategy);
+        add_lower(gram.rb_mut(), panel.rb(), accum, strategy);
     }
     Ok(())
 }
@@ -124,9 +132,9 @@ fn thin_gram<T: Number>(
     Ok(())
 }
 
-/// `G += X X^T`, lower triangle, by column strips: each is a triangle on the diagonal and the rectangle below
-/// it.
-fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, strategy: Strategy) {
+/// `G += X X^T`, or `G = X X^T`, lower triangle, by column strips: each is a triangle on the diagonal and the
+/// rectangle below it.
+fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, accum: Accum, strategy: Strategy) {
     let p = gram.nrows();
     let (full, lower) = (BlockStructure::Rectangular, BlockStructure::TriangularLower);
     let one = T::of(1.0);
@@ -134,9 +142,9 @@ fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, strategy: Strateg
         let width = strip.ncols();
         let (diagonal, below) = strip.subrows_mut(first, p - first).split_at_row_mut(width);
         let own = x.subrows(first, width);
-        triangular_matmul(diagonal, lower, Accum::Add, own, full, own.transpose(), full, one, Par::Seq);
+        triangular_matmul(diagonal, lower, accum, own, full, own.transpose(), full, one, Par::Seq);
         let x_below = x.subrows(first + width, p - first - width);
-        matmul(below, Accum::Add, x_below, own.transpose(), one, Par::Seq);
+        matmul(below, accum, x_below, own.transpose(), one, Par::Seq);
     });
 }
 
@@ -153,8 +161,11 @@ mod tests {
         let p = view.rows().min(view.cols());
         let mut out = Mat::from_fn(p, p, |_, _| f64::NAN);
         let mut scratch = Scratch::default();
-        let stack = scratch.stack(gram_scratch::<f64>(view.rows(), view.cols()))?;
-        gram(view, 1.0, strategy, cancel, out.as_mut(), stack)?;
+        let (rows, cols) = (view.rows(), view.cols());
+        let size = panel_size::<f64>(rows, cols);
+        let (panel, stack) = scratch.numbers::<f64>(size, gram_scratch(rows, cols))?;
+        panel.fill(f64::NAN);
+        gram(view, 1.0, strategy, cancel, out.as_mut(), panel, stack)?;
         Ok(out)
     }
 

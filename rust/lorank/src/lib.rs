@@ -18,13 +18,13 @@
 //! ```
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
 
+mod aligned_bytes;
 pub mod analysis;
 pub mod band;
 mod basis;
 pub mod bulge;
 pub mod cancel;
 pub mod checkpoint;
-mod copy_buffer;
 mod core_svd;
 mod dense;
 pub mod difference_svd;

@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
+use crate::aligned_bytes::AlignedBytes;
 use crate::cancel::CancelToken;
-use crate::copy_buffer::CopyBuffer;
 use crate::{Error, Result};
 
 /// Headers beyond this are refused, as the format's own library does.
@@ -188,7 +188,7 @@ impl SafetensorsFile {
     /// [`read`](Self::read) into a buffer that may be used again.
     pub(crate) fn read_into<'a>(
         &self,
-        buffer: &'a mut CopyBuffer,
+        buffer: &'a mut AlignedBytes,
         tensor: &TensorInfo,
         start: usize,
         len: usize,

@@ -3,9 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::aligned_bytes::AlignedBytes;
 use crate::cancel::CancelToken;
 use crate::checkpoint::StoredTensor;
-use crate::copy_buffer::CopyBuffer;
 use crate::dtype::DType;
 use crate::low_rank::Buffers;
 use crate::matrix::MatrixView;
@@ -29,7 +29,7 @@ enum Storage {
 /// Memory that one matrix after the other is loaded into: it grows and never shrinks.
 #[derive(Default)]
 pub struct Buffer {
-    pub(crate) bytes: CopyBuffer,
+    pub(crate) bytes: AlignedBytes,
     /// What a matrix is computed of.
     pub(crate) parts: Buffers,
 }

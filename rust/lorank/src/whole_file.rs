@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::copy_buffer::CopyBuffer;
+use crate::aligned_bytes::AlignedBytes;
 use crate::{Error, Result};
 
 /// Bytes that are gathered before they are written. Threads that write to one file wait for each other, at every
@@ -107,7 +107,7 @@ impl Drop for WholeFile<'_> {
 /// Bytes that are gathered for a file, in memory that is used again and again.
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
-    buffer: CopyBuffer,
+    buffer: AlignedBytes,
     filled: usize,
 }
 

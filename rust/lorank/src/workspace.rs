@@ -6,6 +6,8 @@
 
 use faer::dyn_stack::{MemBuffer, MemStack, StackReq};
 
+use crate::aligned_bytes::AlignedBytes;
+use crate::number::Number;
 use crate::source::Buffer;
 use crate::{Error, Result};
 
@@ -18,30 +20,53 @@ pub struct Workspace {
     pub scratch: Scratch,
 }
 
-/// Uninitialised memory for faer's temporaries.
+/// Memory for the matrices and the temporaries of a decomposition.
 #[derive(Default)]
-pub struct Scratch(Option<MemBuffer>);
+pub struct Scratch {
+    memory: Option<MemBuffer>,
+    numbers: AlignedBytes,
+}
 
 impl Scratch {
-    /// At least the memory that `request` describes.
+    /// At least the uninitialised memory that `request` describes.
     ///
     /// # Errors
     /// [`Error::Numerical`] if the system does not have it.
     pub fn stack(&mut self, request: StackReq) -> Result<&mut MemStack> {
-        // Enough wherever the memory starts, as the next request may ask for another alignment.
-        let bytes = request.unaligned_bytes_required();
-        let enough = self.0.as_ref().is_some_and(|memory| memory.len() >= bytes);
-        if !enough {
-            self.0 = None; // Freed first: old and new together would set the peak.
-        }
-        let memory = match self.0.take() {
-            Some(memory) => memory,
-            None => MemBuffer::try_new(StackReq::new::<u8>(bytes)).map_err(|_| {
-                Error::Numerical(format!("no memory for the {bytes} bytes that its decomposition needs"))
-            })?,
-        };
-        Ok(MemStack::new(self.0.insert(memory)))
+        stack(&mut self.memory, request)
     }
+
+    /// So many numbers, whatever they are, and beside them what [`stack`](Self::stack) gives: large matrices, which
+    /// would be touched once more to be zeroed, and by one thread alone.
+    ///
+    /// # Errors
+    /// As [`stack`](Self::stack).
+    pub fn numbers<T: Number>(
+        &mut self,
+        count: usize,
+        request: StackReq,
+    ) -> Result<(&mut [T], &mut MemStack)> {
+        let bytes = count.saturating_mul(size_of::<T>());
+        let room = self.numbers.room(bytes, 0).ok_or_else(|| no_memory(bytes))?;
+        Ok((pulp::bytemuck::cast_slice_mut(&mut room[..bytes]), stack(&mut self.memory, request)?))
+    }
+}
+
+fn stack(memory: &mut Option<MemBuffer>, request: StackReq) -> Result<&mut MemStack> {
+    // Enough wherever the memory starts, as the next request may ask for another alignment.
+    let bytes = request.unaligned_bytes_required();
+    if memory.as_ref().is_none_or(|memory| memory.len() < bytes) {
+        *memory = None; // Freed first: old and new together would set the peak.
+    }
+    let found = match memory.take() {
+        Some(found) => found,
+        None => MemBuffer::try_new(StackReq::new::<u8>(bytes)).map_err(|_| no_memory(bytes))?,
+    };
+    Ok(MemStack::new(memory.insert(found)))
+}
+
+fn no_memory(bytes: usize) -> Error {
+    Error::Numerical(format!("no memory for the {bytes} bytes that its decomposition needs"))
 }
 
 #[cfg(test)]
@@ -69,5 +94,20 @@ mod tests {
     fn too_much_is_an_error() {
         let error = Scratch::default().stack(StackReq::new::<f64>(1 << 58)).map(|_| ()).unwrap_err();
         assert!(error.to_string().contains("no memory"), "{error}");
+        for count in [1 << 58, usize::MAX] {
+            let error = Scratch::default().numbers::<f64>(count, StackReq::EMPTY).map(|_| ()).unwrap_err();
+            assert!(error.to_string().contains("no memory"), "{error}");
+        }
+    }
+
+    #[test]
+    fn numbers_begin_with_a_cache_line() {
+        let mut scratch = Scratch::default();
+        for count in [0, 1, 1000, 10] {
+            let (numbers, stack) = scratch.numbers::<f32>(count, StackReq::new::<f64>(5)).unwrap();
+            assert!(stack.can_hold(StackReq::new::<f64>(5)));
+            numbers.fill(1.0);
+            assert_eq!((numbers.len(), numbers.as_ptr().addr() % 64), (count, 0));
+        }
     }
 }

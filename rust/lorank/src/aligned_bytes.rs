@@ -1,10 +1,10 @@
-//! Memory that bytes of files are read into, and written from.
+//! Memory that begins at a chosen place of a cache line: bytes that files are read into and written from, and numbers.
 //!
-//! The system copies them from and to its own pages. Where a copy's target lies less than half a cache line further
-//! in its page than the source does in its own, the processor takes loads for such of what was stored just before:
-//! the copy takes two to four times as long, as measured for targets 8 and 16 bytes further. An allocator's large
-//! pieces begin 16 bytes into a page, so that every 256th file would be read that slowly. Here copies begin at the
-//! same place of a cache line as in the file, or less than 8 bytes before it: numbers are aligned.
+//! The system copies a file's bytes from and to pages of its own. Where a copy's target lies less than half a cache
+//! line further in its page than the source does in its own, the processor takes loads for such of what was stored
+//! just before: the copy takes two to four times as long, as measured for targets 8 and 16 bytes further. An
+//! allocator's large pieces begin 16 bytes into a page, so that every 256th file would be read that slowly. Copies that
+//! begin at the same place of a cache line as in the file, or less than 8 bytes before it, are never slow.
 
 use crate::simd::LINE;
 
@@ -13,14 +13,14 @@ const ALIGNMENT: usize = 8;
 
 /// Memory that is used again and again: it grows and never shrinks.
 #[derive(Debug, Default)]
-pub(crate) struct CopyBuffer {
+pub(crate) struct AlignedBytes {
     memory: Vec<u8>,
     start: usize,
 }
 
-impl CopyBuffer {
-    /// At least so many bytes for copies from or to a place in a file and what follows it, whatever they hold. `None`
-    /// if the system does not have them.
+impl AlignedBytes {
+    /// At least so many bytes, whatever they hold, for copies from or to a place in a file and what follows it; those
+    /// for place 0 begin with a cache line. `None` if the system does not have them.
     pub(crate) fn room(&mut self, size: usize, position: u64) -> Option<&mut [u8]> {
         let needed = size.checked_add(LINE)?;
         if needed > self.memory.len() {
@@ -52,7 +52,7 @@ mod tests {
 
     #[test]
     fn places_are_those_of_the_file() {
-        let mut buffer = CopyBuffer::default();
+        let mut buffer = AlignedBytes::default();
         for (size, position) in
             [(0, 0), (10, 8), (100, 63), (100, 64), (99, 4096 + 17), (5000, 1 << 40), (1, 24)]
         {
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn memory_grows_and_never_shrinks() {
-        let mut buffer = CopyBuffer::default();
+        let mut buffer = AlignedBytes::default();
         buffer.room(1000, 0).unwrap().fill(7);
         let memory = buffer.memory.as_ptr();
         for size in [10, 1000, 0] {
