@@ -80,9 +80,11 @@ pub fn reduce_to_band<T: Number>(
     band.fill(T::default());
     complete_diagonal_blocks(a.rb_mut());
     let (mut v_w_v, stack) = temp_mat_zeroed::<T, _, _>(n, 3 * WIDTH, stack);
+    let (mut v, stack) = stack.make_aligned_with(padded::<T>(n) * WIDTH, LINE, |_| T::default());
+    let (mut products, stack) = temp_mat_zeroed::<T, _, _>(WIDTH, n * groups(n), stack);
     let mut updates = Updates { v_w_v: v_w_v.as_mat_mut(), strategy };
     for panel in (0..n).step_by(WIDTH) {
-        reduce_panel(a.rb_mut(), panel, &mut updates, stack);
+        reduce_panel(a.rb_mut(), panel, &mut updates, (&mut v, products.as_mat_mut()), stack);
         store_columns(a.rb(), panel, band);
     }
 }
@@ -98,11 +100,13 @@ fn complete_diagonal_blocks<T: Number>(mut a: MatMut<'_, T>) {
 }
 
 /// Reduces the columns from `panel` on to those of a band, brings the others up to date with the panel
-/// before, and notes what they owe to this one.
+/// before, and notes what they owe to this one. `V` and the products with it are written to memory that all
+/// panels use.
 fn reduce_panel<T: Number>(
     mut a: MatMut<'_, T>,
     panel: usize,
     updates: &mut Updates<'_, T>,
+    (v, products): (&mut [T], MatMut<'_, T>),
     stack: &mut MemStack,
 ) {
     let n = a.nrows();
@@ -117,13 +121,12 @@ fn reduce_panel<T: Number>(
     let (mut t, stack) = temp_mat_zeroed::<T, _, _>(count, count, stack);
     let mut t = t.as_mat_mut();
     let stride = padded::<T>(below);
-    let (mut v, stack) = stack.make_aligned_with(stride * WIDTH, LINE, |_| T::default());
-    factor_panel(done.submatrix_mut(first, panel, below, WIDTH), &mut v, t.rb_mut(), stack);
-    let v = MatRef::from_column_major_slice_with_stride(&v, below, count, stride);
+    let v = &mut v[..stride * WIDTH];
+    factor_panel(done.submatrix_mut(first, panel, below, WIDTH), v, t.rb_mut(), stack);
+    let v = MatRef::from_column_major_slice_with_stride(v, below, count, stride);
     let t = t.rb();
 
-    let (mut products, stack) = temp_mat_zeroed::<T, _, _>(WIDTH, below * groups(below), stack);
-    let products = products.as_mat_mut();
+    let products = products.subcols_mut(0, below * groups(below));
     let products = updates.update_and_multiply(rest, first, v, products);
     updates.note(products.rb(), v, t, first, stack);
 }
@@ -155,7 +158,8 @@ impl<T: Number> Updates<'_, T> {
         matmul(block, Accum::Add, left, right.transpose(), -T::of(1.0), Par::Seq);
     }
 
-    /// Brings the columns from `first` on up to date, and returns `V^T A` of what they are then.
+    /// Brings the columns from `first` on up to date, and returns `V^T A` of what they are then, in the memory of
+    /// `products`.
     fn update_and_multiply<'p>(
         &self,
         rest: MatMut<'_, T>,
@@ -175,9 +179,14 @@ impl<T: Number> Updates<'_, T> {
             dealt[i % count].strips.push(strip);
         }
         let work = |Share { strips, mut sums }: Share<'_, T>| {
-            for Strip { first: start, mut columns } in strips {
+            for (k, Strip { first: start, mut columns }) in strips.into_iter().enumerate() {
                 self.subtract(columns.rb_mut(), start, start);
-                add_products(columns.rb(), v, start - first, sums.rb_mut());
+                // The first is the longest: what it has nothing to do with, the others have not either.
+                let accum = if k == 0 { Accum::Replace } else { Accum::Add };
+                if k == 0 {
+                    sums.rb_mut().subcols_mut(0, start - first).fill(T::default());
+                }
+                add_products(columns.rb(), v, start - first, accum, sums.rb_mut());
             }
         };
         match self.strategy {
@@ -243,13 +252,19 @@ fn strips<T: Number>(rest: MatMut<'_, T>, first: usize) -> Vec<Strip<'_, T>> {
     strips
 }
 
-/// Adds to `V^T A` what a strip of `A` has to do with it: its own columns, and by symmetry the rows below its
-/// diagonal block, as columns. `start` is the row of `V` that the strip begins with.
-fn add_products<T: Number>(strip: MatRef<'_, T>, v: MatRef<'_, T>, start: usize, mut sums: MatMut<'_, T>) {
+/// What a strip of `A` has to do with `V^T A`: its own columns, and by symmetry the rows below its diagonal block, as
+/// columns. `start` is the row of `V` that the strip begins with.
+fn add_products<T: Number>(
+    strip: MatRef<'_, T>,
+    v: MatRef<'_, T>,
+    start: usize,
+    accum: Accum,
+    mut sums: MatMut<'_, T>,
+) {
     let (count, width, below) = (v.ncols(), strip.ncols(), strip.nrows() - strip.ncols());
     let mut add = |first: usize, left: MatRef<'_, T>, right: MatRef<'_, T>| {
         let target = sums.rb_mut().submatrix_mut(0, first, count, right.ncols());
-        matmul(target, Accum::Add, left, right, T::of(1.0), Par::Seq);
+        matmul(target, accum, left, right, T::of(1.0), Par::Seq);
     };
     add(start, v.subrows(start, strip.nrows()).transpose(), strip);
     let own = v.subrows(start, width).transpose();

@@ -9,11 +9,11 @@
 //! Source: PARA, Post-Optimization Adaptive Rank Allocation for `LoRA`, equations 2 to 5 and 13.
 //!
 //! There are two ways to `R`. The fast one is the Cholesky factor of the Gram matrix
-//! ([`triangular`](crate::triangular)), half the operations of a product and no `Q`: `Q_B U = B (R_B^-1 U)`
-//! is formed for those columns alone that are kept ([`basis`](crate::basis)). It serves factors of narrow types for which a bound shows
-//! that `Q` is orthonormal enough. Everything else takes Householder reflections ([`HouseholderQr`]) in
-//! float64, after powers of two have been taken out of every factor: in float32 the core loses digits
-//! wherever terms cancel.
+//! ([`triangular`](crate::triangular)), half the operations of a product and no `Q`: `Q_B U S` and `Q_A V` are formed
+//! by products with `B` and `A`, of those columns alone that are kept ([`basis`](crate::basis)). It serves factors of
+//! narrow types for which a bound shows that `Q` is orthonormal enough. Everything else takes Householder reflections
+//! ([`HouseholderQr`]) in float64, after powers of two have been taken out of every factor: in float32 the core loses
+//! digits wherever terms cancel.
 
 use std::sync::Arc;
 
