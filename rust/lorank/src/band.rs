@@ -21,8 +21,8 @@ use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use crate::number::Number;
-use crate::panel_qr::{factor_panel, factor_panel_scratch, padded};
+use crate::number::{Number, padded};
+use crate::panel_qr::{factor_panel, factor_panel_scratch};
 use crate::parallel::Strategy;
 use crate::simd::LINE;
 use crate::strips::{STRIP, each_column_strip, each_row_strip};

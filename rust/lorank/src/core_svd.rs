@@ -13,7 +13,7 @@ use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 use crate::Result;
 use crate::exponent::{binary_exponent, power_of_two};
-use crate::one_stage::padded;
+use crate::number::padded;
 use crate::selected_eigen::{SelectedEigen, selected_eigen_scratch};
 use crate::simd::LINE;
 use crate::svd::dense_svd;

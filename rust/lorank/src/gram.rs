@@ -13,7 +13,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use crate::Result;
 use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
-use crate::number::Number;
+use crate::number::{Number, padded};
 use crate::parallel::Strategy;
 use crate::stacked::{Gram, Stacked, gram_scratch as thin_scratch};
 use crate::strips::{STRIP, each_column_strip, each_row_strip};
@@ -40,11 +40,6 @@ pub fn panel_size<T: Number>(rows: usize, cols: usize) -> usize {
     }
     let depth = depth(p, m);
     (padded::<T>(p) * depth).max(padded::<T>(depth) * p)
-}
-
-/// Numbers from one column of a panel to the next.
-const fn padded<T: Number>(rows: usize) -> usize {
-    rows.next_multiple_of(T::WIDEST)
 }
 
 /// The memory that [`gram`] of a `(rows, cols)` matrix needs.

@@ -78,6 +78,12 @@ pub trait Number:
     fn vectors_mut<S: Simd>(values: &mut [Self]) -> &mut [Self::Vector<S>];
 }
 
+/// A count of numbers, rounded up to whole vectors of any machine.
+#[must_use]
+pub(crate) const fn padded<T: Number>(count: usize) -> usize {
+    count.next_multiple_of(T::WIDEST)
+}
+
 macro_rules! number {
     (
         $number:ident, $dtype:ident, $vector:ident, $lanes:ident, $splat:ident, $mul_add:ident, $add:ident, $mul:ident, $sum:ident,

@@ -18,18 +18,13 @@
 use faer::dyn_stack::{MemStack, StackReq};
 use pulp::{Simd, WithSimd};
 
-use crate::number::Number;
+use crate::number::{Number, padded};
 use crate::panel_qr::{Reflection, dot, subtract};
 use crate::simd::{LINE, dispatch};
 use crate::tridiag::Tridiagonal;
 
 /// Rows that are worked on side by side, of machines with many registers.
 const BESIDE: usize = 4;
-
-/// Numbers in memory from one row of a matrix of order `n` to the next, and rows in memory.
-pub(crate) const fn padded<T: Number>(n: usize) -> usize {
-    n.next_multiple_of(T::WIDEST)
-}
 
 /// The memory that [`reduce_in_one_stage`] needs.
 pub(crate) fn one_stage_scratch<T: Number>(n: usize) -> StackReq {

@@ -22,18 +22,12 @@ use faer::prelude::{Reborrow, ReborrowMut};
 use pulp::{Simd, WithSimd};
 
 use crate::band::WIDTH;
-use crate::number::Number;
+use crate::number::{Number, padded};
 use crate::simd::{LINE, dispatch};
 use crate::thin::{Panel, SumsOfRows, sums_of_rows};
 
 /// Columns that are read side by side.
 const BESIDE: usize = 4;
-
-/// Numbers that a column of `rows` rows takes in `V`.
-#[must_use]
-pub(crate) const fn padded<T: Number>(rows: usize) -> usize {
-    rows.next_multiple_of(T::WIDEST)
-}
 
 /// The memory that [`factor_panel`] needs.
 pub(crate) fn factor_panel_scratch<T: Number>() -> StackReq {

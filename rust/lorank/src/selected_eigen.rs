@@ -15,7 +15,7 @@ use faer::{Mat, Par};
 
 use crate::Result;
 use crate::dense::{cholesky, product};
-use crate::number::Number;
+use crate::number::padded;
 use crate::one_stage::{Reflections, one_stage_scratch, reduce_in_one_stage};
 use crate::root_free_ql::tridiagonal_eigenvalues;
 use crate::tridiag::Tridiagonal;
@@ -69,7 +69,7 @@ impl SelectedEigen {
     /// `Q Z`.
     fn reflected(&self, z: &Mat<f64>) -> Mat<f64> {
         let (n, k) = (z.nrows(), z.ncols());
-        let width = k.next_multiple_of(f64::WIDEST);
+        let width = padded::<f64>(k);
         let mut rows = vec![0.0; n * width];
         for (i, row) in rows.chunks_exact_mut(width.max(1)).enumerate() {
             row.iter_mut().take(k).enumerate().for_each(|(j, x)| *x = z[(i, j)]);
@@ -113,7 +113,6 @@ mod tests {
     use faer::dyn_stack::MemBuffer;
 
     use super::*;
-    use crate::one_stage::padded;
 
     /// `4` on the diagonal, less and less within `width` of it.
     fn banded(n: usize, width: usize) -> Mat<f64> {

@@ -9,8 +9,8 @@ use faer::{MatMut, MatRef};
 
 use crate::band::{position, reduce_to_band, reduce_to_band_scratch, storage};
 use crate::bulge::reduce_to_tridiagonal;
-use crate::number::Number;
-use crate::one_stage::{one_stage_scratch, padded, reduce_in_one_stage};
+use crate::number::{Number, padded};
+use crate::one_stage::{one_stage_scratch, reduce_in_one_stage};
 use crate::parallel::Strategy;
 use crate::simd::LINE;
 
