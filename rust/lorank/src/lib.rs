@@ -47,6 +47,7 @@ mod panel_qr;
 pub mod parallel;
 pub mod powerlaw;
 pub mod product_svd;
+mod ql_pipeline;
 pub mod qr;
 pub mod root_free_ql;
 mod rounding;

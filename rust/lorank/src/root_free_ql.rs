@@ -18,11 +18,19 @@
 //! sums of positive terms, products and quotients; eigenvalues are off by a small multiple of `eps ||T||`.
 
 use crate::exponent::{binary_exponent, power_of_two};
+use crate::ql_pipeline::{LARGE, SMALL, SWEEPS, Sweeps};
+use crate::simd::dispatch;
 use crate::tridiag::Tridiagonal;
 use crate::{Error, Result};
 
 /// Sweeps for one eigenvalue after which something is wrong; two are usual.
 const MOST_SWEEPS: usize = 60;
+
+/// Order of a block from which sweeps are pipelined, less one.
+const PIPELINE_FROM: usize = 23;
+
+/// Leaving out an entry moves no eigenvalue by more than its size: the square of one that does not count.
+const FLOOR: f64 = (f64::EPSILON / 32.0) * (f64::EPSILON / 32.0);
 
 /// The eigenvalues of a symmetric tridiagonal matrix, ascending: about `n^2` steps of 12 cycles.
 ///
@@ -72,8 +80,12 @@ impl Iteration {
                     self.solve_pair(first);
                     (first, sweeps) = (first + 2, 0);
                 }
-                _ => {
-                    self.sweep(first, last);
+                distance => {
+                    if distance < PIPELINE_FROM {
+                        self.sweep(first, last);
+                    } else {
+                        self.sweep_many(first, last)?;
+                    }
                     sweeps += 1;
                     if sweeps > MOST_SWEEPS {
                         return Err(Error::NoConvergence("the tridiagonal eigenvalue iteration"));
@@ -86,8 +98,6 @@ impl Iteration {
 
     /// The last index of the block that begins at `first`: the next off-diagonal is negligible.
     fn block_end(&self, first: usize) -> usize {
-        // Leaving out an entry moves no eigenvalue by more than its size.
-        const FLOOR: f64 = (f64::EPSILON / 32.0) * (f64::EPSILON / 32.0);
         const RELATIVE: f64 = f64::EPSILON * f64::EPSILON;
         let a = &self.diagonal;
         (first..self.squares.len())
@@ -109,11 +119,24 @@ impl Iteration {
         a - root / (ratio + ratio.hypot(1.0).copysign(ratio))
     }
 
+    /// [`SWEEPS`] sweeps, shifted by the eigenvalues of the leading block of that order.
+    fn sweep_many(&mut self, first: usize, last: usize) -> Result<()> {
+        let leading = Iteration {
+            diagonal: self.diagonal[first..first + SWEEPS].to_vec(),
+            squares: self.squares[first..first + SWEEPS - 1].to_vec(),
+        };
+        let mut shifts = [0.0; SWEEPS];
+        shifts.copy_from_slice(&leading.eigenvalues()?);
+        dispatch(Sweeps {
+            diagonal: &mut self.diagonal[first..=last],
+            squares: &mut self.squares[first..last],
+            shifts,
+            negligible: FLOOR,
+        });
+        Ok(())
+    }
+
     fn sweep(&mut self, first: usize, last: usize) {
-        // Determinants grow as powers of the norm, sums as their squares; a step moves a sum by far less than
-        // the square of this.
-        const LARGE: f64 = (1u128 << 80) as f64;
-        const SMALL: f64 = 1.0 / LARGE;
         let sigma = self.shift(first);
         let (a, b) = (&mut self.diagonal[first..=last], &mut self.squares[first..last]);
         let end = b.len();
