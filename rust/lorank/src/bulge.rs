@@ -26,10 +26,13 @@ use crate::parallel::Strategy;
 use crate::simd::dispatch;
 
 /// Sweeps of a tile.
-const SWEEPS: usize = 16;
+const SWEEPS: usize = 8;
 
 /// Steps of a tile, not less than its sweeps.
-const STEPS: usize = 16;
+const STEPS: usize = 8;
+
+/// Tiles of a wave that threads share: fewer are done before another thread has woken up.
+const SHARED_FROM: usize = 3;
 
 /// The reflection `I - tau v v^T` that a sweep has got to.
 #[derive(Clone, Copy)]
@@ -50,10 +53,10 @@ pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Stra
     for wave in 0..tiles + 2 * groups {
         let work = tiles_of_wave(wave, tiles, n, band, &mut reflections);
         match strategy {
-            Strategy::Alone => work.into_iter().for_each(dispatch),
-            Strategy::Together => {
+            Strategy::Together if work.len() >= SHARED_FROM => {
                 work.into_par_iter().with_max_len(1).for_each(dispatch);
             }
+            Strategy::Alone | Strategy::Together => work.into_iter().for_each(dispatch),
         }
     }
 }
@@ -335,8 +338,8 @@ mod tests {
 
     #[test]
     fn strategies_agree_to_the_bit_on_any_number_of_threads() {
-        // More than a tile of steps, and many groups of sweeps.
-        let n = 2 * STEPS * WIDTH + 77;
+        // Waves of more tiles than one thread does alone, and many groups of sweeps.
+        let n = 3 * SHARED_FROM * STEPS * WIDTH + 77;
         let reduced = |strategy| {
             let mut band = band::<f64>(n);
             reduce_to_tridiagonal(&mut band, n, strategy);

@@ -161,3 +161,109 @@ fn step<S: Simd, const VECTORS: usize>(
     }
     (a, b)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::dispatch;
+    use crate::simd::tests::on_every_path;
+
+    /// One sweep by plane rotations of the dense matrix: the QL step `T - sigma = Q L`, `L Q + sigma`.
+    fn reference(diagonal: &[f64], squares: &[f64], sigma: f64) -> (Vec<f64>, Vec<f64>) {
+        let n = diagonal.len();
+        let mut t = nalgebra::DMatrix::from_fn(n, n, |i, j| match i.abs_diff(j) {
+            0 => diagonal[i] - sigma,
+            1 => squares[i.min(j)].sqrt(),
+            _ => 0.0,
+        });
+        let mut rotations = Vec::new();
+        for i in (0..n - 1).rev() {
+            // Clears entry (i, i + 1) by rows i and i + 1.
+            let (x, y) = (t[(i + 1, i + 1)], t[(i, i + 1)]);
+            let (c, s) = (x / x.hypot(y), y / x.hypot(y));
+            for j in 0..n {
+                let (upper, lower) = (t[(i, j)], t[(i + 1, j)]);
+                (t[(i, j)], t[(i + 1, j)]) = (c * upper - s * lower, s * upper + c * lower);
+            }
+            rotations.push((i, c, s));
+        }
+        for (i, c, s) in rotations {
+            for j in 0..n {
+                let (left, right) = (t[(j, i)], t[(j, i + 1)]);
+                (t[(j, i)], t[(j, i + 1)]) = (c * left - s * right, s * left + c * right);
+            }
+        }
+        let diagonal = (0..n).map(|i| t[(i, i)] + sigma).collect();
+        (diagonal, (1..n).map(|i| t[(i, i - 1)] * t[(i - 1, i)]).collect())
+    }
+
+    /// Entries around 1 from a small linear congruence.
+    fn entries(n: usize, seed: usize) -> Vec<f64> {
+        (0..n).map(|i| ((i * 131 + i * i * 7 + seed) % 97) as f64 / 97.0 + 0.1).collect()
+    }
+
+    fn swept(mut diagonal: Vec<f64>, mut squares: Vec<f64>, shifts: [f64; SWEEPS]) -> (Vec<f64>, Vec<f64>) {
+        dispatch(Sweeps { diagonal: &mut diagonal, squares: &mut squares, shifts, negligible: 1e-40 });
+        (diagonal, squares)
+    }
+
+    fn assert_close(found: &[f64], expected: &[f64], tolerance: f64) {
+        assert_eq!(found.len(), expected.len());
+        for (i, (x, y)) in found.iter().zip(expected).enumerate() {
+            assert!((x - y).abs() <= tolerance, "entry {i}: {x} {y}");
+        }
+    }
+
+    #[test]
+    fn eight_sweeps_are_one_after_the_other() {
+        // Shifts outside the spectrum, so that neither side's rounding errors grow.
+        let shifts = [-2.0, 4.5, -3.0, 5.0, -2.5, 6.0, -4.0, 7.0];
+        for n in [2, 3, 8, 9, 24, 25, 60] {
+            let (diagonal, squares) = (entries(n, 3), entries(n - 1, 50));
+            let mut expected = (diagonal.clone(), squares.clone());
+            for sigma in shifts {
+                expected = reference(&expected.0, &expected.1, sigma);
+            }
+            on_every_path(|_| {
+                let (a, b) = swept(diagonal.clone(), squares.clone(), shifts);
+                assert_close(&a, &expected.0, 1e-12);
+                assert_close(&b, &expected.1, 1e-12);
+            });
+        }
+    }
+
+    #[test]
+    fn blocks_are_swept_apart() {
+        let shifts = [-2.0, 4.5, -3.0, 5.0, -2.5, 6.0, -4.0, 7.0];
+        let (diagonal, mut squares) = (entries(40, 3), entries(39, 50));
+        for split in [0, 10, 11, 30, 38] {
+            squares[split] = 0.0;
+        }
+        on_every_path(|_| {
+            let (a, b) = swept(diagonal.clone(), squares.clone(), shifts);
+            for block in [0..1, 1..11, 11..12, 12..31, 31..39, 39..40] {
+                let inner = block.start..block.end - 1;
+                let alone = swept(diagonal[block.clone()].to_vec(), squares[inner.clone()].to_vec(), shifts);
+                assert_close(&a[block], &alone.0, 1e-14);
+                assert_close(&b[inner], &alone.1, 1e-14);
+            }
+            assert!([0, 10, 11, 30, 38].iter().all(|split| b[*split] == 0.0));
+        });
+    }
+
+    /// Exact shifts make determinants zero; sums of thousands of steps leave the range of numbers.
+    #[test]
+    fn shifts_that_are_eigenvalues_and_long_blocks() {
+        for (n, off_diagonal) in [(3usize, 1.0), (30, 1.0), (3000, 1.0), (3000, 1e-3), (3000, 1e-16)] {
+            on_every_path(|_| {
+                let (a, b) = swept(vec![0.0; n], vec![off_diagonal * off_diagonal; n - 1], [0.0; SWEEPS]);
+                assert!(a.iter().chain(&b).all(|x| x.is_finite()), "order {n}, {off_diagonal}");
+                // Trace and Frobenius norm are invariants.
+                assert!(a.iter().sum::<f64>().abs() <= 1e-12 * n as f64 * off_diagonal);
+                let squares = a.iter().map(|x| x * x).sum::<f64>() + 2.0 * b.iter().sum::<f64>();
+                let expected = 2.0 * (n as f64 - 1.0) * off_diagonal * off_diagonal;
+                assert!((squares / expected - 1.0).abs() < 1e-11, "order {n}, {off_diagonal}: {squares}");
+            });
+        }
+    }
+}

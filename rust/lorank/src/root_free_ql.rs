@@ -16,6 +16,9 @@
 //! the step before; here a step divides once, and what is passed on are sums and products. The determinants
 //! are exact for entries that are off by a few units of rounding, no pivot is divided by, and all else is
 //! sums of positive terms, products and quotients; eigenvalues are off by a small multiple of `eps ||T||`.
+//!
+//! Long blocks are swept with eight shifts at a time, the eigenvalues of their leading block of that order
+//! ([`ql_pipeline`](crate::ql_pipeline)): a third more steps, each in a quarter of the time.
 
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::ql_pipeline::{LARGE, SMALL, SWEEPS, Sweeps};
@@ -26,13 +29,13 @@ use crate::{Error, Result};
 /// Sweeps for one eigenvalue after which something is wrong; two are usual.
 const MOST_SWEEPS: usize = 60;
 
-/// Order of a block from which sweeps are pipelined, less one.
-const PIPELINE_FROM: usize = 23;
+/// Distance of a block's ends from which sweeps are pipelined: as measured, shorter ones fill no pipeline.
+const PIPELINED_FROM: usize = 23;
 
 /// Leaving out an entry moves no eigenvalue by more than its size: the square of one that does not count.
 const FLOOR: f64 = (f64::EPSILON / 32.0) * (f64::EPSILON / 32.0);
 
-/// The eigenvalues of a symmetric tridiagonal matrix, ascending: about `n^2` steps of 12 cycles.
+/// The eigenvalues of a symmetric tridiagonal matrix, ascending: about `1.2 n^2` steps of 3 cycles.
 ///
 /// # Errors
 /// [`Error::NoConvergence`] if the iteration does not end, as with NaN, and [`Error::Numerical`] if
@@ -81,7 +84,7 @@ impl Iteration {
                     (first, sweeps) = (first + 2, 0);
                 }
                 distance => {
-                    if distance < PIPELINE_FROM {
+                    if distance < PIPELINED_FROM {
                         self.sweep(first, last);
                     } else {
                         self.sweep_many(first, last)?;
@@ -119,7 +122,7 @@ impl Iteration {
         a - root / (ratio + ratio.hypot(1.0).copysign(ratio))
     }
 
-    /// [`SWEEPS`] sweeps, shifted by the eigenvalues of the leading block of that order.
+    /// [`SWEEPS`] sweeps at once, shifted by the eigenvalues of the leading block of that order.
     fn sweep_many(&mut self, first: usize, last: usize) -> Result<()> {
         let leading = Iteration {
             diagonal: self.diagonal[first..first + SWEEPS].to_vec(),
@@ -174,6 +177,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::simd::tests::on_every_path;
 
     fn eigenvalues(diagonal: Vec<f64>, off_diagonal: Vec<f64>) -> Vec<f64> {
         tridiagonal_eigenvalues(&Tridiagonal { diagonal, off_diagonal }).unwrap()
@@ -283,16 +287,18 @@ mod tests {
                 (0..299).map(|i| f64::from(i % 5) * 1e-3).collect(),
             ),
         ] {
-            let found = eigenvalues(diagonal.clone(), off_diagonal.clone());
             let norm = diagonal.iter().chain(&off_diagonal).fold(0.0f64, |max, x| max.max(x.abs()));
-            assert_counts(&diagonal, &off_diagonal, &found, 64.0 * f64::EPSILON * norm);
+            on_every_path(|_| {
+                let found = eigenvalues(diagonal.clone(), off_diagonal.clone());
+                assert_counts(&diagonal, &off_diagonal, &found, 64.0 * f64::EPSILON * norm);
+            });
         }
     }
 
     proptest! {
         #[test]
         fn every_value_is_an_eigenvalue(
-            entries in prop::collection::vec((-1.0f64..1.0, prop_oneof![Just(0.0), -1.0f64..1.0, -1e-8f64..1e-8]), 1..80),
+            entries in prop::collection::vec((-1.0f64..1.0, prop_oneof![Just(0.0), -1.0f64..1.0, -1e-8f64..1e-8]), 1..200),
             exponent in -400i32..400,
         ) {
             let (diagonal, mut off_diagonal): (Vec<f64>, Vec<f64>) = entries.into_iter().unzip();
