@@ -26,10 +26,10 @@ use crate::simd::dispatch;
 use crate::tridiag::Tridiagonal;
 use crate::{Error, Result};
 
-/// Sweeps for one eigenvalue after which something is wrong; two are usual.
+/// Sweeps, or rounds of [`SWEEPS`], without a block that splits off after which something is wrong; two are usual.
 const MOST_SWEEPS: usize = 60;
 
-/// Distance of a block's ends from which sweeps are pipelined: as measured, shorter ones fill no pipeline.
+/// Distance of a block's ends from which sweeps are pipelined; measured best from orders 48 to 192.
 const PIPELINED_FROM: usize = 23;
 
 /// Leaving out an entry moves no eigenvalue by more than its size: the square of one that does not count.
