@@ -130,7 +130,8 @@ impl<T: Number> Tile<'_, T> {
             let sweep = self.first_sweep + behind;
             if self.index == 0 {
                 let column = &mut self.band[position(sweep + 1, sweep) - offset..][..WIDTH];
-                *reflection = reflect::<T, S, VECTORS>(simd, column);
+                let x = load::<T, S, VECTORS>(simd, column);
+                *reflection = reflect::<T, S, VECTORS>(simd, &x, column);
             }
             let steps = (self.index * STEPS).saturating_sub(behind)..(self.index + 1) * STEPS - behind;
             for row in steps.map(|k| sweep + 1 + k * WIDTH).take_while(|row| *row < self.n) {
@@ -141,29 +142,35 @@ impl<T: Number> Tile<'_, T> {
     }
 }
 
-/// Replaces `x` by its reflection onto the first axis, and returns the reflection.
+/// Reflects the column `x` onto its first axis, and returns the reflection; `column` becomes the image.
 #[inline(always)]
-fn reflect<T: Number, S: Simd, const VECTORS: usize>(simd: S, x: &mut [T]) -> Reflection<T> {
+fn reflect<T: Number, S: Simd, const VECTORS: usize>(
+    simd: S,
+    x: &[T::Vector<S>; VECTORS],
+    column: &mut [T],
+) -> Reflection<T> {
     let (zero, one) = (T::default(), T::of(1.0));
-    let mut v = [zero; WIDTH];
-    v[1..].copy_from_slice(&x[1..]);
-    let tail = load::<T, S, VECTORS>(simd, &v);
-    let (head, tail) = (x[0], dot::<T, S, VECTORS>(simd, &tail, &tail));
-    x[1..].fill(zero);
-    if tail < T::SMALLEST {
-        v = [zero; WIDTH];
-        v[0] = one;
-        return Reflection { v, tau: zero };
+    let mut axis = [zero; WIDTH];
+    axis[0] = one;
+    let axis = load::<T, S, VECTORS>(simd, &axis);
+    let head = T::lanes_of::<S>(x)[0];
+    let mut tail = *x;
+    tail[0] = T::mul_add(simd, T::splat(simd, -head), axis[0], tail[0]);
+    let squares = dot::<T, S, VECTORS>(simd, &tail, &tail);
+    let (mut image, mut scale, mut tau) = (head, zero, zero);
+    if squares >= T::SMALLEST {
+        let norm = (head * head + squares).root();
+        image = if head > zero { -norm } else { norm };
+        scale = one / (head - image);
+        tau = (image - head) / image;
     }
-    let norm = (head * head + tail).root();
-    let image = if head > zero { -norm } else { norm };
-    let scale = one / (head - image);
-    for value in &mut v {
-        *value *= scale;
+    column.fill(zero);
+    column[0] = image;
+    let scale = T::splat(simd, scale);
+    for (x, axis) in tail.iter_mut().zip(axis) {
+        *x = T::mul_add(simd, scale, *x, axis);
     }
-    v[0] = one;
-    x[0] = image;
-    Reflection { v, tau: (image - head) / image }
+    Reflection { v: stored::<T, S, VECTORS>(&tail), tau }
 }
 
 /// Applies a reflection to the rows and columns of the block that `columns` begin with, and to the block
@@ -177,12 +184,22 @@ fn step<T: Number, S: Simd, const VECTORS: usize>(
     let Reflection { v, tau } = by;
     mirror_last_row(columns);
     let v_vectors = load::<T, S, VECTORS>(simd, &v);
-    let by_v = combine::<T, S, VECTORS>(simd, columns, WIDTH, &v);
+    let tau_vector = T::splat(simd, tau);
+
+    // E - y v^T with y = tau E v: its first column comes first, as what follows from it takes long.
     let mut y = combine::<T, S, VECTORS>(simd, columns, 2 * WIDTH, &v);
+    let first = &mut columns[2 * WIDTH..3 * WIDTH];
+    let mut x = load::<T, S, VECTORS>(simd, first);
+    for (x, y) in x.iter_mut().zip(&mut y) {
+        *y = T::times(simd, tau_vector, *y);
+        *x = T::mul_add(simd, T::splat(simd, -T::of(1.0)), *y, *x);
+    }
+    let next = reflect::<T, S, VECTORS>(simd, &x, first);
 
     // D - v w^T - w v^T with w = tau D v - tau^2 (v^T D v) v / 2.
+    let by_v = combine::<T, S, VECTORS>(simd, columns, WIDTH, &v);
     let half = T::of(0.5) * tau * tau * dot::<T, S, VECTORS>(simd, &by_v, &v_vectors);
-    let (tau_vector, half) = (T::splat(simd, tau), T::splat(simd, -half));
+    let half = T::splat(simd, -half);
     let mut w_vectors = v_vectors;
     for (w, d) in w_vectors.iter_mut().zip(by_v) {
         *w = T::mul_add(simd, tau_vector, d, T::times(simd, half, *w));
@@ -193,15 +210,7 @@ fn step<T: Number, S: Simd, const VECTORS: usize>(
         subtract::<T, S, VECTORS>(simd, column, [(&v_vectors, w[c]), (&w_vectors, v[c])]);
     }
 
-    // E - y v^T with y = tau E v, then u (z^T) with z = tau_u (E - y v^T)^T u.
-    for value in &mut y {
-        *value = T::times(simd, tau_vector, *value);
-    }
-    let first = &mut columns[2 * WIDTH..3 * WIDTH];
-    for (x, y) in first.iter_mut().zip(stored::<T, S, VECTORS>(&y)) {
-        *x -= y;
-    }
-    let next = reflect::<T, S, VECTORS>(simd, first);
+    // E - y v^T - u z^T with z = tau_u (E - y v^T)^T u.
     let u = load::<T, S, VECTORS>(simd, &next.v);
     let u_y = dot::<T, S, VECTORS>(simd, &u, &y);
     for c in 1..WIDTH {
