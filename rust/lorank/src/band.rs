@@ -39,6 +39,10 @@ pub const COLUMN: usize = 3 * WIDTH;
 const SHARED: usize = 2;
 const MOST_GROUPS: usize = 16;
 
+/// Rows of a strip up to which it pays to copy what its block on the diagonal holds twice: in tall matrices every
+/// column is in a page of its own.
+const SHORT: usize = 1536;
+
 /// Where entry `(i, j)` of a band is stored, for `-WIDTH <= i - j < 2 * WIDTH`.
 #[must_use]
 pub const fn position(i: usize, j: usize) -> usize {
@@ -158,6 +162,20 @@ impl<T: Number> Updates<'_, T> {
         matmul(block, Accum::Add, left, right.transpose(), -T::of(1.0), Par::Seq);
     }
 
+    /// Brings a strip up to date, whose block on the diagonal begins at `start`. In a short one that block is much
+    /// of it, and a quarter of the block, above the diagonal, is copied from below.
+    fn subtract_symmetric(&self, strip: MatMut<'_, T>, start: usize) {
+        let half = strip.ncols() / 2;
+        if strip.nrows() > SHORT {
+            return self.subtract(strip, start, start);
+        }
+        let (above, mut below) = strip.split_at_row_mut(half);
+        let (own, right) = above.split_at_col_mut(half);
+        self.subtract(own, start, start);
+        self.subtract(below.rb_mut(), start + half, start);
+        copy_transposed(below.rb().submatrix(0, 0, right.ncols(), half), right);
+    }
+
     /// Brings the columns from `first` on up to date, and returns `V^T A` of what they are then, in the memory of
     /// `products`.
     fn update_and_multiply<'p>(
@@ -180,7 +198,7 @@ impl<T: Number> Updates<'_, T> {
         }
         let work = |Share { strips, mut sums }: Share<'_, T>| {
             for (k, Strip { first: start, mut columns }) in strips.into_iter().enumerate() {
-                self.subtract(columns.rb_mut(), start, start);
+                self.subtract_symmetric(columns.rb_mut(), start);
                 // The first is the longest: what it has nothing to do with, the others have not either.
                 let accum = if k == 0 { Accum::Replace } else { Accum::Add };
                 if k == 0 {
@@ -235,6 +253,18 @@ impl<T: Number> Updates<'_, T> {
             let own = v.subrows(start, strip.nrows());
             matmul(strip, Accum::Add, own, half, T::of(-1.0), Par::Seq);
         });
+    }
+}
+
+/// In runs of eight, as many as a cache line has: columns may begin in one set of the cache, all of them.
+fn copy_transposed<T: Number>(from: MatRef<'_, T>, mut to: MatMut<'_, T>) {
+    let (rows, cols) = to.shape();
+    for first in (0..cols).step_by(8) {
+        for i in 0..rows {
+            for j in first..cols.min(first + 8) {
+                to[(i, j)] = from[(j, i)];
+            }
+        }
     }
 }
 

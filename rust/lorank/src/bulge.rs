@@ -4,7 +4,7 @@
 //! changes the diagonal block of the rows that it acts on and fills the block below, whose first column
 //! is reflected in turn, and so on down the band (Lang's variant: what fills the other columns stays for
 //! the next sweeps, which are shifted by one). With `w` = [`WIDTH`] that is
-//! `7 n^2 w` operations, on blocks that lie in the level-1 cache.
+//! `7 n^2 w` operations, on blocks that lie in the level-1 cache, at odd places of it.
 //!
 //! Step `k` of a sweep needs step `k + 1` of the sweep before and nothing else, so steps are done in
 //! tiles of [`SWEEPS`] sweeps and [`STEPS`] steps, each sweep one step behind its predecessor: what a tile
@@ -23,7 +23,7 @@ use rayon::prelude::*;
 use crate::band::{COLUMN, WIDTH, position};
 use crate::number::Number;
 use crate::parallel::Strategy;
-use crate::simd::dispatch;
+use crate::simd::dispatch_halved;
 
 /// Sweeps of a tile.
 const SWEEPS: usize = 8;
@@ -54,9 +54,9 @@ pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Stra
         let work = tiles_of_wave(wave, tiles, n, band, &mut reflections);
         match strategy {
             Strategy::Together if work.len() >= SHARED_FROM => {
-                work.into_par_iter().with_max_len(1).for_each(dispatch);
+                work.into_par_iter().with_max_len(1).for_each(dispatch_halved);
             }
-            Strategy::Alone | Strategy::Together => work.into_iter().for_each(dispatch),
+            Strategy::Alone | Strategy::Together => work.into_iter().for_each(dispatch_halved),
         }
     }
 }

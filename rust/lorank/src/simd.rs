@@ -1,5 +1,10 @@
 //! Which vectors kernels are compiled for, chosen at run time: the widest that the machine has.
 
+// Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
+#![allow(clippy::inline_always)]
+
+#[cfg(target_arch = "x86_64")]
+use pulp::Simd;
 use pulp::{Arch, WithSimd};
 
 /// Bytes of a cache line, and of the widest vector of any machine.
@@ -13,7 +18,7 @@ pub(crate) fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         tests::Path::Avx2 => {
             if let Some(vectors) = pulp::x86::V3::try_new() {
-                return pulp::Simd::vectorize(vectors, kernel);
+                return Simd::vectorize(vectors, kernel);
             }
         }
         tests::Path::Widest => {}
@@ -21,7 +26,8 @@ pub(crate) fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
     Arch::new().dispatch(kernel)
 }
 
-/// The same for numbers that fill half of the widest vectors of any machine: on vectors of that length.
+/// Runs a kernel on vectors of half that length: for numbers that fill no more, and for those that lie anywhere, as
+/// seven in eight of the widest vectors at odd places cross the end of a cache line, and three in eight of these.
 pub(crate) fn dispatch_halved<K: WithSimd>(kernel: K) -> K::Output {
     #[cfg(test)]
     if !matches!(tests::PATH.get(), tests::Path::Widest) {
@@ -29,9 +35,26 @@ pub(crate) fn dispatch_halved<K: WithSimd>(kernel: K) -> K::Output {
     }
     #[cfg(target_arch = "x86_64")]
     if let Some(halved) = pulp::x86::V3::try_new() {
-        return pulp::Simd::vectorize(halved, kernel);
+        return Arch::new().dispatch(Halved { kernel, halved });
     }
     dispatch(kernel)
+}
+
+/// A kernel on 256-bit vectors, compiled for whatever machine there is: one with longer ones has twice the registers.
+#[cfg(target_arch = "x86_64")]
+struct Halved<K> {
+    kernel: K,
+    halved: pulp::x86::V3,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<K: WithSimd> WithSimd for Halved<K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> K::Output {
+        self.kernel.with_simd(self.halved)
+    }
 }
 
 #[cfg(test)]
