@@ -16,7 +16,7 @@ use crate::cancel::CancelToken;
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::gram::{gram, gram_scratch, panel_size};
 use crate::matrix::MatrixView;
-use crate::number::{Number, padded};
+use crate::number::{Number, spaced};
 use crate::parallel::{Strategy, pool};
 use crate::root_free_ql::tridiagonal_eigenvalues;
 use crate::sampled::sampled_spectrum;
@@ -133,7 +133,7 @@ fn gram_eigenvalues<T: Number>(
     scratch: &mut Scratch,
 ) -> Result<Vec<f64>> {
     let (rows, cols) = (view.rows(), view.cols());
-    let (p, stride) = (rows.min(cols), padded::<T>(rows.min(cols)));
+    let (p, stride) = (rows.min(cols), spaced::<T>(rows.min(cols)));
     let request = gram_scratch(rows, cols).or(tridiagonalize_scratch::<T>(p));
     let (numbers, stack) = scratch.numbers::<T>(p * stride + panel_size::<T>(rows, cols), request)?;
     let (matrix, panel) = numbers.split_at_mut(p * stride);

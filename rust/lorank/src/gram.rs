@@ -6,17 +6,17 @@
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
-use faer::linalg::matmul::triangular::{BlockStructure, matmul as triangular_matmul};
 use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, MatMut, MatRef, Par};
+use rayon::join;
 
 use crate::Result;
 use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
-use crate::number::{Number, padded};
+use crate::number::{Number, spaced};
 use crate::parallel::Strategy;
 use crate::stacked::{Gram, Stacked, gram_scratch as thin_scratch};
-use crate::strips::{STRIP, each_column_strip, each_row_strip};
+use crate::strips::{each_column_strip, each_row_strip};
 use crate::thin::THIN;
 
 /// Columns of `X` per panel: deep enough for GEMM to run at speed, and for `G` to be read and written a few times
@@ -25,11 +25,17 @@ fn depth(p: usize, m: usize) -> usize {
     (32_768 / p.max(1)).clamp(256, 4096).max(p / 4).min(m)
 }
 
-/// Columns of `G` that are multiplied at a time: wider products pack less for each multiplication, more of them
-/// keep all threads busy.
-const fn strip(p: usize) -> usize {
-    if p < 1024 { STRIP } else { 2 * STRIP }
-}
+/// Order of the triangles on the diagonal that are multiplied in steps of [`STEP`] columns, which waste half of their
+/// square: less than faer's triangular product takes longer, of which the smallest blocks are slow.
+const TRIANGLE: usize = 64;
+const STEP: usize = 16;
+
+/// Rows that faer's kernels take at a time, or half of them.
+const KERNEL: usize = 48;
+
+/// Pieces of a rectangle that threads share, and columns of such a piece at least.
+const PIECES: usize = 4;
+const PIECE: usize = 256;
 
 /// Numbers of a panel of a `(rows, cols)` matrix.
 #[must_use]
@@ -39,7 +45,7 @@ pub fn panel_size<T: Number>(rows: usize, cols: usize) -> usize {
         return 0;
     }
     let depth = depth(p, m);
-    (padded::<T>(p) * depth).max(padded::<T>(depth) * p)
+    (spaced::<T>(p) * depth).max(spaced::<T>(depth) * p)
 }
 
 /// The memory that [`gram`] of a `(rows, cols)` matrix needs.
@@ -74,7 +80,7 @@ pub fn gram<T: Number>(
     // The panel lies in memory as the view does, so that upcasting reads and writes in runs.
     let column_major = wide.is_column_major();
     let (rows, cols) = if column_major { (p, depth) } else { (depth, p) };
-    let mut buffer = MatMut::from_column_major_slice_with_stride_mut(panel, rows, cols, padded::<T>(rows));
+    let mut buffer = MatMut::from_column_major_slice_with_stride_mut(panel, rows, cols, spaced::<T>(rows));
     for first in (0..m).step_by(depth) {
         cancel.check()?;
         // The first product is written to memory that nobody has touched, by the threads that will go on with it.
@@ -127,20 +133,48 @@ fn thin_gram<T: Number>(
     Ok(())
 }
 
-/// `G += X X^T`, or `G = X X^T`, lower triangle, by column strips: each is a triangle on the diagonal and the
-/// rectangle below it.
+/// `G += X X^T`, or `G = X X^T`, lower triangle: the rectangle below the diagonal that has half of the rows, which is
+/// half of the work, and two triangles of half the order.
 fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, accum: Accum, strategy: Strategy) {
     let p = gram.nrows();
-    let (full, lower) = (BlockStructure::Rectangular, BlockStructure::TriangularLower);
-    let one = T::of(1.0);
-    each_column_strip(gram, strip(p), strategy, |first, strip| {
-        let width = strip.ncols();
-        let (diagonal, below) = strip.subrows_mut(first, p - first).split_at_row_mut(width);
-        let own = x.subrows(first, width);
-        triangular_matmul(diagonal, lower, accum, own, full, own.transpose(), full, one, Par::Seq);
-        let x_below = x.subrows(first + width, p - first - width);
-        matmul(below, accum, x_below, own.transpose(), one, Par::Seq);
-    });
+    if p <= TRIANGLE {
+        return add_triangle(gram, x, accum);
+    }
+    let half = (p / 2).next_multiple_of(KERNEL);
+    let (above, below) = gram.split_at_row_mut(half);
+    let (rectangle, last) = below.split_at_col_mut(half);
+    let first = above.subcols_mut(0, half);
+    let (x_first, x_last) = x.split_at_row(half);
+    let width = half.div_ceil((half / PIECE).clamp(1, PIECES));
+    let between = || {
+        each_column_strip(rectangle, width, strategy, |start, strip| {
+            let own = x_first.subrows(start, strip.ncols()).transpose();
+            matmul(strip, accum, x_last, own, T::of(1.0), Par::Seq);
+        });
+    };
+    let (first, last) =
+        (|| add_lower(first, x_first, accum, strategy), || add_lower(last, x_last, accum, strategy));
+    match strategy {
+        Strategy::Together => {
+            join(between, || join(first, last));
+        }
+        Strategy::Alone => {
+            between();
+            first();
+            last();
+        }
+    }
+}
+
+/// The same for a small order, with what lies above the diagonal beside it.
+fn add_triangle<T: Number>(mut gram: MatMut<'_, T>, x: MatRef<'_, T>, accum: Accum) {
+    let p = gram.nrows();
+    for first in (0..p).step_by(STEP) {
+        let width = STEP.min(p - first);
+        let strip = gram.rb_mut().submatrix_mut(first, first, p - first, width);
+        let own = x.subrows(first, width).transpose();
+        matmul(strip, accum, x.subrows(first, p - first), own, T::of(1.0), Par::Seq);
+    }
 }
 
 #[cfg(test)]

@@ -84,6 +84,15 @@ pub(crate) const fn padded<T: Number>(count: usize) -> usize {
     count.next_multiple_of(T::WIDEST)
 }
 
+/// Numbers from the beginning of one column to that of the next: as [`padded`], but for columns a quarter of a page
+/// or whole pages apart, which would take each other's place in a cache.
+#[must_use]
+pub(crate) const fn spaced<T: Number>(rows: usize) -> usize {
+    const APART: usize = 1024;
+    let numbers = padded::<T>(rows);
+    if (numbers * size_of::<T>()).is_multiple_of(APART) { numbers + T::WIDEST } else { numbers }
+}
+
 macro_rules! number {
     (
         $number:ident, $dtype:ident, $vector:ident, $lanes:ident, $splat:ident, $mul_add:ident, $add:ident, $mul:ident, $sum:ident,
