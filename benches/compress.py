@@ -145,10 +145,9 @@ def compare(rank: int, layers: int, threads: int, repeats: int, scratch: Path) -
     size = write_adapter(source, modules, rank)
     whole: list[list[measuring.Run]] = [[], []]
     inner: list[list[measuring.Run]] = [[], []]
-    for repeat in range(repeats):
+    for _ in range(repeats):
         for k, (on_disk, in_memory) in enumerate(((LORANK, LORANK_IN_MEMORY), (TORCH, TORCH))):
-            target = scratch / f"{k}-{rank}-{repeat}"
-            whole[k].append(measuring.fresh(on_disk, source, target, threads=threads))
+            whole[k].append(measuring.fresh_to_folder(on_disk, source, scratch / "small", threads=threads))
             inner[k].append(measuring.fresh(in_memory, source, "", threads=threads))
     difference = abs(whole[0][0]["result"] - whole[1][0]["result"])
     assert difference < 1e-5, f"the contenders disagree by {difference}"

@@ -111,8 +111,8 @@ def grow_adapter(count: int, threads: int, repeats: int) -> measuring.Run:
         folder = Path(scratch)
         size = compress.write_adapter(folder / "adapter", modules, 16)
         runs = [
-            measuring.fresh(compress.LORANK, folder / "adapter", folder / f"out-{k}", threads=threads)
-            for k in range(repeats)
+            measuring.fresh_to_folder(compress.LORANK, folder / "adapter", folder / "out", threads=threads)
+            for _ in range(repeats)
         ]
     seconds = measuring.median(runs)
     row = {

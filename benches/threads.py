@@ -52,10 +52,10 @@ def main() -> None:
         }
         for work, (code, given) in works.items():
             runs: list[list[measuring.Run]] = [[], []]
-            for repeat in range(arguments.repeats):
-                for k, count in enumerate((threads, 1)):
-                    last = [*given[:-1], f"{given[-1]}-{k}-{repeat}"] if code == compress.LORANK else given
-                    runs[k].append(measuring.fresh(code, *last, threads=count))
+            measured = measuring.fresh_to_folder if code == compress.LORANK else measuring.fresh
+            for _ in range(arguments.repeats):
+                for found, count in zip(runs, (threads, 1), strict=True):
+                    found.append(measured(code, *given, threads=count))
             rows.append(measuring.compared(work, "one thread", *runs))
             measuring.show(rows[-1])
     own = rows[0]["ratio"]
