@@ -386,6 +386,25 @@ mod tests {
         }
     }
 
+    /// Trace and Frobenius norm are invariants of the similarity.
+    #[test]
+    fn strips_that_are_not_short() {
+        let n = SHORT + 2 * STRIP + 5;
+        let a = symmetric::<f64>(n, 3);
+        let band = reduced(a.clone(), Strategy::Alone);
+        let twice = |i: usize, j: usize| if i == j { 1.0 } else { 2.0 };
+        let sums = |width: usize, at: &dyn Fn(usize, usize) -> f64| {
+            let trace: f64 = (0..n).map(|i| at(i, i)).sum();
+            let lower = (0..n).flat_map(|j| (j..n.min(j + width + 1)).map(move |i| (i, j)));
+            (trace, lower.map(|(i, j)| twice(i, j) * at(i, j).powi(2)).sum::<f64>())
+        };
+        let (trace, squares) = sums(n, &|i, j| a[(i, j)]);
+        let (found_trace, found_squares) = sums(WIDTH, &|i, j| band[position(i, j)]);
+        assert!((found_trace - trace).abs() < 1e-13 * squares.sqrt() * (n as f64).sqrt());
+        // A sum of more than a million squares, one after the other.
+        assert!((found_squares / squares - 1.0).abs() < 1e-11);
+    }
+
     #[test]
     fn low_rank_and_zero() {
         for n in [40, 129, 200] {

@@ -157,13 +157,13 @@ fn reflect<T: Number, S: Simd, const VECTORS: usize>(
     let mut tail = *x;
     tail[0] = T::mul_add(simd, T::splat(simd, -head), axis[0], tail[0]);
     let squares = dot::<T, S, VECTORS>(simd, &tail, &tail);
-    let (mut image, mut scale, mut tau) = (head, zero, zero);
-    if squares >= T::SMALLEST {
+    let (image, scale, tau) = if squares < T::SMALLEST {
+        (head, zero, zero)
+    } else {
         let norm = (head * head + squares).root();
-        image = if head > zero { -norm } else { norm };
-        scale = one / (head - image);
-        tau = (image - head) / image;
-    }
+        let image = if head > zero { -norm } else { norm };
+        (image, one / (head - image), (image - head) / image)
+    };
     column.fill(zero);
     column[0] = image;
     let scale = T::splat(simd, scale);

@@ -25,8 +25,8 @@ fn depth(p: usize, m: usize) -> usize {
     (32_768 / p.max(1)).clamp(256, 4096).max(p / 4).min(m)
 }
 
-/// Order of the triangles on the diagonal that are multiplied in steps of [`STEP`] columns, which waste half of their
-/// square: less than faer's triangular product takes longer, of which the smallest blocks are slow.
+/// Order of the triangles on the diagonal that are multiplied in steps of [`STEP`] columns, each with the half of a
+/// square above the diagonal: faer's triangular product does not waste that, but its smallest blocks are slower.
 const TRIANGLE: usize = 64;
 const STEP: usize = 16;
 

@@ -84,8 +84,8 @@ pub(crate) const fn padded<T: Number>(count: usize) -> usize {
     count.next_multiple_of(T::WIDEST)
 }
 
-/// Numbers from the beginning of one column to that of the next: as [`padded`], but for columns a quarter of a page
-/// or whole pages apart, which would take each other's place in a cache.
+/// Numbers from the beginning of one column to that of the next: as [`padded`], and a vector more where columns would
+/// begin quarters of a page apart, and take each other's place in a cache.
 #[must_use]
 pub(crate) const fn spaced<T: Number>(rows: usize) -> usize {
     const APART: usize = 1024;
