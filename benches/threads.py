@@ -44,15 +44,18 @@ def main() -> None:
         adapter = Path(folder) / "adapter"
         compress.write_adapter(adapter, compress.modules_of(arguments.layers), 64)
         works = {
-            "product of 3000x3000": (PRODUCT, [3000]),
-            "spectrum 4096x4096, exact": (spectra.LORANK, ["4096x4096", "exact"]),
-            "spectrum 4096x4096, fast": (spectra.LORANK, ["4096x4096", "fast"]),
-            "SmolLM2, exact": (MODEL, [smollm2()]),
-            "compress r=64, folder to folder": (compress.LORANK, [adapter, Path(folder) / "out"]),
+            "product of 3000x3000": (measuring.fresh, PRODUCT, [3000]),
+            "spectrum 4096x4096, exact": (measuring.fresh, spectra.LORANK, ["4096x4096", "exact"]),
+            "spectrum 4096x4096, fast": (measuring.fresh, spectra.LORANK, ["4096x4096", "fast"]),
+            "SmolLM2, exact": (measuring.fresh, MODEL, [smollm2()]),
+            "compress r=64, folder to folder": (
+                measuring.fresh_to_folder,
+                compress.LORANK,
+                [adapter, Path(folder) / "out"],
+            ),
         }
-        for work, (code, given) in works.items():
+        for work, (measured, code, given) in works.items():
             runs: list[list[measuring.Run]] = [[], []]
-            measured = measuring.fresh_to_folder if code == compress.LORANK else measuring.fresh
             for _ in range(arguments.repeats):
                 for found, count in zip(runs, (threads, 1), strict=True):
                     found.append(measured(code, *given, threads=count))

@@ -26,8 +26,8 @@ pub(crate) fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
     Arch::new().dispatch(kernel)
 }
 
-/// Runs a kernel on vectors of half that length: for numbers that fill no more, and for those that lie anywhere, as
-/// seven in eight of the widest vectors at odd places cross the end of a cache line, and three in eight of these.
+/// Runs a kernel on vectors of half that length: for numbers that fill no more, and for those that lie anywhere. Of
+/// float64, seven in eight places let the widest vectors cross the end of a cache line, and three in eight these.
 pub(crate) fn dispatch_halved<K: WithSimd>(kernel: K) -> K::Output {
     #[cfg(test)]
     if !matches!(tests::PATH.get(), tests::Path::Widest) {
