@@ -1,7 +1,7 @@
 //! From stacked factors to balanced columns: the small matrices that they are multiplied with.
 //!
-//! For `W X_B = F_B Q_B^T` and `X_A = F_A Q_A^T` ([`triangular`](crate::triangular)), `X_B^T = B` and `X_A = A`, an
-//! update is `B W A = Q_B C Q_A^T` with the core `C = F_B^T F_A = U S V^T` ([`core_svd`](crate::core_svd)). The
+//! For `X_B = F_B Q_B^T` and `X_A = F_A Q_A^T` ([`triangular`](crate::triangular)), `X_B^T = B` and `X_A = A`, an
+//! update is `B W A = Q_B C Q_A^T` with the core `C = F_B^T W F_A = U S V^T` ([`core_svd`](crate::core_svd)). The
 //! columns of a kept value with the vector `v` are
 //!
 //! ```text
@@ -38,10 +38,13 @@ impl Basis {
     /// Of what both sides of an update are, and the vectors of the core that they make.
     pub(crate) fn new(b: &Triangular, a: &Triangular, vectors: Vectors) -> Self {
         let columns = match vectors {
-            Vectors::Found { left, right } => Columns::Found {
-                b: product(b.inverse.transpose(), left.as_ref()),
-                a: product(a.inverse.transpose(), right.as_ref()),
-            },
+            Vectors::Found { left, right } => {
+                let [b, a] = [(b, left), (a, right)].map(|(side, mut vectors)| {
+                    solve_upper_triangular_in_place(side.factor.transpose(), vectors.as_mut(), Par::Seq);
+                    vectors
+                });
+                Columns::Found { b, a }
+            }
             Vectors::Sought(eigen) => {
                 let columns = a.factor.col_iter().enumerate();
                 Columns::Sought {

@@ -102,12 +102,11 @@ impl Side {
         });
         Ok(Stacked::new(views.collect::<Result<_>>()?))
     }
+}
 
-    /// A weight per row of the stack: those of the terms on the side of `B`.
-    pub(crate) fn weights(self, terms: &[Term]) -> Vec<f64> {
-        let weight = |term: &Term| if self == Self::B { term.weight } else { 1.0 };
-        terms.iter().flat_map(|term| std::iter::repeat_n(weight(term), term.a.shape().0)).collect()
-    }
+/// A weight per row of either side's stack: its term's.
+pub(crate) fn weights_of_rows(terms: &[Term]) -> Vec<f64> {
+    terms.iter().flat_map(|term| std::iter::repeat_n(term.weight, term.a.shape().0)).collect()
 }
 
 /// Singular triplets in balanced form, `B = U sqrt(S)` and `A = sqrt(S) V^T`: the best approximation

@@ -194,26 +194,50 @@ impl<T: Number> WithSimd for Apply<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { reflections: Reflections { order, taus, vectors }, z, width } = self;
+    fn with_simd<S: Simd>(mut self, simd: S) {
         let lanes = T::lanes::<S>();
+        let mut first = 0;
+        while first < self.width {
+            // Columns of some vectors' length at a time: sums of one would wait for each other.
+            first += match (self.width - first) / lanes {
+                4.. => self.columns::<4, S>(simd, first),
+                2..4 => self.columns::<2, S>(simd, first),
+                _ => self.columns::<1, S>(simd, first),
+            } * lanes;
+        }
+    }
+}
+
+impl<T: Number> Apply<'_, T> {
+    /// All reflections of `VECTORS` vectors' columns, and how many that are.
+    #[inline(always)]
+    fn columns<const VECTORS: usize, S: Simd>(&mut self, simd: S, first: usize) -> usize {
+        let Self { reflections: Reflections { order, taus, vectors }, z, width } = self;
+        let beyond = first + VECTORS * T::lanes::<S>();
         let mut end = vectors.len();
         for (k, tau) in taus.iter().enumerate().rev() {
-            let v = &vectors[end - (order - 1 - k)..end];
+            let v = &vectors[end - (*order - 1 - k)..end];
             end -= v.len();
-            let rows = &mut z[(k + 1) * width..order * width];
-            for j in (0..width).step_by(lanes) {
-                let mut sum = T::splat(simd, T::default());
-                for (row, x) in rows.chunks_exact(width).zip(v) {
-                    sum = T::mul_add(simd, T::splat(simd, *x), T::vectors::<S>(&row[j..j + lanes])[0], sum);
+            let rows = &mut z[(k + 1) * *width..*order * *width];
+            let mut sums = [T::splat(simd, T::default()); VECTORS];
+            for (row, x) in rows.chunks_exact(*width).zip(v) {
+                let x = T::splat(simd, *x);
+                for (sum, place) in sums.iter_mut().zip(T::vectors::<S>(&row[first..beyond])) {
+                    *sum = T::mul_add(simd, x, *place, *sum);
                 }
-                let sum = T::times(simd, sum, T::splat(simd, -*tau));
-                for (row, x) in rows.chunks_exact_mut(width).zip(v) {
-                    let place = &mut T::vectors_mut::<S>(&mut row[j..j + lanes])[0];
-                    *place = T::mul_add(simd, T::splat(simd, *x), sum, *place);
+            }
+            let factor = T::splat(simd, -*tau);
+            for sum in &mut sums {
+                *sum = T::times(simd, *sum, factor);
+            }
+            for (row, x) in rows.chunks_exact_mut(*width).zip(v) {
+                let x = T::splat(simd, *x);
+                for (place, sum) in T::vectors_mut::<S>(&mut row[first..beyond]).iter_mut().zip(&sums) {
+                    *place = T::mul_add(simd, x, *sum, *place);
                 }
             }
         }
+        VECTORS
     }
 }
 

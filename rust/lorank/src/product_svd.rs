@@ -25,7 +25,7 @@ use crate::cancel::CancelToken;
 use crate::core_svd::{CoreSvd, core_svd_scratch};
 use crate::dtype::DType;
 use crate::exponent::{binary_exponent, power_of_two};
-use crate::low_rank::{Buffers, Side, Term, Values, checked_shape};
+use crate::low_rank::{Buffers, Side, Term, Values, checked_shape, weights_of_rows};
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::qr::HouseholderQr;
 use crate::source::{Buffer, StoredMatrix};
@@ -110,9 +110,13 @@ fn by_gram(
     {
         return Ok(None);
     }
+    let (mut weighted, weights) = (b.factor.clone(), weights_of_rows(update));
+    for column in weighted.col_iter_mut() {
+        column.iter_mut().zip(&weights).for_each(|(x, weight)| *x *= weight);
+    }
     let stack = scratch.stack(core_svd_scratch(rank))?;
-    let CoreSvd { singular_values, vectors } = CoreSvd::of(b.factor.transpose(), a.factor.as_ref(), stack)?;
-    let norm = b.factor.norm_l2() * a.factor.norm_l2();
+    let CoreSvd { singular_values, vectors } = CoreSvd::of(weighted.transpose(), a.factor.as_ref(), stack)?;
+    let norm = weighted.norm_l2() * a.factor.norm_l2();
     let singular_values = without_noise(singular_values, rank, norm);
     let form = Form::Basis { basis: Basis::new(b, a, vectors), terms: update.into() };
     Ok(Some(Decomposition { singular_values, shape: (out, fan_in), form }))

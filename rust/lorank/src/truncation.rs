@@ -10,7 +10,7 @@ use faer::{Mat, MatRef};
 
 use crate::cancel::CancelToken;
 use crate::dtype::DType;
-use crate::low_rank::{Buffers, Side, Term, Values};
+use crate::low_rank::{Buffers, Side, Term, Values, weights_of_rows};
 use crate::number::Number;
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::product_svd::{Decomposition, Form, by_reflections, scale_columns};
@@ -94,8 +94,7 @@ impl Truncation {
                 (columns(b), columns(a))
             }
             Form::Basis { terms, basis } => {
-                let weights = Side::B.weights(terms);
-                let Some([mut left, mut right]) = basis.columns(&kept, &weights) else {
+                let Some([mut left, mut right]) = basis.columns(&kept, &weights_of_rows(terms)) else {
                     return self.by_reflections(terms, cancel);
                 };
                 // What rounding left of zeros is none of the triplets.
