@@ -17,7 +17,7 @@ use crate::number::padded;
 use crate::selected_eigen::{SelectedEigen, selected_eigen_scratch};
 use crate::simd::LINE;
 use crate::svd::dense_svd;
-use crate::thin::add_gram_of_columns;
+use crate::thin_gram::add_gram_of_columns;
 
 /// The least of `(s_n / s_1)^2` for which eigenvalues of `C^T C` are taken: values are then right to 1e-9.
 const SMALLEST_SQUARE: f64 = 1e-6;

@@ -63,6 +63,7 @@ mod stacked;
 mod strips;
 pub mod svd;
 mod thin;
+mod thin_gram;
 mod triangular;
 pub mod tridiag;
 pub mod truncation;

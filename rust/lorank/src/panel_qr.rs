@@ -24,7 +24,8 @@ use pulp::{Simd, WithSimd};
 use crate::band::WIDTH;
 use crate::number::{Number, padded};
 use crate::simd::{LINE, dispatch};
-use crate::thin::{Panel, SumsOfRows, sums_of_rows};
+use crate::thin::Panel;
+use crate::thin_gram::{SumsOfRows, sums_of_rows};
 
 /// Columns that are read side by side.
 const BESIDE: usize = 4;

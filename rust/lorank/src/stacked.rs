@@ -16,9 +16,8 @@ use crate::cancel::CancelToken;
 use crate::matrix::MatrixView;
 use crate::number::Number;
 use crate::simd::LINE;
-use crate::thin::{
-    HIGH, Panel, SUMMANDS, SumsOfRows, add_gram_of_columns, multiply, multiply_transposed, sums_of_rows,
-};
+use crate::thin::{HIGH, Panel, multiply, multiply_transposed};
+use crate::thin_gram::{SUMMANDS, SumsOfRows, add_gram_of_columns, sums_of_rows};
 
 /// Bytes of a panel that is read once and multiplied many times: a level-1 cache's worth.
 const PANEL: usize = 32 << 10;

@@ -1,16 +1,12 @@
 //! Products of matrices with few rows, as low-rank factors are.
 //!
 //! A general GEMM packs its operands and works in tiles of a dozen rows and more; for 8 to 128 rows packing
-//! and the odd rows cost as much as the arithmetic, and half of a Gram matrix more than half of a product.
-//! Here the sums of a tile stay in registers while the operands stream unpacked from a panel in cache.
+//! and the odd rows cost as much as the arithmetic. Here the sums of a tile stay in registers while the
+//! operands stream unpacked from a panel in cache.
 //!
 //! A panel holds some columns of a matrix `X (p, m)` with few rows, in one of two layouts: column by column
 //! (as `B` of an update lies in memory, its rows being the columns of `X = B^T`), or row by row (as `A`
 //! lies). Both sides are padded with zeros to multiples of [`Number::WIDEST`].
-//!
-//! Sums over the columns of a panel are of its kind of number, sums over panels are float64: in float32,
-//! where two sums of [`SUMMANDS`] products at most are added before they are widened, a Gram matrix is off by
-//! less than a float32 sum over all columns by far. The one addition of the two adds a tenth to their error.
 //!
 //! The vectors are the widest that the machine has, chosen at run time. The bits of a result
 //! depend on that choice and on shapes alone.
@@ -18,7 +14,6 @@
 // Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
 #![allow(clippy::inline_always)]
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
@@ -29,83 +24,13 @@ use crate::simd::{dispatch, dispatch_halved};
 /// Rows up to which these kernels are used.
 pub(crate) const THIN: usize = 128;
 
-/// Numbers of a kind that are added up before they are widened to float64: rows of a panel that lies column
-/// by column, or numbers per lane of one that lies row by row.
-pub(crate) const SUMMANDS: usize = 32;
-
 /// Rows of a tile: as many sums hide the latency of a multiplication, and fit into 16 registers. Padded sides
 /// are multiples of it, as [`Number::WIDEST`] is.
 pub(crate) const HIGH: usize = 8;
 
-/// Rows of a tile of inner products.
-const ABOVE: usize = 4;
-
 /// Most rows of a tile of a product with a transpose: with two vectors beside each other, their sums fill 24 of 32
 /// registers, with one 12 of 16.
 const TALLEST: usize = 12;
-
-/// `G += X X^T` for a padded panel of whole columns, one after the other: the lower triangle of `G (p, p)`,
-/// row-major, and what shares a tile with it.
-pub(crate) fn add_gram_of_columns<T: Number>(panel: &[T], p: usize, gram: &mut [f64]) {
-    dispatch(GramOfColumns { panel, p, gram: &mut *gram, halves: false });
-    if T::WIDEST > HIGH {
-        dispatch_halved(GramOfColumns { panel, p, gram, halves: true });
-    }
-}
-
-/// The lower triangle of a Gram matrix of rows, and what shares a tile with it, before the lanes of vectors are
-/// summed up: to do so after every panel would take a quarter of the time.
-pub(crate) struct SumsOfRows<'a, T> {
-    p: usize,
-    lanes: usize,
-    /// For every [`ABOVE`] rows, their products with one row after the other, lane by lane.
-    sums: &'a mut [f64],
-    number: PhantomData<T>,
-}
-
-/// Numbers that the sums of `p` rows take at most.
-pub(crate) const fn sums_of_rows<T: Number>(p: usize) -> usize {
-    place(p, 0) * T::WIDEST
-}
-
-impl<'a, T: Number> SumsOfRows<'a, T> {
-    /// Of `p` rows, a multiple of [`ABOVE`]; `sums` are [`sums_of_rows`] zeros.
-    pub(crate) fn new(p: usize, sums: &'a mut [f64]) -> Self {
-        Self { p, lanes: dispatch(Lanes(PhantomData::<T>)), sums, number: PhantomData }
-    }
-
-    /// `G += X X^T` for a padded panel of rows.
-    pub(crate) fn add(&mut self, panel: Panel<'_, T>) {
-        dispatch(GramOfRows { panel, p: self.p, sums: self.sums });
-    }
-
-    /// Writes the lower triangle of `G (p, p)`, row-major, and what shares a tile with it.
-    pub(crate) fn write(&self, gram: &mut [f64]) {
-        for (i, line) in gram.chunks_exact_mut(self.p).enumerate() {
-            for (j, g) in line.iter_mut().enumerate().take(i / ABOVE * ABOVE + ABOVE) {
-                *g = self.sums[place(i, j) * self.lanes..][..self.lanes].iter().sum();
-            }
-        }
-    }
-}
-
-/// Where the product of two rows is among those of [`SumsOfRows`].
-const fn place(i: usize, j: usize) -> usize {
-    let (tile, within) = (i / ABOVE, i % ABOVE);
-    ABOVE * (ABOVE * (tile * (tile + 1) / 2) + j) + within
-}
-
-/// How many numbers a vector has.
-struct Lanes<T>(PhantomData<T>);
-
-impl<T: Number> WithSimd for Lanes<T> {
-    type Output = usize;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> usize {
-        T::lanes::<S>()
-    }
-}
 
 /// `Y = L R` for padded `L (rows, depth)`, row-major, and `R (depth, cols)`, `cols` a multiple of half of
 /// [`Number::WIDEST`]; rows of `Y` lie as far apart as those of `R`, and beyond `cols` numbers they stay as
@@ -148,145 +73,6 @@ pub(crate) struct Panel<'a, T> {
     pub values: &'a [T],
     pub stride: usize,
     pub cols: usize,
-}
-
-struct GramOfColumns<'a, T> {
-    panel: &'a [T],
-    p: usize,
-    gram: &'a mut [f64],
-    /// Whether what is left of rows after whole vectors of any machine is added, or that which they fill.
-    halves: bool,
-}
-
-impl<T: Number> WithSimd for GramOfColumns<'_, T> {
-    type Output = ();
-
-    /// Outer products of columns.
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { panel, p, gram, halves } = self;
-        let lanes = T::lanes::<S>();
-        for columns in panel.chunks(2 * SUMMANDS * p) {
-            let (columns, others) = columns.split_at(columns.len().min(SUMMANDS * p));
-            for i in (0..p).step_by(HIGH) {
-                let whole = (i + HIGH) / T::WIDEST * T::WIDEST;
-                let places = if halves { whole..i + HIGH } else { 0..whole };
-                for j in places.step_by(lanes) {
-                    let mut sums = outer_products::<T, S>(simd, columns, p, (i, j));
-                    if !others.is_empty() {
-                        let more = outer_products::<T, S>(simd, others, p, (i, j));
-                        sums.iter_mut().zip(more).for_each(|(x, y)| *x = T::plus(simd, *x, y));
-                    }
-                    for (a, sum) in sums.iter().enumerate() {
-                        let line = &mut gram[(i + a) * p + j..][..lanes];
-                        add_widened(line, T::lanes_of::<S>(std::slice::from_ref(sum)));
-                    }
-                }
-            }
-        }
-    }
-}
-
-struct GramOfRows<'a, T> {
-    panel: Panel<'a, T>,
-    p: usize,
-    sums: &'a mut [f64],
-}
-
-impl<T: Number> WithSimd for GramOfRows<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        // The wider a tile, the less often rows are read; its sums stay in registers.
-        if S::REGISTER_COUNT >= 32 { self.add_tiles::<4, S>(simd) } else { self.add_tiles::<2, S>(simd) }
-    }
-}
-
-impl<T: Number> GramOfRows<'_, T> {
-    /// Inner products of [`ABOVE`] rows with `BESIDE` rows, a vector's length of columns at a time.
-    #[inline(always)]
-    fn add_tiles<const BESIDE: usize, S: Simd>(self, simd: S) {
-        let Self { panel: Panel { values, stride, cols }, p, sums } = self;
-        let lanes = T::lanes::<S>();
-        // Nothing is lost by longer sums of float64.
-        let summands = if size_of::<T>() == size_of::<f64>() { cols } else { SUMMANDS };
-        let length = summands * lanes;
-        for i in (0..p).step_by(ABOVE) {
-            for j in (0..i + ABOVE).step_by(BESIDE) {
-                for first in (0..cols).step_by(2 * length) {
-                    let (middle, end) = (cols.min(first + length), cols.min(first + 2 * length));
-                    let rows = (&values[i * stride..], &values[j * stride..]);
-                    let mut tile = inner_products::<BESIDE, T, S>(simd, rows, stride, first..middle);
-                    if middle < end {
-                        let more = inner_products::<BESIDE, T, S>(simd, rows, stride, middle..end);
-                        for (tile, more) in tile.iter_mut().zip(&more) {
-                            for (x, y) in tile.iter_mut().zip(more) {
-                                *x = T::plus(simd, *x, *y);
-                            }
-                        }
-                    }
-                    let tile = T::lanes_of::<S>(tile.as_flattened());
-                    add_widened(&mut sums[place(i, j) * lanes..][..tile.len()], tile);
-                }
-            }
-        }
-    }
-}
-
-/// Some of the columns of rows that begin `stride` numbers apart.
-#[inline(always)]
-fn vectors_of<const ROWS: usize, T: Number, S: Simd>(
-    values: &[T],
-    stride: usize,
-    columns: Range<usize>,
-) -> [&[T::Vector<S>]; ROWS] {
-    let mut rows: [&[T::Vector<S>]; ROWS] = [&[]; ROWS];
-    for (a, row) in rows.iter_mut().enumerate() {
-        *row = T::vectors::<S>(&values[a * stride..][columns.clone()]);
-    }
-    rows
-}
-
-/// The products of some columns of rows with those of other rows.
-#[inline(always)]
-fn inner_products<const BESIDE: usize, T: Number, S: Simd>(
-    simd: S,
-    (above, beside): (&[T], &[T]),
-    stride: usize,
-    columns: Range<usize>,
-) -> [[T::Vector<S>; ABOVE]; BESIDE] {
-    let mut above = vectors_of::<ABOVE, T, S>(above, stride, columns.clone());
-    let mut beside = vectors_of::<BESIDE, T, S>(beside, stride, columns);
-    let mut sums = [[T::splat(simd, T::default()); ABOVE]; BESIDE];
-    let vectors = beside[0].len();
-    // Of one length, so that no index is checked within the loop.
-    for row in &mut above {
-        *row = &row[..vectors];
-    }
-    for row in &mut beside {
-        *row = &row[..vectors];
-    }
-    for k in 0..vectors {
-        let mut left = [sums[0][0]; ABOVE];
-        for (left, row) in left.iter_mut().zip(above) {
-            *left = row[k];
-        }
-        for (sums, row) in sums.iter_mut().zip(beside) {
-            for (sum, left) in sums.iter_mut().zip(left) {
-                *sum = T::mul_add(simd, row[k], left, *sum);
-            }
-        }
-    }
-    sums
-}
-
-/// Adds numbers to as many of float64.
-#[inline(always)]
-fn add_widened<T: Number>(sums: &mut [f64], numbers: &[T]) {
-    for (sum, x) in sums.iter_mut().zip(numbers) {
-        *sum += x.to_f64();
-    }
 }
 
 struct Product<'a, T> {
@@ -454,25 +240,6 @@ fn add_tile<T: Number, S: Simd>(simd: S, sums: &[T::Vector<S>; HIGH], out: &mut 
     }
 }
 
-/// The sums over all columns, `p` numbers each, of [`HIGH`] numbers from `i` on times a vector's length from
-/// `j` on.
-#[inline(always)]
-fn outer_products<T: Number, S: Simd>(
-    simd: S,
-    columns: &[T],
-    p: usize,
-    (i, j): (usize, usize),
-) -> [T::Vector<S>; HIGH] {
-    let mut sums = [T::splat(simd, T::default()); HIGH];
-    for column in columns.chunks_exact(p) {
-        let vector = T::vectors::<S>(&column[j..j + T::lanes::<S>()])[0];
-        for (sum, factor) in sums.iter_mut().zip(&column[i..i + HIGH]) {
-            *sum = T::mul_add(simd, T::splat(simd, *factor), vector, *sum);
-        }
-    }
-    sums
-}
-
 /// The sums over `k` of the `k`-th number of [`HIGH`] rows times a vector's length of the `k`-th row of
 /// `right`.
 #[inline(always)]
@@ -514,40 +281,15 @@ fn column_products<const ROWS: usize, const BESIDE: usize, T: Number, S: Simd>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::simd::tests::on_every_path;
 
     /// Small integers: their products add up exactly, in any order.
-    fn integers<T: Number>(count: usize, seed: usize) -> Vec<T> {
+    pub(crate) fn integers<T: Number>(count: usize, seed: usize) -> Vec<T> {
         (0..count).map(|i| T::of((((i + seed) * 7919) % 101) as f64 - 50.0)).collect()
-    }
-
-    fn assert_grams<T: Number>(units: usize, depths: usize, seed: usize) {
-        let (p, depth) = (units * T::WIDEST, depths * T::WIDEST);
-        let rows: Vec<T> = integers(p * depth, seed);
-        let columns: Vec<T> = (0..p * depth).map(|n| rows[n % p * depth + n / p]).collect();
-        on_every_path(|path| {
-            // What was there stays.
-            let mut memory = vec![0.0; sums_of_rows::<T>(p)];
-            let (mut sums, mut of_columns) = (SumsOfRows::<T>::new(p, &mut memory), vec![1.0; p * p]);
-            let lanes = sums.lanes;
-            sums.sums.iter_mut().step_by(lanes).for_each(|lane| *lane = 1.0);
-            sums.add(Panel { values: &rows, stride: depth, cols: depth });
-            let mut of_rows = vec![0.0; p * p];
-            sums.write(&mut of_rows);
-            add_gram_of_columns(&columns, p, &mut of_columns);
-            for i in 0..p {
-                for j in 0..=i {
-                    let product = |k: usize| rows[i * depth + k].to_f64() * rows[j * depth + k].to_f64();
-                    let expected: f64 = 1.0 + (0..depth).map(product).sum::<f64>();
-                    assert_eq!(of_rows[i * p + j].to_bits(), expected.to_bits(), "{path:?}");
-                    assert_eq!(of_columns[i * p + j].to_bits(), expected.to_bits(), "{path:?}");
-                }
-            }
-        });
     }
 
     fn assert_product<T: Number>((rows, cols): (usize, usize), depth: usize) {
@@ -615,12 +357,6 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn both_layouts_give_the_gram_matrix(units in 1usize..5, depths in 1usize..5, seed in 0usize..1000) {
-            assert_grams::<f64>(units, depths, seed);
-            assert_grams::<f32>(units, depths, seed);
-        }
-
-        #[test]
         fn transposed_products(rows in 1usize..40, width in 1usize..6, depth in 1usize..20) {
             assert_transposed_product::<f64>((rows, width), depth);
             assert_transposed_product::<f32>((rows, width), depth);
@@ -637,17 +373,5 @@ mod tests {
             assert_product::<f64>(shape, depth);
             assert_product::<f32>(shape, depth);
         }
-    }
-
-    #[test]
-    fn sums_beyond_a_panel_are_widened() {
-        // 1 + 2^-24 is no float32: in one sum over all columns the small ones would be lost.
-        let (p, depth) = (f32::WIDEST, 64 * SUMMANDS * f32::WIDEST);
-        let small = |n: usize| if n < p * SUMMANDS { 1.0f32 } else { 2f32.powi(-10) };
-        let panel: Vec<f32> = (0..p * depth).map(small).collect();
-        let mut gram = vec![0.0; p * p];
-        add_gram_of_columns(&panel, p, &mut gram);
-        let expected = SUMMANDS as f64 + (depth - SUMMANDS) as f64 * 2f64.powi(-20);
-        assert_eq!(gram[0].to_bits(), expected.to_bits());
     }
 }

@@ -19,7 +19,7 @@ use crate::dense::{cholesky, product};
 use crate::low_rank::{Side, Term};
 use crate::source::Buffer;
 use crate::stacked::{Gram, gram_scratch};
-use crate::thin::SUMMANDS;
+use crate::thin_gram::SUMMANDS;
 use crate::workspace::Scratch;
 
 /// The arithmetic of a Gram matrix, and of products with what follows from it.
