@@ -26,8 +26,9 @@ found = {"seconds": seconds, "peak": peak(), "grown": peak() - before, "result":
 print("RESULT " + json.dumps(found))
 """
 
-_MEMORY = 2 << 30
-"""Bytes that a run finds in use by the machine: more than most runs take."""
+_MEMORY = 768 << 20
+"""Bytes that were in use just before a run: more than lorank takes, and less than what makes a virtual
+machine give free memory back to its host, which may happen to a gigabyte and more."""
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -40,8 +41,8 @@ def fresh(code: str, *arguments: object, threads: int) -> Run:
     It starts a tenth of a second after them: the threads that importing NumPy starts (OpenBLAS's) spin on a
     processor of their own for some fifty milliseconds. A result with a key "seconds" is its own clock.
 
-    The run begins with memory that was used just before. In a virtual machine, pages that nobody has used yet
-    are the host's to find: 160 MB of them took half a second, twice what it takes to compute what they hold.
+    The run begins with memory that was used just before. In a virtual machine, other pages are the host's to
+    find: 160 MB of them took 0.2 s to half a second, as long as it takes to compute what they hold, or twice.
     """
     _use_memory()
     environment = os.environ | dict.fromkeys(_THREADS, str(threads)) | {"HF_HUB_OFFLINE": "1"}
