@@ -131,9 +131,10 @@ def fit_ranks(
     fixed = r_min * int(cost.sum())
     least, most = fixed + int(low @ cost), fixed + int(high @ cost)
     if not least <= budget <= most:
+        what = "lower r_min or choose fewer" if budget < least else "raise r_max or choose more"
         raise ValueError(
             f"budget {budget:,} is not feasible: ranks from {r_min} to {r_max} of {len(score)} modules "
-            f"cost {least:,} to {most:,}"
+            f"cost {least:,} to {most:,}; {what} modules"
         )
     largest = score.max()
     # Scores count relative to each other; all zero means all equal.
