@@ -2,7 +2,7 @@
 //! `cargo bench --bench phases`.
 //!
 //! `-- --threads 2 --orders 576,4096 --json FILE` choose. The limit is the speed of faer's product of two
-//! square matrices in the same run. Operations are those of the algorithm: half a product for a Gram matrix,
+//! square matrices in the same run; of what a spectrum takes beyond it, a line says where it goes. Operations are those of the algorithm: half a product for a Gram matrix,
 //! `4/3 n^3` and `7 w n^2` for the two stages of the reduction, half a Gram matrix of both factors for a
 //! decomposition.
 
@@ -64,9 +64,39 @@ struct Report {
     rows: Vec<Value>,
 }
 
+/// What a phase takes, and what of that its arithmetic would not take at the peak, in seconds.
+struct Phase {
+    name: &'static str,
+    seconds: f64,
+    beyond_peak: f64,
+}
+
+/// Prints how much of some phases together is arithmetic at the peak, and where the rest goes.
+fn print_rest(kind: &str, order: &str, phases: &[Phase]) {
+    let total: f64 = phases.iter().map(|phase| phase.seconds).sum();
+    let share = |seconds: f64| 100.0 * seconds / total;
+    let beyond = phases.iter().map(|phase| phase.beyond_peak).sum::<f64>();
+    let parts: Vec<String> =
+        phases.iter().map(|phase| format!("{} {:.1} %", phase.name, share(phase.beyond_peak))).collect();
+    println!(
+        "{kind:8} {order:>12}  all: {:.1} ms, {:.1} % arithmetic at the peak; the rest: {}",
+        total * 1e3,
+        100.0 - share(beyond),
+        parts.join(", ")
+    );
+}
+
 impl Report {
     /// Prints a row and keeps it; `peak` in operations a second.
-    fn row(&mut self, kind: &str, order: &str, phase: &str, seconds: f64, operations: f64, peak: f64) {
+    fn row(
+        &mut self,
+        kind: &str,
+        order: &str,
+        phase: &'static str,
+        seconds: f64,
+        operations: f64,
+        peak: f64,
+    ) -> Phase {
         let (speed, threads) = (operations / seconds, self.threads);
         println!(
             "{kind:8} {order:>12}  {phase:26} {threads} threads {:10.3} ms {:7.1} GF/s {:4.0} % of peak",
@@ -78,6 +108,7 @@ impl Report {
             "kind": kind, "order": order, "phase": phase, "threads": threads, "seconds": seconds,
             "gflops": speed / 1e9, "share_of_peak": speed / peak,
         }));
+        Phase { name: phase, seconds, beyond_peak: seconds - operations / peak }
     }
 
     /// Operations a second of a product of square matrices.
@@ -104,7 +135,7 @@ impl Report {
             let (panel, stack) = memory.expect("memory");
             timed(|| gram(&view, 1.0, strategy, &cancel, product.as_mut(), panel, stack))
         });
-        self.row(kind, &order, "Gram matrix", taken, n.powi(3), peak);
+        let formed = self.row(kind, &order, "Gram matrix", taken, n.powi(3), peak);
 
         let mut band = vec![T::default(); storage(p)];
         let taken = seconds(|| {
@@ -112,14 +143,15 @@ impl Report {
             let stack = stack.expect("memory");
             timed(|| reduce_to_band(a.as_mut(), strategy, &mut band, stack))
         });
-        self.row(kind, &order, "reduction to a band", taken, 4.0 / 3.0 * n.powi(3), peak);
+        let reduced = self.row(kind, &order, "reduction to a band", taken, 4.0 / 3.0 * n.powi(3), peak);
 
         let mut chased = band.clone();
         let taken = seconds(|| {
             chased.copy_from_slice(&band);
             timed(|| reduce_to_tridiagonal(&mut chased, p, strategy))
         });
-        self.row(kind, &order, "band to tridiagonal", taken, 7.0 * WIDTH as f64 * n * n, peak);
+        let operations = 7.0 * WIDTH as f64 * n * n;
+        let chasing = self.row(kind, &order, "band to tridiagonal", taken, operations, peak);
 
         let tridiagonal = Tridiagonal {
             diagonal: (0..p).map(|i| chased[position(i, i)].to_f64()).collect(),
@@ -127,7 +159,8 @@ impl Report {
         };
         let taken = seconds(|| timed(|| tridiagonal_eigenvalues(&tridiagonal)));
         // A division and fourteen other operations in each of some 1.2 n^2 steps; one thread.
-        self.row(kind, &order, "eigenvalues of that", taken, 1.2 * 15.0 * n * n, peak);
+        let solved = self.row(kind, &order, "eigenvalues of that", taken, 1.2 * 15.0 * n * n, peak);
+        print_rest(kind, &order, &[formed, reduced, chasing, solved]);
     }
 
     /// On one thread: others work on other modules.
