@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,20 @@ def test_weights_that_do_not_fit_leave_all_as_it_was(tmp_path: Path) -> None:
         assert everything(tmp_path) == before
 
 
-def test_new_folders_are_as_open_as_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_new_folders_and_files_are_as_open_as_others(mask: int, tmp_path: Path) -> None:
     small = small_one(tmp_path / "a")
-    small.save(tmp_path / "b")
-    (tmp_path / "c").mkdir()
+    before = os.umask(mask)
+    try:
+        small.save(tmp_path / "b")
+        atomic.write_text(tmp_path / "report.json", "{}")
+        (tmp_path / "c").mkdir()
+        (tmp_path / "file").touch()
+    finally:
+        os.umask(before)
     assert (tmp_path / "b").stat().st_mode == (tmp_path / "c").stat().st_mode
+    for written in (*(tmp_path / "b").iterdir(), tmp_path / "report.json"):
+        assert written.stat().st_mode == (tmp_path / "file").stat().st_mode, written
     inode = (tmp_path / "c").stat().st_ino
     small.save(tmp_path / "c")
     assert (tmp_path / "c").stat().st_ino == inode, "an existing folder, even an empty one, stays the same"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,18 +22,13 @@ def atomic_path(target: Path) -> Iterator[Path]:
         If the folder cannot be written to; the target is then as it was.
     """
     with made_folder(target.parent):
+        temporary = _beside(target.parent, f"{target.name}.", target.suffix)
         try:
-            handle, name = tempfile.mkstemp(
-                prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent
-            )
+            temporary.touch(exist_ok=False)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(target)) from error
-        os.close(handle)
-        temporary = Path(name)
         try:
             yield temporary
-            # mkstemp makes files private; a result is as readable as any other new file.
-            temporary.chmod(0o666 & ~_umask())
             temporary.replace(target)
         except BaseException:
             with suppress(OSError):
@@ -74,8 +69,9 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     is_new = not folder.exists()
     place = folder.parent if is_new else folder
     with made_folder(place):
+        staging = _beside(place, f"{folder.name}.")
         try:
-            staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=place))
+            staging.mkdir()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(folder)) from error
         try:
@@ -95,8 +91,6 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
 
 def _move(staging: Path, folder: Path, stale: Sequence[str], *, is_new: bool) -> None:
     if is_new:
-        # mkdtemp makes folders private; a result is as open as any other new folder.
-        staging.chmod(0o777 & ~_umask())
         staging.rename(folder)
         return
     files = sorted(staging.iterdir())
@@ -129,7 +123,9 @@ def write_text(target: Path, text: str) -> None:
         temporary.write_text(text, "utf-8")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(folder: Path, beginning: str, end: str = "") -> Path:
+    """A hidden name that nothing in the folder has.
+
+    What `tempfile` makes is private; what is made by such a name is as open as any other file or folder.
+    """
+    return folder / f".{beginning}{secrets.token_hex(8)}{end}"
