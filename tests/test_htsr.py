@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import lorank
 from lorank.report import ModuleSpectrum, SpectralReport
 from lorank.signals import AdaptedModule
 from lorank.signals.htsr import htsr
+from lorank.sources.base import MatrixInfo
 
 
 def report_of(alphas: list[float], spikes: list[int], names: list[str] | None = None) -> SpectralReport:
@@ -95,6 +97,28 @@ def test_an_exponent_that_is_not_finite_is_clipped_and_flagged(bad: float) -> No
     assert list(allocation.ranks.values()) == [2, 10, 10]
     assert list(allocation.flags) == ["layers.1.proj"]
     assert "not finite" in allocation.flags["layers.1.proj"]
+
+
+def test_spikes_that_were_not_counted_leave_the_others_as_they_are() -> None:
+    whole = report_of([2.0, 3.0, 4.0, 4.0], [5, 9, 7, 5])
+    rows = [replace(row) for row in whole]
+    info = MatrixInfo("layers.3.proj", "layers.3.proj", "linear", (64, 64), "float32")
+    broken = SpectralReport([*rows[:3], ModuleSpectrum.failed(info, "holds NaN or infinite values")])
+    names = modules_of(whole)
+    for scale in ("mean", "median"):
+        expected = htsr(whole, names, 2, 10, scale=scale)
+        found = htsr(broken, names, 2, 10, scale=scale)
+        assert found.scores.tolist() == expected.scores.tolist()
+        assert list(found.flags) == ["layers.3.proj"]
+    # Of a stack, the experts that could be analysed count.
+    stack = [replace(row, module="experts") for row in rows[:2]]
+    failed = replace(ModuleSpectrum.failed(info, "holds NaN or infinite values"), module="experts")
+    names = [AdaptedModule("experts", "expert", (64, 64)), *names[2:3]]
+    ranks = [
+        htsr(SpectralReport([*some, rows[2]]), names, 2, 10).scores.tolist()
+        for some in (stack, [*stack, failed])
+    ]
+    assert ranks[0] == ranks[1]
 
 
 def test_no_exponent_at_all() -> None:

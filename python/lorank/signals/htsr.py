@@ -80,15 +80,16 @@ def htsr(
 
     Notes
     -----
-    A module whose exponent is not finite counts as the largest finite one and is flagged. A stack
-    of experts has the mean of its experts' metrics.
+    A module whose exponent is not finite counts as the largest finite one and is flagged; where there
+    is no spectrum at all, spikes count as the fewest that another module has. A stack of experts has the
+    mean of its experts' metrics.
     """
     rows: dict[str, list[ModuleSpectrum]] = defaultdict(list)
     for row in report.modules:
         rows[row.module].append(row)
     names = [module.name for module in modules]
     alpha, flags = _alphas(names, rows, _METRICS[convention])
-    spikes = np.array([_mean(getattr(row, _SPIKES[scale]) for row in rows[name]) for name in names])
+    spikes = _spikes(names, rows, _SPIKES[scale])
     if granularity == "block":
         blocks = [naming.block_of(name) for name in names]
         alpha, spikes = _averaged(alpha, blocks), _averaged(spikes, blocks)
@@ -119,8 +120,14 @@ def _alphas(
     return np.where(np.isnan(values), known.max() if len(known) else 0.0, values), flags
 
 
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+def _spikes(names: Sequence[str], rows: dict[str, list[ModuleSpectrum]], metric: str) -> Array:
+    """Every module's spikes; those that nobody could count must not stretch the scale of the others."""
+    values = np.full(len(names), np.nan)
+    for i, name in enumerate(names):
+        if counts := [getattr(row, metric) for row in rows[name] if row.has_spectrum]:
+            values[i] = np.mean(counts)
+    known = values[~np.isnan(values)]
+    return np.where(np.isnan(values), known.min() if len(known) else 0.0, values)
 
 
 def _averaged(values: Array, blocks: Sequence[str]) -> Array:
