@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +64,22 @@ def test_a_data_frame(report: lorank.SpectralReport) -> None:
     frame = report.to_pandas()
     assert list(frame["name"]) == [row.name for row in report]
     assert frame["alpha_hill"].isna().tolist() == [bool(np.isnan(row.alpha_hill)) for row in report]
+
+
+def test_counts_of_what_has_no_spectrum_are_no_zeros(report: lorank.SpectralReport, tmp_path: Path) -> None:
+    counts = [name for name in METRICS if name.startswith(("num_", "mp_spikes"))]
+    assert len(counts) == 5
+    report.save(tmp_path / "report.json")
+    by_name = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["modules"]}
+    assert [by_name["layers.3.w"][name] for name in counts] == [None] * 5
+    assert [by_name["layers.1.w"][name] for name in counts] == [0] * 5
+    frame = report.to_pandas().set_index("name")
+    assert frame.loc["layers.3.w", counts].isna().all()
+    assert (frame.loc["layers.1.w", counts] == 0).all()
+    report.save(tmp_path / "report.csv")
+    with (tmp_path / "report.csv").open(newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert {rows["layers.3.w"][name] for name in counts} == {""}
 
 
 def test_a_page(report: lorank.SpectralReport, tmp_path: Path) -> None:

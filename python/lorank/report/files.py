@@ -65,9 +65,14 @@ def columns(report: SpectralReport) -> dict[str, list[Any]]:
         "expert": [row.expert for row in rows],
         "accuracy": [row.accuracy for row in rows],
     }
-    table |= {metric: [getattr(row, metric) for row in rows] for metric in METRICS}
+    table |= {metric: [_value(row, metric) for row in rows] for metric in METRICS}
     table["flags"] = ["; ".join(row.flags) for row in rows]
     return table
+
+
+def _value(row: ModuleSpectrum, metric: str) -> Any:
+    """A number of a row; None for a count where there was nothing to count in."""
+    return None if metric in _COUNTS and not row.has_spectrum else getattr(row, metric)
 
 
 def to_json(report: SpectralReport) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def _report(header: Mapping[str, Any], rows: list[ModuleSpectrum]) -> SpectralRe
 
 def _row(entry: Mapping[str, Any], flags: tuple[str, ...]) -> ModuleSpectrum:
     metrics: dict[str, Any] = {
-        name: int(entry[name]) if name in _COUNTS else number(entry[name]) for name in METRICS
+        name: int(entry[name] or 0) if name in _COUNTS else number(entry[name]) for name in METRICS
     }
     eigenvalues, expert = entry.get("eigenvalues"), entry["expert"]
     return ModuleSpectrum(
