@@ -34,7 +34,7 @@ def run(path, threads):
 
 
 def main() -> None:
-    options = measuring.parser(__doc__, repeats=3)
+    options = measuring.parser(__doc__, repeats=7)
     options.add_argument("--layers", type=int, default=32, help="of the adapter")
     arguments = options.parse_args()
     from material import smollm2
