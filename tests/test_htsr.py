@@ -101,7 +101,7 @@ def test_an_exponent_that_is_not_finite_is_clipped_and_flagged(bad: float) -> No
 
 def test_spikes_that_were_not_counted_leave_the_others_as_they_are() -> None:
     whole = report_of([2.0, 3.0, 4.0, 4.0], [5, 9, 7, 5])
-    rows = [replace(row) for row in whole]
+    rows = list(whole)
     info = MatrixInfo("layers.3.proj", "layers.3.proj", "linear", (64, 64), "float32")
     broken = SpectralReport([*rows[:3], ModuleSpectrum.failed(info, "holds NaN or infinite values")])
     names = modules_of(whole)
@@ -114,11 +114,11 @@ def test_spikes_that_were_not_counted_leave_the_others_as_they_are() -> None:
     stack = [replace(row, module="experts") for row in rows[:2]]
     failed = replace(ModuleSpectrum.failed(info, "holds NaN or infinite values"), module="experts")
     names = [AdaptedModule("experts", "expert", (64, 64)), *names[2:3]]
-    ranks = [
+    with_and_without = [
         htsr(SpectralReport([*some, rows[2]]), names, 2, 10).scores.tolist()
         for some in (stack, [*stack, failed])
     ]
-    assert ranks[0] == ranks[1]
+    assert with_and_without[0] == with_and_without[1]
 
 
 def test_no_exponent_at_all() -> None:

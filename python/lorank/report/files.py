@@ -76,7 +76,7 @@ def _value(row: ModuleSpectrum, metric: str) -> Any:
 
 
 def to_json(report: SpectralReport) -> dict[str, Any]:
-    """The report as values that JSON knows: nan is null, infinity is the string "inf"."""
+    """The report as values that JSON knows: nan, and a count of nothing, is null, infinity "inf"."""
     table = columns(report)
     modules = [
         dict(zip(table, map(plain, values), strict=True)) for values in zip(*table.values(), strict=True)

@@ -170,7 +170,10 @@ class SpectralReport(Report[ModuleSpectrum]):
         return SpectralReport(rows, self.skipped, self.source, self.accuracy, self.num_parameters)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A data frame, one row a matrix: identity, metrics, flags joined by "; "."""
+        """A data frame, one row a matrix: identity, metrics, flags joined by "; ".
+
+        Metrics of a matrix without a spectrum are NaN, counts too.
+        """
         from lorank.report.files import columns
 
         pandas = extras.require("pandas", "report", "for data frames")

@@ -75,8 +75,7 @@ def spectral_table(report: SpectralReport, rows: Sequence[ModuleSpectrum], colum
     for row in rows:
         cells = [row.name, f"{row.shape[0]}x{row.shape[1]}"]
         # Counts of what could not be computed would be zeros.
-        is_known = not math.isnan(row.spectral_norm)
-        cells += [_number(getattr(row, column)) if is_known else "-" for column in columns]
+        cells += [_number(getattr(row, column)) if row.has_spectrum else "-" for column in columns]
         table.add_row(
             *cells, *(["; ".join(row.flags)] if flagged else []), style="yellow" if row.flags else ""
         )

@@ -14,7 +14,7 @@ use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Mat, Par};
 
 use crate::core_svd::Vectors;
-use crate::dense::product;
+use crate::dense::{product, scale_rows};
 use crate::selected_eigen::SelectedEigen;
 use crate::triangular::{Precision, Triangular};
 
@@ -70,9 +70,7 @@ impl Basis {
                 let mut right = eigen.vectors(places.iter().map(|i| last - i))?;
                 let factor = unpacked(factor, eigen.values.len());
                 let mut left = product(factor.as_ref(), right.as_ref());
-                for column in left.col_iter_mut() {
-                    column.iter_mut().zip(weights).for_each(|(x, weight)| *x *= weight);
-                }
+                scale_rows(&mut left, weights);
                 solve_upper_triangular_in_place(factor.transpose(), right.as_mut(), Par::Seq);
                 Some([left, right])
             }

@@ -18,6 +18,20 @@ pub(crate) fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     out
 }
 
+/// `A diag(factors)`, in place.
+pub(crate) fn scale_columns(matrix: &mut Mat<f64>, factors: &[f64]) {
+    for (column, factor) in matrix.col_iter_mut().zip(factors) {
+        column.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+/// `diag(factors) A`, in place.
+pub(crate) fn scale_rows(matrix: &mut Mat<f64>, factors: &[f64]) {
+    for column in matrix.col_iter_mut() {
+        column.iter_mut().zip(factors).for_each(|(x, factor)| *x *= factor);
+    }
+}
+
 /// Replaces `A`, of which the lower triangle is read, by the lower triangular `L` with `A = L L^T`. `None` if
 /// `A` is not positive definite.
 pub(crate) fn cholesky(mut a: MatMut<'_, f64>) -> Option<()> {

@@ -23,6 +23,7 @@ use crate::Result;
 use crate::basis::Basis;
 use crate::cancel::CancelToken;
 use crate::core_svd::{CoreSvd, core_svd_scratch};
+use crate::dense::{scale_columns, scale_rows};
 use crate::dtype::DType;
 use crate::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::{Buffers, Side, Term, Values, checked_shape, weights_of_rows};
@@ -110,10 +111,8 @@ fn by_gram(
     {
         return Ok(None);
     }
-    let (mut weighted, weights) = (b.factor.clone(), weights_of_rows(update));
-    for column in weighted.col_iter_mut() {
-        column.iter_mut().zip(&weights).for_each(|(x, weight)| *x *= weight);
-    }
+    let mut weighted = b.factor.clone();
+    scale_rows(&mut weighted, &weights_of_rows(update));
     let stack = scratch.stack(core_svd_scratch(rank))?;
     let CoreSvd { singular_values, vectors } = CoreSvd::of(weighted.transpose(), a.factor.as_ref(), stack)?;
     let norm = weighted.norm_l2() * a.factor.norm_l2();
@@ -130,12 +129,6 @@ fn is_wide(term: &Term) -> bool {
 fn without_noise(values: Vec<f64>, rank: usize, norm: f64) -> Vec<f64> {
     let noise = rank as f64 * f64::EPSILON * norm;
     values.into_iter().map(|s| if s > noise { s } else { 0.0 }).collect()
-}
-
-pub(crate) fn scale_columns(matrix: &mut Mat<f64>, factors: &[f64]) {
-    for (column, factor) in matrix.col_iter_mut().zip(factors) {
-        column.iter_mut().for_each(|x| *x *= factor);
-    }
 }
 
 pub(crate) fn by_reflections(

@@ -64,7 +64,7 @@ impl<'a> Stacked<'a> {
         self.parts.first().map_or(0, MatrixView::cols)
     }
 
-    /// `X X^T`, in the arithmetic of `T`: see [`thin`](crate::thin).
+    /// `X X^T`, in the arithmetic of `T`: see [`thin_gram`](crate::thin_gram).
     ///
     /// Needs the memory that [`gram_scratch`] says.
     pub(crate) fn gram<T: Number>(

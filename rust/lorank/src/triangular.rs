@@ -214,8 +214,8 @@ mod tests {
     }
 
     #[test]
-    fn each_bound_answers_where_the_one_before_cannot() {
-        let (n, mut answered) = (24, [0; 3]);
+    fn the_smallest_bound_decides() {
+        let n = 24;
         for size in [0.0, 0.02, 0.1, 0.2, 0.3] {
             let factor = noise(n, size, 5);
             let mut inverse = Mat::zeros(n, n);
@@ -228,13 +228,12 @@ mod tests {
             .map(|(columns, rows)| columns * rows);
             let least = square_of_norm(&factor);
             assert!(bounds.iter().all(|bound| *bound >= least * (1.0 - 1e-13)), "{size}: {bounds:?} {least}");
-            for (i, bound) in bounds.iter().enumerate() {
-                answered[i] += usize::from(is_well_conditioned(factor.as_ref(), *bound * (1.0 + 1e-13)));
+            for bound in bounds {
+                assert!(is_well_conditioned(factor.as_ref(), bound * (1.0 + 1e-13)));
             }
             let smallest = bounds.iter().fold(f64::INFINITY, |least, bound| least.min(*bound));
             assert!(!is_well_conditioned(factor.as_ref(), smallest * (1.0 - 1e-13)));
         }
-        assert_eq!(answered, [5; 3]);
     }
 
     proptest! {

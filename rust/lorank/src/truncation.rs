@@ -9,11 +9,12 @@ use std::sync::Arc;
 use faer::{Mat, MatRef};
 
 use crate::cancel::CancelToken;
+use crate::dense::scale_columns;
 use crate::dtype::DType;
 use crate::low_rank::{Buffers, Side, Term, Values, weights_of_rows};
 use crate::number::Number;
 use crate::parallel::{costliest_first, guarded, pool, side_by_side};
-use crate::product_svd::{Decomposition, Form, by_reflections, scale_columns};
+use crate::product_svd::{Decomposition, Form, by_reflections};
 use crate::source::{Computed, StoredMatrix};
 use crate::stacked::product_scratch;
 use crate::triangular::Precision;
