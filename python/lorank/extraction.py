@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorank import _core, naming
+from lorank import _core, naming, twins
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.compression import truncated
 from lorank.progress import progress_bar
 from lorank.selection import checked_knobs, with_counted_budget
 from lorank.sources import AnySource, Skipped, Source, SourceMatrix, open_source
+from lorank.sources.guesses import doubtful
 from lorank.spectral_form import SpectralForm, Triplets
 from lorank.threads import thread_count
 
@@ -36,6 +37,7 @@ def extract(
     include: naming.Targets = None,
     exclude: naming.Targets = None,
     prefix: str = "",
+    guess: bool = False,
     threads: int | None = None,
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
@@ -51,6 +53,9 @@ def extract(
     prefix
         Put before every module's name, such as ``"bert"`` where the checkpoint says ``encoder.layer.0``
         and the model to adapt ``bert.encoder.layer.0``.
+    guess
+        Go on where the model's code is not at hand and names and shapes leave doubts about what its modules
+        are: see `lorank.modules.facts.ModelFacts`.
     threads, progress
         As in `compress`.
     **knobs
@@ -60,15 +65,15 @@ def extract(
     Returns
     -------
     LoraAdapter
-        With its `certificate`, against the dense differences; its `notes` name what an adapter cannot
-        hold: changed tensors that are no matrices, what is in one model only; and whose names its modules
-        have. A head that is tied to the embedding is extracted once, with that.
+        With its `certificate`, against the dense differences. Its `notes` name what an adapter cannot hold:
+        changed tensors that are not matrices, modules that PEFT cannot adapt, tensors of one model only; and
+        the model whose names its modules have. Modules that share a weight get the same update.
 
     Raises
     ------
     ValueError
         If `rank_ratio` is given, the models have no matrix in common, a shape differs (exclude that
-        module), or nothing has changed.
+        module), nothing has changed, or guessed names leave doubts and `guess` is false.
 
     Notes
     -----
@@ -81,19 +86,24 @@ def extract(
     # A slip is found before anything is opened, of whatever size the base model is.
     checked_knobs(with_counted_budget(given, 0))
     before, after = open_source(base), open_source(tuned)
+    if before.facts.doubts and not guess:
+        raise ValueError(doubtful(before, "extract"))
     chosen = checked_knobs(with_counted_budget(given, before.num_parameters))
     pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
-    notes += [*_other_changes(before, after), *_idle(exclude, before, after), _naming_note(before, prefix)]
+    notes += [*_other_changes(before, after), *_idle(exclude, before, after)]
+    notes += _naming_notes(before, prefix)
     assert chosen.max_rank is not None
-    found, tied = _without_copies(_forms(pairs, chosen.max_rank, thread_count(threads), progress))
-    forms = [_renamed(form, prefix) for form in found]
-    notes += tied
-    if all(form.energy == 0 for form in forms):
+    computed = _forms(pairs, chosen.max_rank, thread_count(threads), progress)
+    if all(form.energy == 0 for form in computed):
         raise ValueError(f"{before.label} and {after.label}: no selected matrix differs")
+    held, refused = _without_refused(computed, before)
+    found, copies = (held, []) if before.skeleton else _without_copies(held)
+    every, tying, tied = twins.added(found, before)
+    forms = [_renamed(form, prefix) for form in every]
     whole = LoraAdapter(
         {form.module.name: form.module for form in forms},
-        config={"peft_type": "LORA", "base_model_name_or_path": _name_of(base), "task_type": None},
-        notes=notes,
+        config={"peft_type": "LORA", "base_model_name_or_path": _name_of(base), "task_type": None, **tying},
+        notes=[*notes, *refused, *copies, *tied],
         label=f"{after.label} - {before.label}",
     )
     return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}", threads)
@@ -123,11 +133,37 @@ def _idle(exclude: naming.Targets, *sources: Source) -> list[str]:
     ]
 
 
-def _naming_note(before: Source, prefix: str) -> str:
+def _naming_notes(before: Source, prefix: str) -> list[str]:
+    if before.skeleton is not None and not prefix:
+        return []
     names = f"modules are named as in {before.label}{f' with {prefix!r} before' if prefix else ''}"
-    return (
+    advice = (
         f"{names}: PEFT finds them only in a model that names them so{'' if prefix else ', or give a prefix'}"
     )
+    return [advice, *([before.facts.remark] if before.facts.remark else [])]
+
+
+def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[list[SpectralForm], list[str]]:
+    """Return the forms of modules that PEFT can adapt, and notes of the others that have changed.
+
+    Raises
+    ------
+    ValueError
+        If there are no others.
+    """
+    refused = before.facts.refused
+    changed = [form.module.name for form in forms if form.module.name in refused and form.energy > 0]
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name in changed:
+        by_reason[refused[name]].append(name)
+    notes = [
+        f"{len(names)} changed modules are left out, the first is {names[0]}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+    held = [form for form in forms if form.module.name not in refused]
+    if not any(form.energy > 0 for form in held):
+        raise ValueError(f"PEFT can adapt none of the modules that differ: {'; '.join(notes)}")
+    return held, notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,25 +173,29 @@ class _Pair:
 
 
 def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
-    tuned = {matrix.info.name: matrix for matrix in after.matrices}
+    """Return the matrices of both models by name, and notes of those of one model only.
+
+    A matrix that one model shares between modules and the other does not is paired for each of them.
+    """
+    old, new = twins.by_name(before), twins.by_name(after)
+    own = [{matrix.info.name for matrix in source.matrices} for source in (before, after)]
     pairs = []
-    for matrix in before.matrices:
-        other = tuned.pop(matrix.info.name, None)
-        if other is None:
+    for name, matrix in old.items():
+        other = new.get(name)
+        if other is None or not (name in own[0] or name in own[1]):
             continue
         if other.info.shape != matrix.info.shape:
             raise ValueError(
-                f"{matrix.info.name}: {matrix.info.shape} in {before.label}, {other.info.shape} in "
-                f"{after.label}: exclude it to leave it out"
+                f"{name}: {matrix.info.shape} in {before.label}, {other.info.shape} in {after.label}: "
+                "exclude it to leave it out"
             )
         pairs.append(_Pair(matrix, other))
     if not pairs:
         raise ValueError(f"{before.label} and {after.label} have no selected matrix in common")
-    known = {pair.base.info.name for pair in pairs}
-    alone = [m.info.name for m in before.matrices if m.info.name not in known]
+    alone = [name for name in own[0] if name not in new], [name for name in own[1] if name not in old]
     notes = [
-        f"{len(names)} matrices are in {label} only, the first is {names[0]}"
-        for label, names in ((before.label, alone), (after.label, list(tuned)))
+        f"{len(names)} matrices are in {label} only, the first is {min(names, key=naming.natural_key)}"
+        for label, names in zip((before.label, after.label), alone, strict=True)
         if names
     ]
     return pairs, notes

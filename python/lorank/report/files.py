@@ -14,6 +14,7 @@ from lorank import extras
 from lorank._core import FormatError
 from lorank.atomic import atomic_path, write_text
 from lorank.json_files import read_json
+from lorank.modules.facts import ModelFacts
 from lorank.report.json_report import number, plain
 from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
 from lorank.sources.base import Skipped
@@ -100,6 +101,7 @@ def _header(report: SpectralReport) -> dict[str, Any]:
         "source": report.source,
         "accuracy": report.accuracy,
         "num_parameters": report.num_parameters,
+        "model": report.facts.to_json(),
         "skipped": [{"name": s.name, "shape": s.shape, "reason": s.reason} for s in report.skipped],
     }
 
@@ -108,7 +110,10 @@ def _report(header: Mapping[str, Any], rows: list[ModuleSpectrum]) -> SpectralRe
     if header["format"] != _FORMAT or header["version"] > _VERSION:
         raise ValueError(f"format {header['format']!r}, version {header['version']}")
     skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in header["skipped"]]
-    return SpectralReport(rows, skipped, header["source"], header["accuracy"], header["num_parameters"])
+    facts = ModelFacts.from_json(header["model"]) if "model" in header else ModelFacts()
+    return SpectralReport(
+        rows, skipped, header["source"], header["accuracy"], header["num_parameters"], facts
+    )
 
 
 def _row(entry: Mapping[str, Any], flags: tuple[str, ...]) -> ModuleSpectrum:

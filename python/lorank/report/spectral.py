@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank import extras, naming
+from lorank.modules.facts import ModelFacts
 from lorank.report.base import Evidence, Report
 from lorank.report.equality import ByValue
 from lorank.sources.base import Kind, MatrixInfo, Skipped
@@ -153,6 +154,8 @@ class SpectralReport(Report[ModuleSpectrum]):
         What was asked for: ``"exact"``, ``"fast"`` or ``"sampled"``.
     num_parameters
         Parameters of the whole model, tied ones once; None if unknown (a report from CSV).
+    facts
+        What is known of the model beside its matrices; not kept in CSV.
     """
 
     provides: ClassVar[Evidence] = "spectra"
@@ -162,12 +165,13 @@ class SpectralReport(Report[ModuleSpectrum]):
     source: str = ""
     accuracy: str = "exact"
     num_parameters: int | None = None
+    facts: ModelFacts = field(default_factory=ModelFacts)
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> SpectralReport:
         """The report of the modules that are included and not excluded."""
         names = set(naming.filtered({row.module for row in self.modules}, include, exclude))
         rows = [row for row in self.modules if row.module in names]
-        return SpectralReport(rows, self.skipped, self.source, self.accuracy, self.num_parameters)
+        return replace(self, modules=rows)
 
     def to_pandas(self) -> pd.DataFrame:
         """A data frame, one row a matrix: identity, metrics, flags joined by "; ".

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from lorank import naming
 from lorank._core import Matrix
+from lorank.modules.facts import ModelFacts
+from lorank.modules.weight import Kind
 
-Kind = Literal["linear", "embedding", "conv", "expert"]
+if TYPE_CHECKING:
+    from lorank.modules.skeleton import Skeleton
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,10 @@ class Source:
     fingerprint
         Identifies the content of files, so that an interrupted run can be resumed; None for what
         lives in memory.
+    facts
+        What is known of the model beside its matrices.
+    skeleton
+        The model's own description, by which its matrices are named; None if names were guessed.
     """
 
     label: str
@@ -108,6 +115,8 @@ class Source:
     skipped: tuple[Skipped, ...]
     num_parameters: int
     fingerprint: str | None = None
+    facts: ModelFacts = field(default_factory=ModelFacts)
+    skeleton: Skeleton | None = field(default=None, repr=False)
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> Source:
         """The same source with the matrices whose module is included and not excluded."""
@@ -115,4 +124,4 @@ class Source:
             return self
         names = set(naming.filtered({m.info.module for m in self.matrices}, include, exclude))
         matrices = tuple(m for m in self.matrices if m.info.module in names)
-        return Source(self.label, matrices, self.skipped, self.num_parameters, self.fingerprint)
+        return replace(self, matrices=matrices)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorank import extras, naming
-from lorank._core import Checkpoint, FormatError
+from lorank import extras
+from lorank._core import Checkpoint, FormatError, Matrix
 from lorank.json_files import read_json
-from lorank.sources.base import Skipped, Source, SourceMatrix
-from lorank.sources.layout import FLOAT_TYPES, Layout
+from lorank.modules.building import Unknown, build
+from lorank.sources.assembly import assemble
+from lorank.sources.base import Source
+
+if TYPE_CHECKING:
+    from lorank.modules.skeleton import Skeleton
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
@@ -47,38 +50,56 @@ def open_path(path: Path, label: str) -> Source:
 def _open_safetensors(path: Path, label: str) -> Source:
     checkpoint = Checkpoint(path)
     tensors = checkpoint.tensors()
-    layout = Layout({name: tuple(shape) for name, _, shape in tensors}, read_config(path))
-    matrices: list[SourceMatrix] = []
-    skipped: list[Skipped] = []
-    for position, (name, dtype, shape) in enumerate(tensors):
-        found = layout.matrices(name, dtype)
-        if isinstance(found, str):
-            size = math.prod(shape)
-            readable = size > 0 and dtype in FLOAT_TYPES
-            load = partial(checkpoint.matrix, position, 1, size) if readable else None
-            skipped.append(Skipped(name, tuple(shape), found, load))
-            continue
-        matrices += [
-            SourceMatrix(
-                m.info,
-                partial(checkpoint.matrix, position, m.rows, m.cols, m.index),
-                transposed=m.transposed,
-                kernel=m.kernel,
-            )
-            for m in found
-        ]
-    # Writers sort by type and by name as text: block 10 before block 2.
-    matrices.sort(key=lambda matrix: naming.natural_key(matrix.info.name))
-    num_parameters = sum(math.prod(shape) for _, dtype, shape in tensors if dtype in FLOAT_TYPES)
-    return Source(
-        label, tuple(matrices), tuple(skipped), num_parameters, _fingerprint(checkpoint.files(), tensors)
-    )
+    source = assemble(label, StoredFiles(checkpoint), *model_of(path, len(tensors)))
+    return replace(source, fingerprint=_fingerprint(checkpoint.files(), tensors))
+
+
+class StoredFiles:
+    """The tensors of a safetensors checkpoint, which stay on disk."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._entries = {
+            name: (position, dtype, tuple(shape))
+            for position, (name, dtype, shape) in enumerate(checkpoint.tensors())
+        }
+
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return every tensor's element type and shape, in the files' order."""
+        return {name: (dtype, shape) for name, (_, dtype, shape) in self._entries.items()}
+
+    def is_lazy(self, name: str) -> bool:
+        """Return False: a view of a file costs no memory."""
+        del name
+        return False
+
+    def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
+        """Return the `index`-th matrix of a tensor."""
+        return self._checkpoint.matrix(self._entries[name][0], rows, cols, index)
+
+    def shared_with(self, name: str) -> str | None:
+        """Return None: files hold every tensor once."""
+        del name
+
+    def are_equal(self, a: str, b: str) -> bool:
+        """Return True if two tensors hold the same bytes."""
+        first, second = (self._checkpoint.stored_bytes(self._entries[name][0]) for name in (a, b))
+        return first == second
+
+
+def model_of(path: Path, num_tensors: int) -> tuple[Mapping[str, Any], Skeleton | Unknown]:
+    """Return the `config.json` beside a checkpoint, and the skeleton of the model that it describes."""
+    config = read_config(path)
+    folder = path if path.is_dir() else path.parent
+    return config, build(folder, config, num_tensors)
 
 
 def _open_pickles(path: Path, label: str) -> Source:
     from lorank.sources import state_dict
 
-    return state_dict.from_pickles(path, label, read_config(path))
+    tensors = state_dict.StoredArrays(state_dict.read_pickles(path))
+    source = assemble(label, tensors, *model_of(path, len(tensors.entries())))
+    return replace(source, skipped=(*tensors.skipped, *source.skipped))
 
 
 def read_config(path: Path) -> Mapping[str, Any]:

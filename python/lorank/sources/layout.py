@@ -1,7 +1,4 @@
-"""From a tensor's name and shape to the matrices in it.
-
-The one place that knows how models store linear layers, convolutions, embeddings and experts.
-"""
+"""From a tensor to the matrices in it: by the model's skeleton where it is known, else by name and shape."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorank import naming
-from lorank.sources.base import Kind, MatrixInfo
+from lorank.modules.weight import Kind, Weight
+from lorank.sources.base import MatrixInfo
 
 # Element types with a spectrum, by the names that safetensors and torch/NumPy give them.
 FLOAT_TYPES = {
@@ -23,8 +21,8 @@ FLOAT_TYPES = {
     "F8_E5M2": "float8_e5m2",
 } | {name: name for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
 
-# Architectures whose stacked experts are stored (experts, in, out).
-_TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
+# Architectures whose stacked experts are stored (experts, in, out), and say so to PEFT.
+_TRANSPOSED_EXPERTS = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
 
 # Architectures whose linear layers are transformers' Conv1D: stored (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -53,10 +51,18 @@ class Layout:
         Every tensor's shape by name; siblings decide what some tensors are.
     config
         The model's `config.json`, or an empty mapping.
+    described
+        The parameter that a tensor is loaded into, by the tensor's name, where the skeleton knows it.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        config: Mapping[str, Any],
+        described: Mapping[str, Weight] | None = None,
+    ) -> None:
         self.shapes = shapes
+        self.described = described or {}
         self.conv1d = _model_type(config) in _CONV1D_MODELS or (not config and _looks_like_gpt2(shapes))
         text = config.get("text_config")
         experts = text if isinstance(text, Mapping) else config
@@ -66,7 +72,7 @@ class Layout:
         self.plain_names = not any(name == "weight" or name.endswith(".weight") for name in shapes)
 
     def matrices(self, name: str, dtype: str) -> list[StoredMatrix] | str:
-        """The matrices of a tensor, or the reason why there are none."""
+        """Return the matrices of a tensor, or the reason why there are none."""
         shape = self.shapes[name]
         if math.prod(shape) == 0:
             return "empty tensor"
@@ -76,28 +82,24 @@ class Layout:
             return f"{dtype} values have no spectrum"
         if dtype in ("F8_E4M3", "F8_E5M2", "float8_e4m3fn", "float8_e5m2") and self._has_scales(name):
             return "float8 values with separate scales: load the model and analyse it live"
+        weight = self.described.get(name) or self._guessed(name)
+        return matrices_of(weight, shape, FLOAT_TYPES[dtype])
+
+    def _guessed(self, name: str) -> Weight:
+        """Judge a tensor by its name, its shape and its siblings."""
+        shape = self.shapes[name]
         is_weight = self.plain_names or name == "weight" or name.endswith(".weight")
         module = name.removesuffix(".weight") if not self.plain_names else name
-        stored_as = FLOAT_TYPES[dtype]
         if len(shape) == 3 and self._is_expert_stack(module, shape):
-            return _experts(module, shape, stored_as, self.transposed_experts)
+            return Weight(name, module, "expert", shape, self.transposed_experts)
         if not is_weight:
-            return "not the weight of a module"
-        if len(shape) == 2:
-            return [self._matrix(module, shape, stored_as)]
-        if len(shape) <= 5:
-            out, fan_in = shape[0], math.prod(shape[1:])
-            info = MatrixInfo(module, module, "conv", (out, fan_in), stored_as)
-            return [StoredMatrix(info, out, fan_in, kernel=shape[1:])]
-        return f"{len(shape)}-D tensor"
-
-    def _matrix(self, module: str, shape: tuple[int, ...], dtype: str) -> StoredMatrix:
-        rows, cols = shape
-        kind: Kind = "embedding" if naming.is_embedding(module) else "linear"
-        transposed = self.conv1d and kind == "linear" and not naming.is_output_head(module)
-        oriented = (cols, rows) if transposed else (rows, cols)
-        info = MatrixInfo(module, module, kind, oriented, dtype)
-        return StoredMatrix(info, rows, cols, transposed=transposed)
+            return Weight(name, module, None, shape)
+        if len(shape) > 2:
+            return Weight(name, module, "conv", shape)
+        if naming.is_embedding(module):
+            return Weight(name, module, "embedding", shape)
+        transposed = self.conv1d and not naming.is_output_head(module)
+        return Weight(name, module, "linear", shape, transposed)
 
     def _is_expert_stack(self, module: str, shape: tuple[int, ...]) -> bool:
         in_experts = naming.is_in_experts(module)
@@ -107,24 +109,48 @@ class Layout:
         return any(f"{name}{suffix}" in self.shapes for suffix in _SCALE_SUFFIXES)
 
 
-def _experts(module: str, shape: tuple[int, ...], dtype: str, transposed: bool) -> list[StoredMatrix]:
+def matrices_of(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[StoredMatrix] | str:
+    """Return the matrices of a parameter whose stored shape is given, or the reason why there are none."""
+    if weight.kind is None:
+        return "not the weight of a module"
+    if weight.kind == "expert":
+        return _experts(weight, shape, dtype)
+    if len(shape) == 2:
+        rows, cols = shape
+        oriented = (cols, rows) if weight.transposed else (rows, cols)
+        info = _info(weight, weight.kind, oriented, dtype)
+        return [StoredMatrix(info, rows, cols, transposed=weight.transposed)]
+    if len(shape) > 5 or weight.kind != "conv":
+        return f"{len(shape)}-D tensor"
+    out, fan_in = shape[0], math.prod(shape[1:])
+    return [StoredMatrix(_info(weight, "conv", (out, fan_in), dtype), out, fan_in, kernel=shape[1:])]
+
+
+def _info(weight: Weight, kind: Kind, shape: tuple[int, int], dtype: str) -> MatrixInfo:
+    return MatrixInfo(weight.module, weight.module, kind, shape, dtype)
+
+
+def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[StoredMatrix] | str:
     # Neither the spectrum nor the cost of a rank depends on the orientation: shapes are reported as
     # stored.
+    if len(shape) != 3:
+        return f"{len(shape)}-D tensor"
     experts, rows, cols = shape
+    module = weight.module
     infos = (
         MatrixInfo(f"{module}[{i}]", module, "expert", (rows, cols), dtype, expert=i) for i in range(experts)
     )
-    return [StoredMatrix(info, rows, cols, index, transposed) for index, info in enumerate(infos)]
+    return [StoredMatrix(info, rows, cols, index, weight.transposed) for index, info in enumerate(infos)]
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
-    """The architecture's name; empty where a damaged file says anything else."""
+    """Return the architecture's name; empty where a damaged file says anything else."""
     name = config.get("model_type")
     return name if isinstance(name, str) else ""
 
 
 def _looks_like_gpt2(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a fused query-key-value weight is stored (in, 3 in), as Conv1D does."""
+    """Return True if a fused query-key-value weight is stored (in, 3 in), as Conv1D does."""
     return any(
         name.endswith("attn.c_attn.weight") and len(shape) == 2 and shape[1] == 3 * shape[0]
         for name, shape in shapes.items()

@@ -8,32 +8,11 @@ from functools import partial
 from typing import Any
 
 from lorank._core import Matrix
+from lorank.modules.live_modules import named_modules
+from lorank.modules.skeleton import Skeleton
 from lorank.sources import arrays, quantized
-from lorank.sources.base import Kind, MatrixInfo, Skipped, Source, SourceMatrix
+from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
-
-# How wrappers of PEFT and of torch, by the names of their base classes, keep the module that they wrap.
-_WRAPPED = {
-    "peft.": {
-        "PeftModel": "base_model",
-        "BaseTuner": "model",
-        "BaseTunerLayer": "base_layer",
-        "AuxiliaryTrainingWrapper": "original_module",
-    },
-    "torch.": {
-        "OptimizedModule": "_orig_mod",
-        "DataParallel": "module",
-        "DistributedDataParallel": "module",
-        "CheckpointWrapper": "_checkpoint_wrapped_module",
-    },
-}
-
-
-def is_module(value: object) -> bool:
-    """Whether something is a `torch.nn.Module`, without importing torch."""
-    return any(
-        base.__module__.startswith("torch.nn") and base.__name__ == "Module" for base in type(value).__mro__
-    )
 
 
 def from_module(model: Any) -> Source:
@@ -43,8 +22,9 @@ def from_module(model: Any) -> Source:
     weights are dequantized one matrix at a time. Adapters of PEFT are left out: the base model is
     what is analysed, under the names that it has without PEFT, a compiler or data parallelism.
     """
+    skeleton = Skeleton.of_model(model)
     weights = list(_weights(model))
-    layout = Layout({name: shape for name, _, shape in weights}, {"num_experts": _num_experts(model)})
+    layout = Layout({name: shape for name, _, shape in weights}, {}, skeleton.weights)
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     owners: dict[int, str] = {}
@@ -62,7 +42,10 @@ def from_module(model: Any) -> Source:
         else:
             matrices += found
     skipped += _hidden_weights(model)
-    return Source(type(model).__name__, tuple(matrices), tuple(skipped), num_parameters)
+    facts = skeleton.facts({matrix.info.module for matrix in matrices})
+    return Source(
+        skeleton.label, tuple(matrices), tuple(skipped), num_parameters, facts=facts, skeleton=skeleton
+    )
 
 
 class _Weight:
@@ -94,24 +77,6 @@ def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
             yield prefix + local, _Weight(module, parameter), quantized.shape(parameter)
 
 
-def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every module of the base model with the prefix of its parameters' names, wrappers left out."""
-    module = _unwrapped(module)
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from named_modules(child, f"{prefix}{name}.")
-
-
-def _unwrapped(module: Any) -> Any:
-    for library, wrappers in _WRAPPED.items():
-        classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(library)}
-        for wrapper, attribute in wrappers.items():
-            if wrapper in classes and is_module(inner := getattr(module, attribute, None)):
-                return _unwrapped(inner)
-    return module
-
-
 def _hidden_weights(model: Any) -> Iterator[Skipped]:
     """Weights that are no parameters: packed behind a method, or in buffers of integers."""
     for prefix, module in named_modules(model):
@@ -140,31 +105,10 @@ def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] 
     if isinstance(found, str):
         return found
     lazy = not weight.is_direct or arrays.needs_copy(parameter)
-    kind, transposed = _role(weight.module)
-    described = []
-    for stored in found:
-        info = stored.info
-        if kind is not None and info.expert is None:
-            oriented = (stored.cols, stored.rows) if transposed else (stored.rows, stored.cols)
-            info = MatrixInfo(info.name, info.module, kind, oriented, info.dtype)
-        values = partial(_load, load, stored.index, stored.rows, stored.cols)
-        described.append(SourceMatrix(info, values, lazy, transposed, stored.kernel))
-    return described
-
-
-def _role(module: Any) -> tuple[Kind | None, bool]:
-    """What a module's class says of its weight: its kind, and whether it is stored (in, out)."""
-    classes = {base.__name__ for base in type(module).__mro__}
-    if "Embedding" in classes:
-        return "embedding", False
-    if "_ConvNd" in classes:
-        return "conv", False
-    if "Conv1D" in classes:
-        return "linear", True
-    if "Linear" in classes:
-        return "linear", False
-    # Experts say it themselves, by the attribute that PEFT looks at.
-    return None, bool(getattr(module, "is_transposed", False))
+    return [
+        SourceMatrix(m.info, partial(_load, load, m.index, m.rows, m.cols), lazy, m.transposed, m.kernel)
+        for m in found
+    ]
 
 
 def _identity(value: Any) -> Any:
@@ -179,9 +123,3 @@ def _load(values: Callable[[], Any], index: int, rows: int, cols: int) -> Matrix
 
 def _as_row(parameter: Any) -> Matrix:
     return arrays.matrix(parameter.reshape(1, -1))
-
-
-def _num_experts(model: Any) -> int | None:
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
-    return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lorank import extras
 from lorank._core import FormatError, Matrix
 from lorank.json_files import read_json
+from lorank.modules.building import Unknown
 from lorank.sources import arrays
-from lorank.sources.base import Skipped, Source, SourceMatrix
-from lorank.sources.layout import FLOAT_TYPES, Layout
+from lorank.sources.assembly import assemble
+from lorank.sources.base import Skipped, Source
 
 # Keys under which training frameworks wrap a state dict.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -25,70 +27,73 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
-def from_mapping(
-    mapping: Mapping[str, Any], label: str = "mapping", config: Mapping[str, Any] | None = None
-) -> Source:
-    """A source over arrays that stay where they are.
+def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
+    """Open a source over arrays that stay where they are.
 
     Tensors that share memory and shape are tied: the first name counts, the others are skipped.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    skipped: list[Skipped] = []
-    for name, value in mapping.items():
-        if not isinstance(name, str):
-            raise TypeError(f"names are strings, got {name!r}")
-        if not arrays.is_array(value):
-            skipped.append(Skipped(name, (), f"{type(value).__name__}, not an array"))
-            continue
-        if not arrays.is_dense(value):
-            skipped.append(Skipped(name, tuple(value.shape), "a sparse tensor: make it dense to analyse it"))
-            continue
-        shapes[name] = tuple(value.shape)
-    layout = Layout(shapes, config or {})
-    matrices: list[SourceMatrix] = []
-    owners: dict[object, str] = {}
-    num_parameters = 0
-    for name, shape in shapes.items():
-        value, dtype = mapping[name], arrays.dtype_name(mapping[name])
-        owner = owners.setdefault(arrays.identity(value), name)
-        if owner != name:
-            skipped.append(Skipped(name, shape, f"tied to {owner}"))
-            continue
-        num_parameters += math.prod(shape) if dtype in FLOAT_TYPES else 0
-        found = layout.matrices(name, dtype)
-        if isinstance(found, str):
-            readable = math.prod(shape) > 0 and dtype in FLOAT_TYPES
-            load = partial(_as_row, value) if readable else None
-            skipped.append(Skipped(name, shape, found, load))
-            continue
-        matrices += [
-            SourceMatrix(
-                m.info,
-                partial(_load, value, m.index, m.rows, m.cols),
-                lazy=arrays.needs_copy(value),
-                transposed=m.transposed,
-                kernel=m.kernel,
-            )
-            for m in found
-        ]
-    return Source(label, tuple(matrices), tuple(skipped), num_parameters)
+    tensors = StoredArrays(mapping)
+    source = assemble(label, tensors, {}, Unknown("an array tells nothing of its model"))
+    return replace(source, skipped=(*tensors.skipped, *source.skipped))
 
 
-def _load(value: Any, index: int, rows: int, cols: int) -> Matrix:
-    """The `index`-th matrix of an array: itself, an expert of a stack, or a flattened kernel."""
-    if value.ndim == 3 and tuple(value.shape[1:]) == (rows, cols):
-        value = value[index]
-    elif value.ndim != 2:
-        value = value.reshape(rows, cols)
-    return arrays.matrix(value)
+class StoredArrays:
+    """Arrays and tensors of a mapping, which stay where they are.
+
+    Raises
+    ------
+    TypeError
+        If a name is not a string.
+    """
+
+    def __init__(self, mapping: Mapping[str, Any]) -> None:
+        self.skipped: list[Skipped] = []
+        self._values: dict[str, Any] = {}
+        self._shared: dict[str, str] = {}
+        owners: dict[object, str] = {}
+        for name, value in mapping.items():
+            if not isinstance(name, str):
+                raise TypeError(f"names are strings, got {name!r}")
+            if not arrays.is_array(value):
+                self.skipped.append(Skipped(name, (), f"{type(value).__name__}, not an array"))
+            elif not arrays.is_dense(value):
+                reason = "a sparse tensor: make it dense to analyse it"
+                self.skipped.append(Skipped(name, tuple(value.shape), reason))
+            else:
+                self._values[name] = value
+                owner = owners.setdefault(arrays.identity(value), name)
+                if owner != name:
+                    self._shared[name] = owner
+
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return every tensor's element type and shape, in the mapping's order."""
+        return {name: (arrays.dtype_name(x), tuple(x.shape)) for name, x in self._values.items()}
+
+    def is_lazy(self, name: str) -> bool:
+        """Return True if a matrix of the tensor takes memory of its own."""
+        return arrays.needs_copy(self._values[name])
+
+    def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
+        """Return the `index`-th matrix of a tensor: itself, an expert of a stack, or a flattened kernel."""
+        value = self._values[name]
+        if value.ndim == 3 and tuple(value.shape[1:]) == (rows, cols):
+            value = value[index]
+        elif value.ndim != 2 or tuple(value.shape) != (rows, cols):
+            value = value.reshape(rows, cols)
+        return arrays.matrix(value)
+
+    def shared_with(self, name: str) -> str | None:
+        """Return the earlier tensor of the same memory and shape, if there is one."""
+        return self._shared.get(name)
+
+    def are_equal(self, a: str, b: str) -> bool:
+        """Return True if two tensors hold the same numbers."""
+        first, second = (arrays.as_numpy(self._values[name]) for name in (a, b))
+        return first.dtype == second.dtype and np.array_equal(first, second, equal_nan=True)
 
 
-def _as_row(value: Any) -> Matrix:
-    return arrays.matrix(value.reshape(1, -1))
-
-
-def from_pickles(path: Path, label: str, config: Mapping[str, Any]) -> Source:
-    """A source over one or more files written by `torch.save`.
+def read_pickles(path: Path) -> Mapping[str, Any]:
+    """Return the named tensors of one or more files written by `torch.save`.
 
     Files are mapped into memory and unpickled with `weights_only=True`: no code in them runs.
     """
@@ -98,7 +103,7 @@ def from_pickles(path: Path, label: str, config: Mapping[str, Any]) -> Source:
         if missing := sorted(promised - found.keys()):
             raise FormatError(f"{file}: holds no tensor {missing[0]!r}, which the index places there")
         merged |= found
-    return from_mapping(merged, label, config)
+    return merged
 
 
 def read_pickle(file: Path) -> Mapping[str, Any]:

@@ -1,0 +1,151 @@
+"""Models built from their `config.json` on the meta device: no weights, no memory, no remote code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorank.modules.skeleton import Skeleton
+
+# Numbers of a config that decide how many modules are built.
+_DEPTHS = re.compile(r".*(?:layers?|blocks?|depths?|experts?)", re.IGNORECASE)
+# A model has at least one tensor a layer. Some layers are shared, and files may hold a part of a model.
+_LAYERS_A_TENSOR = 16
+_ALWAYS_ALLOWED = 4096
+# The errors of the libraries' constructors for a config that they do not fit.
+_MISFITS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The reason why a model's skeleton is not known.
+
+    Attributes
+    ----------
+    reason
+        A clause for messages.
+    is_foreign
+        True if there is a config of a model whose code is not at hand: names may then mean anything.
+    """
+
+    reason: str
+    is_foreign: bool = False
+
+
+def build(folder: Path, config: Mapping[str, Any], num_tensors: int) -> Skeleton | Unknown:
+    """Build the skeleton of the model that a folder's `config.json` describes.
+
+    Parameters
+    ----------
+    folder
+        The folder that holds `config.json`.
+    config
+        Its content; empty if there is no such file.
+    num_tensors
+        The number of tensors in the checkpoint, which bounds how many layers a config may ask for.
+    """
+    if not config:
+        return Unknown("there is no config.json beside the weights")
+    if too_many := _excess(config, num_tensors):
+        return Unknown(f"config.json asks for {too_many}, but the files hold {num_tensors} tensors", True)
+    if "_class_name" in config:
+        return _built("diffusers", config, lambda: _diffusers_model(config))
+    if isinstance(config.get("model_type"), str):
+        return _built("transformers", config, lambda: _transformers_model(folder, config))
+    return Unknown("config.json names no model type")
+
+
+def _built(library: str, config: Mapping[str, Any], model_of: Any) -> Skeleton | Unknown:
+    name = config.get("_class_name") or config.get("model_type")
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec(library) is None:
+        return Unknown(f"{library} is not installed")
+    try:
+        with _quiet(library):
+            model = model_of()
+    except _MISFITS as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        return Unknown(f"{library} does not build a model of type {name!r}: {reason}", True)
+    return Skeleton.of_model(model)
+
+
+def _transformers_model(folder: Path, config: Mapping[str, Any]) -> Any:
+    import torch
+    import transformers
+
+    settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if getattr(settings, "use_pretrained_backbone", False):
+        settings.use_pretrained_backbone = False
+    with torch.device("meta"):
+        for name in _architectures(config):
+            found = getattr(transformers, name, None)
+            if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+                return found(settings)
+        return transformers.AutoModel.from_config(settings, trust_remote_code=False)
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _diffusers_model(config: Mapping[str, Any]) -> Any:
+    import diffusers
+    import torch
+
+    found = getattr(diffusers, str(config["_class_name"]), None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise ValueError("diffusers has no model class of that name")
+    with torch.device("meta"):
+        return found.from_config(dict(config))
+
+
+def _excess(config: Mapping[str, Any], num_tensors: int) -> str:
+    """Return the setting that asks for more modules than the files could fill, or an empty string."""
+    allowed = _ALWAYS_ALLOWED + _LAYERS_A_TENSOR * num_tensors
+    for key, value in _numbers(config):
+        if _DEPTHS.fullmatch(key) and value > allowed:
+            return f"{key}={value}"
+    return ""
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from _numbers(entry, str(name))
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _numbers(entry, key)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield key, value
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Silence a library's log, which advises on models that are to be run."""
+    import warnings
+
+    log = importlib.import_module(f"{library}.utils.logging")
+    before = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(before)

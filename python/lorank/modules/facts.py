@@ -1,0 +1,66 @@
+"""What is known of a model beside its matrices; it goes with reports, so that ranks fit what PEFT adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Facts about a model that decide what can be adapted.
+
+    Attributes
+    ----------
+    class_name
+        The model's class, whose code named the modules; empty if names were guessed from the files.
+    doubts
+        The reasons why guessed names, kinds or orientations may be wrong.
+    refused
+        The reason why PEFT cannot adapt a module, by the module's name.
+    ties
+        The further modules that share a weight, by the module that has its row.
+    """
+
+    class_name: str = ""
+    doubts: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def are_guessed(self) -> bool:
+        """True if names, kinds and orientations were read from the names and shapes of tensors alone."""
+        return not self.class_name
+
+    @property
+    def remark(self) -> str:
+        """The sentence that a report shows once where names were guessed; empty where they were not."""
+        if not self.are_guessed:
+            return ""
+        return "; ".join(["modules are guessed from names", *self.doubts])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as values that JSON knows."""
+        return {
+            "class_name": self.class_name,
+            "doubts": list(self.doubts),
+            "refused": dict(self.refused),
+            "ties": {name: list(others) for name, others in self.ties.items()},
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ModelFacts:
+        """Return the facts that `to_json` gave.
+
+        Raises
+        ------
+        KeyError, TypeError, AttributeError
+            If the content has another structure.
+        """
+        return cls(
+            str(content["class_name"]),
+            tuple(str(doubt) for doubt in content["doubts"]),
+            {str(name): str(reason) for name, reason in content["refused"].items()},
+            {str(name): tuple(map(str, others)) for name, others in content["ties"].items()},
+        )

@@ -1,0 +1,230 @@
+"""From the tensors of a checkpoint to the parameters of the loaded model.
+
+transformers renames, splits, stacks and transposes tensors as it loads a checkpoint. Its own rules are
+asked which tensors make up which parameter, and its own operations are run, one expert at a time where
+a parameter is a stack: memory stays bounded by a few matrices.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lorank.modules.skeleton import Skeleton
+
+Fetch = Callable[[str, "int | None"], Any]
+"""Returns a checkpoint's tensor by its name, as torch's: all of it, or the one matrix of a stack."""
+
+# The errors of transformers' operations for tensors that they do not fit.
+_MISFITS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, StopIteration)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Tensors of a checkpoint that together make up parameters of the model.
+
+    Attributes
+    ----------
+    target
+        The first parameter's name, by which transformers calls the conversion.
+    sources
+        Names of the checkpoint's tensors by the pattern that they match, in transformers' order.
+    targets
+        Every parameter that it makes.
+    by_expert
+        True if every expert of a stack can be converted by itself.
+    """
+
+    target: str
+    sources: Mapping[str, Sequence[str]]
+    converter: Any
+    model: Any
+    targets: tuple[str, ...] = ()
+    by_expert: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The checkpoint's tensors."""
+        return [name for names in self.sources.values() for name in names]
+
+    def run(self, fetch: Fetch, expert: int | None = None) -> dict[str, Any]:
+        """Return the parameters by name; with `expert`, stacks of that expert's matrix alone.
+
+        Parameters
+        ----------
+        fetch
+            Reads a tensor of the checkpoint.
+        expert
+            The expert's number in its stack; None for all of the parameters.
+        """
+        converter = copy.deepcopy(self.converter)
+        for pattern, names in self.sources.items():
+            for name, part in _parts(names, expert):
+                converter.add_tensor(self.target, name, pattern, fetch(name, part))
+        with_lists = converter.convert(self.target, model=self.model, config=self.model.config)
+        return {name: x[0] if isinstance(x, list) else x for name, x in with_lists.items()}
+
+
+def _parts(names: Sequence[str], expert: int | None) -> list[tuple[str, int | None]]:
+    """Return which tensors to read for an expert: its own, or its part of the only one."""
+    if expert is None:
+        return [(name, None) for name in names]
+    return [(names[0], expert)] if len(names) == 1 else [(names[expert], None)]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the tensors of a checkpoint go.
+
+    Attributes
+    ----------
+    renamed
+        The parameter's name by the tensor's, for tensors that are loaded as they are.
+    conversions
+        Those that are computed from one or several tensors.
+    strangers
+        The reason by name, for tensors that the model has no place for.
+    """
+
+    renamed: dict[str, str] = field(default_factory=dict)
+    conversions: list[Conversion] = field(default_factory=list)
+    strangers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def placed(self) -> int:
+        """The number of tensors that the model has a place for."""
+        return len(self.renamed) + sum(len(conversion.names) for conversion in self.conversions)
+
+
+def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placement:
+    """Find the parameters that a checkpoint's tensors are loaded into.
+
+    Parameters
+    ----------
+    shapes
+        The tensors' shapes by name.
+    skeleton
+        The model.
+    """
+    model = skeleton.model
+    state = model.state_dict()
+    target_of = _targets(model, state)
+    found = Placement()
+    grouped: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    for name in sorted(shapes, key=_loading_order):
+        target, pattern, converter = target_of(name)
+        if target not in state:
+            found.strangers[name] = f"{skeleton.label} has no such parameter"
+        elif converter is None:
+            found.renamed[name] = target
+        else:
+            _, sources = grouped.setdefault(target, (converter, {}))
+            sources.setdefault(pattern, []).append(name)
+    for target, (converter, sources) in grouped.items():
+        conversion = Conversion(target, sources, converter, model)
+        conversion, reason = _checked(conversion, shapes, skeleton)
+        if reason:
+            found.strangers |= dict.fromkeys(conversion.names, reason)
+        else:
+            found.conversions.append(conversion)
+    return found
+
+
+def _targets(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str, str, Any]]:
+    """Return a function from a tensor's name to its parameter, the pattern it fits and its converter."""
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return _older_targets(model, state, prefix)
+    if not hasattr(model, "base_model_prefix"):
+        return lambda name: (name, "", None)
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+
+    def target_of(name: str) -> tuple[str, str, Any]:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        return target, pattern or "", by_pattern.get(pattern)
+
+    return target_of
+
+
+def _older_targets(
+    model: Any, state: Mapping[str, Any], prefix: str
+) -> Callable[[str], tuple[str, str, Any]]:
+    """Return the same for transformers before 5, which renames and adds or drops the base model's prefix."""
+    renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+
+    def target_of(name: str) -> tuple[str, str, Any]:
+        target = name
+        for pattern, replacement in renames.items():
+            target, count = re.subn(pattern, replacement, target)
+            if count:
+                break
+        target = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", target))
+        if target not in state and prefix:
+            with_prefix = f"{prefix}.{target}"
+            target = with_prefix if with_prefix in state else target.removeprefix(f"{prefix}.")
+        return target, "", None
+
+    return target_of
+
+
+def _checked(
+    conversion: Conversion, shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton
+) -> tuple[Conversion, str]:
+    """Run a conversion without values; return it, or the reason why it does not fit the model."""
+    import torch
+
+    def fetch(name: str, part: int | None) -> Any:
+        shape = shapes[name]
+        return torch.empty(shape if part is None else (1, *shape[1:]), device="meta")
+
+    try:
+        whole = {name: tuple(value.shape) for name, value in conversion.run(fetch).items()}
+    except _MISFITS as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        return conversion, f"transformers could not convert it ({reason})"
+    for name, shape in whole.items():
+        if name not in skeleton.weights or skeleton.weights[name].shape != shape:
+            return (
+                conversion,
+                f"transformers converts it to {name} of shape {shape}, which does not fit the model",
+            )
+    by_expert = _is_by_expert(conversion, whole, fetch, shapes)
+    return replace(conversion, targets=tuple(whole), by_expert=by_expert), ""
+
+
+def _is_by_expert(
+    conversion: Conversion,
+    whole: Mapping[str, tuple[int, ...]],
+    fetch: Fetch,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> bool:
+    """Return True if one expert's tensors give that expert's matrices of every parameter."""
+    counts = {shape[0] for shape in whole.values()}
+    if len(counts) != 1 or any(len(shape) != 3 for shape in whole.values()):
+        return False
+    (count,) = counts
+    for names in conversion.sources.values():
+        is_stack = len(names) == 1 and len(shapes[names[0]]) == 3 and shapes[names[0]][0] == count
+        if len(names) != count and not is_stack:
+            return False
+    try:
+        single = {name: tuple(value.shape) for name, value in conversion.run(fetch, 0).items()}
+    except _MISFITS:
+        return False
+    return single == {name: (1, *shape[1:]) for name, shape in whole.items()}
+
+
+def _loading_order(name: str) -> list[tuple[int, str]]:
+    """Return the key by which transformers sorts names: parts that are numbers by their value."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,80 @@
+"""The skeleton of a model: every parameter's name, role, shape and ties, without any values."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorank.modules.facts import ModelFacts
+from lorank.modules.live_modules import named_modules
+from lorank.modules.weight import Weight, describe
+from lorank.sources import quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """What a model's code says of its parameters.
+
+    Attributes
+    ----------
+    label
+        The name of the model's class.
+    weights
+        Every parameter by its name, tied ones under each of their names, in the model's order.
+    owners
+        For every further name of a tied parameter, its first name.
+    model
+        The model: on the meta device, or a live one.
+    """
+
+    label: str
+    weights: Mapping[str, Weight]
+    owners: Mapping[str, str]
+    model: Any
+
+    @classmethod
+    def of_model(cls, model: Any) -> Skeleton:
+        """Read the skeleton of a `torch.nn.Module`; wrappers of PEFT and of torch are left out."""
+        weights: dict[str, Weight] = {}
+        owners: dict[str, str] = {}
+        first_names: dict[int, str] = {}
+        modules: dict[str, Any] = {}
+        model_type = str(getattr(getattr(model, "config", None), "model_type", "") or "")
+        for prefix, module in named_modules(model):
+            modules[prefix] = module
+            parent = modules.get(_parent(prefix))
+            for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                name = prefix + local
+                shape = quantized.shape(parameter)
+                weights[name] = describe(prefix, local, module, shape, parent, model_type)
+                first = first_names.setdefault(id(parameter), name)
+                if first != name:
+                    owners[name] = first
+        return cls(type(model).__name__, weights, owners, model)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, tied ones once."""
+        return sum(weight.size for name, weight in self.weights.items() if name not in self.owners)
+
+    def facts(self, modules: Collection[str]) -> ModelFacts:
+        """Return the facts about the model whose given modules have rows."""
+        groups: dict[str, list[Weight]] = defaultdict(list)
+        for name, weight in self.weights.items():
+            groups[self.owners.get(name, name)].append(weight)
+        ties = {}
+        for group in groups.values():
+            with_row = [weight.module for weight in group if weight.module in modules]
+            others = [weight.module for weight in group if weight.kind and weight.module not in modules]
+            if with_row and others:
+                ties[with_row[0]] = tuple(others)
+        refused = {weight.module: weight.refused for weight in self.weights.values() if weight.refused}
+        return ModelFacts(self.label, (), refused, ties)
+
+
+def _parent(prefix: str) -> str:
+    """Return the prefix of the module that holds the module of a prefix."""
+    above = prefix.removesuffix(".").rpartition(".")[0]
+    return f"{above}." if above else ""

@@ -1,0 +1,131 @@
+"""One parameter of a model, as the class of the module that holds it describes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorank import naming
+
+Kind = Literal["linear", "embedding", "conv", "expert"]
+
+# PEFT 0.21 refuses these modules of models whose scan reads the weights itself, past any adapter.
+_MAMBA_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_MAMBA_MODULES = {"out_proj", "conv1d"}
+
+# An attribute by which modules that hold a stack of matrices count them.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_codebooks", "num_linears")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter of a model.
+
+    Attributes
+    ----------
+    name
+        The parameter's dotted name in the model.
+    module
+        The name by which PEFT adapts it: the module's, or the parameter's own for a stack of experts.
+    kind
+        The role of the weight; None for parameters that are not the weight matrix of a module.
+    shape
+        The parameter's shape in the model, dequantized.
+    transposed
+        True if the matrices are stored ``(in, out)``.
+    refused
+        The reason why PEFT cannot adapt the module; empty if it can.
+    """
+
+    name: str
+    module: str
+    kind: Kind | None
+    shape: tuple[int, ...]
+    transposed: bool = False
+    refused: str = ""
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+def describe(
+    prefix: str, local: str, module: Any, shape: tuple[int, ...], parent: Any, model_type: str
+) -> Weight:
+    """Describe the parameter `local` of a module.
+
+    Parameters
+    ----------
+    prefix
+        The module's dotted name and a dot; empty for the model itself.
+    local
+        The parameter's name within the module.
+    module, parent
+        The module that holds the parameter, and the module that holds that one (None at the top).
+    shape
+        The parameter's shape.
+    model_type
+        The `model_type` of the whole model's config; empty if it has none.
+    """
+    name = prefix + local
+    owner = prefix.removesuffix(".")
+    if len(shape) == 3 and _is_stack(module, name, local, shape):
+        # PEFT reads the orientation of a stack from this attribute alone.
+        transposed = bool(getattr(module, "is_transposed", False))
+        return Weight(name, name, "expert", shape, transposed, "" if owner else _AT_THE_TOP)
+    if local != "weight" or len(shape) < 2:
+        return Weight(name, name, None, shape)
+    classes = {base.__name__ for base in type(module).__mro__}
+    refused = _refused(owner, module, parent, classes, model_type)
+    if "Embedding" in classes:
+        return Weight(name, owner, "embedding", shape, refused=refused)
+    if "_ConvNd" in classes:
+        return Weight(name, owner, "conv", shape, refused=refused)
+    if "Conv1D" in classes:
+        return Weight(name, owner, "linear", shape, transposed=True, refused=refused)
+    if "Linear" in classes:
+        return Weight(name, owner, "linear", shape, refused=refused)
+    if len(shape) != 2:
+        return Weight(name, name, None, shape)
+    own = f"PEFT adapts no {type(module).__name__}"
+    return Weight(name, owner, "linear", shape, refused=refused or own)
+
+
+_AT_THE_TOP = "PEFT adapts no parameter of the outermost module"
+
+
+def _is_stack(module: Any, name: str, local: str, shape: tuple[int, ...]) -> bool:
+    """Return True for a tensor of one matrix per expert (per codebook, ...)."""
+    if any(base.__name__ == "_ConvNd" for base in type(module).__mro__):
+        return False
+    counted = any(getattr(module, attribute, None) == shape[0] for attribute in _COUNTS)
+    return counted or naming.is_in_experts(name) or (local == "weight" and shape[0] > 1)
+
+
+def _refused(owner: str, module: Any, parent: Any, classes: set[str], model_type: str) -> str:
+    """Return the reason why PEFT cannot adapt a module, or an empty string."""
+    if not owner:
+        return "PEFT adapts modules of a model, not the model itself"
+    leaf = owner.rpartition(".")[2]
+    if model_type in _MAMBA_MODELS and leaf in _MAMBA_MODULES:
+        return f"PEFT refuses {leaf} of {model_type}, whose scan reads the weight itself"
+    groups = getattr(module, "groups", 1)
+    if "_ConvNd" in classes and groups > 1:
+        return f"a convolution in {groups} groups, whose update is not a product of two matrices"
+    if any(base.__name__ == "_ConvTransposeNd" for base in type(module).__mro__):
+        return "PEFT adapts no transposed convolution"
+    if any(base.__name__ == "MultiheadAttention" for base in type(parent).__mro__) and leaf == "out_proj":
+        return "nn.MultiheadAttention reads this weight itself: PEFT adapts the whole attention module"
+    if "Embedding" in classes and not _is_plain_lookup(module):
+        return f"{type(module).__name__} computes more than a look-up of rows, which PEFT would not repeat"
+    return ""
+
+
+def _is_plain_lookup(module: Any) -> bool:
+    """Return True for an embedding that looks rows up, and at most scales them, as PEFT does."""
+    for base in type(module).__mro__:
+        if "forward" in vars(base):
+            return base.__module__.startswith("torch.nn") or hasattr(module, "embed_scale")
+    return True

@@ -1,0 +1,223 @@
+"""From the tensors of a checkpoint to a source: matrices by the names of the loaded model."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from lorank import naming
+from lorank._core import Matrix
+from lorank.modules.building import Unknown
+from lorank.modules.facts import ModelFacts
+from lorank.modules.loading import Conversion, Placement, place
+from lorank.modules.skeleton import Skeleton
+from lorank.sources import arrays, guesses
+from lorank.sources.base import Skipped, Source, SourceMatrix
+from lorank.sources.layout import FLOAT_TYPES, Layout, matrices_of
+
+
+class StoredTensors(Protocol):
+    """Named tensors that are read one matrix at a time."""
+
+    def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return every tensor's element type and shape, in order."""
+        ...
+
+    def is_lazy(self, name: str) -> bool:
+        """Return True if a matrix of the tensor takes memory of its own."""
+        ...
+
+    def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
+        """Return the `index`-th matrix of a tensor."""
+        ...
+
+    def shared_with(self, name: str) -> str | None:
+        """Return the earlier tensor of the same memory and shape, if there is one."""
+        ...
+
+    def are_equal(self, a: str, b: str) -> bool:
+        """Return True if two tensors hold the same numbers."""
+        ...
+
+
+def assemble(
+    label: str, tensors: StoredTensors, config: Mapping[str, Any], model: Skeleton | Unknown
+) -> Source:
+    """Open a source over a checkpoint's tensors.
+
+    Parameters
+    ----------
+    label
+        The name of the source in tables and reports.
+    tensors
+        The checkpoint.
+    config
+        The model's `config.json`; empty if there is none.
+    model
+        The model's skeleton, or the reason why it is not known.
+    """
+    entries = tensors.entries()
+    shapes = {name: shape for name, (_, shape) in entries.items()}
+    placement = Placement()
+    if isinstance(model, Skeleton):
+        placement = place(shapes, model)
+        if 2 * placement.placed < len(shapes):
+            reason = f"config.json describes a {model.label}, whose parameters have other names"
+            model, placement = Unknown(reason, is_foreign=True), Placement()
+    if isinstance(model, Skeleton):
+        return _by_skeleton(label, tensors, config, model, placement)
+    return _by_names(label, tensors, config, model)
+
+
+def _by_names(label: str, tensors: StoredTensors, config: Mapping[str, Any], unknown: Unknown) -> Source:
+    """Open a source whose model is not known: names and shapes are all there is."""
+    entries = tensors.entries()
+    shapes = {name: shape for name, (_, shape) in entries.items()}
+    layout = Layout(shapes, config)
+    matrices: list[SourceMatrix] = []
+    skipped: list[Skipped] = []
+    num_parameters = 0
+    for name, (dtype, shape) in entries.items():
+        if owner := tensors.shared_with(name):
+            skipped.append(Skipped(name, shape, f"tied to {owner}"))
+            continue
+        num_parameters += math.prod(shape) if dtype in FLOAT_TYPES else 0
+        _sort_out(tensors, layout, name, matrices, skipped)
+    return Source(
+        label,
+        _ordered(matrices),
+        tuple(skipped),
+        num_parameters,
+        facts=ModelFacts(doubts=guesses.doubts(shapes, unknown)),
+    )
+
+
+def _by_skeleton(
+    label: str,
+    tensors: StoredTensors,
+    config: Mapping[str, Any],
+    model: Skeleton,
+    placement: Placement,
+) -> Source:
+    """Open a source whose model is known."""
+    entries = tensors.entries()
+    shapes = {name: shape for name, (_, shape) in entries.items()}
+    described = {name: model.weights[to] for name, to in placement.renamed.items() if to in model.weights}
+    layout = Layout(shapes, config, described)
+    matrices: list[SourceMatrix] = []
+    skipped: list[Skipped] = []
+    copies = _copies(tensors, model, placement)
+    for name, (_, shape) in entries.items():
+        if owner := tensors.shared_with(name) or copies.get(name):
+            skipped.append(Skipped(name, shape, f"tied to {owner}"))
+        elif name in placement.strangers:
+            skipped.append(Skipped(name, shape, placement.strangers[name], _row(tensors, name)))
+        elif name in described:
+            _sort_out(tensors, layout, name, matrices, skipped)
+        elif name in placement.renamed:
+            skipped.append(Skipped(name, shape, "a buffer of the model"))
+    for conversion in placement.conversions:
+        matrices += _converted(tensors, conversion, model)
+    facts = model.facts({matrix.info.module for matrix in matrices})
+    return Source(
+        label, _ordered(matrices), tuple(skipped), model.num_parameters, facts=facts, skeleton=model
+    )
+
+
+def _ordered(matrices: Sequence[SourceMatrix]) -> tuple[SourceMatrix, ...]:
+    # Writers sort by type and by name as text: block 10 before block 2.
+    return tuple(sorted(matrices, key=lambda matrix: naming.natural_key(matrix.info.name)))
+
+
+def _sort_out(
+    tensors: StoredTensors,
+    layout: Layout,
+    name: str,
+    matrices: list[SourceMatrix],
+    skipped: list[Skipped],
+) -> None:
+    """Add a tensor's matrices to the one list, or the tensor and its reason to the other."""
+    dtype, shape = tensors.entries()[name]
+    found = layout.matrices(name, dtype)
+    if isinstance(found, str):
+        skipped.append(Skipped(name, shape, found, _row(tensors, name)))
+        return
+    matrices += [
+        SourceMatrix(
+            m.info,
+            partial(tensors.matrix, name, m.rows, m.cols, m.index),
+            lazy=tensors.is_lazy(name),
+            transposed=m.transposed,
+            kernel=m.kernel,
+        )
+        for m in found
+    ]
+
+
+def _row(tensors: StoredTensors, name: str) -> Callable[[], Matrix] | None:
+    """Return a function that reads a tensor as one row; None if it holds no numbers to read."""
+    dtype, shape = tensors.entries()[name]
+    size = math.prod(shape)
+    return partial(tensors.matrix, name, 1, size) if size > 0 and dtype in FLOAT_TYPES else None
+
+
+def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> dict[str, str]:
+    """Return the tensors that are stored copies of a tied one, each with that one's name.
+
+    transformers ties two stored tensors only if they are equal.
+    """
+    by_owner: dict[str, list[str]] = defaultdict(list)
+    for name, target in placement.renamed.items():
+        if target in model.weights:
+            by_owner[model.owners.get(target, target)].append(name)
+    found = {}
+    for names in by_owner.values():
+        ordered = sorted(names, key=lambda name: placement.renamed[name] in model.owners)
+        for name in ordered[1:]:
+            if tensors.shared_with(name) is None and tensors.are_equal(ordered[0], name):
+                found[name] = ordered[0]
+    return found
+
+
+def _converted(tensors: StoredTensors, conversion: Conversion, model: Skeleton) -> Iterator[SourceMatrix]:
+    """Yield the matrices of parameters that are computed from several tensors, once they are asked for."""
+    dtype = FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
+    if dtype is None:
+        return
+    for name, weight in model.weights.items():
+        if name not in conversion.targets:
+            continue
+        found = matrices_of(weight, weight.shape, dtype)
+        for m in [] if isinstance(found, str) else found:
+            part = m.info.expert if conversion.by_expert else None
+            values = partial(_computed, tensors, conversion, name, part, m.index, m.rows, m.cols)
+            yield SourceMatrix(m.info, values, lazy=True, transposed=m.transposed, kernel=m.kernel)
+
+
+def _computed(
+    tensors: StoredTensors,
+    conversion: Conversion,
+    parameter: str,
+    part: int | None,
+    index: int,
+    rows: int,
+    cols: int,
+) -> Matrix:
+    """Return a matrix of a converted parameter: of one expert by itself, or of the whole."""
+    import torch
+
+    def fetch(name: str, expert: int | None) -> Any:
+        shape = tensors.entries()[name][1]
+        if expert is None:
+            flat = tensors.matrix(name, 1, math.prod(shape)).to_array()
+            return torch.from_numpy(flat).reshape(shape)
+        one = tensors.matrix(name, shape[1], shape[2], expert).to_array()
+        return torch.from_numpy(one).unsqueeze(0)
+
+    value = conversion.run(fetch, part)[parameter]
+    if value.ndim == 3 and tuple(value.shape[1:]) == (rows, cols):
+        value = value[index if part is None else 0]
+    return arrays.matrix(value.reshape(rows, cols).contiguous())

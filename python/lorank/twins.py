@@ -1,0 +1,103 @@
+"""Modules that share a weight: an update of it belongs to each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lorank.modules.skeleton import Skeleton
+from lorank.modules.weight import Weight
+from lorank.sources import Source, SourceMatrix
+from lorank.spectral_form import SpectralForm, Triplets
+
+# PEFT shares one update between the input embeddings and what is tied to them only under these names.
+_PEFT_TIES = {"embed_tokens", "lm_head"}
+
+
+def by_name(source: Source) -> dict[str, SourceMatrix]:
+    """Return a source's matrices by name, a shared one also under the names of its further modules."""
+    found = {matrix.info.name: matrix for matrix in source.matrices}
+    for owner, others in source.facts.ties.items():
+        for other in others:
+            weight = _weight(source.skeleton, other)
+            if owner in found and weight is not None and weight.kind != "expert":
+                found.setdefault(other, _renamed(found[owner], weight))
+    return found
+
+
+def _weight(skeleton: Skeleton | None, module: str) -> Weight | None:
+    weights = skeleton.weights.values() if skeleton is not None else ()
+    return next((weight for weight in weights if weight.module == module and weight.kind), None)
+
+
+def _renamed(matrix: SourceMatrix, weight: Weight) -> SourceMatrix:
+    assert weight.kind is not None
+    shape = matrix.info.shape[::-1] if weight.transposed != matrix.transposed else matrix.info.shape
+    info = replace(matrix.info, name=weight.module, module=weight.module, kind=weight.kind, shape=shape)
+    return replace(matrix, info=info, transposed=weight.transposed)
+
+
+def added(
+    forms: Sequence[SpectralForm], before: Source
+) -> tuple[list[SpectralForm], dict[str, Any], list[str]]:
+    """Give the update of a shared weight to each of its modules.
+
+    Parameters
+    ----------
+    forms
+        The updates of the modules that have a matrix.
+    before
+        The model. A module that shares a weight in this model alone has an update of its own already.
+
+    Returns
+    -------
+    list of SpectralForm
+        Every module's update.
+    dict
+        PEFT's setting that ties them, where it has one.
+    list of str
+        Notes.
+    """
+    known = {form.module.name for form in forms}
+    result: list[SpectralForm] = []
+    settings: dict[str, Any] = {}
+    notes: list[str] = []
+    for form in forms:
+        result.append(form)
+        owner = form.module.name
+        others = [
+            weight
+            for other in before.facts.ties.get(owner, ())
+            if other not in known and form.energy > 0 and (weight := _weight(before.skeleton, other))
+        ]
+        if not others:
+            continue
+        result += [_twin(form, weight) for weight in others]
+        names = ", ".join(weight.module for weight in others)
+        if all(name.rpartition(".")[2] in _PEFT_TIES for name in (owner, *(w.module for w in others))):
+            settings["ensure_weight_tying"] = True
+            notes.append(f"{names} shares the weight of {owner}: ensure_weight_tying gives them one update")
+        else:
+            notes.append(
+                f"{names} shares the weight of {owner}, and both have the update: untie them before merging, "
+                "which would add it to the shared weight twice"
+            )
+    return result, settings, notes
+
+
+def _twin(form: SpectralForm, weight: Weight) -> SpectralForm:
+    """Return the same update of another module, which may use the weight the other way round."""
+    assert weight.kind is not None
+    module = form.module
+    is_turned = (module.kind == "embedding") != (weight.kind == "embedding")
+    shape = module.shape[::-1] if is_turned else module.shape
+    parts = form.parts
+    if is_turned:
+        parts = [
+            Triplets(part.a_rows, part.singular_values, part.b_columns)
+            for part in form.parts
+            if isinstance(part, Triplets)
+        ]
+    twin = replace(module, name=weight.module, kind=weight.kind, shape=shape, a_tail=shape[1:], b_tail=())
+    return replace(form, module=twin, parts=parts)
