@@ -17,6 +17,7 @@ from lorank.atomic import write_text
 from lorank.budget import Budget, average_rank_budget, fit_ranks, parse_budget, rank_bounds
 from lorank.json_files import read_json
 from lorank.lora_config import ScaleRule
+from lorank.modules.facts import ModelFacts
 from lorank.report.base import Report, Row
 from lorank.roles import Placement, Roles, check_roles, in_placement
 from lorank.signals import AdaptedModule
@@ -51,6 +52,8 @@ class RankAllocation:
         What the ranks were derived from.
     base_parameters
         Parameters of the whole base model, None if unknown.
+    facts
+        What is known of the model whose modules these are.
     """
 
     modules: Sequence[AdaptedModule]
@@ -61,6 +64,7 @@ class RankAllocation:
     flags: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     base_parameters: int | None = None
+    facts: ModelFacts = field(default_factory=ModelFacts)
 
     @property
     def num_parameters(self) -> int:
@@ -141,6 +145,7 @@ class RankAllocation:
             "modules": modules,
             "other_modules": list(self.other_modules),
             "other_flags": {name: flag for name, flag in self.flags.items() if name not in self.ranks},
+            "model": self.facts.to_json(),
         }
 
     @classmethod
@@ -169,8 +174,9 @@ class RankAllocation:
                 {m["name"]: m["flag"] for m in entries if m["flag"]} | content.get("other_flags", {}),
                 content["source"],
                 content["base_parameters"],
+                ModelFacts.from_json(content["model"]) if "model" in content else ModelFacts(),
             )
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise FormatError(f"{path}: is no rank allocation: {error!r}") from error
 
 
@@ -260,7 +266,9 @@ def allocate(
     opened = signal_source if isinstance(signal_source, Report) else open_source(signal_source)
     every = adaptable_modules(opened)
     check_roles([module.name for module in every], roles)
-    modules = _placed(targeted(every, targets), placement, roles)
+    facts = _facts(opened)
+    adapted, refused = _without_refused(targeted(every, targets), facts)
+    modules = _placed(adapted, placement, roles)
     evidence = opened
     if registered.needs == "spectra" and isinstance(opened, Source):
         from lorank.analysis import analyze
@@ -289,11 +297,43 @@ def allocate(
         dict(zip(names, (int(rank) for rank in ranks), strict=True)),
         dict(zip(names, (float(score) for score in signal.scores), strict=True)),
         method,
-        [module.name for module in every if module.name not in chosen],
-        _with_caps(signal.flags, modules, ranks, r_max),
+        _others(every, facts, chosen),
+        {**refused, **_with_caps(signal.flags, modules, ranks, r_max)},
         _label(evidence),
         evidence.num_parameters,
+        facts,
     )
+
+
+def _facts(evidence: Report[Any] | Source) -> ModelFacts:
+    """Return what is known of the model; of a report of gradients or tasks, nothing is."""
+    return getattr(evidence, "facts", ModelFacts())
+
+
+def _others(every: Sequence[AdaptedModule], facts: ModelFacts, chosen: set[str]) -> list[str]:
+    """Return the names of the modules that are not adapted, those without a row included."""
+    names = [module.name for module in every]
+    names += [*facts.refused, *(other for others in facts.ties.values() for other in others)]
+    return [name for name in dict.fromkeys(names) if name not in chosen]
+
+
+def _without_refused(
+    modules: Sequence[AdaptedModule], facts: ModelFacts
+) -> tuple[list[AdaptedModule], dict[str, str]]:
+    """Return the modules that PEFT can adapt, and flags of the others.
+
+    Raises
+    ------
+    ValueError
+        If there are only others.
+    """
+    held = [module for module in modules if module.name not in facts.refused]
+    names = [module.name for module in modules if module.name in facts.refused]
+    if not held:
+        raise ValueError(
+            f"none of the {len(names)} modules can be adapted: {names[0]}: {facts.refused[names[0]]}"
+        )
+    return held, {name: f"not adapted: {facts.refused[name]}" for name in names}
 
 
 def _with_caps(

@@ -87,7 +87,7 @@ def extract(
     checked_knobs(with_counted_budget(given, 0))
     before, after = open_source(base), open_source(tuned)
     if before.facts.doubts and not guess:
-        raise ValueError(doubtful(before, "extract"))
+        raise ValueError(doubtful(before.label, before.facts, "extract"))
     chosen = checked_knobs(with_counted_budget(given, before.num_parameters))
     pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
     notes += [*_other_changes(before, after), *_idle(exclude, before, after)]

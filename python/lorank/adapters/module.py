@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank._core import Matrix
+from lorank.modules.weight import Kind
 from lorank.sources import arrays
-from lorank.sources.base import Kind
 
 Array = npt.NDArray[Any]
 Factors = Callable[[], Sequence[tuple[Matrix, Matrix]]]

@@ -17,8 +17,8 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule, in_memory
 from lorank.adapters.peft_settings import Settings, checked_kind
 from lorank.adapters.tensors import Stored, Tensors
+from lorank.modules.weight import Kind
 from lorank.sources import arrays
-from lorank.sources.base import Kind
 
 PREFIX = "base_model.model."
 SPECTRAL_KEY = "lorank.spectral"

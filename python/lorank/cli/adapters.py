@@ -18,6 +18,7 @@ from lorank.adapters.reading import read_for_repair
 from lorank.adapters.writing import write_adapter
 from lorank.cli.options import (
     Exclude,
+    Guess,
     Include,
     IncompleteError,
     Json,
@@ -223,6 +224,7 @@ def extract(
     prefix: Annotated[
         str, typer.Option(help="Put before every module's name, such as bert, if the model to adapt has it.")
     ] = "",
+    guess: Guess = False,
     avg_rank: AvgRank = None,
     energy: Energy = None,
     budget: BudgetOrShare = None,
@@ -257,6 +259,7 @@ def extract(
             include=targets[0],
             exclude=targets[1],
             prefix=prefix,
+            guess=guess,
             threads=threads,
             progress=not quiet,
             **knobs,

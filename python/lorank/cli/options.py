@@ -35,6 +35,10 @@ Exclude = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="At most so many threads (default: all).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+Guess = Annotated[
+    bool,
+    typer.Option("--guess", help="Go on where names and shapes leave doubts about what modules are."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
+from rich.console import Console
 
 import lorank
 from lorank import adapter_config, naming, signals
@@ -17,6 +18,7 @@ from lorank.atomic import check_writable
 from lorank.budget import parse_budget
 from lorank.cli.options import (
     Exclude,
+    Guess,
     Include,
     IncompleteError,
     Json,
@@ -31,6 +33,7 @@ from lorank.cli.options import (
     print_json,
     say,
 )
+from lorank.modules.facts import ModelFacts
 from lorank.report import METRICS, SpectralReport, profiles_table, table
 from lorank.report.base import Evidence
 from lorank.report.files import to_json
@@ -38,6 +41,9 @@ from lorank.report.gradients import GradientReport
 from lorank.report.loading import AnyReport, load_report
 from lorank.report.tasks import TaskReport
 from lorank.roles import Placement, check_expressions
+from lorank.sources import Source as OpenedSource
+from lorank.sources import open_source
+from lorank.sources.guesses import doubtful
 from lorank.spectra import Accuracy
 
 _REPORT_ENDINGS = (".json", ".parquet", ".csv")
@@ -204,6 +210,7 @@ def allocate(
         Path | None,
         typer.Option("--output", "-o", help="Folder for adapter_config.json and allocation.json."),
     ] = None,
+    guess: Guess = False,
     threads: Threads = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
@@ -217,8 +224,11 @@ def allocate(
     if output is not None:
         check_output_folder(output, overwrite)
     wanted = parse_targets(targets)
+    evidence = _evidence(source, method)
+    if output is not None and not guess:
+        _check_not_doubtful(evidence)
     allocation = lorank.allocate(
-        _evidence(source, method),
+        evidence,
         method,
         r_min=r_min,
         r_max=r_max,
@@ -296,13 +306,21 @@ def _check_method_options(method: str, options: Mapping[str, Any], placement: st
         raise UsageError(f"--option: {error}") from None
 
 
-def _evidence(source: str, method: str) -> AnyReport | str:
-    """The saved report, or the source as it is; refused if the method cannot use it."""
+def _check_not_doubtful(evidence: AnyReport | OpenedSource) -> None:
+    """Refuse to write a file for modules whose guessed names leave doubts."""
+    facts = getattr(evidence, "facts", ModelFacts())
+    if facts.doubts:
+        label = evidence.label if isinstance(evidence, OpenedSource) else evidence.source
+        raise ValueError(doubtful(label, facts, "allocate -o"))
+
+
+def _evidence(source: str, method: str) -> AnyReport | OpenedSource:
+    """Return the saved report, or the opened source; refused if the method cannot use it."""
     needs = signals.find(method).needs
     found = load_report(source) if _is_report(source) else source
     provided: Evidence = "spectra" if isinstance(found, str) else found.provides
     if needs == "shapes" or needs == provided:
-        return found
+        return open_source(found) if isinstance(found, str) else found
     if not isinstance(found, str):
         what = f"is one of {provided}"
     elif Path(source).suffix in _REPORT_ENDINGS and not Path(source).exists():
@@ -368,6 +386,7 @@ def _show(
         terminal.print(table.spectral_table(shown, rows, chosen))
     else:
         terminal.print(profiles_table.profile_table(shown, rows, chosen))
+    _show_remark(terminal, shown)
     if hidden := wanted[len(chosen) :]:
         terminal.print(table.left_out(hidden), style="dim", soft_wrap=True)
     if skipped:
@@ -380,12 +399,19 @@ def _show_allocation(allocation: RankAllocation) -> None:
     terminal = console()
     terminal.print(table.rank_map(allocation.ranks, f"ranks by {allocation.method}"))
     terminal.print(table.allocation_summary(allocation), soft_wrap=True)
+    _show_remark(terminal, allocation)
     by_flag: dict[str, list[str]] = {}
     for name, flag in allocation.flags.items():
         by_flag.setdefault(flag, []).append(name)
     for flag, names in by_flag.items():
         who = ", ".join(names) if len(names) <= _FEW else f"{names[0]} and {len(names) - 1} others"
         terminal.print(f"{who}: {flag}", style="yellow", soft_wrap=True)
+
+
+def _show_remark(terminal: Console, shown: AnyReport | RankAllocation) -> None:
+    """Print once that names were guessed, where they were."""
+    if remark := getattr(shown, "facts", ModelFacts(class_name="known")).remark:
+        terminal.print(remark, style="yellow", soft_wrap=True, markup=False)
 
 
 def _fail_if_incomplete(shown: SpectralReport) -> None:

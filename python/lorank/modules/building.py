@@ -105,10 +105,10 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
 
 
 def _diffusers_model(config: Mapping[str, Any]) -> Any:
-    import diffusers
     import torch
 
-    found = getattr(diffusers, str(config["_class_name"]), None)
+    diffusers: Any = importlib.import_module("diffusers")
+    found: Any = getattr(diffusers, str(config["_class_name"]), None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise ValueError("diffusers has no model class of that name")
     with torch.device("meta"):

@@ -127,7 +127,7 @@ def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placemen
         conversion = Conversion(target, sources, converter, model)
         conversion, reason = _checked(conversion, shapes, skeleton)
         if reason:
-            found.strangers |= dict.fromkeys(conversion.names, reason)
+            found.strangers.update(dict.fromkeys(conversion.names, reason))
         else:
             found.conversions.append(conversion)
     return found

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from lorank import naming
+from lorank.modules.weight import Kind
 from lorank.report.equality import ByValue
-from lorank.sources.base import Kind, Skipped
+from lorank.sources.base import Skipped
 
 Evidence = Literal["spectra", "gradients", "tasks"]
 """What a report knows of its modules: of their weights, of their gradients, of their data."""

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from lorank import extras, naming
 from lorank.modules.facts import ModelFacts
+from lorank.modules.weight import Kind
 from lorank.report.base import Evidence, Report
 from lorank.report.equality import ByValue
-from lorank.sources.base import Kind, MatrixInfo, Skipped
+from lorank.sources.base import MatrixInfo, Skipped
 
 if TYPE_CHECKING:
     import pandas as pd

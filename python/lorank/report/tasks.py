@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
+from lorank.modules.weight import Kind
 from lorank.report.base import Evidence
 from lorank.report.equality import ByValue
 from lorank.report.json_report import JsonReport, number, plain
-from lorank.sources.base import Kind, Skipped
+from lorank.sources.base import Skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

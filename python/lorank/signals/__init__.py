@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from lorank.modules.weight import Kind
 from lorank.report.base import Evidence, Report
-from lorank.sources.base import Kind
 
 Needs: TypeAlias = Literal["shapes"] | Evidence
 

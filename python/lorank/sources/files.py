@@ -80,6 +80,7 @@ class StoredFiles:
     def shared_with(self, name: str) -> str | None:
         """Return None: files hold every tensor once."""
         del name
+        return None
 
     def are_equal(self, a: str, b: str) -> bool:
         """Return True if two tensors hold the same bytes."""

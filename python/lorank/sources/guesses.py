@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from lorank.modules.building import Unknown
-from lorank.sources.base import Source
+from lorank.modules.facts import ModelFacts
 
 _SINGLE_EXPERT = re.compile(r".*\bexperts\.\d+\..+")
 _IN_EXPERTS = re.compile(r"(?:.*\.)?(?:experts|\w*moe\w*)(?:\..*)?")
@@ -39,10 +39,10 @@ def doubts(shapes: Mapping[str, tuple[int, ...]], unknown: Unknown) -> tuple[str
     return tuple(found)
 
 
-def doubtful(source: Source, action: str) -> str:
+def doubtful(label: str, facts: ModelFacts, action: str) -> str:
     """Return the message of an error: an action that would rely on doubtful guesses."""
     return (
-        f"{source.label}: {'; '.join(source.facts.doubts)}: {action} needs the model's code (a config.json "
+        f"{label}: {'; '.join(facts.doubts)}: {action} needs the model's code (a config.json "
         "beside the weights and transformers or diffusers, or the live model); guess=True (--guess) goes on "
         "without it"
     )
