@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto
 
 TASKS = {
@@ -25,6 +26,21 @@ TASKS = {
     "speech-seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
 }
 MOST_PARAMETERS = 40_000_000
+
+# The errors of transformers and of PEFT for models and settings that they do not take.
+MISFITS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 # Settings by name: how many of something there are, and how wide something is.
 _LAYERS = re.compile(
@@ -105,7 +121,7 @@ def tiny(name: str, layers: int = 2) -> Any | None:
                 torch.manual_seed(0)
                 model = model_class(_shrunk(model_class.config_class(), widths, layers))
                 return model.eval().float()
-        except Exception:
+        except MISFITS:
             continue
     return None
 
@@ -121,7 +137,13 @@ def _shrunk(config: Any, widths: dict[str, int], layers: int) -> Any:
                 setattr(part, key, widths[key])
             elif isinstance(value, list) and key == "layer_types":
                 setattr(part, key, _varied(value, layers))
-        for key in ("pad_token_id", "bos_token_id", "eos_token_id", "image_token_id", "decoder_start_token_id"):
+        for key in (
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+            "image_token_id",
+            "decoder_start_token_id",
+        ):
             if isinstance(value := getattr(part, key, None), int) and value >= 64:
                 setattr(part, key, 1)
         if getattr(part, "use_timm_backbone", False):

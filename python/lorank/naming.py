@@ -44,7 +44,7 @@ def is_output_head(name: str) -> bool:
 
 def is_router(name: str) -> bool:
     """Whether a module distributes tokens over experts; adapting it is rarely wanted."""
-    return name.rpartition(".")[2] in _ROUTERS
+    return name.removesuffix(".weight").rpartition(".")[2] in _ROUTERS
 
 
 def is_in_experts(name: str) -> bool:

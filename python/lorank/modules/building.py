@@ -108,11 +108,12 @@ def _diffusers_model(config: Mapping[str, Any]) -> Any:
     import torch
 
     diffusers: Any = importlib.import_module("diffusers")
-    found: Any = getattr(diffusers, str(config["_class_name"]), None)
+    found = getattr(diffusers, str(config["_class_name"]), None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise ValueError("diffusers has no model class of that name")
+    model_class: Any = found
     with torch.device("meta"):
-        return found.from_config(dict(config))
+        return model_class.from_config(dict(config))
 
 
 def _excess(config: Mapping[str, Any], num_tensors: int) -> str:

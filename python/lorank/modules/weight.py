@@ -27,7 +27,8 @@ class Weight:
     name
         The parameter's dotted name in the model.
     module
-        The name by which PEFT adapts it: the module's, or the parameter's own for a stack of experts.
+        The name by which PEFT adapts it: the module's, or the parameter's own for a stack of experts and for
+        a matrix of a class that PEFT does not know.
     kind
         The role of the weight; None for parameters that are not the weight matrix of a module.
     shape
@@ -89,8 +90,8 @@ def describe(
         return Weight(name, owner, "linear", shape, refused=refused)
     if len(shape) != 2:
         return Weight(name, name, None, shape)
-    own = f"PEFT adapts no {type(module).__name__}"
-    return Weight(name, owner, "linear", shape, refused=refused or own)
+    # PEFT knows no layer for the class (a router, say), but adapts the parameter as a stack of one matrix.
+    return Weight(name, name, "expert", shape, refused=refused)
 
 
 _AT_THE_TOP = "PEFT adapts no parameter of the outermost module"

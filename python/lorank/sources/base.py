@@ -122,6 +122,16 @@ class Source:
         """The same source with the matrices whose module is included and not excluded."""
         if include is None and exclude is None:
             return self
-        names = set(naming.filtered({m.info.module for m in self.matrices}, include, exclude))
-        matrices = tuple(m for m in self.matrices if m.info.module in names)
-        return replace(self, matrices=matrices)
+        # A parameter that PEFT adapts by its own name is selected by its module's, too.
+        spellings = {
+            m.info.module: {m.info.module, m.info.module.removesuffix(".weight")} for m in self.matrices
+        }
+        names = set().union(*spellings.values())
+        included = set(naming.filtered(names, include, None))
+        excluded = names - set(naming.filtered(names, None, exclude))
+        matrices = [
+            matrix
+            for matrix in self.matrices
+            if (spelled := spellings[matrix.info.module]) & included and not spelled & excluded
+        ]
+        return replace(self, matrices=tuple(matrices))
