@@ -386,7 +386,7 @@ def targeted(modules: Sequence[AdaptedModule], targets: naming.Targets) -> list[
         chosen = [
             module
             for module in modules
-            if (module.kind == "linear" or module.copies > 1)
+            if module.kind in ("linear", "expert")
             and not naming.is_output_head(module.name)
             and not naming.is_router(module.name)
         ]

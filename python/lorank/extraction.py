@@ -290,7 +290,7 @@ def _form(matrix: SourceMatrix, results: Sequence[_Leading]) -> SpectralForm:
     info = matrix.info
     module = LoraModule(
         info.module,
-        info.kind,
+        "expert" if naming.is_parameter(info.module) else info.kind,
         shape,
         rank=min(shape),
         scaling=1.0,

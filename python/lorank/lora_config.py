@@ -67,8 +67,13 @@ def settings(
         raise ValueError(f"lora_alpha must be a positive number, not {lora_alpha!r}")
     r = max(1, math.floor(sum(by_name.values()) / len(by_name) + 0.5))
 
-    linear = [names[module.name] for module in adapted if module.kind != "expert"]
-    stacks = [names[module.name] for module in adapted if module.kind == "expert"]
+    by_parameter = {m.name for m in adapted if m.kind == "expert" or naming.is_parameter(m.name)}
+    linear = [names[module.name] for module in adapted if module.name not in by_parameter]
+    parameters = [names[module.name] for module in adapted if module.name in by_parameter]
+    if parameters and extra.get("lora_dropout"):
+        raise ValueError(
+            f"lora_dropout must be 0: PEFT adapts {parameters[0]!r} as a parameter, without dropout"
+        )
     keys = rank_keys(by_name)
     result: dict[str, Any] = {
         "r": r,
@@ -82,8 +87,8 @@ def settings(
         "target_modules": linear,
         "use_rslora": False,
     }
-    if stacks:
-        result["target_parameters"] = stacks
+    if parameters:
+        result["target_parameters"] = parameters
     if excluded := accidental_matches(linear, others):
         result["exclude_modules"] = excluded
     return {**extra, **result}

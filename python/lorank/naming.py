@@ -44,7 +44,17 @@ def is_output_head(name: str) -> bool:
 
 def is_router(name: str) -> bool:
     """Whether a module distributes tokens over experts; adapting it is rarely wanted."""
-    return name.removesuffix(".weight").rpartition(".")[2] in _ROUTERS
+    return without_parameter(name).rpartition(".")[2] in _ROUTERS
+
+
+def is_parameter(name: str) -> bool:
+    """Return True for a parameter's own name, where PEFT adapts the weight of a module by that."""
+    return name.endswith(".weight")
+
+
+def without_parameter(name: str) -> str:
+    """Return the module's name, whether PEFT adapts the module or its weight."""
+    return name.removesuffix(".weight")
 
 
 def is_in_experts(name: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorank import naming
+from lorank.modules.peft_renames import renames_target
 
 Kind = Literal["linear", "embedding", "conv", "expert"]
 
@@ -87,11 +88,12 @@ def describe(
     if "Conv1D" in classes:
         return Weight(name, owner, "linear", shape, transposed=True, refused=refused)
     if "Linear" in classes:
-        return Weight(name, owner, "linear", shape, refused=refused)
+        target = name if renames_target(owner, model_type) else owner
+        return Weight(name, target, "linear", shape, refused=refused)
     if len(shape) != 2:
         return Weight(name, name, None, shape)
-    # PEFT knows no layer for the class (a router, say), but adapts the parameter as a stack of one matrix.
-    return Weight(name, name, "expert", shape, refused=refused)
+    # PEFT knows no layer for the class (a router, say), but adapts any parameter by its own name.
+    return Weight(name, name, "linear", shape, refused=refused)
 
 
 _AT_THE_TOP = "PEFT adapts no parameter of the outermost module"

@@ -124,7 +124,7 @@ class Source:
             return self
         # A parameter that PEFT adapts by its own name is selected by its module's, too.
         spellings = {
-            m.info.module: {m.info.module, m.info.module.removesuffix(".weight")} for m in self.matrices
+            m.info.module: {m.info.module, naming.without_parameter(m.info.module)} for m in self.matrices
         }
         names = set().union(*spellings.values())
         included = set(naming.filtered(names, include, None))

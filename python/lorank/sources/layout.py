@@ -127,18 +127,15 @@ def matrices_of(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[Stor
 
 
 def _info(weight: Weight, kind: Kind, shape: tuple[int, int], dtype: str) -> MatrixInfo:
-    return MatrixInfo(weight.module, weight.module, kind, shape, dtype)
+    return MatrixInfo(naming.without_parameter(weight.module), weight.module, kind, shape, dtype)
 
 
 def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[StoredMatrix] | str:
     # Neither the spectrum nor the cost of a rank depends on the orientation: shapes are reported as
     # stored.
-    module = weight.module
-    if len(shape) == 2:
-        info = MatrixInfo(module.removesuffix(".weight"), module, "expert", (shape[0], shape[1]), dtype)
-        return [StoredMatrix(info, shape[0], shape[1])]
     if len(shape) != 3:
         return f"{len(shape)}-D tensor"
+    module = weight.module
     experts, rows, cols = shape
     infos = (
         MatrixInfo(f"{module}[{i}]", module, "expert", (rows, cols), dtype, expert=i) for i in range(experts)

@@ -1,0 +1,42 @@
+"""Targets that PEFT renames: names of experts' layers in transformers 4, which transformers 5 stacks.
+
+For some mixtures of experts PEFT takes every target that ends with such a name for the experts, the layers of
+dense and shared blocks included. Those can be adapted by the names of their parameters alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+# The last parts of names that PEFT 0.21 takes for experts, by the family of models.
+_RENAMED = {
+    "mixtral": {"gate", "w1", "w2", "w3"},
+    "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
+}
+
+
+def renames_target(module: str, model_type: str) -> bool:
+    """Return True if PEFT would take a module's name for that of experts.
+
+    Parameters
+    ----------
+    module
+        The module's dotted name.
+    model_type
+        The `model_type` of the whole model's config.
+    """
+    return module.rpartition(".")[2] in _RENAMED.get(_families().get(model_type, ""), ())
+
+
+@cache
+def _families() -> dict[str, Any]:
+    """Return the family of every model type, by transformers' own table; transformers 4 has none."""
+    if importlib.util.find_spec("transformers") is None:
+        return {}
+    try:
+        from transformers import conversion_mapping
+    except ImportError:
+        return {}
+    return dict(getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}))
