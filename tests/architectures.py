@@ -164,12 +164,12 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def perturbed(model: Any, seed: int = 1, amount: float = 0.1) -> dict[str, torch.Tensor]:
-    """Return a state dict whose matrices and stacks have changed; equal tensors of ties change alike."""
+    """Return a state dict whose matrices and stacks have changed; tied parameters change alike."""
     generator = torch.Generator().manual_seed(seed)
-    state = dict(model.state_dict())
+    state, buffers = dict(model.state_dict()), dict(model.named_buffers())
     changed: dict[int, torch.Tensor] = {}
     for name, value in state.items():
-        if value.ndim < 2 or not value.is_floating_point():
+        if value.ndim < 2 or name in buffers:
             continue
         key = value.data_ptr()
         if key not in changed:

@@ -61,17 +61,12 @@ ARCHITECTURES: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     "JetMoeForCausalLM": tokens,
     "GraniteMoeForCausalLM": tokens,
     "Ernie4_5_MoeForCausalLM": tokens,
-    "PhimoeForCausalLM": tokens,
     "Glm4MoeForCausalLM": tokens,
-    "MiniMaxForCausalLM": tokens,
     # State-space models and hybrids.
-    "MambaForCausalLM": tokens,
     "Lfm2ForCausalLM": tokens,
     "FalconH1ForCausalLM": tokens,
     "BambaForCausalLM": tokens,
-    "JambaForCausalLM": tokens,
     "Qwen3NextForCausalLM": tokens,
-    "GraniteMoeHybridForCausalLM": tokens,
     # Models of text and images.
     "LlavaForConditionalGeneration": tokens,
     "PaliGemmaForConditionalGeneration": tokens,
@@ -84,7 +79,6 @@ ARCHITECTURES: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     "T5ForConditionalGeneration": pairs_of_tokens,
     "BartForConditionalGeneration": pairs_of_tokens,
     "ViTForImageClassification": image,
-    "ConvNextForImageClassification": image,
     "Wav2Vec2ForCTC": sound,
 }
 

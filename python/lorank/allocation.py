@@ -313,7 +313,7 @@ def _facts(evidence: Report[Any] | Source) -> ModelFacts:
 def _others(every: Sequence[AdaptedModule], facts: ModelFacts, chosen: set[str]) -> list[str]:
     """Return the names of the modules that are not adapted, those without a row included."""
     names = [module.name for module in every]
-    names += [*facts.refused, *(other for others in facts.ties.values() for other in others)]
+    names += facts.others
     return [name for name in dict.fromkeys(names) if name not in chosen]
 
 

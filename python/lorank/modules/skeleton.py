@@ -27,12 +27,15 @@ class Skeleton:
         For every further name of a tied parameter, its first name.
     model
         The model: on the meta device, or a live one.
+    modules
+        The dotted names of all modules, containers and layers without weights included.
     """
 
     label: str
     weights: Mapping[str, Weight]
     owners: Mapping[str, str]
     model: Any
+    modules: tuple[str, ...] = ()
 
     @classmethod
     def of_model(cls, model: Any) -> Skeleton:
@@ -52,7 +55,8 @@ class Skeleton:
                 first = first_names.setdefault(id(parameter), name)
                 if first != name:
                     owners[name] = first
-        return cls(type(model).__name__, weights, owners, model)
+        names = tuple(name for prefix in modules if (name := prefix.removesuffix(".")))
+        return cls(type(model).__name__, weights, owners, model, names)
 
     @property
     def num_parameters(self) -> int:
@@ -71,7 +75,8 @@ class Skeleton:
             if with_row and others:
                 ties[with_row[0]] = tuple(others)
         refused = {weight.module: weight.refused for weight in self.weights.values() if weight.refused}
-        return ModelFacts(self.label, (), refused, ties)
+        others = [name for name in self.modules if name not in modules]
+        return ModelFacts(self.label, (), refused, ties, tuple(others))
 
 
 def _parent(prefix: str) -> str:

@@ -118,7 +118,7 @@ def _by_skeleton(
         elif name in described:
             _sort_out(tensors, layout, name, matrices, skipped)
         elif name in placement.renamed:
-            skipped.append(Skipped(name, shape, "a buffer of the model"))
+            skipped.append(Skipped(name, shape, "a buffer of the model", _row(tensors, name)))
     for conversion in placement.conversions:
         matrices += _converted(tensors, conversion, model)
     facts = model.facts({matrix.info.module for matrix in matrices})
