@@ -303,14 +303,14 @@ def test_facts_survive_saving_a_report_and_an_allocation(tmp_path: Path) -> None
     for name in ("report.json", "report.parquet"):
         report.save(tmp_path / name)
         assert lorank.SpectralReport.load(tmp_path / name).facts == report.facts
-    allocation = lorank.allocate(report, "uniform", avg_rank=2)
+    allocation = lorank.allocate(report, "uniform", r_min=1, avg_rank=2)
     allocation.save(tmp_path / "allocation.json")
     assert lorank.RankAllocation.load(tmp_path / "allocation.json").facts == report.facts
 
 
 def test_an_allocation_leaves_out_what_peft_refuses_and_says_so() -> None:
-    allocation = lorank.allocate(Net(), "uniform", avg_rank=2, targets=".*", progress=False)
+    allocation = lorank.allocate(Net(), "uniform", r_min=1, avg_rank=2, targets=".*", progress=False)
     assert "depthwise" not in allocation.ranks
     assert "8 groups" in allocation.flags["depthwise"]
     with pytest.raises(ValueError, match="8 groups"):
-        lorank.allocate(Net(), "uniform", avg_rank=2, targets=["depthwise"], progress=False)
+        lorank.allocate(Net(), "uniform", r_min=1, avg_rank=2, targets=["depthwise"], progress=False)

@@ -134,9 +134,8 @@ def _idle(exclude: naming.Targets, *sources: Source) -> list[str]:
 
 
 def _naming_notes(before: Source, prefix: str) -> list[str]:
-    if before.skeleton is not None and not prefix:
-        return []
-    names = f"modules are named as in {before.label}{f' with {prefix!r} before' if prefix else ''}"
+    model = f"the {before.facts.class_name} of {before.label}" if before.skeleton else before.label
+    names = f"modules are named as in {model}{f' with {prefix!r} before' if prefix else ''}"
     advice = (
         f"{names}: PEFT finds them only in a model that names them so{'' if prefix else ', or give a prefix'}"
     )

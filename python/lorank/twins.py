@@ -11,7 +11,7 @@ from lorank.modules.weight import Weight
 from lorank.sources import Source, SourceMatrix
 from lorank.spectral_form import SpectralForm, Triplets
 
-# PEFT shares one update between the input embeddings and what is tied to them only under these names.
+# PEFT shares one update between the input embeddings and heads tied to them if one has such a name.
 _PEFT_TIES = {"embed_tokens", "lm_head"}
 
 
@@ -75,15 +75,22 @@ def added(
             continue
         result += [_twin(form, weight) for weight in others]
         names = ", ".join(weight.module for weight in others)
-        if all(name.rpartition(".")[2] in _PEFT_TIES for name in (owner, *(w.module for w in others))):
+        note = f"{names} has the update of {owner}, whose weight it shares"
+        if _peft_ties(form, others):
             settings["ensure_weight_tying"] = True
-            notes.append(f"{names} shares the weight of {owner}: ensure_weight_tying gives them one update")
-        else:
-            notes.append(
-                f"{names} shares the weight of {owner}, and both have the update: untie them before merging, "
-                "which would add it to the shared weight twice"
-            )
+            note = f"{note} (ensure_weight_tying)"
+        notes.append(f"{note}: untie them before merging, or PEFT adds it to the weight twice")
     return result, settings, notes
+
+
+def _peft_ties(form: SpectralForm, others: Sequence[Weight]) -> bool:
+    """Return True if PEFT's `ensure_weight_tying` shares an embedding's update with the other modules."""
+    names = [form.module.name, *(weight.module for weight in others)]
+    return (
+        form.module.kind == "embedding"
+        and all(weight.kind == "linear" for weight in others)
+        and any(name.rpartition(".")[2] in _PEFT_TIES for name in names)
+    )
 
 
 def _twin(form: SpectralForm, weight: Weight) -> SpectralForm:

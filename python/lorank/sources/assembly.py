@@ -22,6 +22,9 @@ from lorank.sources.layout import FLOAT_TYPES, Layout, matrices_of
 class StoredTensors(Protocol):
     """Named tensors that are read one matrix at a time."""
 
+    is_unordered: bool
+    """True if the order of the tensors is a writer's, not the model's."""
+
     def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return every tensor's element type and shape, in order."""
         ...
@@ -88,7 +91,7 @@ def _by_names(label: str, tensors: StoredTensors, config: Mapping[str, Any], unk
         _sort_out(tensors, layout, name, matrices, skipped)
     return Source(
         label,
-        _ordered(matrices),
+        _ordered(matrices) if tensors.is_unordered else tuple(matrices),
         tuple(skipped),
         num_parameters,
         facts=ModelFacts(doubts=guesses.doubts(shapes, unknown)),

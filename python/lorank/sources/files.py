@@ -57,6 +57,8 @@ def _open_safetensors(path: Path, label: str) -> Source:
 class StoredFiles:
     """The tensors of a safetensors checkpoint, which stay on disk."""
 
+    is_unordered = True
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._entries = {

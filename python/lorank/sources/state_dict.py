@@ -46,6 +46,8 @@ class StoredArrays:
         If a name is not a string.
     """
 
+    is_unordered = False
+
     def __init__(self, mapping: Mapping[str, Any]) -> None:
         self.skipped: list[Skipped] = []
         self._values: dict[str, Any] = {}
