@@ -272,7 +272,7 @@ def allocate(
     # More than its matrix has no module can use.
     caps = np.array([min(r_max, *module.shape) for module in modules], dtype=np.int64)
     if budget is not None:
-        limit = parse_budget(budget, evidence.num_parameters)
+        limit = parse_budget(budget, evidence.num_parameters, evidence.unknown_parameters)
         costs = [module.cost for module in modules]
         ranks = fit_ranks(signal.scores, costs, r_min, r_max, limit, at_most=caps)
     elif avg_rank is not None:

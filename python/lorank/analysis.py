@@ -108,7 +108,14 @@ def analyze(
         for batch in _batches(todo, count):
             _analyze_batch(batch, accuracy, count, keep_eigenvalues, finish)
     modules = [rows[matrix.info.name] for matrix in chosen.matrices]
-    return SpectralReport(modules, opened.skipped, opened.label, accuracy, opened.num_parameters)
+    return SpectralReport(
+        modules,
+        opened.skipped,
+        opened.label,
+        accuracy,
+        opened.num_parameters,
+        opened.unknown_parameters,
+    )
 
 
 def _analyze_batch(

@@ -100,6 +100,7 @@ def _header(report: SpectralReport) -> dict[str, Any]:
         "source": report.source,
         "accuracy": report.accuracy,
         "num_parameters": report.num_parameters,
+        "unknown_parameters": report.unknown_parameters,
         "skipped": [{"name": s.name, "shape": s.shape, "reason": s.reason} for s in report.skipped],
     }
 
@@ -108,7 +109,14 @@ def _report(header: Mapping[str, Any], rows: list[ModuleSpectrum]) -> SpectralRe
     if header["format"] != _FORMAT or header["version"] > _VERSION:
         raise ValueError(f"format {header['format']!r}, version {header['version']}")
     skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in header["skipped"]]
-    return SpectralReport(rows, skipped, header["source"], header["accuracy"], header["num_parameters"])
+    return SpectralReport(
+        rows,
+        skipped,
+        header["source"],
+        header["accuracy"],
+        header["num_parameters"],
+        header.get("unknown_parameters", ""),
+    )
 
 
 def _row(entry: Mapping[str, Any], flags: tuple[str, ...]) -> ModuleSpectrum:
@@ -152,7 +160,8 @@ def _load_csv(path: Path) -> SpectralReport:
         if missing := columns(SpectralReport([])).keys() - set(reader.fieldnames or ()):
             raise ValueError(f"without columns {', '.join(sorted(missing))}")
         rows = [_row(entry, _split_flags(entry["flags"])) for entry in reader]
-    return SpectralReport(rows, source=str(path))
+    unknown = "the report was read from CSV, which keeps rows only, unlike JSON and parquet"
+    return SpectralReport(rows, source=str(path), unknown_parameters=unknown)
 
 
 def _split_flags(text: str) -> tuple[str, ...]:

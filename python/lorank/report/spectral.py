@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -152,7 +152,9 @@ class SpectralReport(Report[ModuleSpectrum]):
     accuracy
         What was asked for: ``"exact"``, ``"fast"`` or ``"sampled"``.
     num_parameters
-        Parameters of the whole model, tied ones once; None if unknown (a report from CSV).
+        Parameters of the whole model, tied ones once; None if unknown.
+    unknown_parameters
+        Why `num_parameters` is None: the report is from CSV, or a weight is packed in an unknown way.
     """
 
     provides: ClassVar[Evidence] = "spectra"
@@ -162,12 +164,13 @@ class SpectralReport(Report[ModuleSpectrum]):
     source: str = ""
     accuracy: str = "exact"
     num_parameters: int | None = None
+    unknown_parameters: str = ""
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> SpectralReport:
         """The report of the modules that are included and not excluded."""
         names = set(naming.filtered({row.module for row in self.modules}, include, exclude))
         rows = [row for row in self.modules if row.module in names]
-        return SpectralReport(rows, self.skipped, self.source, self.accuracy, self.num_parameters)
+        return replace(self, modules=rows)
 
     def to_pandas(self) -> pd.DataFrame:
         """A data frame, one row a matrix: identity, metrics, flags joined by "; ".

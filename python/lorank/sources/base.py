@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lorank import naming
@@ -97,17 +97,20 @@ class Source:
     skipped
         Everything else.
     num_parameters
-        Parameters of the whole model, tied ones once.
+        Parameters of the whole model, tied ones once; None where that is unknown.
     fingerprint
         Identifies the content of files, so that an interrupted run can be resumed; None for what
         lives in memory.
+    unknown_parameters
+        Why `num_parameters` is None.
     """
 
     label: str
     matrices: tuple[SourceMatrix, ...]
     skipped: tuple[Skipped, ...]
-    num_parameters: int
+    num_parameters: int | None
     fingerprint: str | None = None
+    unknown_parameters: str = ""
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> Source:
         """The same source with the matrices whose module is included and not excluded."""
@@ -115,4 +118,4 @@ class Source:
             return self
         names = set(naming.filtered({m.info.module for m in self.matrices}, include, exclude))
         matrices = tuple(m for m in self.matrices if m.info.module in names)
-        return Source(self.label, matrices, self.skipped, self.num_parameters, self.fingerprint)
+        return replace(self, matrices=matrices)

@@ -13,8 +13,11 @@ from typing import Any
 from lorank import extras, naming
 from lorank._core import Checkpoint, FormatError
 from lorank.json_files import read_json
+from lorank.sources import quantization
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
+from lorank.sources.packing import Packing, total
+from lorank.sources.quantization import Quantization, with_quantization
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
@@ -47,11 +50,19 @@ def open_path(path: Path, label: str) -> Source:
 def _open_safetensors(path: Path, label: str) -> Source:
     checkpoint = Checkpoint(path)
     tensors = checkpoint.tensors()
-    layout = Layout({name: tuple(shape) for name, _, shape in tensors}, read_config(path))
+    config = read_config(path)
+    positions = {name: position for position, (name, _, _) in enumerate(tensors)}
+    packing = Packing(
+        {name: (dtype, tuple(shape)) for name, dtype, shape in tensors},
+        Quantization.of(config),
+        lambda name: checkpoint.stored_bytes(positions[name]),
+        checkpoint.metadata(),
+    )
+    layout = Layout({name: tuple(shape) for name, _, shape in tensors}, config, bool(packing.codes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     for position, (name, dtype, shape) in enumerate(tensors):
-        found = layout.matrices(name, dtype)
+        found = packing.reason(name) or layout.matrices(name, dtype)
         if isinstance(found, str):
             size = math.prod(shape)
             readable = size > 0 and dtype in FLOAT_TYPES
@@ -69,10 +80,9 @@ def _open_safetensors(path: Path, label: str) -> Source:
         ]
     # Writers sort by type and by name as text: block 10 before block 2.
     matrices.sort(key=lambda matrix: naming.natural_key(matrix.info.name))
-    num_parameters = sum(math.prod(shape) for _, dtype, shape in tensors if dtype in FLOAT_TYPES)
-    return Source(
-        label, tuple(matrices), tuple(skipped), num_parameters, _fingerprint(checkpoint.files(), tensors)
-    )
+    num_parameters, unknown = total(packing.parameters(name) for name, _, _ in tensors)
+    fingerprint = _fingerprint(checkpoint.files(), tensors)
+    return Source(label, tuple(matrices), tuple(skipped), num_parameters, fingerprint, unknown)
 
 
 def _open_pickles(path: Path, label: str) -> Source:
@@ -82,13 +92,16 @@ def _open_pickles(path: Path, label: str) -> Source:
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """The model's `config.json` beside its weights; empty if there is none that can be read."""
+    """The model's `config.json` beside its weights, with the settings of its quantization.
+
+    Empty if there is none that can be read.
+    """
     folder = path if path.is_dir() else path.parent
     try:
         config = read_json(folder / "config.json")
     except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        config = {}
+    return with_quantization(config if isinstance(config, dict) else {}, folder)
 
 
 def _fingerprint(files: Sequence[Path], tensors: Sequence[tuple[str, str, list[int]]]) -> str:
@@ -113,8 +126,9 @@ def download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repo, _, revision = hub_id.partition("@")
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    fallback = ["config.json", "*.bin", "*.bin.index.json"]
+    settings = ["config.json", *quantization.FILES]
+    wanted = [*settings, "*.safetensors", "*.safetensors.index.json"]
+    fallback = [*settings, "*.bin", "*.bin.index.json"]
 
     def cached() -> Path | None:
         try:

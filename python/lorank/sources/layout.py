@@ -29,8 +29,6 @@ _TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
 # Architectures whose linear layers are transformers' Conv1D: stored (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
-_SCALE_SUFFIXES = ("_scale_inv", "_scale")
-
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
@@ -53,9 +51,13 @@ class Layout:
         Every tensor's shape by name; siblings decide what some tensors are.
     config
         The model's `config.json`, or an empty mapping.
+    has_packed
+        True where some weights are packed, under other names than those of plain weights.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], has_packed: bool = False
+    ) -> None:
         self.shapes = shapes
         self.conv1d = _model_type(config) in _CONV1D_MODELS or (not config and _looks_like_gpt2(shapes))
         text = config.get("text_config")
@@ -63,7 +65,9 @@ class Layout:
         self.num_experts = experts.get("num_local_experts") or experts.get("num_experts")
         self.transposed_experts = _model_type(experts) in _TRANSPOSED_EXPERTS
         # Without a single `.weight`, the mapping's keys are the modules' names themselves.
-        self.plain_names = not any(name == "weight" or name.endswith(".weight") for name in shapes)
+        self.plain_names = not has_packed and not any(
+            name == "weight" or name.endswith(".weight") for name in shapes
+        )
 
     def matrices(self, name: str, dtype: str) -> list[StoredMatrix] | str:
         """The matrices of a tensor, or the reason why there are none."""
@@ -74,8 +78,6 @@ class Layout:
             return f"{len(shape)}-D tensor"
         if dtype not in FLOAT_TYPES:
             return f"{dtype} values have no spectrum"
-        if dtype in ("F8_E4M3", "F8_E5M2", "float8_e4m3fn", "float8_e5m2") and self._has_scales(name):
-            return "float8 values with separate scales: load the model and analyse it live"
         is_weight = self.plain_names or name == "weight" or name.endswith(".weight")
         module = name.removesuffix(".weight") if not self.plain_names else name
         stored_as = FLOAT_TYPES[dtype]
@@ -102,9 +104,6 @@ class Layout:
     def _is_expert_stack(self, module: str, shape: tuple[int, ...]) -> bool:
         in_experts = naming.is_in_experts(module)
         return in_experts and (self.num_experts is None or shape[0] == self.num_experts)
-
-    def _has_scales(self, name: str) -> bool:
-        return any(f"{name}{suffix}" in self.shapes for suffix in _SCALE_SUFFIXES)
 
 
 def _experts(module: str, shape: tuple[int, ...], dtype: str, transposed: bool) -> list[StoredMatrix]:

@@ -17,6 +17,8 @@ from lorank.json_files import read_json
 from lorank.sources import arrays
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
+from lorank.sources.packing import Packing, total
+from lorank.sources.quantization import Quantization
 
 # Keys under which training frameworks wrap a state dict.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -44,18 +46,23 @@ def from_mapping(
             skipped.append(Skipped(name, tuple(value.shape), "a sparse tensor: make it dense to analyse it"))
             continue
         shapes[name] = tuple(value.shape)
-    layout = Layout(shapes, config or {})
+    packing = Packing(
+        {name: (arrays.dtype_name(mapping[name]), shape) for name, shape in shapes.items()},
+        Quantization.of(config or {}),
+        lambda name: arrays.as_numpy(mapping[name]).tobytes(),
+    )
+    layout = Layout(shapes, config or {}, bool(packing.codes))
     matrices: list[SourceMatrix] = []
     owners: dict[object, str] = {}
-    num_parameters = 0
+    counts: list[int | str] = []
     for name, shape in shapes.items():
         value, dtype = mapping[name], arrays.dtype_name(mapping[name])
         owner = owners.setdefault(arrays.identity(value), name)
         if owner != name:
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
             continue
-        num_parameters += math.prod(shape) if dtype in FLOAT_TYPES else 0
-        found = layout.matrices(name, dtype)
+        counts.append(packing.parameters(name))
+        found = packing.reason(name) or layout.matrices(name, dtype)
         if isinstance(found, str):
             readable = math.prod(shape) > 0 and dtype in FLOAT_TYPES
             load = partial(_as_row, value) if readable else None
@@ -71,7 +78,8 @@ def from_mapping(
             )
             for m in found
         ]
-    return Source(label, tuple(matrices), tuple(skipped), num_parameters)
+    num_parameters, unknown = total(counts)
+    return Source(label, tuple(matrices), tuple(skipped), num_parameters, unknown_parameters=unknown)
 
 
 def _load(value: Any, index: int, rows: int, cols: int) -> Matrix:
