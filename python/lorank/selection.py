@@ -130,7 +130,7 @@ def with_counted_budget(
     Raises
     ------
     ValueError
-        If it ends with a per cent sign and is not a share, or the size is unknown (`unknown` gives the reason).
+        If it ends with a per cent sign and is not a share, or the size is unknown, for the reason `unknown`.
     """
     budget = knobs.get("budget")
     if isinstance(budget, str) and budget.strip().endswith("%"):

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lorank.sources.codes import SCALES, Packed, Stored, element_type, little_endian
 from lorank.sources.quantization import Quantization
-from lorank.sources.schemes import SCALES, SCHEMES, Packed, Scheme, Stored, element_type, little_endian
+from lorank.sources.schemes import SCHEMES, Scheme
 
 # Names of what accompanies codes, over all libraries: looked for beside codes only.
-_PART = re.compile(r"scal|zero|absmax|amax|quant|SCB|_idx|_shape")
+_PART = re.compile(r"scal|zero|absmax|amax|quant|SCB|_idx|_shape|bitsandbytes__")
 _SCALE = re.compile(r"scal|absmax|amax|SCB|SU|SV|suh|svh")
 
 # Names that only quantization libraries give, for parts whose codes are in another file.

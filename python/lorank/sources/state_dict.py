@@ -14,7 +14,7 @@ from typing import Any
 from lorank import extras
 from lorank._core import FormatError, Matrix
 from lorank.json_files import read_json
-from lorank.sources import arrays
+from lorank.sources import arrays, quantized
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
 from lorank.sources.packing import Packing, total
@@ -34,29 +34,19 @@ def from_mapping(
 
     Tensors that share memory and shape are tied: the first name counts, the others are skipped.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    skipped: list[Skipped] = []
-    for name, value in mapping.items():
-        if not isinstance(name, str):
-            raise TypeError(f"names are strings, got {name!r}")
-        if not arrays.is_array(value):
-            skipped.append(Skipped(name, (), f"{type(value).__name__}, not an array"))
-            continue
-        if not arrays.is_dense(value):
-            skipped.append(Skipped(name, tuple(value.shape), "a sparse tensor: make it dense to analyse it"))
-            continue
-        shapes[name] = tuple(value.shape)
+    shapes, skipped = _tensors(mapping)
+    types = {name: _type(mapping[name]) for name in shapes}
     packing = Packing(
-        {name: (arrays.dtype_name(mapping[name]), shape) for name, shape in shapes.items()},
+        {name: (types[name], shape) for name, shape in shapes.items()},
         Quantization.of(config or {}),
-        lambda name: arrays.as_numpy(mapping[name]).tobytes(),
+        lambda name: arrays.content(mapping[name]),
     )
     layout = Layout(shapes, config or {}, bool(packing.codes))
     matrices: list[SourceMatrix] = []
     owners: dict[object, str] = {}
     counts: list[int | str] = []
     for name, shape in shapes.items():
-        value, dtype = mapping[name], arrays.dtype_name(mapping[name])
+        value, dtype = mapping[name], types[name]
         owner = owners.setdefault(arrays.identity(value), name)
         if owner != name:
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
@@ -64,7 +54,7 @@ def from_mapping(
         counts.append(packing.parameters(name))
         found = packing.reason(name) or layout.matrices(name, dtype)
         if isinstance(found, str):
-            readable = math.prod(shape) > 0 and dtype in FLOAT_TYPES
+            readable = math.prod(shape) > 0 and dtype in FLOAT_TYPES and not _is_own_kind(value)
             load = partial(_as_row, value) if readable else None
             skipped.append(Skipped(name, shape, found, load))
             continue
@@ -72,7 +62,7 @@ def from_mapping(
             SourceMatrix(
                 m.info,
                 partial(_load, value, m.index, m.rows, m.cols),
-                lazy=arrays.needs_copy(value),
+                lazy=arrays.needs_copy(value) or _is_own_kind(value),
                 transposed=m.transposed,
                 kernel=m.kernel,
             )
@@ -82,8 +72,36 @@ def from_mapping(
     return Source(label, tuple(matrices), tuple(skipped), num_parameters, unknown_parameters=unknown)
 
 
+def _tensors(mapping: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], list[Skipped]]:
+    """The shapes of the arrays in a mapping, by name, and what else is in it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    skipped: list[Skipped] = []
+    for name, value in mapping.items():
+        if not isinstance(name, str):
+            raise TypeError(f"names are strings, got {name!r}")
+        if not arrays.is_array(value):
+            skipped.append(Skipped(name, (), f"{type(value).__name__}, not an array"))
+        elif not arrays.is_dense(value):
+            skipped.append(Skipped(name, tuple(value.shape), "a sparse tensor: make it dense to analyse it"))
+        else:
+            shapes[name] = quantized.shape(value)
+    return shapes, skipped
+
+
+def _is_own_kind(value: Any) -> bool:
+    """True for a quantization library's own kind of tensor, which can be dequantized."""
+    return quantized.is_quantized(None, value) and quantized.loader(None, value) is not None
+
+
+def _type(value: Any) -> str:
+    """The element type of the values: tensors of a library's own kind are dequantized."""
+    return "float32" if _is_own_kind(value) else arrays.dtype_name(value)
+
+
 def _load(value: Any, index: int, rows: int, cols: int) -> Matrix:
     """The `index`-th matrix of an array: itself, an expert of a stack, or a flattened kernel."""
+    if (load := quantized.loader(None, value)) is not None:
+        value = load()
     if value.ndim == 3 and tuple(value.shape[1:]) == (rows, cols):
         value = value[index]
     elif value.ndim != 2:
