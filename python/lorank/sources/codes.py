@@ -56,6 +56,8 @@ class Packed:
         Returns the text in a small tensor of bytes, or in the file's metadata, by name.
     has_scales
         True where a tensor beside the codes is called a scale, by whatever name.
+    scale
+        The scales, if they have one of the names in `SCALES`.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Packed:
     values: Callable[[str], list[int] | None]
     text: Callable[[str], str | None]
     has_scales: bool = False
+    scale: Stored | None = None
 
     @property
     def module(self) -> str:
@@ -102,8 +105,13 @@ def module_of(weight: str) -> str:
 
 def name_of(template: str, weight: str) -> str:
     """The name that a template stands for, beside a weight of that full name."""
+    start, rest = template[:3], template[3:]
+    if start == "{w}":
+        return weight + rest
+    if start == "{m}":
+        return (module_of(weight) + rest).removeprefix(".")
     parent, _, leaf = weight.rpartition(".")
-    return template.format(w=weight, m=module_of(weight), p=parent, l=leaf).removeprefix(".")
+    return (parent + rest.replace("{l}", leaf)).removeprefix(".")
 
 
 Shape = tuple[int, ...]

@@ -79,27 +79,27 @@ def loader(live: LiveCodes) -> Loader | None:
     shape = live.shape
     if shape is None:
         return None
-    if (own := _own_way(live)) is not None:
-        return partial(_by_module, own, shape)
+    if (own := _own_way(live, shape)) is not None:
+        return lambda _: own().detach().float()
     build = _LOADERS.get(live.codes.scheme.name)
     return None if build is None else build(live, shape)
 
 
-def _own_way(live: LiveCodes) -> Callable[[], Any] | None:
-    """What the module itself offers: gptqmodel's method, or those of the layers of transformers' Gemma."""
+def _own_way(live: LiveCodes, shape: tuple[int, ...]) -> Callable[[], Any] | None:
+    """A function of the module itself: of gptqmodel's layers, and of transformers' for Gemma."""
     module, local = live.module, live.name.rpartition(".")[2]
+    if local == "qweight" and callable(method := getattr(module, "dequantize_weight", None)):
+        return lambda: _oriented(method(), shape)
+    if local == "weight" and callable(method := getattr(module, "_dequantize_weights", None)):
+        return lambda: method()
     if local != "weight" and isinstance(getattr(type(module), "weight", None), property):
         return lambda: module.weight
-    name = {"qweight": "dequantize_weight", "weight": "_dequantize_weights"}.get(local, "")
-    own = getattr(module, name, None)
-    return own if callable(own) else None
+    return None
 
 
-def _by_module(own: Callable[[], Any], shape: tuple[int, ...], _: int | None) -> Any:
-    """What the module's method returns, as ``(out, in)``: gptqmodel's is ``(in, out)``."""
-    weight = own().detach().float()
-    is_oriented = getattr(own, "__name__", "") != "dequantize_weight"
-    return weight if is_oriented or (tuple(weight.shape) == shape and shape[0] != shape[1]) else weight.T
+def _oriented(weight: Any, shape: tuple[int, ...]) -> Any:
+    """``(out, in)`` of what gptqmodel returns as ``(in, out)``."""
+    return weight if tuple(weight.shape) == shape and shape[0] != shape[1] else weight.T
 
 
 def _scaled(live: LiveCodes, shape: tuple[int, ...], unpack: Callable[[Any], Any]) -> Loader | None:

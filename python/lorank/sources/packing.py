@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lorank.sources.codes import SCALES, Packed, Stored, element_type, little_endian
+from lorank.sources.codes import INTEGERS, SCALES, Packed, Stored, element_type, little_endian
 from lorank.sources.quantization import Quantization
-from lorank.sources.schemes import SCHEMES, Scheme
+from lorank.sources.schemes import Scheme, schemes_of
 
 # Names of what accompanies codes, over all libraries: looked for beside codes only.
 _PART = re.compile(r"scal|zero|absmax|amax|quant|SCB|_idx|_shape|bitsandbytes__")
@@ -22,7 +22,7 @@ _SCALE = re.compile(r"scal|absmax|amax|SCB|SU|SV|suh|svh")
 
 # Names that only quantization libraries give, for parts whose codes are in another file.
 _UNMISTAKABLE = re.compile(
-    r"(weight|_proj)_(scale|scale_inv|scale_2|global_scale|zero_point|g_idx)|weight_shape|qzeros|g_idx|qscale_\w+"
+    r"(weight|\w+_proj)_(scale|scale_inv|scale_2|global_scale|zero_point|g_idx)|weight_shape|qzeros|g_idx|qscale_\w+"
     r"|scale_(weight|input)|(nested_)?(absmax|quant_map)|SCB|(input|output)_(scale|global_scale|zero_point)|(\w+_)?scales"
 )
 
@@ -156,9 +156,7 @@ class Packing:
             return
         is_part = _PART.search(name.rpartition(".")[2]) is not None
         candidates: dict[str, Packed] = {}
-        for scheme in SCHEMES:
-            if scheme.types and stored.type not in scheme.types:
-                continue
+        for scheme in schemes_of(stored.type):
             weight = _weight_named(name, scheme.codes)
             if weight is None or (is_part and weight == name):
                 continue
@@ -175,13 +173,15 @@ class Packing:
         packed = Packed(
             name, weight, self._tensors[name], self._tensors, self._quantization, self._numbers, self._text
         )
-        if packed.codes.type not in ("fp8", "i8", "u8", "i16", "i32", "u32"):
+        if packed.codes.type not in INTEGERS | {"fp8", "fp4", "fp4x2"}:
             return packed
-        has_scales = any("scal" in sibling for sibling in self._beside(packed))
-        return replace(packed, has_scales=True) if has_scales else packed
+        scale = packed.find(*SCALES)
+        has_scales = scale is not None or any("scal" in sibling for sibling in self._beside(packed))
+        return replace(packed, has_scales=has_scales, scale=scale)
 
     def _parts_of(self, packed: Packed, scheme: Scheme) -> Iterator[str]:
-        for template in (*SCALES, *scheme.marks, *scheme.parts):
+        marks = () if scheme.marks is SCALES else scheme.marks  # Scales are beside the codes by their names.
+        for template in (*marks, *scheme.parts):
             if (name := packed.named(template)) in self._tensors and name != packed.name:
                 yield name
         yield from self._beside(packed)

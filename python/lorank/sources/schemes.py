@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from lorank.sources import true_shapes as shapes
 from lorank.sources.codes import INTEGERS, SCALES, Packed, Shape
@@ -55,7 +56,10 @@ class Scheme:
         least = 1 if self.codes == "{w}" else 2
         if len(packed.codes.shape) < least:
             return False
-        is_marked = not self.marks or packed.find(*self.marks) is not None
+        if self.marks is SCALES:
+            is_marked = packed.scale is not None
+        else:
+            is_marked = not self.marks or packed.find(*self.marks) is not None
         if is_marked and self.fits(packed):
             return True
         is_weight = self.codes != "{w}" or packed.name.endswith("weight") or len(packed.codes.shape) == 3
@@ -77,6 +81,10 @@ def _by_method(*methods: str) -> Callable[[Quantization], bool]:
 _BNB_PARTS = ("{w}.absmax", "{w}.quant_map", "{w}.nested_absmax", "{w}.nested_quant_map")
 _NF4, _FP4 = "{w}.quant_state.bitsandbytes__nf4", "{w}.quant_state.bitsandbytes__fp4"
 _BYTES, _FP8, _I8 = _types("i8", "u8"), _types("fp8"), _types("i8")
+_HQQ_PARTS = tuple(
+    f"{{m}}.{name}"
+    for name in ("shape", "nbits", "group_size", "axis", "packing", "view_as_float", "channel_wise")
+)
 _VPTQ_PARTS = ("{m}.centroids.weight", "{m}.res_centroids.weight", "{m}.outlier_centroids.weight")
 
 SCHEMES: tuple[Scheme, ...] = (
@@ -178,7 +186,13 @@ SCHEMES: tuple[Scheme, ...] = (
         is_live=False,
     ),
     Scheme(
-        "HQQ", "{m}.W_q", _types(), ("{m}.scale", "{m}.zero", "{m}.meta"), shapes.hqq, declared=_is_declared
+        "HQQ",
+        "{m}.W_q",
+        _types(),
+        ("{m}.scale", "{m}.zero", "{m}.meta"),
+        shapes.hqq,
+        parts=_HQQ_PARTS,
+        declared=_is_declared,
     ),
     Scheme("quanto", "{w}._data", _BYTES | _FP8, ("{w}._scale",), shapes.quanto, parts=("{w}._shift",)),
     Scheme("quanto", "{w}._data._data", _BYTES, ("{w}._scale",), shapes.quanto, parts=("{w}._shift",)),
@@ -341,3 +355,9 @@ SCHEMES: tuple[Scheme, ...] = (
     ),
 )
 """Every scheme; the first that holds is taken."""
+
+
+@cache
+def schemes_of(element_type: str) -> tuple[Scheme, ...]:
+    """The schemes whose codes may be of that type, in their order."""
+    return tuple(scheme for scheme in SCHEMES if not scheme.types or element_type in scheme.types)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from lorank.sources.codes import SCALES, WIDTHS, WORDS, Packed, Shape, Stored
+from lorank.sources.codes import WIDTHS, WORDS, Packed, Shape, Stored
 
 
 def as_stored(packed: Packed) -> Shape | None:
@@ -194,7 +194,7 @@ def by_bits(packed: Packed) -> Shape | None:
 
 
 def _scale(packed: Packed) -> Stored:
-    return packed.find(*SCALES) or Stored("", ())
+    return packed.scale or Stored("", ())
 
 
 def has_shared_exponents(packed: Packed) -> bool:
