@@ -404,3 +404,13 @@ def test_ranks_are_chosen_for_a_float8_model() -> None:
     )
     assert set(allocation.ranks) == {"q_proj", "other"}
     assert allocation.base_parameters == 128 * 64 + 64 * 64 + 64
+
+
+def test_ranks_of_a_plain_checkpoint_fit_its_packed_model() -> None:
+    true = weight(64, 32)
+    allocation = lorank.allocate({"proj.weight": true.numpy()}, method="uniform", r_max=4)
+    model = model_of(proj=TorchQuantLinear(true, False))
+    assert allocation.lora_settings(model)["target_modules"]
+    other = model_of(proj=TorchQuantLinear(weight(64, 40), False))
+    with pytest.raises(ValueError, match=r"shape \(64, 32\) in the source"):
+        allocation.lora_settings(other)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packed_tensors import CHECKPOINTS, FULL, IN, OUT, STACK, Checkpoint, P, Tensor, integers, write
 
 import lorank
 from lorank.sources import open_source
+from packed_tensors import CHECKPOINTS, FULL, IN, OUT, STACK, Checkpoint, P, Tensor, integers, write
 
 PLAIN: dict[str, Tensor] = {
     "model.embed_tokens.weight": ("F32", (40, 16)),

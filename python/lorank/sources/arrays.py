@@ -95,7 +95,7 @@ def as_numpy(values: Any) -> np.ndarray[Any, Any]:
 
 
 def content(values: Any) -> bytes | None:
-    """The bytes of an array's elements; None where it has none, on torch's meta device."""
+    """Return the bytes of an array's elements; None on torch's meta device, where it has no values."""
     if is_tensor(values) and values.device.type == "meta":
         return None
     return readable(as_numpy(values)).tobytes()

@@ -76,18 +76,18 @@ class Packed:
         return module_of(self.weight)
 
     def named(self, template: str) -> str:
-        """The name that a template stands for."""
+        """Return the name that a template stands for."""
         return name_of(template, self.weight)
 
     def find(self, *templates: str) -> Stored | None:
-        """The first of some tensors that the checkpoint holds."""
+        """Return the first of some tensors that the checkpoint holds."""
         for template in templates:
             if (found := self.tensors.get(self.named(template))) is not None:
                 return found
         return None
 
     def numbers(self, template: str) -> tuple[int, ...]:
-        """The numbers in a small tensor; empty where there are none, or one is not positive."""
+        """Return the numbers in a small tensor; none where one of them is not positive."""
         name = self.named(template)
         found = self.values(name) if name in self.tensors else None
         return tuple(found) if found and all(number > 0 for number in found) else ()
@@ -99,12 +99,12 @@ class Packed:
 
 
 def module_of(weight: str) -> str:
-    """The module of a weight: the name without ``.weight``; a stack of experts is named by itself."""
+    """Return the module of a weight: the name without ``.weight``; a stack of experts is named by itself."""
     return weight.removesuffix(".weight") if weight != "weight" else ""
 
 
 def name_of(template: str, weight: str) -> str:
-    """The name that a template stands for, beside a weight of that full name."""
+    """Return the name that a template stands for, beside a weight of that full name."""
     start, rest = template[:3], template[3:]
     if start == "{w}":
         return weight + rest
@@ -126,6 +126,9 @@ WIDTHS = {**WORDS, "fp8": 8, "e8m0": 8, "f16": 16, "bf16": 16, "f32": 32, "f64":
 INTEGERS = frozenset(WORDS)
 """Element types of integers."""
 
+EXPONENTS = frozenset({"u8", "e8m0"})
+"""Element types of scales that are powers of two."""
+
 SCALES = (
     "{w}_scale_inv",
     "{w}_scale",
@@ -138,11 +141,11 @@ SCALES = (
     "{w}s_scaling_factor",
     "{w}_quantizer.scale",
 )
-"""Where the scales of a tensor of codes are, over all libraries."""
+"""Names of the scales of a tensor of codes, over all libraries."""
 
 
 def element_type(dtype: str) -> str:
-    """One name for an element type, whether safetensors, torch or NumPy spells it."""
+    """Return one name for an element type, however safetensors, torch and NumPy spell it."""
     name = dtype.lower().replace("_", "")
     if name in ("f8e4m3", "f8e5m2") or (name.startswith(("float8e4m3", "float8e5m2", "f8e4m3", "f8e5m2"))):
         return "fp8"
@@ -156,5 +159,5 @@ def element_type(dtype: str) -> str:
 
 
 def little_endian(type_: str) -> np.dtype[np.generic] | None:
-    """NumPy's type of the integers of that name; None for others."""
+    """Return NumPy's type of the integers of that name; None for others."""
     return np.dtype(f"<{type_[0]}{WORDS[type_] // 8}") if type_ in WORDS else None

@@ -64,7 +64,7 @@ class LiveCodes:
         return self.tensors[self.name]
 
     def find(self, *templates: str) -> Any:
-        """The first of some tensors that the model holds; None if there is none."""
+        """Return the first of some tensors that the model holds; None if there is none."""
         names = (name_of(template, self.codes.weight) for template in templates)
         return next((self.tensors[name] for name in names if name in self.tensors), None)
 
@@ -75,7 +75,7 @@ class LiveCodes:
 
 
 def loader(live: LiveCodes) -> Loader | None:
-    """A function that returns the dequantized weight, or None where there is no way to it."""
+    """Return a function that dequantizes the weight, or None where no formula is known."""
     shape = live.shape
     if shape is None:
         return None
@@ -86,24 +86,24 @@ def loader(live: LiveCodes) -> Loader | None:
 
 
 def _own_way(live: LiveCodes, shape: tuple[int, ...]) -> Callable[[], Any] | None:
-    """A function of the module itself: of gptqmodel's layers, and of transformers' for Gemma."""
+    """Return what the module itself offers: layers of gptqmodel, and of transformers for Gemma."""
     module, local = live.module, live.name.rpartition(".")[2]
-    if local == "qweight" and callable(method := getattr(module, "dequantize_weight", None)):
-        return lambda: _oriented(method(), shape)
-    if local == "weight" and callable(method := getattr(module, "_dequantize_weights", None)):
-        return lambda: method()
-    if local != "weight" and isinstance(getattr(type(module), "weight", None), property):
+    if local == "qweight" and hasattr(module, "dequantize_weight"):
+        return lambda: _oriented(module.dequantize_weight(), shape)
+    if local == "weight" and hasattr(module, "_dequantize_weights"):
+        return lambda: module._dequantize_weights()
+    if local == "embedding_quantized" and isinstance(getattr(type(module), "weight", None), property):
         return lambda: module.weight
     return None
 
 
 def _oriented(weight: Any, shape: tuple[int, ...]) -> Any:
-    """``(out, in)`` of what gptqmodel returns as ``(in, out)``."""
+    """Transpose a weight that gptqmodel returns as ``(in, out)``."""
     return weight if tuple(weight.shape) == shape and shape[0] != shape[1] else weight.T
 
 
 def _scaled(live: LiveCodes, shape: tuple[int, ...], unpack: Callable[[Any], Any]) -> Loader | None:
-    """Codes times a grid of scales."""
+    """Multiply codes by a grid of scales."""
     scale = live.find(*SCALES)
     if scale is None:
         return None
@@ -134,7 +134,7 @@ def _scaled(live: LiveCodes, shape: tuple[int, ...], unpack: Callable[[Any], Any
 def _grid(
     scale: tuple[int, ...], shape: tuple[int, ...], output_dimension: int | None
 ) -> tuple[int, ...] | None:
-    """The scales' shape with as many dimensions as the weight, None if they do not fit it."""
+    """Return the scales' shape with as many dimensions as the weight, None if they do not fit it."""
     dimensions = len(shape)
     if math.prod(scale) == 1:
         return (1,) * dimensions
@@ -160,7 +160,7 @@ def _grid(
 def _block_sizes(
     grid: tuple[int, ...], shape: tuple[int, ...], declared: tuple[int, int] | None
 ) -> tuple[int, ...] | None:
-    """Rows, columns (and experts) that share a scale; the last blocks may be cut off."""
+    """Return the rows and columns (and experts) that share a scale; the last blocks may be cut off."""
     wanted = (*(None for _ in shape[2:]), *(declared or (None, None)))
     sizes = []
     for count, size, block in zip(grid, shape, wanted, strict=True):
@@ -178,7 +178,7 @@ def _block_sizes(
 
 
 def _spread(scales: Any, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Any:
-    """A scale for every value; those of single blocks are left to broadcasting."""
+    """Repeat scales for every value; broadcasting does that where a dimension has one scale."""
     for dimension, (block, size) in enumerate(zip(blocks, shape, strict=True)):
         if scales.shape[dimension] > 1 and block > 1:
             scales = scales.repeat_interleave(block, dim=dimension).narrow(dimension, 0, size)
@@ -186,7 +186,7 @@ def _spread(scales: Any, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Any
 
 
 def _as_numbers(scale: Any) -> Any:
-    """Scales as float32; bytes are exponents."""
+    """Convert scales to float32; bytes are exponents."""
     import torch
 
     scale = scale.detach()
@@ -198,7 +198,7 @@ def _as_floats(codes: Any) -> Any:
 
 
 def _unpacked_fours(codes: Any) -> Any:
-    """4-bit floats, two a byte, the low one first."""
+    """Unpack 4-bit floats, two a byte, the low one first."""
     import torch
 
     table = torch.tensor(_E2M1, dtype=torch.float32, device=codes.device)
@@ -222,8 +222,8 @@ def _blocks_of_fours(live: LiveCodes, _: tuple[int, ...]) -> Loader | None:
 
 
 def _nvfp4(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
-    """4-bit floats with two levels of scales: compressed-tensors divides by the global one."""
-    if live.find("{w}_scale") is None or live.find("{w}_scale").dtype.itemsize != 1:
+    """Dequantize 4-bit floats with two levels of scales; compressed-tensors divides by the global one."""
+    if not str(getattr(live.find("{w}_scale"), "dtype", "")).endswith("float8_e4m3fn"):
         return None
     load = _scaled(live, shape, _unpacked_fours)
     divisor, factor = live.find("{w}_global_scale"), live.find("{w}_scale_2")
@@ -242,7 +242,7 @@ def _nvfp4(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
 
 
 def _pack_quantized(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
-    """Signed integers in words of 32 bits: ``(q - z) * scale``, a scale for every group of columns."""
+    """Dequantize signed integers in words of 32 bits: ``(q - z) * scale`` by groups of columns."""
     rows, cols = shape if len(shape) == 2 else (0, 0)
     bits = next((b for b in (4, 8, 2) if -(-cols * b // 32) == live.values.shape[-1]), 0)
     scale, zeros, groups = (live.find(f"{{w}}_{part}") for part in ("scale", "zero_point", "g_idx"))
@@ -265,7 +265,7 @@ def _pack_quantized(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
 
 
 def _columns(groups: Any, cols: int, count: int) -> Any:
-    """The group of every column."""
+    """Return the group of every column."""
     import torch
 
     if groups is not None and bool((groups >= 0).all()):
@@ -274,7 +274,7 @@ def _columns(groups: Any, cols: int, count: int) -> Any:
 
 
 def _unpacked_words(words: Any, bits: int) -> Any:
-    """Signed integers along the last dimension, the lowest bits first."""
+    """Unpack signed integers along the last dimension, the lowest bits first."""
     import torch
 
     shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
@@ -283,7 +283,7 @@ def _unpacked_words(words: Any, bits: int) -> Any:
 
 
 def _bitnet(live: LiveCodes, _shape: tuple[int, ...]) -> Loader | None:
-    """Four ternary values a byte, a quarter of the rows each; `BitLinear` divides by its scale."""
+    """Dequantize ternary values, a quarter of the rows in two bits each; `BitLinear` divides by its scale."""
     scale = live.find("{w}_scale")
     if scale is None or "BitLinear" not in live.is_of:
         return None

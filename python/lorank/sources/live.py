@@ -131,7 +131,7 @@ def _unwrapped(module: Any) -> Any:
 
 
 def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
-    """Weights that are not parameters, behind a method or in integer buffers, and their parameters."""
+    """Yield weights behind a method or in buffers of unknown codes, and their numbers of parameters."""
     for prefix, module in named_modules(model):
         kind = type(module).__name__
         if callable(getattr(module, "weight", None)):
@@ -149,7 +149,7 @@ def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
 
 
 def _kernel_experts(prefix: str, module: Any) -> Iterator[tuple[Skipped, int | str]]:
-    """Experts that transformers has handed to a kernel, which keeps them in an order of its own."""
+    """Yield experts that transformers has handed to a kernel, which keeps them in an order of its own."""
     hidden, inner = module.hidden_size, module.intermediate_size
     for local, sizes in (("gate_up_proj", (hidden, 2 * inner)), ("down_proj", (inner, hidden))):
         if local not in module._parameters:

@@ -34,18 +34,18 @@ class LivePacking:
         self.shapes = {x.codes.weight: x.shape for x in self._codes.values() if x.shape is not None}
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor holds codes or is part of a packed weight."""
+        """Return True for codes and for parts of packed weights."""
         return name in self._codes or name in self._packing.parts
 
     def parameters(self, name: str) -> int | str:
-        """Parameters that a tensor stands for, or why their number is unknown."""
+        """Return the number of parameters that a tensor stands for, or why it is unknown."""
         codes = self._codes.get(name)
         if codes is not None and codes.shape is not None:
             return math.prod(codes.shape)
         return self._packing.parameters(name)
 
     def reason(self, name: str) -> str | None:
-        """Why a tensor has no row, None for plain ones and for codes whose values can be had."""
+        """Return the reason for skipping a tensor; None for plain tensors and codes with a formula."""
         codes = self._codes.get(name)
         if codes is not None and dequantized.loader(codes) is None:
             kind = type(codes.module).__name__
@@ -53,14 +53,14 @@ class LivePacking:
         return self._packing.part_reason(name)
 
     def loader(self, name: str) -> tuple[str, dequantized.Loader] | None:
-        """The full name of a packed weight and a function that returns its values."""
+        """Return the full name of a packed weight and the function that dequantizes it."""
         codes = self._codes.get(name)
         load = None if codes is None else dequantized.loader(codes)
         return None if codes is None or load is None else (codes.codes.weight, load)
 
 
 def declared_by(model: Any) -> Quantization:
-    """What the model's configuration declares, as libraries keep it on a loaded model."""
+    """Return the quantization that a loaded model's configuration declares."""
     settings = getattr(getattr(model, "config", None), "quantization_config", None)
     to_dict = getattr(settings, "to_dict", None)
     settings = to_dict() if callable(to_dict) else settings

@@ -1,6 +1,6 @@
-"""Which tensors of a checkpoint are packed weights or parts of them, and how many parameters they are.
+"""Packed weights among the tensors of a checkpoint, their parts, and the number of a model's parameters.
 
-The one place that decides the number of a model's parameters.
+No other place decides that number.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ class Packing:
                 self._find_alone(name)
 
     def reason(self, name: str) -> str | None:
-        """Why a tensor of a file has no row, None where it is neither packed nor part of a packed weight."""
+        """Return the reason for skipping a tensor of a file; None for what is not packed."""
         if (codes := self.codes.get(name)) is not None:
             live = "; load the model and analyse it live" if codes.scheme.is_live else ""
             return f"packed ({codes.scheme.name}): its values cannot be read from disk yet{live}"
         return self.part_reason(name)
 
     def part_reason(self, name: str) -> str | None:
-        """Why a part of a packed weight has no row, None for other tensors."""
+        """Return the reason for skipping a part of a packed weight; None for other tensors."""
         if (part := self.parts.get(name)) is None:
             return None
         what = "scale" if part.is_scale else "part"
@@ -135,7 +135,7 @@ class Packing:
         return f"{what} of the packed weight {part.weight} ({part.scheme})"
 
     def parameters(self, name: str) -> int | str:
-        """Parameters of the model that a tensor stands for, or why their number is unknown."""
+        """Return the number of parameters that a tensor stands for, or why it is unknown."""
         if name in self.parts:
             return 0
         stored = self._tensors[name]
@@ -187,7 +187,7 @@ class Packing:
         yield from self._beside(packed)
 
     def _beside(self, packed: Packed) -> Iterator[str]:
-        """Names of the tensors beside codes that are called as parts are."""
+        """Yield the names of tensors beside codes that are named as parts are."""
         prefixes = {packed.weight}
         if packed.module and packed.module != packed.weight:
             prefixes.add(f"{packed.module}.")
@@ -202,7 +202,7 @@ class Packing:
                     yield name
 
     def _find_alone(self, name: str) -> None:
-        """Parts of the whole model, and parts whose codes are in another file."""
+        """Find parts of the whole model, and parts whose codes are in another file."""
         scheme = self._quantization.method or "quantized"
         leaf = name.rpartition(".")[2]
         is_part = _OF_THE_MODEL.fullmatch(name) is not None
@@ -228,7 +228,7 @@ class Packing:
 
 
 def total(counts: Iterable[int | str]) -> tuple[int | None, str]:
-    """The sum of numbers of parameters and an empty string, or None and why one of them is unknown."""
+    """Add numbers of parameters; return None and the reason where one of them is unknown."""
     number = 0
     for count in counts:
         if isinstance(count, str):
@@ -238,7 +238,7 @@ def total(counts: Iterable[int | str]) -> tuple[int | None, str]:
 
 
 def _weight_named(name: str, template: str) -> str | None:
-    """The weight whose codes have that name, None if no weight's codes have."""
+    """Return the weight whose codes have that name, None if the template does not fit it."""
     if template == "{w}":
         return name
     if template == "{p}._{l}_qdata":

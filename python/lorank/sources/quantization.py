@@ -48,7 +48,7 @@ class Quantization:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Quantization:
-        """The settings that a `config.json` holds, at its top or in its `text_config`."""
+        """Return the settings that a `config.json` holds, at its top or in its `text_config`."""
         for place in (config, config.get("text_config")):
             if isinstance(place, Mapping):
                 for key in _KEYS:
@@ -85,7 +85,7 @@ class Quantization:
         return None
 
     def bits(self, module: str) -> int | None:
-        """Bits of a code of that module; None where the settings name none, or several and none for it."""
+        """Return the bits of a code of that module; None where the settings do not determine them."""
         for place in _mappings(self._settings):
             own = place.get(module)
             if isinstance(own, Mapping) and (found := _bits_within(own)):
@@ -94,7 +94,7 @@ class Quantization:
         return found.pop() if len(found) == 1 else None
 
     def features(self, module: str) -> tuple[int, int] | None:
-        """``(out, in)`` of a module, where the settings list its `out_features` and `in_features`."""
+        """Return ``(out, in)`` of a module, where the settings list its `out_features` and `in_features`."""
         for place in _mappings(self._settings):
             own = place.get(module)
             if isinstance(own, Mapping):
@@ -105,7 +105,7 @@ class Quantization:
 
 
 def with_quantization(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The configuration, with the settings of a quantization file beside it where it has none itself."""
+    """Return a configuration with the settings of a quantization file beside it, where it has none itself."""
     if Quantization.of(config).is_declared:
         return config
     for name in FILES:
@@ -119,7 +119,7 @@ def with_quantization(config: Mapping[str, Any], folder: Path) -> Mapping[str, A
 
 
 def _mappings(settings: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """The settings and every mapping in them, but for those about activations."""
+    """Yield the settings and every mapping in them, but for those about activations."""
     yield settings
     for key, value in settings.items():
         for entry in value if isinstance(value, list) else [value]:

@@ -23,7 +23,7 @@ def is_quantized(module: Any, parameter: Any) -> bool:
 
 
 def is_hqq(module: Any, parameter: Any) -> bool:
-    """Whether a parameter holds the codes of an HQQ layer."""
+    """Return True for the codes of an HQQ layer."""
     return (
         parameter is not None and getattr(module, "W_q", None) is parameter and hasattr(module, "dequantize")
     )
@@ -37,6 +37,15 @@ def shape(parameter: Any, module: Any = None) -> tuple[int, ...]:
     if state is not None and getattr(state, "shape", None) is not None:
         return tuple(state.shape)
     return tuple(parameter.shape)
+
+
+def module_shape(module: Any) -> tuple[int, ...] | None:
+    """Return the shape of a module's dequantized weight, None if it has none; a parameter is its own."""
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if all(type(size) is int for size in sizes):
+        return sizes  # type: ignore[return-value]  # checked the line before
+    weight = getattr(module, "weight", module)
+    return shape(weight) if hasattr(weight, "shape") else None
 
 
 def loader(module: Any, parameter: Any) -> Callable[[], Any] | None:

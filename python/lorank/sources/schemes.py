@@ -52,7 +52,7 @@ class Scheme:
     is_live: bool = True
 
     def holds(self, packed: Packed) -> bool:
-        """True where this scheme explains the tensor; its name and type are known to fit."""
+        """Return True where this scheme explains a tensor whose name and type fit."""
         least = 1 if self.codes == "{w}" else 2
         if len(packed.codes.shape) < least:
             return False
@@ -359,5 +359,5 @@ SCHEMES: tuple[Scheme, ...] = (
 
 @cache
 def schemes_of(element_type: str) -> tuple[Scheme, ...]:
-    """The schemes whose codes may be of that type, in their order."""
+    """Return the schemes whose codes may be of that type, in their order."""
     return tuple(scheme for scheme in SCHEMES if not scheme.types or element_type in scheme.types)

@@ -73,7 +73,7 @@ def from_mapping(
 
 
 def _tensors(mapping: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], list[Skipped]]:
-    """The shapes of the arrays in a mapping, by name, and what else is in it."""
+    """Return the shapes of a mapping's arrays by name, and its other entries as skipped."""
     shapes: dict[str, tuple[int, ...]] = {}
     skipped: list[Skipped] = []
     for name, value in mapping.items():
@@ -89,12 +89,12 @@ def _tensors(mapping: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], li
 
 
 def _is_own_kind(value: Any) -> bool:
-    """True for a quantization library's own kind of tensor, which can be dequantized."""
+    """Return True for a quantization library's own kind of tensor, which can be dequantized."""
     return quantized.is_quantized(None, value) and quantized.loader(None, value) is not None
 
 
 def _type(value: Any) -> str:
-    """The element type of the values: tensors of a library's own kind are dequantized."""
+    """Return the element type of the values: tensors of a library's own kind are dequantized."""
     return "float32" if _is_own_kind(value) else arrays.dtype_name(value)
 
 

@@ -5,40 +5,40 @@ from __future__ import annotations
 import json
 import math
 
-from lorank.sources.codes import WIDTHS, WORDS, Packed, Shape, Stored
+from lorank.sources.codes import EXPONENTS, WIDTHS, WORDS, Packed, Shape, Stored
 
 
 def as_stored(packed: Packed) -> Shape | None:
-    """The shape of the codes: one code an element."""
+    """Return the shape of the codes: one code an element."""
     return packed.codes.shape
 
 
 def twice_as_wide(packed: Packed) -> Shape | None:
-    """Two codes an element, along the last dimension."""
+    """Return the shape of two codes an element, along the last dimension."""
     *rest, last = packed.codes.shape
     return (*rest, 2 * last)
 
 
 def blocks(packed: Packed) -> Shape | None:
-    """Two codes a byte, of blocks along the last dimension."""
+    """Return the shape of two codes a byte, of blocks along the last dimension."""
     *rest, groups, size = packed.codes.shape
     return (*rest, 2 * groups * size)
 
 
 def four_times_as_high(packed: Packed) -> Shape | None:
-    """Four codes an element, along the first dimension."""
+    """Return the shape of four codes an element, along the first dimension."""
     first, *rest = packed.codes.shape
     return (4 * first, *rest)
 
 
 def twice_as_high(packed: Packed) -> Shape | None:
-    """Two codes an element, along the first dimension."""
+    """Return the shape of two codes an element, along the first dimension."""
     first, *rest = packed.codes.shape
     return (2 * first, *rest)
 
 
 def flat(packed: Packed, bits: int | None) -> Shape | None:
-    """The number of codes of so many bits that the tensor's bytes hold."""
+    """Return the number of codes of so many bits that the tensor's bytes hold."""
     width = WIDTHS.get(packed.codes.type)
     if bits is None or width is None:
         return None
@@ -48,7 +48,7 @@ def flat(packed: Packed, bits: int | None) -> Shape | None:
 
 
 def bitsandbytes(packed: Packed) -> Shape | None:
-    """The shape in the quantization state, if it fits the bytes; else two codes a byte."""
+    """Return the shape in the quantization state, if it fits the bytes; else two codes a byte."""
     count = packed.codes.size * WIDTHS.get(packed.codes.type, 8) // 4
     for kind in ("nf4", "fp4"):
         text = packed.text(packed.named(f"{{w}}.quant_state.bitsandbytes__{kind}"))
@@ -63,7 +63,7 @@ def bitsandbytes(packed: Packed) -> Shape | None:
 
 
 def pack_quantized(packed: Packed) -> Shape | None:
-    """`weight_shape` if it fits the words; else by the bits of the configuration, where they fill words."""
+    """Return `weight_shape` if it fits the words; else the shape by the configured bits, if they fill words."""
     *rest, words = packed.codes.shape
     stored = packed.numbers("{w}_shape")
     if (
@@ -77,7 +77,7 @@ def pack_quantized(packed: Packed) -> Shape | None:
 
 
 def gptq(packed: Packed) -> Shape | None:
-    """``(out, in)``: `in` by the column indices, or by the bits of the zero points or the configuration."""
+    """Return ``(out, in)``: `in` by the column indices, or by the zero points' or the configured bits."""
     *rest, words, out = packed.codes.shape
     width = WORDS[packed.codes.type]
     indices, zeros = packed.find("{m}.g_idx"), packed.find("{m}.qzeros")
@@ -91,7 +91,7 @@ def gptq(packed: Packed) -> Shape | None:
 
 
 def is_awq(packed: Packed) -> bool:
-    """True where words run along `out`, as the scales show."""
+    """Return True where words run along `out`, as the scales show."""
     scales = packed.find("{m}.scales")
     if scales is None or len(scales.shape) != len(packed.codes.shape):
         return packed.quantization.method == "awq"
@@ -99,7 +99,7 @@ def is_awq(packed: Packed) -> bool:
 
 
 def awq(packed: Packed) -> Shape | None:
-    """``(out, in)`` where words run along `out`; other layouts by their number of codes."""
+    """Return ``(out, in)`` where words run along `out`; other layouts by their number of codes."""
     *rest, rows, words = packed.codes.shape
     scales, width = packed.find("{m}.scales"), WORDS[packed.codes.type]
     if scales is not None and scales.size and scales.last % words == 0 and width * words >= 2 * scales.last:
@@ -108,7 +108,7 @@ def awq(packed: Packed) -> Shape | None:
 
 
 def hqq(packed: Packed) -> Shape | None:
-    """`shape` if it is stored and fits; else the number of codes, by the stored or configured bits."""
+    """Return `shape` if it is stored and fits; else the number of codes, by the stored or configured bits."""
     stored, bits = packed.numbers("{m}.shape"), packed.numbers("{m}.nbits")
     capacity = packed.codes.size * WIDTHS.get(packed.codes.type, 8)
     if stored and math.prod(stored) <= capacity:
@@ -117,7 +117,7 @@ def hqq(packed: Packed) -> Shape | None:
 
 
 def torchao(packed: Packed) -> Shape | None:
-    """By the class in the file's metadata: packed classes keep their shape there."""
+    """Return the shape by the class in the file's metadata: packed classes keep their shape there."""
     if packed.codes.type == "fp8":
         return packed.codes.shape
     try:
@@ -132,12 +132,12 @@ def torchao(packed: Packed) -> Shape | None:
 
 
 def quanto(packed: Packed) -> Shape | None:
-    """Plain codes of 8 bits; others by the bits of the configuration."""
+    """Return the shape of plain codes of 8 bits; others by the bits of the configuration."""
     return packed.codes.shape if packed.codes.type in ("i8", "fp8") else flat(packed, packed.bits)
 
 
 def aqlm(packed: Packed) -> Shape | None:
-    """Codes of groups, whose sizes the codebooks have."""
+    """Return the shape by groups of values, whose sizes the codebooks have."""
     books, codes = packed.find("{m}.codebooks"), packed.codes.shape
     if books is None or len(books.shape) != 4 or len(codes) < 2:
         return None
@@ -145,12 +145,12 @@ def aqlm(packed: Packed) -> Shape | None:
 
 
 def vptq(packed: Packed) -> Shape | None:
-    """``(out, in)`` that the configuration lists."""
+    """Return ``(out, in)`` that the configuration lists."""
     return packed.quantization.features(packed.module)
 
 
 def higgs(packed: Packed) -> Shape | None:
-    """``(out bits / 16, in)`` words; the table has a value for every code."""
+    """Return the shape of ``(out bits / 16, in)`` words; the table has a value for every code."""
     table = packed.find("{m}.tables")
     bits = table.size.bit_length() - 1 if table is not None else 0
     rows, cols = packed.codes.shape
@@ -158,25 +158,25 @@ def higgs(packed: Packed) -> Shape | None:
 
 
 def quip(packed: Packed) -> Shape | None:
-    """``(out, in)`` by the signs of the two sides."""
+    """Return ``(out, in)`` by the signs of the two sides."""
     out, fan_in = packed.find("{m}.SV"), packed.find("{m}.SU")
     return (out.size, fan_in.size) if out is not None and fan_in is not None else None
 
 
 def exl2(packed: Packed) -> Shape | None:
-    """``(out, in)``: `in` by the permutation of the columns."""
+    """Return ``(out, in)``: `in` by the permutation of the columns."""
     order = packed.find("{m}.q_perm", "{m}.q_invperm")
     return (packed.codes.shape[-1], order.size) if order is not None else None
 
 
 def exl3(packed: Packed) -> Shape | None:
-    """``(out, in)`` by tiles of 16 x 16."""
+    """Return ``(out, in)`` by tiles of 16 x 16."""
     tiles_in, tiles_out, *_ = packed.codes.shape
     return 16 * tiles_out, 16 * tiles_in
 
 
 def mlx(packed: Packed) -> Shape | None:
-    """Words along the last dimension, by the bits of the configuration or of floats."""
+    """Return the shape of words along the last dimension, by the bits of the configuration or of floats."""
     *rest, words = packed.codes.shape
     bits, scales = packed.bits, packed.find("{m}.scales")
     if (
@@ -187,7 +187,7 @@ def mlx(packed: Packed) -> Shape | None:
 
 
 def by_bits(packed: Packed) -> Shape | None:
-    """Codes of the configuration's bits that fill bytes along the last dimension."""
+    """Return the shape of codes of the configured bits, which fill bytes along the last dimension."""
     *rest, last = packed.codes.shape
     bits = packed.bits
     return (*rest, last * 8 // bits) if bits in (2, 4, 8) else None
@@ -198,35 +198,39 @@ def _scale(packed: Packed) -> Stored:
 
 
 def has_shared_exponents(packed: Packed) -> bool:
-    """True where bytes hold the exponents of 32 codes each."""
+    """Return True where bytes hold the exponents of 32 codes each."""
+    *rows, cols = packed.codes.shape
     scale = _scale(packed)
-    return scale.type in ("u8", "e8m0") and scale.shape[-1:] == (-(-packed.codes.shape[-1] // 32),)
+    return scale.type in EXPONENTS and scale.shape == (*rows, -(-cols // 32))
 
 
 def has_four_bit_groups(packed: Packed) -> bool:
-    """True where every scale is that of 32 codes of a row, two a byte."""
+    """Return True where every scale is that of 32 codes of a row, two a byte."""
+    *rows, cols = packed.codes.shape
     scale = _scale(packed)
-    return scale.shape[:-1] == packed.codes.shape[:-1] and 16 * scale.last == packed.codes.last
+    # A column of plain numbers is more likely a scale a row of 16 integers of 8 bits.
+    is_clear = scale.type in EXPONENTS or scale.last > 1
+    return is_clear and scale.shape == (*rows, cols // 16) and cols % 16 == 0
 
 
 def has_float8_scales(packed: Packed) -> bool:
-    """True where the scales are 8-bit floats."""
+    """Return True where the scales are 8-bit floats."""
     return _scale(packed).type == "fp8"
 
 
 def is_half_as_high(packed: Packed) -> bool:
-    """True where a scale belongs to every row, and a row of bytes to two of them."""
+    """Return True where a scale belongs to every row, and a row of bytes to two of them."""
     scale = _scale(packed)
     return len(scale.shape) == 2 and scale.shape[0] == 2 * packed.codes.shape[0]
 
 
 def has_one_scale(packed: Packed) -> bool:
-    """True where one scale holds for the whole weight."""
+    """Return True where one scale holds for the whole weight."""
     return _scale(packed).size == 1
 
 
 def has_scales_of_rows(packed: Packed) -> bool:
-    """True where a scale holds for a whole row (or for a whole column of a transposed weight)."""
+    """Return True where a scale holds for a whole row (or for a whole column of a transposed weight)."""
     *_, rows, cols = packed.codes.shape if len(packed.codes.shape) > 1 else (1, *packed.codes.shape)
     shape = [size for size in _scale(packed).shape if size != 1]
     shape = shape[1:] if len(packed.codes.shape) == 3 and shape[:1] == [packed.codes.shape[0]] else shape
