@@ -63,7 +63,7 @@ def bitsandbytes(packed: Packed) -> Shape | None:
 
 
 def pack_quantized(packed: Packed) -> Shape | None:
-    """Return `weight_shape` if it fits the words; else the shape by the configured bits, if they fill words."""
+    """Return `weight_shape` if it fits the words; else the shape by configured bits, if they fill words."""
     *rest, words = packed.codes.shape
     stored = packed.numbers("{w}_shape")
     if (
