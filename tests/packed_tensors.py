@@ -204,6 +204,16 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             "hf_quant_config.json": {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
         },
     ),
+    "NVFP4 stack (ModelOpt)": Checkpoint(
+        "NVFP4",
+        {
+            STACK: ("U8", (4, 64, 32)),
+            f"{STACK}_weight_scale": ("F8_E4M3", (4, 64, 4)),
+            f"{STACK}_weight_scale_2": ("F32", (4,)),
+            f"{STACK}_input_scale": ("F32", (1,)),
+        },
+        4 * 64 * 64,
+    ),
     "int4 pack-quantized": Checkpoint(
         "pack-quantized integers",
         {
@@ -369,7 +379,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         "BitNet", {f"{P}.weight": ("U8", (OUT // 4, IN)), f"{P}.weight_scale": ("BF16", (1,))}, FULL
     ),
     "int4 (ModelOpt)": Checkpoint(
-        "packed int4",
+        "int4 in bytes",
         {
             f"{P}.weight": ("U8", (OUT // 2, IN)),
             f"{P}.weight_scale": ("F32", (OUT, 2)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,14 @@ def test_scales_in_another_file_than_the_codes(tmp_path: Path) -> None:
     assert {found[name] for name in scales} == {"scale of packed weights (fp8)"}
 
 
+def test_a_packed_weight_without_a_module(tmp_path: Path) -> None:
+    for scale in ("scale", "weight_scale_inv"):
+        tensors: dict[str, Tensor] = {"weight": ("F8_E4M3", (8, 8)), scale: ("F32", (2, 2))}
+        source = open_source(write(tmp_path / "a.safetensors", tensors))
+        assert source.num_parameters == 64
+        assert {entry.reason.partition(" ")[0] for entry in source.skipped} == {"packed", "scale"}
+
+
 def test_float8_without_scales_and_settings_is_analysed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {**PLAIN, f"{P}.weight": ("F8_E4M3", (OUT, IN))})
     report = lorank.analyze(path, progress=False)
@@ -265,6 +275,18 @@ def test_checkpoints_that_bitsandbytes_wrote(tmp_path: Path, kind: str) -> None:
         assert [row.name for row in report] == ["head"]
         assert report.num_parameters == 64 * 128 + 72
     assert reasons(tmp_path)["proj.weight"].startswith("packed (bitsandbytes")
+
+
+def test_the_command_line_refuses_a_share_of_an_unknown_size_in_one_line(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, CHECKPOINTS["GPTQ of unknown bits"])
+    executable = str(Path(sys.executable).with_name("lorank"))
+    command = [executable, "allocate", str(folder), "--budget", "1%"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (message,) = (line for line in done.stderr.splitlines() if line.startswith("lorank: "))
+    assert f"{P}.qweight is packed (GPTQ)" in message
+    assert "give the budget as a number of parameters" in message
 
 
 @pytest.mark.parametrize("ending", [".json", ".parquet"])

@@ -247,7 +247,7 @@ def allocate(
     ------
     ValueError
         If no module is selected, the bounds are none, the budget is infeasible (the message states
-        the range), both `budget` and `avg_rank` are given, the method needs one of them, or it needs
+        the range) or a share of a base model of unknown size, both `budget` and `avg_rank` are given, the method needs one of them, or it needs
         another report; if `roles` fit no module.
     """
     r_min, r_max = rank_bounds(r_min, r_max)

@@ -68,7 +68,7 @@ def extract(
     ------
     ValueError
         If `rank_ratio` is given, the models have no matrix in common, a shape differs (exclude that
-        module), or nothing has changed.
+        module), nothing has changed, or the budget is a share of a base model of unknown size.
 
     Notes
     -----

@@ -133,6 +133,8 @@ SCALES = (
     "{w}_scale_inv",
     "{w}_scale",
     "{w}_scales",
+    "{w}_weight_scale",
+    "{w}_weight_scale_inv",
     "{m}.scale",
     "{m}.scales",
     "{m}.scale_weight",

@@ -223,10 +223,10 @@ def _blocks_of_fours(live: LiveCodes, _: tuple[int, ...]) -> Loader | None:
 
 def _nvfp4(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
     """Dequantize 4-bit floats with two levels of scales; compressed-tensors divides by the global one."""
-    if not str(getattr(live.find("{w}_scale"), "dtype", "")).endswith("float8_e4m3fn"):
+    if not str(getattr(live.find(*SCALES), "dtype", "")).endswith("float8_e4m3fn"):
         return None
     load = _scaled(live, shape, _unpacked_fours)
-    divisor, factor = live.find("{w}_global_scale"), live.find("{w}_scale_2")
+    divisor, factor = live.find("{w}_global_scale"), live.find("{w}_scale_2", "{w}_weight_scale_2")
     if load is None or (divisor is None and factor is None):
         return None
 

@@ -166,7 +166,8 @@ class Packing:
             if scheme.holds(packed):
                 self.codes[name] = Codes(weight, scheme, scheme.shape(packed))
                 for part in self._parts_of(packed, scheme):
-                    self.parts.setdefault(part, Part(weight, scheme.name, bool(_SCALE.search(part))))
+                    is_scale = _SCALE.search(part.rpartition(".")[2]) is not None
+                    self.parts.setdefault(part, Part(weight, scheme.name, is_scale))
                 return
 
     def _packed(self, name: str, weight: str) -> Packed:
@@ -180,7 +181,8 @@ class Packing:
         return replace(packed, has_scales=has_scales, scale=scale)
 
     def _parts_of(self, packed: Packed, scheme: Scheme) -> Iterator[str]:
-        marks = () if scheme.marks is SCALES else scheme.marks  # Scales are beside the codes by their names.
+        # Scales have names of parts beside the codes; those of a weight without a module have no prefix.
+        marks = () if scheme.marks is SCALES and packed.module else scheme.marks
         for template in (*marks, *scheme.parts):
             if (name := packed.named(template)) in self._tensors and name != packed.name:
                 yield name

@@ -278,7 +278,7 @@ SCHEMES: tuple[Scheme, ...] = (
         "NVFP4",
         "{w}",
         _types("u8"),
-        ("{w}_scale_2", "{w}_sf"),
+        ("{w}_scale_2", "{w}_weight_scale_2", "{w}_sf"),
         shapes.twice_as_wide,
         parts=("{w}_sf", "{w}_sf_rowmajor"),
     ),
@@ -304,7 +304,7 @@ SCHEMES: tuple[Scheme, ...] = (
         declared=_by_method("bitnet"),
     ),
     Scheme(
-        "packed int4",
+        "int4 in bytes",
         "{w}",
         _types("u8"),
         SCALES,
@@ -315,7 +315,7 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("EETQ int8", "{w}", _I8, ("{w}_scales",), shapes.as_stored, is_live=False),
     Scheme("int8 with scales", "{w}", _I8, SCALES, shapes.as_stored),
     Scheme(
-        "packed integers",
+        "low-bit integers",
         "{w}",
         INTEGERS,
         (),
@@ -324,7 +324,7 @@ SCHEMES: tuple[Scheme, ...] = (
         is_live=False,
     ),
     Scheme(
-        "packed embedding",
+        "low-bit embedding",
         "{m}.embedding_quantized",
         _BYTES,
         ("{m}.embedding_scale",),
