@@ -316,3 +316,35 @@ def test_sizes_in_a_checkpoint_that_cannot_be_true_are_not_believed(tmp_path: Pa
         }
         path = write(tmp_path / "model.safetensors", tensors)
         assert open_source(path).num_parameters is None
+
+
+def quantization_config(kind: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    if kind == "torchao":
+        config = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig()
+        return transformers.TorchAoConfig(config)
+    pytest.importorskip("bitsandbytes")
+    options = {"load_in_8bit": True} if kind == "8bit" else {"load_in_4bit": True}
+    if kind == "nf4 twice":
+        options |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return transformers.BitsAndBytesConfig(**options)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["fp4", "nf4 twice", "8bit", "torchao"])
+def test_models_that_transformers_saves(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    tiny_models = pytest.importorskip("tiny_models")
+    plain = tiny_models.llama()
+    plain.save_pretrained(tmp_path / "plain")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=quantization_config(kind), device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "small")
+    live, disk = lorank.analyze(model, progress=False), lorank.analyze(tmp_path / "small", progress=False)
+    parameters = sum(parameter.numel() for parameter in plain.parameters())
+    assert (live.num_parameters, disk.num_parameters) == (parameters, parameters)
+    assert len(live) == 16
+    assert [row.name for row in disk] == ["lm_head", "model.embed_tokens"]
+    packed = [entry.name for entry in disk.skipped if entry.reason.startswith("packed (")]
+    assert len(packed) == 14

@@ -247,8 +247,8 @@ def allocate(
     ------
     ValueError
         If no module is selected, the bounds are none, the budget is infeasible (the message states
-        the range) or a share of a base model of unknown size, both `budget` and `avg_rank` are given, the method needs one of them, or it needs
-        another report; if `roles` fit no module.
+        the range) or a share of a base model of unknown size, both `budget` and `avg_rank` are
+        given, the method needs one of them, or it needs another report; if `roles` fit no module.
     """
     r_min, r_max = rank_bounds(r_min, r_max)
     if budget is not None and avg_rank is not None:
