@@ -414,3 +414,28 @@ def test_ranks_of_a_plain_checkpoint_fit_its_packed_model() -> None:
     other = model_of(proj=TorchQuantLinear(weight(64, 40), False))
     with pytest.raises(ValueError, match=r"shape \(64, 32\) in the source"):
         allocation.lora_settings(other)
+
+
+def test_experts_in_a_kernels_order_are_skipped_and_counted() -> None:
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    config = transformers.GptOssConfig(hidden_size=64, intermediate_size=32, num_local_experts=3)
+    module = mxfp4.Mxfp4GptOssExperts(config)
+    biases = module.gate_up_proj_bias.numel() + module.down_proj_bias.numel()
+    unloaded = open_source(model_of(experts=module))
+    assert unloaded.num_parameters is None
+    assert "experts.gate_up_proj" in unloaded.unknown_parameters
+    for name in ("gate_up_proj", "down_proj"):
+        del module._parameters[name]
+        setattr(module, name, object())  # A kernel's own tensor.
+    report = analyzed(model_of(experts=module, other=nn.Linear(4, 4)))
+    assert [row.name for row in report] == ["other"]
+    assert report.num_parameters == 3 * 3 * 64 * 32 + biases + 20
+    reasons = {entry.name: entry.reason for entry in report.skipped}
+    assert "no known way back" in reasons["experts.gate_up_proj"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_weights_behind_a_method_are_counted() -> None:
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Embedding(16, 8))
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert open_source(model).num_parameters == 2 * 16 * 8

@@ -11,9 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lorank
 from lorank.sources import open_source
+from lorank.sources.codes import SCALES, name_of
+from lorank.sources.packing import Packing
+from lorank.sources.quantization import Quantization
+from lorank.sources.schemes import SCHEMES
 from packed_tensors import CHECKPOINTS, FULL, IN, OUT, STACK, Checkpoint, P, Tensor, integers, write
 
 PLAIN: dict[str, Tensor] = {
@@ -106,8 +112,8 @@ def test_a_pickle_is_read_as_the_safetensors_file(tmp_path: Path, name: str) -> 
     checkpoint = CHECKPOINTS[name]
     expected = open_source(folder_of(tmp_path, checkpoint))
     tensors = {}
-    for key, (dtype, shape, *given) in (PLAIN | dict(checkpoint.tensors)).items():
-        filled = torch.frombuffer(bytearray(given[0]), dtype=TORCH_TYPES[dtype]) if given else None
+    for key, (dtype, shape, *content) in (PLAIN | dict(checkpoint.tensors)).items():
+        filled = torch.frombuffer(bytearray(content[0]), dtype=TORCH_TYPES[dtype]) if content else None
         empty = torch.zeros(shape, dtype=torch.float32).to(TORCH_TYPES[dtype])
         tensors[key] = empty if filled is None else filled.reshape(shape)
     (tmp_path / "model.safetensors").unlink()
@@ -316,6 +322,38 @@ def test_sizes_in_a_checkpoint_that_cannot_be_true_are_not_believed(tmp_path: Pa
         }
         path = write(tmp_path / "model.safetensors", tensors)
         assert open_source(path).num_parameters is None
+
+
+TEMPLATES = sorted(
+    {template for scheme in SCHEMES for template in (scheme.codes, *scheme.marks, *scheme.parts)}
+    | set(SCALES)
+)
+TYPES = ["F8_E4M3", "U8", "I8", "I32", "I16", "U32", "F16", "BF16", "F8_E8M0", "F4", "I64", "BOOL", "F7"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(["a.b.weight", "weight", "x.experts.up_proj"]),
+    st.dictionaries(
+        st.sampled_from(TEMPLATES),
+        st.tuples(st.sampled_from(TYPES), st.lists(st.sampled_from([0, 1, 2, 3, 8, 64, 2**40]), max_size=4)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from(["", "gptq", "awq", "mxfp4", "fp8", "bitnet", "hqq"]),
+    st.sampled_from([None, 0, 2, 3, 4, 8, -1, "4", True]),
+    st.binary(max_size=16),
+)
+def test_any_tensors_are_packed_or_plain_and_never_an_error(
+    weight: str, tensors: dict[str, Any], method: str, bits: object, content: bytes
+) -> None:
+    named = {name_of(template, weight): (t, tuple(shape)) for template, (t, shape) in tensors.items()}
+    declared = {"quant_method": method, "bits": bits} if method else {}
+    packing = Packing(named, Quantization(declared), lambda _: content, {weight: content.decode("latin-1")})
+    for name in named:
+        count = packing.parameters(name)
+        assert count if isinstance(count, str) else count >= 0
+        assert packing.reason(name) is None or name in packing.codes or name in packing.parts
 
 
 def quantization_config(kind: str) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lorank import naming
 from lorank.sources.codes import INTEGERS, SCALES, Packed, Stored, element_type, little_endian
 from lorank.sources.quantization import Quantization
 from lorank.sources.schemes import Scheme, schemes_of
@@ -146,7 +147,9 @@ class Packing:
             return number
         if stored.type in _FLOATS:
             return stored.size
-        if little_endian(stored.type) is not None and len(stored.shape) > 1 and name.endswith(".weight"):
+        is_weight = name.endswith(".weight") and len(stored.shape) > 1
+        is_stack = naming.is_in_experts(name) and len(stored.shape) > 2
+        if stored.type in INTEGERS and (is_weight or is_stack):
             return f"{name} holds {stored.type} codes of an unknown scheme"
         return 0
 
