@@ -216,7 +216,7 @@ def test_stored_tables_that_differ_are_not_tied(tmp_path: Path) -> None:
 
 
 def test_a_config_that_asks_for_more_layers_than_the_files_hold_is_not_built() -> None:
-    found = build(Path("nowhere"), {"model_type": "llama", "num_hidden_layers": 10**9}, num_tensors=12)
+    found = build(Path("nowhere"), {"model_type": "llama", "num_hidden_layers": 10**9}, ["a"] * 12)
     assert isinstance(found, Unknown)
     assert found.is_foreign
     assert "num_hidden_layers=1000000000" in found.reason

@@ -253,8 +253,8 @@ def allocate(
     ------
     ValueError
         If no module is selected, the bounds are none, the budget is infeasible (the message states
-        the range), both `budget` and `avg_rank` are given, the method needs one of them, or it needs
-        another report; if `roles` fit no module.
+        the range) or a share of a base model of unknown size, both `budget` and `avg_rank` are
+        given, the method needs one of them, or it needs another report; if `roles` fit no module.
     """
     r_min, r_max = rank_bounds(r_min, r_max)
     if budget is not None and avg_rank is not None:
@@ -280,7 +280,7 @@ def allocate(
     # More than its matrix has no module can use.
     caps = np.array([min(r_max, *module.shape) for module in modules], dtype=np.int64)
     if budget is not None:
-        limit = parse_budget(budget, evidence.num_parameters)
+        limit = parse_budget(budget, evidence.num_parameters, evidence.unknown_parameters)
         costs = [module.cost for module in modules]
         ranks = fit_ranks(signal.scores, costs, r_min, r_max, limit, at_most=caps)
     elif avg_rank is not None:

@@ -109,7 +109,13 @@ def analyze(
             _analyze_batch(batch, accuracy, count, keep_eigenvalues, finish)
     modules = [rows[matrix.info.name] for matrix in chosen.matrices]
     return SpectralReport(
-        modules, opened.skipped, opened.label, accuracy, opened.num_parameters, opened.facts
+        modules,
+        opened.skipped,
+        opened.label,
+        accuracy,
+        opened.num_parameters,
+        opened.unknown_parameters,
+        opened.facts,
     )
 
 

@@ -19,7 +19,7 @@ _COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbB]?)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
-def parse_budget(budget: Budget, num_parameters: int | None) -> int:
+def parse_budget(budget: Budget, num_parameters: int | None, unknown: str = "") -> int:
     """A budget as a number of parameters.
 
     Parameters
@@ -28,6 +28,8 @@ def parse_budget(budget: Budget, num_parameters: int | None) -> int:
         An integer, or a string: a count with an optional unit, or a percentage.
     num_parameters
         Parameters of the whole base model, for percentages; None if unknown.
+    unknown
+        Why they are unknown.
 
     Raises
     ------
@@ -37,7 +39,7 @@ def parse_budget(budget: Budget, num_parameters: int | None) -> int:
     if is_integer(budget):
         parameters = float(budget)
     elif isinstance(budget, str) and budget.strip().endswith("%"):
-        parameters = _share(budget.strip(), num_parameters)
+        parameters = _share(budget.strip(), num_parameters, unknown)
     elif isinstance(budget, str) and (found := _COUNT.fullmatch(budget.strip())):
         parameters = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
     else:
@@ -49,7 +51,7 @@ def parse_budget(budget: Budget, num_parameters: int | None) -> int:
     return math.floor(parameters)
 
 
-def _share(budget: str, num_parameters: int | None) -> float:
+def _share(budget: str, num_parameters: int | None, unknown: str) -> float:
     try:
         percent = float(budget[:-1])
     except ValueError:
@@ -58,8 +60,8 @@ def _share(budget: str, num_parameters: int | None) -> float:
         raise ValueError(f"not a percentage: {budget!r}")
     if num_parameters is None:
         raise ValueError(
-            f"{budget} of an unknown number of parameters: this report was read from CSV, which keeps "
-            "rows only; use JSON or parquet, or give the budget as a number of parameters"
+            f"{budget} of an unknown number of parameters{unknown and ': '}{unknown}; "
+            "give the budget as a number of parameters"
         )
     # Rounding must not turn an exact product (0.5 % of 10,000) into one less.
     return percent * num_parameters / 100 * (1 + 4 * np.finfo(float).eps)

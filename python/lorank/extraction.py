@@ -73,7 +73,8 @@ def extract(
     ------
     ValueError
         If `rank_ratio` is given, the models have no matrix in common, a shape differs (exclude that
-        module), nothing has changed, or guessed names leave doubts and `guess` is false.
+        module), nothing has changed, guessed names leave doubts and `guess` is false, or the budget is a
+        share of a base model of unknown size.
 
     Notes
     -----
@@ -88,7 +89,7 @@ def extract(
     before, after = open_source(base), open_source(tuned)
     if before.facts.doubts and not guess:
         raise ValueError(doubtful(before.label, before.facts, "extract"))
-    chosen = checked_knobs(with_counted_budget(given, before.num_parameters))
+    chosen = checked_knobs(with_counted_budget(given, before.num_parameters, before.unknown_parameters))
     pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
     notes += [*_other_changes(before, after), *_idle(exclude, before, after)]
     notes += _naming_notes(before, prefix)

@@ -177,10 +177,9 @@ def resolve(modules: Sequence[AdaptedModule], model: Any) -> dict[str, str]:
 def _check_shape(module: AdaptedModule, live_name: str, target: Any) -> None:
     from lorank.sources import quantized
 
-    weight = getattr(target, "weight", target)
-    if not hasattr(weight, "shape"):
+    shape = quantized.module_shape(target)
+    if shape is None:
         raise ValueError(f"{live_name!r} is a {type(target).__name__}, which has no weight to adapt")
-    shape = quantized.shape(weight)
     experts, matrix = (shape[0], shape[1:]) if module.kind == "expert" else (1, shape)
     flattened = (matrix[0], math.prod(matrix[1:]))
     if sorted(flattened) != sorted(module.shape) or experts != module.copies:

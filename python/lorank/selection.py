@@ -122,17 +122,19 @@ def _check_range(name: str, value: float | None, most: float) -> None:
         raise ValueError(f"{name}={value} is not {limits}")
 
 
-def with_counted_budget(knobs: Mapping[str, object], num_parameters: int) -> dict[str, Any]:
+def with_counted_budget(
+    knobs: Mapping[str, object], num_parameters: int | None, unknown: str = ""
+) -> dict[str, Any]:
     """Knobs whose budget, if it is a share of a base model of that size, is a number of parameters.
 
     Raises
     ------
     ValueError
-        If it ends with a per cent sign and is no share.
+        If it ends with a per cent sign and is not a share, or the size is unknown, for the reason `unknown`.
     """
     budget = knobs.get("budget")
     if isinstance(budget, str) and budget.strip().endswith("%"):
-        return {**knobs, "budget": parse_budget(budget, num_parameters)}
+        return {**knobs, "budget": parse_budget(budget, num_parameters, unknown)}
     return dict(knobs)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ _DEPTHS = re.compile(r".*(?:layers?|blocks?|depths?|experts?)", re.IGNORECASE)
 # A model has at least one tensor a layer. Some layers are shared, and files may hold a part of a model.
 _LAYERS_A_TENSOR = 16
 _ALWAYS_ALLOWED = 4096
+# The classes that build a model with a head, tried in this order where a config names no class.
+_WITH_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForCTC")
 # The errors of the libraries' constructors for a config that they do not fit.
 _MISFITS = (
     ArithmeticError,
@@ -48,7 +50,7 @@ class Unknown:
     is_foreign: bool = False
 
 
-def build(folder: Path, config: Mapping[str, Any], num_tensors: int) -> Skeleton | Unknown:
+def build(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Skeleton | Unknown:
     """Build the skeleton of the model that a folder's `config.json` describes.
 
     Parameters
@@ -57,17 +59,18 @@ def build(folder: Path, config: Mapping[str, Any], num_tensors: int) -> Skeleton
         The folder that holds `config.json`.
     config
         Its content; empty if there is no such file.
-    num_tensors
-        The number of tensors in the checkpoint, which bounds how many layers a config may ask for.
+    names
+        The names of the checkpoint's tensors: their number bounds how many layers a config may ask for, and
+        they decide between a base model and one with a head where the config names no class.
     """
     if not config:
         return Unknown("there is no config.json beside the weights")
-    if too_many := _excess(config, num_tensors):
-        return Unknown(f"config.json asks for {too_many}, but the files hold {num_tensors} tensors", True)
+    if too_many := _excess(config, len(names)):
+        return Unknown(f"config.json asks for {too_many}, but the files hold {len(names)} tensors", True)
     if "_class_name" in config:
         return _built("diffusers", config, lambda: _diffusers_model(config))
     if isinstance(config.get("model_type"), str):
-        return _built("transformers", config, lambda: _transformers_model(folder, config))
+        return _built("transformers", config, lambda: _transformers_model(folder, config, names))
     return Unknown("config.json names no model type")
 
 
@@ -84,7 +87,7 @@ def _built(library: str, config: Mapping[str, Any], model_of: Any) -> Skeleton |
     return Skeleton.of_model(model)
 
 
-def _transformers_model(folder: Path, config: Mapping[str, Any]) -> Any:
+def _transformers_model(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Any:
     import torch
     import transformers
 
@@ -96,7 +99,13 @@ def _transformers_model(folder: Path, config: Mapping[str, Any]) -> Any:
             found = getattr(transformers, name, None)
             if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
                 return found(settings)
-        return transformers.AutoModel.from_config(settings, trust_remote_code=False)
+        base = transformers.AutoModel.from_config(settings, trust_remote_code=False)
+        if not any(name.startswith(f"{base.base_model_prefix}.") for name in names):
+            return base
+        for auto_class in _WITH_HEADS:
+            with suppress(ValueError):
+                return getattr(transformers, auto_class).from_config(settings, trust_remote_code=False)
+        return base
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:

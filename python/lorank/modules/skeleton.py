@@ -38,8 +38,16 @@ class Skeleton:
     modules: tuple[str, ...] = ()
 
     @classmethod
-    def of_model(cls, model: Any) -> Skeleton:
-        """Read the skeleton of a `torch.nn.Module`; wrappers of PEFT and of torch are left out."""
+    def of_model(cls, model: Any, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Skeleton:
+        """Read the skeleton of a `torch.nn.Module`; wrappers of PEFT and of torch are left out.
+
+        Parameters
+        ----------
+        model
+            The model.
+        shapes
+            The true shapes of weights that are stored as codes, by the parameters' names.
+        """
         weights: dict[str, Weight] = {}
         owners: dict[str, str] = {}
         first_names: dict[int, str] = {}
@@ -50,7 +58,7 @@ class Skeleton:
             parent = modules.get(_parent(prefix))
             for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 name = prefix + local
-                shape = quantized.shape(parameter)
+                shape = (shapes or {}).get(name) or quantized.shape(parameter, module)
                 weights[name] = describe(prefix, local, module, shape, parent, model_type)
                 first = first_names.setdefault(id(parameter), name)
                 if first != name:

@@ -102,7 +102,14 @@ def profile_gradients(
     ]
     source = found.source
     return GradientReport(
-        rows, found.skipped, source.label, source.num_parameters, energy, observer.size, len(taken)
+        rows,
+        found.skipped,
+        source.label,
+        source.num_parameters,
+        energy,
+        observer.size,
+        len(taken),
+        source.unknown_parameters,
     )
 
 

@@ -106,7 +106,10 @@ def profile_tasks(
                 # Modules that came to read other rows than their group are looked at one by one.
                 groups += [(index,) for index in observer.order if index not in observer.settled]
     ordered = [rows[index] for index in range(len(found.chosen))]
-    return TaskReport(ordered, found.skipped, found.source.label, found.source.num_parameters, num_samples)
+    source = found.source
+    return TaskReport(
+        ordered, found.skipped, source.label, source.num_parameters, num_samples, source.unknown_parameters
+    )
 
 
 def _check_again(batches: Iterable[Any], num_passes: int, is_another: bool) -> None:

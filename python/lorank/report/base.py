@@ -47,6 +47,7 @@ class Report(ByValue, Generic[R]):
     skipped: Sequence[Skipped]
     source: str
     num_parameters: int | None
+    unknown_parameters: str
 
     def __len__(self) -> int:
         return len(self.modules)

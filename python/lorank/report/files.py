@@ -102,6 +102,7 @@ def _header(report: SpectralReport) -> dict[str, Any]:
         "accuracy": report.accuracy,
         "num_parameters": report.num_parameters,
         "model": report.facts.to_json(),
+        "unknown_parameters": report.unknown_parameters,
         "skipped": [{"name": s.name, "shape": s.shape, "reason": s.reason} for s in report.skipped],
     }
 
@@ -112,7 +113,13 @@ def _report(header: Mapping[str, Any], rows: list[ModuleSpectrum]) -> SpectralRe
     skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in header["skipped"]]
     facts = ModelFacts.from_json(header["model"]) if "model" in header else ModelFacts()
     return SpectralReport(
-        rows, skipped, header["source"], header["accuracy"], header["num_parameters"], facts
+        rows,
+        skipped,
+        header["source"],
+        header["accuracy"],
+        header["num_parameters"],
+        header.get("unknown_parameters", ""),
+        facts,
     )
 
 
@@ -157,7 +164,8 @@ def _load_csv(path: Path) -> SpectralReport:
         if missing := columns(SpectralReport([])).keys() - set(reader.fieldnames or ()):
             raise ValueError(f"without columns {', '.join(sorted(missing))}")
         rows = [_row(entry, _split_flags(entry["flags"])) for entry in reader]
-    return SpectralReport(rows, source=str(path))
+    unknown = "the report was read from CSV, which keeps rows only, unlike JSON and parquet"
+    return SpectralReport(rows, source=str(path), unknown_parameters=unknown)
 
 
 def _split_flags(text: str) -> tuple[str, ...]:

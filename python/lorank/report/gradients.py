@@ -61,13 +61,15 @@ class GradientReport(JsonReport[ModuleGradients]):
     source
         The model.
     num_parameters
-        Parameters of the base model, tied ones once.
+        Parameters of the base model, tied ones once; None if unknown.
     energy
         The share of the spectrum that effective ranks hold.
     sketch
         The size of the random projections, None for none.
     num_batches
         Batches that were seen: `M`.
+    unknown_parameters
+        Why `num_parameters` is None.
     """
 
     provides: ClassVar[Evidence] = "gradients"
@@ -81,6 +83,7 @@ class GradientReport(JsonReport[ModuleGradients]):
     energy: float = 0.9
     sketch: int | None = None
     num_batches: int = 0
+    unknown_parameters: str = ""
 
     def with_energy(self, energy: float) -> GradientReport:
         """The same spectra, with effective ranks for another share of them."""
@@ -108,6 +111,7 @@ class GradientReport(JsonReport[ModuleGradients]):
             float(header["energy"]),
             None if sketch is None else int(sketch),
             int(header["num_batches"]),
+            header.get("unknown_parameters", ""),
         )
 
     @staticmethod

@@ -57,6 +57,7 @@ class JsonReport(Report[R]):
             "version": _VERSION,
             "source": self.source,
             "num_parameters": self.num_parameters,
+            "unknown_parameters": self.unknown_parameters,
             **self.settings(),
             "skipped": [{"name": s.name, "shape": s.shape, "reason": s.reason} for s in self.skipped],
             "modules": [

@@ -154,7 +154,9 @@ class SpectralReport(Report[ModuleSpectrum]):
     accuracy
         What was asked for: ``"exact"``, ``"fast"`` or ``"sampled"``.
     num_parameters
-        Parameters of the whole model, tied ones once; None if unknown (a report from CSV).
+        Parameters of the whole model, tied ones once; None if unknown.
+    unknown_parameters
+        Why `num_parameters` is None: the report is from CSV, or a weight is packed in an unknown way.
     facts
         What is known of the model beside its matrices; not kept in CSV.
     """
@@ -166,6 +168,7 @@ class SpectralReport(Report[ModuleSpectrum]):
     source: str = ""
     accuracy: str = "exact"
     num_parameters: int | None = None
+    unknown_parameters: str = ""
     facts: ModelFacts = field(default_factory=ModelFacts)
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> SpectralReport:

@@ -63,9 +63,11 @@ class TaskReport(JsonReport[ModuleTask]):
     source
         The model.
     num_parameters
-        Parameters of the base model, tied ones once.
+        Parameters of the base model, tied ones once; None if unknown.
     num_samples
         Rows (tokens) to which a gradient came back, in the module where they were most.
+    unknown_parameters
+        Why `num_parameters` is None.
     """
 
     provides: ClassVar[Evidence] = "tasks"
@@ -77,6 +79,7 @@ class TaskReport(JsonReport[ModuleTask]):
     source: str = ""
     num_parameters: int | None = None
     num_samples: int = 0
+    unknown_parameters: str = ""
 
     def settings(self) -> dict[str, Any]:
         """What the file's header says beside what every report's does."""
@@ -87,7 +90,14 @@ class TaskReport(JsonReport[ModuleTask]):
         cls, rows: Sequence[ModuleTask], skipped: Sequence[Skipped], header: Mapping[str, Any]
     ) -> Self:
         """The report of what a file holds."""
-        return cls(rows, skipped, header["source"], header["num_parameters"], int(header["num_samples"]))
+        return cls(
+            rows,
+            skipped,
+            header["source"],
+            header["num_parameters"],
+            int(header["num_samples"]),
+            header.get("unknown_parameters", ""),
+        )
 
     @staticmethod
     def row_to_json(row: ModuleTask) -> dict[str, Any]:

@@ -94,6 +94,13 @@ def as_numpy(values: Any) -> np.ndarray[Any, Any]:
     return found
 
 
+def content(values: Any) -> bytes | None:
+    """Return the bytes of an array's elements; None on torch's meta device, where it has no values."""
+    if is_tensor(values) and values.device.type == "meta":
+        return None
+    return readable(as_numpy(values)).tobytes()
+
+
 def readable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The array itself, or a copy where strides or byte order keep the core from reading it."""
     if not array.dtype.isnative:

@@ -17,6 +17,8 @@ from lorank.modules.skeleton import Skeleton
 from lorank.sources import arrays, guesses
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout, matrices_of
+from lorank.sources.packing import Packing, total
+from lorank.sources.quantization import Quantization
 
 
 class StoredTensors(Protocol):
@@ -45,6 +47,15 @@ class StoredTensors(Protocol):
         """Return True if two tensors hold the same numbers."""
         ...
 
+    def content(self, name: str) -> bytes | None:
+        """Return a tensor's bytes, None if they cannot be had."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata of the files."""
+        ...
+
 
 def assemble(
     label: str, tensors: StoredTensors, config: Mapping[str, Any], model: Skeleton | Unknown
@@ -63,37 +74,43 @@ def assemble(
         The model's skeleton, or the reason why it is not known.
     """
     entries = tensors.entries()
-    shapes = {name: shape for name, (_, shape) in entries.items()}
-    placement = Placement()
+    packing = Packing(entries, Quantization.of(config), tensors.content, tensors.metadata)
     if isinstance(model, Skeleton):
-        placement = place(shapes, model)
-        if 2 * placement.placed < len(shapes):
-            reason = f"config.json describes a {model.label}, whose parameters have other names"
-            model, placement = Unknown(reason, is_foreign=True), Placement()
-    if isinstance(model, Skeleton):
-        return _by_skeleton(label, tensors, config, model, placement)
-    return _by_names(label, tensors, config, model)
+        plain = {name: shape for name, (_, shape) in entries.items() if packing.reason(name) is None}
+        placement = place(plain, model)
+        if 2 * placement.placed >= len(plain):
+            return _by_skeleton(label, tensors, config, packing, model, placement)
+        reason = f"config.json describes a {model.label}, whose parameters have other names"
+        model = Unknown(reason, is_foreign=True)
+    return _by_names(label, tensors, config, packing, model)
 
 
-def _by_names(label: str, tensors: StoredTensors, config: Mapping[str, Any], unknown: Unknown) -> Source:
+def _by_names(
+    label: str, tensors: StoredTensors, config: Mapping[str, Any], packing: Packing, unknown: Unknown
+) -> Source:
     """Open a source whose model is not known: names and shapes are all there is."""
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
-    layout = Layout(shapes, config)
+    layout = Layout(shapes, config, has_packed=bool(packing.codes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
-    num_parameters = 0
-    for name, (dtype, shape) in entries.items():
+    counts: list[int | str] = []
+    for name, (_, shape) in entries.items():
         if owner := tensors.shared_with(name):
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
             continue
-        num_parameters += math.prod(shape) if dtype in FLOAT_TYPES else 0
-        _sort_out(tensors, layout, name, matrices, skipped)
+        counts.append(packing.parameters(name))
+        if reason := packing.reason(name):
+            skipped.append(Skipped(name, shape, reason, _row(tensors, name)))
+        else:
+            _sort_out(tensors, layout, name, matrices, skipped)
+    num_parameters, unknown_parameters = total(counts)
     return Source(
         label,
         _ordered(matrices) if tensors.is_unordered else tuple(matrices),
         tuple(skipped),
         num_parameters,
+        unknown_parameters=unknown_parameters,
         facts=ModelFacts(doubts=guesses.doubts(shapes, unknown)),
     )
 
@@ -102,6 +119,7 @@ def _by_skeleton(
     label: str,
     tensors: StoredTensors,
     config: Mapping[str, Any],
+    packing: Packing,
     model: Skeleton,
     placement: Placement,
 ) -> Source:
@@ -109,13 +127,15 @@ def _by_skeleton(
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
     described = {name: model.weights[to] for name, to in placement.renamed.items() if to in model.weights}
-    layout = Layout(shapes, config, described)
+    layout = Layout(shapes, config, described, bool(packing.codes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     copies = _copies(tensors, model, placement)
     for name, (_, shape) in entries.items():
         if owner := tensors.shared_with(name) or copies.get(name):
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
+        elif reason := packing.reason(name):
+            skipped.append(Skipped(name, shape, reason, _row(tensors, name)))
         elif name in placement.strangers:
             skipped.append(Skipped(name, shape, placement.strangers[name], _row(tensors, name)))
         elif name in described:

@@ -100,10 +100,12 @@ class Source:
     skipped
         Everything else.
     num_parameters
-        Parameters of the whole model, tied ones once.
+        Parameters of the whole model, tied ones once; None where that is unknown.
     fingerprint
         Identifies the content of files, so that an interrupted run can be resumed; None for what
         lives in memory.
+    unknown_parameters
+        Why `num_parameters` is None.
     facts
         What is known of the model beside its matrices.
     skeleton
@@ -113,8 +115,9 @@ class Source:
     label: str
     matrices: tuple[SourceMatrix, ...]
     skipped: tuple[Skipped, ...]
-    num_parameters: int
+    num_parameters: int | None
     fingerprint: str | None = None
+    unknown_parameters: str = ""
     facts: ModelFacts = field(default_factory=ModelFacts)
     skeleton: Skeleton | None = field(default=None, repr=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,10 @@ from lorank import extras
 from lorank._core import Checkpoint, FormatError, Matrix
 from lorank.json_files import read_json
 from lorank.modules.building import Unknown, build
+from lorank.sources import quantization
 from lorank.sources.assembly import assemble
 from lorank.sources.base import Source
+from lorank.sources.quantization import with_quantization
 
 if TYPE_CHECKING:
     from lorank.modules.skeleton import Skeleton
@@ -50,7 +52,7 @@ def open_path(path: Path, label: str) -> Source:
 def _open_safetensors(path: Path, label: str) -> Source:
     checkpoint = Checkpoint(path)
     tensors = checkpoint.tensors()
-    source = assemble(label, StoredFiles(checkpoint), *model_of(path, len(tensors)))
+    source = assemble(label, StoredFiles(checkpoint), *model_of(path, [name for name, _, _ in tensors]))
     return replace(source, fingerprint=_fingerprint(checkpoint.files(), tensors))
 
 
@@ -86,33 +88,44 @@ class StoredFiles:
 
     def are_equal(self, a: str, b: str) -> bool:
         """Return True if two tensors hold the same bytes."""
-        first, second = (self._checkpoint.stored_bytes(self._entries[name][0]) for name in (a, b))
-        return first == second
+        return self.content(a) == self.content(b)
+
+    def content(self, name: str) -> bytes:
+        """Return a tensor's bytes."""
+        return self._checkpoint.stored_bytes(self._entries[name][0])
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata of the files."""
+        return self._checkpoint.metadata()
 
 
-def model_of(path: Path, num_tensors: int) -> tuple[Mapping[str, Any], Skeleton | Unknown]:
+def model_of(path: Path, names: Collection[str]) -> tuple[Mapping[str, Any], Skeleton | Unknown]:
     """Return the `config.json` beside a checkpoint, and the skeleton of the model that it describes."""
     config = read_config(path)
     folder = path if path.is_dir() else path.parent
-    return config, build(folder, config, num_tensors)
+    return config, build(folder, config, names)
 
 
 def _open_pickles(path: Path, label: str) -> Source:
     from lorank.sources import state_dict
 
     tensors = state_dict.StoredArrays(state_dict.read_pickles(path))
-    source = assemble(label, tensors, *model_of(path, len(tensors.entries())))
+    source = assemble(label, tensors, *model_of(path, tensors.entries().keys()))
     return replace(source, skipped=(*tensors.skipped, *source.skipped))
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """The model's `config.json` beside its weights; empty if there is none that can be read."""
+    """Return the model's `config.json` beside its weights, with the settings of its quantization.
+
+    Empty if there is none that can be read.
+    """
     folder = path if path.is_dir() else path.parent
     try:
         config = read_json(folder / "config.json")
     except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        config = {}
+    return with_quantization(config if isinstance(config, dict) else {}, folder)
 
 
 def _fingerprint(files: Sequence[Path], tensors: Sequence[tuple[str, str, list[int]]]) -> str:
@@ -137,8 +150,9 @@ def download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repo, _, revision = hub_id.partition("@")
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    fallback = ["config.json", "*.bin", "*.bin.index.json"]
+    settings = ["config.json", *quantization.FILES]
+    wanted = [*settings, "*.safetensors", "*.safetensors.index.json"]
+    fallback = [*settings, "*.bin", "*.bin.index.json"]
 
     def cached() -> Path | None:
         try:

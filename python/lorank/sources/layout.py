@@ -27,8 +27,6 @@ _TRANSPOSED_EXPERTS = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
 # Architectures whose linear layers are transformers' Conv1D: stored (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
-_SCALE_SUFFIXES = ("_scale_inv", "_scale")
-
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
@@ -53,6 +51,8 @@ class Layout:
         The model's `config.json`, or an empty mapping.
     described
         The parameter that a tensor is loaded into, by the tensor's name, where the skeleton knows it.
+    has_packed
+        True where some weights are packed, under other names than those of plain weights.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Layout:
         shapes: Mapping[str, tuple[int, ...]],
         config: Mapping[str, Any],
         described: Mapping[str, Weight] | None = None,
+        has_packed: bool = False,
     ) -> None:
         self.shapes = shapes
         self.described = described or {}
@@ -69,7 +70,9 @@ class Layout:
         self.num_experts = experts.get("num_local_experts") or experts.get("num_experts")
         self.transposed_experts = _model_type(experts) in _TRANSPOSED_EXPERTS
         # Without a single `.weight`, the mapping's keys are the modules' names themselves.
-        self.plain_names = not any(name == "weight" or name.endswith(".weight") for name in shapes)
+        self.plain_names = not has_packed and not any(
+            name == "weight" or name.endswith(".weight") for name in shapes
+        )
 
     def matrices(self, name: str, dtype: str) -> list[StoredMatrix] | str:
         """Return the matrices of a tensor, or the reason why there are none."""
@@ -80,8 +83,6 @@ class Layout:
             return f"{len(shape)}-D tensor"
         if dtype not in FLOAT_TYPES:
             return f"{dtype} values have no spectrum"
-        if dtype in ("F8_E4M3", "F8_E5M2", "float8_e4m3fn", "float8_e5m2") and self._has_scales(name):
-            return "float8 values with separate scales: load the model and analyse it live"
         weight = self.described.get(name) or self._guessed(name)
         return matrices_of(weight, shape, FLOAT_TYPES[dtype])
 
@@ -104,9 +105,6 @@ class Layout:
     def _is_expert_stack(self, module: str, shape: tuple[int, ...]) -> bool:
         in_experts = naming.is_in_experts(module)
         return in_experts and (self.num_experts is None or shape[0] == self.num_experts)
-
-    def _has_scales(self, name: str) -> bool:
-        return any(f"{name}{suffix}" in self.shapes for suffix in _SCALE_SUFFIXES)
 
 
 def matrices_of(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[StoredMatrix] | str:

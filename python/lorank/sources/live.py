@@ -10,9 +10,11 @@ from typing import Any
 from lorank._core import Matrix
 from lorank.modules.live_modules import named_modules
 from lorank.modules.skeleton import Skeleton
-from lorank.sources import arrays, quantized
+from lorank.sources import arrays, dequantized, quantized
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
+from lorank.sources.live_packing import LivePacking, declared_by
+from lorank.sources.packing import total
 
 
 def from_module(model: Any) -> Source:
@@ -22,40 +24,57 @@ def from_module(model: Any) -> Source:
     weights are dequantized one matrix at a time. Adapters of PEFT are left out: the base model is
     what is analysed, under the names that it has without PEFT, a compiler or data parallelism.
     """
-    skeleton = Skeleton.of_model(model)
     weights = list(_weights(model))
-    layout = Layout({name: shape for name, _, shape in weights}, {}, skeleton.weights)
+    packed = LivePacking(
+        {name: (x.module, x.parameter) for name, x, _ in weights if x.is_direct}, declared_by(model)
+    )
+    shapes = {name: shape for name, weight, shape in weights if not weight.is_buffer} | packed.shapes
+    skeleton = Skeleton.of_model(model, shapes)
+    layout = Layout(shapes, {}, skeleton.weights, bool(packed.shapes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     owners: dict[int, str] = {}
-    num_parameters = 0
+    counts: list[int | str] = []
     for name, weight, shape in weights:
+        if weight.is_buffer and not packed.holds(name):
+            continue
         owner = owners.setdefault(id(weight.parameter), name)
         if owner != name:
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
             continue
-        num_parameters += math.prod(shape)
-        found = _matrices(layout, name, weight)
+        counts.append(packed.parameters(name) if weight.is_direct else math.prod(shape))
+        found = packed.reason(name) or _matrices(layout, name, weight, packed.loader(name))
         if isinstance(found, str):
             load = partial(_as_row, weight.parameter) if weight.is_readable else None
             skipped.append(Skipped(name, shape, found, load))
         else:
             matrices += found
-    skipped += _hidden_weights(model)
+    for hidden, count in _hidden_weights(model):
+        if not packed.holds(hidden.name):
+            skipped.append(hidden)
+            counts.append(count)
+    num_parameters, unknown = total(counts)
     facts = skeleton.facts({matrix.info.module for matrix in matrices})
     return Source(
-        skeleton.label, tuple(matrices), tuple(skipped), num_parameters, facts=facts, skeleton=skeleton
+        skeleton.label,
+        tuple(matrices),
+        tuple(skipped),
+        num_parameters,
+        unknown_parameters=unknown,
+        facts=facts,
+        skeleton=skeleton,
     )
 
 
 class _Weight:
-    """A parameter and the module that owns it."""
+    """A parameter or buffer and the module that owns it."""
 
-    __slots__ = ("module", "parameter")
+    __slots__ = ("is_buffer", "module", "parameter")
 
-    def __init__(self, module: Any, parameter: Any) -> None:
+    def __init__(self, module: Any, parameter: Any, is_buffer: bool = False) -> None:
         self.module = module
         self.parameter = parameter
+        self.is_buffer = is_buffer
 
     @property
     def is_direct(self) -> bool:
@@ -71,31 +90,53 @@ class _Weight:
 
 
 def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
-    """Every parameter of the base model, with the shape that it has when dequantized."""
+    """Every parameter and buffer of the base model, with the shape that it has when dequantized."""
     for prefix, module in named_modules(model):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield prefix + local, _Weight(module, parameter), quantized.shape(parameter)
+            name = "weight" if quantized.is_hqq(module, parameter) else local
+            yield prefix + name, _Weight(module, parameter), quantized.shape(parameter, module)
+        for local, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            yield prefix + local, _Weight(module, buffer, is_buffer=True), tuple(buffer.shape)
 
 
-def _hidden_weights(model: Any) -> Iterator[Skipped]:
-    """Weights that are no parameters: packed behind a method, or in buffers of integers."""
+def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
+    """Yield weights behind a method or in buffers of unknown codes, and their numbers of parameters."""
     for prefix, module in named_modules(model):
+        kind = type(module).__name__
         if callable(getattr(module, "weight", None)):
             shape = tuple(module.weight().shape)
-            yield Skipped(f"{prefix}weight", shape, f"quantized ({type(module).__name__}), not a parameter")
+            reason = f"quantized ({kind}), not a parameter"
+            yield Skipped(f"{prefix}weight", shape, reason), math.prod(shape)
+        elif kind == "Mxfp4GptOssExperts":
+            yield from _kernel_experts(prefix, module)
         elif getattr(module, "weight", None) is None:
             for local, buffer in module.named_buffers(recurse=False):
                 if "weight" in local and buffer.ndim >= 2 and not buffer.dtype.is_floating_point:
-                    reason = f"quantized ({type(module).__name__}), and its library offers no way back"
-                    yield Skipped(prefix + local, tuple(buffer.shape), reason)
+                    reason = f"quantized ({kind}), and its library offers no way back"
+                    unknown = f"{prefix}{local} holds codes of an unknown scheme ({kind})"
+                    yield Skipped(prefix + local, tuple(buffer.shape), reason), unknown
 
 
-def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] | str:
+def _kernel_experts(prefix: str, module: Any) -> Iterator[tuple[Skipped, int | str]]:
+    """Yield experts that transformers has handed to a kernel, which keeps them in an order of its own."""
+    hidden, inner = module.hidden_size, module.intermediate_size
+    for local, sizes in (("gate_up_proj", (hidden, 2 * inner)), ("down_proj", (inner, hidden))):
+        if local not in module._parameters:
+            shape = (module.num_experts, *sizes)
+            reason = "quantized (MXFP4, in a kernel's order), with no known way back to its values"
+            yield Skipped(prefix + local, shape, reason), math.prod(shape)
+
+
+def _matrices(
+    layout: Layout, name: str, weight: _Weight, packed: tuple[str, dequantized.Loader] | None
+) -> list[SourceMatrix] | str:
     parameter = weight.parameter
     if parameter.device.type == "meta":
         return "on the meta device: it has no values"
-    load: Callable[[], Any] | None
-    if weight.is_direct:
+    load: Callable[[], Any] | None = None
+    if packed is not None:
+        name, dtype = packed[0], "float32"
+    elif weight.is_direct:
         dtype, load = arrays.dtype_name(parameter), partial(_identity, parameter)
     else:
         dtype, load = "float32", quantized.loader(weight.module, parameter)
@@ -104,11 +145,16 @@ def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] 
     found = layout.matrices(name, dtype)
     if isinstance(found, str):
         return found
-    lazy = not weight.is_direct or arrays.needs_copy(parameter)
-    return [
-        SourceMatrix(m.info, partial(_load, load, m.index, m.rows, m.cols), lazy, m.transposed, m.kernel)
-        for m in found
-    ]
+    lazy = packed is not None or not weight.is_direct or arrays.needs_copy(parameter)
+    described = []
+    for m in found:
+        if packed is not None:
+            values = partial(_load_packed, packed[1], m.info.expert, m.rows, m.cols)
+        else:
+            assert load is not None
+            values = partial(_load, load, m.index, m.rows, m.cols)
+        described.append(SourceMatrix(m.info, values, lazy, m.transposed, m.kernel))
+    return described
 
 
 def _identity(value: Any) -> Any:
@@ -119,6 +165,10 @@ def _load(values: Callable[[], Any], index: int, rows: int, cols: int) -> Matrix
     tensor = values()
     tensor = tensor[index] if tensor.ndim == 3 and tuple(tensor.shape[1:]) == (rows, cols) else tensor
     return arrays.matrix(tensor if tensor.ndim == 2 else tensor.reshape(rows, cols))
+
+
+def _load_packed(load: dequantized.Loader, expert: int | None, rows: int, cols: int) -> Matrix:
+    return arrays.matrix(load(expert).reshape(rows, cols).contiguous())
 
 
 def _as_row(parameter: Any) -> Matrix:

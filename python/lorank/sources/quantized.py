@@ -1,8 +1,8 @@
-"""Weights of live models that are stored in fewer bits, and their libraries' own way back.
+"""Weights of live models whose tensors are a library's own, and the library's own way back.
 
 bitsandbytes 4- and 8-bit, torch's and torchao's and quanto's tensor subclasses, HQQ modules: each
-is dequantized by the library that quantized it, one matrix at a time. What offers no way back is
-reported as skipped.
+is dequantized by the library that quantized it, one matrix at a time. Codes in plain tensors are
+for `dequantized`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,34 @@ def is_quantized(module: Any, parameter: Any) -> bool:
         _bits(parameter) is not None
         or getattr(parameter, "is_quantized", False)
         or _is_foreign_tensor(parameter)
-        or (hasattr(module, "W_q") and hasattr(module, "dequantize"))
+        or is_hqq(module, parameter)
     )
 
 
-def shape(parameter: Any) -> tuple[int, ...]:
+def is_hqq(module: Any, parameter: Any) -> bool:
+    """Return True for the codes of an HQQ layer."""
+    return (
+        parameter is not None and getattr(module, "W_q", None) is parameter and hasattr(module, "dequantize")
+    )
+
+
+def shape(parameter: Any, module: Any = None) -> tuple[int, ...]:
     """The shape of the dequantized weight."""
+    if is_hqq(module, parameter):
+        return tuple(module.meta["shape"])
     state = getattr(parameter, "quant_state", None)
     if state is not None and getattr(state, "shape", None) is not None:
         return tuple(state.shape)
     return tuple(parameter.shape)
+
+
+def module_shape(module: Any) -> tuple[int, ...] | None:
+    """Return the shape of a module's dequantized weight, None if it has none; a parameter is its own."""
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if all(type(size) is int for size in sizes):
+        return sizes  # type: ignore[return-value]  # checked the line before
+    weight = getattr(module, "weight", module)
+    return shape(weight) if hasattr(weight, "shape") else None
 
 
 def loader(module: Any, parameter: Any) -> Callable[[], Any] | None:
@@ -39,7 +57,7 @@ def loader(module: Any, parameter: Any) -> Callable[[], Any] | None:
         return partial(_bitsandbytes_8bit, module, parameter)
     if getattr(parameter, "is_quantized", False) or _is_foreign_tensor(parameter):
         return partial(_own_dequantize, parameter)
-    if hasattr(module, "W_q") and hasattr(module, "dequantize"):
+    if is_hqq(module, parameter):
         return partial(_own_dequantize, module)
     return None
 

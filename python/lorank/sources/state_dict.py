@@ -16,7 +16,7 @@ from lorank import extras
 from lorank._core import FormatError, Matrix
 from lorank.json_files import read_json
 from lorank.modules.building import Unknown
-from lorank.sources import arrays
+from lorank.sources import arrays, quantized
 from lorank.sources.assembly import assemble
 from lorank.sources.base import Skipped, Source
 
@@ -52,6 +52,8 @@ class StoredArrays:
         self.skipped: list[Skipped] = []
         self._values: dict[str, Any] = {}
         self._shared: dict[str, str] = {}
+        # Tensors of a quantization library's own kind, which can be dequantized.
+        self._own_kinds: set[str] = set()
         owners: dict[object, str] = {}
         for name, value in mapping.items():
             if not isinstance(name, str):
@@ -63,21 +65,28 @@ class StoredArrays:
                 self.skipped.append(Skipped(name, tuple(value.shape), reason))
             else:
                 self._values[name] = value
+                if quantized.is_quantized(None, value) and quantized.loader(None, value) is not None:
+                    self._own_kinds.add(name)
                 owner = owners.setdefault(arrays.identity(value), name)
                 if owner != name:
                     self._shared[name] = owner
 
     def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return every tensor's element type and shape, in the mapping's order."""
-        return {name: (arrays.dtype_name(x), tuple(x.shape)) for name, x in self._values.items()}
+        return {name: (self._type(name), quantized.shape(x)) for name, x in self._values.items()}
+
+    def _type(self, name: str) -> str:
+        return "float32" if name in self._own_kinds else arrays.dtype_name(self._values[name])
 
     def is_lazy(self, name: str) -> bool:
         """Return True if a matrix of the tensor takes memory of its own."""
-        return arrays.needs_copy(self._values[name])
+        return name in self._own_kinds or arrays.needs_copy(self._values[name])
 
     def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
         """Return the `index`-th matrix of a tensor: itself, an expert of a stack, or a flattened kernel."""
         value = self._values[name]
+        if name in self._own_kinds and (load := quantized.loader(None, value)) is not None:
+            value = load()
         if value.ndim == 3 and tuple(value.shape[1:]) == (rows, cols):
             value = value[index]
         elif value.ndim != 2 or tuple(value.shape) != (rows, cols):
@@ -92,6 +101,15 @@ class StoredArrays:
         """Return True if two tensors hold the same numbers."""
         first, second = (arrays.as_numpy(self._values[name]) for name in (a, b))
         return first.dtype == second.dtype and np.array_equal(first, second, equal_nan=True)
+
+    def content(self, name: str) -> bytes | None:
+        """Return a tensor's bytes, None if they cannot be had."""
+        return arrays.content(self._values[name])
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Nothing: a mapping has no metadata."""
+        return {}
 
 
 def read_pickles(path: Path) -> Mapping[str, Any]:

@@ -182,7 +182,12 @@ class DynamicRanks:
         # What cannot change is paid first.
         everything = sum(factor.numel() for layer in layers.values() for factor in layer.factors)
         self._fixed = everything - self._cost(self.ranks)
-        self._limit = everything if budget is None else parse_budget(budget, found.source.num_parameters)
+        base = found.source
+        self._limit = (
+            everything
+            if budget is None
+            else parse_budget(budget, base.num_parameters, base.unknown_parameters)
+        )
         self._limit_is_given = budget is not None
         self._check_start()
         if freeze_after is not None and self.first_change > freeze_after:
@@ -370,6 +375,7 @@ class DynamicRanks:
             self._energy,
             self._window.size,
             num_batches,
+            self._source.unknown_parameters,
         )
 
     def _smooth(self, row: ModuleGradients) -> ModuleGradients:

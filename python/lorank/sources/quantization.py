@@ -1,0 +1,136 @@
+"""The quantization that a model's configuration declares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorank.json_files import read_json
+
+# Keys of `config.json` under which libraries keep their settings.
+_KEYS = ("quantization_config", "compression_config", "quantization")
+
+# Files beside `config.json`, for models that were written before the settings moved into it.
+FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+_BITS = ("bits", "w_bit", "num_bits", "nbits", "weight_bits")
+_ACTIVATIONS = {"input_activations", "output_activations", "kv_cache_scheme"}
+_FLOAT8 = ("fp8", "float8", "e4m3", "float-quantized")
+_TYPES = {"int2": 2, "int4": 4, "int8": 8, "float8": 8}
+
+
+class Quantization:
+    """The settings of a quantization library, whose spelling differs from library to library.
+
+    Parameters
+    ----------
+    settings
+        The library's own mapping; empty for a model that is not quantized.
+
+    Attributes
+    ----------
+    method
+        The library or method, in lower case; empty where none is declared.
+    is_declared
+        True where the configuration declares any quantization.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self.is_declared = bool(settings)
+        nested = settings.get("quantization")
+        names = [settings.get("quant_method"), settings.get("quant_algo")]
+        names += [nested.get("quant_algo")] if isinstance(nested, Mapping) else []
+        self.method = next((name.lower() for name in names if isinstance(name, str)), "")
+        self._text = json.dumps(settings, default=str).lower()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Quantization:
+        """Return the settings that a `config.json` holds, at its top or in its `text_config`."""
+        for place in (config, config.get("text_config")):
+            if isinstance(place, Mapping):
+                for key in _KEYS:
+                    found = place.get(key)
+                    if isinstance(found, Mapping) and found:
+                        return cls(found)
+        return cls({})
+
+    @property
+    def is_float8(self) -> bool:
+        """True where weights, some or all, are declared to be 8-bit floats."""
+        return any(word in self._text for word in _FLOAT8) or any(
+            group.get("type") == "float" and group.get("num_bits") == 8 for group in _mappings(self._settings)
+        )
+
+    @property
+    def is_bitsandbytes_4bit(self) -> bool:
+        """True where bitsandbytes is declared to hold 4 bits a weight."""
+        return self._settings.get("load_in_4bit") is True
+
+    @property
+    def is_bitsandbytes_8bit(self) -> bool:
+        """True where bitsandbytes is declared to hold 8 bits a weight."""
+        return self._settings.get("load_in_8bit") is True
+
+    @property
+    def block_size(self) -> tuple[int, int] | None:
+        """``(out, in)`` of the blocks that share a scale, where it is declared."""
+        found = self._settings.get("weight_block_size")
+        if isinstance(found, (list, tuple)) and len(found) == 2:
+            rows, cols = found
+            if isinstance(rows, int) and isinstance(cols, int) and rows > 0 and cols > 0:
+                return rows, cols
+        return None
+
+    def bits(self, module: str) -> int | None:
+        """Return the bits of a code of that module; None where the settings do not determine them."""
+        for place in _mappings(self._settings):
+            own = place.get(module)
+            if isinstance(own, Mapping) and (found := _bits_within(own)):
+                return found.pop() if len(found) == 1 else None
+        found = _bits_within(self._settings)
+        return found.pop() if len(found) == 1 else None
+
+    def features(self, module: str) -> tuple[int, int] | None:
+        """Return ``(out, in)`` of a module, where the settings list its `out_features` and `in_features`."""
+        for place in _mappings(self._settings):
+            own = place.get(module)
+            if isinstance(own, Mapping):
+                sizes = own.get("out_features"), own.get("in_features")
+                if all(isinstance(size, int) and size > 0 for size in sizes):
+                    return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]  # checked the line before
+        return None
+
+
+def with_quantization(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Return a configuration with the settings of a quantization file beside it, where it has none itself."""
+    if Quantization.of(config).is_declared:
+        return config
+    for name in FILES:
+        try:
+            settings = read_json(folder / name)
+        except (OSError, ValueError):
+            continue
+        if isinstance(settings, Mapping):
+            return {**config, "quantization_config": settings}
+    return config
+
+
+def _mappings(settings: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """Yield the settings and every mapping in them, but for those about activations."""
+    yield settings
+    for key, value in settings.items():
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, Mapping) and key not in _ACTIVATIONS and depth < 8:
+                yield from _mappings(entry, depth + 1)
+
+
+def _bits_within(settings: Mapping[str, Any]) -> set[int]:
+    found = set()
+    for place in _mappings(settings):
+        found |= {place[key] for key in _BITS if type(place.get(key)) is int and 1 <= place[key] <= 16}
+        if isinstance(place.get("weights"), str):
+            found |= {_TYPES[place["weights"]]} if place["weights"] in _TYPES else set()
+    return found
