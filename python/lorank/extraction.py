@@ -87,9 +87,9 @@ def extract(
     # A slip is found before anything is opened, of whatever size the base model is.
     checked_knobs(with_counted_budget(given, 0))
     before, after = open_source(base), open_source(tuned)
+    chosen = checked_knobs(with_counted_budget(given, before.num_parameters, before.unknown_parameters))
     if before.facts.doubts and not guess:
         raise ValueError(doubtful(before.label, before.facts, "extract"))
-    chosen = checked_knobs(with_counted_budget(given, before.num_parameters, before.unknown_parameters))
     pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
     notes += [*_other_changes(before, after), *_idle(exclude, before, after)]
     notes += _naming_notes(before, prefix)

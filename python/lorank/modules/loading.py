@@ -93,10 +93,20 @@ class Placement:
     conversions: list[Conversion] = field(default_factory=list)
     strangers: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def placed(self) -> int:
-        """The number of tensors that the model has a place for."""
-        return len(self.renamed) + sum(len(conversion.names) for conversion in self.conversions)
+    def misfit(self, shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> str:
+        """Return how the model differs from most of a checkpoint's tensors; empty if it does not.
+
+        A resized vocabulary is a difference of a few tensors, not of most.
+        """
+        converted = sum(len(conversion.names) for conversion in self.conversions)
+        if 2 * (len(self.renamed) + converted) < len(shapes):
+            return "parameters have other names"
+        fitting = sum(
+            skeleton.weights[target].shape == shapes[name]
+            for name, target in self.renamed.items()
+            if target in skeleton.weights
+        )
+        return "" if 2 * (fitting + converted) >= len(shapes) else "parameters have other shapes"
 
 
 def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placement:

@@ -78,10 +78,10 @@ def assemble(
     if isinstance(model, Skeleton):
         plain = {name: shape for name, (_, shape) in entries.items() if packing.reason(name) is None}
         placement = place(plain, model)
-        if 2 * placement.placed >= len(plain):
+        misfit = placement.misfit(plain, model)
+        if not misfit:
             return _by_skeleton(label, tensors, config, packing, model, placement)
-        reason = f"config.json describes a {model.label}, whose parameters have other names"
-        model = Unknown(reason, is_foreign=True)
+        model = Unknown(f"config.json describes a {model.label}, whose {misfit}", is_foreign=True)
     return _by_names(label, tensors, config, packing, model)
 
 
