@@ -439,3 +439,10 @@ def test_weights_behind_a_method_are_counted() -> None:
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Embedding(16, 8))
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     assert open_source(model).num_parameters == 2 * 16 * 8
+
+
+def test_parametrized_weights_are_not_taken_for_quantized_ones() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3))
+    source = open_source(model_of(conv=layer, other=nn.Linear(4, 4)))
+    assert source.num_parameters == sum(parameter.numel() for parameter in layer.parameters()) + 20
+    assert not any("quantized" in entry.reason for entry in source.skipped)

@@ -103,7 +103,7 @@ def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
     """Yield weights behind a method or in buffers of unknown codes, and their numbers of parameters."""
     for prefix, module in named_modules(model):
         kind = type(module).__name__
-        if callable(getattr(module, "weight", None)):
+        if "weight" not in module._modules and callable(getattr(module, "weight", None)):
             shape = tuple(module.weight().shape)
             reason = f"quantized ({kind}), not a parameter"
             yield Skipped(f"{prefix}weight", shape, reason), math.prod(shape)
