@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lorank import _core, naming
+from lorank import _core, core_calls, naming
 from lorank.journal import Journal
 from lorank.progress import progress_bar
 from lorank.report import ModuleSpectrum, SpectralReport
@@ -54,7 +54,8 @@ def analyze(
         At most so many (default: all that the process may use). The numbers do not depend on it.
     resume
         A journal file: every finished matrix is written there, and a run that finds one goes on
-        where it ended. For sources on disk.
+        where it ended. For sources on disk. With a journal, a lack of memory or a defect met by one matrix
+        does not stop the others: the run raises at its end, and the next run tries that matrix again.
     progress
         Draw a progress bar on standard error, if that is a terminal.
     keep_eigenvalues
@@ -74,6 +75,10 @@ def analyze(
         If a file is damaged; the message names file, tensor and reason.
     ValueError
         If nothing is left to analyse, or the journal belongs to another run.
+    MemoryError, OSError
+        If the system has no memory for a matrix, or starts no threads; fewer `threads` need less of both.
+    LorankError
+        If the analysis of a matrix meets a defect of lorank. The message asks to report it.
 
     Notes
     -----
@@ -89,6 +94,7 @@ def analyze(
     if not chosen.matrices:
         raise ValueError(_nothing_to_analyse(opened.label, len(opened.matrices), include, exclude))
     rows: dict[str, ModuleSpectrum] = {}
+    failures: list[Exception] = []
     with ExitStack() as stack:
         journal = None
         if resume is not None:
@@ -105,8 +111,15 @@ def analyze(
                 journal.add(row)
             advance(_work(matrix), row.name)
 
+        def fail(error: Exception) -> None:
+            if journal is None:
+                raise error
+            failures.append(error)
+
         for batch in _batches(todo, count):
-            _analyze_batch(batch, accuracy, count, keep_eigenvalues, finish)
+            _analyze_batch(batch, accuracy, count, keep_eigenvalues, finish, fail)
+    if failures:
+        raise _incomplete(failures, len(chosen.matrices), resume)
     modules = [rows[matrix.info.name] for matrix in chosen.matrices]
     return SpectralReport(
         modules,
@@ -125,17 +138,25 @@ def _analyze_batch(
     threads: int,
     keep_eigenvalues: bool,
     finish: Callable[[SourceMatrix, ModuleSpectrum], None],
+    fail: Callable[[Exception], None],
 ) -> None:
     def on_result(index: int, outcome: Any) -> None:
         matrix = batch[index]
+        # Only what is true of the numbers is a result: it would be the same in any other run.
         if isinstance(outcome, _core.NumericalError):
             finish(matrix, ModuleSpectrum.failed(matrix.info, str(outcome)))
-        elif isinstance(outcome, BaseException):
-            raise outcome
+        elif isinstance(outcome, Exception):
+            fail(core_calls.named(outcome, matrix.info.name))
         else:
             finish(matrix, ModuleSpectrum.of(matrix.info, *outcome))
 
     _core.analyze([matrix.load() for matrix in batch], accuracy, threads, keep_eigenvalues, on_result)
+
+
+def _incomplete(failures: Sequence[Exception], total: int, journal: str | Path | None) -> Exception:
+    """Return the first exception, whose message also counts the others and names the journal."""
+    rest = f"{len(failures)} of {total} matrices failed, and the next run with {journal} tries them again"
+    return core_calls.reworded(failures[0], lambda message: f"{message}; {rest}")
 
 
 def _batches(matrices: Sequence[SourceMatrix], threads: int) -> Iterator[Sequence[SourceMatrix]]:

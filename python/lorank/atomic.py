@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorank._core import NumericalError
+from lorank._core import LorankError
+from lorank.core_calls import reworded
 
 
 @contextmanager
@@ -61,10 +62,10 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     ------
     OSError
         If there is no place for them.
-    NumericalError
-        If the block raises it.
+    LorankError, MemoryError
+        If the block raises one.
 
-    Either names the file as it would have been called, and `folder` is then as it was.
+    Each names the file as it would have been called, and `folder` is then as it was.
     """
     is_new = not folder.exists()
     place = folder.parent if is_new else folder
@@ -83,8 +84,10 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
                 raise
             named = str(folder / file.relative_to(staging))
             raise OSError(error.errno, error.strerror, named) from error
-        except NumericalError as error:
-            raise NumericalError(str(error).replace(str(staging), str(folder))) from None
+        except (LorankError, MemoryError) as error:
+            if str(staging) not in str(error):
+                raise
+            raise reworded(error, lambda message: message.replace(str(staging), str(folder))) from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorank import _core, naming, twins
+from lorank import _core, core_calls, naming, twins
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.compression import truncated
@@ -262,9 +262,7 @@ def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) 
 
             def on_result(index: int, outcome: Any, batch: Sequence[int] = batch) -> None:
                 pair = pairs[batch[index]]
-                if isinstance(outcome, BaseException):
-                    raise type(outcome)(f"module {pair.base.info.name!r}: {outcome}")
-                (b, values, a), energy, following = outcome
+                (b, values, a), energy, following = core_calls.result(outcome, pair.base.info.name)
                 part = Triplets(a, values, b) if _is_swapped(pair.base) else Triplets(b, values, a)
                 found[batch[index]] = _Leading(part, energy, following)
                 advance(work[batch[index]], pair.base.info.name)

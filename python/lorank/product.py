@@ -47,12 +47,16 @@ def product_svd(B: Any, A: Any) -> ProductSvd:
     """
     left, right = (arrays.matrix(x).to_array().astype(np.float64) for x in (B, A))
     found: list[Any] = []
-    _core.decompose([[(arrays.matrix(left), arrays.matrix(right), 1.0)]], 1, lambda _, out: found.append(out))
-    if isinstance(found[0], BaseException):
-        raise found[0]
+
+    def on_result(_: int, outcome: Any) -> None:
+        if isinstance(outcome, Exception):
+            raise outcome
+        found.append(outcome)
+
+    _core.decompose([[(arrays.matrix(left), arrays.matrix(right), 1.0)]], 1, on_result)
     values = found[0].singular_values
     kept = values > 0
-    _core.rebuild([(found[0], kept.tolist())], 1, lambda _, out: found.append(out))
+    _core.rebuild([(found[0], kept.tolist())], 1, on_result)
     columns, rows = (factor.to_array() for factor in found[1])
     # Balanced columns and rows are as long as the root of their value.
     roots = np.sqrt(values[kept])

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lorank import _core
+from lorank import _core, core_calls
 from lorank.adapters.module import LoraModule, in_memory
 from lorank.orthogonality import are_orthogonal
 from lorank.progress import progress_bar
@@ -149,9 +149,7 @@ def truncate(
 
     def on_result(index: int, outcome: Any) -> None:
         i, e = places[index]
-        if isinstance(outcome, BaseException):
-            raise type(outcome)(f"module {forms[i].module.name!r}: {outcome}")
-        factors[i][e] = outcome
+        factors[i][e] = core_calls.result(outcome, forms[i].module.name)
 
     _core.rebuild(choices, threads, on_result)
     return [
@@ -175,7 +173,11 @@ def spectral_form(
     Raises
     ------
     NumericalError
-        If factors hold NaN or infinite values; the message names the module.
+        If factors hold NaN or infinite values.
+    MemoryError, OSError
+        If memory or threads run out, or a file cannot be read.
+
+    The message names the module.
     """
     forms: dict[int, SpectralForm] = {}
     with progress_bar(label, len(updates), enabled=progress) as advance:
@@ -208,10 +210,7 @@ def _decomposed(
     results: dict[int, _core.Decomposition] = {}
 
     def on_result(index: int, outcome: Any) -> None:
-        if isinstance(outcome, BaseException):
-            name = updates[jobs[index][0]].module.name
-            raise type(outcome)(f"module {name!r}: {outcome}")
-        results[index] = outcome
+        results[index] = core_calls.result(outcome, updates[jobs[index][0]].module.name)
 
     _core.decompose([list(terms) for _, terms in jobs], threads, on_result)
     parts: dict[int, list[_core.Decomposition]] = {}

@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorank import extras
 from lorank._core import FormatError
@@ -18,6 +18,7 @@ from lorank.sources.base import Skipped
 
 if TYPE_CHECKING:
     import pandas as pd
+    from typing_extensions import Self
 
 _VERSION = 1
 

@@ -35,12 +35,14 @@ class Factor:
 
     def projected(self, cross: Array) -> Array:
         """``Q^T Y`` from ``X^T Y``, shape ``(rank, d_out)``."""
-        return self.whiten.T @ cross
+        projected: Array = self.whiten.T @ cross
+        return projected
 
     def solve(self, cross: Array) -> Array:
         """The least-squares weights from ``X^T Y``, of smallest norm, shape ``(d_in, d_out)``."""
         weights = self.whiten @ self.projected(cross)
-        return weights - self.unseen @ (self.unseen.T @ weights)
+        smallest: Array = weights - self.unseen @ (self.unseen.T @ weights)
+        return smallest
 
 
 def factor(gram: Array) -> Factor:

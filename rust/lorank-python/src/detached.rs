@@ -1,16 +1,15 @@
 //! The one way into heavy work: without the GIL, with Ctrl-C, without panics.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, TryRecvError, channel};
 use std::thread;
 use std::time::Duration;
 
 use lorank::cancel::CancelToken;
-use lorank::parallel::panic_message;
-use pyo3::exceptions::PyRuntimeError;
+use lorank::panics::guarded;
+use lorank::{Error, Result};
 use pyo3::prelude::*;
 
-use crate::errors::{LorankError, to_py};
+use crate::errors::to_py;
 
 /// How long results, and a Ctrl-C, can stay unnoticed: to wake up for every small one would take a processor from
 /// the threads that work on the next. The end of the work is noticed at once.
@@ -19,12 +18,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// From the worker to the waiting Python thread.
 enum Message<M, T> {
     Item(M),
-    Done(Result<T, Error>),
-}
-
-enum Error {
-    Core(lorank::Error),
-    Panic(String),
+    Done(Result<T>),
 }
 
 /// Where the work sends items that Python code should see while it goes on.
@@ -42,7 +36,7 @@ impl<M> Outbox<'_, M> {
 /// behind: it owns its input, so a library call that cannot be interrupted just finishes alone.
 pub fn detached<T, M>(
     py: Python<'_>,
-    work: impl FnOnce(&CancelToken, &Outbox<'_, M>) -> lorank::Result<T> + Send + 'static,
+    work: impl FnOnce(&CancelToken, &Outbox<'_, M>) -> Result<T> + Send + 'static,
     mut on_item: impl FnMut(Python<'_>, M) -> PyResult<()>,
 ) -> PyResult<T>
 where
@@ -54,12 +48,10 @@ where
     let worker = {
         let (cancel, waiting) = (cancel.clone(), thread::current());
         move || {
-            let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let outcome = guarded(|| {
                 let send: &(dyn Fn(M) + Sync) = &|item| ignore_hangup(&sender, Message::Item(item));
                 work(&cancel, &Outbox(send))
-            }))
-            .map_err(|panic| Error::Panic(panic_message(&*panic)))
-            .and_then(|result| result.map_err(Error::Core));
+            });
             ignore_hangup(&sender, Message::Done(outcome));
             waiting.unpark();
         }
@@ -67,22 +59,17 @@ where
     thread::Builder::new()
         .name("lorank".into())
         .spawn(worker)
-        .map_err(|e| PyRuntimeError::new_err(format!("could not start a thread: {e}")))?;
+        .map_err(|e| to_py(Error::NoThreads { threads: 1, source: e.into() }))?;
 
     loop {
         let step = match receiver.try_recv() {
-            Ok(Message::Done(outcome)) => {
-                return outcome.map_err(|error| match error {
-                    Error::Core(error) => to_py(error),
-                    Error::Panic(message) => LorankError::new_err(format!("internal error: {message}")),
-                });
-            }
+            Ok(Message::Done(outcome)) => return outcome.map_err(to_py),
             Ok(Message::Item(item)) => on_item(py, item),
             Err(TryRecvError::Empty) => {
                 py.detach(|| thread::park_timeout(PAUSE));
                 Ok(())
             }
-            Err(TryRecvError::Disconnected) => Err(LorankError::new_err("internal error: worker lost")),
+            Err(TryRecvError::Disconnected) => Err(to_py(Error::Internal("the worker is lost".into()))),
         };
         if let Err(error) = step.and_then(|()| py.check_signals()) {
             cancel.cancel();
@@ -94,7 +81,7 @@ where
 /// [`detached`] for work that sends nothing on its way.
 pub fn detached_quiet<T: Send + 'static>(
     py: Python<'_>,
-    work: impl FnOnce(&CancelToken) -> lorank::Result<T> + Send + 'static,
+    work: impl FnOnce(&CancelToken) -> Result<T> + Send + 'static,
 ) -> PyResult<T> {
     detached(py, move |cancel, _: &Outbox<'_, ()>| work(cancel), |_, ()| Ok(()))
 }
@@ -105,12 +92,12 @@ pub fn hand_over<'py, T>(
     py: Python<'py>,
     on_result: &Bound<'py, PyAny>,
     index: usize,
-    result: lorank::Result<T>,
+    result: Result<T>,
     convert: impl FnOnce(T) -> PyResult<Bound<'py, PyAny>>,
 ) -> PyResult<()> {
     let outcome = match result {
         Ok(found) => convert(found)?,
-        Err(lorank::Error::Cancelled) => return Ok(()),
+        Err(Error::Cancelled) => return Ok(()),
         Err(error) => to_py(error).into_value(py).into_bound(py).into_any(),
     };
     on_result.call1((index, outcome)).map(drop)

@@ -2,10 +2,15 @@
 
 use lorank::Error;
 use pyo3::create_exception;
-use pyo3::exceptions::{PyException, PyKeyboardInterrupt, PyOSError, PyValueError};
+use pyo3::exceptions::{PyException, PyKeyboardInterrupt, PyMemoryError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 
-create_exception!(lorank._core, LorankError, PyException, "Base class of lorank's own errors.");
+create_exception!(
+    lorank._core,
+    LorankError,
+    PyException,
+    "Base class of lorank's own errors; an error of exactly this class is a defect of lorank."
+);
 create_exception!(
     lorank._core,
     FormatError,
@@ -34,6 +39,13 @@ pub fn to_py(error: Error) -> PyErr {
         Error::Format { .. } => FormatError::new_err(error.to_string()),
         Error::InvalidInput(reason) => PyValueError::new_err(reason),
         Error::Numerical(_) | Error::NoConvergence(_) => NumericalError::new_err(error.to_string()),
+        Error::OutOfMemory { .. } => PyMemoryError::new_err(error.to_string()),
+        // By its number, EAGAIN, Python would make a BlockingIOError of it.
+        Error::NoThreads { .. } => PyOSError::new_err(error.to_string()),
+        Error::Internal(_) => LorankError::new_err(format!(
+            "{error} (a defect of lorank {}: please report this line to the project's issue tracker)",
+            env!("CARGO_PKG_VERSION")
+        )),
         Error::Cancelled => PyKeyboardInterrupt::new_err("cancelled"),
     }
 }

@@ -22,7 +22,7 @@ mod _core {
     #[pymodule_export]
     use crate::errors::{FormatError, LorankError, NumericalError};
     #[pymodule_export]
-    use crate::matrix::{Checkpoint, Matrix};
+    use crate::matrix::{Checkpoint, Matrix, panicking_matrix};
     #[pymodule_export]
     use crate::selection::{select_budget, select_energy, select_largest, select_smallest};
     #[pymodule_export]
@@ -37,6 +37,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        lorank::panics::locate_panics();
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use lorank::cancel::CancelToken;
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
-use lorank::source::{Buffer, StoredMatrix};
+use lorank::low_rank::Buffers;
+use lorank::source::{Buffer, Computed, StoredMatrix};
 use numpy::{
     IntoPyArray, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
 };
@@ -148,6 +150,21 @@ impl Matrix {
         let (rows, cols) = self.shape();
         format!("Matrix({rows}x{cols}, {})", self.dtype())
     }
+}
+
+/// Values that cannot be computed, because of a defect.
+struct Defective;
+
+impl Computed for Defective {
+    fn compute(&self, _: &mut [u8], _: &mut Buffers, _: &CancelToken) -> lorank::Result<()> {
+        panic!("a defect\nin two lines")
+    }
+}
+
+/// For tests: a float32 matrix whose values cause a panic when they are needed.
+#[pyfunction(name = "_panicking_matrix")]
+pub fn panicking_matrix(rows: usize, cols: usize) -> Matrix {
+    Matrix(StoredMatrix::computed(Arc::new(Defective), DType::F32, (rows, cols)))
 }
 
 fn element_type(array: &Bound<'_, PyUntypedArray>, name: Option<&str>) -> PyResult<DType> {

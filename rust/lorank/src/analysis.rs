@@ -151,6 +151,7 @@ mod tests {
     use std::sync::atomic::Ordering;
 
     use super::*;
+    use crate::Error;
     use crate::dtype::DType;
 
     /// Bytes whose owner panics the second time that they are asked for.
@@ -171,6 +172,7 @@ mod tests {
         let failures = std::sync::Mutex::new(Vec::new());
         analyze(&[bad, good], Accuracy::Exact, 2, &CancelToken::default(), &|i, result| {
             if let Err(error) = result {
+                assert!(matches!(error, Error::Internal(_)));
                 failures.lock().unwrap().push((i, error.to_string()));
             }
         })

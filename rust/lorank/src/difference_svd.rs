@@ -95,7 +95,7 @@ pub fn subtract_all(
 ///
 /// # Errors
 /// [`Error::InvalidInput`] if the shapes differ, [`Error::Numerical`] for NaN and infinite values,
-/// and those of reading.
+/// [`Error::OutOfMemory`], and those of reading.
 pub fn subtract(
     pair: &Pair,
     max_rank: usize,
@@ -130,11 +130,14 @@ pub fn subtract(
 fn scaled_difference(pair: &Pair, buffers: &mut Buffers, cancel: &CancelToken) -> Result<i32> {
     let (rows, cols) = pair.base.shape();
     let Buffers { buffer, difference, block, .. } = buffers;
-    // Freed before it grows: old and new together would set the peak.
-    if difference.capacity() < rows * cols {
-        *difference = Vec::new();
+    let size = rows * cols;
+    if difference.capacity() < size {
+        *difference = Vec::new(); // Freed before it grows: old and new together would set the peak.
+        let bytes = size.saturating_mul(size_of::<f64>());
+        let no_memory = |_| Error::no_memory(bytes, "a difference of weights");
+        difference.try_reserve_exact(size).map_err(no_memory)?;
     }
-    difference.resize(rows * cols, 0.0);
+    difference.resize(size, 0.0);
     pair.tuned.with_view(buffer, cancel, |view| {
         view.max_abs()?; // Refuses NaN and infinities.
         view.upcast_rows(0..rows, 1.0, difference);

@@ -82,7 +82,7 @@ pub fn spectrum(
 /// [`spectrum`] for a caller who already runs inside the thread pool to use, and keeps memory for it.
 ///
 /// # Errors
-/// As [`spectrum`], and [`Error::Numerical`](crate::Error::Numerical) if memory runs out.
+/// As [`spectrum`], and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn spectrum_in_pool(
     view: &MatrixView<'_>,
     accuracy: Accuracy,

@@ -3,6 +3,10 @@
 use std::path::{Path, PathBuf};
 
 /// What can go wrong, from a hostile file to a matrix without a spectrum.
+///
+/// [`Numerical`](Self::Numerical) and [`NoConvergence`](Self::NoConvergence) are properties of the values: the same
+/// input fails again. [`OutOfMemory`](Self::OutOfMemory) and [`NoThreads`](Self::NoThreads) are properties of the
+/// machine at that moment, and [`Internal`](Self::Internal) is a defect of this crate.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused to open or read a file.
@@ -32,6 +36,25 @@ pub enum Error {
     /// An iteration did not converge.
     #[error("{0} did not converge")]
     NoConvergence(&'static str),
+    /// The operating system did not provide memory.
+    #[error("no memory for the {bytes} bytes of {what}")]
+    OutOfMemory {
+        /// The purpose of the memory.
+        what: String,
+        /// The size that was requested.
+        bytes: usize,
+    },
+    /// The operating system did not start threads.
+    #[error("could not start {threads} thread{}: {source}", if *threads == 1 { "" } else { "s" })]
+    NoThreads {
+        /// The number that was requested.
+        threads: usize,
+        /// The reason of the system.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A panic within this crate or its dependencies.
+    #[error("internal error: {0}")]
+    Internal(String),
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,
@@ -41,6 +64,10 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    pub(crate) fn no_memory(bytes: usize, what: impl Into<String>) -> Self {
+        Self::OutOfMemory { what: what.into(), bytes }
+    }
+
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
         Self::Io { path: path.to_path_buf(), source }
     }

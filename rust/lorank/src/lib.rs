@@ -44,6 +44,7 @@ pub mod metrics;
 pub mod number;
 mod one_stage;
 mod panel_qr;
+pub mod panics;
 pub mod parallel;
 pub mod powerlaw;
 pub mod product_svd;

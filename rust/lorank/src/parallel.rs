@@ -5,13 +5,12 @@
 //!
 //! Pools are made for one call and dropped with it: a process may fork between calls.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
 use crate::cancel::CancelToken;
+pub use crate::panics::{guarded, panic_message};
 use crate::{Error, Result};
 
 /// How threads are spent on one matrix.
@@ -58,13 +57,17 @@ pub fn available_threads() -> usize {
 /// A pool of `threads` threads for one call.
 ///
 /// # Errors
-/// [`Error::Numerical`] if the system has no more threads to give.
+/// [`Error::NoThreads`] if the system does not start them.
 pub fn pool(threads: usize) -> Result<ThreadPool> {
-    ThreadPoolBuilder::new()
-        .num_threads(threads.max(1))
-        .thread_name(|i| format!("lorank-{i}"))
-        .build()
-        .map_err(|e| Error::Numerical(format!("could not start {threads} threads: {e}")))
+    pool_built(threads.max(1), ThreadPoolBuilder::build)
+}
+
+fn pool_built(
+    threads: usize,
+    build: impl FnOnce(ThreadPoolBuilder) -> std::result::Result<ThreadPool, ThreadPoolBuildError>,
+) -> Result<ThreadPool> {
+    let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("lorank-{i}"));
+    build(builder).map_err(|e| Error::NoThreads { threads, source: e.into() })
 }
 
 /// Does `work` for every index of `order`, in that order, side by side within the current pool of
@@ -98,43 +101,21 @@ pub fn costliest_first(costs: impl Iterator<Item = u128>) -> Vec<usize> {
     order
 }
 
-/// Runs `work`; a panic within it becomes an error, and other work goes on.
-///
-/// # Errors
-/// Those of `work`, and [`Error::Numerical`] for a panic.
-pub fn guarded<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
-    catch_unwind(AssertUnwindSafe(work))
-        .unwrap_or_else(|panic| Err(Error::Numerical(format!("internal error: {}", panic_message(&*panic)))))
-}
-
-/// What a panic said.
-#[must_use]
-pub fn panic_message(panic: &(dyn Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(ToString::to_string)
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "unknown panic".into())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io;
     use std::sync::Mutex;
 
     use super::*;
 
     #[test]
-    fn panics_become_errors_with_their_message() {
-        for (panic, said) in [
-            (catch_unwind(|| panic!("plain")), "plain"),
-            (catch_unwind(|| panic!("formatted {}", 7)), "formatted 7"),
-            (catch_unwind(|| std::panic::panic_any(7)), "unknown panic"),
-        ] {
-            let panic: Box<dyn Any + Send> = panic.map(|()| unreachable!()).unwrap_err();
-            assert_eq!(panic_message(&*panic), said);
-        }
-        let error = guarded::<()>(|| panic!("lost")).unwrap_err();
-        assert_eq!(error.to_string(), "internal error: lost");
+    fn a_refusal_of_threads_is_an_error() {
+        let refusal = |_| Err(io::ErrorKind::WouldBlock.into());
+        let error = pool_built(3, |builder| builder.spawn_handler(refusal).build()).map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::NoThreads { threads: 3, .. }));
+        assert!(error.to_string().starts_with("could not start 3 threads: "), "{error}");
+        let refused = Error::NoThreads { threads: 1, source: "why".into() };
+        assert_eq!(refused.to_string(), "could not start 1 thread: why");
     }
 
     #[test]

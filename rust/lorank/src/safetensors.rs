@@ -169,7 +169,7 @@ impl SafetensorsFile {
     ///
     /// # Errors
     /// [`Error::Format`] if the range leaves the tensor or the file has shrunk, [`Error::Io`],
-    /// [`Error::Numerical`] if there is no memory for it, [`Error::Cancelled`].
+    /// [`Error::OutOfMemory`], [`Error::Cancelled`].
     pub fn read(
         &self,
         tensor: &TensorInfo,
@@ -210,8 +210,7 @@ impl SafetensorsFile {
     }
 
     fn no_memory(&self, tensor: &TensorInfo, len: usize) -> Error {
-        let (path, name) = (self.path.display(), &tensor.name);
-        Error::Numerical(format!("{path}: tensor `{name}`: no memory for its {len} bytes"))
+        Error::no_memory(len, format!("tensor `{}` of {}", tensor.name, self.path.display()))
     }
 
     fn fill(&self, bytes: &mut [u8], tensor: &TensorInfo, start: usize, cancel: &CancelToken) -> Result<()> {

@@ -157,8 +157,8 @@ impl StoredMatrix {
             Storage::Computed(by) => {
                 let Buffer { bytes, parts } = buffer;
                 let size = self.size();
-                let no_memory = || Error::Numerical(format!("no memory for the {size} bytes of a matrix"));
-                let out = &mut bytes.room(size, 0).ok_or_else(no_memory)?[..size];
+                let room = bytes.room(size, 0).ok_or_else(|| Error::no_memory(size, "a computed matrix"))?;
+                let out = &mut room[..size];
                 by.compute(out, parts, cancel)?;
                 out
             }

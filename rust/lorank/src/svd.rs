@@ -83,7 +83,7 @@ impl SvdSpace {
     /// vectors, `(m, k)` and `(n, k)`, which stay here.
     ///
     /// # Errors
-    /// [`Error::Numerical`] if there is no memory for it, or no convergence.
+    /// [`Error::OutOfMemory`], [`Error::NoConvergence`].
     pub fn decompose(
         &mut self,
         matrix: MatRef<'_, f64>,

@@ -65,7 +65,10 @@ impl Truncation {
             return Ok(factors);
         }
         let mut hold = |matrix: &StoredMatrix| {
-            let mut bytes = vec![0; matrix.size()];
+            let size = matrix.size();
+            let mut bytes = Vec::new();
+            bytes.try_reserve_exact(size).map_err(|_| Error::no_memory(size, "truncated factors"))?;
+            bytes.resize(size, 0);
             if let Some(values) = matrix.computation() {
                 values.compute(&mut bytes, buffers, cancel)?;
             }

@@ -152,7 +152,7 @@ impl<'a> Sink<'a> {
             self.flush()?;
         }
         let Some(place) = self.pending.place(size, self.position) else {
-            return Err(Error::Numerical(format!("{}: no memory for {size} bytes", self.path().display())));
+            return Err(Error::no_memory(size, format!("a part of {}", self.path().display())));
         };
         fill(place)?;
         self.pending.filled += size;
