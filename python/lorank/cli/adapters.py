@@ -265,19 +265,22 @@ def extract(
 
 
 def check(
-    adapter: Annotated[str, typer.Argument(help="A PEFT adapter folder.")],
+    adapter: Annotated[str, typer.Argument(help="A PEFT adapter folder, or an image adapter's file.")],
     runtime: Annotated[
         list[str] | None,
         typer.Option("--for", help=f"Only these: {', '.join(runtimes.RUNTIMES)}. Repeatable, or a,b."),
     ] = None,
     fix: Annotated[
         Path | None,
-        typer.Option(help="Write it again to this folder, in a profile for these runtimes."),
+        typer.Option(help="Write it again to this folder, in a profile for these runtimes, and check that."),
     ] = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Which runtimes load an adapter right, wrong, or not at all. Status 1 unless all load it right."""
+    """Which runtimes load an adapter right, wrong, or not at all.
+
+    Status 1 unless all of `--for`, or all that read adapters of its format, load it right.
+    """
     wanted = [name.strip() for value in runtime or [] for name in value.split(",")] or None
     for name in wanted or ():
         check_choice("--for", name, runtimes.RUNTIMES)
@@ -288,13 +291,14 @@ def check(
         profile = runtimes.right_profile(wanted)
         written = write_adapter(read_for_repair(adapter), fix, profile, None, overwrite=overwrite)
         _say_notes(written.notes)
-        say(f"saved to {fix} in the profile {profile}")
+        say(f"saved to {fix} in the profile {profile}; the verdicts are about what was written")
         verdicts = lorank.check(fix, wanted)
     if json_output:
         print_json([tables.verdict_json(verdict) for verdict in verdicts])
     else:
         console().print(tables.verdict_table(verdicts))
-    bad = [verdict.runtime for verdict in verdicts if verdict.status != "right"]
+    counted = [verdict for verdict in verdicts if wanted or verdict.reads_format]
+    bad = [verdict.runtime for verdict in counted if verdict.status != "right"]
     if bad:
         raise IncompleteError(f"{fix or adapter} does not load right in {', '.join(bad)}")
 
