@@ -112,6 +112,8 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
         "target_modules": kept or linear,
         "exclude_modules": before.get("exclude_modules") if kept else accidental_matches(linear, dropped),
         "target_parameters": stacks or None,
+        # PEFT refuses dropout beside adapted parameters, which experts one by one become on loading.
+        **({"lora_dropout": 0.0} if any(naming.is_in_experts(m.name) for m in modules) else {}),
         # Stacks are written as PEFT lays them out today, whoever wrote them before.
         **({"peft_version": FIRST_VERSION} if stacks and is_earlier(before) else {}),
     }
