@@ -222,7 +222,9 @@ def separate(folder: Path, rank: Callable[[int, str], int], **config: Any) -> tu
                 for place, kind in enumerate(("gate_proj", "up_proj", "down_proj")):
                     width, out = (24, 32) if kind == "down_proj" else (32, 24)
                     r = rank(expert, kind)
-                    a, b = (generator.normal(0, 0.3, shape).astype(np.float32) for shape in ((r, width), (out, r)))
+                    a, b = (
+                        generator.normal(0, 0.3, shape).astype(np.float32) for shape in ((r, width), (out, r))
+                    )
                     name = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{kind}"
                     tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
                     target = stack.down_proj if kind == "down_proj" else stack.gate_up_proj

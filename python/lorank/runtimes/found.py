@@ -29,6 +29,11 @@ _NUMBERED = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<block>\d+)\.(?P<kind>.+)")
 BASE_COPY = ".base_layer.weight"
 
 
+def _is_table(module: LoraModule) -> bool:
+    """Return whether a module maps tokens to vectors or back."""
+    return module.kind == "embedding" or naming.is_output_head(module.name)
+
+
 @dataclass(frozen=True)
 class Found:
     """What the rules of runtimes look at.
@@ -186,7 +191,8 @@ class Found:
     def unselected(self) -> list[str]:
         """Names of modules that have tensors, but that the settings' targets leave out."""
         targets, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
-        names = [module.name for module in self.modules if module.kind != "expert"]
+        # Where tables are tied, PEFT adapts them all if it adapts one.
+        names = [m.name for m in self.modules if m.kind != "expert" and not (self.tied and _is_table(m))]
         if targets is None:
             # PEFT adapts nothing but the parameters then.
             return names if self.config.get("target_parameters") else []
@@ -201,7 +207,7 @@ class Found:
             return None
         tables: dict[tuple[int, ...], list[LoraModule]] = defaultdict(list)
         for module in self.modules:
-            if module.kind == "embedding" or naming.is_output_head(module.name):
+            if _is_table(module):
                 tables[tuple(sorted(module.shape))].append(module)
         for first, *others in tables.values():
             for other in others:
