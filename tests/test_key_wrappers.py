@@ -109,5 +109,5 @@ def test_keys_that_are_the_same_without_wrappers_are_refused(tmp_path: Path) -> 
         tensors[f"_orig_mod.{key}"] = tensors[key].copy()
 
     edited(folder, double)
-    with pytest.raises(lorank.FormatError, match="_orig_mod.*are the same thing twice"):
+    with pytest.raises(lorank.FormatError, match=r"_orig_mod.*are the same thing twice"):
         lorank.LoraAdapter.load(folder)

@@ -181,7 +181,7 @@ def test_initialisations_that_files_cannot_repeat(init: str, tmp_path: Path) -> 
     folder = configured(saved(live, tmp_path), init_lora_weights=init)
     (verdict,) = lorank.check(folder, ["peft"])
     assert (verdict.status, init in verdict.reason) == ("refuses", True)
-    with pytest.raises(ValueError, match="corda|loftq"):
+    with pytest.raises(ValueError, match=r"corda|loftq"):
         loaded(LLAMA(), folder)
     with pytest.raises(lorank.FormatError, match="changes the base model"):
         lorank.LoraAdapter.load(folder)
