@@ -6,11 +6,14 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 import lorank
 import tiny_models
@@ -222,3 +225,63 @@ def test_saved_modules_are_searched_for_numbers(tmp_path: Path) -> None:
     (verdict,) = lorank.check(folder, ["peft"])
     assert "base_model.model.lm_head.weight holds NaN" in verdict.reason
     assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
+
+
+class Attending(torch.nn.Module):
+    """torch's own attention, whose input and output projections PEFT adapts under one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+        self.table = torch.nn.Embedding(64, 16)
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.table(ids)
+        return SimpleNamespace(logits=self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("pattern", [{}, {"attention": 2}])
+def test_attention_of_torch_has_one_rank(pattern: dict[str, int], tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["attention"], rank_pattern=pattern)
+    live = random_adapter(Attending(), config)
+    folder = saved(live, tmp_path / "a")
+    ranks = lorank.LoraAdapter.load(folder).ranks
+    assert ranks == dict.fromkeys(("attention", "attention.base_layer.out_proj"), pattern.get("attention", 4))
+    assert lorank.check(folder, ["peft"])[0].status == "right"
+    assert seen(Attending(), folder, logits(live), "peft") == "right"
+    rank_of(folder, r"attention.base_layer.out_proj", 1)
+    configured(folder, rank_pattern={**pattern, r"attention\.base_layer\.out_proj": 1})
+    (verdict,) = lorank.check(folder, ["peft"])
+    assert (verdict.status, "out_proj has rank 1" in verdict.reason) == ("refuses", True)
+    assert seen(Attending(), folder, logits(live), "peft") == "refuses"
+
+
+@pytest.mark.parametrize("shape", [(7, 262147), (262147, 3), (524288,), (1, 131072), ()])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_values_are_searched_to_the_last(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
+    folder = saved(random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"])), tmp_path)
+
+    def edit(tensors: dict[str, Any]) -> None:
+        large = np.full(shape, 3e4, dtype=dtype)
+        tensors[f"{PREFIX}model.norm.weight"] = large
+        tensors[f"{PREFIX}counts"] = np.arange(5)
+
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors[f"{PREFIX}model.norm.weight"].reshape(-1)[-1:] = np.nan
+
+    edited(folder, edit)
+    assert lorank.check(folder, ["peft"])[0].status == "right"
+    edited(folder, spoil)
+    (verdict,) = lorank.check(folder, ["peft"])
+    assert "model.norm.weight holds NaN" in verdict.reason
+
+
+def test_pickled_adapters_are_searched_too(tmp_path: Path) -> None:
+    folder = saved(random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"])), tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"{PREFIX}model.layers.1.self_attn.v_proj.lora_A.weight"][2, 3] = float("inf")
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    (verdict,) = lorank.check(folder, ["peft"])
+    assert "lora_A of model.layers.1.self_attn.v_proj holds Inf" in verdict.reason

@@ -96,7 +96,7 @@ def read_all(
     notes = _notes(config, found.carried, kind, without_magnitude(config, found.carried, found.factors))
     notes += _layout_notes(config, turned)
     tells_ranks = contradictions and kind == "LORA"
-    if tells_ranks and (other := sum(table.of(m.name)[0] != m.rank for m in modules)):
+    if tells_ranks and (other := sum(table.of(holder(m.name))[0] != m.rank for m in modules)):
         notes.append(f"{other} modules have other ranks than the settings say: the settings' scale was kept")
     adapter = LoraAdapter(
         {module.name: module for module in modules},
@@ -107,6 +107,11 @@ def read_all(
         is_spectral=SPECTRAL_KEY in tensors.metadata,
     )
     return Reading(adapter, turned)
+
+
+def holder(name: str) -> str:
+    """Return the module that holds a projection: of `nn.MultiheadAttention`, PEFT adapts two by one name."""
+    return name.partition(".base_layer.")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,8 @@ class _Reader:
             self._fail("has lora_E, which is AdaLoRA's, but the settings say LORA")
         a_shape, b_shape = self._shapes()
         name = self.parameter.name if self.parameter else self.path
-        rank, scaling = self.table.of(name)
+        # What a module holds inside of itself has the module's own rank and scale.
+        rank, scaling = self.table.of(name if self.parameter else holder(name))
         if self.parameter is not None:
             return self._stack(self.parameter, rank, scaling, a_shape, b_shape)
         if len(b_shape) > 2 and a_shape[0] != b_shape[1] and a_shape[0] % b_shape[1] == 0:

@@ -13,7 +13,7 @@ from lorank import naming
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.expert_layout import Parameter
 from lorank.adapters.module import LoraModule
-from lorank.adapters.peft_format import PREFIX
+from lorank.adapters.peft_format import PREFIX, holder
 from lorank.adapters.peft_settings import (
     DEFAULT_ALPHA,
     DEFAULT_RANK,
@@ -161,7 +161,7 @@ class Found:
         """Modules whose tensors have another rank than the settings give them, and that rank."""
         if self.adalora:
             return []
-        ranks = [(module, self.settings.of(module.name)[0]) for module in self.modules]
+        ranks = [(module, self.settings.of(holder(module.name))[0]) for module in self.modules]
         return [(module, rank) for module, rank in ranks if module.rank != rank]
 
     def of_kinds(self, *kinds: str) -> list[LoraModule]:
@@ -199,7 +199,7 @@ class Found:
         if targets == naming.ALL_LINEAR:
             return []
         selects, excludes = naming.matcher(targets), naming.matcher(excluded or [])
-        return [name for name in names if not selects(name) or excludes(name)]
+        return [name for name in names if not selects(holder(name)) or excludes(holder(name))]
 
     def unequal_tables(self) -> tuple[LoraModule, LoraModule] | None:
         """Embedding and head whose ranks differ, although the settings tie them."""
