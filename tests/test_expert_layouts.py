@@ -295,3 +295,22 @@ def test_factors_deeper_than_their_parameters_are_refused(tmp_path: Path) -> Non
     with pytest.raises(lorank.FormatError, match="lies deeper than target_parameters names"):
         lorank.LoraAdapter.load(folder)
     assert load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": "("}, "target_modules"),
+        ({"target_modules": [], "target_parameters": [""]}, "do not fit|no experts|has rank"),
+        ({"peft_version": "1" * 5000 + ".1"}, None),
+        ({"peft_version": {"a": 1}}, None),
+    ],
+)
+def test_hostile_settings_of_experts(config: dict[str, Any], message: str | None, tmp_path: Path) -> None:
+    folder = experts(tiny_models.mixtral(), tmp_path / "a", "gate_up_proj", "down_proj")
+    configured(folder, **config)
+    if message is None:
+        assert len(lorank.LoraAdapter.load(folder).modules) == 4
+        return
+    with pytest.raises(lorank.FormatError, match=message):
+        lorank.LoraAdapter.load(folder)

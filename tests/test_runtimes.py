@@ -289,6 +289,15 @@ SWAPPED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "head": (tiny_models.bert_classifier, {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
     "bias": (tiny_models.bert_classifier, {"target_modules": ["query"], "bias": "all"}),
     "embedding": (tiny_models.bert_classifier, {"target_modules": ["query", "word_embeddings"]}),
+    "alora": (tiny_models.llama, {"alora_invocation_tokens": [3, 4]}),
+    "replicated layers": (tiny_models.llama, {"layer_replication": [[0, 2], [1, 2]]}),
+    "experts": (
+        tiny_models.mixtral,
+        {
+            "target_modules": [],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
 }
 
 

@@ -111,7 +111,7 @@ def parameters(
 
 def is_earlier(config: Mapping[str, Any]) -> bool:
     """Return whether `peft_version` is one that laid experts out the other way round."""
-    numbers = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    numbers = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version") or ""))
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 19)
 
 
@@ -141,7 +141,10 @@ def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[
         by_module[outer(path)].append(path)
     found: dict[str, str] = {}
     for module, inner in by_module.items():
-        names = _candidates(config, targets, module, len(inner))
+        try:
+            names = _candidates(config, targets, module, len(inner))
+        except ValueError as error:
+            raise FormatError(f"{label}: the settings' target_modules: {error}") from None
         if not names:
             continue
         if len(names) < len(inner):
@@ -169,6 +172,8 @@ def _candidates(config: Mapping[str, Any], targets: Sequence[str], module: str, 
     fitting, bare = [], []
     for target in targets:
         owner, _, name = target.rpartition(".")
+        if not name:
+            continue
         if not owner:
             bare.append(name)
         elif naming.is_suffix(owner, module):

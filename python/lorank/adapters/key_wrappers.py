@@ -79,7 +79,7 @@ class Unwrapped:
         return cls(_Renamed(tensors, clean), wrappers, stored_as)
 
     def note(self) -> str:
-        """What to say of a file whose keys were changed."""
+        """Describe which names were left out of how many keys."""
         names = ", ".join(self.wrappers)
         return (
             f"{len(self.stored_as)} keys held the names of wrappers ({names}), which were left out: "

@@ -41,12 +41,12 @@ class Reading:
     ----------
     adapter
         As PEFT of today names and orients it.
-    turned
+    swapped
         Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
     """
 
     adapter: LoraAdapter
-    turned: Sequence[Parameter] = ()
+    swapped: Sequence[Parameter] = ()
 
 
 def read(tensors: Tensors, config: Mapping[str, Any], *, contradictions: bool = False) -> LoraAdapter:
@@ -71,8 +71,8 @@ def read_all(
         Whether tensors may have other ranks than the settings say. The scale is the settings' then, as in
         the layers that such files were saved from.
     changed_base
-        Whether an initialisation that changes the base model is accepted: the factors are no update of the
-        original weights then.
+        Whether an initialisation that changes the base model is accepted: the factors then belong to changed
+        weights.
 
     Raises
     ------
@@ -92,9 +92,9 @@ def read_all(
         modules.append(module)
     modules.sort(key=lambda module: naming.natural_key(module.name))
     stacks = {module.name for module in modules if module.copies > 1}
-    turned = [p for p in parameters.values() if p.layout == "earlier" and p.name in stacks]
+    swapped = [p for p in parameters.values() if p.layout == "earlier" and p.name in stacks]
     notes = _notes(config, found.carried, kind, without_magnitude(config, found.carried, found.factors))
-    notes += _layout_notes(config, turned)
+    notes += _layout_notes(config, swapped)
     tells_ranks = contradictions and kind == "LORA"
     if tells_ranks and (other := sum(table.of(holder(m.name))[0] != m.rank for m in modules)):
         notes.append(f"{other} modules have other ranks than the settings say: the settings' scale was kept")
@@ -106,11 +106,11 @@ def read_all(
         label=tensors.label,
         is_spectral=SPECTRAL_KEY in tensors.metadata,
     )
-    return Reading(adapter, turned)
+    return Reading(adapter, swapped)
 
 
 def holder(name: str) -> str:
-    """Return the module that holds a projection: of `nn.MultiheadAttention`, PEFT adapts two by one name."""
+    """Return the module whose rank a projection inside it has, as in `nn.MultiheadAttention`."""
     return name.partition(".base_layer.")[0]
 
 
@@ -260,14 +260,14 @@ class _Reader:
             self._fail(f"factors of shapes {b_shape} and {a_shape} are no experts of rank {rank}")
         stored = (b_shape[0], a_shape[1])
         # A parameter of two dimensions was the same way round in every release.
-        turned = copies > 1 and parameter.layout == "earlier"
+        swapped = copies > 1 and parameter.layout == "earlier"
 
         def factors() -> list[tuple[Matrix, Matrix]]:
             b, a = (matrix.to_array() for matrix in self._pair(stored, a_shape[0]))
             parts = [(b[:, e::copies], a[e * rank : (e + 1) * rank]) for e in range(copies)]
-            return [in_memory(a.T, b.T) if turned else in_memory(b, a) for b, a in parts]
+            return [in_memory(a.T, b.T) if swapped else in_memory(b, a) for b, a in parts]
 
-        shape = (stored[1], stored[0]) if turned else stored
+        shape = (stored[1], stored[0]) if swapped else stored
         return LoraModule(parameter.name, "expert", shape, rank, scaling, self._dtype(), factors, copies)
 
     def adalora(self) -> LoraModule:

@@ -51,7 +51,7 @@ class AsStored:
         The names of wrappers that keys of the file hold.
     stored_as
         A clean key -> the file's own, of keys with a wrapper's name.
-    turned
+    swapped
         Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
     """
 
@@ -59,7 +59,7 @@ class AsStored:
     tensors: Tensors
     wrappers: tuple[str, ...] = ()
     stored_as: Mapping[str, str] = field(default_factory=dict)
-    turned: tuple[Parameter, ...] = ()
+    swapped: tuple[Parameter, ...] = ()
 
 
 def read_adapter(path: str | Path) -> LoraAdapter:
@@ -104,7 +104,7 @@ def _read_peft(folder: Path, contradictions: bool, changed_base: bool) -> AsStor
     notes = [*([unwrapped.note()] if unwrapped.wrappers else []), *reading.adapter.notes]
     adapter = replace(reading.adapter, label=str(folder), notes=notes)
     return AsStored(
-        adapter, unwrapped.tensors, unwrapped.wrappers, unwrapped.stored_as, tuple(reading.turned)
+        adapter, unwrapped.tensors, unwrapped.wrappers, unwrapped.stored_as, tuple(reading.swapped)
     )
 
 

@@ -102,7 +102,7 @@ class Found:
         """Whether the base model's layers are repeated before they are adapted."""
         return bool(self.config.get("layer_replication"))
 
-    @property
+    @cached_property
     def adalora(self) -> bool:
         """Whether the file has AdaLoRA's names and its third factor."""
         return checked_kind(self.adapter.label, self.config, changed_base=True) == "ADALORA"
@@ -118,9 +118,16 @@ class Found:
         return bool(self.config.get("ensure_weight_tying"))
 
     @property
-    def turned(self) -> tuple[Parameter, ...]:
+    def swapped(self) -> tuple[Parameter, ...]:
         """Stacks of experts whose factors lie as PEFT before 0.19 wrote them."""
-        return self.stored.turned
+        return self.stored.swapped
+
+    @cached_property
+    def alphas(self) -> dict[str, float]:
+        """The alphas of an image adapter's file, by module; a module without one is left out."""
+        tensors, keys = self.stored.tensors, self.stored.tensors.shapes()
+        named = {module.name: f"{module.name}.alpha" for module in self.modules}
+        return {name: tensors.number(key) for name, key in named.items() if key in keys}
 
     @property
     def others(self) -> list[str]:
@@ -157,6 +164,7 @@ class Found:
         """The settings as PEFT looks them up."""
         return Settings(self.adapter.label, self.config)
 
+    @cached_property
     def misfits(self) -> list[tuple[LoraModule, int]]:
         """Modules whose tensors have another rank than the settings give them, and that rank."""
         if self.adalora:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 
 from lorank.adapters.diffusers_settings import KEY as SETTINGS_KEY
 from lorank.adapters.module import LoraModule
@@ -22,26 +23,16 @@ _KOHYA = ".lora_down."
 _MAGNITUDES = (".dora_scale", ".lora_magnitude_vector")
 
 
-def _alpha(a: Found, name: str) -> float | None:
-    """Return a module's alpha, None if the file has none for it."""
-    key = f"{name}.alpha"
-    return a.stored.tensors.number(key) if key in a.stored.tensors.shapes() else None
-
-
 def _diffusers_scale(a: Found, module: LoraModule) -> float:
     part = _part_of_stable_diffusion(module.name)
     if part is None or not _loses_its_alpha(module.name):
         return by_module(a, module)
     # The pattern that should give the module its alpha matches nothing: it gets the most frequent one.
-    alphas = [
-        alpha
-        for other in a.modules
-        if _part_of_stable_diffusion(other.name) == part
-        if (alpha := _alpha(a, other.name)) is not None
-    ]
+    alphas = [alpha for other, alpha in a.alphas.items() if _part_of_stable_diffusion(other) == part]
     return Counter(alphas).most_common(1)[0][0] / module.rank if alphas else by_module(a, module)
 
 
+@cache
 def _part_of_stable_diffusion(name: str) -> str | None:
     """Return the part of a Stable Diffusion pipeline that a module with kohya's name belongs to."""
     match = _KOHYA_PART.fullmatch(name)
@@ -77,8 +68,7 @@ def _diffusers_loses(a: Found) -> Iterable[str]:
 
 
 def _comfyui_scale(a: Found, module: LoraModule) -> float:
-    alpha = _alpha(a, module.name)
-    return 1.0 if alpha is None else alpha / module.rank
+    return a.alphas[module.name] / module.rank if module.name in a.alphas else 1.0
 
 
 def _comfyui_loses(a: Found) -> Iterable[str]:

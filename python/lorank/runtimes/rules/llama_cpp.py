@@ -35,14 +35,14 @@ def _refuses(a: Found) -> str:
 
 def _modules(a: Found) -> str:
     others = [m for m in a.of_kinds("conv", "expert") if not is_router(m)]
-    return f"{others[0].name} is no plain linear layer ({others[0].kind})" if others else ""
+    return f"{others[0].name} is not a plain linear layer ({others[0].kind})" if others else ""
 
 
 def _tables(a: Found) -> str:
     if not a.tied:
         return ""
     tables = [m.name for m in a.modules if _is_table(m.name)]
-    return f"{tables[0]} is tied, and is no table of its own in a GGUF file" if tables else ""
+    return f"{tables[0]} is tied, and has no table of its own in a GGUF file" if tables else ""
 
 
 def _is_table(name: str) -> bool:

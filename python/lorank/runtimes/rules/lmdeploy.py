@@ -22,7 +22,7 @@ def _refuses(a: Found) -> str:
     if a.adalora:
         return "AdaLoRA's tensors (lora_E) have no names that it knows"
     if isinstance(a.config.get("target_modules"), str):
-        return "target_modules is a regular expression: it wants a list"
+        return "target_modules is a regular expression, and a list is needed"
     if a.dora:
         return "DoRA is not supported"
     if mixed := a.of_another_rank():

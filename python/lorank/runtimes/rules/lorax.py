@@ -23,7 +23,7 @@ _LEAST_RANK = 8
 
 
 def _scale(a: Found, module: LoraModule) -> float:
-    # AdaLoRA's factors have other names than it looks for. PEFT 0.4, which it pins, knows no rsLoRA.
+    # AdaLoRA's factors have other names than it looks for. PEFT 0.4, which it pins, has no rsLoRA.
     return 0.0 if a.adalora else by_settings(a, module)
 
 

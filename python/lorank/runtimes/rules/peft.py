@@ -27,7 +27,7 @@ def _refuses(a: Found) -> str:
     if refusal := _separate_experts_refused(a) if experts else "":
         return refusal
     own = {module.name for module in experts.modules}
-    if misfits := [found for found in a.misfits() if found[0].name not in own]:
+    if misfits := [found for found in a.misfits if found[0].name not in own]:
         module, rank = misfits[0]
         return f"sizes do not match: {module.name} has rank {module.rank}, but the settings say {rank}"
     if tables := a.unequal_tables():
@@ -36,7 +36,7 @@ def _refuses(a: Found) -> str:
             f"sizes do not match: {first.name} has rank {first.rank} and {second.name} {second.rank}, but "
             "ensure_weight_tying makes them share one update"
         )
-    if swapped := _turned_of_other_size(a):
+    if swapped := _swapped_of_other_size(a):
         return (
             f"sizes do not match: {swapped} has inputs and outputs swapped, as PEFT before 0.19 wrote them"
             f"{_although(a)}"
@@ -48,14 +48,14 @@ def _refuses(a: Found) -> str:
     return ""
 
 
-def _turned_of_other_size(a: Found) -> str:
+def _swapped_of_other_size(a: Found) -> str:
     """Name the first stack that is laid out as before 0.19 and does not fit today's layout."""
-    names = {parameter.name for parameter in a.turned}
+    names = {parameter.name for parameter in a.swapped}
     return next((m.name for m in a.stacks if m.name in names and m.shape[0] != m.shape[1]), "")
 
 
 def _although(a: Found) -> str:
-    if not any(parameter.contradicts_version for parameter in a.turned):
+    if not any(parameter.contradicts_version for parameter in a.swapped):
         return ""
     return f", although peft_version is {a.config.get('peft_version')}"
 
@@ -98,9 +98,9 @@ def _loses(a: Found) -> Iterable[str]:
         )
     if without := without_magnitude(a.config, a.adapter.carried, a.adapter.modules):
         yield f"starts the DoRA magnitudes of {len(without)} modules anew, as the file lacks them"
-    if a.turned:
+    if a.swapped:
         yield (
-            f"reads {a.turned[0].name} with inputs and outputs swapped, as PEFT before 0.19 wrote "
+            f"reads {a.swapped[0].name} with inputs and outputs swapped, as PEFT before 0.19 wrote "
             f"them{_although(a)}"
         )
     if (init := a.base_change) and init.lower() not in _REPEATED:
@@ -135,8 +135,8 @@ def _hotswap_refuses(a: Found) -> str:
         return f"{a.base_change!r} changes the base model, which is not swapped"
     if a.separate_experts:
         return "experts one by one are not stacked on swapping"
-    if a.turned:
-        return f"{a.turned[0].name} has inputs and outputs swapped, as PEFT before 0.19 wrote them"
+    if a.swapped:
+        return f"{a.swapped[0].name} has inputs and outputs swapped, as PEFT before 0.19 wrote them"
     return no_others(a)
 
 

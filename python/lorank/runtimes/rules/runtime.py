@@ -124,10 +124,10 @@ def by_tensor(a: Found, module: LoraModule) -> float:
 
 
 def not_plain(a: Found, *, but: tuple[str, ...] = ()) -> str:
-    """Name the first module that is no linear layer, but for kinds that are taken; empty if all are."""
+    """Name the first module that is not a linear layer, but for kinds that are taken; empty if all are."""
     kinds = [kind for kind in ("conv", "embedding", "expert") if kind not in but]
     if other := a.of_kinds(*kinds):
-        return f"{other[0].name} is no plain linear layer ({other[0].kind})"
+        return f"{other[0].name} is not a plain linear layer ({other[0].kind})"
     return ""
 
 
@@ -142,13 +142,13 @@ def no_lora_biases(a: Found) -> str:
 
 
 def no_others(a: Found, but: Callable[[str], bool] = lambda _: False) -> str:
-    """Name the first tensor that is no factor, but for those that are taken; empty if there is none."""
+    """Name the first tensor beside the factors, but for those that are taken; empty if there is none."""
     others = [key for key in (*a.others, *a.base_copies) if not but(key)]
     return f"takes nothing but factors, and there are {len(others)} others: {others[0]}" if others else ""
 
 
 def others_lost(a: Found) -> Iterable[str]:
-    """Report trained tensors that are no factors."""
+    """Report trained tensors beside the factors."""
     return leaves_out([*a.others, *a.lora_biases])
 
 
@@ -165,7 +165,7 @@ def every_token(a: Found) -> Iterable[str]:
 
 
 def original_base(a: Found) -> Iterable[str]:
-    """Report factors that are no update of the original weights."""
+    """Report factors that belong to weights which the initialisation had changed."""
     if a.base_change:
         yield f"applies factors to the original weights, which {a.base_change!r} had changed for the training"
 

@@ -27,7 +27,7 @@ def _refuses(a: Found) -> str:
         return "AdaLoRA is not supported"
     targets = a.config.get("target_modules")
     if isinstance(targets, str) and targets not in _SHORTHANDS:
-        return "target_modules is a regular expression: it wants a list"
+        return "target_modules is a regular expression, and a list is needed"
     if mixed := a.of_another_rank():
         return f"{len(mixed)} modules have another rank than r = {a.rank:g}, the first is {mixed[0].name}"
     if a.dora:
@@ -46,13 +46,13 @@ def _pairs(a: Found) -> str:
     for name in known:
         parent, _, last = name.rpartition(".")
         if last == "up_proj" and f"{parent}.gate_proj" not in known:
-            return f"wants gate_proj beside up_proj: {parent} lacks it"
+            return f"needs gate_proj beside up_proj: {parent} lacks it"
     return ""
 
 
 def _norms(a: Found) -> str:
     norms = [key for key in a.others if _NORM.search(key)]
-    return f"finds no place for the trained norm {norms[0]}" if norms else ""
+    return f"cannot place the trained norm {norms[0]}" if norms else ""
 
 
 def _loses(a: Found) -> Iterable[str]:

@@ -40,15 +40,15 @@ def _refuses(a: Found) -> str:
     if a.adalora:
         return "AdaLoRA's tensors (lora_E) have no names that it knows"
     if other := a.of_kinds("conv", "expert"):
-        return f"{other[0].name} is no plain linear layer ({other[0].kind})"
+        return f"{other[0].name} is not a plain linear layer ({other[0].kind})"
     outside = [m.name for m in a.modules if not _IN_A_BLOCK.fullmatch(m.name) and not _at_an_end(m.name)]
     if outside:
-        return f"{outside[0]} is in no numbered block"
+        return f"{outside[0]} is not in a numbered block"
     inside = [m.name for m in a.modules if not _at_an_end(m.name)]
     if unknown := [name for name in inside if name.rpartition(".")[2] not in _KNOWN]:
         return f"has no name for {unknown[0]}"
     if unequal := a.separate_experts.unequal():
-        return f"wants one rank for all experts of a block: {unequal}"
+        return f"needs one rank for all experts of a block: {unequal}"
     return first_of(no_replication(a), no_lora_biases(a), no_others(a, but=_at_an_end))
 
 

@@ -76,7 +76,7 @@ def _modules(a: Found) -> str:
 def _experts(a: Found) -> str:
     """Explain why it does not load the adapted experts, if it does not."""
     if unequal := a.separate_experts.unequal():
-        return f"wants one rank for all experts of a block: {unequal}"
+        return f"needs one rank for all experts of a block: {unequal}"
     owners: dict[str, set[str]] = {}
     for module in a.stacks:
         owner, _, parameter = module.name.rpartition(".")
@@ -84,11 +84,11 @@ def _experts(a: Found) -> str:
     for owner, parameters in owners.items():
         gates, downs = parameters.intersection(_GATES), parameters.intersection(_DOWNS)
         if gates and not downs:
-            return f"reads the factors of {owner}.{min(gates)} as down_proj, and wants both of them"
+            return f"reads the factors of {owner}.{min(gates)} as down_proj, and needs both of them"
         if downs and not gates:
-            return f"wants gate_up_proj beside {owner}.{min(downs)}"
-    if a.turned:
-        return f"{a.turned[0].name} has inputs and outputs swapped, as PEFT before 0.19 wrote them"
+            return f"needs gate_up_proj beside {owner}.{min(downs)}"
+    if a.swapped:
+        return f"{a.swapped[0].name} has inputs and outputs swapped, as PEFT before 0.19 wrote them"
     return ""
 
 
