@@ -13,6 +13,7 @@ import numpy as np
 
 from lorank import naming
 from lorank._core import FormatError, Matrix
+from lorank.adapters import carried as carried_tensors
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule, in_memory
 from lorank.adapters.peft_settings import Settings, checked_kind
@@ -20,7 +21,7 @@ from lorank.adapters.tensors import Stored, Tensors
 from lorank.sources import arrays
 from lorank.sources.base import Kind
 
-PREFIX = "base_model.model."
+PREFIX = carried_tensors.PREFIX
 SPECTRAL_KEY = "lorank.spectral"
 """Metadata of a file whose factors are in balanced spectral form."""
 
@@ -119,7 +120,8 @@ def without_magnitude(
     """Modules of a DoRA adapter whose file has no magnitudes: PEFT starts theirs anew."""
     if not config.get("use_dora"):
         return []
-    found = {key.partition(".lora_magnitude_vector")[0].removeprefix(PREFIX) for key in carried}
+    names = list(names)
+    found = set(carried_tensors.magnitudes(carried, set(names)).values())
     return [name for name in names if name not in found]
 
 
@@ -135,7 +137,7 @@ def _notes(
         notes.append("aLoRA: acts from its invocation tokens on; they are kept in the settings")
     if config.get("use_rslora"):
         notes.append("rsLoRA: its scaling lora_alpha / sqrt(r) was taken over")
-    magnitudes = [key for key in carried if "lora_magnitude_vector" in key]
+    magnitudes = carried_tensors.magnitudes(carried, ())
     if config.get("use_dora") or magnitudes:
         notes.append(dora_note(len(magnitudes)))
     if without:

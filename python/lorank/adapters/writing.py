@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank import _core
-from lorank.adapters import card, kohya, padding, profiles, rounding
+from lorank.adapters import card, carried, kohya, padding, profiles, rounding
 from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX, SPECTRAL_KEY
@@ -225,8 +225,7 @@ def _tensors(job: _Job) -> list[Tensor]:
         if adapter.format == "kohya" and (key := kohya.alpha_key(adapter, name)):
             # Narrow types do not hold every rank.
             tensors.append(_tensor(key, np.array(layout.rank, dtype=np.float32), "float32"))
-    carried = adapter.carried.items()
-    return tensors + [_carried(key, x) for key, x in carried if _still_has_a_module(job, key)]
+    return tensors + [_carried(key, x) for key, x in carried.written(adapter, job.layouts.keys()).items()]
 
 
 def _factors(module: LoraModule, layout: profiles.Layout, keys: tuple[str, str], dtype: str) -> list[Tensor]:
@@ -251,11 +250,7 @@ def _tensor(key: str, values: Array, dtype: str) -> Tensor:
 def _carried(key: str, stored: Stored) -> Tensor:
     if stored.position is not None:
         return key, [], (stored.origin, stored.position), ""
+    if stored.dtype not in ("", arrays.dtype_name(stored.origin)):
+        return _tensor(key, stored.origin, stored.dtype)
     values, dtype, shape = raw_bytes(stored.origin, key)
     return key, list(shape), values.tobytes(), dtype
-
-
-def _still_has_a_module(job: _Job, key: str) -> bool:
-    """Whether what belongs to a LoRA layer (its DoRA magnitude) still has that layer."""
-    owner, found, _ = key.removeprefix(PREFIX).partition(".lora_")
-    return not found or owner not in job.adapter.modules or owner in job.layouts
