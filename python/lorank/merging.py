@@ -15,6 +15,8 @@ from lorank import naming
 from lorank.adapters import carried
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.diffusers_settings import PartSettings
+from lorank.adapters.image_keys import ImageStyle
+from lorank.adapters.image_layout import style_of
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_settings import merged
 from lorank.adapters.reading import as_adapter
@@ -199,12 +201,17 @@ def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:
     return notes
 
 
-def _key_style(adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
+def _key_style(adapters: Sequence[LoraAdapter]) -> ImageStyle | None:
     if adapters[0].format == "peft":
-        return {}
-    separators: dict[str, Any] = {}
-    parts: dict[str, Any] = {}
-    for adapter in reversed(adapters):
-        separators |= adapter.key_style["separators"]
-        parts |= adapter.key_style["settings"].parts
-    return {"separators": separators, "metadata": {}, "settings": PartSettings(parts, {})}
+        return None
+    keys: dict[str, tuple[str, str]] = {}
+    parts: dict[str, Mapping[str, Any]] = {}
+    styles = [style_of(adapter) for adapter in reversed(adapters)]
+    for style in styles:
+        keys |= style.keys
+        parts |= style.settings.parts
+    settings = PartSettings(parts, {})
+    # Diffusers takes settings for all parts or for none.
+    if any(settings.part_of(name) is None for name in keys):
+        settings = PartSettings({}, {})
+    return ImageStyle(keys, {}, settings, has_alphas=any(style.has_alphas for style in styles))

@@ -34,7 +34,9 @@ _MAGNITUDE = re.compile(
 )
 
 # Ends of names that belong to the factors, not to the module.
-_FACTOR_ENDS = re.compile(r"(?:\.lora|_lora|\.lora_linear_layer|[._]lora_(?:up|down|mid|A|B))(?:\.weight)?$")
+_FACTOR_ENDS = re.compile(
+    r"(?:(?:\.lora|_lora|\.lora_linear_layer)(?:\.(?:up|down|mid|A|B))?|\.lora_(?:up|down|mid|A|B))(?:\.weight)?$"
+)
 
 _ADDED = (".diff", ".diff_b", ".w_norm", ".b_norm")
 """Ends of full differences, which runtimes add to a weight or bias by the adapter's strength alone."""
