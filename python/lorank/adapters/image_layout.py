@@ -23,10 +23,9 @@ from lorank.adapters.adapter import LoraAdapter, Profile
 from lorank.adapters.image_keys import ImageStyle
 from lorank.adapters.profiles import Layout
 
-# Names whose alphas diffusers looks up by module, or takes from other modules.
-_ONE_ALPHA = re.compile(
-    r"lora_unet_(?:input_|output_|middle_|down_|up_|mid_)block.*|lora_te\d?_.*|transformer\..*"
-)
+# Names whose alphas diffusers looks up, or takes from other modules.
+_LOOKED_UP = re.compile(r"lora_unet_(?:input|output|middle|down|up|mid)_block.*|transformer\..*")
+_TEXT_ENCODER = re.compile(r"lora_te\d?_.*")
 
 # Names of blocks that diffusers reads as a whole: Wan of musubi-tuner, Flux control, Lumina 2.
 _WHOLE_BLOCKS = re.compile(
@@ -49,7 +48,7 @@ def written_alphas(style: ImageStyle, ranks: Mapping[str, int]) -> dict[str, int
     names = [name for name in ranks if style.settings.part_of(name) is None]
     if not style.has_alphas or not names:
         return {}
-    if any(map(_ONE_ALPHA.fullmatch, names)):
+    if any(map(_LOOKED_UP.fullmatch, names)) or all(map(_TEXT_ENCODER.fullmatch, names)):
         return dict.fromkeys(names, max(ranks[name] for name in names))
     return {name: ranks[name] for name in names}
 
