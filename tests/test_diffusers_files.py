@@ -164,7 +164,8 @@ def in_blocks(name: str) -> bool:
 
 
 def of_flux(name: str) -> bool:
-    return in_blocks(name) or name == "proj_out"
+    # Alphas of `proj_out` are those of all names that end so, unless it is the first of the file.
+    return in_blocks(name) or name in ("norm_out.linear", "proj_out")
 
 
 def of_wan_with_biases() -> dict[str, torch.Tensor]:
@@ -204,7 +205,7 @@ CASES: dict[str, Callable[[], Any]] = {
         )
         for alpha in (2.0, None)
     },
-    # Alphas of these keys are not applied by diffusers, so that one that is not the rank means two things.
+    # Diffusers before 0.42 drops alphas of these keys: one that is not the rank means two things.
     "qwen, alpha 4": lambda: transformer_case(
         "QwenImagePipeline", qwen, factors(qwen(), str, in_blocks, LETTERS, 4.0)
     ),

@@ -9,7 +9,7 @@ ComfyUI, diffusers 0.42). Diffusers has further rules:
 - `transformer.` keys (Flux): it takes alphas by ends of names, and ``proj_out`` ends many. One alpha for all
   modules is right.
 - Files of other transformers: it multiplies the factors by ``alpha / rank`` (Wan, Z-Image, Flux), or drops
-  alphas (Qwen-Image; the last layer of Flux). An alpha that equals the rank is right.
+  alphas (the last layer of Flux; before 0.42 Qwen-Image). An alpha that equals the rank is right.
 - A few of its converters expect every module of a block.
 """
 
