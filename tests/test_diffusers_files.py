@@ -165,7 +165,11 @@ def in_blocks(name: str) -> bool:
 
 def of_flux(name: str) -> bool:
     # Alphas of `proj_out` are those of all names that end so, unless it is the first of the file.
-    return in_blocks(name) or name in ("norm_out.linear", "proj_out")
+    return in_blocks(name) or name in (
+        "time_text_embed.timestep_embedder.linear_1",
+        "context_embedder",
+        "proj_out",
+    )
 
 
 def of_wan_with_biases() -> dict[str, torch.Tensor]:
