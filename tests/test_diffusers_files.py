@@ -186,6 +186,18 @@ def of_flux_with_biases(alpha: float | None) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def of_xlabs() -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    shapes = {"qkv_lora1": 96, "qkv_lora2": 96, "proj_lora1": 32, "proj_lora2": 32}
+    for i, (name, outputs) in enumerate(shapes.items()):
+        key = f"double_blocks.0.processor.{name}"
+        tensors[f"{key}.up.weight"] = torch.randn(outputs, i + 1) @ torch.randn(i + 1, 4)
+        tensors[f"{key}.down.weight"] = torch.randn(4, 32)
+    tensors["single_blocks.0.processor.proj_lora.up.weight"] = torch.zeros(32, 4)
+    tensors["single_blocks.0.processor.proj_lora.down.weight"] = torch.randn(4, 160)
+    return tensors
+
+
 def transformer_case(kind: str, model: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return tensors, lambda: pipeline(kind, transformer=model())
 
@@ -209,6 +221,7 @@ CASES: dict[str, Callable[[], Any]] = {
         )
         for alpha in (2.0, None)
     },
+    "flux, xlabs": lambda: transformer_case("FluxPipeline", flux, of_xlabs()),
     # Diffusers before 0.42 drops alphas of these keys: one that is not the rank means two things.
     "qwen, alpha 4": lambda: transformer_case(
         "QwenImagePipeline", qwen, factors(qwen(), str, in_blocks, LETTERS, 4.0)

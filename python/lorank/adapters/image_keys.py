@@ -14,7 +14,8 @@ from lorank.adapters.tensors import Tensors
 
 # A module's name, how its factors are told apart, an adapter's name (DiffSynth), and the factor's tensor.
 _FACTOR = re.compile(
-    r"(?P<name>.+?)(?:\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(?P<factor>up|down|mid|A|B)"
+    r"(?P<name>.+?)(?:\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.|(?<=_lora\d)\.)"
+    r"(?P<factor>up|down|mid|A|B)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<end>weight|bias))?"
 )
 _LETTERS = {"up": "B", "B": "B", "down": "A", "A": "A", "mid": "mid"}
