@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import lorank
 import tiny_models
-from adapter_files import loaded, saved, trained
+from adapter_files import edited, loaded, saved, trained
 from test_adapters import PROFILES
 
 ALMOST_ALL = 1 - 1e-9
@@ -192,3 +192,15 @@ def test_factors_and_a_whole_module_of_one_name_are_refused(whole: dict[str, Any
     saved(trained(tiny_models.llama(), LoraConfig(r=2, target_modules=["lm_head"])), tmp_path / "b")
     with pytest.raises(ValueError, match="'lm_head' has factors in one adapter, but another trains it"):
         lorank.merge([tmp_path / "a", tmp_path / "b"], rank_ratio=1.0, progress=False)
+
+
+def test_keys_of_a_live_model_are_refused(tmp_path: Path) -> None:
+    made(net(), tmp_path / "a", LoraConfig(r=2, target_modules=["first", "second"]))
+
+    def rename(tensors: dict[str, Any]) -> None:
+        key = "base_model.model.first.lora_A"
+        tensors[f"{key}.default.weight"] = tensors.pop(f"{key}.weight")
+
+    edited(tmp_path / "a", rename)
+    with pytest.raises(lorank.FormatError, match=r"first.lora_A.default.weight' has the name of an adapter"):
+        lorank.LoraAdapter.load(tmp_path / "a")

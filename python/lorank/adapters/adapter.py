@@ -33,7 +33,8 @@ class LoraAdapter:
     config
         PEFT's `adapter_config.json`; empty for other formats.
     carried
-        Tensors that are no factors (`modules_to_save`, biases, DoRA magnitudes), written untouched.
+        Tensors that are no factors (`modules_to_save`, biases, DoRA magnitudes), written untouched. Keys of
+        PEFT are those of a file in which every listed module has factors; see `lorank.adapters.carried`.
     notes
         What was normalised on reading, and what is carried untouched.
     format

@@ -124,9 +124,7 @@ class _Found:
                 f"{unusual[0]}: programs that do not know the name scaled these modules by 1"
             )
         if added:
-            notes.append(
-                f"{len(added)} full differences beside factors are kept as they are: {added[0]}, ..."
-            )
+            notes.append(f"{len(added)} full differences lie beside the factors, the first is {added[0]}")
         if rest:
             notes.append(f"{rest} tensors that are no factors are kept as they are")
         if any("mid" in keys.factors for keys in self.modules.values()):

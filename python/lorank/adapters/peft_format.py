@@ -27,6 +27,7 @@ SPECTRAL_KEY = "lorank.spectral"
 
 _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE])(\.weight)?")
 _BIAS = re.compile(r"(?P<path>.+)\.lora_B\.bias")
+_KEY_OF_A_LIVE_MODEL = re.compile(r".+\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight|\.bias)?")
 
 # MonteCLoRA's sampler matters in training alone, and is as wide as the rank was.
 _ONLY_FOR_TRAINING = ".lora_monteclora_sampler"
@@ -97,6 +98,11 @@ class _Found:
                 table[entry] = key
             elif ".lora_diag" in key:
                 raise FormatError(f"{tensors.label}: tensor {key!r} belongs to KaSA: only LoRA can be read")
+            elif name := _KEY_OF_A_LIVE_MODEL.fullmatch(key):
+                raise FormatError(
+                    f"{tensors.label}: tensor {key!r} has the name of an adapter ({name['adapter']!r}) in its "
+                    "key, as in a live model: PEFT does not load it; save the adapter with save_pretrained"
+                )
             elif _ONLY_FOR_TRAINING not in key:
                 found.carried[key] = tensors.stored(key)
         if not found.factors:
