@@ -109,6 +109,36 @@ def test_biases_inside_stacks_that_lose_a_wrapper(weak: str, tmp_path: Path) -> 
     torch.testing.assert_close(outputs(loaded(net(), tmp_path / "b")), outputs(live), rtol=1e-4, atol=1e-4)
 
 
+class Mixed(torch.nn.Module):
+    """A weight of its own and a layer inside: PEFT's layer round the first is in the other's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.randn(3, 12, 12))
+        self.inner = torch.nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.inner(sum(torch.tanh(x @ weight) for weight in self.weights))
+        return result
+
+
+@pytest.mark.parametrize("weak", ["experts.lora", "inner.lora"])
+def test_layers_inside_a_layer_without_rank(weak: str, tmp_path: Path) -> None:
+    def mixed() -> Any:
+        model = net()
+        model.experts = Mixed()  # type: ignore[assignment]
+        return model
+
+    config = LoraConfig(
+        r=2, target_modules=["first", "inner"], target_parameters=["experts.weights"], bias="all"
+    )
+    live = made(mixed(), tmp_path / "a", config, weak=(weak,))
+    small = lorank.compress(tmp_path / "a", energy=ALMOST_ALL, progress=False)
+    assert list(small.ranks.values()).count(0) == 1
+    small.save(tmp_path / "b")
+    torch.testing.assert_close(outputs(loaded(mixed(), tmp_path / "b")), outputs(live), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_resized_tables_of_modules_without_rank(target: str, profile: Any, tmp_path: Path) -> None:
@@ -202,5 +232,5 @@ def test_keys_of_a_live_model_are_refused(tmp_path: Path) -> None:
         tensors[f"{key}.default.weight"] = tensors.pop(f"{key}.weight")
 
     edited(tmp_path / "a", rename)
-    with pytest.raises(lorank.FormatError, match=r"first.lora_A.default.weight' has the name of an adapter"):
+    with pytest.raises(lorank.FormatError, match=r"first.lora_A.default.weight' has an adapter's name"):
         lorank.LoraAdapter.load(tmp_path / "a")

@@ -83,15 +83,18 @@ def owners(adapter: LoraAdapter) -> set[str]:
     found |= set(magnitudes(adapter.carried, names).values()) & names
     if adapter.format == "kohya":
         return found | {name for key in adapter.carried for name in _starts(key) if name in names}
-    tables = {
+    layers = {
         key.removeprefix(PREFIX).removesuffix(_TABLE) for key in adapter.carried if key.endswith(_TABLE)
     }
-    outer = {
-        name.rpartition(f".{WRAPPED}.")[0]
-        for name, module in adapter.modules.items()
-        if module.rank and f".{WRAPPED}." in name
-    }
-    return found | ((tables | outer) & names)
+    for module in adapter.adapted:
+        parts = module.name.split(f".{WRAPPED}.")
+        layers |= {f".{WRAPPED}.".join(parts[:count]) for count in range(1, len(parts))}
+    return found | {name for name, module in adapter.modules.items() if _wrapped(module) in layers}
+
+
+def _wrapped(module: LoraModule) -> str:
+    """The name of what PEFT puts its layer round: the module, or the one that holds a stack."""
+    return module.name.rpartition(".")[0] if module.kind == "expert" else module.name
 
 
 def _starts(key: str) -> Iterator[str]:
@@ -139,7 +142,7 @@ def respelled(
 
 def _wrappers(modules: Iterable[LoraModule]) -> Counter[str]:
     """How many layers of PEFT lie around a module: one, or one for every adapted parameter of a stack."""
-    return Counter(m.name.rpartition(".")[0] if m.kind == "expert" else m.name for m in modules)
+    return Counter(map(_wrapped, modules))
 
 
 def _respelled(key: str, before: Mapping[str, int], after: Mapping[str, int]) -> str:

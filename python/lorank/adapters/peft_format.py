@@ -100,7 +100,7 @@ class _Found:
                 raise FormatError(f"{tensors.label}: tensor {key!r} belongs to KaSA: only LoRA can be read")
             elif name := _KEY_OF_A_LIVE_MODEL.fullmatch(key):
                 raise FormatError(
-                    f"{tensors.label}: tensor {key!r} has the name of an adapter ({name['adapter']!r}) in its "
+                    f"{tensors.label}: tensor {key!r} has an adapter's name ({name['adapter']!r}) in its "
                     "key, as in a live model: PEFT does not load it; save the adapter with save_pretrained"
                 )
             elif _ONLY_FOR_TRAINING not in key:
