@@ -194,6 +194,18 @@ def test_merging_adds_a_layer_round_a_trained_bias(weight: float, turned: bool, 
     assert torch.equal(bias, base.second.bias)
 
 
+def test_merging_refuses_a_layer_round_an_adapted_module(tmp_path: Path) -> None:
+    for name, config in (
+        ("a", LoraConfig(r=2, target_modules=["inner"])),
+        ("b", LoraConfig(r=2, target_modules=["first"], target_parameters=["experts.weights"])),
+    ):
+        model = net()
+        model.experts = Mixed()  # type: ignore[assignment]
+        made(model, tmp_path / name, config)
+    with pytest.raises(ValueError, match=r"'experts.inner' lies inside 'experts', which another adapter"):
+        lorank.merge([tmp_path / "a", tmp_path / "b"], rank_ratio=1.0, progress=False)
+
+
 def test_an_adapter_of_weight_zero_gives_no_tensors(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         config = LoraConfig(r=2, target_modules=["first"], modules_to_save=["last"])

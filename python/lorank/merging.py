@@ -108,7 +108,7 @@ def _has(adapter: LoraAdapter, name: str) -> bool:
 
 
 def _acts(module: LoraModule) -> bool:
-    """Whether a module adds anything to outputs: a product of factors, or a bias."""
+    """Return whether a module adds anything to outputs: a product of factors, or a bias."""
     return module.rank > 0 or bool(module.carried)
 
 
@@ -190,6 +190,11 @@ def _check_layers(
                 f"module {module!r} has factors in one adapter, but another trains it by itself ({owner}): "
                 "PEFT cannot do both"
             )
+    if pair := carried.misnamed(modules.values()):
+        raise ValueError(
+            f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts by itself: PEFT names "
+            "the first otherwise then, and would not load it"
+        )
 
 
 def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:

@@ -43,12 +43,12 @@ _ADDED = (".diff", ".diff_b", ".w_norm", ".b_norm")
 
 
 def is_added(key: str) -> bool:
-    """Whether a tensor of an image file is a full difference, so that weighted sums of it make sense."""
+    """Return whether a tensor of an image file is a full difference, so that weighted sums make sense."""
     return key.endswith(_ADDED)
 
 
 def owner(stem: str, names: Collection[str]) -> str | None:
-    """The module that the start of a key names, with or without an end that belongs to its factors."""
+    """Find the module that the start of a key names, with or without an end that belongs to its factors."""
     if stem in names:
         return stem
     shorter = _FACTOR_ENDS.sub("", stem)
@@ -56,7 +56,7 @@ def owner(stem: str, names: Collection[str]) -> str | None:
 
 
 def magnitudes(keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
-    """Keys of DoRA magnitudes, and the modules that they belong to."""
+    """Find the keys of DoRA magnitudes, and the modules that they belong to."""
     found = {}
     for key in keys:
         if not (match := _MAGNITUDE.fullmatch(key)):
@@ -69,7 +69,7 @@ def magnitudes(keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
 
 
 def owners(adapter: LoraAdapter) -> set[str]:
-    """Modules that need their layer whatever rank is left, as something else in the file depends on it.
+    """Find modules that need their layer whatever rank is left, as something else depends on it.
 
     These are modules with a bias of their factors or a DoRA magnitude, and
 
@@ -93,12 +93,12 @@ def owners(adapter: LoraAdapter) -> set[str]:
 
 
 def _wrapped(module: LoraModule) -> str:
-    """The name of what PEFT puts its layer round: the module, or the one that holds a stack."""
+    """Name what PEFT puts its layer round: the module, or the one that holds a stack."""
     return module.name.rpartition(".")[0] if module.kind == "expert" else module.name
 
 
 def _starts(key: str) -> Iterator[str]:
-    """The dotted starts of a key, without the ends that belong to factors."""
+    """Yield the dotted starts of a key, with and without ends that belong to factors."""
     parts = key.split(".")
     for count in range(1, len(parts)):
         start = ".".join(parts[:count])
@@ -107,7 +107,7 @@ def _starts(key: str) -> Iterator[str]:
 
 
 def written(adapter: LoraAdapter, names: Collection[str]) -> dict[str, Stored]:
-    """Everything carried, under the keys of a file in which only the named modules have factors."""
+    """Return everything carried, under the keys of a file in which only the named modules have factors."""
     if adapter.format == "kohya":
         return dict(adapter.carried)
     after = [module for name, module in adapter.modules.items() if name in names]
@@ -123,7 +123,7 @@ def _is_of_a_lost_layer(key: str, adapter: LoraAdapter, names: Collection[str]) 
 def respelled(
     carried: Mapping[str, Stored], before: Iterable[LoraModule], after: Iterable[LoraModule]
 ) -> dict[str, Stored]:
-    """PEFT's keys of carried tensors for another choice of adapted modules.
+    """Spell PEFT's keys of carried tensors for another choice of adapted modules.
 
     Parameters
     ----------
@@ -141,8 +141,20 @@ def respelled(
 
 
 def _wrappers(modules: Iterable[LoraModule]) -> Counter[str]:
-    """How many layers of PEFT lie around a module: one, or one for every adapted parameter of a stack."""
+    """Count the layers of PEFT around a module: one, or one for every adapted parameter of a stack."""
     return Counter(map(_wrapped, modules))
+
+
+def misnamed(modules: Collection[LoraModule]) -> tuple[str, str] | None:
+    """Find a module inside another's layer whose name does not lead through that layer, and the other."""
+    layers = _wrappers(modules)
+    for module in modules:
+        parts = _wrapped(module).split(".")
+        for count in range(1, len(parts)):
+            outer = ".".join(parts[:count])
+            if outer in layers and parts[count] != WRAPPED:
+                return module.name, outer
+    return None
 
 
 def _respelled(key: str, before: Mapping[str, int], after: Mapping[str, int]) -> str:
@@ -165,7 +177,7 @@ def _respelled(key: str, before: Mapping[str, int], after: Mapping[str, int]) ->
 def summed(
     parts: Sequence[tuple[LoraAdapter, float]], after: Collection[LoraModule]
 ) -> tuple[dict[str, Stored], list[str]]:
-    """What a weighted sum of adapters carries, and notes about it.
+    """Return what a weighted sum of adapters carries, and notes about it.
 
     Full differences are added up. Of other tensors, which hold trained values and no differences, the first
     adapter's are taken; those of an adapter with the weight 0 are left out.

@@ -62,12 +62,12 @@ class Spelled:
 
 
 def bias_key(b_key: str) -> str:
-    """The key of the bias beside a factor B."""
+    """Return the key of the bias beside a factor B."""
     return f"{b_key.removesuffix('.weight')}.bias"
 
 
 def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:
-    """The keys of every module's factors and biases, and the keys of all other tensors.
+    """Return the keys of every module's factors and biases, and the keys of all other tensors.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:
 
 
 def alphas(tensors: Tensors, keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
-    """The keys of alphas by module; names may be spelled in another way than in the keys of the factors.
+    """Find the keys of alphas by module; names may be spelled otherwise than in the factors' keys.
 
     Raises
     ------
@@ -133,10 +133,10 @@ def alphas(tensors: Tensors, keys: Iterable[str], names: Collection[str]) -> dic
 
 
 def _flattened(name: str) -> str:
-    """A module's name as kohya's scripts flatten it: ``lora_unet_mid_block`` of ``unet.mid.block``."""
+    """Flatten a module's name as kohya's scripts do: ``lora_unet_mid_block`` of ``unet.mid.block``."""
     return name.replace(".", "_").removeprefix("lora_")
 
 
 def is_alpha(key: str) -> bool:
-    """Whether a key is called alpha."""
+    """Return whether a key is called alpha."""
     return _ALPHA.fullmatch(f"_.{key}") is not None

@@ -35,7 +35,7 @@ _WHOLE_BLOCKS = re.compile(
 
 
 def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
-    """Every written module's layout by name, as `profiles.layouts` of an image file."""
+    """Lay out every written module of an image file, as `profiles.layouts` does for PEFT."""
     found = {name: layout.rank for name, layout in profiles.layouts(adapter, profile).items()}
     if any(map(_WHOLE_BLOCKS.fullmatch, adapter.modules)):
         found = {name: found.get(name, 1) for name in adapter.modules}
@@ -44,7 +44,7 @@ def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
 
 
 def written_alphas(style: ImageStyle, ranks: Mapping[str, int]) -> dict[str, int]:
-    """The alphas to write, by module; none where the settings in the metadata hold them."""
+    """Return the alphas to write, by module; none where the settings in the metadata hold them."""
     names = [name for name in ranks if style.settings.part_of(name) is None]
     if not style.has_alphas or not names:
         return {}
@@ -54,6 +54,6 @@ def written_alphas(style: ImageStyle, ranks: Mapping[str, int]) -> dict[str, int
 
 
 def style_of(adapter: LoraAdapter) -> ImageStyle:
-    """How an image adapter's file spells its keys."""
+    """Return how an image adapter's file spells its keys."""
     assert adapter.key_style is not None
     return adapter.key_style

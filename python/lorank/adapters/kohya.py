@@ -107,7 +107,7 @@ class _Found:
         return cls(modules, alphas, [key for key in others if key not in used])
 
     def notes(self) -> list[str]:
-        """What was normalised, and what is kept as it is."""
+        """Describe what was normalised, and what is kept as it is."""
         magnitudes = carried.magnitudes(self.others, self.modules.keys())
         lost = [key for key in self.others if image_keys.is_alpha(key)]
         added = [key for key in self.others if carried.is_added(key)]
@@ -138,7 +138,7 @@ def _silent_alpha(
     settings: PartSettings,
     modules: Sequence[LoraModule],
 ) -> list[str]:
-    """A note of an alpha that the metadata name and no tensor holds."""
+    """Describe an alpha that the metadata name and no tensor holds."""
     key = next((key for key in _ALPHAS_IN_METADATA if key in metadata), None)
     if key is None or alphas or settings.parts:
         return []
@@ -151,7 +151,7 @@ def _silent_alpha(
 
 
 def alpha_key(name: str) -> str:
-    """The key of a module's alpha."""
+    """Return the key of a module's alpha."""
     return f"{name}.alpha"
 
 
@@ -221,7 +221,7 @@ def _module(
 
 
 def _bias(tensors: Tensors, name: str, key: str, outputs: int) -> np.ndarray[Any, Any]:
-    """The bias that is added to the output of B, and scaled with it."""
+    """Read the bias that is added to the output of B, and scaled with it."""
     shape = tensors.shapes()[key]
     if shape != (outputs,):
         raise FormatError(

@@ -51,7 +51,7 @@ class Stored:
     dtype: str = ""
 
     def to_array(self) -> np.ndarray[Any, Any]:
-        """The values, of floating-point numbers."""
+        """Read the values, which are floating-point numbers."""
         if self.position is None:
             return arrays.as_numpy(self.origin)
         size = math.prod(self.shape)

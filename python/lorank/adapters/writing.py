@@ -232,7 +232,7 @@ def _tensors(job: _Job) -> list[Tensor]:
 
 
 def _alphas(job: _Job) -> dict[str, int]:
-    """The alphas of an image file by module."""
+    """Return the alphas of an image file by module."""
     if job.adapter.format == "peft":
         return {}
     ranks = {name: layout.rank for name, layout in job.layouts.items()}
