@@ -30,7 +30,7 @@ _OF_LAYERS = ("lora_", "token_adapter")
 
 # DoRA's magnitudes as PEFT, kohya's scripts, LyCORIS and torchtune call them; PEFT may add an adapter's name.
 _MAGNITUDE = re.compile(
-    r"(?P<owner>.+?)[._](?P<kind>dora_scale|(?:lora_|dora_)?magnitude(?:_vector)?)(?:\.[^.]+)*"
+    r"(?P<owner>.+?)\.(?P<kind>dora_scale|(?:lora_|dora_)?magnitude(?:_vector)?)(?:\.[^.]+)*"
 )
 
 # Ends of names that belong to the factors, not to the module.
