@@ -174,7 +174,7 @@ def test_resized_tables_of_modules_without_rank(target: str, profile: Any, tmp_p
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_merging_adds_a_layer_round_a_trained_bias(weight: float, turned: bool, tmp_path: Path) -> None:
     biased = made(net(), tmp_path / "a", LoraConfig(r=2, target_modules=["first"], bias="all"))
-    more = LoraConfig(r=2, target_modules=["second"], target_parameters=["experts.down"])
+    more = LoraConfig(r=2, target_modules=["first", "second"], target_parameters=["experts.down"])
     other = made(net(), tmp_path / "b", more, seed=2).base_model.model
     paths, weights = [tmp_path / "a", tmp_path / "b"], [1.0, weight]
     if turned:
@@ -183,6 +183,7 @@ def test_merging_adds_a_layer_round_a_trained_bias(weight: float, turned: bool, 
     merged.save(tmp_path / "m")
     base = biased.base_model.model
     with torch.no_grad():
+        base.first.base_layer.weight += weight * other.first.get_delta_weight("default")
         base.second.weight += weight * other.second.get_delta_weight("default")
         base.experts.down += weight * other.experts.get_delta_weight("default")
     expected = outputs(biased)
@@ -196,7 +197,7 @@ def test_merging_adds_a_layer_round_a_trained_bias(weight: float, turned: bool, 
 
 def test_merging_refuses_a_layer_round_an_adapted_module(tmp_path: Path) -> None:
     for name, config in (
-        ("a", LoraConfig(r=2, target_modules=["inner"])),
+        ("a", LoraConfig(r=2, target_modules=["first", "inner"])),
         ("b", LoraConfig(r=2, target_modules=["first"], target_parameters=["experts.weights"])),
     ):
         model = net()
@@ -231,7 +232,7 @@ def test_a_bias_of_factors_without_rank_is_merged(tmp_path: Path) -> None:
 )
 def test_factors_and_a_whole_module_of_one_name_are_refused(whole: dict[str, Any], tmp_path: Path) -> None:
     saved(trained(tiny_models.llama(), LoraConfig(r=2, target_modules=["q_proj"], **whole)), tmp_path / "a")
-    saved(trained(tiny_models.llama(), LoraConfig(r=2, target_modules=["lm_head"])), tmp_path / "b")
+    saved(trained(tiny_models.llama(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"])), tmp_path / "b")
     with pytest.raises(ValueError, match="'lm_head' has factors in one adapter, but another trains it"):
         lorank.merge([tmp_path / "a", tmp_path / "b"], rank_ratio=1.0, progress=False)
 
