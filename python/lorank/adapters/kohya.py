@@ -145,8 +145,8 @@ def _silent_alpha(
     if metadata[key] in {f"{module.rank}" for module in modules} | {f"{module.rank}.0" for module in modules}:
         return []
     return [
-        f"metadata name {key} = {metadata[key][:20]}, but no tensor holds an alpha: the scale 1 was taken, and "
-        "the entry is not written again"
+        f"metadata name {key} = {metadata[key][:20]}, but no tensor holds an alpha: the scale 1 was taken, "
+        "and the entry is not written again"
     ]
 
 
