@@ -1,0 +1,159 @@
+"""The base model that an adapter is checked against: names, shapes and ties of its modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorank import naming
+from lorank.adapters.module import LoraModule
+from lorank.modules.building import Unknown, build
+from lorank.modules.facts import ModelFacts
+from lorank.modules.live_modules import is_module
+from lorank.modules.loading import loaded_name
+from lorank.modules.skeleton import Skeleton
+from lorank.modules.weight import Weight
+from lorank.sources import Source, open_source
+from lorank.sources.files import config_folder, read_config
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """Modules of a base model as an adapter names them.
+
+    Attributes
+    ----------
+    label
+        The name of the model in messages.
+    shapes
+        ``(out, in)`` of every module's matrix, as PEFT orients it, by the name that PEFT adapts it by.
+    containers
+        The names of all modules, those without a matrix included.
+    facts
+        What is known of the model beside its matrices.
+    skeleton
+        The model's own description; None if names were guessed.
+    """
+
+    label: str
+    shapes: Mapping[str, tuple[int, int]]
+    containers: frozenset[str]
+    facts: ModelFacts
+    skeleton: Skeleton | None = None
+
+    @classmethod
+    def of(cls, base: Any) -> BaseModel:
+        """Describe a base model.
+
+        Parameters
+        ----------
+        base
+            A folder with a `config.json`, that file, a hub id, a file or folder of weights, a live model.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is nothing of that name.
+        ValueError
+            If neither the config nor the weights tell the names of modules.
+        """
+        if is_module(base):
+            return cls._by_skeleton(Skeleton.of_model(base))
+        path = config_folder(base)
+        config = read_config(path)
+        model = build(path if path.is_dir() else path.parent, config, ())
+        if isinstance(model, Skeleton):
+            return cls._by_skeleton(model)
+        return cls._by_weights(path, model)
+
+    @classmethod
+    def _by_skeleton(cls, skeleton: Skeleton) -> BaseModel:
+        shapes = {}
+        for weight in skeleton.weights.values():
+            if weight.kind and (shape := _as_peft_reads(weight)) is not None:
+                shapes[weight.module] = shape
+        modules = frozenset(skeleton.modules)
+        return cls(skeleton.label, shapes, modules, skeleton.facts(shapes), skeleton)
+
+    @classmethod
+    def _by_weights(cls, path: Path, unknown: Unknown) -> BaseModel:
+        try:
+            source: Source = open_source(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path}: {unknown.reason}, and there are no weights to read names from"
+            ) from error
+        shapes = {m.info.module: m.info.shape for m in source.matrices}
+        parents = {above for name in shapes for above in _above(name)}
+        return cls(source.label, shapes, frozenset(parents | shapes.keys()), source.facts)
+
+    def missing(self, modules: Iterable[LoraModule]) -> dict[str, str]:
+        """Return the reason by name, for modules of an adapter that the model lacks."""
+        found = {}
+        for module in modules:
+            if not self._has(module.name):
+                found[module.name] = f"{self.label} has no {module.name}{self._advice(module.name)}"
+        return found
+
+    def misfits(self, modules: Iterable[LoraModule]) -> list[str]:
+        """Return the reasons for modules whose update has another shape than the weight."""
+        reasons = []
+        for module in modules:
+            shape = self.shapes.get(self._own_name(module.name))
+            if shape is not None and shape != module.shape:
+                reasons.append(
+                    f"{module.name} has an update of {module.shape}, but {self.label} {shape} there"
+                )
+        return reasons
+
+    def refused(self, modules: Iterable[LoraModule]) -> str:
+        """Return the reason why PEFT cannot adapt one of the modules; empty if it can adapt all."""
+        reasons = self.facts.refused
+        return next((f"{m.name}: {reasons[m.name]}" for m in modules if m.name in reasons), "")
+
+    def _has(self, name: str) -> bool:
+        if self._own_name(name) in self.shapes or name in self.containers:
+            return True
+        # Experts one by one of a model that holds them in stacks: their container is there.
+        stack, dot, _ = name.rpartition(".experts.")
+        return bool(dot) and f"{stack}.experts" in self.containers
+
+    def _own_name(self, name: str) -> str:
+        """Return the loaded model's name for what files of older releases call otherwise."""
+        if name in self.shapes or self.skeleton is None:
+            return name
+        if f"{name}.weight" in self.shapes:
+            return f"{name}.weight"
+        weight = self.skeleton.weights.get(loaded_name(f"{name}.weight", self.skeleton))
+        return weight.module if weight is not None and weight.kind else name
+
+    def _advice(self, name: str) -> str:
+        """Return the closest name of the model, with what precedes it; empty if nothing is close."""
+        for suffix in naming.suffixes(name):
+            close = [own for own in self.shapes if naming.is_suffix(suffix, own)]
+            if close and "." in suffix:
+                return f" (it has {close[0]})"
+        return ""
+
+
+def _as_peft_reads(weight: Weight) -> tuple[int, int] | None:
+    """Return ``(out, in)`` of a weight's matrix, of one expert for a stack."""
+    shape = weight.shape
+    if weight.kind == "expert" and len(shape) == 3:
+        rows, cols = shape[1:]
+    elif weight.kind == "conv":
+        return shape[0], math.prod(shape[1:])
+    elif len(shape) == 2:
+        rows, cols = shape
+    else:
+        return None
+    return (cols, rows) if weight.transposed or weight.kind == "embedding" else (rows, cols)
+
+
+def _above(name: str) -> list[str]:
+    """Return the names of all modules that hold a module."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
