@@ -276,6 +276,12 @@ def check(
         Path | None,
         typer.Option(help="Write it again to this folder, in a profile for these runtimes, and check that."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model, by its folder, config.json or hub id: check names and shapes, too."
+        ),
+    ] = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -289,9 +295,9 @@ def check(
     if fix is not None:
         _check_output(fix, overwrite)
     if fix is None:
-        verdicts = lorank.check(adapter, wanted)
+        verdicts = lorank.check(adapter, wanted, base=base)
     else:
-        mended = runtimes.mend(adapter, fix, wanted, overwrite=overwrite)
+        mended = runtimes.mend(adapter, fix, wanted, base=base, overwrite=overwrite)
         _say_notes(mended.written.notes)
         say(f"saved to {fix} in the profile {mended.profile}; the verdicts are about what was written")
         verdicts = list(mended.verdicts)

@@ -143,6 +143,12 @@ def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placemen
     return found
 
 
+def loaded_name(name: str, skeleton: Skeleton) -> str:
+    """Return the name of the parameter that a checkpoint's tensor is loaded into, or the name as it is."""
+    target, _, converter = _targets(skeleton.model, skeleton.model.state_dict())(name)
+    return target if converter is None else name
+
+
 def _targets(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str, str, Any]]:
     """Return a function from a tensor's name to its parameter, the pattern it fits and its converter."""
     prefix = getattr(model, "base_model_prefix", "") or ""

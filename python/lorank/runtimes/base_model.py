@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorank import naming
+from lorank._core import FormatError
 from lorank.adapters.module import LoraModule
 from lorank.modules.building import Unknown, build
 from lorank.modules.facts import ModelFacts
@@ -45,13 +46,16 @@ class BaseModel:
     skeleton: Skeleton | None = None
 
     @classmethod
-    def of(cls, base: Any) -> BaseModel:
+    def of(cls, base: Any, adapted: Iterable[str] = ()) -> BaseModel:
         """Describe a base model.
 
         Parameters
         ----------
         base
             A folder with a `config.json`, that file, a hub id, a file or folder of weights, a live model.
+        adapted
+            The names of an adapter's modules: they decide between a model with and without a head, where the
+            config names no class.
 
         Raises
         ------
@@ -64,7 +68,7 @@ class BaseModel:
             return cls._by_skeleton(Skeleton.of_model(base))
         path = config_folder(base)
         config = read_config(path)
-        model = build(path if path.is_dir() else path.parent, config, ())
+        model = build(path if path.is_dir() else path.parent, config, list(adapted))
         if isinstance(model, Skeleton):
             return cls._by_skeleton(model)
         return cls._by_weights(path, model)
@@ -75,14 +79,15 @@ class BaseModel:
         for weight in skeleton.weights.values():
             if weight.kind and (shape := _as_peft_reads(weight)) is not None:
                 shapes[weight.module] = shape
+        firsts = {w.module for name, w in skeleton.weights.items() if name not in skeleton.owners}
         modules = frozenset(skeleton.modules)
-        return cls(skeleton.label, shapes, modules, skeleton.facts(shapes), skeleton)
+        return cls(skeleton.label, shapes, modules, skeleton.facts(firsts & shapes.keys()), skeleton)
 
     @classmethod
     def _by_weights(cls, path: Path, unknown: Unknown) -> BaseModel:
         try:
             source: Source = open_source(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, FormatError) as error:
             raise ValueError(
                 f"{path}: {unknown.reason}, and there are no weights to read names from"
             ) from error

@@ -22,6 +22,7 @@ from lorank.adapters.peft_settings import (
     checked_kind,
 )
 from lorank.adapters.reading import AsStored
+from lorank.runtimes.base_model import BaseModel
 from lorank.runtimes.separate_experts import SeparateExperts
 
 _NUMBERED = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<block>\d+)\.(?P<kind>.+)")
@@ -50,7 +51,7 @@ class Found:
 
     stored: AsStored
     config: Mapping[str, Any]
-    base: Any | None = None
+    base: BaseModel | None = None
 
     @property
     def adapter(self) -> LoraAdapter:
@@ -116,6 +117,13 @@ class Found:
     def tied(self) -> bool:
         """Whether the settings ask for one update of the embedding and the head."""
         return bool(self.config.get("ensure_weight_tying"))
+
+    @property
+    def shares_tables(self) -> bool | None:
+        """True if embedding and head are tied, as the settings or the base model say; None if unknown."""
+        if self.tied or self.base is None:
+            return True if self.tied else None
+        return bool(self.base.facts.ties)
 
     @property
     def swapped(self) -> tuple[Parameter, ...]:

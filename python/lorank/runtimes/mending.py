@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorank.adapters.adapter import Profile
 from lorank.adapters.reading import read_for_repair
@@ -32,7 +33,12 @@ class Mended:
 
 
 def mend(
-    adapter: str | Path, target: Path, runtimes: Sequence[str] | None = None, *, overwrite: bool = False
+    adapter: str | Path,
+    target: Path,
+    runtimes: Sequence[str] | None = None,
+    *,
+    base: Any | None = None,
+    overwrite: bool = False,
 ) -> Mended:
     """Write an adapter again in the first profile that every runtime loads right.
 
@@ -51,7 +57,7 @@ def mend(
     def tried(profile: Profile, again: bool) -> Mended:
         written = write_adapter(source, target, profile, None, overwrite=overwrite or again)
         where = written.path if source.format == "kohya" else target
-        return Mended(profile, written, check(where, runtimes))
+        return Mended(profile, written, check(where, runtimes, base=base))
 
     best = tried(first, False)
     if first == "portable" or not bad(best.verdicts, runtimes):

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lorank.adapters.adapter import Profile
 from lorank.adapters.peft_format import PREFIX
 from lorank.adapters.profiles import PROFILES
 from lorank.adapters.reading import CONFIG, read_as_stored, read_config
+from lorank.runtimes.base_model import BaseModel
 from lorank.runtimes.finite import not_finite
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules import RUNTIMES, Runtime
@@ -53,7 +54,9 @@ class Verdict:
     reads_format: bool = True
 
 
-def check(folder: str | Path, runtimes: Sequence[str] | None = None) -> list[Verdict]:
+def check(
+    folder: str | Path, runtimes: Sequence[str] | None = None, *, base: Any | None = None
+) -> list[Verdict]:
     """Judge what every runtime does with an adapter.
 
     Parameters
@@ -63,6 +66,9 @@ def check(folder: str | Path, runtimes: Sequence[str] | None = None) -> list[Ver
         read once, a part at a time, to find those that are not finite.
     runtimes
         Some of `RUNTIMES`' names (default: all).
+    base
+        The base model: a folder with its `config.json`, that file, a hub id, or a live model. With it, names
+        that match no module, shapes that do not fit and modules that PEFT cannot adapt are found.
 
     Returns
     -------
@@ -74,7 +80,7 @@ def check(folder: str | Path, runtimes: Sequence[str] | None = None) -> list[Ver
     FormatError, OSError
         If the adapter cannot be read: no runtime loads it then.
     ValueError
-        For an unknown runtime.
+        For an unknown runtime, or a base model whose modules are not known.
 
     Notes
     -----
@@ -86,7 +92,8 @@ def check(folder: str | Path, runtimes: Sequence[str] | None = None) -> list[Ver
         raise ValueError(f"no runtime {unknown[0]!r}: choose among {', '.join(RUNTIMES)}")
     stored = read_as_stored(folder)
     is_peft = stored.adapter.format == "peft"
-    found = Found(stored, read_config(Path(folder).expanduser() / CONFIG) if is_peft else {})
+    model = None if base is None else BaseModel.of(base, stored.adapter.modules)
+    found = Found(stored, read_config(Path(folder).expanduser() / CONFIG) if is_peft else {}, model)
     spoiled = not_finite(stored.tensors)
     return [_verdict(RUNTIMES[name], found, spoiled) for name in RUNTIMES if name in wanted]
 
@@ -95,7 +102,7 @@ def _verdict(runtime: Runtime, a: Found, spoiled: Sequence[tuple[str, str]]) -> 
     if other := _other_format(runtime, a):
         return Verdict(runtime.name, "refuses", other, version=runtime.version, reads_format=False)
     missed = runtime.misses(a)
-    if refusal := _unknown_names(runtime, missed) or runtime.refuses(a):
+    if refusal := _unknown_names(runtime, missed) or _unfit_shapes(a) or runtime.refuses(a):
         return Verdict(runtime.name, "refuses", refusal, version=runtime.version)
     ratios = [
         0.0 if module.name in missed else runtime.scale(a, module) / module.scaling
@@ -130,6 +137,12 @@ def _unknown_names(runtime: Runtime, missed: dict[str, str]) -> str:
     if not missed or runtime.unknown == "ignores":
         return ""
     return f"stops at names that the model lacks: {next(iter(missed.values()))}"
+
+
+def _unfit_shapes(a: Found) -> str:
+    """Refuse updates that do not fit the base model's weights."""
+    reasons = a.base.misfits(a.modules) if a.base is not None else []
+    return f"sizes do not match: {reasons[0]}" if reasons else ""
 
 
 def _not_found(missed: dict[str, str], count: int) -> Iterable[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,9 +141,23 @@ def _fingerprint(files: Sequence[Path], tensors: Sequence[tuple[str, str, list[i
 
 
 def download(hub_id: str) -> Path:
-    """The local folder of a hub model, `name[@revision]`: from the cache if it is there in whole.
+    """Return the local folder of a hub model, `name[@revision]`: from the cache if it is there in whole.
 
     Only the configuration and one format of weights are fetched, safetensors if there are any.
+    """
+    settings = ["config.json", *quantization.FILES]
+    wanted = [*settings, "*.safetensors", "*.safetensors.index.json"]
+    fallback = [*settings, "*.bin", "*.bin.index.json"]
+    return _snapshot(hub_id, [wanted, fallback], _is_complete)
+
+
+def _snapshot(hub_id: str, choices: Sequence[list[str]], is_complete: Callable[[Path], bool]) -> Path:
+    """Return the cached or downloaded folder with the files of the first choice that makes it complete.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is neither in the cache nor can be downloaded.
     """
     hub = extras.require(
         "huggingface_hub", "hub", f"as there is no file or folder {hub_id!r}, to look for a hub id"
@@ -150,33 +165,44 @@ def download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repo, _, revision = hub_id.partition("@")
-    settings = ["config.json", *quantization.FILES]
-    wanted = [*settings, "*.safetensors", "*.safetensors.index.json"]
-    fallback = [*settings, "*.bin", "*.bin.index.json"]
 
-    def cached() -> Path | None:
-        try:
-            folder = Path(
-                hub.snapshot_download(
-                    repo, revision=revision or None, allow_patterns=wanted, local_files_only=True
-                )
-            )
-        except LocalEntryNotFoundError:
-            return None
-        return folder if _is_complete(folder) else None
-
-    def fetched(patterns: list[str]) -> Path:
-        return Path(hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    def folder_with(patterns: list[str], *, is_cached: bool) -> Path:
+        found = hub.snapshot_download(
+            repo, revision=revision or None, allow_patterns=patterns, local_files_only=is_cached
+        )
+        return Path(found)
 
     try:
-        folder = cached() or fetched(wanted)
-        return folder if _is_complete(folder) else fetched(fallback)
+        with suppress(LocalEntryNotFoundError):
+            if is_complete(folder := folder_with(choices[0], is_cached=True)):
+                return folder
+        for patterns in choices:
+            folder = folder_with(patterns, is_cached=False)
+            if is_complete(folder):
+                break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(
             f"{hub_id}: no such file or folder, and as a hub id it is neither in the local cache "
             f"nor could it be downloaded ({reason})"
         ) from error
+    return folder
+
+
+def config_folder(base: str | Path) -> Path:
+    """Return the path of a model that is only asked for its config: of a hub id, nothing else is fetched.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is neither a path nor a hub id that can be had.
+    """
+    path = Path(base).expanduser()
+    if path.exists():
+        return path
+    if isinstance(base, Path) or path.is_absolute() or not _HUB_ID.fullmatch(base):
+        raise FileNotFoundError(f"{base}: no such file or folder")
+    return _snapshot(base, [["config.json"]], lambda folder: (folder / "config.json").exists())
 
 
 def _is_complete(folder: Path) -> bool:

@@ -39,7 +39,7 @@ def _modules(a: Found) -> str:
 
 
 def _tables(a: Found) -> str:
-    if not a.tied:
+    if not a.shares_tables:
         return ""
     tables = [m.name for m in a.modules if _is_table(m.name)]
     return f"{tables[0]} is tied, and has no table of its own in a GGUF file" if tables else ""
@@ -68,7 +68,7 @@ def _loses(a: Found) -> Iterable[str]:
 
 
 def _remark(a: Found) -> str:
-    tables = [m.name for m in a.modules if _is_table(m.name)]
+    tables = [m.name for m in a.modules if _is_table(m.name)] if a.shares_tables is None else []
     return f"if the model's tables are not tied: {tables[0]} is adapted" if tables else ""
 
 

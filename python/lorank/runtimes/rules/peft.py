@@ -23,6 +23,8 @@ def _scale(a: Found, module: LoraModule) -> float:
 
 
 def _refuses(a: Found) -> str:
+    if a.base is not None and (refusal := a.base.refused(a.modules)):
+        return refusal
     experts = a.separate_experts
     if refusal := _separate_experts_refused(a) if experts else "":
         return refusal

@@ -91,6 +91,8 @@ class Runtime:
                 for name in a.unprefixed
                 if name not in missed
             }
+        if a.base is not None:
+            missed = a.base.missing(m for m in a.modules if m.name not in missed) | missed
         return missed
 
 
