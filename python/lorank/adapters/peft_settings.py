@@ -13,6 +13,7 @@ import numpy as np
 
 from lorank import naming
 from lorank._core import FormatError
+from lorank.rank_groups import rank_owner
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
@@ -151,8 +152,9 @@ class Settings:
 
     def of(self, name: str) -> tuple[int, float]:
         """The rank that the settings name, and the scaling."""
-        rank = _first(self._ranks, name, self.rank)
-        alpha = _first(self._alphas, name, self.alpha)
+        owner = rank_owner(name)
+        rank = _first(self._ranks, owner, self.rank)
+        alpha = _first(self._alphas, owner, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def adalora_scaling(self, rank: int) -> float:
