@@ -179,9 +179,7 @@ class _Pool:
         return math.fsum(form.unseen_energy for form in self.forms)
 
 
-def select(
-    forms: Sequence[SpectralForm], knobs: Knobs, groups: Iterable[Sequence[str]] = ()
-) -> list[Mask]:
+def select(forms: Sequence[SpectralForm], knobs: Knobs, groups: Iterable[Sequence[str]] = ()) -> list[Mask]:
     """Choose the values that stay, a mask per module.
 
     Parameters

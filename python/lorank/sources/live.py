@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,10 @@ from lorank.sources import arrays, quantized
 from lorank.sources.base import Kind, MatrixInfo, Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
 
-# How wrappers of PEFT and of torch, by the names of their base classes, keep the module that they wrap.
-_WRAPPED = {
-    "peft.": {
-        "PeftModel": "base_model",
-        "BaseTuner": "model",
-        "BaseTunerLayer": "base_layer",
-        "AuxiliaryTrainingWrapper": "original_module",
-    },
+# How wrappers of PEFT and of torch, by the names of their base classes, keep the module that they wrap:
+# those around a model or a part of it, and PEFT's own layers.
+_AROUND = {
+    "peft.": {"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"},
     "torch.": {
         "OptimizedModule": "_orig_mod",
         "DataParallel": "module",
@@ -27,6 +23,7 @@ _WRAPPED = {
         "CheckpointWrapper": "_checkpoint_wrapped_module",
     },
 }
+_LAYERS = {"peft.": {"BaseTunerLayer": "base_layer", "AuxiliaryTrainingWrapper": "original_module"}}
 
 
 def is_module(value: object) -> bool:
@@ -104,12 +101,31 @@ def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _unwrapped(module: Any) -> Any:
-    for library, wrappers in _WRAPPED.items():
-        classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(library)}
-        for wrapper, attribute in wrappers.items():
-            if wrapper in classes and is_module(inner := getattr(module, attribute, None)):
-                return _unwrapped(inner)
+    inner = module
+    while inner is not None:
+        module, inner = inner, _wrapped(inner, _AROUND) or _wrapped(inner, _LAYERS)
     return module
+
+
+def around(module: Any) -> list[Any]:
+    """Return a module with the wrappers around it, outermost first: the last is the module itself.
+
+    Layers of PEFT are no wrappers here.
+    """
+    chain = [module]
+    while (inner := _wrapped(chain[-1], _AROUND)) is not None:
+        chain.append(inner)
+    return chain
+
+
+def _wrapped(module: Any, wrappers: Mapping[str, Mapping[str, str]]) -> Any:
+    """Return what a wrapper wraps, or None of any other module."""
+    for library, attributes in wrappers.items():
+        classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(library)}
+        for wrapper, attribute in attributes.items():
+            if wrapper in classes and is_module(inner := getattr(module, attribute, None)):
+                return inner
+    return None
 
 
 def _hidden_weights(model: Any) -> Iterator[Skipped]:
