@@ -116,7 +116,7 @@ class LoraAdapter:
         ValueError
             If it is no PEFT adapter, or names do not fit the model.
         """
-        from lorank.adapters.live import into_model
+        from lorank.adapters.live_writing import into_model
 
         into_model(self, peft_model, adapter_name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorank.adapters.live_layers import AdaptedLayer
@@ -45,7 +45,12 @@ def write_targets(config: Any, layers: Iterable[AdaptedLayer], names: Iterable[s
     """
     layers = list(layers)
     linear = [x.name for x in layers if not x.is_stack and rank_owner(x.name) == x.name]
-    config.target_modules = set(linear)
-    config.exclude_modules = accidental_matches(linear, names)
+    for key, value in target_modules(linear, names).items():
+        setattr(config, key, value)
     config.target_parameters = [layer.name for layer in layers if layer.is_stack] or None
     config.layers_to_transform = config.layers_pattern = None
+
+
+def target_modules(targets: Sequence[str], names: Iterable[str]) -> dict[str, Any]:
+    """Return PEFT's settings that select modules by their full names, and no others of the base model."""
+    return {"target_modules": set(targets), "exclude_modules": accidental_matches(targets, names)}

@@ -168,7 +168,7 @@ class LiveModel:
         return next((wrapper for wrapper in self.wrappers if _is(wrapper, "BaseTuner")), None)
 
     @property
-    def configs(self) -> Mapping[str, Any]:
+    def configs(self) -> dict[str, Any]:
         """PEFT's configs by the names of adapters, as far as the model keeps them."""
         found = [getattr(wrapper, "peft_config", None) for wrapper in self.wrappers]
         return next((configs for configs in found if isinstance(configs, dict)), {})

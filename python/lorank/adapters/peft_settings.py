@@ -20,8 +20,8 @@ DEFAULT_ALPHA = 8
 DEFAULT_INITIAL_RANK = 12
 """PEFT's own, where the settings are silent; the last is AdaLoRA's."""
 
-# Their saved factors are relative to a base model that the method has changed.
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations whose saved factors are relative to a base model that the method has changed."""
 
 # Variants of LoRA whose update is not `B A`, by the setting that turns them on.
 _OTHER_UPDATES = {"kasa_config": "KaSA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA"}
@@ -89,7 +89,7 @@ def checked_kind(label: str, config: Mapping[str, Any]) -> str:
                 "only LoRA (and AdaLoRA) can be read"
             )
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_THE_BASE):
+    if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE):
         raise FormatError(
             f"{label}: was initialised by {init!r}, which changes the base model: its factors are no update "
             "of the original weights. Save it again with PEFT's path_initial_model_for_weight_conversion"

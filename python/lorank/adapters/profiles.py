@@ -133,18 +133,22 @@ def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] 
 
 def factors(module: LoraModule, layout: Layout) -> tuple[Array, Array]:
     """``B`` and ``A`` as PEFT stores them: padded, scaled, experts interleaved, kernels unflattened."""
+    return unscaled(module, layout.rank, module.scaling * layout.b_factor)
+
+
+def unscaled(module: LoraModule, rank: int, factor: float = 1.0) -> tuple[Array, Array]:
+    """``B``, times a factor, and ``A`` in PEFT's shapes at a rank that is not below the module's."""
     pairs = [(b.to_array(), a.to_array()) for b, a in module.factors()] if module.rank else []
     pairs = (
         pairs
         or [(np.zeros((module.shape[0], 0), np.float32), np.zeros((0, module.shape[1]), np.float32))]
         * module.copies
     )
-    factor = module.scaling * layout.b_factor
-    bs, as_ = zip(*[_padded(b, a, layout.rank, factor) for b, a in pairs], strict=True)
+    bs, as_ = zip(*[_padded(b, a, rank, factor) for b, a in pairs], strict=True)
     if module.kind == "expert":
         # A: expert slowest; B: expert fastest.
         return np.stack(bs, axis=2).reshape(module.shape[0], -1), np.concatenate(as_)
-    b_shape, a_shape = shapes(module, layout.rank)
+    b_shape, a_shape = shapes(module, rank)
     return bs[0].reshape(b_shape), as_[0].reshape(a_shape)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# Loading such an adapter derives the base model from the rank once more: it would be another base.
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from lorank.adapters.peft_settings import CHANGES_THE_BASE
 
 
 def check_config(config: Any, new_ranks: Sequence[int]) -> None:
@@ -14,7 +13,8 @@ def check_config(config: Any, new_ranks: Sequence[int]) -> None:
     init = config.init_lora_weights
     if not new_ranks or not isinstance(init, str):
         return
-    if init.lower().startswith(_CHANGES_THE_BASE):
+    if init.lower().startswith(CHANGES_THE_BASE):
+        # Loading such an adapter derives the base model from the rank once more.
         raise NotImplementedError(
             f"the adapter was initialised by {init!r}, which derives the base model from the rank: with "
             "other ranks the saved adapter would be loaded into another base model. Save the base model as "
