@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from lorank import extras
+from lorank._core import FormatError
 from lorank.adapters import live_tensors, peft_format
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.live_layers import AdaptedLayer, LiveModel
@@ -34,8 +35,11 @@ def from_model(model: Any, adapter_name: str) -> LoraAdapter:
         check(layer)
     tensors = ArrayTensors(live_tensors.of(live, adapter_name, layers, config), f"adapter {adapter_name!r}")
     parameters = {layer.path: layer.name for layer in layers.values() if layer.is_stack}
-    read_from = peft_format.Layers(_Scales(layers), parameters)
-    adapter = peft_format.read(tensors, config, layers=read_from)
+    try:
+        adapter = peft_format.read(tensors, config, layers=peft_format.Layers(_Scales(layers), parameters))
+    except FormatError as error:
+        # There is no file that could be damaged: the model holds what cannot be read.
+        raise ValueError(str(error)) from None
     modules = {name: _with_kernel(module, layers[name]) for name, module in adapter.modules.items()}
     return _noted(replace(adapter, modules=modules), layers)
 

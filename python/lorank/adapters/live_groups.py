@@ -8,14 +8,32 @@ from lorank.adapters.live_layers import AdaptedLayer
 from lorank.rank_groups import rank_owner
 
 
-def live_groups(layers: Iterable[AdaptedLayer]) -> list[list[AdaptedLayer]]:
-    """Return all layers, those that have one rank together."""
+def live_groups(layers: Iterable[AdaptedLayer], *, ties_tables: bool) -> list[list[AdaptedLayer]]:
+    """Return all layers, those that have one rank together.
+
+    Parameters
+    ----------
+    layers
+        All layers of an adapter.
+    ties_tables
+        Whether PEFT will tie heads to embeddings on loading (`ensure_weight_tying`), tied here or not.
+    """
     layers = list(layers)
     ties = tied_to(layers)
+    if ties_tables:
+        embeddings = {_shape(layer)[::-1]: layer.name for layer in layers if layer.is_embedding}
+        plain = [layer for layer in layers if not (layer.is_embedding or layer.is_stack)]
+        ties = {x.name: embeddings[_shape(x)] for x in plain if _shape(x) in embeddings} | ties
     groups: dict[str, list[AdaptedLayer]] = {}
     for layer in layers:
         groups.setdefault(ties.get(layer.name, rank_owner(layer.name)), []).append(layer)
     return list(groups.values())
+
+
+def _shape(layer: AdaptedLayer) -> tuple[int, ...]:
+    """Return the shape of the update, ``(out, in, ...)``."""
+    a, b = layer.factors
+    return (b.shape[0], *a.shape[1:])
 
 
 def tied_to(layers: Iterable[AdaptedLayer]) -> dict[str, str]:

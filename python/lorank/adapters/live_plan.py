@@ -86,7 +86,8 @@ def planned(live: LiveModel, adapter: LoraAdapter, name: str) -> Plan:
     }
     plan = Plan()
     ties = tied_to(layers.values())
-    for group in live_groups(layers.values()):
+    ties_tables = bool(getattr(live.configs.get(name), "ensure_weight_tying", False))
+    for group in live_groups(layers.values(), ties_tables=ties_tables):
         present = [modules[layer.name] for layer in group if layer.name in modules]
         rank = max((module.rank for module in present), default=0)
         if not rank and not any(module.carried or module.name in magnitudes for module in present):
