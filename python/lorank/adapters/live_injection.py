@@ -163,8 +163,11 @@ def kept_state(live: LiveModel, name: str) -> Iterator[None]:
 
 
 def _active(module: Any, names: Sequence[str]) -> list[str]:
-    """Return the active adapters of a new layer: a training wrapper takes only those that it has."""
-    return [name for name in names if not is_training_wrapper(module) or name in module._adapters]
+    """Return the active adapters of a new layer: LoRA's may lack them, those of modules and tokens may not."""
+    if is_lora_layer(module):
+        return list(names)
+    known = module._adapters if is_training_wrapper(module) else module._all_available_adapter_names()
+    return [name for name in names if name in known]
 
 
 def _mode(module: Any) -> bool:

@@ -229,8 +229,10 @@ def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) ->
             raise ValueError(f"adapter {name!r} of the model has nothing like {key!r}: {OTHER_NAME}")
     if own and adapter.config.get("use_dora") and any(".lora_magnitude" in key for key in adapter.carried):
         raise ValueError(f"the adapter has no DoRA magnitudes for {next(iter(own))!r}: {OTHER_NAME}")
+    known = {id(tensor) for tensor, _ in plan.values}
     for tensor, original in originals.values():
-        plan.set(tensor, original)
+        if id(tensor) not in known:  # Tied modules share their trained copy.
+            plan.set(tensor, original)
 
 
 def _set_other(plan: Plan, key: str, tensor: Any, value: Any, *, is_shared: bool) -> None:
