@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from typer.testing import CliRunner
 
 import lorank
 import tiny_models
 from adapter_files import dense, distance, loaded, norm, saved, trained
+from lorank.cli import app
 
 SETTINGS: list[dict[str, Any]] = [
     {"r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "up_proj"]},
@@ -135,3 +137,35 @@ def test_names_that_differ_by_a_prefix_are_refused(adapters: list[lorank.LoraAda
     merged = lorank.merge([both, short], rank_ratio=1.0, progress=False)
     assert set(merged.modules) == set(both.modules)
     lorank.merge([both, long], rank_ratio=1.0, progress=False)
+
+
+def test_adapters_without_a_module_in_common_are_refused(tmp_path: Path) -> None:
+    model = tiny_models.llama()
+    paths = [
+        saved(trained(model, LoraConfig(r=2, target_modules=[target]), seed=k), tmp_path / target)
+        for k, target in enumerate(["q_proj", "v_proj"])
+    ]
+    with pytest.raises(ValueError, match=r"q_proj shares no module .*force=True"):
+        lorank.merge(paths, rank_ratio=1.0, progress=False)
+    merged = lorank.merge(paths, [2.0, 3.0], force=True, rank_ratio=1.0, progress=False)
+    target = expected([lorank.LoraAdapter.load(path) for path in paths], [2.0, 3.0])
+    assert distance(dense(merged), target) <= 1e-6 * norm(target)
+    output = tmp_path / "merged"
+    command = ["merge", *map(str, paths), "-o", str(output), "--rank-ratio", "1"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1
+    assert "--force merges them" in " ".join(refused.output.split())
+    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
+    assert set(lorank.LoraAdapter.load(output).ranks) == set(merged.ranks)
+
+
+def test_single_experts_and_their_stack_are_refused(tmp_path: Path) -> None:
+    model = tiny_models.mixtral()
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    stacked = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "stacked"))
+    name = "model.layers.0.mlp.experts.3.w2"
+    query = next(iter(stacked.modules.values()))
+    single = replace(stacked, modules={query.name: query, name: replace(query, name=name)}, label="single")
+    for pair in ([stacked, single], [single, stacked]):
+        with pytest.raises(ValueError, match=r"single adapts experts one by one .*3\.w2.*transformers 4"):
+            lorank.merge(pair, force=True, rank_ratio=1.0, progress=False)

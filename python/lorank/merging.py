@@ -19,6 +19,7 @@ from lorank.adapters.peft_settings import merged
 from lorank.adapters.reading import as_adapter
 from lorank.adapters.tensors import Stored
 from lorank.compression import truncated
+from lorank.mergeable import check_one_model
 from lorank.selection import checked_knobs
 from lorank.spectral_form import Term, Update, spectral_form
 from lorank.threads import thread_count
@@ -33,6 +34,7 @@ def merge(
     adapters: Sequence[LoraAdapter | str | Path],
     weights: Sequence[float] | None = None,
     *,
+    force: bool = False,
     threads: int | None = None,
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
@@ -46,6 +48,8 @@ def merge(
         modules may differ.
     weights
         One each, negative ones subtract (default: equal, summing to 1).
+    force
+        Whether to merge adapters whose base models have different names, or that share no module.
     threads, progress
         As in `compress`.
     **knobs
@@ -61,7 +65,8 @@ def merge(
     ValueError
         If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes,
         which do not add up, module names of one differ from another's by a prefix, or settings that a
-        sum has one of (task type, biases, trained tokens) differ.
+        sum has one of (task type, biases, trained tokens) differ; without `force`, if base models have
+        different names, or an adapter shares no module with the others.
     TypeError
         If there is no such knob, or what is given are no adapters.
 
@@ -75,6 +80,7 @@ def merge(
         raise TypeError("merge takes a list of adapters, not one")
     parts = [as_adapter(adapter) for adapter in adapters]
     shares = _checked_weights(parts, weights)
+    check_one_model(parts, force=force)
     updates = [
         _update(name, [(a.modules[name], w) for a, w in zip(parts, shares, strict=True) if _has(a, name)])
         for name in _names(parts)

@@ -51,7 +51,8 @@ def add_adapter(live: LiveModel, adapter: LoraAdapter, name: str) -> LiveModel:
             "adapters: save it and load it into the base model with peft.PeftModel.from_pretrained"
         )
     # Wrappers of parameters are nested, so PEFT wants all adapters to name them alike.
-    alike = [other.target_parameters for other in live.configs.values() if other.target_parameters]
+    found = [getattr(other, "target_parameters", None) for other in live.configs.values()]
+    alike = [targets for targets in found if targets]
     if config.target_parameters and alike:
         config.target_parameters = copy.copy(alike[0])
     _inject(live, name, config)
@@ -163,7 +164,7 @@ def kept_state(live: LiveModel, name: str) -> Iterator[None]:
 
 
 def _active(module: Any, names: Sequence[str]) -> list[str]:
-    """Return the active adapters of a new layer: LoRA's may lack them, those of modules and tokens may not."""
+    """Return the active adapters of a new layer: only LoRA's may lack what is active."""
     if is_lora_layer(module):
         return list(names)
     known = module._adapters if is_training_wrapper(module) else module._all_available_adapter_names()

@@ -218,7 +218,10 @@ def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) ->
     for key, stored in adapter.carried.items():
         short = key.removeprefix(PREFIX).removesuffix(".weight" if "lora_magnitude" in key else "")
         value = values_of(stored)
-        for table, wanted in ((own, short), (saved, short), (base, short.replace(".base_layer", ""))):
+        tables = [(own, short), (saved, short)]
+        if not _is_saved_module(adapter, short):
+            tables.append((base, short.replace(".base_layer", "")))
+        for table, wanted in tables:
             if (found := found_name(wanted, table)) is not None:
                 _set_other(plan, key, table[found], value, is_shared=table is base)
                 originals.pop(found, None)
@@ -233,6 +236,12 @@ def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) ->
     for tensor, original in originals.values():
         if id(tensor) not in known:  # Tied modules share their trained copy.
             plan.set(tensor, original)
+
+
+def _is_saved_module(adapter: LoraAdapter, path: str) -> bool:
+    """Return whether a tensor belongs to a module that was trained as a copy, not to the base model."""
+    names = adapter.config.get("modules_to_save") or ()
+    return ".token_adapter." in path or any(f".{name}." in f".{path}" for name in names)
 
 
 def _set_other(plan: Plan, key: str, tensor: Any, value: Any, *, is_shared: bool) -> None:

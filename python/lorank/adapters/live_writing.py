@@ -45,6 +45,11 @@ def into_model(adapter: LoraAdapter, model: Any, adapter_name: str) -> None:
         raise ValueError("an image adapter has no PEFT settings: it cannot be put into a PEFT model")
     if reason := nothing_left(adapter):
         raise ValueError(reason)
+    if any(type(wrapper).__name__ == "DistributedDataParallel" for wrapper in live.wrappers):
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel, which remembers shapes: put the adapter into "
+            "the model before it is wrapped"
+        )
     is_new = adapter_name not in live.adapters
     if not is_new:
         _check_structure(live, adapter, adapter_name)
