@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
-from typer.testing import CliRunner
+from peft import LoraConfig, get_peft_model
 
 import lorank
 import tiny_models
 from adapter_files import dense, distance, loaded, norm, saved, trained
-from lorank.cli import app
+from test_cli import ok, run
 
 SETTINGS: list[dict[str, Any]] = [
     {"r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "up_proj"]},
@@ -151,11 +150,11 @@ def test_adapters_without_a_module_in_common_are_refused(tmp_path: Path) -> None
     target = expected([lorank.LoraAdapter.load(path) for path in paths], [2.0, 3.0])
     assert distance(dense(merged), target) <= 1e-6 * norm(target)
     output = tmp_path / "merged"
-    command = ["merge", *map(str, paths), "-o", str(output), "--rank-ratio", "1"]
-    refused = CliRunner().invoke(app, command)
-    assert refused.exit_code == 1
-    assert "--force merges them" in " ".join(refused.output.split())
-    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
+    command = ["merge", *paths, "-o", output, "--rank-ratio", 1]
+    refused = run(*command)
+    assert refused.returncode == 1
+    assert "--force merges them" in refused.stderr
+    ok(*command, "--force")
     assert set(lorank.LoraAdapter.load(output).ranks) == set(merged.ranks)
 
 
@@ -169,3 +168,31 @@ def test_single_experts_and_their_stack_are_refused(tmp_path: Path) -> None:
     for pair in ([stacked, single], [single, stacked]):
         with pytest.raises(ValueError, match=r"single adapts experts one by one .*3\.w2.*transformers 4"):
             lorank.merge(pair, force=True, rank_ratio=1.0, progress=False)
+
+
+def test_ties_are_those_of_all_adapters(tmp_path: Path) -> None:
+    base = tiny_models.llama_tied()
+    settings: list[dict[str, Any]] = [
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ]
+    parts = []
+    for k, more in enumerate(settings):
+        live = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, **more))
+        for name, parameter in live.named_parameters():
+            if "lora_" in name:  # In place, as ties are views of one another.
+                parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
+        parts.append(saved(live, tmp_path / f"{k}"))
+    for pair in (parts[:2], parts[1::-1]):
+        merged = lorank.merge(pair, [1.0, 1.0], rank_ratio=1.0, progress=False)
+        assert merged.config["ensure_weight_tying"]
+        merged.save(tmp_path / "merged", overwrite=True)
+        live = loaded(base, tmp_path / "merged").base_model.model
+        first = loaded(base, pair[0] if pair[0] == parts[0] else pair[1]).base_model.model
+        update = {m: x.lm_head.get_delta_weight("default") for m, x in (("sum", live), ("one", first))}
+        torch.testing.assert_close(update["sum"], update["one"], rtol=1e-4, atol=1e-5)
+        table = live.model.embed_tokens.get_delta_weight("default")
+        torch.testing.assert_close(update["sum"], table, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"/0 ties the output head .* /\S*/2 adapts 'model.embed_tokens'"):
+        lorank.merge([parts[0], parts[2]], rank_ratio=1.0, progress=False)

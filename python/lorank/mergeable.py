@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from lorank import naming
 from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.module import LoraModule
 
 _ONE_EXPERT = re.compile(r"(?P<container>.*\bexperts)\.\d+\..+")
 
@@ -44,6 +46,29 @@ def check_one_model(adapters: Sequence[LoraAdapter], *, force: bool) -> None:
                 f"{adapter.label} shares no module with the other adapters: it adapts {own[0]!r}, they "
                 f"{min(names)!r} and others. If all of them were trained on one model, force=True merges them"
             )
+
+
+def ties_tables(adapters: Sequence[LoraAdapter]) -> bool:
+    """Return whether a sum ties its output head to the embedding (`ensure_weight_tying`).
+
+    Raises
+    ------
+    ValueError
+        If of the adapters that adapt either, some do and some do not.
+    """
+    tied = [adapter for adapter in adapters if adapter.config.get("ensure_weight_tying")]
+    for other in adapters:
+        name = next((m.name for m in other.adapted if _is_table(m)), None)
+        if tied and name is not None and not other.config.get("ensure_weight_tying"):
+            raise ValueError(
+                f"{tied[0].label} ties the output head to the embedding (ensure_weight_tying), but "
+                f"{other.label} adapts {name!r} by itself: a sum does one of both"
+            )
+    return bool(tied)
+
+
+def _is_table(module: LoraModule) -> bool:
+    return module.kind == "embedding" or naming.is_output_head(module.name)
 
 
 def _check_experts(adapters: Sequence[LoraAdapter]) -> None:

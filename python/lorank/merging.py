@@ -19,7 +19,7 @@ from lorank.adapters.peft_settings import merged
 from lorank.adapters.reading import as_adapter
 from lorank.adapters.tensors import Stored
 from lorank.compression import truncated
-from lorank.mergeable import check_one_model
+from lorank.mergeable import check_one_model, ties_tables
 from lorank.selection import checked_knobs
 from lorank.spectral_form import Term, Update, spectral_form
 from lorank.threads import thread_count
@@ -81,6 +81,7 @@ def merge(
     parts = [as_adapter(adapter) for adapter in adapters]
     shares = _checked_weights(parts, weights)
     check_one_model(parts, force=force)
+    tie = {"ensure_weight_tying": True} if ties_tables(parts) else {}
     updates = [
         _update(name, [(a.modules[name], w) for a, w in zip(parts, shares, strict=True) if _has(a, name)])
         for name in _names(parts)
@@ -89,7 +90,7 @@ def merge(
     whole = replace(
         parts[0],
         modules={update.module.name: update.module for update in updates},
-        config=merged([(a.label, a.config) for a in parts]) if parts[0].format == "peft" else {},
+        config=merged([(a.label, a.config) for a in parts]) | tie if parts[0].format == "peft" else {},
         carried=_carried(parts),
         notes=_notes(parts),
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
