@@ -37,7 +37,7 @@ class Adapted(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the update ``B @ A``."""
+        """The shape of the weight or of the update, whichever way round an embedding's is."""
         ...
 
 
@@ -89,10 +89,7 @@ def _key(name: str) -> str:
 
 
 def _tied(modules: Sequence[Adapted]) -> dict[str, str]:
-    """Return the embedding's name for every head that shares its update, which is the transpose."""
-    embeddings = {module.shape: module.name for module in modules if module.kind == "embedding"}
-    return {
-        module.name: embeddings[module.shape[::-1]]
-        for module in modules
-        if module.kind == "linear" and module.shape[::-1] in embeddings
-    }
+    """Return the embedding's name for every head that shares its update, by their equal sides."""
+    embeddings = {tuple(sorted(m.shape)): m.name for m in modules if m.kind == "embedding"}
+    sides = {m.name: tuple(sorted(m.shape)) for m in modules if m.kind == "linear"}
+    return {name: embeddings[side] for name, side in sides.items() if side in embeddings}

@@ -15,8 +15,9 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.live_layers import AdaptedLayer, LiveModel
 from lorank.adapters.tensors import ArrayTensors
 
-# Variants of LoRA whose settings say all that there is to know of them.
-_KNOWN_VARIANTS = ("Dora", "ALora", "MiCA")
+# Variants of LoRA whose update is the product of the factors, or that settings and magnitudes describe; the
+# last two differ from LoRA in training alone.
+_KNOWN_VARIANTS = ("Dora", "ALora", "MiCA", "Velora", "Monteclora")
 
 
 def from_model(model: Any, adapter_name: str) -> LoraAdapter:
@@ -75,8 +76,8 @@ def check(layer: AdaptedLayer) -> None:
     ValueError
         If the layer is a variant whose update is another one, or its factors are sharded or have no values.
     """
-    variant = type(getattr(layer.layer, "lora_variant", {}).get(layer.adapter)).__name__
-    if variant != "NoneType" and not variant.startswith(_KNOWN_VARIANTS):
+    variant = variant_of(layer)
+    if variant and not variant.startswith(_KNOWN_VARIANTS):
         raise ValueError(
             f"module {layer.name!r} is a {variant.removesuffix('Variant')}, whose update is no product of "
             "two factors: only LoRA (and AdaLoRA) can be read"
@@ -92,6 +93,12 @@ def check(layer: AdaptedLayer) -> None:
                 f"module {layer.name!r}: its factors are on the meta device and have no values: load the "
                 "adapter's weights first"
             )
+
+
+def variant_of(layer: AdaptedLayer) -> str:
+    """Return the class of PEFT's variant of LoRA, or an empty string."""
+    variant = getattr(layer.layer, "lora_variant", {}).get(layer.adapter)
+    return "" if variant is None else type(variant).__name__
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorank import extras
 from lorank.adapters.adapter import LoraAdapter
-from lorank.adapters.live import check, plain, settings
+from lorank.adapters.live import check, plain, settings, variant_of
 from lorank.adapters.live_config import write_config, write_targets
 from lorank.adapters.live_injection import (
     add_adapter,
@@ -77,6 +77,11 @@ def _check_structure(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
         if name in layer.layer.merged_adapters:
             raise ValueError(f"adapter {name!r} is merged into module {layer.name!r}: unmerge it first")
         check(layer)
+        if variant_of(layer).startswith("Monteclora"):
+            raise ValueError(
+                f"module {layer.name!r} samples as MonteCLoRA does, at the rank that it was made with: "
+                f"{OTHER_NAME}"
+            )
     config = settings(live, name, layers)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise ValueError(f"adapter {name!r} of the model is {kind}, not LoRA: {OTHER_NAME}")
