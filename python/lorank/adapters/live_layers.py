@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lorank.modules.live_modules import around, is_module
 from lorank.scaling import alpha_of, divisor
-from lorank.sources.live import around, is_module
 
 # Wrappers that hold slices of parameters instead of parameters.
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")

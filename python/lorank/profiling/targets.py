@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorank import naming
+from lorank.modules.live_modules import named_modules
 from lorank.sources import live
 from lorank.sources.base import MatrixInfo, Skipped, Source
 
@@ -69,7 +70,7 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
 
 def named_targets(model: Any, source: Source, names: Container[str]) -> Targets:
     """The modules of these names; `source` is the model as a source of weights."""
-    modules = {prefix.removesuffix("."): module for prefix, module in live.named_modules(model)}
+    modules = {prefix.removesuffix("."): module for prefix, module in named_modules(model)}
     chosen: list[Target] = []
     skipped: dict[str, Skipped] = {}
     for matrix in source.matrices:

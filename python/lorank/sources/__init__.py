@@ -37,6 +37,7 @@ def open_source(source: AnySource) -> Source:
     TypeError
         If it is none of the above.
     """
+    from lorank.modules.live_modules import is_module
     from lorank.sources import files, live, state_dict
 
     if isinstance(source, Source):
@@ -45,7 +46,7 @@ def open_source(source: AnySource) -> Source:
         return files.open_path_or_hub_id(source)
     if isinstance(source, Mapping):
         return state_dict.from_mapping(source)
-    if live.is_module(source):
+    if is_module(source):
         return live.from_module(source)
     raise TypeError(
         f"cannot read weights from a {type(source).__name__}: pass a path, a hub id, "

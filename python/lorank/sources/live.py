@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from lorank._core import Matrix
+from lorank.modules.live_modules import named_modules
 from lorank.sources import arrays, quantized
 from lorank.sources.base import Kind, MatrixInfo, Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
-
-# How wrappers of PEFT and of torch, by the names of their base classes, keep the module that they wrap:
-# those around a model or a part of it, and PEFT's own layers.
-_AROUND = {
-    "peft.": {"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"},
-    "torch.": {
-        "OptimizedModule": "_orig_mod",
-        "DataParallel": "module",
-        "DistributedDataParallel": "module",
-        "CheckpointWrapper": "_checkpoint_wrapped_module",
-    },
-}
-_LAYERS = {"peft.": {"BaseTunerLayer": "base_layer", "AuxiliaryTrainingWrapper": "original_module"}}
-
-
-def is_module(value: object) -> bool:
-    """Whether something is a `torch.nn.Module`, without importing torch."""
-    return any(
-        base.__module__.startswith("torch.nn") and base.__name__ == "Module" for base in type(value).__mro__
-    )
 
 
 def from_module(model: Any) -> Source:
@@ -89,43 +70,6 @@ def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
     for prefix, module in named_modules(model):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield prefix + local, _Weight(module, parameter), quantized.shape(parameter)
-
-
-def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every module of the base model with the prefix of its parameters' names, wrappers left out."""
-    module = _unwrapped(module)
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from named_modules(child, f"{prefix}{name}.")
-
-
-def _unwrapped(module: Any) -> Any:
-    inner = module
-    while inner is not None:
-        module, inner = inner, _wrapped(inner, _AROUND) or _wrapped(inner, _LAYERS)
-    return module
-
-
-def around(module: Any) -> list[Any]:
-    """Return a module with the wrappers around it, outermost first: the last is the module itself.
-
-    Layers of PEFT are no wrappers here.
-    """
-    chain = [module]
-    while (inner := _wrapped(chain[-1], _AROUND)) is not None:
-        chain.append(inner)
-    return chain
-
-
-def _wrapped(module: Any, wrappers: Mapping[str, Mapping[str, str]]) -> Any:
-    """Return what a wrapper wraps, or None of any other module."""
-    for library, attributes in wrappers.items():
-        classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(library)}
-        for wrapper, attribute in attributes.items():
-            if wrapper in classes and is_module(inner := getattr(module, attribute, None)):
-                return inner
-    return None
 
 
 def _hidden_weights(model: Any) -> Iterator[Skipped]:
