@@ -20,7 +20,7 @@ MODEL = tiny_models.llama()
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "up_proj"])
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "gate_proj"])
     return saved(trained(MODEL, config), tmp_path_factory.mktemp("adapter"))
 
 
@@ -31,7 +31,7 @@ def test_compress_says_what_it_did_and_peft_loads_it(adapter: Path, tmp_path: Pa
         "parameters after",
         "energy retained",
         "error, Frobenius norm",
-        "up_proj",
+        "gate_proj",
     ):
         assert word in text
     PeftModel.from_pretrained(tiny_models.llama(), tmp_path / "out")

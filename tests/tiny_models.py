@@ -56,6 +56,20 @@ def mixtral() -> Any:
     return _built(transformers.MixtralForCausalLM, config)
 
 
+def qwen3_moe(**sizes: int) -> Any:
+    """Many small experts, whose width is not the dense layers'."""
+    config = transformers.Qwen3MoeConfig(
+        **_SIZES,
+        **{"moe_intermediate_size": 24, **sizes},
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+    )
+    return _built(transformers.Qwen3MoeForCausalLM, config)
+
+
 def gpt_oss() -> Any:
     """Stacked experts that are stored (in, out)."""
     config = transformers.GptOssConfig(

@@ -13,7 +13,9 @@ import numpy as np
 
 from lorank import naming
 from lorank._core import FormatError, Matrix
+from lorank.adapters import expert_layout
 from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.expert_layout import Parameter
 from lorank.adapters.module import LoraModule, in_memory
 from lorank.adapters.peft_settings import Settings, checked_kind
 from lorank.adapters.tensors import Stored, Tensors
@@ -58,6 +60,22 @@ class Layers:
     parameters: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An adapter, and what of its files is laid out otherwise than PEFT lays it out today.
+
+    Attributes
+    ----------
+    adapter
+        As PEFT of today names and orients it.
+    turned
+        Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
+    """
+
+    adapter: LoraAdapter
+    turned: Sequence[Parameter] = ()
+
+
 def read(
     tensors: Tensors,
     config: Mapping[str, Any],
@@ -65,7 +83,19 @@ def read(
     contradictions: bool = False,
     layers: Layers | None = None,
 ) -> LoraAdapter:
-    """An adapter over PEFT's tensors.
+    """Read an adapter over PEFT's tensors; see `read_all`."""
+    return read_all(tensors, config, contradictions=contradictions, layers=layers).adapter
+
+
+def read_all(
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    *,
+    contradictions: bool = False,
+    layers: Layers | None = None,
+    changed_base: bool = False,
+) -> Reading:
+    """Read an adapter over PEFT's tensors, and how they are laid out.
 
     Parameters
     ----------
@@ -76,16 +106,22 @@ def read(
         the layers that such files were saved from.
     layers
         The live layers that hold the tensors; None for a file.
+    changed_base
+        Whether an initialisation that changes the base model is accepted: the factors are no update of the
+        original weights then.
 
     Raises
     ------
     FormatError
         If the adapter is no LoRA, or tensors and settings contradict each other.
     """
-    kind = checked_kind(tensors.label, config)
+    kind = checked_kind(tensors.label, config, changed_base=changed_base)
     found = _Found.of(tensors)
     settings = None if layers else Settings(tensors.label, config)
-    parameters = layers.parameters if layers else _stacked_parameters(tensors, config, found.factors)
+    if layers:
+        parameters = {path: Parameter(name) for path, name in layers.parameters.items()}
+    else:
+        parameters = expert_layout.parameters(tensors, config, found.factors)
     if settings and kind == "ADALORA":
         _refuse_kernels(tensors.label, found.factors)
     table = layers.scales if layers else settings
@@ -100,11 +136,14 @@ def read(
             module = replace(module, carried={"lora_B.bias": reader.bias(found.biases[path])})
         modules.append(module)
     modules.sort(key=lambda module: naming.natural_key(module.name))
+    stacks = {module.name for module in modules if module.copies > 1}
+    turned = [p for p in parameters.values() if p.layout == "earlier" and p.name in stacks]
     notes = _notes(config, found.carried, kind, without_magnitude(config, found.carried, found.factors))
+    notes += _layout_notes(config, turned)
     tells_ranks = contradictions and kind == "LORA"
-    if tells_ranks and (other := sum(table.of(m.name)[0] != m.rank for m in modules)):
+    if tells_ranks and (other := sum(table.of(holder(m.name))[0] != m.rank for m in modules)):
         notes.append(f"{other} modules have other ranks than the settings say: the settings' scale was kept")
-    return LoraAdapter(
+    adapter = LoraAdapter(
         {module.name: module for module in modules},
         dict(config),
         found.carried,
@@ -112,6 +151,12 @@ def read(
         label=tensors.label,
         is_spectral=SPECTRAL_KEY in tensors.metadata,
     )
+    return Reading(adapter, turned)
+
+
+def holder(name: str) -> str:
+    """Return the module that holds a projection: of `nn.MultiheadAttention`, PEFT adapts two by one name."""
+    return name.partition(".base_layer.")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +231,15 @@ def _notes(
     return notes
 
 
+def _layout_notes(config: Mapping[str, Any], stacks: Sequence[Parameter]) -> list[str]:
+    if not stacks:
+        return []
+    note = f"{len(stacks)} stacks of experts have inputs and outputs swapped, as PEFT before 0.19 wrote them"
+    if any(stack.contradicts_version for stack in stacks):
+        note += f": their shapes show it, although peft_version is {config.get('peft_version')}"
+    return [note]
+
+
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """Reads the factors of one path within the adapter."""
@@ -194,17 +248,18 @@ class _Reader:
     table: Scales
     path: str
     keys: Mapping[str, str]
-    parameter: str | None
+    parameter: Parameter | None
     contradictions: bool = False
 
     def module(self) -> LoraModule:
         if "E" in self.keys:
             self._fail("has lora_E, which is AdaLoRA's, but the settings say LORA")
         a_shape, b_shape = self._shapes()
-        name = self.parameter or self.path
-        rank, scaling = self.table.of(name)
+        name = self.parameter.name if self.parameter else self.path
+        # What a module holds inside of itself has the module's own rank and scale.
+        rank, scaling = self.table.of(name if self.parameter else holder(name))
         if self.parameter is not None:
-            return self._stack(name, rank, scaling, a_shape, b_shape)
+            return self._stack(self.parameter, rank, scaling, a_shape, b_shape)
         if len(b_shape) > 2 and a_shape[0] != b_shape[1] and a_shape[0] % b_shape[1] == 0:
             self._fail(
                 f"is a convolution in {a_shape[0] // b_shape[1]} groups, whose update is no product of two "
@@ -237,20 +292,28 @@ class _Reader:
         return "embedding" if embeds.pop() else "linear" if len(a_shape) == 2 else "conv"
 
     def _stack(
-        self, name: str, rank: int, scaling: float, a_shape: Sequence[int], b_shape: Sequence[int]
+        self,
+        parameter: Parameter,
+        rank: int,
+        scaling: float,
+        a_shape: Sequence[int],
+        b_shape: Sequence[int],
     ) -> LoraModule:
         """Experts: A is `(experts * r, in)`, expert slowest; B is `(out, r * experts)`, expert fastest."""
         copies, rest = divmod(a_shape[0], rank)
         if rest or len(a_shape) != 2 or len(b_shape) != 2 or b_shape[1] != a_shape[0]:
             self._fail(f"factors of shapes {b_shape} and {a_shape} are no experts of rank {rank}")
-        shape = (b_shape[0], a_shape[1])
+        stored = (b_shape[0], a_shape[1])
+        # A parameter of two dimensions was the same way round in every release.
+        turned = copies > 1 and parameter.layout == "earlier"
 
         def factors() -> list[tuple[Matrix, Matrix]]:
-            b, a = (matrix.to_array() for matrix in self._pair(shape, a_shape[0]))
+            b, a = (matrix.to_array() for matrix in self._pair(stored, a_shape[0]))
             parts = [(b[:, e::copies], a[e * rank : (e + 1) * rank]) for e in range(copies)]
-            return [in_memory(*part) for part in parts]
+            return [in_memory(a.T, b.T) if turned else in_memory(b, a) for b, a in parts]
 
-        return LoraModule(name, "expert", shape, rank, scaling, self._dtype(), factors, copies)
+        shape = (stored[1], stored[0]) if turned else stored
+        return LoraModule(parameter.name, "expert", shape, rank, scaling, self._dtype(), factors, copies)
 
     def adalora(self) -> LoraModule:
         """``B (A * E)`` with a value per rank; the masks may have left a module none."""
@@ -313,42 +376,3 @@ def _refuse_kernels(label: str, paths: Iterable[str]) -> None:
                 f"{label}: module {path!r}: AdaLoRA of a convolution does not store the kernel's shape: load "
                 "it with PEFT, and read it from the live model by LoraAdapter.from_model"
             )
-
-
-def _stacked_parameters(
-    tensors: Tensors, config: Mapping[str, Any], factors: Mapping[str, Mapping[str, str]]
-) -> dict[str, str]:
-    """Which parameter the factors under a path belong to, for `target_parameters`.
-
-    PEFT wraps the module once per parameter, in the order in which the module holds them, and names
-    the factors of the inner wrappers `base_layer`: the deepest belongs to the first parameter.
-    """
-    targets = config.get("target_parameters")
-    if not targets:
-        return {}
-    by_module: dict[str, list[str]] = defaultdict(list)
-    for path in factors:
-        module = path
-        while module.endswith(".base_layer"):
-            module = module.removesuffix(".base_layer")
-        by_module[module].append(path)
-    found: dict[str, str] = {}
-    for module, paths in by_module.items():
-        fitting = [t for t in targets if naming.is_suffix(t.rpartition(".")[0], module)]
-        names = list(dict.fromkeys(target.rpartition(".")[2] for target in fitting))
-        if not names:
-            continue
-        if len(names) < len(paths):
-            raise FormatError(
-                f"{tensors.label}: module {module!r}: target_parameters names {len(names)} of "
-                f"its {len(paths)} adapted parameters"
-            )
-        deepest_first = sorted(paths, key=len, reverse=True)
-        ordered = held_order(names)[: len(paths)] if len(names) > 1 else names
-        found |= {path: f"{module}.{name}" for path, name in zip(deepest_first, ordered, strict=True)}
-    return found
-
-
-def held_order(names: Sequence[str]) -> list[str]:
-    """The order in which modules hold their expert parameters: what goes in before what comes out."""
-    return sorted(names, key=lambda name: (bool(re.search(r"down|out|w2|wo$", name)), names.index(name)))

@@ -71,8 +71,14 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
 
 
-def checked_kind(label: str, config: Mapping[str, Any]) -> str:
-    """``"LORA"`` or ``"ADALORA"``.
+def changes_the_base(config: Mapping[str, Any]) -> str | None:
+    """Return the initialisation by which training changed the base model, if it was one of those."""
+    init = config.get("init_lora_weights", True)
+    return init if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE) else None
+
+
+def checked_kind(label: str, config: Mapping[str, Any], *, changed_base: bool = False) -> str:
+    """``"LORA"`` or ``"ADALORA"``; `changed_base` accepts initialisations that change the base model.
 
     Raises
     ------
@@ -88,8 +94,7 @@ def checked_kind(label: str, config: Mapping[str, Any]) -> str:
                 f"{label}: is a {method} adapter ({key} is set), whose update is no product of two factors: "
                 "only LoRA (and AdaLoRA) can be read"
             )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE):
+    if (init := changes_the_base(config)) and not changed_base:
         raise FormatError(
             f"{label}: was initialised by {init!r}, which changes the base model: its factors are no update "
             "of the original weights. Save it again with PEFT's path_initial_model_for_weight_conversion"

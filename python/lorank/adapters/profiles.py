@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from lorank import naming
 from lorank.adapters.adapter import LoraAdapter, Profile
+from lorank.adapters.expert_layout import FIRST_VERSION, held_order, is_earlier
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX
 from lorank.adapters.peft_settings import ONLY_FOR_TRAINING
@@ -117,6 +118,10 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
         "target_modules": kept or linear,
         "exclude_modules": before.get("exclude_modules") if kept else accidental_matches(linear, dropped),
         "target_parameters": stacks or None,
+        # PEFT refuses dropout beside adapted parameters, which experts one by one become on loading.
+        **({"lora_dropout": 0.0} if any(naming.is_in_experts(m.name) for m in modules) else {}),
+        # Stacks are written as PEFT lays them out today, whoever wrote them before.
+        **({"peft_version": FIRST_VERSION} if stacks and is_earlier(before) else {}),
     }
 
 
@@ -188,8 +193,6 @@ def keys(adapter: LoraAdapter, names: Mapping[str, Any]) -> dict[str, tuple[str,
 
 def _depths(adapter: LoraAdapter, names: Mapping[str, Any]) -> dict[str, int]:
     """How many wrappers lie around a stacked parameter's own: as many as its module has later ones."""
-    from lorank.adapters.peft_format import held_order
-
     by_module: dict[str, list[str]] = {}
     for name in names:
         if adapter.modules[name].kind == "expert":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lorank._core import FormatError
 from lorank.adapters import kohya, padding, peft_format
 from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.expert_layout import Parameter
+from lorank.adapters.key_wrappers import Unwrapped
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
 from lorank.certificate import Certificate
 from lorank.json_files import parse_json, read_json
@@ -35,41 +37,81 @@ def as_adapter(adapter: LoraAdapter | str | Path) -> LoraAdapter:
     raise TypeError(f"an adapter is a LoraAdapter or a path, not a {type(adapter).__name__}")
 
 
+@dataclass(frozen=True, slots=True)
+class AsStored:
+    """An adapter with the ranks that the file's tensors have, and how the file differs from what is read.
+
+    Attributes
+    ----------
+    adapter
+        With padding, and with the ranks of the tensors, whatever the settings say.
+    tensors
+        The tensors by their names without wrappers.
+    wrappers
+        The names of wrappers that keys of the file hold.
+    stored_as
+        A clean key -> the file's own, of keys with a wrapper's name.
+    turned
+        Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
+    """
+
+    adapter: LoraAdapter
+    tensors: Tensors
+    wrappers: tuple[str, ...] = ()
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+    turned: tuple[Parameter, ...] = ()
+
+
 def read_adapter(path: str | Path) -> LoraAdapter:
     """Read a PEFT folder or an image adapter's file; see `LoraAdapter.load`."""
-    return _finished(path, *_read(path))
+    return _finished(path, _read(path))
 
 
-def read_as_stored(path: str | Path) -> LoraAdapter:
-    """The same with the ranks that the file's tensors have, padding included, whatever its settings say."""
-    return _read(path, contradictions=True)[0]
+def read_as_stored(path: str | Path) -> AsStored:
+    """Read the same with the ranks that the file's tensors have, padding included.
+
+    Adapters whose initialisation changed the base model are read too: some runtimes change it again.
+    """
+    return _read(path, contradictions=True, changed_base=True)
 
 
 def read_for_repair(path: str | Path) -> LoraAdapter:
-    """An adapter whose settings may contradict its tensors: the ranks are the tensors', the scale theirs."""
-    return _finished(path, *_read(path, contradictions=True))
+    """Read an adapter whose settings may contradict its tensors: ranks are the tensors', scales theirs."""
+    return _finished(path, _read(path, contradictions=True))
 
 
-def _read(path: str | Path, *, contradictions: bool = False) -> tuple[LoraAdapter, Mapping[str, str]]:
+def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool = False) -> AsStored:
     if path == "":
         raise FileNotFoundError("an empty path names no adapter")
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and (path / CONFIG).exists():
-        tensors = _weights(path)
-        adapter = peft_format.read(tensors, read_config(path / CONFIG), contradictions=contradictions)
-        return replace(adapter, label=str(path)), tensors.metadata
+        return _read_peft(path, contradictions, changed_base)
     file = path if path.is_file() else _only_safetensors(path)
     if file.suffix != ".safetensors":
         raise FormatError(f"{file}: is neither a PEFT folder nor a .safetensors file")
     tensors = FileTensors(file)
-    return kohya.read(tensors), tensors.metadata
+    return AsStored(kohya.read(tensors), tensors)
 
 
-def _finished(path: str | Path, adapter: LoraAdapter, metadata: Mapping[str, str]) -> LoraAdapter:
+def _read_peft(folder: Path, contradictions: bool, changed_base: bool) -> AsStored:
+    config = read_config(folder / CONFIG)
+    unwrapped = Unwrapped.of(_weights(folder), config.get("target_modules"))
+    reading = peft_format.read_all(
+        unwrapped.tensors, config, contradictions=contradictions, changed_base=changed_base
+    )
+    notes = [*([unwrapped.note()] if unwrapped.wrappers else []), *reading.adapter.notes]
+    adapter = replace(reading.adapter, label=str(folder), notes=notes)
+    return AsStored(
+        adapter, unwrapped.tensors, unwrapped.wrappers, unwrapped.stored_as, tuple(reading.turned)
+    )
+
+
+def _finished(path: str | Path, stored: AsStored) -> LoraAdapter:
     """The adapter without padding, and with its certificate."""
-    adapter = padding.removed(adapter, metadata)
+    metadata = stored.tensors.metadata
+    adapter = padding.removed(stored.adapter, metadata)
     # Who has trained the adapter since did not write factors in spectral form.
     if not adapter.is_spectral:
         return adapter

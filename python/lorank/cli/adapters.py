@@ -14,7 +14,6 @@ from lorank import runtimes
 from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
 from lorank.adapters.families import remove_stale
 from lorank.adapters.profiles import PROFILES, nothing_left
-from lorank.adapters.reading import read_for_repair
 from lorank.adapters.writing import write_adapter
 from lorank.cli.options import (
     Exclude,
@@ -271,37 +270,39 @@ def extract(
 
 
 def check(
-    adapter: Annotated[str, typer.Argument(help="A PEFT adapter folder.")],
+    adapter: Annotated[str, typer.Argument(help="A PEFT adapter folder, or an image adapter's file.")],
     runtime: Annotated[
         list[str] | None,
         typer.Option("--for", help=f"Only these: {', '.join(runtimes.RUNTIMES)}. Repeatable, or a,b."),
     ] = None,
     fix: Annotated[
         Path | None,
-        typer.Option(help="Write it again to this folder, in a profile for these runtimes."),
+        typer.Option(help="Write it again to this folder, in a profile for these runtimes, and check that."),
     ] = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Which runtimes load an adapter right, wrong, or not at all. Status 1 unless all load it right."""
+    """Which runtimes load an adapter right, wrong, or not at all.
+
+    Status 1 unless all of `--for`, or all that read adapters of its format, load it right.
+    """
     wanted = [name.strip() for value in runtime or [] for name in value.split(",")] or None
     for name in wanted or ():
         check_choice("--for", name, runtimes.RUNTIMES)
     if fix is not None:
         _check_output(fix, overwrite)
-    verdicts = lorank.check(adapter, wanted)
-    if fix is not None:
-        profile = runtimes.right_profile(wanted)
-        written = write_adapter(read_for_repair(adapter), fix, profile, None, overwrite=overwrite)
-        _say_notes(written.notes)
-        say(f"saved to {fix} in the profile {profile}")
-        verdicts = lorank.check(fix, wanted)
+    if fix is None:
+        verdicts = lorank.check(adapter, wanted)
+    else:
+        mended = runtimes.mend(adapter, fix, wanted, overwrite=overwrite)
+        _say_notes(mended.written.notes)
+        say(f"saved to {fix} in the profile {mended.profile}; the verdicts are about what was written")
+        verdicts = list(mended.verdicts)
     if json_output:
         print_json([tables.verdict_json(verdict) for verdict in verdicts])
     else:
         console().print(tables.verdict_table(verdicts))
-    bad = [verdict.runtime for verdict in verdicts if verdict.status != "right"]
-    if bad:
+    if bad := runtimes.bad(verdicts, wanted):
         raise IncompleteError(f"{fix or adapter} does not load right in {', '.join(bad)}")
 
 

@@ -105,6 +105,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """What every runtime makes of an adapter."""
     table = _table("runtimes")
     table.add_column("runtime", no_wrap=True)
+    table.add_column("version", no_wrap=True)
     table.add_column("loads", no_wrap=True)
     table.add_column("scale x", justify="right", no_wrap=True)
     table.add_column("remark", overflow="fold")
@@ -114,7 +115,11 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
             "-" if verdict.factors is None else f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
         )
         table.add_row(
-            verdict.runtime, f"[{_STYLES[verdict.status]}]{verdict.status}[/]", factor, verdict.reason
+            verdict.runtime,
+            verdict.version,
+            f"[{_STYLES[verdict.status]}]{verdict.status}[/]",
+            factor,
+            verdict.reason,
         )
     return table
 

@@ -11,14 +11,27 @@ from typing import Any
 
 from lorank import naming
 from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.expert_layout import Parameter
 from lorank.adapters.module import LoraModule
-from lorank.adapters.peft_format import PREFIX
-from lorank.adapters.peft_settings import DEFAULT_ALPHA, DEFAULT_RANK, Settings, checked_kind
+from lorank.adapters.peft_format import PREFIX, holder
+from lorank.adapters.peft_settings import (
+    DEFAULT_ALPHA,
+    DEFAULT_RANK,
+    Settings,
+    changes_the_base,
+    checked_kind,
+)
+from lorank.adapters.reading import AsStored
+from lorank.runtimes.separate_experts import SeparateExperts
 
 _NUMBERED = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<block>\d+)\.(?P<kind>.+)")
 
-
 BASE_COPY = ".base_layer.weight"
+
+
+def _is_table(module: LoraModule) -> bool:
+    """Return whether a module maps tokens to vectors or back."""
+    return module.kind == "embedding" or naming.is_output_head(module.name)
 
 
 @dataclass(frozen=True)
@@ -27,14 +40,27 @@ class Found:
 
     Attributes
     ----------
-    adapter
-        With the ranks of the tensors, whatever the settings say.
+    stored
+        The adapter with the ranks of its tensors, and how its keys are spelled.
     config
-        The settings as they are written.
+        The settings as they are written; empty for image adapters.
+    base
+        What the base model says of its modules; None where it was not asked.
     """
 
-    adapter: LoraAdapter
+    stored: AsStored
     config: Mapping[str, Any]
+    base: Any | None = None
+
+    @property
+    def adapter(self) -> LoraAdapter:
+        """The adapter with the ranks of its tensors, whatever the settings say."""
+        return self.stored.adapter
+
+    @property
+    def is_image(self) -> bool:
+        """True for a file with the keys of kohya or diffusers, False for a PEFT folder."""
+        return self.adapter.format == "kohya"
 
     @property
     def modules(self) -> list[LoraModule]:
@@ -52,6 +78,11 @@ class Found:
         return float(self.config.get("lora_alpha", DEFAULT_ALPHA))
 
     @property
+    def largest_rank(self) -> int:
+        """The largest rank that a tensor has, padding included."""
+        return max((module.rank for module in self.modules), default=0)
+
+    @property
     def rank_stabilized(self) -> bool:
         """Whether alpha is divided by the root of the rank."""
         return bool(self.config.get("use_rslora"))
@@ -62,9 +93,34 @@ class Found:
         return bool(self.config.get("use_dora"))
 
     @property
+    def alora(self) -> bool:
+        """Whether the update acts from its invocation tokens on, not on every token."""
+        return bool(self.config.get("alora_invocation_tokens"))
+
+    @property
+    def replicated(self) -> bool:
+        """Whether the base model's layers are repeated before they are adapted."""
+        return bool(self.config.get("layer_replication"))
+
+    @property
     def adalora(self) -> bool:
         """Whether the file has AdaLoRA's names and its third factor."""
-        return checked_kind(self.adapter.label, self.config) == "ADALORA"
+        return checked_kind(self.adapter.label, self.config, changed_base=True) == "ADALORA"
+
+    @property
+    def base_change(self) -> str | None:
+        """The initialisation that changed the base model, if it was one of those."""
+        return changes_the_base(self.config)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the settings ask for one update of the embedding and the head."""
+        return bool(self.config.get("ensure_weight_tying"))
+
+    @property
+    def turned(self) -> tuple[Parameter, ...]:
+        """Stacks of experts whose factors lie as PEFT before 0.19 wrote them."""
+        return self.stored.turned
 
     @property
     def others(self) -> list[str]:
@@ -82,16 +138,30 @@ class Found:
         """The keys of the biases that `lora_bias` adds."""
         return [f"{PREFIX}{m.name}.{ending}" for m in self.modules for ending in m.carried]
 
+    @property
+    def stacks(self) -> list[LoraModule]:
+        """Parameters that hold all experts in one tensor."""
+        return [module for module in self.modules if module.copies > 1]
+
+    @cached_property
+    def separate_experts(self) -> SeparateExperts:
+        """Experts that are modules of their own, as transformers 4 had them."""
+        return SeparateExperts.of(self.modules)
+
     def of_another_rank(self) -> list[LoraModule]:
         """Modules whose tensors have another rank than the settings' one."""
         return [module for module in self.modules if module.rank != self.rank]
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings as PEFT looks them up."""
+        return Settings(self.adapter.label, self.config)
 
     def misfits(self) -> list[tuple[LoraModule, int]]:
         """Modules whose tensors have another rank than the settings give them, and that rank."""
         if self.adalora:
             return []
-        table = Settings(self.adapter.label, self.config)
-        ranks = [(module, table.of(module.name)[0]) for module in self.modules]
+        ranks = [(module, self.settings.of(holder(module.name))[0]) for module in self.modules]
         return [(module, rank) for module, rank in ranks if module.rank != rank]
 
     def of_kinds(self, *kinds: str) -> list[LoraModule]:
@@ -99,23 +169,51 @@ class Found:
         return [module for module in self.modules if module.kind in kinds]
 
     @cached_property
+    def wrapped(self) -> dict[str, str]:
+        """Module name -> the file's key of one of its factors, where that holds a wrapper's name."""
+        owners: dict[str, str] = {}
+        for clean, key in self.stored.stored_as.items():
+            owner = clean.removeprefix(PREFIX).partition(".lora_")[0]
+            owners.setdefault(owner, key)
+        names = {m.name: m.name.rpartition(".")[0] if m.kind == "expert" else m.name for m in self.modules}
+        return {name: owners[path] for name, path in names.items() if path in owners}
+
+    @cached_property
+    def unprefixed(self) -> set[str]:
+        """Names of modules whose keys lack the prefix that PEFT writes."""
+        if self.is_image:
+            return set()
+        keys = (key for key in self.stored.tensors.shapes() if not key.startswith(PREFIX))
+        owners = {key.partition(".lora_")[0] for key in keys}
+        return {m.name for m in self.modules if m.name in owners or m.name.rpartition(".")[0] in owners}
+
+    @cached_property
     def unselected(self) -> list[str]:
         """Names of modules that have tensors, but that the settings' targets leave out."""
         targets, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
-        if targets is None or targets == naming.ALL_LINEAR:
+        # Where tables are tied, PEFT adapts them all if it adapts one.
+        names = [m.name for m in self.modules if m.kind != "expert" and not (self.tied and _is_table(m))]
+        if targets is None:
+            # PEFT adapts nothing but the parameters then.
+            return names if self.config.get("target_parameters") else []
+        if targets == naming.ALL_LINEAR:
             return []
         selects, excludes = naming.matcher(targets), naming.matcher(excluded or [])
-        names = [module.name for module in self.modules if module.kind != "expert"]
-        return [name for name in names if not selects(name) or excludes(name)]
+        return [name for name in names if not selects(holder(name)) or excludes(holder(name))]
 
-    def incomplete_attention(self) -> str | None:
-        """An attention layer with some of its query, key and value projections adapted, if there is one."""
-        by_parent: dict[str, set[str]] = defaultdict(set)
+    def unequal_tables(self) -> tuple[LoraModule, LoraModule] | None:
+        """Embedding and head whose ranks differ, although the settings tie them."""
+        if not self.tied:
+            return None
+        tables: dict[tuple[int, ...], list[LoraModule]] = defaultdict(list)
         for module in self.modules:
-            parent, _, last = module.name.rpartition(".")
-            if last in ("q_proj", "k_proj", "v_proj"):
-                by_parent[parent].add(last)
-        return next((parent for parent, found in by_parent.items() if len(found) < 3), None)
+            if _is_table(module):
+                tables[tuple(sorted(module.shape))].append(module)
+        for first, *others in tables.values():
+            for other in others:
+                if other.rank != first.rank:
+                    return first, other
+        return None
 
     def blocks(self) -> dict[str, dict[str, set[int]]]:
         """The numbers of the blocks that are adapted, by the stack they are in and the type of module."""

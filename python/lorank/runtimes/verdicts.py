@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from lorank.adapters.adapter import Profile
+from lorank.adapters.peft_format import PREFIX
+from lorank.adapters.profiles import PROFILES
 from lorank.adapters.reading import CONFIG, read_as_stored, read_config
+from lorank.runtimes.finite import not_finite
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules import RUNTIMES, Runtime
 
@@ -28,7 +31,7 @@ class Verdict:
     Attributes
     ----------
     runtime
-        Its name and version.
+        Its name.
     status
         ``"right"``, ``"wrong"`` (loads, and computes something else) or ``"refuses"``.
     reason
@@ -36,21 +39,28 @@ class Verdict:
     factors
         Smallest and largest ratio of the scale that it applies to the right one, 0 for a module that it
         leaves out; None if it loads none.
+    version
+        The version of the runtime that its rules were read from.
+    reads_format
+        False where the runtime reads no adapters of this format, whatever is in them.
     """
 
     runtime: str
     status: Status
     reason: str = ""
     factors: tuple[float, float] | None = None
+    version: str = ""
+    reads_format: bool = True
 
 
 def check(folder: str | Path, runtimes: Sequence[str] | None = None) -> list[Verdict]:
-    """What every runtime does with a PEFT adapter.
+    """Judge what every runtime does with an adapter.
 
     Parameters
     ----------
     folder
-        A PEFT adapter folder. Nothing is decomposed; only headers and settings are read.
+        A PEFT adapter folder, or an image adapter's `.safetensors` file. Nothing is decomposed; values are
+        read once, a part at a time, to find those that are not finite.
     runtimes
         Some of `RUNTIMES`' names (default: all).
 
@@ -74,22 +84,70 @@ def check(folder: str | Path, runtimes: Sequence[str] | None = None) -> list[Ver
     wanted = list(RUNTIMES) if runtimes is None else list(runtimes)
     if unknown := [name for name in wanted if name not in RUNTIMES]:
         raise ValueError(f"no runtime {unknown[0]!r}: choose among {', '.join(RUNTIMES)}")
-    adapter = read_as_stored(folder)
-    if adapter.format != "peft":
-        raise ValueError(f"{folder}: only PEFT adapters can be checked, not the keys of kohya or diffusers")
-    found = Found(adapter, read_config(Path(folder).expanduser() / CONFIG))
-    return [_verdict(RUNTIMES[name], found) for name in RUNTIMES if name in wanted]
+    stored = read_as_stored(folder)
+    is_peft = stored.adapter.format == "peft"
+    found = Found(stored, read_config(Path(folder).expanduser() / CONFIG) if is_peft else {})
+    spoiled = not_finite(stored.tensors)
+    return [_verdict(RUNTIMES[name], found, spoiled) for name in RUNTIMES if name in wanted]
 
 
-def _verdict(runtime: Runtime, a: Found) -> Verdict:
-    if refusal := runtime.refuses(a):
-        return Verdict(runtime.name, "refuses", refusal)
-    ratios = [runtime.scale(a, module) / module.scaling for module in a.modules if module.scaling]
+def _verdict(runtime: Runtime, a: Found, spoiled: Sequence[tuple[str, str]]) -> Verdict:
+    if other := _other_format(runtime, a):
+        return Verdict(runtime.name, "refuses", other, version=runtime.version, reads_format=False)
+    missed = runtime.misses(a)
+    if refusal := _unknown_names(runtime, missed) or runtime.refuses(a):
+        return Verdict(runtime.name, "refuses", refusal, version=runtime.version)
+    ratios = [
+        0.0 if module.name in missed else runtime.scale(a, module) / module.scaling
+        for module in a.modules
+        if module.scaling
+    ]
     factors = (min(ratios, default=1.0), max(ratios, default=1.0))
-    reasons = [*_scaled([ratio for ratio in ratios if ratio]), *runtime.loses(a)]
+    reasons = [
+        *_not_numbers(spoiled),
+        *_not_found(missed, len(a.modules)),
+        *_scaled([ratio for ratio in ratios if ratio]),
+        *runtime.loses(a),
+    ]
     if reasons:
-        return Verdict(runtime.name, "wrong", "; ".join(reasons), factors)
-    return Verdict(runtime.name, "right", runtime.remark(a), factors)
+        return Verdict(runtime.name, "wrong", "; ".join(reasons), factors, runtime.version)
+    return Verdict(runtime.name, "right", runtime.remark(a), factors, runtime.version)
+
+
+def _other_format(runtime: Runtime, a: Found) -> str:
+    """Refuse the format that a runtime does not read."""
+    if runtime.reads == ("image files" if a.is_image else "folders"):
+        return ""
+    return {
+        "folders": "reads PEFT folders only",
+        "image files": "reads image adapters' files only, no PEFT folders",
+        "neither": "reads files of its own format only",
+    }[runtime.reads]
+
+
+def _unknown_names(runtime: Runtime, missed: dict[str, str]) -> str:
+    """Refuse names that a loader stops at."""
+    if not missed or runtime.unknown == "ignores":
+        return ""
+    return f"stops at names that the model lacks: {next(iter(missed.values()))}"
+
+
+def _not_found(missed: dict[str, str], count: int) -> Iterable[str]:
+    """Report modules that a loader passes over without an error."""
+    if missed:
+        all_of = "all" if len(missed) == count else f"{len(missed)} of"
+        yield f"leaves out {all_of} {count} modules without an error: {next(iter(missed.values()))}"
+
+
+def _not_numbers(spoiled: Sequence[tuple[str, str]]) -> Iterable[str]:
+    """Report tensors with values that are not finite."""
+    if spoiled:
+        key, value = spoiled[0]
+        owner, found, rest = key.removeprefix(PREFIX).rpartition(".lora_")
+        factor = rest.removesuffix(".weight")
+        named = f"lora_{factor} of {owner}" if found else key
+        others = f", and {len(spoiled) - 1} other tensors hold such values" if len(spoiled) > 1 else ""
+        yield f"computes no numbers: {named} holds {value}{others}"
 
 
 def _scaled(ratios: Sequence[float]) -> Iterable[str]:
@@ -103,8 +161,9 @@ def _scaled(ratios: Sequence[float]) -> Iterable[str]:
 
 
 def right_profile(runtimes: Sequence[str] | None = None) -> Profile:
-    """The first of the three profiles that, by the table of scales, every one of the runtimes loads right."""
-    wanted = set(RUNTIMES if runtimes is None else runtimes)
-    if wanted <= {"peft", "vllm"}:
-        return "compact"
-    return "tensor-rank" if wanted <= {"peft", "vllm", "llama.cpp", "tensorrt-llm"} else "portable"
+    """Choose the first profile that, by the table of scales, every one of the runtimes loads right."""
+    wanted = RUNTIMES if runtimes is None else runtimes
+    for profile in PROFILES[:1] + PROFILES[2:]:
+        if all(profile in RUNTIMES[name].profiles for name in wanted):
+            return profile
+    return "portable"

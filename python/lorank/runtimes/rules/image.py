@@ -1,0 +1,112 @@
+"""diffusers and ComfyUI, which read image adapters' files: the keys of kohya and of diffusers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from lorank.adapters.diffusers_settings import KEY as SETTINGS_KEY
+from lorank.adapters.module import LoraModule
+from lorank.runtimes.found import Found
+from lorank.runtimes.rules.runtime import Runtime, by_module, leaves_out
+
+# kohya's names of the modules of Stable Diffusion, whose keys diffusers renames one by one.
+_KOHYA_PART = re.compile(r"lora_(?P<part>unet|te1?|te2)_(?P<rest>.+)")
+_UNET_BLOCKS = re.compile(r"(?:down|mid|up|input|middle|output)_block")
+_UNET_ATTENTION = re.compile(r"transformer_blocks_\d+_.*attn[12]_.*(?:to_q|to_k|to_v|to_out_0)")
+_TEXT_ATTENTION = re.compile(r".*self_attn_(?:q|k|v|out)_proj")
+
+_FLUX = "single_transformer_blocks."
+_KOHYA = ".lora_down."
+_MAGNITUDES = (".dora_scale", ".lora_magnitude_vector")
+
+
+def _alpha(a: Found, name: str) -> float | None:
+    """Return a module's alpha, None if the file has none for it."""
+    key = f"{name}.alpha"
+    return a.stored.tensors.number(key) if key in a.stored.tensors.shapes() else None
+
+
+def _diffusers_scale(a: Found, module: LoraModule) -> float:
+    part = _part_of_stable_diffusion(module.name)
+    if part is None or not _loses_its_alpha(module.name):
+        return by_module(a, module)
+    # The pattern that should give the module its alpha matches nothing: it gets the most frequent one.
+    alphas = [
+        alpha
+        for other in a.modules
+        if _part_of_stable_diffusion(other.name) == part
+        if (alpha := _alpha(a, other.name)) is not None
+    ]
+    return Counter(alphas).most_common(1)[0][0] / module.rank if alphas else by_module(a, module)
+
+
+def _part_of_stable_diffusion(name: str) -> str | None:
+    """Return the part of a Stable Diffusion pipeline that a module with kohya's name belongs to."""
+    match = _KOHYA_PART.fullmatch(name)
+    if match is None or (match["part"] == "unet" and not _UNET_BLOCKS.match(match["rest"])):
+        return None
+    return match["part"]
+
+
+def _loses_its_alpha(name: str) -> bool:
+    """Return whether diffusers looks for a module's alpha under a name that no module has."""
+    pattern = _UNET_ATTENTION if name.startswith("lora_unet_") else _TEXT_ATTENTION
+    return pattern.search(name) is not None
+
+
+def _diffusers_refuses(a: Found) -> str:
+    keys = list(a.stored.tensors.shapes())
+    alphas = [key for key in keys if key.endswith(".alpha")]
+    if alphas and SETTINGS_KEY in a.stored.tensors.metadata:
+        return f"takes scales from alphas or from the metadata, not from both: {alphas[0]}"
+    if any(_KOHYA in key for key in keys):
+        renamed = any(_part_of_stable_diffusion(module.name) for module in a.modules)
+        left = [key for key in a.adapter.carried if not key.endswith(_MAGNITUDES)]
+        return f"cannot rename {left[0]}" if renamed and left else ""
+    strange = [key for key in keys if "lora" not in key and not key.endswith(_MAGNITUDES)]
+    if strange and not any(_FLUX in key for key in keys):
+        return f"SD, SDXL, SD3, Wan and Qwen-Image refuse a file with a key without 'lora': {strange[0]}"
+    return ""
+
+
+def _diffusers_loses(a: Found) -> Iterable[str]:
+    magnitudes = [key for key in a.adapter.carried if key.endswith(".dora_scale")]
+    yield from leaves_out(magnitudes)
+
+
+def _comfyui_scale(a: Found, module: LoraModule) -> float:
+    alpha = _alpha(a, module.name)
+    return 1.0 if alpha is None else alpha / module.rank
+
+
+def _comfyui_loses(a: Found) -> Iterable[str]:
+    known = (".dora_scale", ".diff", ".diff_b")
+    yield from leaves_out(key for key in a.adapter.carried if not key.endswith(known))
+
+
+def _comfyui_remark(a: Found) -> str:
+    del a
+    return "names that are not in the model are left out, and only its log shows it"
+
+
+DIFFUSERS = Runtime(
+    "diffusers",
+    "0.42",
+    _diffusers_scale,
+    _diffusers_refuses,
+    _diffusers_loses,
+    profiles=("compact", "portable", "tensor-rank"),
+    reads="image files",
+)
+
+COMFYUI = Runtime(
+    "ComfyUI",
+    "November 2026",
+    _comfyui_scale,
+    loses=_comfyui_loses,
+    remark=_comfyui_remark,
+    profiles=("compact", "portable", "tensor-rank"),
+    reads="image files",
+)

@@ -1,0 +1,127 @@
+"""llama.cpp, whose converter writes an adapter's GGUF file, and Ollama, which has a converter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lorank.runtimes.found import BASE_COPY, Found
+from lorank.runtimes.rules.runtime import (
+    Runtime,
+    by_tensor,
+    every_token,
+    first_of,
+    is_router,
+    leaves_out,
+    no_lora_biases,
+    no_others,
+    no_replication,
+    original_base,
+)
+
+# Modules that Ollama's converter has names for.
+_OLLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("q_proj", "k_proj")
+
+
+def _refuses(a: Found) -> str:
+    if a.adalora:
+        return "its converter stops at AdaLoRA's tensors (lora_E)"
+    if a.dora:
+        return "DoRA is not supported"
+    return first_of(
+        _modules(a), _tables(a), _experts(a), no_replication(a), no_lora_biases(a), no_others(a, but=_known)
+    )
+
+
+def _modules(a: Found) -> str:
+    others = [m for m in a.of_kinds("conv", "expert") if not is_router(m)]
+    return f"{others[0].name} is no plain linear layer ({others[0].kind})" if others else ""
+
+
+def _tables(a: Found) -> str:
+    if not a.tied:
+        return ""
+    tables = [m.name for m in a.modules if _is_table(m.name)]
+    return f"{tables[0]} is tied, and is no table of its own in a GGUF file" if tables else ""
+
+
+def _is_table(name: str) -> bool:
+    return name.rpartition(".")[2] in ("embed_tokens", "lm_head")
+
+
+def _experts(a: Found) -> str:
+    """Explain why experts do not fit the stack that a GGUF file holds them in."""
+    unequal = a.separate_experts.unequal() or a.separate_experts.missing()
+    return f"stacks the experts, which need one rank: {unequal}" if unequal else ""
+
+
+def _known(key: str) -> bool:
+    """Accept what the converter passes on, and the program does not apply; or what it leaves alone."""
+    return "_layernorm" in key or ".norm" in key or BASE_COPY in key
+
+
+def _loses(a: Found) -> Iterable[str]:
+    yield from leaves_out(a.others)
+    if a.alora:
+        yield "applies aLoRA to every token through its C API; llama-server alone heeds the invocation tokens"
+    yield from original_base(a)
+
+
+def _remark(a: Found) -> str:
+    tables = [m.name for m in a.modules if _is_table(m.name)]
+    return f"if the model's tables are not tied: {tables[0]} is adapted" if tables else ""
+
+
+def _ollama_refuses(a: Found) -> str:
+    if a.adalora:
+        return "has no names for AdaLoRA's tensors (lora_E)"
+    if a.dora:
+        return "has no names for DoRA's magnitudes"
+    alpha = a.config.get("lora_alpha")
+    if alpha is not None and not (isinstance(alpha, int) and alpha >= 0):
+        return f"lora_alpha is {alpha!r}: it reads integers alone"
+    others = [m.name for m in a.modules if m.kind != "linear" or m.name.rpartition(".")[2] not in _OLLAMA]
+    if others:
+        return f"has no name for {others[0]}: it knows {', '.join(_OLLAMA)}"
+    if wide := [m for m in a.modules if m.rank > min(m.shape)]:
+        return (
+            f"transposes the factors of {wide[0].name}, as its rank {wide[0].rank} is above a side's length"
+        )
+    return first_of(no_replication(a), no_lora_biases(a), no_others(a))
+
+
+def _ollama_loses(a: Found) -> Iterable[str]:
+    yield from every_token(a)
+    yield from original_base(a)
+
+
+def _ollama_remark(a: Found) -> str:
+    remark = "for Llama and Gemma 2 alone"
+    if any(m.name.rpartition(".")[2] in _ATTENTION for m in a.modules):
+        remark += "; its converter reorders A of q_proj and k_proj of a Llama: compare the answers"
+    return remark
+
+
+LLAMA_CPP = Runtime(
+    "llama.cpp",
+    "November 2026",
+    by_tensor,
+    _refuses,
+    _loses,
+    _remark,
+    profiles=("portable", "tensor-rank"),
+    unknown="refuses",
+    needs_prefix=False,
+)
+
+OLLAMA = Runtime(
+    "Ollama",
+    "November 2026",
+    by_tensor,
+    _ollama_refuses,
+    _ollama_loses,
+    _ollama_remark,
+    profiles=("portable", "tensor-rank"),
+    unknown="refuses",
+    needs_prefix=False,
+)

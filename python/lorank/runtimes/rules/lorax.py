@@ -1,0 +1,67 @@
+"""LoRAX, and Text Generation Inference, which took its loader over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lorank.adapters.module import LoraModule
+from lorank.runtimes.found import Found
+from lorank.runtimes.rules.runtime import (
+    Runtime,
+    by_settings,
+    by_settings_or_stabilized,
+    every_token,
+    leaves_out,
+    no_replication,
+    not_plain,
+    original_base,
+)
+
+# Below this ranks are padded, and the true one is forgotten after the first type of modules.
+_LEAST_RANK = 8
+
+
+def _scale(a: Found, module: LoraModule) -> float:
+    # AdaLoRA's factors have other names than it looks for. PEFT 0.4, which it pins, knows no rsLoRA.
+    return 0.0 if a.adalora else by_settings(a, module)
+
+
+def _tgi_scale(a: Found, module: LoraModule) -> float:
+    return 0.0 if a.adalora else by_settings_or_stabilized(a, module)
+
+
+def _refuses(a: Found) -> str:
+    ranks = sorted({module.rank for module in a.modules})
+    if len(ranks) > 1:
+        return f"stacks layers, which need one rank: ranks go from {ranks[0]} to {ranks[-1]}"
+    if a.dora:
+        return "DoRA is not supported"
+    return not_plain(a) or no_replication(a)
+
+
+def _loses(a: Found) -> Iterable[str]:
+    if a.adalora:
+        yield "adapts nothing, as AdaLoRA's tensors have other names than it looks for"
+        return
+    if missing := a.incomplete_types():
+        yield f"drops {missing[0]} everywhere, as some layers have no adapter there"
+    yield from leaves_out([*a.others, *a.lora_biases])
+    yield from every_token(a)
+    yield from original_base(a)
+
+
+def _remark(a: Found) -> str:
+    counts = {len(numbers) for kinds in a.blocks().values() for numbers in kinds.values()}
+    remarks = [f"if the model has {max(counts)} blocks and no more"] if counts else []
+    if a.rank < _LEAST_RANK:
+        remarks.append(
+            f"on GPUs it pads ranks to {_LEAST_RANK}, and then divides by that in all but the first "
+            "type of modules"
+        )
+    return "; ".join(remarks)
+
+
+LORAX = Runtime("LoRAX", "May 2026", _scale, _refuses, _loses, _remark)
+
+TGI = replace(LORAX, name="Text Generation Inference", version="3.3.7", scale=_tgi_scale)

@@ -1,0 +1,166 @@
+"""PEFT, and what loads adapters through it: hot-swapping, transformers' `load_adapter`, Unsloth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lorank import naming
+from lorank.adapters.module import LoraModule
+from lorank.adapters.peft_format import without_magnitude
+from lorank.runtimes.found import Found
+from lorank.runtimes.rules.runtime import Runtime, by_settings_or_stabilized, no_others
+from lorank.runtimes.separate_experts import GATES, UPS
+
+# Initialisations that PEFT repeats on loading, with the same result.
+_REPEATED = ("pissa", "olora")
+# Those that it cannot repeat from an adapter's files.
+_NEEDS_MORE = ("corda", "loftq")
+
+
+def _scale(a: Found, module: LoraModule) -> float:
+    return 0.0 if module.name in a.unselected else module.scaling
+
+
+def _refuses(a: Found) -> str:
+    experts = a.separate_experts
+    if refusal := _separate_experts_refused(a) if experts else "":
+        return refusal
+    own = {module.name for module in experts.modules}
+    if misfits := [found for found in a.misfits() if found[0].name not in own]:
+        module, rank = misfits[0]
+        return f"sizes do not match: {module.name} has rank {module.rank}, but the settings say {rank}"
+    if tables := a.unequal_tables():
+        first, second = tables
+        return (
+            f"sizes do not match: {first.name} has rank {first.rank} and {second.name} {second.rank}, but "
+            "ensure_weight_tying makes them share one update"
+        )
+    if swapped := _turned_of_other_size(a):
+        return (
+            f"sizes do not match: {swapped} has inputs and outputs swapped, as PEFT before 0.19 wrote them"
+            f"{_although(a)}"
+        )
+    if (a.of_kinds("expert") or experts) and (setting := _not_with_parameters(a)):
+        return f"{setting} does not go with adapted parameters"
+    if (init := a.base_change) and init.lower().startswith(_NEEDS_MORE):
+        return f"cannot initialise the base model by {init!r} again from the adapter's files"
+    return ""
+
+
+def _turned_of_other_size(a: Found) -> str:
+    """Name the first stack that is laid out as before 0.19 and does not fit today's layout."""
+    names = {parameter.name for parameter in a.turned}
+    return next((m.name for m in a.stacks if m.name in names and m.shape[0] != m.shape[1]), "")
+
+
+def _although(a: Found) -> str:
+    if not any(parameter.contradicts_version for parameter in a.turned):
+        return ""
+    return f", although peft_version is {a.config.get('peft_version')}"
+
+
+def _not_with_parameters(a: Found) -> str:
+    """Name the first setting that PEFT refuses beside `target_parameters`."""
+    settings = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
+    return next((f"{key}={a.config[key]}" for key in settings if a.config.get(key)), "")
+
+
+def _separate_experts_refused(a: Found) -> str:
+    """Explain why experts one by one do not fit into the stacks that transformers 5 loads them into."""
+    experts = a.separate_experts
+    if problem := experts.unequal() or experts.without_partner() or experts.missing():
+        return f"stacks the experts, which need one rank and all of them: {problem}"
+    targets = a.config.get("target_modules")
+    selects = naming.matcher(targets) if isinstance(targets, str) and targets != naming.ALL_LINEAR else None
+    for stack, kinds in experts.by_stack.items():
+        for kind, modules in kinds.items():
+            name = f"{stack}.{kind}"
+            if selects is not None and not selects(name):
+                return f"finds no module for target_modules {targets!r}, as it stacks the experts"
+            # Gate and up become one parameter, whose rank is twice the settings' one.
+            fused = kind in (*GATES, *UPS)
+            rank = int(a.rank) if fused else a.settings.of(name)[0]
+            for module in modules.values():
+                if module.rank != rank:
+                    return (
+                        f"sizes do not match: {module.name} has rank {module.rank}, but experts are stacked, "
+                        f"and the settings give the stack {rank} for each"
+                    )
+    return ""
+
+
+def _loses(a: Found) -> Iterable[str]:
+    if unselected := a.unselected:
+        yield (
+            f"adapts {len(a.modules) - len(unselected)} of {len(a.modules)} modules: target_modules leaves "
+            f"out {unselected[0]}"
+        )
+    if without := without_magnitude(a.config, a.adapter.carried, a.adapter.modules):
+        yield f"starts the DoRA magnitudes of {len(without)} modules anew, as the file lacks them"
+    if a.turned:
+        yield (
+            f"reads {a.turned[0].name} with inputs and outputs swapped, as PEFT before 0.19 wrote "
+            f"them{_although(a)}"
+        )
+    if (init := a.base_change) and init.lower() not in _REPEATED:
+        yield f"initialises the base model by {init!r} again, which does not give what training started from"
+
+
+def _remark(a: Found) -> str:
+    if a.base_change:
+        return f"if the base model has its original weights, which {a.base_change!r} changes again"
+    if a.separate_experts:
+        return "its experts are stacked on loading, where the model's code holds them so"
+    return ""
+
+
+def _transformers_loses(a: Found) -> Iterable[str]:
+    yield from _loses(a)
+    magnitudes = [key for key in a.adapter.carried if "lora_magnitude_vector" in key]
+    if magnitudes:
+        yield f"starts the DoRA magnitudes of {len(magnitudes)} modules anew"
+
+
+def _hotswap_refuses(a: Found) -> str:
+    if a.adalora:
+        return "AdaLoRA cannot be swapped in"
+    if a.config.get("alpha_pattern"):
+        return "alpha_pattern must equal that of the adapter it replaces: only the portable profile is safe"
+    if embeddings := a.of_kinds("embedding"):
+        return f"{embeddings[0].name} is an embedding"
+    if a.dora:
+        return "DoRA magnitudes are not swapped"
+    if a.base_change:
+        return f"{a.base_change!r} changes the base model, which is not swapped"
+    if a.separate_experts:
+        return "experts one by one are not stacked on swapping"
+    if a.turned:
+        return f"{a.turned[0].name} has inputs and outputs swapped, as PEFT before 0.19 wrote them"
+    return no_others(a)
+
+
+def _hotswap_remark(a: Found) -> str:
+    return (
+        "if the adapter that it replaces adapts the same modules with "
+        f"use_rslora={a.rank_stabilized}, use_dora=False and lora_dropout="
+        f"{a.config.get('lora_dropout') or 0.0}"
+    )
+
+
+PEFT = Runtime("PEFT", "0.21.2", _scale, _refuses, _loses, _remark, ("compact", "portable", "tensor-rank"))
+
+HOTSWAP = Runtime(
+    "PEFT hotswap_adapter",
+    "0.21.2",
+    by_settings_or_stabilized,
+    _hotswap_refuses,
+    remark=_hotswap_remark,
+    unknown="refuses",
+)
+
+TRANSFORMERS = replace(
+    PEFT, name="transformers load_adapter", version="5.24", loses=_transformers_loses, needs_prefix=False
+)
+
+UNSLOTH = replace(PEFT, name="Unsloth (through PEFT)", version="November 2026")
