@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorank import naming
+from lorank.adapters import carried
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.diffusers_settings import PartSettings
+from lorank.adapters.image_keys import ImageStyle
+from lorank.adapters.image_layout import style_of
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_settings import merged
 from lorank.adapters.reading import as_adapter
-from lorank.adapters.tensors import Stored
 from lorank.compression import truncated
 from lorank.mergeable import check_one_model, ties_tables
 from lorank.selection import checked_knobs
@@ -64,9 +66,10 @@ def merge(
     ------
     ValueError
         If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes,
-        which do not add up, module names of one differ from another's by a prefix, or settings that a
-        sum has one of (task type, biases, trained tokens) differ; without `force`, if base models have
-        different names, or an adapter shares no module with the others.
+        which do not add up, module names of one differ from another's by a prefix, settings that a sum
+        has one of (task type, biases, trained tokens) differ, or one adapter has factors for a module that
+        another saves as a whole; without `force`, if base models have different names, or an adapter shares
+        no module with the others.
     TypeError
         If there is no such knob, or what is given are no adapters.
 
@@ -81,18 +84,26 @@ def merge(
     parts = [as_adapter(adapter) for adapter in adapters]
     shares = _checked_weights(parts, weights)
     check_one_model(parts, force=force)
-    tie = {"ensure_weight_tying": True} if ties_tables(parts) else {}
+    weighted = list(zip(parts, shares, strict=True))
+    tie = {"ensure_weight_tying": True} if ties_tables([a for a, w in weighted if w] or parts) else {}
     updates = [
-        _update(name, [(a.modules[name], w) for a, w in zip(parts, shares, strict=True) if _has(a, name)])
-        for name in _names(parts)
+        _update(name, [(a.modules[name], w) for a, w in weighted if _has(a, name)]) for name in _names(parts)
     ]
-    forms = spectral_form(updates, thread_count(threads), progress, label="merging")
+    modules = {update.module.name: update.module for update in updates}
+    # An adapter of weight 0 gives no settings and no tensors that are no factors, if there is another.
+    acting = [(a.label, a.config) for a, weight in weighted if weight] or [(a.label, a.config) for a in parts]
+    config = merged(acting) | tie if parts[0].format == "peft" else {}
+    others, other_notes = carried.summed(weighted, modules.values())
+    _check_layers(config, others, modules)
+    forms = spectral_form(
+        [u for u in updates if u.module.rank], thread_count(threads), progress, label="merging"
+    )
     whole = replace(
         parts[0],
-        modules={update.module.name: update.module for update in updates},
-        config=merged([(a.label, a.config) for a in parts]) | tie if parts[0].format == "peft" else {},
-        carried=_carried(parts),
-        notes=_notes(parts),
+        modules=modules,
+        config=config,
+        carried=others,
+        notes=[*_notes(parts), *other_notes],
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
         key_style=_key_style(parts),
     )
@@ -100,7 +111,12 @@ def merge(
 
 
 def _has(adapter: LoraAdapter, name: str) -> bool:
-    return name in adapter.modules and adapter.modules[name].rank > 0
+    return name in adapter.modules and _acts(adapter.modules[name])
+
+
+def _acts(module: LoraModule) -> bool:
+    """Return whether a module adds anything to outputs: a product of factors, or a bias."""
+    return module.rank > 0 or bool(module.carried)
 
 
 def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] | None) -> list[float]:
@@ -112,7 +128,7 @@ def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] |
     if len({adapter.format for adapter in adapters}) > 1:
         raise ValueError("adapters of PEFT and of kohya or diffusers cannot be merged with each other")
     for adapter in adapters:
-        if adapter.config.get("use_dora") or any("dora_scale" in key for key in adapter.carried):
+        if adapter.config.get("use_dora") or carried.magnitudes(adapter.carried, adapter.modules.keys()):
             raise ValueError(f"{adapter.label}: DoRA magnitudes do not add up: merge it into a model")
     _check_prefixes(adapters)
     return shares
@@ -135,7 +151,7 @@ def _check_prefixes(adapters: Sequence[LoraAdapter]) -> None:
 
 
 def _names(adapters: Sequence[LoraAdapter]) -> list[str]:
-    names = {module.name for adapter in adapters for module in adapter.adapted}
+    names = {name for adapter in adapters for name in adapter.modules if _has(adapter, name)}
     return sorted(names, key=naming.natural_key)
 
 
@@ -148,13 +164,13 @@ def _update(name: str, sources: Sequence[tuple[LoraModule, float]]) -> Update:
                 f"module {name!r} is {first.kind} {first.shape} in one adapter and {module.kind} "
                 f"{module.shape} in another: they belong to different models"
             )
-    carried: dict[str, Any] = {}
+    biases: dict[str, Any] = {}
     for module, weight in sources:
         for ending, value in module.carried.items():
-            carried[ending] = carried.get(ending, 0) + value * np.float32(weight * module.scaling)
+            biases[ending] = biases.get(ending, 0) + value * np.float32(weight * module.scaling)
     rank = sum(module.rank for module, _ in sources)
-    module = replace(first, rank=rank, scaling=1.0, carried=carried, dtype=_widest(sources))
-    return Update(module, partial(_terms, sources))
+    module = replace(first, rank=rank, scaling=1.0, carried=biases, dtype=_widest(sources))
+    return Update(module, partial(_terms, [source for source in sources if source[0].rank]))
 
 
 def _widest(sources: Sequence[tuple[LoraModule, float]]) -> str:
@@ -167,11 +183,25 @@ def _terms(sources: Sequence[tuple[LoraModule, float]]) -> list[list[Term]]:
     return [list(terms) for terms in zip(*by_source, strict=True)]
 
 
-def _carried(adapters: Sequence[LoraAdapter]) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
-    for adapter in reversed(adapters):
-        found |= adapter.carried
-    return found
+def _check_layers(
+    config: Mapping[str, Any], others: Mapping[str, Any], modules: Mapping[str, LoraModule]
+) -> None:
+    """Refuse modules whose layer PEFT would give to another adapter's tensors, and not to the factors."""
+    saved = [(name, re.compile(rf"(^|.*\.){name}($|\..*)")) for name in config.get("modules_to_save") or ()]
+    for module in modules:
+        owner = next((name for name, pattern in saved if pattern.match(module)), None)
+        if any(key.startswith(f"{carried.PREFIX}{module}.token_adapter.") for key in others):
+            owner = "trainable_token_indices"
+        if owner is not None:
+            raise ValueError(
+                f"module {module!r} has factors in one adapter, but another trains it by itself ({owner}): "
+                "PEFT cannot do both"
+            )
+    if pair := carried.misnamed(modules.values()):
+        raise ValueError(
+            f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts by itself: PEFT names "
+            "the first otherwise then, and would not load it"
+        )
 
 
 def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:
@@ -180,18 +210,20 @@ def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:
     bases = {adapter.base_model for adapter in adapters if adapter.base_model}
     if len(bases) > 1:
         notes.append(f"base models are called {', '.join(sorted(bases))}: a sum is one of one base model")
-    owners = Counter(key for adapter in adapters for key in adapter.carried)
-    if shared := sum(count > 1 for count in owners.values()):
-        notes.append(f"{shared} tensors that are no factors lie in several adapters: the first's were taken")
     return notes
 
 
-def _key_style(adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
+def _key_style(adapters: Sequence[LoraAdapter]) -> ImageStyle | None:
     if adapters[0].format == "peft":
-        return {}
-    separators: dict[str, Any] = {}
-    parts: dict[str, Any] = {}
-    for adapter in reversed(adapters):
-        separators |= adapter.key_style["separators"]
-        parts |= adapter.key_style["settings"].parts
-    return {"separators": separators, "metadata": {}, "settings": PartSettings(parts, {})}
+        return None
+    keys: dict[str, tuple[str, str]] = {}
+    parts: dict[str, Mapping[str, Any]] = {}
+    styles = [style_of(adapter) for adapter in reversed(adapters)]
+    for style in styles:
+        keys |= style.keys
+        parts |= style.settings.parts
+    settings = PartSettings(parts, {})
+    # Diffusers takes settings for all parts or for none.
+    if any(settings.part_of(name) is None for name in keys):
+        settings = PartSettings({}, {})
+    return ImageStyle(keys, {}, settings, has_alphas=any(style.has_alphas for style in styles))

@@ -13,6 +13,7 @@ from lorank.adapters.tensors import Stored
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from lorank.adapters.image_keys import ImageStyle
     from lorank.certificate import Certificate
     from lorank.selection import KnobArguments
 
@@ -32,7 +33,8 @@ class LoraAdapter:
     config
         PEFT's `adapter_config.json`; empty for other formats.
     carried
-        Tensors that are no factors (`modules_to_save`, biases, DoRA magnitudes), written untouched.
+        Tensors that are no factors (`modules_to_save`, biases, DoRA magnitudes), written untouched. Keys of
+        PEFT are those of a file in which every listed module has factors; see `lorank.adapters.carried`.
     notes
         What was normalised on reading, and what is carried untouched.
     format
@@ -45,7 +47,7 @@ class LoraAdapter:
         What compressing, merging or extracting left out, read from `lorank.json` beside a PEFT adapter;
         None for an adapter as it was trained.
     key_style
-        How an image adapter spells the names of its factors.
+        How an image file spells its keys; None for PEFT adapters.
     """
 
     modules: Mapping[str, LoraModule]
@@ -56,7 +58,7 @@ class LoraAdapter:
     label: str = ""
     is_spectral: bool = False
     certificate: Certificate | None = None
-    key_style: Mapping[str, Any] = field(default_factory=dict)
+    key_style: ImageStyle | None = None
 
     @classmethod
     def load(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,28 +12,17 @@ import numpy as np
 
 from lorank import naming
 from lorank._core import FormatError, Matrix
+from lorank.adapters import carried, image_keys
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.diffusers_settings import KEY as SETTINGS_KEY
 from lorank.adapters.diffusers_settings import PartSettings
+from lorank.adapters.image_keys import ImageStyle, Spelled
+from lorank.adapters.image_layout import style_of
 from lorank.adapters.module import LoraModule
 from lorank.adapters.padding import RANKS_KEY
 from lorank.adapters.peft_format import SPECTRAL_KEY, dora_note
-from lorank.adapters.tensors import Stored, Tensors
+from lorank.adapters.tensors import Tensors
 from lorank.sources import arrays
-
-# name, then how the two factors are told apart.
-_KEY = re.compile(
-    r"(?P<name>.+?)(?P<separator>\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)"
-    r"(?P<factor>up|down|mid|A|B)\.weight"
-)
-_FACTORS = {"up": "B", "B": "B", "down": "A", "A": "A", "mid": "mid"}
-_PAIRS = {
-    "A": ("B", "A"),
-    "B": ("B", "A"),
-    "up": ("up", "down"),
-    "down": ("up", "down"),
-    "mid": ("up", "down"),
-}
 
 # Methods that are no product of two factors, by how their keys end.
 _OTHER_METHODS = {
@@ -45,17 +33,19 @@ _OTHER_METHODS = {
         r"\.oft_\w+": "OFT",
         r"\.boft_\w+": "BOFT",
         r"\.on_input": "IA3",
-        r"\.diff(?:_b)?": "a full difference",
         r"\.[ab][12]\.weight": "GLoRA",
     }.items()
 }
 
-_MAGNITUDE = ".dora_scale"
 CERTIFICATE_KEY = "lorank.certificate"
 """Metadata of a file that a certificate belongs to: it, as JSON."""
 
-# How PEFT's own files name everything: what they say is not all there, as the alphas are in the config.
-_PEFT_PREFIX = "base_model.model."
+# Metadata about the ranks, scales and bytes of the file that was read.
+_STALE = re.compile(
+    r"ss_network_(?:dim|alpha)|(?:lora_|network_)?(?:alpha|rank|dim)|sshs_\w+|modelspec\.hash_\w+"
+    rf"|{'|'.join(map(re.escape, (SPECTRAL_KEY, RANKS_KEY, CERTIFICATE_KEY, SETTINGS_KEY)))}"
+)
+_ALPHAS_IN_METADATA = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
 
 
 def read(tensors: Tensors) -> LoraAdapter:
@@ -69,85 +59,107 @@ def read(tensors: Tensors) -> LoraAdapter:
     found = _Found.of(tensors)
     settings = PartSettings.of(tensors.label, tensors.metadata)
     modules = [
-        _module(tensors, name, keys, found.alphas.pop(name, None), settings)
-        for name, keys in found.factors.items()
+        _module(tensors, name, keys, found.alphas.get(name), settings) for name, keys in found.modules.items()
     ]
-    # What is called alpha and belongs to nothing is not ours to judge.
-    found.carried.update({key: tensors.stored(key) for key in found.alphas.values()})
     modules.sort(key=lambda module: naming.natural_key(module.name))
+    style = ImageStyle(
+        {name: (keys.factors["B"], keys.factors["A"]) for name, keys in found.modules.items()},
+        dict(tensors.metadata),
+        settings,
+        has_alphas=any(key == f"{name}.alpha" for name, key in found.alphas.items()),
+    )
     return LoraAdapter(
         {module.name: module for module in modules},
-        carried=found.carried,
-        notes=found.notes(),
+        carried={key: tensors.stored(key) for key in found.others},
+        notes=[*found.notes(), *_silent_alpha(tensors.metadata, found.alphas, settings, modules)],
         format="kohya",
         label=tensors.label,
         is_spectral=SPECTRAL_KEY in tensors.metadata,
-        key_style={"separators": found.styles, "metadata": dict(tensors.metadata), "settings": settings},
+        key_style=style,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The keys of a file, sorted out: factors and how they are spelled, alphas, and the rest."""
+    """The keys of a file, sorted out: modules, their alphas, and the rest."""
 
-    factors: dict[str, dict[str, str]]
-    styles: dict[str, tuple[str, tuple[str, str]]]
+    modules: dict[str, Spelled]
     alphas: dict[str, str]
-    carried: dict[str, Stored]
+    others: list[str]
 
     @classmethod
     def of(cls, tensors: Tensors) -> _Found:
-        found = cls(defaultdict(dict), {}, {}, {})
-        for key in tensors.shapes():
-            if match := _KEY.fullmatch(key):
-                factors, factor = found.factors[match["name"]], _FACTORS[match["factor"]]
-                if factor in factors:
-                    raise FormatError(
-                        f"{tensors.label}: tensors {factors[factor]!r} and {key!r} are the same thing twice"
-                    )
-                factors[factor] = key
-                found.styles[match["name"]] = (match["separator"], _PAIRS[match["factor"]])
-            elif key.endswith(".alpha"):
-                found.alphas[key.removesuffix(".alpha")] = key
-            else:
-                _refuse_other_methods(tensors.label, key)
-                found.carried[key] = tensors.stored(key)
-        if not found.factors:
+        modules, others = image_keys.sorted_out(tensors)
+        for key in others:
+            _refuse_other_methods(tensors.label, key)
+        if not modules:
+            if added := [key for key in others if carried.is_added(key)]:
+                what = f"tensor {added[0]!r} belongs to a full difference"
+                raise FormatError(f"{tensors.label}: {what}: only LoRA can be read")
             raise FormatError(f"{tensors.label}: holds no LoRA factors (lora_up/lora_down, lora_A/lora_B)")
-        if any(name.startswith(_PEFT_PREFIX) for name in found.factors):
+        if any(name.startswith(carried.PREFIX) for name in modules):
             raise FormatError(
                 f"{tensors.label}: has the names of PEFT but no adapter_config.json beside it, or was named "
                 "without its folder: give the folder that holds both, or the scale of the update is unknown"
             )
-        return found
+        alphas = image_keys.alphas(tensors, others, modules.keys())
+        used = set(alphas.values())
+        return cls(modules, alphas, [key for key in others if key not in used])
 
     def notes(self) -> list[str]:
-        magnitudes = sum(key.endswith(_MAGNITUDE) for key in self.carried)
-        others = len(self.carried) - magnitudes
-        notes = [dora_note(magnitudes)] if magnitudes else []
-        notes += [f"{others} tensors that are no factors are kept as they are"] if others else []
-        if any("mid" in keys for keys in self.factors.values()):
+        """Describe what was normalised, and what is kept as it is."""
+        magnitudes = carried.magnitudes(self.others, self.modules.keys())
+        lost = [key for key in self.others if image_keys.is_alpha(key)]
+        added = [key for key in self.others if carried.is_added(key)]
+        rest = len(self.others) - len(magnitudes) - len(lost) - len(added)
+        notes = [dora_note(len(magnitudes))] if magnitudes else []
+        if lost:
+            notes.append(
+                f"{len(lost)} alphas belong to no module with factors and were not applied, the first is "
+                f"{lost[0]}"
+            )
+        if unusual := [key for name, key in self.alphas.items() if key != f"{name}.alpha"]:
+            notes.append(
+                f"{len(unusual)} alphas with unusual names were folded into the factors, the first was "
+                f"{unusual[0]}: programs that do not know the name scaled these modules by 1"
+            )
+        if added:
+            notes.append(f"{len(added)} full differences lie beside the factors, the first is {added[0]}")
+        if rest:
+            notes.append(f"{rest} tensors that are no factors are kept as they are")
+        if any("mid" in keys.factors for keys in self.modules.values()):
             notes.append("mid kernels were folded into lora_down")
         return notes
 
 
-def keys(adapter: LoraAdapter, name: str) -> tuple[str, str]:
-    """The keys of B and of A."""
-    separator, (b, a) = adapter.key_style["separators"][name]
-    return f"{name}{separator}{b}.weight", f"{name}{separator}{a}.weight"
+def _silent_alpha(
+    metadata: Mapping[str, str],
+    alphas: Mapping[str, str],
+    settings: PartSettings,
+    modules: Sequence[LoraModule],
+) -> list[str]:
+    """Describe an alpha that the metadata name and no tensor holds."""
+    key = next((key for key in _ALPHAS_IN_METADATA if key in metadata), None)
+    if key is None or alphas or settings.parts:
+        return []
+    if metadata[key] in {f"{module.rank}" for module in modules} | {f"{module.rank}.0" for module in modules}:
+        return []
+    return [
+        f"metadata name {key} = {metadata[key][:20]}, but the file has no alphas: the scale 1 was taken, as "
+        "kohya's scripts, ComfyUI and diffusers take it"
+    ]
 
 
-def alpha_key(adapter: LoraAdapter, name: str) -> str | None:
-    """The key of alpha; None where the settings in the metadata have it, which diffusers takes instead."""
-    return f"{name}.alpha" if adapter.key_style["settings"].part_of(name) is None else None
+def alpha_key(name: str) -> str:
+    """Return the key of a module's alpha."""
+    return f"{name}.alpha"
 
 
 def metadata(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, str]:
     """The file's own metadata, without what they say of the old ranks and factors."""
-    stale = {"ss_network_dim", "ss_network_alpha", SPECTRAL_KEY, RANKS_KEY, CERTIFICATE_KEY, SETTINGS_KEY}
-    kept = {key: value for key, value in adapter.key_style["metadata"].items() if key not in stale}
-    settings: PartSettings = adapter.key_style["settings"]
-    return kept | ({SETTINGS_KEY: settings.rewritten(ranks)} if settings.parts else {})
+    style = style_of(adapter)
+    kept = {key: value for key, value in style.metadata.items() if not _STALE.fullmatch(key)}
+    return kept | ({SETTINGS_KEY: style.settings.rewritten(ranks)} if style.settings.parts else {})
 
 
 def _refuse_other_methods(label: str, key: str) -> None:
@@ -157,8 +169,10 @@ def _refuse_other_methods(label: str, key: str) -> None:
 
 
 def _module(
-    tensors: Tensors, name: str, keys: Mapping[str, str], alpha: str | None, settings: PartSettings
+    tensors: Tensors, name: str, spelled: Spelled, alpha: str | None, settings: PartSettings
 ) -> LoraModule:
+    keys = spelled.factors
+
     def fail(reason: str) -> NoReturn:
         raise FormatError(f"{tensors.label}: module {name!r}: {reason}")
 
@@ -202,7 +216,19 @@ def _module(
         factors,
         a_tail=tuple(a_tail),
         b_tail=b[2:],
+        carried={} if spelled.bias is None else {"lora_B.bias": _bias(tensors, name, spelled.bias, b[0])},
     )
+
+
+def _bias(tensors: Tensors, name: str, key: str, outputs: int) -> np.ndarray[Any, Any]:
+    """Read the bias that is added to the output of B, and scaled with it."""
+    shape = tensors.shapes()[key]
+    if shape != (outputs,):
+        raise FormatError(
+            f"{tensors.label}: module {name!r}: a bias of shape {list(shape)} does not fit {outputs} outputs"
+        )
+    vector: np.ndarray[Any, Any] = tensors.matrix(key, 1, outputs).to_array()[0]
+    return vector
 
 
 def _folded(

@@ -13,6 +13,7 @@ import numpy as np
 
 from lorank import naming
 from lorank._core import FormatError, Matrix
+from lorank.adapters import carried as carried_tensors
 from lorank.adapters import expert_layout
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.expert_layout import Parameter
@@ -22,12 +23,13 @@ from lorank.adapters.tensors import Stored, Tensors
 from lorank.sources import arrays
 from lorank.sources.base import Kind
 
-PREFIX = "base_model.model."
+PREFIX = carried_tensors.PREFIX
 SPECTRAL_KEY = "lorank.spectral"
 """Metadata of a file whose factors are in balanced spectral form."""
 
 _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE])(\.weight)?")
 _BIAS = re.compile(r"(?P<path>.+)\.lora_B\.bias")
+_KEY_OF_A_LIVE_MODEL = re.compile(r".+\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight|\.bias)?")
 
 # Names of convolutions: by the last two parts of a module's name.
 _CONVOLUTION = re.compile(r"(^|\.|_)(conv[^.]*|down_?sample[^.]*|patch_embed[^.]*)(\.[^.]+)?$", re.IGNORECASE)
@@ -182,6 +184,11 @@ class _Found:
                 table[entry] = key
             elif ".lora_diag" in key:
                 raise FormatError(f"{tensors.label}: tensor {key!r} belongs to KaSA: only LoRA can be read")
+            elif name := _KEY_OF_A_LIVE_MODEL.fullmatch(key):
+                raise FormatError(
+                    f"{tensors.label}: tensor {key!r} has an adapter's name ({name['adapter']!r}) in its "
+                    "key, as in a live model: PEFT does not load it; save the adapter with save_pretrained"
+                )
             elif _ONLY_FOR_TRAINING not in key:
                 found.carried[key] = tensors.stored(key)
         if not found.factors:
@@ -205,7 +212,8 @@ def without_magnitude(
     """Modules of a DoRA adapter whose file has no magnitudes: PEFT starts theirs anew."""
     if not config.get("use_dora"):
         return []
-    found = {key.partition(".lora_magnitude_vector")[0].removeprefix(PREFIX) for key in carried}
+    names = list(names)
+    found = set(carried_tensors.magnitudes(carried, set(names)).values())
     return [name for name in names if name not in found]
 
 
@@ -221,7 +229,7 @@ def _notes(
         notes.append("aLoRA: acts from its invocation tokens on; they are kept in the settings")
     if config.get("use_rslora"):
         notes.append("rsLoRA: its scaling lora_alpha / sqrt(r) was taken over")
-    magnitudes = [key for key in carried if "lora_magnitude_vector" in key]
+    magnitudes = carried_tensors.magnitudes(carried, ())
     if config.get("use_dora") or magnitudes:
         notes.append(dora_note(len(magnitudes)))
     if without:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank import naming
+from lorank.adapters import carried
 from lorank.adapters.adapter import LoraAdapter, Profile
 from lorank.adapters.expert_layout import FIRST_VERSION, held_order, is_earlier
 from lorank.adapters.module import LoraModule
@@ -25,9 +26,6 @@ from lorank.rank_groups import rank_groups, rank_owner
 Array = npt.NDArray[Any]
 
 PROFILES: tuple[Profile, ...] = ("compact", "portable", "tensor-rank")
-
-# How PEFT and how image adapters name DoRA's magnitudes.
-_MAGNITUDES = (".lora_magnitude_vector", ".dora_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
     largest = max(module.rank for module in adapter.adapted)
     if profile == "portable":
         return {name: Layout(largest, 1.0) for name in modules}
-    more = with_more_than_factors(adapter)
+    more = carried.owners(adapter)
     # PEFT has no rank 0: a module that is needed for something else gets a rank of zeros.
     ranks = {name: max(m.rank, 1) for name, m in modules.items() if m.rank or name in more}
     for group in rank_groups(modules.values(), adapter.config):
@@ -72,13 +70,6 @@ def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
     if profile == "compact":
         return {name: Layout(rank, 1.0) for name, rank in ranks.items()}
     return {name: Layout(rank, rank / largest) for name, rank in ranks.items()}
-
-
-def with_more_than_factors(adapter: LoraAdapter) -> set[str]:
-    """Modules that have a DoRA magnitude or a bias, which act whatever rank is left."""
-    keys = (key.removeprefix(PREFIX) for key in adapter.carried)
-    owners = {key.partition(part)[0] for key in keys for part in _MAGNITUDES if part in key}
-    return {name for name, module in adapter.modules.items() if module.carried or name in owners}
 
 
 def nothing_left(adapter: LoraAdapter) -> str | None:

@@ -31,10 +31,32 @@ NAMES = {short: name for name, short in SAFETENSORS_NAMES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor that is written as it is found: the bytes of a file's tensor, or an array's."""
+    """A tensor that is written as it is found: the bytes of a file's tensor, or an array's.
+
+    Attributes
+    ----------
+    origin
+        A checkpoint, or an array or tensor.
+    position
+        Which of the checkpoint's tensors; None for an array.
+    shape
+        The shape of the checkpoint's tensor.
+    dtype
+        The element type to write, by NumPy's name; empty for an array that is written in its own.
+    """
 
     origin: Any
     position: int | None = None
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+
+    def to_array(self) -> np.ndarray[Any, Any]:
+        """Read the values, which are floating-point numbers."""
+        if self.position is None:
+            return arrays.as_numpy(self.origin)
+        size = math.prod(self.shape)
+        values: np.ndarray[Any, Any] = self.origin.matrix(self.position, 1, size).to_array()
+        return values.reshape(self.shape)
 
 
 def values_of(stored: Stored) -> Any:
@@ -115,7 +137,8 @@ class FileTensors:
 
     def stored(self, name: str) -> Stored:
         """A tensor for a writer that does not look at it."""
-        return Stored(self._checkpoint, self._entries[name][0])
+        position, _, shape = self._entries[name]
+        return Stored(self._checkpoint, position, shape, self.dtype(name))
 
 
 class ArrayTensors:
@@ -147,7 +170,7 @@ class ArrayTensors:
 
     def stored(self, name: str) -> Stored:
         """A tensor for a writer that does not look at it."""
-        return Stored(self._values[name])
+        return Stored(self._values[name], dtype=self.dtype(name))
 
 
 def raw_bytes(value: Any, name: str) -> tuple[np.ndarray[Any, Any], str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank import _core
-from lorank.adapters import card, kohya, padding, profiles, rounding
+from lorank.adapters import card, carried, image_keys, image_layout, kohya, padding, profiles, rounding
 from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX, SPECTRAL_KEY
@@ -74,14 +74,13 @@ class _Job:
         cls, adapter: LoraAdapter, target: Path, profile: Profile, dtype: Any, threads: int | None
     ) -> _Job:
         count = thread_count(threads)
-        layouts = profiles.layouts(adapter, profile)
         checked = _checked_dtype(dtype)
         if adapter.format == "peft":
+            layouts = profiles.layouts(adapter, profile)
             keys = profiles.keys(adapter, layouts)
             return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, alone=False, threads=count)
-        # An alpha for every module: profiles differ by padding only.
-        layouts = {name: profiles.Layout(layout.rank, 1.0) for name, layout in layouts.items()}
-        keys = {name: kohya.keys(adapter, name) for name in layouts}
+        layouts = image_layout.layouts(adapter, profile)
+        keys = {name: image_layout.style_of(adapter).keys[name] for name in layouts}
         alone = target.suffix == ".safetensors"
         folder, file = (target.parent, target.name) if alone else (target, IMAGE_WEIGHTS)
         return cls(adapter, profile, checked, layouts, keys, folder, file, alone, count)
@@ -221,12 +220,23 @@ def _tensors(job: _Job) -> list[Tensor]:
         tensors += _factors(module, layout, job.keys[name], dtype)
         for ending, vector in module.carried.items():
             scaled = vector * np.float32(module.scaling * layout.b_factor)
-            tensors.append(_tensor(f"{PREFIX}{name}.{ending}", scaled, dtype))
-        if adapter.format == "kohya" and (key := kohya.alpha_key(adapter, name)):
-            # Narrow types do not hold every rank.
-            tensors.append(_tensor(key, np.array(layout.rank, dtype=np.float32), "float32"))
-    carried = adapter.carried.items()
-    return tensors + [_carried(key, x) for key, x in carried if _still_has_a_module(job, key)]
+            is_peft = adapter.format == "peft"
+            key = f"{PREFIX}{name}.{ending}" if is_peft else image_keys.bias_key(job.keys[name][0])
+            tensors.append(_tensor(key, scaled, dtype))
+    # Narrow types do not hold every rank.
+    tensors += [
+        _tensor(kohya.alpha_key(name), np.array(alpha, dtype=np.float32), "float32")
+        for name, alpha in _alphas(job).items()
+    ]
+    return tensors + [_carried(key, x) for key, x in carried.written(adapter, job.layouts.keys()).items()]
+
+
+def _alphas(job: _Job) -> dict[str, int]:
+    """Return the alphas of an image file by module."""
+    if job.adapter.format == "peft":
+        return {}
+    ranks = {name: layout.rank for name, layout in job.layouts.items()}
+    return image_layout.written_alphas(image_layout.style_of(job.adapter), ranks)
 
 
 def _factors(module: LoraModule, layout: profiles.Layout, keys: tuple[str, str], dtype: str) -> list[Tensor]:
@@ -251,11 +261,7 @@ def _tensor(key: str, values: Array, dtype: str) -> Tensor:
 def _carried(key: str, stored: Stored) -> Tensor:
     if stored.position is not None:
         return key, [], (stored.origin, stored.position), ""
+    if stored.dtype not in ("", arrays.dtype_name(stored.origin)):
+        return _tensor(key, stored.origin, stored.dtype)
     values, dtype, shape = raw_bytes(stored.origin, key)
     return key, list(shape), values.tobytes(), dtype
-
-
-def _still_has_a_module(job: _Job, key: str) -> bool:
-    """Whether what belongs to a LoRA layer (its DoRA magnitude) still has that layer."""
-    owner, found, _ = key.removeprefix(PREFIX).partition(".lora_")
-    return not found or owner not in job.adapter.modules or owner in job.layouts
