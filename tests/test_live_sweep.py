@@ -118,6 +118,25 @@ def test_in_under_another_name(model: str, option: str) -> None:
     assert_ties(base, adapted)
 
 
+@pytest.mark.parametrize("ratio", [0.2, 0.35])
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "groups"])
+def test_modules_that_lose_all_rank(model: str, ratio: float, tmp_path: Path) -> None:
+    base, adapted, inputs = built(model, "plain")
+    before = outputs(adapted, inputs)
+    adapter = lorank.LoraAdapter.from_model(adapted)
+    cut = lorank.compress(adapter, rank_ratio=ratio, progress=False)
+    cut.save(tmp_path / "cut")
+    expected = outputs(loaded(base, tmp_path / "cut"), inputs)
+    cut.into_model(adapted)
+    assert_same(outputs(adapted, inputs), expected)
+    adapted.save_pretrained(tmp_path / "by_peft")
+    assert_same(outputs(loaded(base, tmp_path / "by_peft"), inputs), expected)
+    adapter.into_model(adapted)
+    assert_same(outputs(adapted, inputs), before)
+    adapted.save_pretrained(tmp_path / "whole")
+    assert_same(outputs(loaded(base, tmp_path / "whole"), inputs), before)
+
+
 def assert_ties(base: Any, adapted: Any) -> None:
     """The tables share a parameter as before, and so do the factors of tied layers."""
     if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
