@@ -114,12 +114,14 @@ def test_settings_that_contradict_are_refused_by_name(key: str, values: list[Any
         lorank.merge(parts, rank_ratio=1.0, progress=False)
 
 
-def test_names_of_other_base_models_are_noted(tmp_path: Path) -> None:
+def test_other_base_models_are_refused_or_noted(tmp_path: Path) -> None:
     parts = []
     for k, base in enumerate(["org/base", None, "./base"]):
         live = trained(tiny_models.bert_classifier(), LoraConfig(**PLAIN), seed=k)
         parts.append(configured(saved(live, tmp_path / f"{k}"), base_model_name_or_path=base))
-    result = lorank.merge(parts, rank_ratio=1.0, progress=False)
+    with pytest.raises(ValueError, match=r"different names \(org/base of .*; \./base of .*force=True"):
+        lorank.merge(parts, rank_ratio=1.0, progress=False)
+    result = lorank.merge(parts, force=True, rank_ratio=1.0, progress=False)
     assert any("./base, org/base" in note and "one base model" in note for note in result.notes)
     assert result.base_model == "org/base"
     assert lorank.merge(parts[1:], rank_ratio=1.0, progress=False).base_model == "./base"

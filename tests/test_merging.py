@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 import lorank
 import tiny_models
 from adapter_files import dense, distance, loaded, norm, saved, trained
+from test_cli import ok, run
 
 SETTINGS: list[dict[str, Any]] = [
     {"r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "up_proj"]},
@@ -135,3 +136,63 @@ def test_names_that_differ_by_a_prefix_are_refused(adapters: list[lorank.LoraAda
     merged = lorank.merge([both, short], rank_ratio=1.0, progress=False)
     assert set(merged.modules) == set(both.modules)
     lorank.merge([both, long], rank_ratio=1.0, progress=False)
+
+
+def test_adapters_without_a_module_in_common_are_refused(tmp_path: Path) -> None:
+    model = tiny_models.llama()
+    paths = [
+        saved(trained(model, LoraConfig(r=2, target_modules=[target]), seed=k), tmp_path / target)
+        for k, target in enumerate(["q_proj", "v_proj"])
+    ]
+    with pytest.raises(ValueError, match=r"q_proj shares no module .*force=True"):
+        lorank.merge(paths, rank_ratio=1.0, progress=False)
+    merged = lorank.merge(paths, [2.0, 3.0], force=True, rank_ratio=1.0, progress=False)
+    target = expected([lorank.LoraAdapter.load(path) for path in paths], [2.0, 3.0])
+    assert distance(dense(merged), target) <= 1e-6 * norm(target)
+    output = tmp_path / "merged"
+    command = ["merge", *paths, "-o", output, "--rank-ratio", 1]
+    refused = run(*command)
+    assert refused.returncode == 1
+    assert "--force merges them" in refused.stderr
+    ok(*command, "--force")
+    assert set(lorank.LoraAdapter.load(output).ranks) == set(merged.ranks)
+
+
+def test_single_experts_and_their_stack_are_refused(tmp_path: Path) -> None:
+    model = tiny_models.mixtral()
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    stacked = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "stacked"))
+    name = "model.layers.0.mlp.experts.3.w2"
+    query = next(iter(stacked.modules.values()))
+    single = replace(stacked, modules={query.name: query, name: replace(query, name=name)}, label="single")
+    for pair in ([stacked, single], [single, stacked]):
+        with pytest.raises(ValueError, match=r"single adapts experts one by one .*3\.w2.*transformers 4"):
+            lorank.merge(pair, force=True, rank_ratio=1.0, progress=False)
+
+
+def test_ties_are_those_of_all_adapters(tmp_path: Path) -> None:
+    base = tiny_models.llama_tied()
+    settings: list[dict[str, Any]] = [
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ]
+    parts = []
+    for k, more in enumerate(settings):
+        live = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, **more))
+        for name, parameter in live.named_parameters():
+            if "lora_" in name:  # In place, as ties are views of one another.
+                parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
+        parts.append(saved(live, tmp_path / f"{k}"))
+    for pair in (parts[:2], parts[1::-1]):
+        merged = lorank.merge(pair, [1.0, 1.0], rank_ratio=1.0, progress=False)
+        assert merged.config["ensure_weight_tying"]
+        merged.save(tmp_path / "merged", overwrite=True)
+        live = loaded(base, tmp_path / "merged").base_model.model
+        first = loaded(base, pair[0] if pair[0] == parts[0] else pair[1]).base_model.model
+        update = {m: x.lm_head.get_delta_weight("default") for m, x in (("sum", live), ("one", first))}
+        torch.testing.assert_close(update["sum"], update["one"], rtol=1e-4, atol=1e-5)
+        table = live.model.embed_tokens.get_delta_weight("default")
+        torch.testing.assert_close(update["sum"], table, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"/0 ties the output head .* /\S*/2 adapts 'model.embed_tokens'"):
+        lorank.merge([parts[0], parts[2]], rank_ratio=1.0, progress=False)

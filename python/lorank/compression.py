@@ -16,6 +16,7 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.adapters.reading import as_adapter
 from lorank.certificate import Certificate, ModuleCertificate
+from lorank.rank_groups import rank_groups
 from lorank.selection import Knobs, Mask, checked_knobs, notes, select
 from lorank.spectral_form import SpectralForm, Update, spectral_form, truncate
 from lorank.threads import thread_count
@@ -131,7 +132,8 @@ def truncated(
     threads: int | None = None,
 ) -> LoraAdapter:
     """An adapter with the values that the knobs keep; `adapter` gives everything but the factors."""
-    masks = select(forms, knobs)
+    groups = rank_groups([form.module for form in forms], adapter.config)
+    masks = select(forms, knobs, groups)
     modules: dict[str, LoraModule] = dict(adapter.modules)
     modules |= {module.name: module for module in truncate(forms, masks, thread_count(threads))}
     return replace(

@@ -21,6 +21,7 @@ from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_settings import merged
 from lorank.adapters.reading import as_adapter
 from lorank.compression import truncated
+from lorank.mergeable import check_one_model, ties_tables
 from lorank.selection import checked_knobs
 from lorank.spectral_form import Term, Update, spectral_form
 from lorank.threads import thread_count
@@ -35,6 +36,7 @@ def merge(
     adapters: Sequence[LoraAdapter | str | Path],
     weights: Sequence[float] | None = None,
     *,
+    force: bool = False,
     threads: int | None = None,
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
@@ -48,6 +50,8 @@ def merge(
         modules may differ.
     weights
         One each, negative ones subtract (default: equal, summing to 1).
+    force
+        Whether to merge adapters whose base models have different names, or that share no module.
     threads, progress
         As in `compress`.
     **knobs
@@ -64,7 +68,8 @@ def merge(
         If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes,
         which do not add up, module names of one differ from another's by a prefix, settings that a sum
         has one of (task type, biases, trained tokens) differ, or one adapter has factors for a module that
-        another saves as a whole.
+        another saves as a whole; without `force`, if base models have different names, or an adapter shares
+        no module with the others.
     TypeError
         If there is no such knob, or what is given are no adapters.
 
@@ -78,14 +83,16 @@ def merge(
         raise TypeError("merge takes a list of adapters, not one")
     parts = [as_adapter(adapter) for adapter in adapters]
     shares = _checked_weights(parts, weights)
+    check_one_model(parts, force=force)
     weighted = list(zip(parts, shares, strict=True))
+    tie = {"ensure_weight_tying": True} if ties_tables([a for a, w in weighted if w] or parts) else {}
     updates = [
         _update(name, [(a.modules[name], w) for a, w in weighted if _has(a, name)]) for name in _names(parts)
     ]
     modules = {update.module.name: update.module for update in updates}
     # An adapter of weight 0 gives no settings and no tensors that are no factors, if there is another.
     acting = [(a.label, a.config) for a, weight in weighted if weight] or [(a.label, a.config) for a in parts]
-    config = merged(acting) if parts[0].format == "peft" else {}
+    config = merged(acting) | tie if parts[0].format == "peft" else {}
     others, other_notes = carried.summed(weighted, modules.values())
     _check_layers(config, others, modules)
     forms = spectral_form(

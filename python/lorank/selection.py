@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal, TypedDict, cast
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from lorank import _core
 from lorank.budget import Budget, parse_budget
+from lorank.rank_groups import group_indices
 from lorank.spectral_form import SpectralForm
 
 Mask = npt.NDArray[np.bool_]
@@ -20,6 +21,8 @@ Scores = Mapping[str, npt.ArrayLike]
 
 # Gavish and Donoho's optimal hard threshold for a square matrix of unknown noise.
 _GAVISH_DONOHO = 2.858
+
+_SMALLEST_SCORE = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,37 +157,81 @@ def checked_knobs(knobs: Mapping[str, object]) -> Knobs:
     return Knobs(**cast("dict[str, Any]", dict(knobs)))
 
 
-def select(forms: Sequence[SpectralForm], knobs: Knobs) -> list[Mask]:
-    """The values that stay, a mask per module.
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Modules that keep one rank, and their values pooled as those of the copies of a stack are."""
+
+    forms: Sequence[SpectralForm]
+    values: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, forms: Sequence[SpectralForm]) -> _Pool:
+        return cls(forms, _root_of_squares([form.values for form in forms]))
+
+    @property
+    def rank(self) -> int:
+        return max(form.module.rank for form in self.forms)
+
+    @property
+    def cost(self) -> int:
+        return sum(form.module.cost for form in self.forms)
+
+    @property
+    def unseen_energy(self) -> float:
+        return math.fsum(form.unseen_energy for form in self.forms)
+
+
+def select(forms: Sequence[SpectralForm], knobs: Knobs, groups: Iterable[Sequence[str]] = ()) -> list[Mask]:
+    """Choose the values that stay, a mask per module.
+
+    Parameters
+    ----------
+    forms
+        The decomposed modules.
+    knobs
+        How much to keep.
+    groups
+        Names of modules that keep one rank, as from `rank_groups`. A group counts as one module: its
+        values are the roots of the sums of squares over its members, its cost the sum of theirs.
 
     Raises
     ------
     ValueError
         If scores do not fit the modules, or are no scores, or an energy is out of reach.
     """
-    lengths = [len(form.values) for form in forms]
-    scores = _concatenated(_scores(forms, knobs.scores))
+    indices = group_indices([form.module.name for form in forms], groups)
+    pools = [_Pool.of([forms[i] for i in group]) for group in indices]
+    found: dict[int, Mask] = {}
+    for group, mask in zip(indices, _selected(pools, knobs), strict=True):
+        found |= {i: mask[: len(forms[i].values)] for i in group}
+    return [found[i] for i in range(len(forms))]
+
+
+def _selected(pools: Sequence[_Pool], knobs: Knobs) -> list[Mask]:
+    """Return the values that stay, a mask per pool."""
+    lengths = [len(pool.values) for pool in pools]
+    scores = _concatenated([_scores(pool, knobs.scores) for pool in pools])
     if knobs.max_rank is not None:
         scores = _capped(scores, lengths, knobs)
     if knobs.auto:
-        masks = [_above_noise(form) for form in forms]
+        masks = [_above_noise(pool) for pool in pools]
         return [mask & (part > 0) for mask, part in zip(masks, _split(scores, lengths), strict=True)]
     if knobs.budget is not None:
-        costs = [form.module.cost for form in forms]
+        costs = [pool.cost for pool in pools]
         kept = _core.select_budget(scores, lengths, costs, _parameters(knobs.budget))
     elif knobs.scope == "module":
         parts = _split(scores, lengths)
         if knobs.energy is not None:
             return [
-                _core.select_energy(part, _share(knobs.energy, [form], part))
-                for part, form in zip(parts, forms, strict=True)
+                _core.select_energy(part, _share(knobs.energy, [pool], part))
+                for part, pool in zip(parts, pools, strict=True)
             ]
-        count = math.floor(count_of(forms, knobs) / len(forms) + 0.5) if forms else 0
+        count = math.floor(_count(pools, knobs) / len(pools) + 0.5) if pools else 0
         return [_choice(knobs)(part, count) for part in parts]
     elif knobs.energy is not None:
-        kept = _core.select_energy(scores, _share(knobs.energy, forms, scores))
+        kept = _core.select_energy(scores, _share(knobs.energy, pools, scores))
     else:
-        kept = _choice(knobs)(scores, count_of(forms, knobs))
+        kept = _choice(knobs)(scores, _count(pools, knobs))
     return _split(kept, lengths)
 
 
@@ -195,12 +242,12 @@ def notes(forms: Sequence[SpectralForm], knobs: Knobs) -> list[str]:
     return [f"{few} modules of one or two ranks were left as they are: no noise to judge by"] if few else []
 
 
-def count_of(forms: Sequence[SpectralForm], knobs: Knobs) -> int:
-    """How many values a ratio or an average rank keeps, rounded half up."""
+def _count(pools: Sequence[_Pool], knobs: Knobs) -> int:
+    """Return how many values a ratio or an average rank keeps, rounded half up."""
     if knobs.rank_ratio is not None:
-        return math.floor(knobs.rank_ratio * sum(form.module.rank for form in forms) + 0.5)
+        return math.floor(knobs.rank_ratio * sum(pool.rank for pool in pools) + 0.5)
     assert knobs.avg_rank is not None
-    return math.floor(knobs.avg_rank * len(forms) + 0.5)
+    return math.floor(knobs.avg_rank * len(pools) + 0.5)
 
 
 def _parameters(budget: Budget) -> int:
@@ -218,7 +265,7 @@ def _choice(knobs: Knobs) -> Callable[[npt.NDArray[np.float64], int], Mask]:
     return _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
 
 
-def _share(energy: float, forms: Sequence[SpectralForm], allowed: npt.NDArray[np.float64]) -> float:
+def _share(energy: float, pools: Sequence[_Pool], allowed: npt.NDArray[np.float64]) -> float:
     """The share of the allowed values' energy that is `energy` of the whole.
 
     The whole has what was not computed and what `max_rank` forbids, too.
@@ -228,14 +275,14 @@ def _share(energy: float, forms: Sequence[SpectralForm], allowed: npt.NDArray[np
     ValueError
         If the allowed values do not hold so much.
     """
-    forbidden = _concatenated([form.values for form in forms])[allowed == 0]
-    missing = math.fsum(form.unseen_energy for form in forms) + float(np.square(forbidden).sum())
+    forbidden = _concatenated([pool.values for pool in pools])[allowed == 0]
+    missing = math.fsum(pool.unseen_energy for pool in pools) + float(np.square(forbidden).sum())
     if energy == 0 or missing == 0:
         return energy
     held = float(np.square(allowed).sum())
     share = energy * (held + missing) / held if held > 0 else math.inf
     if share > 1 + 1e-12:
-        which = f"module {forms[0].module.name!r}: " if len(forms) == 1 else ""
+        which = f"module {pools[0].forms[0].module.name!r}: " if len(pools) == 1 else ""
         raise ValueError(
             f"{which}energy={energy} is out of reach: the singular values that may be kept hold "
             f"{held / (held + missing):.4f} of the whole; a larger max_rank allows more"
@@ -243,27 +290,34 @@ def _share(energy: float, forms: Sequence[SpectralForm], allowed: npt.NDArray[np
     return min(share, 1.0)
 
 
-def _scores(forms: Sequence[SpectralForm], scores: Scores | None) -> list[npt.NDArray[np.float64]]:
+def _scores(pool: _Pool, scores: Scores | None) -> npt.NDArray[np.float64]:
     if scores is None:
-        return [form.values for form in forms]
-    chosen = []
-    for form in forms:
-        name, length = form.module.name, len(form.values)
-        if name not in scores:
-            raise ValueError(f"no scores for module {name!r}")
-        given = np.asarray(scores[name], dtype=np.float64)
-        if given.shape != (length,):
-            raise ValueError(
-                f"module {name!r} has {length} singular values, its scores have shape {given.shape}"
-            )
-        if np.any(bad := ~np.isfinite(given) | (given < 0)):
-            i = int(np.argmax(bad))
-            raise ValueError(
-                f"module {name!r}: score {i} is {given[i]}: scores are finite numbers, 0 or above"
-            )
-        # A value of zero is not worth keeping, whatever its score; a score of zero still is a score.
-        chosen.append(np.where(form.values > 0, np.maximum(given, np.finfo(np.float64).tiny), 0.0))
-    return chosen
+        return pool.values
+    return _root_of_squares([_scores_of(form, scores) for form in pool.forms])
+
+
+def _scores_of(form: SpectralForm, scores: Scores) -> npt.NDArray[np.float64]:
+    name, length = form.module.name, len(form.values)
+    if name not in scores:
+        raise ValueError(f"no scores for module {name!r}")
+    given = np.asarray(scores[name], dtype=np.float64)
+    if given.shape != (length,):
+        raise ValueError(f"module {name!r} has {length} singular values, its scores have shape {given.shape}")
+    if np.any(bad := ~np.isfinite(given) | (given < 0)):
+        i = int(np.argmax(bad))
+        raise ValueError(f"module {name!r}: score {i} is {given[i]}: scores are finite numbers, 0 or above")
+    # A value of zero is not worth keeping, whatever its score; a score of zero still is a score.
+    return np.where(form.values > 0, np.maximum(given, _SMALLEST_SCORE), 0.0)
+
+
+def _root_of_squares(parts: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    """Pool values by position; shorter parts end with zeros."""
+    if len(parts) == 1:
+        return parts[0]
+    pooled = np.zeros(max(map(len, parts)))
+    for part in parts:
+        pooled[: len(part)] = np.hypot(pooled[: len(part)], part)
+    return pooled
 
 
 def _capped(scores: npt.NDArray[np.float64], lengths: Sequence[int], knobs: Knobs) -> npt.NDArray[np.float64]:
@@ -273,18 +327,19 @@ def _capped(scores: npt.NDArray[np.float64], lengths: Sequence[int], knobs: Knob
     return np.where(_concatenated(masks), scores, 0.0)
 
 
-def _above_noise(form: SpectralForm) -> Mask:
+def _above_noise(pool: _Pool) -> Mask:
     """The values above a noise floor.
 
     Where the whole spectrum's energy is known to exceed the computed values' (a difference of dense
-    weights): the Marchenko-Pastur edge of what is left, taken anew until nothing more stands out. For
-    an adapter, whose other values are zero: 2.858 times the median of its own; one or two values are
-    all kept, as none of them could stand out of that.
+    weights): the Marchenko-Pastur edge of what is left, taken anew until nothing more stands out; of
+    several modules the largest rank. For an adapter, whose other values are zero: 2.858 times the median
+    of its own; one or two values are all kept, as none of them could stand out of that.
     """
-    values = form.values
+    values = pool.values
     positive = values[values > 0]
-    if form.is_dense:
-        return values > _noise_floor(form)
+    if pool.forms[0].is_dense:
+        rank = max(int((form.values > _noise_floor(form)).sum()) for form in pool.forms)
+        return np.arange(len(values)) < rank
     mask: Mask = values > (_GAVISH_DONOHO * np.median(positive) if len(positive) > 2 else 0.0)
     return mask
 

@@ -99,26 +99,54 @@ class LoraAdapter:
 
     @classmethod
     def from_model(cls, peft_model: Any, adapter_name: str = "default") -> LoraAdapter:
-        """An adapter of a live PEFT model; its tensors are not copied.
+        """Read an adapter of a live model; its tensors are not copied.
+
+        Parameters
+        ----------
+        peft_model
+            A PEFT model, or a model that PEFT's layers were injected into (`add_adapter` and `load_adapter`
+            of transformers and diffusers, `peft.inject_adapter_in_model`); also compiled or wrapped for
+            data parallelism.
+        adapter_name
+            Which of its adapters.
 
         Raises
         ------
+        TypeError
+            If the model is no `torch.nn.Module`.
         ValueError
-            If the model has no such adapter.
+            If the model has no such adapter, the adapter's update is no product of two factors, or its
+            factors are sharded or have no values.
         """
         from lorank.adapters.live import from_model
 
         return from_model(peft_model, adapter_name)
 
     def into_model(self, peft_model: Any, adapter_name: str = "default") -> None:
-        """Put the adapter into a live PEFT model, in place of the one of that name if there is one.
+        """Put the adapter into a live model, in place of the one of that name if there is one.
+
+        The layers change in place, to the adapter's ranks and scalings, and PEFT's config of the adapter
+        with them, so that the model is saved and loaded as it computes. Parameters stay the same objects;
+        an optimizer has to be built anew where ranks change. Modules of rank 0 lose the adapter. Other
+        adapters, which adapters are active, modes and what is trained stay as they are; a new adapter is
+        neither active nor trained. Nothing changes if an error is raised.
+
+        Parameters
+        ----------
+        peft_model
+            As for `from_model`.
+        adapter_name
+            The name of an adapter of the model, or a new one.
 
         Raises
         ------
+        TypeError
+            If the model has no PEFT layers.
         ValueError
-            If it is no PEFT adapter, or names do not fit the model.
+            If it is no PEFT adapter, names or shapes do not fit the model, or the adapter of that name is of
+            another kind (DoRA, AdaLoRA, other saved modules) or merged.
         """
-        from lorank.adapters.live import into_model
+        from lorank.adapters.live_writing import into_model
 
         into_model(self, peft_model, adapter_name)
 

@@ -1,106 +1,137 @@
-"""Adapters of live PEFT models, out and in again."""
+"""Adapters of live models: the tensors of PEFT's layers, read where they lie."""
 
 from __future__ import annotations
 
 import math
-import tempfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from lorank import extras
-from lorank.adapters import peft_format
+from lorank._core import FormatError
+from lorank.adapters import live_tensors, peft_format
 from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.live_layers import AdaptedLayer, LiveModel
 from lorank.adapters.tensors import ArrayTensors
 
-
-def from_model(peft_model: Any, adapter_name: str) -> LoraAdapter:
-    """An adapter over a live model's tensors; see `LoraAdapter.from_model`."""
-    peft = extras.require("peft", "peft", "for live models")
-    configs = getattr(peft_model, "peft_config", {})
-    if adapter_name not in configs:
-        raise ValueError(f"no adapter {adapter_name!r} in the model: it has {', '.join(configs) or 'none'}")
-    state = peft.get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
-    config = _plain(configs[adapter_name].to_dict())
-    adapter = peft_format.read(ArrayTensors(state, f"adapter {adapter_name!r}"), config)
-    return _as_scaled(adapter, _scalings(peft_model, adapter_name))
+# Variants of LoRA whose update is the product of the factors, or that settings and magnitudes describe; the
+# last two differ from LoRA in training alone.
+_KNOWN_VARIANTS = ("Dora", "ALora", "MiCA", "Velora", "Monteclora")
 
 
-def _plain(value: Any) -> Any:
-    """Settings as values that JSON knows: PEFT keeps lists of names as sets, and words as enumerations."""
+def from_model(model: Any, adapter_name: str) -> LoraAdapter:
+    """Read an adapter over a live model's tensors; see `LoraAdapter.from_model`."""
+    extras.require("peft", "peft", "for live models")
+    live = LiveModel.of(model)
+    layers = live.layers(adapter_name)
+    if adapter_name not in live.adapters:
+        raise ValueError(
+            f"no adapter {adapter_name!r} in the model: it has {', '.join(live.adapters) or 'none'}"
+        )
+    config = settings(live, adapter_name, layers)
+    if not layers and config.get("peft_type", "LORA") in ("LORA", "ADALORA"):
+        raise ValueError(f"adapter {adapter_name!r} adapts no module of {type(live.base).__name__}")
+    for layer in layers.values():
+        check(layer)
+    tensors = ArrayTensors(live_tensors.of(live, adapter_name, layers, config), f"adapter {adapter_name!r}")
+    parameters = {layer.path: layer.name for layer in layers.values() if layer.is_stack}
+    try:
+        adapter = peft_format.read(tensors, config, layers=peft_format.Layers(_Scales(layers), parameters))
+    except FormatError as error:
+        # There is no file that could be damaged: the model holds what cannot be read.
+        raise ValueError(str(error)) from None
+    modules = {name: _with_kernel(module, layers[name]) for name, module in adapter.modules.items()}
+    return _noted(replace(adapter, modules=modules), layers)
+
+
+def settings(live: LiveModel, adapter_name: str, layers: Mapping[str, AdaptedLayer]) -> dict[str, Any]:
+    """Return the settings of an adapter as values that JSON knows, from the layers where there are none."""
+    if (config := live.configs.get(adapter_name)) is not None:
+        content: dict[str, Any] = plain(config.to_dict() if hasattr(config, "to_dict") else dict(config))
+        return content
+    return {
+        "peft_type": "ADALORA" if any(layer.is_adalora for layer in layers.values()) else "LORA",
+        "target_modules": [name for name, layer in layers.items() if not layer.is_stack],
+        "target_parameters": [name for name, layer in layers.items() if layer.is_stack] or None,
+        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
+        "lora_bias": any(layer.bias is not None for layer in layers.values()),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Return settings as JSON's values: PEFT keeps lists of names as sets, and words as enumerations."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return value.value if isinstance(value, Enum) else value
 
 
-def _scalings(peft_model: Any, adapter_name: str) -> dict[str, float]:
-    """The scale that every layer applies, by the name of its module or stacked parameter."""
-    found = {}
-    for name, layer in peft_model.base_model.model.named_modules():
-        scaling = getattr(layer, "scaling", None)
-        if not isinstance(scaling, dict) or adapter_name not in scaling:
-            continue
-        while name.endswith(".base_layer"):
-            name = name.removesuffix(".base_layer")
-        parameter = getattr(layer, "parameter_name", None)
-        value = float(scaling[adapter_name])
-        if hasattr(layer, "ranknum"):
-            value /= float(layer.ranknum[adapter_name]) + 1e-5
-        found[f"{name}.{parameter}" if parameter else name] = value
-    return found
+def check(layer: AdaptedLayer) -> None:
+    """Refuse a layer whose factors are not all there is, or not here.
 
-
-def _as_scaled(adapter: LoraAdapter, scalings: dict[str, float]) -> LoraAdapter:
-    """The adapter with the scales of the live layers, which `scale_layer` and its like have changed."""
-    changed = {
-        name: replace(module, scaling=scalings[name])
-        for name, module in adapter.modules.items()
-        if name in scalings and not math.isclose(scalings[name], module.scaling, rel_tol=1e-6)
-    }
-    if not changed:
-        return adapter
-    note = f"{len(changed)} modules were scaled by hand: what the live layers apply was taken"
-    return replace(adapter, modules={**adapter.modules, **changed}, notes=[*adapter.notes, note])
-
-
-# The name of an adapter while it replaces another.
-_STAND_IN = "lorank_stand_in"
-
-
-def into_model(adapter: LoraAdapter, peft_model: Any, adapter_name: str) -> None:
-    """Replace or add an adapter; see `LoraAdapter.into_model`."""
-    peft = extras.require("peft", "peft", "for live models")
-    if not isinstance(peft_model, peft.PeftModel):
-        raise TypeError(
-            f"{type(peft_model).__name__} is no PEFT model: save the adapter and load it with "
-            "peft.PeftModel.from_pretrained(model, folder)"
+    Raises
+    ------
+    ValueError
+        If the layer is a variant whose update is another one, or its factors are sharded or have no values.
+    """
+    variant = variant_of(layer)
+    if variant and not variant.startswith(_KNOWN_VARIANTS):
+        raise ValueError(
+            f"module {layer.name!r} is a {variant.removesuffix('Variant')}, whose update is no product of "
+            "two factors: only LoRA (and AdaLoRA) can be read"
         )
-    if adapter.format != "peft":
-        raise ValueError("an image adapter has no PEFT settings: it cannot be put into a PEFT model")
-    active = list(peft_model.active_adapters)
-    learns = {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}
-    in_training = peft_model.training
-    # PEFT's own reader does the matching of names, so the adapter takes the way over a file.
-    with tempfile.TemporaryDirectory() as folder:
-        adapter.save(Path(folder), overwrite=True)
-        if adapter_name in peft_model.peft_config:
-            trainable = not peft_model.peft_config[adapter_name].inference_mode
-            # PEFT cannot delete its only adapter where modules are saved with it: another stands in.
-            peft_model.load_adapter(folder, _STAND_IN, is_trainable=trainable)
-            peft_model.base_model.set_adapter(_STAND_IN)
-            peft_model.delete_adapter(adapter_name)
-            peft_model.load_adapter(folder, adapter_name, is_trainable=trainable)
-            peft_model.base_model.set_adapter(adapter_name)
-            peft_model.delete_adapter(_STAND_IN)
-        else:
-            peft_model.load_adapter(folder, adapter_name, is_trainable=True)
-    peft_model.train(in_training)
-    if active:
-        peft_model.base_model.set_adapter(active)
-    # Activating an adapter makes all of it trainable: what was frozen is frozen again.
-    for name, parameter in peft_model.named_parameters():
-        if name in learns:
-            parameter.requires_grad_(learns[name])
+    for factor in layer.factors:
+        if hasattr(factor, "ds_id") or type(factor.data).__name__ == "DTensor":
+            raise ValueError(
+                f"module {layer.name!r}: its factors are sharded: save the adapter from the training process "
+                "and load it from its folder"
+            )
+        if factor.is_meta:
+            raise ValueError(
+                f"module {layer.name!r}: its factors are on the meta device and have no values: load the "
+                "adapter's weights first"
+            )
+
+
+def variant_of(layer: AdaptedLayer) -> str:
+    """Return the class of PEFT's variant of LoRA, or an empty string."""
+    variant = getattr(layer.layer, "lora_variant", {}).get(layer.adapter)
+    return "" if variant is None else type(variant).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """The ranks and scalings that live layers apply, `scale_layer` and its like included."""
+
+    layers: Mapping[str, AdaptedLayer]
+
+    def of(self, name: str) -> tuple[int, float]:
+        """Return the rank and the scaling."""
+        layer = self.layers[name]
+        if layer.is_adalora:
+            # AdaLoRA divides by a number of ranks of its own.
+            return layer.rank, layer.scaling / (float(layer.layer.ranknum[layer.adapter]) + 1e-5)
+        return layer.rank, layer.scaling
+
+
+def _with_kernel(module: Any, layer: AdaptedLayer) -> Any:
+    """Return a module with the kernel's shape, which AdaLoRA's factors do not have."""
+    kernel = getattr(layer.layer.get_base_layer(), "kernel_size", None)
+    if not layer.is_adalora or kernel is None:
+        return module
+    tail = (module.shape[1] // math.prod(kernel), *kernel)
+    return replace(module, kind="conv", a_tail=tail, b_tail=(1,) * len(kernel))
+
+
+def _noted(adapter: LoraAdapter, layers: Mapping[str, AdaptedLayer]) -> LoraAdapter:
+    scaled = sum(
+        not math.isclose(layer.nominal_scaling, layer.scaling, rel_tol=1e-6)
+        for layer in layers.values()
+        if not layer.is_adalora
+    )
+    if not scaled:
+        return adapter
+    note = f"{scaled} modules were scaled by hand: what the live layers apply was taken"
+    return replace(adapter, notes=[*adapter.notes, note])

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -31,8 +31,35 @@ _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE
 _BIAS = re.compile(r"(?P<path>.+)\.lora_B\.bias")
 _KEY_OF_A_LIVE_MODEL = re.compile(r".+\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight|\.bias)?")
 
+# Names of convolutions: by the last two parts of a module's name.
+_CONVOLUTION = re.compile(r"(^|\.|_)(conv[^.]*|down_?sample[^.]*|patch_embed[^.]*)(\.[^.]+)?$", re.IGNORECASE)
+
 # MonteCLoRA's sampler matters in training alone, and is as wide as the rank was.
 _ONLY_FOR_TRAINING = ".lora_monteclora_sampler"
+
+
+class Scales(Protocol):
+    """Where the rank and the scaling of a module are looked up."""
+
+    def of(self, name: str) -> tuple[int, float]:
+        """Return the rank and the scaling."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """What live layers say of the tensors, in place of a file's settings.
+
+    Attributes
+    ----------
+    scales
+        The ranks and scalings of the layers.
+    parameters
+        Path -> name of the stacked parameter that a layer wraps.
+    """
+
+    scales: Scales
+    parameters: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +78,15 @@ class Reading:
     swapped: Sequence[Parameter] = ()
 
 
-def read(tensors: Tensors, config: Mapping[str, Any], *, contradictions: bool = False) -> LoraAdapter:
+def read(
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    *,
+    contradictions: bool = False,
+    layers: Layers | None = None,
+) -> LoraAdapter:
     """Read an adapter over PEFT's tensors; see `read_all`."""
-    return read_all(tensors, config, contradictions=contradictions).adapter
+    return read_all(tensors, config, contradictions=contradictions, layers=layers).adapter
 
 
 def read_all(
@@ -61,6 +94,7 @@ def read_all(
     config: Mapping[str, Any],
     *,
     contradictions: bool = False,
+    layers: Layers | None = None,
     changed_base: bool = False,
 ) -> Reading:
     """Read an adapter over PEFT's tensors, and how they are laid out.
@@ -72,6 +106,8 @@ def read_all(
     contradictions
         Whether tensors may have other ranks than the settings say. The scale is the settings' then, as in
         the layers that such files were saved from.
+    layers
+        The live layers that hold the tensors; None for a file.
     changed_base
         Whether an initialisation that changes the base model is accepted: the factors then belong to changed
         weights.
@@ -83,12 +119,21 @@ def read_all(
     """
     kind = checked_kind(tensors.label, config, changed_base=changed_base)
     found = _Found.of(tensors)
-    parameters = expert_layout.parameters(tensors, config, found.factors)
-    table = Settings(tensors.label, config)
+    settings = None if layers else Settings(tensors.label, config)
+    if layers:
+        parameters = {path: Parameter(name) for path, name in layers.parameters.items()}
+    else:
+        parameters = expert_layout.parameters(tensors, config, found.factors)
+    if settings and kind == "ADALORA":
+        _refuse_kernels(tensors.label, found.factors)
+    table = layers.scales if layers else settings
+    assert table is not None
     modules = []
     for path, keys in found.factors.items():
         reader = _Reader(tensors, table, path, keys, parameters.get(path), contradictions)
         module = reader.adalora() if kind == "ADALORA" else reader.module()
+        if settings and kind == "ADALORA":
+            module = replace(module, scaling=settings.adalora_scaling(module.rank))
         if path in found.biases:
             module = replace(module, carried={"lora_B.bias": reader.bias(found.biases[path])})
         modules.append(module)
@@ -208,7 +253,7 @@ class _Reader:
     """Reads the factors of one path within the adapter."""
 
     tensors: Tensors
-    table: Settings
+    table: Scales
     path: str
     keys: Mapping[str, str]
     parameter: Parameter | None
@@ -294,7 +339,7 @@ class _Reader:
             values = self.tensors.matrix(self.keys["E"], rank, 1).to_array()
             return [(b, arrays.matrix(a.to_array() * values))]
 
-        scaling = self.table.adalora_scaling(rank)
+        scaling = self.table.of(self.path)[1]
         return LoraModule(
             self.path, "linear", shape, rank, scaling, self._dtype(), factors, a_tail=a_shape[1:]
         )
@@ -329,3 +374,13 @@ class _Reader:
 
     def _fail(self, reason: str) -> NoReturn:
         raise FormatError(f"{self.tensors.label}: module {self.path!r}: {reason}")
+
+
+def _refuse_kernels(label: str, paths: Iterable[str]) -> None:
+    """Refuse AdaLoRA of convolutions: its factors are flat, and the file does not hold the kernel's shape."""
+    for path in paths:
+        if _CONVOLUTION.search(path):
+            raise FormatError(
+                f"{label}: module {path!r}: AdaLoRA of a convolution does not store the kernel's shape: load "
+                "it with PEFT, and read it from the live model by LoraAdapter.from_model"
+            )

@@ -13,14 +13,15 @@ import numpy as np
 
 from lorank import naming
 from lorank._core import FormatError
+from lorank.rank_groups import rank_owner
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
 DEFAULT_INITIAL_RANK = 12
 """PEFT's own, where the settings are silent; the last is AdaLoRA's."""
 
-# Their saved factors are relative to a base model that the method has changed.
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations whose saved factors are relative to a base model that the method has changed."""
 
 # Variants of LoRA whose update is not `B A`, by the setting that turns them on.
 _OTHER_UPDATES = {"kasa_config": "KaSA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA"}
@@ -73,7 +74,7 @@ def _is_names(value: Any) -> bool:
 def changes_the_base(config: Mapping[str, Any]) -> str | None:
     """Return the initialisation by which training changed the base model, if it was one of those."""
     init = config.get("init_lora_weights", True)
-    return init if isinstance(init, str) and init.lower().startswith(_CHANGES_THE_BASE) else None
+    return init if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE) else None
 
 
 def checked_kind(label: str, config: Mapping[str, Any], *, changed_base: bool = False) -> str:
@@ -156,8 +157,9 @@ class Settings:
 
     def of(self, name: str) -> tuple[int, float]:
         """The rank that the settings name, and the scaling."""
-        rank = _first(self._ranks, name, self.rank)
-        alpha = _first(self._alphas, name, self.alpha)
+        owner = rank_owner(name)
+        rank = _first(self._ranks, owner, self.rank)
+        alpha = _first(self._alphas, owner, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def adalora_scaling(self, rank: int) -> float:

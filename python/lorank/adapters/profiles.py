@@ -21,6 +21,7 @@ from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX
 from lorank.adapters.peft_settings import ONLY_FOR_TRAINING
 from lorank.lora_config import accidental_matches, rank_keys
+from lorank.rank_groups import rank_groups, rank_owner
 
 Array = npt.NDArray[Any]
 
@@ -62,6 +63,10 @@ def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
     more = carried.owners(adapter)
     # PEFT has no rank 0: a module that is needed for something else gets a rank of zeros.
     ranks = {name: max(m.rank, 1) for name, m in modules.items() if m.rank or name in more}
+    for group in rank_groups(modules.values(), adapter.config):
+        if largest_of_group := max(ranks.get(name, 0) for name in group):
+            ranks |= dict.fromkeys(group, largest_of_group)
+    ranks = {name: ranks[name] for name in modules if name in ranks}
     if profile == "compact":
         return {name: Layout(rank, 1.0) for name, rank in ranks.items()}
     return {name: Layout(rank, rank / largest) for name, rank in ranks.items()}
@@ -82,9 +87,10 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
     largest = max(written.values())
     modules = [adapter.modules[name] for name in written]
     dropped = [name for name in adapter.modules if name not in written]
-    linear = [module.name for module in modules if module.kind != "expert"]
+    linear = [m.name for m in modules if m.kind != "expert" and rank_owner(m.name) == m.name]
     stacks = [module.name for module in modules if module.kind == "expert"]
-    ranks = {key: rank for rank, key in rank_keys(written).items() if rank != largest}
+    looked_up = {name: rank for name, rank in written.items() if rank_owner(name) == name}
+    ranks = {key: rank for rank, key in rank_keys(looked_up).items() if rank != largest}
     before = adapter.config
     kept = None if dropped else _kept_targets(before, linear)
     has_biases = any(key.endswith(".bias") for key in adapter.carried)
@@ -123,18 +129,22 @@ def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] 
 
 def factors(module: LoraModule, layout: Layout) -> tuple[Array, Array]:
     """``B`` and ``A`` as PEFT stores them: padded, scaled, experts interleaved, kernels unflattened."""
+    return unscaled(module, layout.rank, module.scaling * layout.b_factor)
+
+
+def unscaled(module: LoraModule, rank: int, factor: float = 1.0) -> tuple[Array, Array]:
+    """``B``, times a factor, and ``A`` in PEFT's shapes at a rank that is not below the module's."""
     pairs = [(b.to_array(), a.to_array()) for b, a in module.factors()] if module.rank else []
     pairs = (
         pairs
         or [(np.zeros((module.shape[0], 0), np.float32), np.zeros((0, module.shape[1]), np.float32))]
         * module.copies
     )
-    factor = module.scaling * layout.b_factor
-    bs, as_ = zip(*[_padded(b, a, layout.rank, factor) for b, a in pairs], strict=True)
+    bs, as_ = zip(*[_padded(b, a, rank, factor) for b, a in pairs], strict=True)
     if module.kind == "expert":
         # A: expert slowest; B: expert fastest.
         return np.stack(bs, axis=2).reshape(module.shape[0], -1), np.concatenate(as_)
-    b_shape, a_shape = shapes(module, layout.rank)
+    b_shape, a_shape = shapes(module, rank)
     return bs[0].reshape(b_shape), as_[0].reshape(a_shape)
 
 

@@ -59,6 +59,18 @@ class Stored:
         return values.reshape(self.shape)
 
 
+def values_of(stored: Stored) -> Any:
+    """Return a stored tensor's values: torch's tensor as it is, or an array that torch can take over."""
+    if stored.position is None:
+        return stored.origin
+    _, short, shape = stored.origin.tensors()[stored.position]
+    dtype = NAMES.get(short, short)
+    if dtype.startswith(("int", "uint", "bool")):
+        raw = stored.origin.stored_bytes(stored.position)
+        return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape)
+    return stored.origin.matrix(stored.position, 1, math.prod(shape)).to_array().reshape(shape)
+
+
 class Tensors(Protocol):
     """Named tensors that are read one at a time."""
 

@@ -188,6 +188,12 @@ def merge(
     auto: Auto = False,
     max_rank: MaxRank = None,
     scope: Scope = "global",
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Merge although base models have different names, or no module is shared."
+        ),
+    ] = False,
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
     modules: Modules = False,
@@ -210,7 +216,7 @@ def merge(
     _check_form(profile, dtype)
     _check_output(output, overwrite)
     with spelled_as_options():
-        result = lorank.merge(paths, weights, threads=threads, progress=not quiet, **knobs)
+        result = lorank.merge(paths, weights, force=force, threads=threads, progress=not quiet, **knobs)
     _finish(result, output, profile, dtype, overwrite, json_output, modules, threads)
 
 

@@ -20,7 +20,7 @@ _PIPE_WIDTH = 160
 # Arguments as the library's messages spell them, not where they are part of a path.
 _ARGUMENT = re.compile(
     r"(?<![\w./-])(?:(?P<given>rank_ratio|avg_rank|max_rank|energy|budget|scope|keep|exclude|prefix)=(?=\S)"
-    r"|(?P<named>rank_ratio|avg_rank|max_rank)\b)"
+    r"|(?P<named>rank_ratio|avg_rank|max_rank)\b|(?P<flag>force)=True)"
 )
 
 Include = Annotated[
@@ -94,7 +94,7 @@ def as_options(message: str) -> str:
     """A message with arguments as the command line spells them: ``--avg-rank 3``, not ``avg_rank=3``."""
 
     def spelled(found: re.Match[str]) -> str:
-        option = (found["given"] or found["named"]).replace("_", "-")
+        option = (found["given"] or found["named"] or found["flag"]).replace("_", "-")
         return f"--{option} " if found["given"] else f"--{option}"
 
     return _ARGUMENT.sub(spelled, message)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-# The attribute in which wrappers of PEFT and of torch keep the module that they wrap, by their base classes.
-_WRAPPED = {
-    "peft.": {
-        "PeftModel": "base_model",
-        "BaseTuner": "model",
-        "BaseTunerLayer": "base_layer",
-        "AuxiliaryTrainingWrapper": "original_module",
-    },
+# The attributes in which wrappers of PEFT and of torch keep the module that they wrap, by their base classes:
+# those around a model or a part of it, and PEFT's own layers.
+_AROUND = {
+    "peft.": {"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"},
     "torch.": {
         "OptimizedModule": "_orig_mod",
         "DataParallel": "module",
@@ -20,6 +16,7 @@ _WRAPPED = {
         "CheckpointWrapper": "_checkpoint_wrapped_module",
     },
 }
+_LAYERS = {"peft.": {"BaseTunerLayer": "base_layer", "AuxiliaryTrainingWrapper": "original_module"}}
 
 
 def is_module(value: object) -> bool:
@@ -39,10 +36,29 @@ def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unwrapped(module: Any) -> Any:
-    """Return the module inside wrappers of PEFT and of torch."""
-    for library, wrappers in _WRAPPED.items():
-        classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(library)}
-        for wrapper, attribute in wrappers.items():
-            if wrapper in classes and is_module(inner := getattr(module, attribute, None)):
-                return unwrapped(inner)
+    """Return the module inside wrappers and layers of PEFT and of torch."""
+    inner = module
+    while inner is not None:
+        module, inner = inner, _wrapped(inner, _AROUND) or _wrapped(inner, _LAYERS)
     return module
+
+
+def around(module: Any) -> list[Any]:
+    """Return a module with the wrappers around it, outermost first: the last is the module itself.
+
+    Layers of PEFT are no wrappers here.
+    """
+    chain = [module]
+    while (inner := _wrapped(chain[-1], _AROUND)) is not None:
+        chain.append(inner)
+    return chain
+
+
+def _wrapped(module: Any, wrappers: Mapping[str, Mapping[str, str]]) -> Any:
+    """Return what a wrapper wraps, or None of any other module."""
+    for library, attributes in wrappers.items():
+        classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(library)}
+        for wrapper, attribute in attributes.items():
+            if wrapper in classes and is_module(inner := getattr(module, attribute, None)):
+                return inner
+    return None

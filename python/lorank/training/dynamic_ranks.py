@@ -20,6 +20,7 @@ import torch
 
 from lorank import signals
 from lorank._core import FormatError
+from lorank.adapters.live_layers import AdaptedLayer
 from lorank.budget import Budget, fit_ranks, is_integer, parse_budget
 from lorank.profiling.gradients import gradient_row
 from lorank.profiling.passes import check_weights
@@ -30,7 +31,7 @@ from lorank.sources import live
 from lorank.training import optimizer_state
 from lorank.training.data_parallel import of_first_process
 from lorank.training.gradient_window import GradientWindow
-from lorank.training.layers import AdaptedLayer, lora_layers
+from lorank.training.layers import lora_layers
 from lorank.training.peft_config import check_config
 from lorank.training.resizing import RankChange, check_resizable, resize_lora
 from lorank.training.wrappers import check_not_compiled, check_one_device_a_process, data_parallel_wrappers

@@ -1,95 +1,16 @@
-"""The LoRA layers of a live PEFT model, and which of them can change their rank."""
+"""The layers of a live PEFT model that can change their rank."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorank import naming
-from lorank.training.peft_config import alpha_of, divisor
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptedLayer:
-    """A LoRA layer of a live model, as one adapter sees it.
-
-    Attributes
-    ----------
-    name
-        The module's name in the base model; of stacked experts the parameter's.
-    layer
-        PEFT's layer.
-    adapter
-        The adapter's name.
-    """
-
-    name: str
-    layer: Any
-    adapter: str
-
-    @property
-    def rank(self) -> int:
-        """The rank."""
-        return int(self.layer.r[self.adapter])
-
-    @property
-    def is_embedding(self) -> bool:
-        """Whether the factors are bare parameters, ``(r, vocabulary)`` and ``(width, r)``."""
-        return self.adapter in self.layer.lora_embedding_A
-
-    @property
-    def factors(self) -> tuple[Any, Any]:
-        """The parameters A and B: ``(r, in, ...)`` and ``(out, r, ...)``."""
-        if self.is_embedding:
-            return self.layer.lora_embedding_A[self.adapter], self.layer.lora_embedding_B[self.adapter]
-        return self.layer.lora_A[self.adapter].weight, self.layer.lora_B[self.adapter].weight
-
-    @property
-    def is_rank_stabilized(self) -> bool:
-        """Whether PEFT divides alpha by the root of the rank."""
-        return bool(self.layer.use_rslora.get(self.adapter, False))
-
-    @property
-    def alpha(self) -> float:
-        """The alpha."""
-        return float(self.layer.lora_alpha[self.adapter])
-
-    @property
-    def nominal_scaling(self) -> float:
-        """The scaling that rank and alpha give: what a saved adapter will be loaded with."""
-        nominal = self.alpha / divisor(self.rank, self.is_rank_stabilized)
-        # Not every scaling is a quotient of floats: what is meant is in force, unless PEFT changed it.
-        return self.scaling if math.isclose(nominal, self.scaling, rel_tol=1e-12) else nominal
-
-    @property
-    def scaling(self) -> float:
-        """The scaling in force; PEFT can change it for a while."""
-        return float(self.layer.scaling[self.adapter])
-
-    def set_rank(self, rank: int) -> None:
-        """Tell PEFT's layer its rank; the scaling stays."""
-        alpha = alpha_of(self.nominal_scaling, rank, self.is_rank_stabilized)
-        self.layer.r[self.adapter] = rank
-        self.layer.lora_alpha[self.adapter] = alpha
-        if self.is_embedding:
-            return
-        a, b = self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
-        if isinstance(a, torch.nn.Linear):
-            a.out_features = b.in_features = rank
-        else:
-            a.out_channels = b.in_channels = rank
-
-    def set_scaling(self, scaling: float) -> None:
-        """Give the layer another scaling, and the alpha that belongs to it."""
-        self.layer.scaling[self.adapter] = scaling
-        self.layer.lora_alpha[self.adapter] = alpha_of(scaling, self.rank, self.is_rank_stabilized)
+from lorank.adapters.live_layers import AdaptedLayer, LiveModel
 
 
 def lora_layers(model: Any, adapter_name: str) -> dict[str, AdaptedLayer]:
@@ -113,13 +34,7 @@ def lora_layers(model: Any, adapter_name: str) -> dict[str, AdaptedLayer]:
     kind = str(getattr(configs[adapter_name].peft_type, "value", configs[adapter_name].peft_type))
     if kind != "LORA":
         raise NotImplementedError(f"adapter {adapter_name!r} is {kind}: only LoRA has ranks to change")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = [
-        AdaptedLayer(_base_name(path, module), module, adapter_name)
-        for path, module in base.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r
-    ]
-    return {layer.name: layer for layer in found}
+    return LiveModel.of(model).layers(adapter_name)
 
 
 def _check_wrapping(model: Any) -> None:
@@ -132,14 +47,6 @@ def _check_wrapping(model: Any) -> None:
                 f"{path or 'the model'} is wrapped in {kind}, which remembers shapes: ranks cannot be "
                 "changed under it"
             )
-
-
-def _base_name(path: str, module: Any) -> str:
-    """PEFT's wrappers of several parameters of one module are nested, each the base layer of the next."""
-    parameter = getattr(module, "parameter_name", None)
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path if parameter is None else f"{path}.{parameter}"
 
 
 def by_layer(values: Mapping[str, Any], layers: Mapping[str, AdaptedLayer], argument: str) -> dict[str, Any]:

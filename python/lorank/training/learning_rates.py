@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from lorank.training.layers import AdaptedLayer, lora_layers
+from lorank.adapters.live_layers import AdaptedLayer
+from lorank.training.layers import lora_layers
 
 Rule = Literal["uniform", "scale", "rank", "sqrt-rank"]
 

@@ -9,9 +9,11 @@ from typing import Any
 from lorank import naming
 from lorank._core import FormatError
 from lorank.adapters import LoraAdapter
+from lorank.adapters.live_config import write_config
+from lorank.adapters.live_layers import AdaptedLayer
 from lorank.adapters.reading import CONFIG
-from lorank.training.layers import AdaptedLayer, lora_layers
-from lorank.training.peft_config import alpha_of, divisor, write_config
+from lorank.scaling import alpha_of, divisor
+from lorank.training.layers import lora_layers
 from lorank.training.resizing import RankChange, resize_lora
 
 

@@ -1,0 +1,53 @@
+"""Live layers that have one rank because of how they compute: tied ones, and those of one attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lorank.adapters.live_layers import AdaptedLayer
+from lorank.rank_groups import rank_owner
+
+
+def live_groups(layers: Iterable[AdaptedLayer], *, ties_tables: bool) -> list[list[AdaptedLayer]]:
+    """Return all layers, those that have one rank together.
+
+    Parameters
+    ----------
+    layers
+        All layers of an adapter.
+    ties_tables
+        Whether PEFT will tie heads to embeddings on loading (`ensure_weight_tying`), tied here or not.
+    """
+    layers = list(layers)
+    ties = tied_to(layers)
+    if ties_tables:
+        embeddings = {_shape(layer)[::-1]: layer.name for layer in layers if layer.is_embedding}
+        plain = [layer for layer in layers if not (layer.is_embedding or layer.is_stack)]
+        ties = {x.name: embeddings[_shape(x)] for x in plain if _shape(x) in embeddings} | ties
+    groups: dict[str, list[AdaptedLayer]] = {}
+    for layer in layers:
+        groups.setdefault(ties.get(layer.name, rank_owner(layer.name)), []).append(layer)
+    return list(groups.values())
+
+
+def _shape(layer: AdaptedLayer) -> tuple[int, ...]:
+    """Return the shape of the update, ``(out, in, ...)``."""
+    a, b = layer.factors
+    return (b.shape[0], *a.shape[1:])
+
+
+def tied_to(layers: Iterable[AdaptedLayer]) -> dict[str, str]:
+    """Return the embedding whose factors a layer uses transposed, by the layer's name."""
+    layers = list(layers)
+    embeddings = {_address(layer, 0): layer.name for layer in layers if layer.is_embedding}
+    found = {
+        layer.name: embeddings.get(_address(layer, 1))
+        for layer in layers
+        if not (layer.is_embedding or layer.is_adalora)
+    }
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def _address(layer: AdaptedLayer, which: int) -> int:
+    """Return where the values of A (0) or B (1) lie."""
+    return int(layer.factors[which].untyped_storage().data_ptr())

@@ -1,0 +1,95 @@
+"""Modules whose updates PEFT holds at one rank: ties, attention in one module, experts one by one.
+
+A stack of experts under one parameter needs no group: it is one module with copies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from lorank.sources.base import Kind
+
+# PEFT gives the output projection of an `nn.MultiheadAttention` the name that it has inside its wrapper.
+_ATTENTION_OUTPUT = ".base_layer.out_proj"
+
+# One of several experts, each a module of its own: transformers 5 stacks them on loading.
+_EXPERT = re.compile(r"(?P<container>.*\bexperts)\.\d+\.(?P<projection>.+)")
+
+# Names of expert parameters that map back to the hidden size; the others are fused into one parameter.
+_OUTWARD = re.compile(r"down|out|w2|wo$")
+
+
+class Adapted(Protocol):
+    """What a group depends on: `LoraModule` and `AdaptedModule` both have it."""
+
+    @property
+    def name(self) -> str:
+        """The module's dotted name."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """What the module does with its weight."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight or of the update, whichever way round an embedding's is."""
+        ...
+
+
+def rank_groups(modules: Iterable[Adapted], settings: Mapping[str, Any]) -> list[list[str]]:
+    """Group the modules that have one rank, by name.
+
+    Parameters
+    ----------
+    modules
+        Adapted modules, named as in PEFT.
+    settings
+        The adapter's; `ensure_weight_tying` ties heads to embeddings.
+
+    Returns
+    -------
+    list of list of str
+        Groups of two or more names, in the order of the modules. No name is in two groups.
+    """
+    modules = list(modules)
+    keys = {module.name: _key(module.name) for module in modules}
+    if settings.get("ensure_weight_tying"):
+        keys |= _tied(modules)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for module in modules:
+        groups[keys[module.name]].append(module.name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def rank_owner(name: str) -> str:
+    """Return the module by whose name PEFT looks up the rank of this one: its own, but inside attention."""
+    return name.removesuffix(_ATTENTION_OUTPUT)
+
+
+def group_indices(names: Sequence[str], groups: Iterable[Sequence[str]]) -> list[list[int]]:
+    """Return the groups as positions in `names`; a name outside of every group forms its own."""
+    places = {name: i for i, name in enumerate(names)}
+    found = [[places[name] for name in group if name in places] for group in groups]
+    grouped = {i for group in found for i in group}
+    alone = [[i] for i in range(len(names)) if i not in grouped]
+    return sorted([group for group in found if group] + alone)
+
+
+def _key(name: str) -> str:
+    """Return what the members of a group have in common."""
+    if expert := _EXPERT.fullmatch(name):
+        side = "outward" if _OUTWARD.search(expert["projection"]) else "inward"
+        return f"{expert['container']} {side}"
+    return rank_owner(name)
+
+
+def _tied(modules: Sequence[Adapted]) -> dict[str, str]:
+    """Return the embedding's name for every head that shares its update, by their equal sides."""
+    embeddings = {tuple(sorted(m.shape)): m.name for m in modules if m.kind == "embedding"}
+    sides = {m.name: tuple(sorted(m.shape)) for m in modules if m.kind == "linear"}
+    return {name: embeddings[side] for name, side in sides.items() if side in embeddings}

@@ -1,0 +1,24 @@
+"""The scale of an update in PEFT: alpha by the rank, or by its root."""
+
+from __future__ import annotations
+
+import math
+
+
+def divisor(rank: int, rank_stabilized: bool) -> float:
+    """What PEFT divides alpha by."""
+    return math.sqrt(rank) if rank_stabilized else float(rank)
+
+
+def alpha_of(scaling: float, rank: int, rank_stabilized: bool) -> float:
+    """The alpha from which PEFT computes a scaling: to the bit, where there is such an alpha."""
+    by = divisor(rank, rank_stabilized)
+    product = scaling * by
+    candidates = [
+        float(round(product)),
+        product,
+        math.nextafter(product, math.inf),
+        math.nextafter(product, 0),
+    ]
+    alpha = next((alpha for alpha in candidates if alpha / by == scaling), product)
+    return int(alpha) if alpha.is_integer() else alpha
