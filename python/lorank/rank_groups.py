@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from lorank.sources.base import Kind
+from lorank.modules.weight import Kind
 
 # PEFT gives the output projection of an `nn.MultiheadAttention` the name that it has inside its wrapper.
 _ATTENTION_OUTPUT = ".base_layer.out_proj"
