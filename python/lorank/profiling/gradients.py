@@ -14,7 +14,6 @@ from lorank.profiling.passes import (
     check_batches,
     checked_model,
     frozen,
-    trainable_inputs,
 )
 from lorank.profiling.probe import probing
 from lorank.profiling.sketch import GradientSketches, spectrum
@@ -92,8 +91,10 @@ def profile_gradients(
     found = find_targets(model, targets)
     observer = GradientSketches(found.chosen, sketch, seed)
     taken: list[list[torch.Tensor | None]] = []
-    with frozen(model), trainable_inputs(model), probing(found.chosen, observer):
-        for count in backward_passes(model, batches, loss=loss, max_batches=max_batches, progress=progress):
+    with frozen(model), probing(found.chosen, observer) as probe:
+        for count in backward_passes(
+            model, batches, probe, loss=loss, max_batches=max_batches, progress=progress
+        ):
             taken.append(observer.take())
             check_finite(found.chosen, taken[-1], f"batch {count - 1}")
     rows = [

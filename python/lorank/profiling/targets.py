@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorank import naming
+from lorank.signals import AdaptedModule
 from lorank.sources import live
 from lorank.sources.base import MatrixInfo, Skipped, Source
 
@@ -60,10 +61,29 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
     from lorank.allocation import adaptable_modules, targeted
 
     source = live.from_module(model)
-    names = {module.name for module in targeted(adaptable_modules(source), targets)}
+    unread = _unread(model, source)
+    every = [*adaptable_modules(source), *(AdaptedModule(name, "linear", (0, 0)) for name in unread)]
+    names = {module.name for module in targeted(every, targets)}
     found = named_targets(model, source, names)
     if not found.chosen:
         raise ValueError(f"targets {targets!r} select no module of {source.label} that can be profiled")
+    left_out = [skipped for name, skipped in unread.items() if name in names]
+    return Targets(found.chosen, (*found.skipped, *left_out), source)
+
+
+def _unread(model: Any, source: Source) -> dict[str, Skipped]:
+    """Layers whose weight the source could not read, by name: quantized with no way back, or partitioned."""
+    modules = {prefix.removesuffix("."): module for prefix, module in live.named_modules(model)}
+    read = {matrix.info.module for matrix in source.matrices}
+    found: dict[str, Skipped] = {}
+    for skipped in source.skipped:
+        name, _, local = skipped.name.rpartition(".")
+        is_tied = skipped.reason.startswith("tied to")
+        if name in read or name not in modules or "weight" not in local or is_tied:
+            continue
+        kind = live.role(modules[name])[0]
+        if kind in ("linear", "conv") or (kind is None and len(skipped.shape) >= 2):
+            found.setdefault(name, Skipped(name, skipped.shape, skipped.reason))
     return found
 
 

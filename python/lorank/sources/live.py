@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lorank._core import Matrix
-from lorank.sources import arrays, quantized
+from lorank.sources import arrays, offloaded, quantized
 from lorank.sources.base import Kind, MatrixInfo, Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
 
@@ -40,24 +40,27 @@ def from_module(model: Any) -> Source:
     """A source over a live model's parameters, which stay where they are.
 
     Modules that share a parameter are tied: the first counts, the others are skipped. Quantized
-    weights are dequantized one matrix at a time. Adapters of PEFT are left out: the base model is
-    what is analysed, under the names that it has without PEFT, a compiler or data parallelism.
+    weights are dequantized, and offloaded ones fetched, one matrix at a time. Adapters of PEFT are left
+    out: the base model is what is analysed, under the names that it has without PEFT, a compiler or data
+    parallelism.
     """
     weights = list(_weights(model))
     layout = Layout({name: shape for name, _, shape in weights}, {"num_experts": _num_experts(model)})
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     owners: dict[int, str] = {}
+    ties = offloaded.ties(model)
     num_parameters = 0
     for name, weight, shape in weights:
-        owner = owners.setdefault(id(weight.parameter), name)
+        identity = id(weight.parameter)
+        owner = owners.setdefault(ties.get(identity, identity), name)
         if owner != name:
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
             continue
         num_parameters += math.prod(shape)
         found = _matrices(layout, name, weight)
         if isinstance(found, str):
-            load = partial(_as_row, weight.parameter) if weight.is_readable else None
+            load = partial(_as_row, weight.values) if weight.is_readable else None
             skipped.append(Skipped(name, shape, found, load))
         else:
             matrices += found
@@ -66,13 +69,23 @@ def from_module(model: Any) -> Source:
 
 
 class _Weight:
-    """A parameter and the module that owns it."""
+    """A parameter, the module that owns it, and the way to its values if they are offloaded."""
 
-    __slots__ = ("module", "parameter")
+    __slots__ = ("elsewhere", "module", "parameter")
 
-    def __init__(self, module: Any, parameter: Any) -> None:
+    def __init__(self, module: Any, parameter: Any, elsewhere: Callable[[], Any] | None) -> None:
         self.module = module
         self.parameter = parameter
+        self.elsewhere = elsewhere
+
+    def values(self) -> Any:
+        """The tensor that holds the values."""
+        return self.parameter if self.elsewhere is None else self.elsewhere()
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there are any."""
+        return self.elsewhere is not None or self.parameter.device.type != "meta"
 
     @property
     def is_direct(self) -> bool:
@@ -83,15 +96,17 @@ class _Weight:
     def is_readable(self) -> bool:
         """Whether it is such a tensor, holds something, and lies somewhere."""
         parameter = self.parameter
-        has_values = parameter.device.type != "meta" and parameter.numel() > 0
+        has_values = self.has_values and parameter.numel() > 0
         return self.is_direct and has_values and arrays.dtype_name(parameter) in FLOAT_TYPES
 
 
 def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
     """Every parameter of the base model, with the shape that it has when dequantized."""
+    elsewhere = offloaded.loaders(model)
     for prefix, module in named_modules(model):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield prefix + local, _Weight(module, parameter), quantized.shape(parameter)
+            weight = _Weight(module, parameter, elsewhere.get(id(parameter)))
+            yield prefix + local, weight, quantized.shape(parameter)
 
 
 def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -127,11 +142,13 @@ def _hidden_weights(model: Any) -> Iterator[Skipped]:
 
 def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] | str:
     parameter = weight.parameter
-    if parameter.device.type == "meta":
+    if not weight.has_values:
         return "on the meta device: it has no values"
     load: Callable[[], Any] | None
     if weight.is_direct:
-        dtype, load = arrays.dtype_name(parameter), partial(_identity, parameter)
+        dtype, load = arrays.dtype_name(parameter), weight.values
+    elif weight.elsewhere is not None:
+        return f"quantized ({type(parameter).__name__}) and offloaded"
     else:
         dtype, load = "float32", quantized.loader(weight.module, parameter)
         if load is None:
@@ -139,8 +156,8 @@ def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] 
     found = layout.matrices(name, dtype)
     if isinstance(found, str):
         return found
-    lazy = not weight.is_direct or arrays.needs_copy(parameter)
-    kind, transposed = _role(weight.module)
+    lazy = not weight.is_direct or arrays.needs_copy(parameter) or weight.elsewhere is not None
+    kind, transposed = role(weight.module)
     described = []
     for stored in found:
         info = stored.info
@@ -152,8 +169,8 @@ def _matrices(layout: Layout, name: str, weight: _Weight) -> list[SourceMatrix] 
     return described
 
 
-def _role(module: Any) -> tuple[Kind | None, bool]:
-    """What a module's class says of its weight: its kind, and whether it is stored (in, out)."""
+def role(module: Any) -> tuple[Kind | None, bool]:
+    """Kind of a module's weight by the module's class, and whether it is stored (in, out)."""
     classes = {base.__name__ for base in type(module).__mro__}
     if "Embedding" in classes:
         return "embedding", False
@@ -167,18 +184,14 @@ def _role(module: Any) -> tuple[Kind | None, bool]:
     return None, bool(getattr(module, "is_transposed", False))
 
 
-def _identity(value: Any) -> Any:
-    return value
-
-
 def _load(values: Callable[[], Any], index: int, rows: int, cols: int) -> Matrix:
     tensor = values()
     tensor = tensor[index] if tensor.ndim == 3 and tuple(tensor.shape[1:]) == (rows, cols) else tensor
     return arrays.matrix(tensor if tensor.ndim == 2 else tensor.reshape(rows, cols))
 
 
-def _as_row(parameter: Any) -> Matrix:
-    return arrays.matrix(parameter.reshape(1, -1))
+def _as_row(values: Callable[[], Any]) -> Matrix:
+    return arrays.matrix(values().reshape(1, -1))
 
 
 def _num_experts(model: Any) -> int | None:
