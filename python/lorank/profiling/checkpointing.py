@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ def _enter(step: int) -> None:
 
 
 def _recorded(function: Callable[..., Any], preserve_random_state: bool, *inputs: Any) -> Any:
-    """`CheckpointFunction.apply` with one more input."""
+    """`CheckpointFunction.apply` with one more input, and with tensors given by keyword as inputs.
+
+    transformers binds keywords to the function, where torch does not see them: their gradients would go
+    through the graph before the block once for every block that is given them.
+    """
+    keywords = function.keywords if isinstance(function, partial) else {}
+    names = [
+        name for name, value in keywords.items() if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
+
+    def run(_extra: torch.Tensor, *given: Any) -> Any:
+        bound = dict(zip(names, given[: len(names)], strict=True))
+        return function(*given[len(names) :], **bound)
+
     extra = torch.zeros((), requires_grad=True)
-    return _apply(lambda _, *given: function(*given), preserve_random_state, extra, *inputs)
+    return _apply(run, preserve_random_state, extra, *(keywords[name] for name in names), *inputs)

@@ -130,7 +130,10 @@ def _unwrapped(module: Any) -> Any:
 def _hidden_weights(model: Any) -> Iterator[Skipped]:
     """Weights that are no parameters: packed behind a method, or in buffers of integers."""
     for prefix, module in named_modules(model):
-        if callable(getattr(module, "weight", None)):
+        if "weight" in getattr(module, "parametrizations", ()):
+            reason = f"computed from other parameters ({type(module).__name__})"
+            yield Skipped(f"{prefix}weight", tuple(module.weight.shape), reason)
+        elif callable(weight := getattr(module, "weight", None)) and not is_module(weight):
             shape = tuple(module.weight().shape)
             yield Skipped(f"{prefix}weight", shape, f"quantized ({type(module).__name__}), not a parameter")
         elif getattr(module, "weight", None) is None:

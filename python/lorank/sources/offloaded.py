@@ -17,14 +17,21 @@ def loaders(model: Any) -> dict[int, Callable[[], Any]]:
 
 
 def ties(model: Any) -> dict[int, int]:
-    """Offloaded parameters that were one before they were offloaded: the `id` of each and of the first.
+    """Offloaded tables that were one before they were offloaded: the `id` of each and of the first.
 
-    Accelerate marks parameters that share memory with others, on disk under names of their own.
+    Offloading parts what was tied, on disk even under two names. Only parameters of the shape of an
+    embedding are read to compare them.
     """
+    tables = {
+        tuple(parameter.shape)
+        for module in model.modules()
+        if any(base.__name__ == "Embedding" for base in type(module).__mro__)
+        for parameter in module.parameters(recurse=False)
+    }
     firsts: list[tuple[int, Any]] = []
     found: dict[int, int] = {}
     for hook, name, parameter in _offloaded(model):
-        if name not in getattr(hook, "tied_params_names", ()):
+        if tuple(parameter.shape) not in tables or hook.weights_map is None:
             continue
         value = _value(hook.weights_map, name)
         equal = [first for first, other in firsts if _are_equal(value, other)]
