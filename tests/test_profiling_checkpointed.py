@@ -170,7 +170,7 @@ def test_blocks_of_a_model_of_ones_own(reentrant: bool) -> None:
 def test_torch_is_left_as_it_was() -> None:
     before = CheckpointFunction.apply
 
-    def loss(model: Any, batch: Any) -> Any:
+    def loss(_model: Any, _batch: Any) -> Any:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

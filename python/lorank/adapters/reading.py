@@ -13,6 +13,7 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
 from lorank.certificate import Certificate
 from lorank.json_files import parse_json, read_json
+from lorank.sources import recognise
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -60,10 +61,13 @@ def _read(path: str | Path, *, contradictions: bool = False) -> tuple[LoraAdapte
         tensors = _weights(path)
         adapter = peft_format.read(tensors, read_config(path / CONFIG), contradictions=contradictions)
         return replace(adapter, label=str(path)), tensors.metadata
+    if path.is_dir():
+        recognise.check_adapter_folder(path)
     file = path if path.is_file() else _only_safetensors(path)
     if file.suffix != ".safetensors":
         raise FormatError(f"{file}: is neither a PEFT folder nor a .safetensors file")
     tensors = FileTensors(file)
+    recognise.check_adapter_tensors(tensors.label, tensors.shapes())
     return kohya.read(tensors), tensors.metadata
 
 
@@ -120,6 +124,8 @@ def _weights(folder: Path) -> Tensors:
         from lorank.sources.state_dict import read_pickle
 
         return ArrayTensors(read_pickle(pickled), str(pickled))
+    if reason := recognise.other_adapter(folder, read_config(folder / CONFIG)):
+        raise FormatError(reason)
     raise FormatError(f"{folder}: holds {CONFIG}, but neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
 
 

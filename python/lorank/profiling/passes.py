@@ -137,7 +137,7 @@ def _checked_loss(model: Any, batch: Any, loss: Loss | None, index: int) -> torc
         if "does not require grad" not in str(error):
             raise
         raise ValueError(
-            f"batch {index}: the loss differentiates by the model's parameters, which take no gradients while "
+            f"batch {index}: the loss differentiates by the model's parameters, which are frozen while "
             f"profiling, or by a tensor that requires none ({error})"
         ) from error
 

@@ -77,9 +77,12 @@ class _ModuleTap:
         self._end = get_gradient_edge(self.anchor).node
         self._probe, self._index, self._target, self._observer = probe, index, target, observer
 
-    def hook(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the outputs, watched."""
-        if not torch.is_grad_enabled():
+    def __deepcopy__(self, _memo: Any) -> _ModuleTap:
+        return self
+
+    def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the outputs, watched; those of a copy of the model, which has the same hooks, are not."""
+        if module is not self._target.module or not torch.is_grad_enabled():
             return None
         return tapped(args[0] if args else kwargs["input"], output, self)
 

@@ -13,6 +13,7 @@ from typing import Any
 from lorank import extras, naming
 from lorank._core import Checkpoint, FormatError
 from lorank.json_files import read_json
+from lorank.sources import recognise
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
 
@@ -34,6 +35,7 @@ def open_path_or_hub_id(source: str | Path) -> Source:
 
 def open_path(path: Path, label: str) -> Source:
     """Open a safetensors file, index or folder, or a pickled state dict."""
+    path = recognise.model_weights(path, label)
     if path.is_dir():
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.safetensors.index.json")):
             return _open_pickles(path, label)
@@ -47,11 +49,13 @@ def open_path(path: Path, label: str) -> Source:
 def _open_safetensors(path: Path, label: str) -> Source:
     checkpoint = Checkpoint(path)
     tensors = checkpoint.tensors()
-    layout = Layout({name: tuple(shape) for name, _, shape in tensors}, read_config(path))
+    base = recognise.base_tensors(label, [name for name, _, _ in tensors])
+    shapes = {base[name]: tuple(shape) for name, _, shape in tensors if name in base}
+    layout = Layout(shapes, read_config(path))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     for position, (name, dtype, shape) in enumerate(tensors):
-        found = layout.matrices(name, dtype)
+        found = layout.matrices(base[name], dtype) if name in base else recognise.left_out(name)
         if isinstance(found, str):
             size = math.prod(shape)
             readable = size > 0 and dtype in FLOAT_TYPES
@@ -69,7 +73,9 @@ def _open_safetensors(path: Path, label: str) -> Source:
         ]
     # Writers sort by type and by name as text: block 10 before block 2.
     matrices.sort(key=lambda matrix: naming.natural_key(matrix.info.name))
-    num_parameters = sum(math.prod(shape) for _, dtype, shape in tensors if dtype in FLOAT_TYPES)
+    num_parameters = sum(
+        math.prod(shape) for name, dtype, shape in tensors if dtype in FLOAT_TYPES and name in base
+    )
     return Source(
         label, tuple(matrices), tuple(skipped), num_parameters, _fingerprint(checkpoint.files(), tensors)
     )

@@ -14,7 +14,7 @@ from typing import Any
 from lorank import extras
 from lorank._core import FormatError, Matrix
 from lorank.json_files import read_json
-from lorank.sources import arrays
+from lorank.sources import arrays, recognise
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
 
@@ -44,7 +44,8 @@ def from_mapping(
             skipped.append(Skipped(name, tuple(value.shape), "a sparse tensor: make it dense to analyse it"))
             continue
         shapes[name] = tuple(value.shape)
-    layout = Layout(shapes, config or {})
+    base = recognise.base_tensors(label, mapping)
+    layout = Layout({base[name]: shape for name, shape in shapes.items() if name in base}, config or {})
     matrices: list[SourceMatrix] = []
     owners: dict[object, str] = {}
     num_parameters = 0
@@ -54,8 +55,9 @@ def from_mapping(
         if owner != name:
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
             continue
-        num_parameters += math.prod(shape) if dtype in FLOAT_TYPES else 0
-        found = layout.matrices(name, dtype)
+        is_counted = dtype in FLOAT_TYPES and name in base
+        num_parameters += math.prod(shape) if is_counted else 0
+        found = layout.matrices(base[name], dtype) if name in base else recognise.left_out(name)
         if isinstance(found, str):
             readable = math.prod(shape) > 0 and dtype in FLOAT_TYPES
             load = partial(_as_row, value) if readable else None
