@@ -42,6 +42,8 @@ _TRAINING_FILES = re.compile(
 )
 _TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab\..*|merges\.txt|spiece\.model|sentencepiece.*")
 
+_OTHER_ADAPTERS = re.compile(r"\.(?:diff|diff_b|dora_scale|alpha|[ab][12]\.weight)$")
+
 _PREFIX = "base_model.model."
 _COPY = re.compile(r"\.modules_to_save\.\w+\.")
 
@@ -99,9 +101,7 @@ def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
         return {name: name for name in names}
     if not _holds_model(names, owners):
         raise FormatError(_refusal(label, f"an adapter ({next(iter(owners.values()))})"))
-    return {
-        name: _without_peft(name) for name in names if _method(name) is None and not _COPY.search(name)
-    }
+    return {name: _without_peft(name) for name in names if _method(name) is None and not _COPY.search(name)}
 
 
 def left_out(name: str) -> str:
@@ -129,7 +129,7 @@ def check_adapter_tensors(label: str, shapes: Mapping[str, tuple[int, ...]]) -> 
     if owners and _holds_model(shapes, owners):
         raise FormatError(_not_an_adapter(label, "a model with an adapter in it"))
     is_weight = any(name.endswith("weight") and len(shape) >= 2 for name, shape in shapes.items())
-    is_other = any(name.endswith((".diff", ".diff_b", ".dora_scale", ".alpha")) for name in shapes)
+    is_other = any(map(_OTHER_ADAPTERS.search, shapes))
     if not owners and is_weight and not is_other:
         raise FormatError(_not_an_adapter(label, "the weights of a model"))
 
@@ -194,8 +194,8 @@ def _refusal(label: str, words: str, base: Any = None) -> str:
 
 def _not_an_adapter(label: str, words: str) -> str:
     return (
-        f"{label}: holds {words}, not an adapter: `lorank analyze` reads models, and `lorank extract BASE TUNED` "
-        "makes an adapter of two"
+        f"{label}: holds {words}, not an adapter: `lorank analyze` reads models, and `lorank extract` "
+        "makes an adapter of two of them"
     )
 
 
