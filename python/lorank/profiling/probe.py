@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import pad, unfold
 
-from lorank.profiling.taps import tapped
+from lorank.profiling.taps import is_whole_pass, tapped
 from lorank.profiling.targets import Target
 
 
@@ -72,9 +71,6 @@ class _ModuleTap:
     """Leads what passes through one module to the observer, as rows."""
 
     def __init__(self, probe: Probe, index: int, target: Target, observer: Observer) -> None:
-        with torch.inference_mode(False):
-            self.anchor = torch.zeros((), requires_grad=True)
-        self._end = get_gradient_edge(self.anchor).node
         self._probe, self._index, self._target, self._observer = probe, index, target, observer
 
     def __deepcopy__(self, _memo: Any) -> _ModuleTap:
@@ -87,7 +83,7 @@ class _ModuleTap:
         return tapped(args[0] if args else kwargs["input"], output, self)
 
     def counts(self) -> bool:
-        return self._probe.is_counting and bool(torch._C._will_engine_execute_node(self._end))
+        return self._probe.is_counting and is_whole_pass()
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
         kept: torch.Tensor = _apart(

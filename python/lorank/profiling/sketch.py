@@ -74,8 +74,10 @@ class GradientSketches:
 
     def device(self, index: int) -> torch.device:
         """Where a module's sketch is: with its gradients, or with the module before there were any."""
-        device: torch.device = self._targets[index].module.weight.device
-        return self._devices.get(index, torch.device("cpu") if device.type == "meta" else device)
+        module = self._targets[index].module
+        device: torch.device = module.weight.device
+        is_offloaded = device.type == "meta" and hasattr(module, "_hf_hook")
+        return self._devices.get(index, torch.device("cpu") if is_offloaded else device)
 
     def drop_projections(self) -> None:
         """Free them; they are drawn again, the same, when they are needed."""

@@ -14,13 +14,21 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.autograd.graph import get_gradient_edge
+
+with torch.inference_mode(False), torch.enable_grad():
+    _ANCHOR = torch.zeros((), requires_grad=True)
+    """Requires a gradient, and gets none, so that outputs require one where nothing else is trained."""
+    _END = get_gradient_edge(_ANCHOR).node
+
+
+def is_whole_pass() -> bool:
+    """Whether the running backward pass is one of all that requires a gradient, as of `loss.backward()`."""
+    return bool(torch._C._will_engine_execute_node(_END))
 
 
 class Tap(Protocol):
     """Receives what passes through one module."""
-
-    anchor: torch.Tensor
-    """A tensor that requires a gradient, so that outputs do where nothing else is trained."""
 
     def counts(self) -> bool:
         """Return true if the running backward pass belongs to the gradient that is measured."""
@@ -41,7 +49,7 @@ class Tap(Protocol):
 
 def tapped(x: torch.Tensor, y: torch.Tensor, tap: Tap) -> torch.Tensor:
     """The outputs `y` of a module with inputs `x`, watched: to be used in place of `y`."""
-    watched: torch.Tensor = _Outputs.apply(x, y, tap.anchor, tap)
+    watched: torch.Tensor = _Outputs.apply(x, y, _ANCHOR, tap)
     return watched
 
 
@@ -82,7 +90,7 @@ class _Outputs(torch.autograd.Function):  # type: ignore[misc]  # torch leaves i
             ctx.tap.see(ctx.kept, delta)
         applied = None
         if torch.is_grad_enabled() and ctx.needs_input_grad[0]:
-            applied = _Application.apply(delta, ctx.tap.anchor, ctx.tap, ctx.x, True)
+            applied = _Application.apply(delta, _ANCHOR, ctx.tap, ctx.x, True)
         return applied, delta, None, None
 
     @staticmethod
@@ -121,7 +129,7 @@ class _Application(torch.autograd.Function):  # type: ignore[misc]  # torch leav
             ctx.tap.see_inner(*((gradient, given) if ctx.is_adjoint else (given, gradient)))
         applied = None
         if torch.is_grad_enabled() and ctx.needs_input_grad[0]:
-            applied = _Application.apply(gradient, ctx.tap.anchor, ctx.tap, ctx.given, not ctx.is_adjoint)
+            applied = _Application.apply(gradient, _ANCHOR, ctx.tap, ctx.given, not ctx.is_adjoint)
         return applied, None, None, None, None
 
     @staticmethod
