@@ -76,6 +76,9 @@ def profile_tasks(
     Give more tokens than the widest module has inputs: with fewer, the estimates say little, and they
     take longer, as the sums cannot be factored by Cholesky.
 
+    Of a loss that holds gradients itself, the rows are those of the outer backward pass; modules through
+    which an inner one passes are flagged.
+
     Source: Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation; K* per module is the
     paper's open problem.
     """
