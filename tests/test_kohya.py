@@ -170,7 +170,7 @@ def test_damaged_files(change: dict[str, Any], reason: str, tmp_path: Path) -> N
 
 def test_files_without_factors(tmp_path: Path) -> None:
     save_file({"a.weight": np.ones((2, 2), np.float32)}, tmp_path / "a.safetensors")
-    with pytest.raises(lorank.FormatError, match="holds no LoRA factors"):
+    with pytest.raises(lorank.FormatError, match="holds the weights of a model, not an adapter"):
         lorank.LoraAdapter.load(tmp_path / "a.safetensors")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         lorank.LoraAdapter.load(tmp_path / "none")

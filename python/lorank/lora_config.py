@@ -89,7 +89,10 @@ def settings(
     }
     if parameters:
         result["target_parameters"] = parameters
-    if excluded := accidental_matches(linear, others):
+    excluded = accidental_matches(linear, others)
+    if model is None:
+        excluded = either(excluded, guard(linear))
+    if excluded:
         result["exclude_modules"] = excluded
     return {**extra, **result}
 
@@ -119,6 +122,54 @@ def _shadowed(names: Iterable[str]) -> set[str]:
 def _proper_suffixes(name: str) -> Iterator[str]:
     """The dotted suffixes of a name without itself, longest first."""
     return islice(naming.suffixes(name), 1, None)
+
+
+def guard(targets: Sequence[str]) -> str | None:
+    """A regular expression for modules in numbered blocks that end with the name of one outside of blocks.
+
+    ``proj_out`` selects every ``blocks.0.proj_out``, too, which need not be known. A prefix that only some
+    names of a model have, as ``bert.``, holds no number.
+    """
+    short = [name for name in targets if not any(part.isdigit() for part in name.split("."))]
+    if not short:
+        return None
+    hit = rf"(?:.*\.)?\d+\.(?:.*\.)?(?:{'|'.join(map(re.escape, short))})"
+    kept = [name for name in targets if not set(short).isdisjoint(_proper_suffixes(name))]
+    return rf"(?!(?:.*\.)?(?:{'|'.join(map(re.escape, kept))})$){hit}" if kept else hit
+
+
+def only(targets: Sequence[str]) -> str | None:
+    """A regular expression for all modules that targets select as a suffix and that are none of them."""
+    if not targets:
+        return None
+    kept = sorted(_extended(targets))
+    unless = rf"(?!(?:{'|'.join(map(re.escape, kept))})$)" if kept else ""
+    return rf"{unless}.+\.(?:{_alternatives(targets)})"
+
+
+def _extended(targets: Sequence[str]) -> set[str]:
+    """The targets that end with another one."""
+    known = set(targets)
+    return {name for name in targets if not known.isdisjoint(_proper_suffixes(name))}
+
+
+def _alternatives(names: Sequence[str]) -> str:
+    """Names as alternatives of a regular expression, those of a kind together with the numbers of blocks."""
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in names:
+        numbered = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        before, number, after = numbered.groups() if numbered else (name, "", "")
+        kinds[before, after].append(number)
+    return "|".join(
+        re.escape(before) + (f"(?:{'|'.join(numbers)})" if after else "") + re.escape(after)
+        for (before, after), numbers in kinds.items()
+    )
+
+
+def either(*expressions: str | None) -> str | None:
+    """What any of some regular expressions matches in full; None if there is none."""
+    given = [expression for expression in expressions if expression]
+    return given[0] if len(given) == 1 else "|".join(f"(?:{one})" for one in given) or None
 
 
 def accidental_matches(targets: Sequence[str], others: Iterable[str]) -> str | None:

@@ -6,6 +6,7 @@ the same update.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from lorank.adapters.expert_layout import FIRST_VERSION, held_order, is_earlier
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX
 from lorank.adapters.peft_settings import ONLY_FOR_TRAINING
-from lorank.lora_config import accidental_matches, rank_keys
+from lorank.lora_config import accidental_matches, either, guard, only, rank_keys
 from lorank.rank_groups import rank_groups, rank_owner
 
 Array = npt.NDArray[Any]
@@ -107,7 +108,7 @@ def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": kept or linear,
-        "exclude_modules": before.get("exclude_modules") if kept else accidental_matches(linear, dropped),
+        "exclude_modules": before.get("exclude_modules") if kept else _excluded(before, linear, dropped),
         "target_parameters": stacks or None,
         # PEFT refuses dropout beside adapted parameters, which experts one by one become on loading.
         **({"lora_dropout": 0.0} if any(naming.is_in_experts(m.name) for m in modules) else {}),
@@ -125,6 +126,30 @@ def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] 
     selects, excludes = naming.matcher(targets), naming.matcher(excluded or [])
     # A merge may adapt more than its first adapter did.
     return sorted(targets) if all(selects(name) and not excludes(name) for name in names) else None
+
+
+def _excluded(before: Mapping[str, Any], names: Sequence[str], dropped: Sequence[str]) -> str | None:
+    """A regular expression for modules that full names select as a suffix, and that were not adapted.
+
+    Other modules than the adapted ones are not known. What earlier settings say of them is said again, as far
+    as it leaves the names alone; a list without more never left any module out that ends with a full name.
+    """
+    targets, earlier = before.get("target_modules"), _expression(before.get("exclude_modules"))
+    if targets is None:
+        return either(accidental_matches(names, dropped), guard(names))
+    is_plain = isinstance(targets, (list, tuple)) and before.get("layers_to_transform") is None
+    if not is_plain or (earlier and any(map(naming.matcher(earlier), names))):
+        return only(names)
+    selects = naming.matcher(targets)
+    # A merge may adapt what its first adapter did not select.
+    return either(accidental_matches(names, dropped), earlier) if all(map(selects, names)) else only(names)
+
+
+def _expression(names: Any) -> str | None:
+    """Names as PEFT reads them, a list of suffixes or one regular expression, as an expression."""
+    if not names or isinstance(names, str):
+        return names or None
+    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
 
 
 def factors(module: LoraModule, layout: Layout) -> tuple[Array, Array]:

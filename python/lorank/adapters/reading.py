@@ -15,6 +15,7 @@ from lorank.adapters.key_wrappers import Unwrapped
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
 from lorank.certificate import Certificate
 from lorank.json_files import parse_json, read_json
+from lorank.sources import recognise
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -88,10 +89,13 @@ def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool 
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and (path / CONFIG).exists():
         return _read_peft(path, contradictions, changed_base)
+    if path.is_dir():
+        recognise.check_adapter_folder(path)
     file = path if path.is_file() else _only_safetensors(path)
     if file.suffix != ".safetensors":
         raise FormatError(f"{file}: is neither a PEFT folder nor a .safetensors file")
     tensors = FileTensors(file)
+    recognise.check_adapter_tensors(tensors.label, tensors.shapes())
     return AsStored(kohya.read(tensors), tensors)
 
 
@@ -162,6 +166,8 @@ def _weights(folder: Path) -> Tensors:
         from lorank.sources.state_dict import read_pickle
 
         return ArrayTensors(read_pickle(pickled), str(pickled))
+    if reason := recognise.other_adapter(folder, read_config(folder / CONFIG)):
+        raise FormatError(reason)
     raise FormatError(f"{folder}: holds {CONFIG}, but neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
 
 

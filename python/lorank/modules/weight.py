@@ -79,21 +79,27 @@ def describe(
         return Weight(name, name, "expert", shape, transposed, "" if owner else _AT_THE_TOP)
     if local != "weight" or len(shape) < 2:
         return Weight(name, name, None, shape)
-    classes = {base.__name__ for base in type(module).__mro__}
-    refused = _refused(owner, module, parent, classes, model_type)
-    if "Embedding" in classes:
-        return Weight(name, owner, "embedding", shape, refused=refused)
-    if "_ConvNd" in classes:
-        return Weight(name, owner, "conv", shape, refused=refused)
-    if "Conv1D" in classes:
-        return Weight(name, owner, "linear", shape, transposed=True, refused=refused)
-    if "Linear" in classes:
-        target = name if renames_target(owner, model_type) else owner
-        return Weight(name, target, "linear", shape, refused=refused)
+    refused = _refused(owner, module, parent, model_type)
+    kind, transposed = kind_of(module)
+    if kind is not None:
+        target = name if kind == "linear" and renames_target(owner, model_type) else owner
+        return Weight(name, target, kind, shape, transposed, refused)
     if len(shape) != 2:
         return Weight(name, name, None, shape)
     # PEFT knows no layer for the class (a router, say), but adapts any parameter by its own name.
     return Weight(name, name, "linear", shape, refused=refused)
+
+
+def kind_of(module: Any) -> tuple[Kind | None, bool]:
+    """Return the kind of a module by its class, and True if its weight is stored ``(in, out)``."""
+    classes = {base.__name__ for base in type(module).__mro__}
+    if "Embedding" in classes:
+        return "embedding", False
+    if "_ConvNd" in classes:
+        return "conv", False
+    if "Conv1D" in classes:
+        return "linear", True
+    return ("linear", False) if "Linear" in classes else (None, False)
 
 
 _AT_THE_TOP = "PEFT adapts no parameter of the outermost module"
@@ -107,8 +113,9 @@ def _is_stack(module: Any, name: str, local: str, shape: tuple[int, ...]) -> boo
     return counted or naming.is_in_experts(name) or (local == "weight" and shape[0] > 1)
 
 
-def _refused(owner: str, module: Any, parent: Any, classes: set[str], model_type: str) -> str:
+def _refused(owner: str, module: Any, parent: Any, model_type: str) -> str:
     """Return the reason why PEFT cannot adapt a module, or an empty string."""
+    classes = {base.__name__ for base in type(module).__mro__}
     if not owner:
         return "PEFT adapts modules of a model, not the model itself"
     leaf = owner.rpartition(".")[2]
@@ -117,7 +124,7 @@ def _refused(owner: str, module: Any, parent: Any, classes: set[str], model_type
     groups = getattr(module, "groups", 1)
     if "_ConvNd" in classes and groups > 1:
         return f"a convolution in {groups} groups, whose update is not a product of two matrices"
-    if any(base.__name__ == "_ConvTransposeNd" for base in type(module).__mro__):
+    if "_ConvTransposeNd" in classes:
         return "PEFT adapts no transposed convolution"
     if any(base.__name__ == "MultiheadAttention" for base in type(parent).__mro__) and leaf == "out_proj":
         return "nn.MultiheadAttention reads this weight itself: PEFT adapts the whole attention module"

@@ -14,7 +14,6 @@ from lorank.profiling.passes import (
     check_batches,
     checked_model,
     frozen,
-    trainable_inputs,
 )
 from lorank.profiling.probe import probing
 from lorank.profiling.sketch import GradientSketches, spectrum
@@ -85,6 +84,10 @@ def profile_gradients(
     -----
     Source: GARD, static variant. ``C_ab = <G_a, G_b> / M``; the effective rank is the smallest number
     of eigenvalues of C that hold `energy` of their sum.
+
+    A loss may hold gradients itself (forces, gradient penalties): backward passes that it runs are not
+    counted, but what they add to the gradient of the loss is. Modules that Accelerate offloads are
+    profiled as others; layers whose weight cannot be read are in `skipped` with the reason.
     """
     effective_rank([1.0], energy)  # Refused before any work.
     model = checked_model(model)
@@ -92,8 +95,10 @@ def profile_gradients(
     found = find_targets(model, targets)
     observer = GradientSketches(found.chosen, sketch, seed)
     taken: list[list[torch.Tensor | None]] = []
-    with frozen(model), trainable_inputs(model), probing(found.chosen, observer):
-        for count in backward_passes(model, batches, loss=loss, max_batches=max_batches, progress=progress):
+    with frozen(model), probing(found.chosen, observer) as probe:
+        for count in backward_passes(
+            model, batches, probe, loss=loss, max_batches=max_batches, progress=progress
+        ):
             taken.append(observer.take())
             check_finite(found.chosen, taken[-1], f"batch {count - 1}")
     rows = [

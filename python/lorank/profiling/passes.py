@@ -11,7 +11,10 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lorank.profiling.checkpointing import trainable_checkpoints
+from lorank.profiling.probe import Probe
 from lorank.progress import progress_bar
+from lorank.sources import offloaded
 
 Loss = Callable[[Any, Any], Any]
 
@@ -43,17 +46,16 @@ def _unwrapped(model: Any) -> Any:
 
 def check_weights(model: Any) -> None:
     """Raise ValueError for weights without values, or that autograd does not follow."""
-    for path, module in model.named_modules():
-        # What Accelerate has offloaded has values while it is called.
-        is_offloaded = hasattr(module, "_hf_hook")
-        for name, parameter in module.named_parameters(path, recurse=False):
-            if parameter.is_meta and not is_offloaded:
-                raise ValueError(f"{name} is on the meta device: load the model's weights first")
-            if parameter.is_inference():
-                raise ValueError(
-                    f"{name} was made under torch.inference_mode(), where autograd follows nothing: build or "
-                    "load the model outside of it"
-                )
+    # Offloaded weights are on the meta device but for the time of a call.
+    elsewhere = offloaded.loaders(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and id(parameter) not in elsewhere:
+            raise ValueError(f"{name} is on the meta device: load the model's weights first")
+        if parameter.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode(), where autograd follows nothing: build or "
+                "load the model outside of it"
+            )
 
 
 def check_batches(batches: Any) -> None:
@@ -66,70 +68,37 @@ def check_batches(batches: Any) -> None:
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """No parameter takes a gradient within the block; afterwards all is as it was, running means too."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [
+        (module, name, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     buffers = [(buffer, buffer.clone()) for module in norms for buffer in module.buffers(recurse=False)]
     try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
+        for module, name, _ in before:
+            module.get_parameter(name).requires_grad_(False)
         yield
     finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        # By name: Accelerate puts other parameters in the place of those that it offloads.
+        for module, name, required in before:
+            module.get_parameter(name).requires_grad_(required)
         for buffer, value in buffers:
             buffer.copy_(value)
 
 
-@contextmanager
-def trainable_inputs(model: Any) -> Iterator[None]:
-    """Let embeddings, or else inputs, ask for gradients, or checkpointed blocks would get none."""
-    handles = []
-    if _checkpoints(model):
-        handles = [found.register_forward_hook(_ask_for_output) for found in _embeddings(model)]
-        handles = handles or [model.register_forward_pre_hook(_ask_for_inputs, with_kwargs=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _embeddings(model: Any) -> list[Any]:
-    """What the inputs of the model, or of models within it, pass first; empty if none of them says."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        try:
-            embeddings = module.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(embeddings, torch.nn.Module):
-            found[id(embeddings)] = embeddings
-    return list(found.values())
-
-
-def _ask_for_output(_module: Any, _args: Any, output: Any) -> Any:
-    return _asking(output)
-
-
-def _ask_for_inputs(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return tuple(map(_asking, args)), {name: _asking(value) for name, value in kwargs.items()}
-
-
-def _asking(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.requires_grad:
-        return value
-    # The copy may be changed in place, which a leaf may not.
-    return value.detach().requires_grad_().clone()
-
-
-def _checkpoints(model: Any) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 def backward_passes(
-    model: Any, batches: Iterable[Any], *, loss: Loss | None, max_batches: int | None, progress: bool
+    model: Any,
+    batches: Iterable[Any],
+    probe: Probe,
+    *,
+    loss: Loss | None,
+    max_batches: int | None,
+    progress: bool,
 ) -> Iterator[int]:
     """Run forward and backward, and yield the number of batches so far after each.
+
+    The probe counts the backward pass of the loss, and none that the loss runs itself.
 
     Raises
     ------
@@ -139,23 +108,38 @@ def backward_passes(
     total = len(batches) if isinstance(batches, Sized) else max_batches
     total = total if max_batches is None or total is None else min(total, max_batches)
     count = 0
+    probe.is_counting = False
     with progress_bar("profiling", total or 0, enabled=progress and total is not None) as report:
         for count, batch in enumerate(islice(batches, max_batches), 1):
             # Whatever the caller has switched off.
-            with torch.inference_mode(False), torch.enable_grad():
-                value = loss_of(model, batch, loss)
+            with torch.inference_mode(False), torch.enable_grad(), trainable_checkpoints():
+                value = _checked_loss(model, batch, loss, count - 1)
                 if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
                     raise ValueError(
                         f"batch {count - 1}: the loss must be a number that depends on the model"
                     )
                 if not torch.isfinite(value):
                     raise ValueError(f"batch {count - 1}: the loss is {value.item()}")
-                value.backward()
+                with probe.counting():
+                    value.backward()
             report(1, f"loss {value.item():.4g}")
             del value  # With it goes what hooks keep of this batch, before there is the next.
             yield count
     if not count:
         raise ValueError("no batches: profiling needs at least one")
+
+
+def _checked_loss(model: Any, batch: Any, loss: Loss | None, index: int) -> torch.Tensor:
+    """The loss of a batch; a gradient by frozen parameters within it is refused in words."""
+    try:
+        return loss_of(model, batch, loss)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise ValueError(
+            f"batch {index}: the loss differentiates by the model's parameters, which are frozen while "
+            f"profiling, or by a tensor that requires none ({error})"
+        ) from error
 
 
 def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
@@ -182,7 +166,7 @@ def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
 
 
 def _moved(batch: Any, model: Any) -> Any:
-    """The batch on the model's device, in tensors that autograd may keep."""
+    """The batch on the model's device, in tensors that autograd may keep and that get no `.grad`."""
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
     if isinstance(batch, Mapping):
         return {key: _moved_value(value, device) for key, value in batch.items()}
@@ -191,4 +175,9 @@ def _moved(batch: Any, model: Any) -> Any:
 
 def _moved_value(value: Any, device: torch.device | None) -> Any:
     moved = value.to(device) if device is not None and hasattr(value, "to") else value
-    return moved.clone() if isinstance(moved, torch.Tensor) and moved.is_inference() else moved
+    if not isinstance(moved, torch.Tensor):
+        return moved
+    if moved.is_inference():
+        return moved.clone()
+    # A gradient belongs to the caller's tensor, and what it was computed from may not be gone through twice.
+    return moved.detach().requires_grad_() if moved.requires_grad else moved

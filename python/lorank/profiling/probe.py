@@ -1,7 +1,7 @@
 """Inputs and output gradients of modules, while somebody else runs the model.
 
 The gradient of a frozen weight is never computed by autograd, but it is ``G = sum delta x^T`` over the
-tokens: all that is needed passes through the module. A forward hook sees `x` and puts a hook on the
+tokens: all that is needed passes through the module. A forward hook sees `x` and puts a tap on the
 module's output, which sees `delta` when the backward pass comes by. So every backward pass counts once,
 also under gradient checkpointing, where forward passes run twice.
 """
@@ -15,51 +15,89 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import pad, unfold
 
+from lorank.profiling.taps import is_whole_pass, tapped
 from lorank.profiling.targets import Target
 
 
 class Observer(Protocol):
-    """Who wants to know."""
+    """Receives inputs and output gradients of modules."""
 
     def see_input(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """What to keep of the inputs ``(tokens, in)`` of the `index`-th module until the backward pass."""
+        """Return what to keep of the inputs ``(tokens, in)`` of the `index`-th module."""
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
         """Take the output gradients ``(tokens, out)``, with what was kept."""
 
+    def see_inner(self, index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
+        """Take rows of ``delta x^T`` that a gradient within the loss adds."""
+
+
+class Probe:
+    """Which backward passes the hooks on a model count: `is_counting` tells of those to come."""
+
+    def __init__(self) -> None:
+        self.is_counting = True
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count backward passes within the block, and none outside of such blocks any more."""
+        self.is_counting = True
+        try:
+            yield
+        finally:
+            self.is_counting = False
+
 
 @contextmanager
-def probing(targets: Sequence[Target], observer: Observer) -> Iterator[None]:
-    """Let an observer see all passes through the targets' modules within the block."""
+def probing(targets: Sequence[Target], observer: Observer) -> Iterator[Probe]:
+    """Let an observer see all passes through the targets' modules within the block.
+
+    A backward pass counts if it is one of all that requires a gradient, as `loss.backward()` is: not one
+    that a loss runs within itself for some tensors, as `torch.autograd.grad` by positions or pixels does.
+    """
+    probe = Probe()
     handles = [
-        target.module.register_forward_hook(_forward_hook(index, target, observer), with_kwargs=True)
+        target.module.register_forward_hook(_ModuleTap(probe, index, target, observer).hook, with_kwargs=True)
         for index, target in enumerate(targets)
     ]
     try:
-        yield
+        yield probe
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _forward_hook(index: int, target: Target, observer: Observer) -> Callable[..., Any]:
-    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not torch.is_grad_enabled():
+class _ModuleTap:
+    """Leads what passes through one module to the observer, as rows."""
+
+    def __init__(self, probe: Probe, index: int, target: Target, observer: Observer) -> None:
+        self._probe, self._index, self._target, self._observer = probe, index, target, observer
+
+    def __deepcopy__(self, _memo: Any) -> _ModuleTap:
+        return self
+
+    def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the outputs, watched; those of a copy of the model, which has the same hooks, are not."""
+        if module is not self._target.module or not torch.is_grad_enabled():
             return None
-        x = args[0] if args else kwargs["input"]
-        seen = output
-        if not output.requires_grad:
-            # Nothing before it is trained. The copy may be changed in place, which a leaf may not.
-            seen = output.detach().requires_grad_().clone()
-        kept = _apart(output, lambda: observer.see_input(index, rows_in(target, x.detach())))
+        return tapped(args[0] if args else kwargs["input"], output, self)
 
-        def see(gradient: torch.Tensor) -> None:
-            _apart(gradient, lambda: observer.see_gradient(index, kept, rows_out(target, gradient)))
+    def counts(self) -> bool:
+        return self._probe.is_counting and is_whole_pass()
 
-        seen.register_hook(see)
-        return None if seen is output else seen
+    def keep(self, x: torch.Tensor) -> torch.Tensor:
+        kept: torch.Tensor = _apart(
+            x, lambda: self._observer.see_input(self._index, rows_in(self._target, x.detach()))
+        )
+        return kept
 
-    return hook
+    def see(self, kept: torch.Tensor, delta: torch.Tensor) -> None:
+        rows = rows_out(self._target, delta.detach())
+        _apart(delta, lambda: self._observer.see_gradient(self._index, kept, rows))
+
+    def see_inner(self, x: torch.Tensor, delta: torch.Tensor) -> None:
+        rows = rows_out(self._target, delta.detach())
+        _apart(delta, lambda: self._observer.see_inner(self._index, rows_in(self._target, x.detach()), rows))
 
 
 def _apart(tensor: torch.Tensor, work: Callable[[], Any]) -> Any:
@@ -75,7 +113,7 @@ def rows_in(target: Target, x: torch.Tensor) -> torch.Tensor:
     layer = target.module
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     # By the layer's own list: what is one-sided, as under "same", is so here.
-    padded = pad(_batched(x).float(), layer._reversed_padding_repeated_twice, mode)
+    padded = pad(_images(x).float(), layer._reversed_padding_repeated_twice, mode)
     patches = unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
@@ -84,9 +122,10 @@ def rows_out(target: Target, gradient: torch.Tensor) -> torch.Tensor:
     """Output gradients as ``(tokens, out)``."""
     if not target.kernel:
         return gradient.reshape(-1, gradient.shape[-1])
-    pixels = _batched(gradient).flatten(2)
+    pixels = _images(gradient).flatten(2)
     return pixels.transpose(1, 2).reshape(-1, pixels.shape[1])
 
 
-def _batched(image: torch.Tensor) -> torch.Tensor:
-    return image if image.ndim == 4 else image[None]
+def _images(tensor: torch.Tensor) -> torch.Tensor:
+    """Images as ``(count, channels, height, width)``, however many dimensions count them."""
+    return tensor.reshape(-1, *tensor.shape[-3:])

@@ -38,6 +38,7 @@ class GradientSketches:
         self._seed = seed
         self._projections: dict[tuple[int, str], torch.Tensor | None] = {}
         self._current: list[torch.Tensor | None] = [None] * len(targets)
+        self._devices: dict[int, torch.device] = {}
 
     def see_input(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """``x P_in``, ``(tokens, k)``."""
@@ -45,9 +46,15 @@ class GradientSketches:
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
         """Add ``P_out delta^T x P_in`` to the batch's sketch."""
-        gradient = self._projected(index, "out", delta).T @ kept
+        delta = self._projected(index, "out", delta)
+        gradient = delta.T @ kept.to(delta.device)
+        self._devices[index] = gradient.device
         current = self._current[index]
         self._current[index] = gradient if current is None else current.add_(gradient)
+
+    def see_inner(self, index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
+        """Add ``P_out delta^T x P_in``, too: the gradient is the sum of all such terms."""
+        self.see_gradient(index, self.see_input(index, x), delta)
 
     def take(self) -> list[torch.Tensor | None]:
         """The sketches of all that was seen since the last call, None where no gradient came by."""
@@ -66,9 +73,11 @@ class GradientSketches:
         return (out, fan_in) if self.size is None else (min(out, self.size), min(fan_in, self.size))
 
     def device(self, index: int) -> torch.device:
-        """Where a module's sketch is: with the module."""
-        device: torch.device = self._targets[index].module.weight.device
-        return device
+        """Where a module's sketch is: with its gradients, or with the module before there were any."""
+        module = self._targets[index].module
+        device: torch.device = module.weight.device
+        is_offloaded = device.type == "meta" and hasattr(module, "_hf_hook")
+        return self._devices.get(index, torch.device("cpu") if is_offloaded else device)
 
     def drop_projections(self) -> None:
         """Free them; they are drawn again, the same, when they are needed."""
@@ -107,7 +116,7 @@ def spectrum(sketches: Sequence[torch.Tensor | None]) -> npt.NDArray[np.float64]
     seen = [sketch.flatten().double() for sketch in sketches if sketch is not None]
     values = np.zeros(count)
     if seen:
-        stacked = torch.stack(seen)
+        stacked = torch.stack([sketch.to(seen[-1].device) for sketch in seen])
         gram = (stacked @ stacked.T).cpu().numpy() / count
         values[: len(seen)] = np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None)
     return values

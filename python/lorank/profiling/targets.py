@@ -8,6 +8,8 @@ from typing import Any
 
 from lorank import naming
 from lorank.modules.live_modules import named_modules
+from lorank.modules.weight import kind_of
+from lorank.signals import AdaptedModule
 from lorank.sources import live
 from lorank.sources.base import MatrixInfo, Skipped, Source
 
@@ -61,10 +63,29 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
     from lorank.allocation import adaptable_modules, targeted
 
     source = live.from_module(model)
-    names = {module.name for module in targeted(adaptable_modules(source), targets)}
+    unread = _unread(model, source)
+    every = [*adaptable_modules(source), *(AdaptedModule(name, "linear", (0, 0)) for name in unread)]
+    names = {module.name for module in targeted(every, targets)}
     found = named_targets(model, source, names)
     if not found.chosen:
         raise ValueError(f"targets {targets!r} select no module of {source.label} that can be profiled")
+    left_out = [skipped for name, skipped in unread.items() if name in names]
+    return Targets(found.chosen, (*found.skipped, *left_out), source)
+
+
+def _unread(model: Any, source: Source) -> dict[str, Skipped]:
+    """Layers whose weight the source could not read, by name: quantized with no way back, or partitioned."""
+    modules = {prefix.removesuffix("."): module for prefix, module in named_modules(model)}
+    read = {matrix.info.module for matrix in source.matrices}
+    found: dict[str, Skipped] = {}
+    for skipped in source.skipped:
+        name, _, local = skipped.name.rpartition(".")
+        is_tied = skipped.reason.startswith("tied to")
+        if name in read or name not in modules or "weight" not in local or is_tied:
+            continue
+        kind = kind_of(modules[name])[0]
+        if kind in ("linear", "conv") or (kind is None and len(skipped.shape) >= 2):
+            found.setdefault(name, Skipped(name, skipped.shape, skipped.reason))
     return found
 
 
@@ -77,9 +98,10 @@ def named_targets(model: Any, source: Source, names: Container[str]) -> Targets:
         info = matrix.info
         if info.module not in names:
             continue
-        module = modules.get(info.module)
-        if module is None or info.kind in ("expert", "embedding"):
-            reason = f"an {info.kind}: its gradient does not follow from what goes in and out"
+        module = modules.get(naming.without_parameter(info.module))
+        if module is None or info.kind in ("expert", "embedding") or kind_of(module)[0] is None:
+            what = f"an {info.kind}" if info.kind != "linear" else f"a {type(module).__name__}"
+            reason = f"{what}: its gradient does not follow from what goes in and out"
             skipped[info.module] = Skipped(info.module, info.shape, reason)
         elif info.kind == "conv" and not _is_plain_convolution(module):
             skipped[info.module] = Skipped(info.module, info.shape, "a convolution that is not plainly 2-D")

@@ -17,7 +17,6 @@ from lorank.profiling.passes import (
     check_batches,
     checked_model,
     frozen,
-    trainable_inputs,
 )
 from lorank.profiling.probe import probing
 from lorank.profiling.targets import Target, find_targets
@@ -77,6 +76,9 @@ def profile_tasks(
     Give more tokens than the widest module has inputs: with fewer, the estimates say little, and they
     take longer, as the sums cannot be factored by Cholesky.
 
+    Of a loss that holds gradients itself, the rows are those of the outer backward pass; modules through
+    which an inner one passes are flagged.
+
     Source: Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation; K* per module is the
     paper's open problem.
     """
@@ -87,7 +89,7 @@ def profile_tasks(
     first, batches = _with_first(batches)
     rows: dict[int, ModuleTask] = {}
     num_samples = 0
-    with frozen(model), trainable_inputs(model):
+    with frozen(model):
         groups = _shared_inputs(model, found.chosen, first, loss)
         while groups:
             passes = _passes(groups, found.chosen, folds, memory)
@@ -95,13 +97,16 @@ def profile_tasks(
             for members in passes:
                 _check_again(batches, len(passes), bool(rows))
                 observer = _TaskSums(members, found.chosen, folds, memory)
-                with probing([found.chosen[index] for index in observer.order], observer):
+                with probing([found.chosen[index] for index in observer.order], observer) as probe:
                     for _ in backward_passes(
-                        model, batches, loss=loss, max_batches=max_batches, progress=progress
+                        model, batches, probe, loss=loss, max_batches=max_batches, progress=progress
                     ):
                         observer.end_batch()
                 tasks = observer.tasks
-                rows |= {i: _row(found.chosen[i], tasks[i], space) for i in observer.settled}
+                rows |= {
+                    i: _row(found.chosen[i], tasks[i], space, i in observer.with_inner)
+                    for i in observer.settled
+                }
                 num_samples = max(num_samples, *(task.num_samples for task in tasks.values()))
                 # Modules that came to read other rows than their group are looked at one by one.
                 groups += [(index,) for index in observer.order if index not in observer.settled]
@@ -170,6 +175,8 @@ class _TaskSums:
     settled
         The modules whose sums are complete: not those that came to read other rows than the rest of
         their group when no memory was left for inputs of their own.
+    with_inner
+        The modules through which a gradient within the loss passes.
     """
 
     def __init__(
@@ -177,6 +184,7 @@ class _TaskSums:
     ) -> None:
         self.order = [index for group in groups for index in group]
         self.settled = set(self.order)
+        self.with_inner: set[int] = set()
         self.tasks: dict[int, TaskSpectrum] = {}
         self._targets = targets
         self._folds = folds
@@ -210,6 +218,11 @@ class _TaskSums:
                 f"batch {self._batch}: {name}, X its inputs and Y its output gradients: {error}"
             ) from error
         self._reads[target].append(read)
+
+    def see_inner(self, index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
+        """Remember the module: this part of its gradient has no rows of inputs and outputs."""
+        if bool(delta.any()) and bool(x.any()):
+            self.with_inner.add(self.order[index])
 
     def end_batch(self) -> None:
         """Add what was read, once for all that read the same."""
@@ -264,14 +277,17 @@ class _Reads:
         """Remember who read it."""
         self.reads[index].append(_read(kept, delta))
 
+    def see_inner(self, index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
+        """Pass over it: these are no inputs."""
+
 
 def _shared_inputs(
     model: Any, targets: Sequence[Target], batch: Any, loss: Loss | None
 ) -> list[tuple[int, ...]]:
     """Groups of modules that read the same rows of one input, every module in one group."""
     observer = _Reads(len(targets))
-    with probing(targets, observer):
-        for _ in backward_passes(model, [batch], loss=loss, max_batches=1, progress=False):
+    with probing(targets, observer) as probe:
+        for _ in backward_passes(model, [batch], probe, loss=loss, max_batches=1, progress=False):
             pass
     groups: dict[object, list[int]] = {}
     for index, reads in enumerate(observer.reads):
@@ -320,7 +336,10 @@ def _output_bytes(target: Target, folds: int) -> int:
     return 8 * folds * fan_in * out
 
 
-def _row(target: Target, task: TaskSpectrum, space: Space) -> ModuleTask:
+_INNER = "the loss holds a gradient that passes through it: that part of its task is left out"
+
+
+def _row(target: Target, task: TaskSpectrum, space: Space, has_inner: bool) -> ModuleTask:
     info = target.info
     identity: dict[str, Any] = {
         "name": info.name,
@@ -339,7 +358,7 @@ def _row(target: Target, task: TaskSpectrum, space: Space) -> ModuleTask:
             num_above=0,
             singular_values=np.empty(0),
             predicted_r2=np.empty(0),
-            flags=("no gradient reached it",),
+            flags=(_INNER,) if has_inner else ("no gradient reached it",),
         )
     found = task.estimate(space=space)
     return ModuleTask(
@@ -352,7 +371,7 @@ def _row(target: Target, task: TaskSpectrum, space: Space) -> ModuleTask:
         num_above=found.num_above,
         singular_values=found.singular_values,
         predicted_r2=found.predicted_r2,
-        flags=found.flags,
+        flags=(*found.flags, _INNER) if has_inner else found.flags,
     )
 
 

@@ -14,9 +14,9 @@ from lorank import extras
 from lorank._core import Checkpoint, FormatError, Matrix
 from lorank.json_files import read_json
 from lorank.modules.building import Unknown, build
-from lorank.sources import quantization
+from lorank.sources import quantization, recognise
 from lorank.sources.assembly import assemble
-from lorank.sources.base import Source
+from lorank.sources.base import Skipped, Source
 from lorank.sources.quantization import with_quantization
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def open_path_or_hub_id(source: str | Path) -> Source:
 
 def open_path(path: Path, label: str) -> Source:
     """Open a safetensors file, index or folder, or a pickled state dict."""
+    path = recognise.model_weights(path, label)
     if path.is_dir():
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.safetensors.index.json")):
             return _open_pickles(path, label)
@@ -53,21 +54,34 @@ def open_path(path: Path, label: str) -> Source:
 def _open_safetensors(path: Path, label: str) -> Source:
     checkpoint = Checkpoint(path)
     tensors = checkpoint.tensors()
-    source = assemble(label, StoredFiles(checkpoint), *model_of(path, [name for name, _, _ in tensors]))
-    return replace(source, fingerprint=_fingerprint(checkpoint.files(), tensors))
+    stored = StoredFiles(checkpoint, label)
+    source = assemble(label, stored, *model_of(path, stored.entries().keys()))
+    fingerprint = _fingerprint(checkpoint.files(), tensors)
+    return replace(source, skipped=(*source.skipped, *stored.skipped), fingerprint=fingerprint)
 
 
 class StoredFiles:
-    """The tensors of a safetensors checkpoint, which stay on disk."""
+    """The tensors of a safetensors checkpoint, which stay on disk, by the names that they have without PEFT.
+
+    Raises
+    ------
+    FormatError
+        If they are those of an adapter.
+    """
 
     is_unordered = True
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, label: str) -> None:
         self._checkpoint = checkpoint
-        self._entries = {
-            name: (position, dtype, tuple(shape))
-            for position, (name, dtype, shape) in enumerate(checkpoint.tensors())
-        }
+        self.skipped: list[Skipped] = []
+        self._entries: dict[str, tuple[int, str, tuple[int, ...]]] = {}
+        tensors = checkpoint.tensors()
+        base = recognise.base_tensors(label, [name for name, _, _ in tensors])
+        for position, (name, dtype, shape) in enumerate(tensors):
+            if name in base:
+                self._entries[base[name]] = (position, dtype, tuple(shape))
+            else:
+                self.skipped.append(Skipped(name, tuple(shape), recognise.left_out(name)))
 
     def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return every tensor's element type and shape, in the files' order."""
@@ -111,7 +125,7 @@ def model_of(path: Path, names: Collection[str]) -> tuple[Mapping[str, Any], Ske
 def _open_pickles(path: Path, label: str) -> Source:
     from lorank.sources import state_dict
 
-    tensors = state_dict.StoredArrays(state_dict.read_pickles(path))
+    tensors = state_dict.StoredArrays(state_dict.read_pickles(path), label)
     source = assemble(label, tensors, *model_of(path, tensors.entries().keys()))
     return replace(source, skipped=(*tensors.skipped, *source.skipped))
 

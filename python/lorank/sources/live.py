@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from lorank._core import Matrix
-from lorank.modules.live_modules import named_modules
+from lorank.modules.live_modules import is_module, named_modules
 from lorank.modules.skeleton import Skeleton
-from lorank.sources import arrays, dequantized, quantized
+from lorank.sources import arrays, dequantized, offloaded, quantized
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
 from lorank.sources.live_packing import LivePacking, declared_by
@@ -21,8 +21,9 @@ def from_module(model: Any) -> Source:
     """A source over a live model's parameters, which stay where they are.
 
     Modules that share a parameter are tied: the first counts, the others are skipped. Quantized
-    weights are dequantized one matrix at a time. Adapters of PEFT are left out: the base model is
-    what is analysed, under the names that it has without PEFT, a compiler or data parallelism.
+    weights are dequantized, and offloaded ones fetched, one matrix at a time. Adapters of PEFT are left
+    out: the base model is what is analysed, under the names that it has without PEFT, a compiler or data
+    parallelism.
     """
     weights = list(_weights(model))
     packed = LivePacking(
@@ -35,17 +36,19 @@ def from_module(model: Any) -> Source:
     skipped: list[Skipped] = []
     owners: dict[int, str] = {}
     counts: list[int | str] = []
+    ties = offloaded.ties(model)
     for name, weight, shape in weights:
         if weight.is_buffer and not packed.holds(name):
             continue
-        owner = owners.setdefault(id(weight.parameter), name)
+        identity = id(weight.parameter)
+        owner = owners.setdefault(ties.get(identity, identity), name)
         if owner != name:
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
             continue
         counts.append(packed.parameters(name) if weight.is_direct else math.prod(shape))
         found = packed.reason(name) or _matrices(layout, name, weight, packed.loader(name))
         if isinstance(found, str):
-            load = partial(_as_row, weight.parameter) if weight.is_readable else None
+            load = partial(_as_row, weight.values) if weight.is_readable else None
             skipped.append(Skipped(name, shape, found, load))
         else:
             matrices += found
@@ -67,14 +70,31 @@ def from_module(model: Any) -> Source:
 
 
 class _Weight:
-    """A parameter or buffer and the module that owns it."""
+    """A parameter or buffer, the module that owns it, and the way to its values if they are offloaded."""
 
-    __slots__ = ("is_buffer", "module", "parameter")
+    __slots__ = ("elsewhere", "is_buffer", "module", "parameter")
 
-    def __init__(self, module: Any, parameter: Any, is_buffer: bool = False) -> None:
+    def __init__(
+        self,
+        module: Any,
+        parameter: Any,
+        elsewhere: Callable[[], Any] | None = None,
+        *,
+        is_buffer: bool = False,
+    ) -> None:
         self.module = module
         self.parameter = parameter
+        self.elsewhere = elsewhere
         self.is_buffer = is_buffer
+
+    def values(self) -> Any:
+        """Return the tensor that holds the values."""
+        return self.parameter if self.elsewhere is None else self.elsewhere()
+
+    @property
+    def has_values(self) -> bool:
+        """True if there are any."""
+        return self.elsewhere is not None or self.parameter.device.type != "meta"
 
     @property
     def is_direct(self) -> bool:
@@ -85,16 +105,18 @@ class _Weight:
     def is_readable(self) -> bool:
         """Whether it is such a tensor, holds something, and lies somewhere."""
         parameter = self.parameter
-        has_values = parameter.device.type != "meta" and parameter.numel() > 0
+        has_values = self.has_values and parameter.numel() > 0
         return self.is_direct and has_values and arrays.dtype_name(parameter) in FLOAT_TYPES
 
 
 def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
-    """Every parameter and buffer of the base model, with the shape that it has when dequantized."""
+    """Yield every parameter and buffer of the base model, with the shape that it has when dequantized."""
+    elsewhere = offloaded.loaders(model)
     for prefix, module in named_modules(model):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = "weight" if quantized.is_hqq(module, parameter) else local
-            yield prefix + name, _Weight(module, parameter), quantized.shape(parameter, module)
+            weight = _Weight(module, parameter, elsewhere.get(id(parameter)))
+            yield prefix + name, weight, quantized.shape(parameter, module)
         for local, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             yield prefix + local, _Weight(module, buffer, is_buffer=True), tuple(buffer.shape)
 
@@ -103,7 +125,10 @@ def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
     """Yield weights behind a method or in buffers of unknown codes, and their numbers of parameters."""
     for prefix, module in named_modules(model):
         kind = type(module).__name__
-        if "weight" not in module._modules and callable(getattr(module, "weight", None)):
+        if "weight" in getattr(module, "parametrizations", ()):
+            shape = tuple(module.weight.shape)
+            yield Skipped(f"{prefix}weight", shape, f"computed from other parameters ({kind})"), 0
+        elif callable(weight := getattr(module, "weight", None)) and not is_module(weight):
             shape = tuple(module.weight().shape)
             reason = f"quantized ({kind}), not a parameter"
             yield Skipped(f"{prefix}weight", shape, reason), math.prod(shape)
@@ -131,13 +156,15 @@ def _matrices(
     layout: Layout, name: str, weight: _Weight, packed: tuple[str, dequantized.Loader] | None
 ) -> list[SourceMatrix] | str:
     parameter = weight.parameter
-    if parameter.device.type == "meta":
+    if not weight.has_values:
         return "on the meta device: it has no values"
     load: Callable[[], Any] | None = None
     if packed is not None:
         name, dtype = packed[0], "float32"
     elif weight.is_direct:
-        dtype, load = arrays.dtype_name(parameter), partial(_identity, parameter)
+        dtype, load = arrays.dtype_name(parameter), weight.values
+    elif weight.elsewhere is not None:
+        return f"quantized ({type(parameter).__name__}) and offloaded"
     else:
         dtype, load = "float32", quantized.loader(weight.module, parameter)
         if load is None:
@@ -145,7 +172,8 @@ def _matrices(
     found = layout.matrices(name, dtype)
     if isinstance(found, str):
         return found
-    lazy = packed is not None or not weight.is_direct or arrays.needs_copy(parameter)
+    is_elsewhere = packed is not None or weight.elsewhere is not None
+    lazy = is_elsewhere or not weight.is_direct or arrays.needs_copy(parameter)
     described = []
     for m in found:
         if packed is not None:
@@ -155,10 +183,6 @@ def _matrices(
             values = partial(_load, load, m.index, m.rows, m.cols)
         described.append(SourceMatrix(m.info, values, lazy, m.transposed, m.kernel))
     return described
-
-
-def _identity(value: Any) -> Any:
-    return value
 
 
 def _load(values: Callable[[], Any], index: int, rows: int, cols: int) -> Matrix:
@@ -171,5 +195,5 @@ def _load_packed(load: dequantized.Loader, expert: int | None, rows: int, cols: 
     return arrays.matrix(load(expert).reshape(rows, cols).contiguous())
 
 
-def _as_row(parameter: Any) -> Matrix:
-    return arrays.matrix(parameter.reshape(1, -1))
+def _as_row(values: Callable[[], Any]) -> Matrix:
+    return arrays.matrix(values().reshape(1, -1))

@@ -16,7 +16,7 @@ from lorank import extras
 from lorank._core import FormatError, Matrix
 from lorank.json_files import read_json
 from lorank.modules.building import Unknown
-from lorank.sources import arrays, quantized
+from lorank.sources import arrays, quantized, recognise
 from lorank.sources.assembly import assemble
 from lorank.sources.base import Skipped, Source
 
@@ -32,33 +32,39 @@ def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
 
     Tensors that share memory and shape are tied: the first name counts, the others are skipped.
     """
-    tensors = StoredArrays(mapping)
+    tensors = StoredArrays(mapping, label)
     source = assemble(label, tensors, {}, Unknown("an array tells nothing of its model"))
     return replace(source, skipped=(*tensors.skipped, *source.skipped))
 
 
 class StoredArrays:
-    """Arrays and tensors of a mapping, which stay where they are.
+    """Arrays and tensors of a mapping, which stay where they are, by the names that they have without PEFT.
 
     Raises
     ------
+    FormatError
+        If they are those of an adapter.
     TypeError
         If a name is not a string.
     """
 
     is_unordered = False
 
-    def __init__(self, mapping: Mapping[str, Any]) -> None:
+    def __init__(self, mapping: Mapping[str, Any], label: str) -> None:
         self.skipped: list[Skipped] = []
         self._values: dict[str, Any] = {}
         self._shared: dict[str, str] = {}
         # Tensors of a quantization library's own kind, which can be dequantized.
         self._own_kinds: set[str] = set()
         owners: dict[object, str] = {}
-        for name, value in mapping.items():
-            if not isinstance(name, str):
-                raise TypeError(f"names are strings, got {name!r}")
-            if not arrays.is_array(value):
+        if unnamed := [name for name in mapping if not isinstance(name, str)]:
+            raise TypeError(f"names are strings, got {unnamed[0]!r}")
+        base = recognise.base_tensors(label, mapping)
+        for key, value in mapping.items():
+            name = base.get(key, key)
+            if key not in base:
+                self.skipped.append(Skipped(key, _shape(value), recognise.left_out(key)))
+            elif not arrays.is_array(value):
                 self.skipped.append(Skipped(name, (), f"{type(value).__name__}, not an array"))
             elif not arrays.is_dense(value):
                 reason = "a sparse tensor: make it dense to analyse it"
@@ -110,6 +116,10 @@ class StoredArrays:
     def metadata(self) -> Mapping[str, str]:
         """Nothing: a mapping has no metadata."""
         return {}
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if arrays.is_array(value) else ()
 
 
 def read_pickles(path: Path) -> Mapping[str, Any]:

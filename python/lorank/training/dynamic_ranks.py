@@ -408,7 +408,7 @@ class DynamicRanks:
         return {module.name: int(rank) for module, rank in zip(self._modules, shared, strict=True)}
 
     def _shared(self, values: Sequence[float]) -> list[float]:
-        return of_first_process(values, self._targets[0].module.weight.device)
+        return of_first_process(values, self._window.device)
 
     def _cost(self, ranks: Mapping[str, int]) -> int:
         return sum(ranks[module.name] * module.cost for module in self._modules)

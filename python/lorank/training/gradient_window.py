@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lorank._core import FormatError
-from lorank.profiling.probe import probing
+from lorank.profiling.probe import Probe, probing
 from lorank.profiling.sketch import GradientSketches
 from lorank.profiling.targets import Target
 from lorank.training.data_parallel import averaged
@@ -33,13 +33,18 @@ class GradientWindow:
         self._targets = targets
         self._sketches = GradientSketches(targets, size, seed)
         self._scaler, self._scale = scaler, 1.0
-        self._probe: AbstractContextManager[None] | None = None
+        self._probe: AbstractContextManager[Probe] | None = None
         self._steps: list[list[torch.Tensor]] = []
 
     @property
     def size(self) -> int | None:
         """The sketches' size."""
         return self._sketches.size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first module's sketches are."""
+        return self._sketches.device(0)
 
     def __len__(self) -> int:
         """Steps that were kept."""

@@ -1,0 +1,207 @@
+"""Recognises what a path or a set of tensors holds: a model, an adapter, or neither.
+
+Commands about models and commands about adapters ask here, so that each refuses what the others read, by
+name and with the command to run instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorank._core import FormatError
+from lorank.json_files import read_json
+
+_SETTINGS = "adapter_config.json"
+
+# Keys of adapters: the module before them, and what the adapter is called.
+_ADAPTERS = {
+    re.compile(rf"(?P<module>.+?){key}"): words
+    for key, words in {
+        r"\.lora_(?:embedding_)?[ABE](?:\.\w+)?(?:\.(?:weight|bias))?": "LoRA",
+        r"\.lora_magnitude_vector(?:\.\w+)*": "DoRA",
+        r"(?:\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(?:up|down|mid)\.weight": "LoRA",
+        r"_lora\.[AB]\.weight": "LoRA",
+        r"\.lora_[ab](?:\.weight)?": "LoRA of MLX or torchtune",
+        r"\.hada_\w+": "LoHa",
+        r"\.lokr_\w+": "LoKr",
+        r"\.b?oft_\w+(?:\.weight)?": "OFT",
+        r"\.ia3_l(?:\.\w+)*": "IA3",
+        r"\.vera_lambda_\w+(?:\.\w+)*": "VeRA",
+        r"\.on_input": "IA3",
+    }.items()
+}
+_READABLE = ("LoRA", "DoRA", "LORA", "ADALORA")
+
+# Files beside a model's or an adapter's that hold neither's weights.
+_ADAPTER_FILES = re.compile(r"adapter_model\.(?:safetensors|bin)|(?:\d+_)?adapters\.safetensors")
+_TRAINING_FILES = re.compile(
+    r"(?:optimizer|scheduler|scaler|rng_state\w*|training_args|random_states\w*|lorank_gard)(?:_\d+)?\.\w+"
+)
+_TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab\..*|merges\.txt|spiece\.model|sentencepiece.*")
+
+_OTHER_ADAPTERS = re.compile(r"\.(?:diff|diff_b|dora_scale|alpha|[ab][12]\.weight)$")
+
+_PREFIX = "base_model.model."
+_COPY = re.compile(r"\.modules_to_save\.\w+\.")
+
+
+def model_weights(path: Path, label: str) -> Path:
+    """The file, index or folder to read a model from, without an adapter that lies beside it.
+
+    Raises
+    ------
+    FormatError
+        If the path holds an adapter and no model, or no weights at all.
+    """
+    if path.is_file():
+        if path.name == _SETTINGS or _ADAPTER_FILES.fullmatch(path.name):
+            raise FormatError(_not_a_model(label, path.parent))
+        return path
+    names = sorted(file.name for file in path.iterdir())
+    weights = [name for name in names if _may_be_model(name)]
+    if weights:
+        is_mixed = len(weights) == 1 and any(map(_ADAPTER_FILES.fullmatch, names))
+        return path / weights[0] if is_mixed else path
+    if _SETTINGS in names or any(map(_ADAPTER_FILES.fullmatch, names)):
+        raise FormatError(_not_a_model(label, path))
+    raise FormatError(f"{label}: holds no .safetensors or .bin file{_contents(names, 'model')}")
+
+
+def _may_be_model(name: str) -> bool:
+    """Whether a file of this name can hold a model's weights, or an index of them."""
+    is_weights = name.endswith((".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json"))
+    return is_weights and not _ADAPTER_FILES.fullmatch(name) and not _TRAINING_FILES.fullmatch(name)
+
+
+def _contents(names: Collection[str], wanted: str) -> str:
+    """What a folder without weights holds, as the end of a sentence."""
+    if not names:
+        return ": the folder is empty"
+    for files, words in ((_TRAINING_FILES, "the state of a training"), (_TOKENIZER_FILES, "a tokenizer")):
+        if any(map(files.fullmatch, names)):
+            return f", but {words}: name the folder of the {wanted}"
+    return ", but a model's settings" if "config.json" in names else ""
+
+
+def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
+    """The tensors of a model by the names that they have without PEFT; factors of adapters are left out.
+
+    Raises
+    ------
+    FormatError
+        If the tensors are those of an adapter, or the state of an optimizer.
+    """
+    if {"state", "param_groups"} <= set(names):
+        raise FormatError(f"{label}: is the state of an optimizer, which holds no weights of a model")
+    owners = _owners(names)
+    if not owners:
+        return {name: name for name in names}
+    if not _holds_model(names, owners):
+        raise FormatError(_refusal(label, f"an adapter ({next(iter(owners.values()))})"))
+    return {name: _without_peft(name) for name in names if _method(name) is None and not _COPY.search(name)}
+
+
+def left_out(name: str) -> str:
+    """The reason why `base_tensors` leaves a tensor out."""
+    return "trained by PEFT beside the base weight" if _COPY.search(name) else "a factor of an adapter"
+
+
+def check_adapter_folder(path: Path) -> None:
+    """Raise FormatError for a folder without an adapter: a model's, or one without weights."""
+    names = sorted(file.name for file in path.iterdir())
+    weights = [name for name in names if _may_be_model(name)]
+    is_model = any(name.endswith(".index.json") for name in weights) or any(
+        name.startswith(("model", "pytorch_model")) for name in weights
+    )
+    if is_model or ("config.json" in names and weights):
+        raise FormatError(_not_an_adapter(str(path), "a model"))
+    if not weights and not any(map(_ADAPTER_FILES.fullmatch, names)):
+        found = _contents(names, "adapter")
+        raise FormatError(f"{path}: holds neither {_SETTINGS} nor a .safetensors file{found}")
+
+
+def check_adapter_tensors(label: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise FormatError for the tensors of a model."""
+    owners = _owners(shapes)
+    if owners and _holds_model(shapes, owners):
+        raise FormatError(_not_an_adapter(label, "a model with an adapter in it"))
+    is_weight = any(name.endswith("weight") and len(shape) >= 2 for name, shape in shapes.items())
+    is_other = any(map(_OTHER_ADAPTERS.search, shapes))
+    if not owners and is_weight and not is_other:
+        raise FormatError(_not_an_adapter(label, "the weights of a model"))
+
+
+def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """Why a folder with settings of an adapter and without PEFT's file of weights cannot be read."""
+    names = [file.name for file in folder.iterdir()]
+    if any(name.endswith("adapters.safetensors") for name in names) and "peft_type" not in settings:
+        return f"{folder}: is an adapter of MLX, which is not read: convert it to PEFT's format"
+    if any(map(_may_be_model, names)):
+        return _not_an_adapter(str(folder), f"a model beside {_SETTINGS}")
+    return None
+
+
+def _method(name: str) -> str | None:
+    return next((words for key, words in _ADAPTERS.items() if key.fullmatch(name)), None)
+
+
+def _owners(names: Iterable[str]) -> dict[str, str]:
+    """The modules that have factors, with what kind of adapter these are of."""
+    found: dict[str, str] = {}
+    for name in names:
+        for key, words in _ADAPTERS.items():
+            if match := key.fullmatch(name):
+                found.setdefault(match["module"], words)
+                break
+    return found
+
+
+def _holds_model(names: Iterable[str], owners: Collection[str]) -> bool:
+    """Whether most modules with factors have their base weight, too."""
+    based = {
+        name.rpartition(".")[0].partition(".base_layer")[0]
+        for name in names
+        if _method(name) is None and not name.endswith((".bias", ".alpha", ".dora_scale", ".diff", ".diff_b"))
+    }
+    return 2 * sum(owner.partition(".base_layer")[0] in based for owner in owners) >= len(owners)
+
+
+def _without_peft(name: str) -> str:
+    name = name.removeprefix(_PREFIX)
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _not_a_model(label: str, folder: Path) -> str:
+    settings = _settings(folder)
+    if "peft_type" not in settings:
+        is_mlx = any(name.name.endswith("adapters.safetensors") for name in folder.iterdir())
+        return _refusal(label, "an adapter of MLX" if is_mlx else "a PEFT adapter (LoRA)")
+    kind = str(settings["peft_type"]).upper().rpartition(".")[2]
+    return _refusal(label, f"a PEFT adapter ({kind})", settings.get("base_model_name_or_path"))
+
+
+def _refusal(label: str, words: str, base: Any = None) -> str:
+    text = f"{label}: is {words}, not a model"
+    if words.endswith(tuple(f"({kind})" for kind in _READABLE)):
+        text += ": `lorank info`, `lorank compress` and `lorank check` read adapters"
+    if isinstance(base, str) and base:
+        text += f"; its base model is {base}"
+    return text
+
+
+def _not_an_adapter(label: str, words: str) -> str:
+    return (
+        f"{label}: holds {words}, not an adapter: `lorank analyze` reads models, and `lorank extract` "
+        "makes an adapter of two of them"
+    )
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    try:
+        settings = read_json(folder / _SETTINGS)
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
