@@ -8,7 +8,7 @@ FIGURES := build-bench
 
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
-.PHONY: help demo test test-rust test-python bench lint format clean
+.PHONY: help demo test test-rust test-python sweep bench lint format clean
 
 help: ## Show the verbs.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -29,7 +29,10 @@ test-rust:
 	cargo test --release --package lorank
 
 test-python: $(VENV)/installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+
+sweep: $(VENV)/installed ## Allocate for and extract from every architecture of transformers (about 15 minutes).
+	$(BIN)/pytest -m slow -s
 
 bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two hours).
 	$(BIN)/pip install --quiet --editable '.[bench]'
@@ -58,6 +61,7 @@ lint: $(VENV)/installed ## Check format, lints, types and stubs.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.13
 	$(BIN)/python -m mypy.stubtest lorank._core
 
 format: $(VENV)/installed ## Rewrite files in the house format.
