@@ -119,7 +119,7 @@ def test_modules_that_lose_all_rank_are_not_adapted_again(
 def test_a_sum_adapts_the_modules_of_both(tmp_path: Path) -> None:
     for name, targets in (("a", "blocks.1.proj_out"), ("b", "blocks.2.proj_in")):
         trained({"target_modules": targets}).save_pretrained(tmp_path / name)
-    merged = lorank.merge([tmp_path / "a", tmp_path / "b"], energy=1.0, progress=False)
+    merged = lorank.merge([tmp_path / "a", tmp_path / "b"], energy=1.0, force=True, progress=False)
     merged.save(tmp_path / "sum")
     found = adapted(PeftModel.from_pretrained(net(), tmp_path / "sum"))
     assert set(found) == {"blocks.1.proj_out", "blocks.2.proj_in"}

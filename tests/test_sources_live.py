@@ -72,8 +72,11 @@ def expected_rows(model: Any) -> dict[str, tuple[str, str, Array]]:
                 rows[module_name] = ("embedding", module_name, values)
             elif local == "weight" and isinstance(module, nn.Conv2d):
                 rows[module_name] = ("conv", module_name, values.reshape(len(values), -1))
-            elif local == "weight" and (isinstance(module, nn.Linear) or "Router" in type(module).__name__):
+            elif local == "weight" and isinstance(module, nn.Linear):
                 rows[module_name] = ("linear", module_name, values)
+            elif local == "weight" and "Router" in type(module).__name__:
+                # PEFT has no layer of the class: it adapts the parameter by its own name.
+                rows[module_name] = ("linear", f"{module_name}.weight", values)
             elif local == "weight" and isinstance(module, Conv1D):
                 rows[module_name] = ("linear", module_name, values.T)
     return rows
@@ -120,7 +123,8 @@ def test_every_parameter_has_a_row_with_the_singular_values_of_numpy_or_a_reason
         assert (row.kind, row.module, row.dtype) == (kind, module, "float32"), row.name
         assert (row.expert is not None) == (kind == "expert"), row.name
         assert_spectrum(row, matrix)
-    rows = {row.module if row.kind == "expert" else f"{row.module}.weight" for row in report}
+    modules = {row.module.removesuffix(".weight"): row.kind for row in report}
+    rows = {name if kind == "expert" else f"{name}.weight" for name, kind in modules.items()}
     skipped = {s.name: s.reason for s in report.skipped}
     assert all(skipped.values())
     assert not rows & skipped.keys()

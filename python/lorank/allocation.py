@@ -113,7 +113,13 @@ class RankAllocation:
     ) -> dict[str, Any]:
         """The arguments of `to_lora_config`'s result, without PEFT: for `adapter_config.json`."""
         return lora_config.settings(
-            self.modules, self.ranks, self.other_modules, model, scale_rule, lora_config_kwargs
+            self.modules,
+            self.ranks,
+            self.other_modules,
+            model,
+            scale_rule,
+            lora_config_kwargs,
+            knows_all=not self.facts.are_guessed,
         )
 
     def save(self, path: str | Path) -> None:
@@ -313,7 +319,7 @@ def _facts(evidence: Report[Any] | Source) -> ModelFacts:
 def _others(every: Sequence[AdaptedModule], facts: ModelFacts, chosen: set[str]) -> list[str]:
     """Return the names of the modules that are not adapted, those without a row included."""
     names = [module.name for module in every]
-    names += facts.others
+    names += facts.modules
     return [name for name in dict.fromkeys(names) if name not in chosen]
 
 

@@ -15,6 +15,7 @@ from lorank import _core, core_calls, naming, twins
 from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.compression import truncated
+from lorank.lora_config import accidental_matches
 from lorank.progress import progress_bar
 from lorank.selection import checked_knobs, with_counted_budget
 from lorank.sources import AnySource, Skipped, Source, SourceMatrix, open_source
@@ -103,11 +104,26 @@ def extract(
     forms = [_renamed(form, prefix) for form in every]
     whole = LoraAdapter(
         {form.module.name: form.module for form in forms},
-        config={"peft_type": "LORA", "base_model_name_or_path": _name_of(base), "task_type": None, **tying},
+        config={
+            "peft_type": "LORA",
+            "base_model_name_or_path": _name_of(base),
+            "task_type": None,
+            **_targets(forms, before, prefix),
+            **tying,
+        },
         notes=[*notes, *refused, *copies, *tied],
         label=f"{after.label} - {before.label}",
     )
     return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}", threads)
+
+
+def _targets(forms: Sequence[SpectralForm], before: Source, prefix: str) -> dict[str, Any]:
+    """Return PEFT's settings that select the modules alone, where all names of the model are known."""
+    if before.skeleton is None or prefix:
+        return {}
+    names = [form.module.name for form in forms if form.module.kind != "expert"]
+    others = [name for name in before.skeleton.modules if name not in names]
+    return {"target_modules": names, "exclude_modules": accidental_matches(names, others)}
 
 
 def _name_of(base: AnySource) -> str | None:

@@ -39,8 +39,23 @@ def settings(
     model: Any,
     scale_rule: ScaleRule,
     extra: Mapping[str, Any],
+    *,
+    knows_all: bool = False,
 ) -> dict[str, Any]:
-    """The arguments of a `LoraConfig`, all of them values that JSON knows.
+    """Return the arguments of a `LoraConfig`, all of them values that JSON knows.
+
+    Parameters
+    ----------
+    modules, ranks
+        The modules with a rank, and their ranks by name.
+    other_modules
+        The names of other modules, which targets must not reach.
+    model
+        The live model that will be adapted, or None.
+    scale_rule, extra
+        As in `RankAllocation.to_lora_config`.
+    knows_all
+        True if no module of the model is missing among the names.
 
     Raises
     ------
@@ -90,7 +105,7 @@ def settings(
     if parameters:
         result["target_parameters"] = parameters
     excluded = accidental_matches(linear, others)
-    if model is None:
+    if model is None and not knows_all:
         excluded = either(excluded, guard(linear))
     if excluded:
         result["exclude_modules"] = excluded

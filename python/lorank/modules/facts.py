@@ -21,15 +21,15 @@ class ModelFacts:
         The reason why PEFT cannot adapt a module, by the module's name.
     ties
         The further modules that share a weight, by the module that has its row.
-    others
-        The modules that have no row of their own (norms, containers, ties): a target must not reach them.
+    modules
+        The names of all modules, containers and norms included: a target must not reach another module.
     """
 
     class_name: str = ""
     doubts: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    others: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def are_guessed(self) -> bool:
@@ -50,7 +50,7 @@ class ModelFacts:
             "doubts": list(self.doubts),
             "refused": dict(self.refused),
             "ties": {name: list(others) for name, others in self.ties.items()},
-            "others": list(self.others),
+            "modules": list(self.modules),
         }
 
     @classmethod
@@ -67,5 +67,5 @@ class ModelFacts:
             tuple(str(doubt) for doubt in content["doubts"]),
             {str(name): str(reason) for name, reason in content["refused"].items()},
             {str(name): tuple(map(str, others)) for name, others in content["ties"].items()},
-            tuple(str(name) for name in content["others"]),
+            tuple(str(name) for name in content["modules"]),
         )

@@ -83,8 +83,7 @@ class Skeleton:
             if with_row and others:
                 ties[with_row[0]] = tuple(others)
         refused = {weight.module: weight.refused for weight in self.weights.values() if weight.refused}
-        others = [name for name in self.modules if name not in modules]
-        return ModelFacts(self.label, (), refused, ties, tuple(others))
+        return ModelFacts(self.label, (), refused, ties, self.modules)
 
 
 def _parent(prefix: str) -> str:

@@ -164,7 +164,7 @@ def _holds_model(names: Iterable[str], owners: Collection[str]) -> bool:
     based = {
         name.rpartition(".")[0].partition(".base_layer")[0]
         for name in names
-        if _method(name) is None and not name.endswith((".bias", ".alpha", ".dora_scale", ".diff", ".diff_b"))
+        if _method(name) is None and (name.endswith("weight") or ".base_layer." in name)
     }
     return 2 * sum(owner.partition(".base_layer")[0] in based for owner in owners) >= len(owners)
 
