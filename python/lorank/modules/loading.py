@@ -104,12 +104,14 @@ class Placement:
         converted = sum(len(conversion.names) for conversion in self.conversions)
         if 2 * (len(self.renamed) + converted) < len(shapes):
             return "parameters have other names"
-        fitting = sum(
+        # Buffers, such as running means, have no shape in the skeleton.
+        fitting = [
             skeleton.weights[target].shape == shapes[name]
             for name, target in self.renamed.items()
             if target in skeleton.weights
-        )
-        return "" if 2 * (fitting + converted) >= len(shapes) else "parameters have other shapes"
+        ]
+        is_fit = 2 * (sum(fitting) + converted) >= len(fitting) + converted
+        return "" if is_fit else "parameters have other shapes"
 
 
 def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placement:
