@@ -1,13 +1,14 @@
 """`lorank analyze` end to end against its peers, in one run: ``python benches/analyze.py``.
 
 SmolLM2-135M, file to numbers. Every contender runs in a process of its own, in turn, so that neither
-memory nor thread pools are shared; the clock starts after imports. The peers: weightwatcher's `analyze()`,
-once with `mp_fit=True`, and the loop that people write by hand: load with safetensors, Gram matrix in
+memory nor thread pools are shared; the clock starts after imports. lorank reads the weights without their
+`config.json`: with it, it would ask transformers for the model. The peers: weightwatcher's `analyze()`, once with `mp_fit=True`, and the loop that people write by hand: load with safetensors, Gram matrix in
 float64, `torch.linalg.eigvalsh`, Hill estimator and spikes.
 """
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import measuring
@@ -78,10 +79,13 @@ def main() -> None:
     if arguments.without_weightwatcher:
         contenders = {name: found for name, found in contenders.items() if "weightwatcher" not in name}
     runs: dict[str, list[measuring.Run]] = {name: [] for name in contenders}
-    for repeat in range(arguments.repeats):
-        for name, (code, more, most) in contenders.items():
-            if repeat < most:
-                runs[name].append(measuring.fresh(code, arguments.model, *more, threads=arguments.threads))
+    with tempfile.TemporaryDirectory() as folder:
+        weights = measuring.weights_alone(arguments.model, Path(folder))
+        for repeat in range(arguments.repeats):
+            for name, (code, more, most) in contenders.items():
+                if repeat < most:
+                    source = weights if code is LORANK else arguments.model
+                    runs[name].append(measuring.fresh(code, source, *more, threads=arguments.threads))
     rows = []
     for accuracy in ("exact", "fast"):
         for peer in [name for name in contenders if name not in ("exact", "fast")]:

@@ -35,6 +35,13 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON
 Run = dict[str, Any]
 
 
+def weights_alone(model: Path, folder: Path) -> Path:
+    """Return a link to a model's weights without the `config.json`, about which lorank asks transformers."""
+    link = folder / "model.safetensors"
+    link.symlink_to(model.resolve() / "model.safetensors")
+    return link
+
+
 def fresh(code: str, *arguments: object, threads: int) -> Run:
     """``run(*arguments, threads)`` of some code in a process of its own; the clock starts after imports.
 

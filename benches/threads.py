@@ -47,7 +47,7 @@ def main() -> None:
             "product of 3000x3000": (measuring.fresh, PRODUCT, [3000]),
             "spectrum 4096x4096, exact": (measuring.fresh, spectra.LORANK, ["4096x4096", "exact"]),
             "spectrum 4096x4096, fast": (measuring.fresh, spectra.LORANK, ["4096x4096", "fast"]),
-            "SmolLM2, exact": (measuring.fresh, MODEL, [smollm2()]),
+            "SmolLM2, exact": (measuring.fresh, MODEL, [measuring.weights_alone(smollm2(), Path(folder))]),
             "compress r=64, folder to folder": (
                 measuring.fresh_to_folder,
                 compress.LORANK,
