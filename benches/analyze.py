@@ -2,7 +2,8 @@
 
 SmolLM2-135M, file to numbers. Every contender runs in a process of its own, in turn, so that neither
 memory nor thread pools are shared; the clock starts after imports. lorank reads the weights without their
-`config.json`: with it, it would ask transformers for the model. The peers: weightwatcher's `analyze()`, once with `mp_fit=True`, and the loop that people write by hand: load with safetensors, Gram matrix in
+`config.json`: with it, it would ask transformers for the model. The peers: weightwatcher's `analyze()`,
+once with `mp_fit=True`, and the loop that people write by hand: load with safetensors, Gram matrix in
 float64, `torch.linalg.eigvalsh`, Hill estimator and spikes.
 """
 
