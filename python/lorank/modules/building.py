@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -79,7 +81,7 @@ def _built(library: str, config: Mapping[str, Any], model_of: Any) -> Skeleton |
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec(library) is None:
         return Unknown(f"{library} is not installed")
     try:
-        with _quiet(library):
+        with _quiet():
             model = model_of()
     except _MISFITS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
@@ -146,16 +148,17 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def _quiet(library: str) -> Iterator[None]:
-    """Silence a library's log, which advises on models that are to be run."""
-    import warnings
+def _quiet() -> Iterator[None]:
+    """Silence warnings of libraries while they are imported and while they build a model that will not run.
 
-    log = importlib.import_module(f"{library}.utils.logging")
-    before = log.get_verbosity()
-    log.set_verbosity_error()
+    Loggers of torch, torchao, transformers and others report at import, each in its own way, which kernels are
+    missing. Errors are still logged.
+    """
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.set_verbosity(before)
+        logging.disable(before)
