@@ -151,8 +151,8 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 def _quiet() -> Iterator[None]:
     """Silence warnings of libraries while they are imported and while they build a model that will not run.
 
-    Loggers of torch, torchao, transformers and others report at import, each in its own way, which kernels are
-    missing. Errors are still logged.
+    Loggers of torch, torchao, transformers and others report at import, each in its own way, which kernels
+    are missing. Errors are still logged.
     """
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
