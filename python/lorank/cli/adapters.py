@@ -326,7 +326,7 @@ def info(
         print_json(_content(loaded))
         return
     terminal = console()
-    terminal.print(rank_map(loaded.ranks, f"ranks of {loaded.label}"))
+    terminal.print(rank_map(loaded.ranks, f"ranks of {loaded.label}", terminal.width))
     if modules:
         terminal.print(tables.module_table(loaded))
     terminal.print(tables.summary(loaded), soft_wrap=True, markup=False)
@@ -405,7 +405,7 @@ def _finish(
         print_json({**content, "profile": profile, "stored_parameters": written.stored_parameters})
         return
     terminal = console()
-    terminal.print(rank_map(result.ranks, "ranks"))
+    terminal.print(rank_map(result.ranks, "ranks", terminal.width))
     if modules:
         terminal.print(tables.kept_table(certificate))
     terminal.print(tables.certificate_table(certificate))

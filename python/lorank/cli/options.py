@@ -20,7 +20,7 @@ _PIPE_WIDTH = 160
 # Arguments as the library's messages spell them, not where they are part of a path.
 _ARGUMENT = re.compile(
     r"(?<![\w./-])(?:(?P<given>rank_ratio|avg_rank|max_rank|energy|budget|scope|keep|exclude|prefix)=(?=\S)"
-    r"|(?P<named>rank_ratio|avg_rank|max_rank)\b|(?P<flag>force)=True)"
+    r"|(?P<named>rank_ratio|avg_rank|max_rank|r_min|r_max)\b|(?P<flag>force|guess)=True)"
 )
 
 Include = Annotated[

@@ -26,12 +26,14 @@ from lorank.cli.options import (
     Quiet,
     Threads,
     UsageError,
+    as_options,
     check_choice,
     check_output_folder,
     console,
     parse_targets,
     print_json,
     say,
+    spelled_as_options,
 )
 from lorank.modules.facts import ModelFacts
 from lorank.report import METRICS, SpectralReport, profiles_table, table
@@ -227,19 +229,20 @@ def allocate(
     evidence = _evidence(source, method)
     if output is not None and not guess:
         _check_not_doubtful(evidence)
-    allocation = lorank.allocate(
-        evidence,
-        method,
-        r_min=r_min,
-        r_max=r_max,
-        budget=budget,
-        avg_rank=avg_rank,
-        targets=wanted,
-        placement=placement,  # type: ignore[arg-type]
-        threads=threads,
-        progress=not quiet,
-        **options,
-    )
+    with spelled_as_options():
+        allocation = lorank.allocate(
+            evidence,
+            method,
+            r_min=r_min,
+            r_max=r_max,
+            budget=budget,
+            avg_rank=avg_rank,
+            targets=wanted,
+            placement=placement,  # type: ignore[arg-type]
+            threads=threads,
+            progress=not quiet,
+            **options,
+        )
     alpha = int(lora_alpha) if lora_alpha.is_integer() else lora_alpha
     settings = allocation.lora_settings(scale_rule=scale_rule, lora_alpha=alpha)  # type: ignore[arg-type]
     if output is not None:
@@ -311,7 +314,7 @@ def _check_not_doubtful(evidence: AnyReport | OpenedSource) -> None:
     facts = getattr(evidence, "facts", ModelFacts())
     if facts.doubts:
         label = evidence.label if isinstance(evidence, OpenedSource) else evidence.source
-        raise ValueError(doubtful(label, facts, "allocate -o"))
+        raise ValueError(as_options(doubtful(label, facts, "allocate -o")))
 
 
 def _evidence(source: str, method: str) -> AnyReport | OpenedSource:
@@ -397,7 +400,7 @@ def _show(
 
 def _show_allocation(allocation: RankAllocation) -> None:
     terminal = console()
-    terminal.print(table.rank_map(allocation.ranks, f"ranks by {allocation.method}"))
+    terminal.print(table.rank_map(allocation.ranks, f"ranks by {allocation.method}", terminal.width))
     terminal.print(table.allocation_summary(allocation), soft_wrap=True)
     _show_remark(terminal, allocation)
     by_flag: dict[str, list[str]] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -67,8 +69,7 @@ def build(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Sk
     if isinstance(library, Unknown):
         return library
     try:
-        with _quiet(library):
-            return Skeleton.of_model(model_of(folder, config, names))
+        return Skeleton.of_model(model_of(folder, config, names))
     except _MISFITS as error:
         name = config.get("_class_name") or config.get("model_type")
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
@@ -98,10 +99,11 @@ def library_of(config: Mapping[str, Any], num_tensors: int) -> str | Unknown:
 
 
 def model_of(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Any:
-    """Build the model of a config on the meta device; see `build`."""
-    if "_class_name" in config:
-        return _diffusers_model(config)
-    return _transformers_model(folder, config, names)
+    """Build the model of a config on the meta device, without the libraries' messages; see `build`."""
+    with _quiet():
+        if "_class_name" in config:
+            return _diffusers_model(config)
+        return _transformers_model(folder, config, names)
 
 
 def _transformers_model(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Any:
@@ -163,16 +165,17 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def _quiet(library: str) -> Iterator[None]:
-    """Silence a library's log, which advises on models that are to be run."""
-    import warnings
+def _quiet() -> Iterator[None]:
+    """Silence warnings of libraries while they are imported and while they build a model that will not run.
 
-    log = importlib.import_module(f"{library}.utils.logging")
-    before = log.get_verbosity()
-    log.set_verbosity_error()
+    Loggers of torch, torchao, transformers and others report at import, each in its own way, which kernels
+    are missing. Errors are still logged.
+    """
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.set_verbosity(before)
+        logging.disable(before)

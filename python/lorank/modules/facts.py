@@ -23,6 +23,8 @@ class ModelFacts:
         The further modules that share a weight, by the module that has its row.
     modules
         The names of all modules, containers and norms included: a target must not reach another module.
+    reason
+        The reason why names were guessed; empty where they were not.
     """
 
     class_name: str = ""
@@ -30,6 +32,7 @@ class ModelFacts:
     refused: Mapping[str, str] = field(default_factory=dict)
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
+    reason: str = ""
 
     @property
     def are_guessed(self) -> bool:
@@ -41,7 +44,8 @@ class ModelFacts:
         """The sentence that a report shows once where names were guessed; empty where they were not."""
         if not self.are_guessed:
             return ""
-        return "; ".join(["modules are guessed from names", *self.doubts])
+        reason = f" ({self.reason})" if self.reason else ""
+        return "; ".join([f"modules are guessed from names{reason}", *self.doubts])
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as values that JSON knows."""
@@ -51,6 +55,7 @@ class ModelFacts:
             "refused": dict(self.refused),
             "ties": {name: list(others) for name, others in self.ties.items()},
             "modules": list(self.modules),
+            "reason": self.reason,
         }
 
     @classmethod
@@ -68,4 +73,5 @@ class ModelFacts:
             {str(name): str(reason) for name, reason in content["refused"].items()},
             {str(name): tuple(map(str, others)) for name, others in content["ties"].items()},
             tuple(str(name) for name in content["modules"]),
+            str(content.get("reason", "")),
         )

@@ -165,7 +165,8 @@ def _load_csv(path: Path) -> SpectralReport:
             raise ValueError(f"without columns {', '.join(sorted(missing))}")
         rows = [_row(entry, _split_flags(entry["flags"])) for entry in reader]
     unknown = "the report was read from CSV, which keeps rows only, unlike JSON and parquet"
-    return SpectralReport(rows, source=str(path), unknown_parameters=unknown)
+    facts = ModelFacts(doubts=(unknown,))
+    return SpectralReport(rows, source=str(path), unknown_parameters=unknown, facts=facts)
 
 
 def _split_flags(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ _NAME_WIDTH = 44
 
 # The column of modules that are no part of a numbered block.
 _ITSELF = "(itself)"
+
+_EXPERT_NUMBER = re.compile(r"\bexperts\.\d+")
+# Below that width, names of blocks are folded into too many lines.
+_NARROWEST_BLOCK = 20
 
 # From few ranks to many.
 _PALETTE = ("bright_black", "blue", "cyan", "green", "yellow", "red")
@@ -103,24 +108,42 @@ def skipped_summary(report: Report[Any]) -> str:
     return f"{len(report.skipped)} tensors skipped: {counted}" if reasons else ""
 
 
-def rank_map(ranks: Mapping[str, int], title: str) -> Table:
-    """Ranks by block (rows) and by module within the block (columns)."""
-    cells: dict[str, dict[str, int]] = {}
+def rank_map(ranks: Mapping[str, int], title: str, width: int) -> Table:
+    """Ranks by block (rows) and by module within the block (columns); a list by block where that is too wide.
+
+    Experts that are modules of their own share a column, which shows their smallest and largest rank.
+    """
+    cells: dict[str, dict[str, list[int]]] = {}
     columns: dict[str, None] = {}
     for name, rank in ranks.items():
         block, inner = _place_of(name)
+        inner = _EXPERT_NUMBER.sub("experts.*", inner)
         columns.setdefault(inner)
-        cells.setdefault(block, {})[inner] = rank
+        cells.setdefault(block, {}).setdefault(inner, []).append(rank)
+    headings = {inner: _shortest_unique_suffix(inner, columns) for inner in columns}
     low, high = min(ranks.values()), max(ranks.values())
+    texts = {
+        block: {inner: _coloured(of_one, low, high) for inner, of_one in found.items()}
+        for block, found in cells.items()
+    }
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("block", overflow="fold")
-    for inner in columns:
-        heading = _shortest_unique_suffix(inner, columns)
+    if _NARROWEST_BLOCK + sum(map(_heading_width, headings.values())) > width:
+        table.add_column("ranks")
+        for block, found in texts.items():
+            listed = (Text(f"{headings[inner]} ") + text for inner, text in found.items())
+            table.add_row(block, Text(", ").join(listed))
+        return table
+    for heading in headings.values():
         table.add_column(heading.replace(".", "\n"), justify="right", no_wrap=True)
-    for block, found in cells.items():
-        row = [_coloured(found[inner], low, high) if inner in found else Text("") for inner in columns]
-        table.add_row(block, *row)
+    for block, found in texts.items():
+        table.add_row(block, *(found.get(inner, Text("")) for inner in columns))
     return table
+
+
+def _heading_width(heading: str) -> int:
+    """Return the width of a column with its padding."""
+    return 3 + max(map(len, heading.split(".")))
 
 
 def _place_of(name: str) -> tuple[str, str]:
@@ -136,7 +159,9 @@ def _place_of(name: str) -> tuple[str, str]:
 def _shortest_unique_suffix(name: str, names: Iterable[str]) -> str:
     """The shortest dotted suffix of a name that no other name ends with."""
     others = [other for other in names if other != name]
-    unique = [s for s in naming.suffixes(name) if not any(naming.is_suffix(s, other) for other in others)]
+    # A parameter's own name says nothing without its module's.
+    named = [suffix for suffix in naming.suffixes(name) if suffix != "weight"]
+    unique = [s for s in named if not any(naming.is_suffix(s, other) for other in others)]
     return unique[-1] if unique else name
 
 
@@ -151,9 +176,11 @@ def allocation_summary(allocation: RankAllocation) -> str:
     )
 
 
-def _coloured(rank: int, low: int, high: int) -> Text:
-    step = 0 if high == low else (rank - low) * (len(_PALETTE) - 1) // (high - low)
-    return Text(str(rank), style=_PALETTE[step])
+def _coloured(ranks: Sequence[int], low: int, high: int) -> Text:
+    """Return the ranks of a cell, coloured by the largest among all from `low` to `high`."""
+    least, most = min(ranks), max(ranks)
+    step = 0 if high == low else (most - low) * (len(_PALETTE) - 1) // (high - low)
+    return Text(str(most) if least == most else f"{least}-{most}", style=_PALETTE[step])
 
 
 def _number(value: float) -> str:

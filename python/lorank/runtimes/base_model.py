@@ -93,7 +93,11 @@ class BaseModel:
             raise ValueError(
                 f"{path}: {unknown.reason}, and there are no weights to read names from"
             ) from error
-        shapes = {m.info.module: m.info.shape for m in source.matrices}
+        # PEFT's update of an embedding has the shape of the transposed table.
+        shapes = {
+            m.info.module: m.info.shape[::-1] if m.info.kind == "embedding" else m.info.shape
+            for m in source.matrices
+        }
         parents = {above for name in shapes for above in _above(name)}
         return cls(source.label, shapes, frozenset(parents | shapes.keys()), source.facts)
 

@@ -116,7 +116,7 @@ def _by_names(
         tuple(skipped),
         num_parameters,
         unknown_parameters=unknown_parameters,
-        facts=ModelFacts(doubts=guesses.doubts(shapes, unknown)),
+        facts=ModelFacts(doubts=guesses.doubts(shapes, unknown), reason=unknown.reason),
     )
 
 

@@ -11,6 +11,7 @@ from lorank.modules.facts import ModelFacts
 _SINGLE_EXPERT = re.compile(r".*\bexperts\.\d+\..+")
 _IN_EXPERTS = re.compile(r"(?:.*\.)?(?:experts|\w*moe\w*)(?:\..*)?")
 _EXAMPLES = 3
+_FOREIGN = "names of an unknown model may mean anything"
 
 
 def doubts(shapes: Mapping[str, tuple[int, ...]], unknown: Unknown) -> tuple[str, ...]:
@@ -23,7 +24,7 @@ def doubts(shapes: Mapping[str, tuple[int, ...]], unknown: Unknown) -> tuple[str
     unknown
         The reason why the model's skeleton is not known.
     """
-    found = [unknown.reason] if unknown.is_foreign else []
+    found = [_FOREIGN] if unknown.is_foreign else []
     if single := [name for name in shapes if _SINGLE_EXPERT.fullmatch(name)]:
         found.append(f"experts are stored one by one, which newer transformers stack ({_some(single)})")
     three = [name for name, shape in shapes.items() if len(shape) == 3 and name.endswith(".weight")]
@@ -42,9 +43,8 @@ def doubts(shapes: Mapping[str, tuple[int, ...]], unknown: Unknown) -> tuple[str
 def doubtful(label: str, facts: ModelFacts, action: str) -> str:
     """Return the message of an error: an action that would rely on doubtful guesses."""
     return (
-        f"{label}: {'; '.join(facts.doubts)}: {action} needs the model's code (a config.json "
-        "beside the weights and transformers or diffusers, or the live model); guess=True (--guess) goes on "
-        "without it"
+        f"{label}: {facts.remark}: {action} needs the model's code (a config.json beside the weights and "
+        "transformers or diffusers, or the live model); guess=True goes on without it"
     )
 
 
