@@ -136,5 +136,15 @@ def test_a_base_without_config_and_weights_is_an_error(tmp_path: Path) -> None:
         lorank.check(folder, base=tmp_path / "nowhere")
 
 
+def test_an_embedding_fits_a_base_model_whose_names_are_guessed(tmp_path: Path) -> None:
+    save_file(
+        {name: value.clone() for name, value in llama().state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    folder = adapter_of(llama(), tmp_path / "a", target_modules=["embed_tokens", "q_proj"])
+    (verdict,) = lorank.check(folder, ["peft"], base=tmp_path)
+    assert verdict.status == "right", verdict.reason
+
+
 def test_every_runtime_has_a_rule_for_unknown_names() -> None:
     assert {runtime.unknown for runtime in RUNTIMES.values()} <= {"ignores", "refuses"}

@@ -168,7 +168,7 @@ def test_allocate_options(checkpoint: Path, options: tuple[str, ...], expected: 
         (("allocate", "{checkpoint}", "--budget", "1"), "ranks from 4 to 32 of 12 modules cost"),
         (
             ("allocate", "{checkpoint}", "--avg-rank", "2"),
-            "avg_rank 2.0 is not feasible: ranks go from 4 to 32",
+            "--avg-rank 2.0 is not feasible: ranks go from 4 to 32",
         ),
         (("allocate", "{checkpoint}", "--lora-alpha", "-3"), "lora_alpha must be a positive number"),
         (("report", "{checkpoint}"), "reports end with"),

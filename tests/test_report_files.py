@@ -56,6 +56,7 @@ def test_csv_keeps_the_rows(report: lorank.SpectralReport, tmp_path: Path) -> No
     report.save(tmp_path / "report.csv")
     loaded = lorank.SpectralReport.load(tmp_path / "report.csv")
     assert_rows_equal(report, loaded, eigenvalues=False)
+    assert "read from CSV" in loaded.facts.remark
     with pytest.raises(ValueError, match="read from CSV"):
         lorank.allocate(loaded, budget="5%")
 

@@ -264,7 +264,16 @@ def test_without_transformers_a_folder_is_analysed_and_the_report_says_guessed(t
     tied_llama(tmp_path)
     done = run_without_transformers("analyze", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("guessed from names") == 1
+    assert done.stdout.count("guessed from names (transformers is not installed)") == 1
+
+
+def test_warnings_of_libraries_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    tied_llama(tmp_path)
+    command = [sys.executable, "-c", "from lorank.cli import main; main()", "analyze", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "guessed" not in done.stdout
 
 
 @pytest.mark.parametrize(

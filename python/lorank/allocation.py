@@ -402,5 +402,6 @@ def targeted(modules: Sequence[AdaptedModule], targets: naming.Targets) -> list[
         chosen = [module for module in modules if is_target(module.name)]
     if not chosen:
         some = ", ".join(module.name for module in modules[:3])
-        raise ValueError(f"targets {targets!r} select none of the {len(modules)} modules ({some}, ...)")
+        which = f"targets {targets!r} select none" if targets is not None else "all-linear selects none"
+        raise ValueError(f"{which} of the {len(modules)} modules that were read ({some}, ...)")
     return chosen

@@ -24,7 +24,7 @@ class ModelFacts:
     modules
         The names of all modules, containers and norms included: a target must not reach another module.
     reason
-        The reason why names were guessed; empty where they were not.
+        The reason why names were guessed; empty where they were not, and where it is one of the doubts.
     """
 
     class_name: str = ""

@@ -33,6 +33,9 @@ _NAME_WIDTH = 44
 # The column of modules that are no part of a numbered block.
 _ITSELF = "(itself)"
 
+# Reasons that name another tensor: the same for many tensors apart from that name.
+_TIED = re.compile(r"^tied to .*")
+_OF_PACKED = re.compile(r"^(scale|part) of the packed weight \S+")
 _EXPERT_NUMBER = re.compile(r"\bexperts\.\d+")
 # Below that width, names of blocks are folded into too many lines.
 _NARROWEST_BLOCK = 20
@@ -102,7 +105,7 @@ def skipped_summary(report: Report[Any]) -> str:
     """One line: how many tensors were skipped, by reason."""
     reasons: dict[str, int] = {}
     for entry in report.skipped:
-        reason = "tied" if entry.reason.startswith("tied to") else entry.reason
+        reason = _OF_PACKED.sub(r"\1 of a packed weight", _TIED.sub("tied", entry.reason))
         reasons[reason] = reasons.get(reason, 0) + 1
     counted = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda e: -e[1]))
     return f"{len(report.skipped)} tensors skipped: {counted}" if reasons else ""

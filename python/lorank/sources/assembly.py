@@ -116,7 +116,9 @@ def _by_names(
         tuple(skipped),
         num_parameters,
         unknown_parameters=unknown_parameters,
-        facts=ModelFacts(doubts=guesses.doubts(shapes, unknown), reason=unknown.reason),
+        facts=ModelFacts(
+            doubts=guesses.doubts(shapes, unknown), reason="" if unknown.is_foreign else unknown.reason
+        ),
     )
 
 

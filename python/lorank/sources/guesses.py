@@ -11,7 +11,6 @@ from lorank.modules.facts import ModelFacts
 _SINGLE_EXPERT = re.compile(r".*\bexperts\.\d+\..+")
 _IN_EXPERTS = re.compile(r"(?:.*\.)?(?:experts|\w*moe\w*)(?:\..*)?")
 _EXAMPLES = 3
-_FOREIGN = "names of an unknown model may mean anything"
 
 
 def doubts(shapes: Mapping[str, tuple[int, ...]], unknown: Unknown) -> tuple[str, ...]:
@@ -24,7 +23,7 @@ def doubts(shapes: Mapping[str, tuple[int, ...]], unknown: Unknown) -> tuple[str
     unknown
         The reason why the model's skeleton is not known.
     """
-    found = [_FOREIGN] if unknown.is_foreign else []
+    found = [unknown.reason] if unknown.is_foreign else []
     if single := [name for name in shapes if _SINGLE_EXPERT.fullmatch(name)]:
         found.append(f"experts are stored one by one, which newer transformers stack ({_some(single)})")
     three = [name for name, shape in shapes.items() if len(shape) == 3 and name.endswith(".weight")]
