@@ -225,7 +225,7 @@ def test_magnitudes_by_any_name_are_magnitudes(ending: str, tmp_path: Path) -> N
 def test_a_module_called_magnitude_has_none(tmp_path: Path) -> None:
     plain = pair("x.lora_B.weight", "x.lora_A.weight")
     adapter = loaded(tmp_path / "a.safetensors", plain | {"head.magnitude.weight": floats(3, 3)})
-    assert list(adapter.notes) == ["1 tensors that are no factors are kept as they are"]
+    assert list(adapter.notes) == ["1 tensors that are not factors are kept as they are"]
 
 
 def test_full_differences_are_kept_and_added_up(tmp_path: Path) -> None:

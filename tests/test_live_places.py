@@ -233,7 +233,7 @@ def test_what_is_saved_beside_factors(settings: dict[str, Any], tmp_path: Path) 
     assert_same(outputs(other.eval(), IDS), expected)
     if "modules_to_save" not in settings:
         with pytest.raises(
-            ValueError, match=r"adapter 'default' of the model has .*: put it in under a name"
+            ValueError, match=r"adapter 'default' of the model has .*: put the adapter in under a name"
         ):
             small.into_model(live(copy.deepcopy(base)))
 
@@ -241,7 +241,9 @@ def test_what_is_saved_beside_factors(settings: dict[str, Any], tmp_path: Path) 
 def test_a_saved_module_never_overwrites_the_base_model() -> None:
     adapter = lorank.LoraAdapter.from_model(live(modules_to_save=["lm_head"]))
     model = live()
-    with pytest.raises(ValueError, match=r"nothing like 'base_model.model.lm_head.weight': put it in under"):
+    with pytest.raises(
+        ValueError, match=r"no tensor for 'base_model.model.lm_head.weight': put the adapter in under"
+    ):
         adapter.into_model(model)
 
 
@@ -309,7 +311,11 @@ def test_what_does_not_fit_changes_nothing() -> None:
     for model, name, words in (
         (get_peft_model(wide, LoraConfig(**QV)), "default", "belong to different models"),
         (get_peft_model(wide, LoraConfig(**QV)), "other", "belong to different models"),
-        (dora, "default", "use_dora=true, the adapter to put in use_dora=null: put it in under a name"),
+        (
+            dora,
+            "default",
+            "use_dora=true, the adapter to put in use_dora=null: put the adapter in under a name",
+        ),
         (merged, "default", "is merged into module"),
         (gpt2, "default", "fits no module that adapter 'default' of the model could adapt"),
         (gpt2, "other", "not found in the base model"),
