@@ -33,7 +33,7 @@ def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
     Tensors that share memory and shape are tied: the first name counts, the others are skipped.
     """
     tensors = StoredArrays(mapping, label)
-    source = assemble(label, tensors, {}, Unknown("an array tells nothing of its model"))
+    source = assemble(label, tensors, {}, Unknown("an array does not describe its model"))
     return replace(source, skipped=(*tensors.skipped, *source.skipped))
 
 
@@ -43,7 +43,7 @@ class StoredArrays:
     Raises
     ------
     FormatError
-        If they are those of an adapter.
+        If the tensors are those of an adapter.
     TypeError
         If a name is not a string.
     """
@@ -109,12 +109,12 @@ class StoredArrays:
         return first.dtype == second.dtype and np.array_equal(first, second, equal_nan=True)
 
     def content(self, name: str) -> bytes | None:
-        """Return a tensor's bytes, None if they cannot be had."""
+        """Return a tensor's bytes; None if they cannot be read."""
         return arrays.content(self._values[name])
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Nothing: a mapping has no metadata."""
+        """An empty mapping, as arrays have no metadata."""
         return {}
 
 
