@@ -129,7 +129,7 @@ MODELS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any]]] = {
 
 
 def outputs(model: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """What a model computes: its tensor, or its logits."""
+    """Return the outputs of a model: its tensor, or its logits."""
     with torch.no_grad():
         found = model(inputs)
     return found if isinstance(found, torch.Tensor) else found.logits

@@ -30,12 +30,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gaussian": {"init_lora_weights": "gaussian"},
 }
 
-# Sums of factors that are read in words only: the update of such a convolution is no product.
+# Layers whose adapters cannot be read: the update of a grouped convolution is not a product.
 REFUSED = {("groups", option) for option in OPTIONS}
 
 
 def built(model: str, option: str) -> tuple[Any, Any, torch.Tensor]:
-    """The base model, an adapted copy with random factors, and inputs; skipped where PEFT refuses."""
+    """Return the base model, an adapted copy with random factors, and inputs; skip where PEFT refuses."""
     make, inputs, targets = MODELS[model]
     torch.manual_seed(0)
     base = make().eval()
@@ -63,7 +63,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("model", MODELS)
-def test_out_and_in_again(model: str, option: str, tmp_path: Path) -> None:
+def test_an_adapter_is_read_and_put_back(model: str, option: str, tmp_path: Path) -> None:
     base, adapted, inputs = built(model, option)
     before = outputs(adapted, inputs)
     assert (before - outputs(base, inputs)).abs().max() > 1e-3
@@ -95,7 +95,7 @@ def test_out_and_in_again(model: str, option: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "groups"])
-def test_in_under_another_name(model: str, option: str) -> None:
+def test_an_adapter_is_added_under_another_name(model: str, option: str) -> None:
     base, adapted, inputs = built(model, option)
     before = outputs(adapted, inputs)
     cut = lorank.compress(
@@ -138,7 +138,7 @@ def test_modules_that_lose_all_rank(model: str, ratio: float, tmp_path: Path) ->
 
 
 def assert_ties(base: Any, adapted: Any) -> None:
-    """The tables share a parameter as before, and so do the factors of tied layers."""
+    """Check that the tables share a parameter as before, and so do the factors of tied layers."""
     if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
         return
     table, head = adapted.get_base_model().get_input_embeddings(), adapted.get_base_model().lm_head
