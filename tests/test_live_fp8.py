@@ -140,6 +140,16 @@ def experts(**options: Any) -> Any:
     return finegrained.FP8Experts(config, **options)
 
 
+def assert_experts(module: Any, truth: dict[str, Any]) -> None:
+    """Check the rows of a module's experts, and the number of its parameters."""
+    report = analyzed(model_of(experts=module))
+    assert len(report) == 6
+    for name, true in truth.items():
+        for index, matrix in enumerate(true):
+            assert_values(report, f"experts.{name}[{index}]", matrix)
+    assert report.num_parameters == 3 * 3 * 64 * 96
+
+
 @pytest.mark.parametrize("blocks", [(32, 32), (128, 128)])
 def test_float8_experts(blocks: tuple[int, int]) -> None:
     module, truth = experts(block_size=blocks), {}
@@ -149,12 +159,7 @@ def test_float8_experts(blocks: tuple[int, int]) -> None:
         codes, scales, truth[name] = float8(weight(*shape), rows, min(blocks[1], shape[2]))
         assert scales.shape == getattr(module, f"{name}_scale_inv").shape
         filled(module, **{name: codes, f"{name}_scale_inv": scales})
-    report = analyzed(model_of(experts=module))
-    assert len(report) == 6
-    for name, true in truth.items():
-        for index, matrix in enumerate(true):
-            assert_values(report, f"experts.{name}[{index}]", matrix)
-    assert report.num_parameters == 3 * 3 * 64 * 96
+    assert_experts(module, truth)
 
 
 def test_experts_of_four_bit_floats() -> None:
@@ -165,12 +170,7 @@ def test_experts_of_four_bit_floats() -> None:
         scales = torch.rand(getattr(module, f"{name}_scale_inv").shape, generator=generator()) + 0.1
         filled(module, **{name: codes, f"{name}_scale_inv": scales})
         truth[name] = finegrained.Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32).numpy()
-    report = analyzed(model_of(experts=module))
-    assert len(report) == 6
-    for name, true in truth.items():
-        for index, matrix in enumerate(true):
-            assert_values(report, f"experts.{name}[{index}]", matrix)
-    assert report.num_parameters == 3 * 3 * 64 * 96
+    assert_experts(module, truth)
 
 
 def test_scales_of_rows_as_fbgemm_and_compressed_tensors_keep_them() -> None:

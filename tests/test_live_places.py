@@ -24,8 +24,7 @@ from torch import nn
 import lorank
 import tiny_models
 from adapter_files import loaded
-from live_models import IDS, MODELS, Perceptron, outputs
-from test_live_sweep import assert_same, randomised
+from live_models import IDS, MODELS, Perceptron, assert_same, outputs, randomised
 
 QV = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import lorank
 from adapter_files import loaded
-from live_models import MODELS, outputs
+from live_models import MODELS, assert_same, outputs, randomised
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -45,20 +45,6 @@ def built(model: str, option: str) -> tuple[Any, Any, torch.Tensor]:
     except (ValueError, TypeError, AttributeError) as error:
         pytest.skip(f"PEFT: {error}")
     return base, randomised(adapted), inputs
-
-
-def randomised(adapted: Any) -> Any:
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in adapted.named_parameters():
-        if "magnitude" in name:
-            parameter.data.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
-        elif "lora_" in name or "modules_to_save" in name or parameter.requires_grad:
-            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return adapted
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
