@@ -65,7 +65,6 @@ ARCHITECTURES: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     # State-space models and hybrids.
     "Lfm2ForCausalLM": tokens,
     "FalconH1ForCausalLM": tokens,
-    "BambaForCausalLM": tokens,
     "Qwen3NextForCausalLM": tokens,
     # Models of text and images.
     "LlavaForConditionalGeneration": tokens,

@@ -63,28 +63,45 @@ def build(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Sk
         The names of the checkpoint's tensors: their number bounds how many layers a config may ask for, and
         they decide between a base model and one with a head where the config names no class.
     """
-    if not config:
-        return Unknown("there is no config.json beside the weights")
-    if too_many := _excess(config, len(names)):
-        return Unknown(f"config.json asks for {too_many}, but the files hold {len(names)} tensors", True)
-    if "_class_name" in config:
-        return _built("diffusers", config, lambda: _diffusers_model(config))
-    if isinstance(config.get("model_type"), str):
-        return _built("transformers", config, lambda: _transformers_model(folder, config, names))
-    return Unknown("config.json names no model type")
-
-
-def _built(library: str, config: Mapping[str, Any], model_of: Any) -> Skeleton | Unknown:
-    name = config.get("_class_name") or config.get("model_type")
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec(library) is None:
-        return Unknown(f"{library} is not installed")
+    library = library_of(config, len(names))
+    if isinstance(library, Unknown):
+        return library
     try:
         with _quiet(library):
-            model = model_of()
+            return Skeleton.of_model(model_of(folder, config, names))
     except _MISFITS as error:
+        name = config.get("_class_name") or config.get("model_type")
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         return Unknown(f"{library} does not build a model of type {name!r}: {reason}", True)
-    return Skeleton.of_model(model)
+
+
+def library_of(config: Mapping[str, Any], num_tensors: int) -> str | Unknown:
+    """Return the library that builds the model of a config, or the reason why none can.
+
+    Parameters
+    ----------
+    config
+        The content of `config.json`; empty if there is no such file.
+    num_tensors
+        The number of tensors in the checkpoint.
+    """
+    if not config:
+        return Unknown("there is no config.json beside the weights")
+    if too_many := _excess(config, num_tensors):
+        return Unknown(f"config.json asks for {too_many}, but the files hold {num_tensors} tensors", True)
+    if "_class_name" not in config and not isinstance(config.get("model_type"), str):
+        return Unknown("config.json names no model type")
+    library = "diffusers" if "_class_name" in config else "transformers"
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec(library) is None:
+        return Unknown(f"{library} is not installed")
+    return library
+
+
+def model_of(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Any:
+    """Build the model of a config on the meta device; see `build`."""
+    if "_class_name" in config:
+        return _diffusers_model(config)
+    return _transformers_model(folder, config, names)
 
 
 def _transformers_model(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Any:

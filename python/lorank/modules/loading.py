@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from lorank.modules.skeleton import Skeleton
@@ -32,6 +33,8 @@ class Conversion:
         The first parameter's name, by which transformers calls the conversion.
     sources
         Names of the checkpoint's tensors by the pattern that they match, in transformers' order.
+    skeleton
+        The model.
     targets
         Every parameter that the conversion makes.
     by_expert
@@ -40,8 +43,7 @@ class Conversion:
 
     target: str
     sources: Mapping[str, Sequence[str]]
-    converter: Any
-    model: Any
+    skeleton: Skeleton
     targets: tuple[str, ...] = ()
     by_expert: bool = False
 
@@ -60,11 +62,12 @@ class Conversion:
         expert
             The expert's number in its stack; None for all of the parameters.
         """
-        converter = copy.deepcopy(self.converter)
+        model = self.skeleton.model
+        converter = copy.deepcopy(_converters(self.skeleton)[next(iter(self.sources))])
         for pattern, names in self.sources.items():
             for name, part in _parts(names, expert):
                 converter.add_tensor(self.target, name, pattern, fetch(name, part))
-        with_lists = converter.convert(self.target, model=self.model, config=self.model.config)
+        with_lists = converter.convert(self.target, model=model, config=model.config)
         return {name: x[0] if isinstance(x, list) else x for name, x in with_lists.items()}
 
 
@@ -101,12 +104,14 @@ class Placement:
         converted = sum(len(conversion.names) for conversion in self.conversions)
         if 2 * (len(self.renamed) + converted) < len(shapes):
             return "parameters have other names"
-        fitting = sum(
+        # Buffers, such as running means, have no shape in the skeleton.
+        fitting = [
             skeleton.weights[target].shape == shapes[name]
             for name, target in self.renamed.items()
             if target in skeleton.weights
-        )
-        return "" if 2 * (fitting + converted) >= len(shapes) else "parameters have other shapes"
+        ]
+        is_fit = 2 * (sum(fitting) + converted) >= len(fitting) + converted
+        return "" if is_fit else "parameters have other shapes"
 
 
 def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placement:
@@ -119,23 +124,20 @@ def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placemen
     skeleton
         The model.
     """
-    model = skeleton.model
-    state = model.state_dict()
-    target_of = _targets(model, state)
+    state = skeleton.model.state_dict()
+    target_of = _targets(skeleton, state)
     found = Placement()
-    grouped: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    grouped: dict[str, dict[str, list[str]]] = {}
     for name in sorted(shapes, key=_loading_order):
-        target, pattern, converter = target_of(name)
+        target, pattern = target_of(name)
         if target not in state:
             found.strangers[name] = f"{skeleton.label} has no such parameter"
-        elif converter is None:
+        elif not pattern:
             found.renamed[name] = target
         else:
-            _, sources = grouped.setdefault(target, (converter, {}))
-            sources.setdefault(pattern, []).append(name)
-    for target, (converter, sources) in grouped.items():
-        conversion = Conversion(target, sources, converter, model)
-        conversion, reason = _checked(conversion, shapes, skeleton)
+            grouped.setdefault(target, {}).setdefault(pattern, []).append(name)
+    for target, sources in grouped.items():
+        conversion, reason = _checked(Conversion(target, sources, skeleton), shapes, skeleton)
         if reason:
             found.strangers.update(dict.fromkeys(conversion.names, reason))
         else:
@@ -145,41 +147,52 @@ def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placemen
 
 def loaded_name(name: str, skeleton: Skeleton) -> str:
     """Return the name of the parameter that a checkpoint's tensor is loaded into, or the name as it is."""
-    target, _, converter = _targets(skeleton.model, skeleton.model.state_dict())(name)
-    return target if converter is None else name
+    target, pattern = _targets(skeleton, skeleton.model.state_dict())(name)
+    return name if pattern else target
 
 
-def _targets(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str, str, Any]]:
-    """Return a function from a tensor's name to its parameter, the pattern it fits and its converter."""
-    prefix = getattr(model, "base_model_prefix", "") or ""
+def _targets(skeleton: Skeleton, state: Mapping[str, Any]) -> Callable[[str], tuple[str, str]]:
+    """Return a function from a tensor's name to its parameter and the pattern of the conversion, if any."""
+    model = skeleton.model
+    prefix = getattr(model, "base_model_prefix", None)
+    if prefix is None:
+        return lambda name: (name, "")
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:
         return _older_targets(model, state, prefix)
-    if not hasattr(model, "base_model_prefix"):
-        return lambda name: (name, "", None)
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    converters = list(dict.fromkeys(_converters(skeleton).values()))
+    renamings = [rule for rule in _rules(model) if isinstance(rule, WeightRenaming)]
 
-    def target_of(name: str) -> tuple[str, str, Any]:
+    def target_of(name: str) -> tuple[str, str]:
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
-        return target, pattern or "", by_pattern.get(pattern)
+        return target, pattern or ""
 
     return target_of
 
 
-def _older_targets(
-    model: Any, state: Mapping[str, Any], prefix: str
-) -> Callable[[str], tuple[str, str, Any]]:
-    """Return it for transformers before 5, which renames and adds or drops the base model's prefix."""
+def _rules(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
+
+
+@lru_cache(maxsize=2)
+def _converters(skeleton: Skeleton) -> dict[str, Any]:
+    """Return transformers' conversions of a model by their patterns, in its order."""
+    from transformers.core_model_loading import WeightConverter
+
+    rules = [rule for rule in _rules(skeleton.model) if isinstance(rule, WeightConverter)]
+    return {pattern: rule for rule in rules for pattern in rule.source_patterns}
+
+
+def _older_targets(model: Any, state: Mapping[str, Any], prefix: str) -> Callable[[str], tuple[str, str]]:
+    """Return the function for transformers before 5, which renames and adds or drops a model's prefix."""
     renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
 
-    def target_of(name: str) -> tuple[str, str, Any]:
+    def target_of(name: str) -> tuple[str, str]:
         target = name
         for pattern, replacement in renames.items():
             target, count = re.subn(pattern, replacement, target)
@@ -189,7 +202,7 @@ def _older_targets(
         if target not in state and prefix:
             with_prefix = f"{prefix}.{target}"
             target = with_prefix if with_prefix in state else target.removeprefix(f"{prefix}.")
-        return target, "", None
+        return target, ""
 
     return target_of
 

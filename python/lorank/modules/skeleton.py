@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lorank.modules.facts import ModelFacts
@@ -13,7 +14,7 @@ from lorank.modules.weight import Weight, describe
 from lorank.sources import quantized
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Skeleton:
     """The parameters of a model as its code describes them.
 
@@ -25,8 +26,8 @@ class Skeleton:
         Every parameter by its name, tied ones under each of their names, in the model's order.
     owners
         For every further name of a tied parameter, its first name.
-    model
-        The model: on the meta device, or a live one.
+    make_model
+        Returns the model: built on the meta device, or a live one.
     modules
         The dotted names of all modules, containers and layers without weights included.
     """
@@ -34,8 +35,13 @@ class Skeleton:
     label: str
     weights: Mapping[str, Weight]
     owners: Mapping[str, str]
-    model: Any
+    make_model: Callable[[], Any] = field(repr=False)
     modules: tuple[str, ...] = ()
+
+    @cached_property
+    def model(self) -> Any:
+        """The model; its library is imported and it is built when it is first asked for."""
+        return self.make_model()
 
     @classmethod
     def of_model(cls, model: Any, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Skeleton:
@@ -64,7 +70,7 @@ class Skeleton:
                 if first != name:
                     owners[name] = first
         names = tuple(name for prefix in modules if (name := prefix.removesuffix(".")))
-        return cls(type(model).__name__, weights, owners, model, names)
+        return cls(type(model).__name__, weights, owners, lambda: model, names)
 
     @property
     def num_parameters(self) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 from lorank import naming
 from lorank._core import FormatError
 from lorank.adapters.module import LoraModule
-from lorank.modules.building import Unknown, build
+from lorank.modules.building import Unknown
+from lorank.modules.description import describe
 from lorank.modules.facts import ModelFacts
 from lorank.modules.live_modules import is_module
 from lorank.modules.loading import loaded_name
@@ -68,10 +69,11 @@ class BaseModel:
             return cls._by_skeleton(Skeleton.of_model(base))
         path = config_folder(base)
         config = read_config(path)
-        model = build(path if path.is_dir() else path.parent, config, list(adapted))
-        if isinstance(model, Skeleton):
-            return cls._by_skeleton(model)
-        return cls._by_weights(path, model)
+        names = dict.fromkeys((f"{name}.weight" for name in adapted), ())
+        found = describe(path if path.is_dir() else path.parent, config, names)
+        if isinstance(found, Unknown):
+            return cls._by_weights(path, found)
+        return cls._by_skeleton(found.skeleton)
 
     @classmethod
     def _by_skeleton(cls, skeleton: Skeleton) -> BaseModel:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from lorank import naming
 from lorank._core import Matrix
 from lorank.modules.building import Unknown
+from lorank.modules.description import Description
 from lorank.modules.facts import ModelFacts
-from lorank.modules.loading import Conversion, Placement, place
+from lorank.modules.loading import Conversion, Placement
 from lorank.modules.skeleton import Skeleton
 from lorank.sources import arrays, guesses
 from lorank.sources.base import Skipped, Source, SourceMatrix
@@ -58,7 +59,10 @@ class StoredTensors(Protocol):
 
 
 def assemble(
-    label: str, tensors: StoredTensors, config: Mapping[str, Any], model: Skeleton | Unknown
+    label: str,
+    tensors: StoredTensors,
+    config: Mapping[str, Any],
+    ask: Callable[[Mapping[str, tuple[int, ...]]], Description | Unknown],
 ) -> Source:
     """Open a source over a checkpoint's tensors.
 
@@ -70,19 +74,20 @@ def assemble(
         The checkpoint.
     config
         The model's `config.json`; empty if there is none.
-    model
-        The model's skeleton, or the reason why it is not known.
+    ask
+        Describes the model, given the shapes of the tensors that are not packed.
     """
     entries = tensors.entries()
     packing = Packing(entries, Quantization.of(config), tensors.content, tensors.metadata)
-    if isinstance(model, Skeleton):
-        plain = {name: shape for name, (_, shape) in entries.items() if packing.reason(name) is None}
-        placement = place(plain, model)
-        misfit = placement.misfit(plain, model)
-        if not misfit:
-            return _by_skeleton(label, tensors, config, packing, model, placement)
-        model = Unknown(f"config.json describes a {model.label}, whose {misfit}", is_foreign=True)
-    return _by_names(label, tensors, config, packing, model)
+    plain = {name: shape for name, (_, shape) in entries.items() if packing.reason(name) is None}
+    found = ask(plain)
+    if isinstance(found, Unknown):
+        return _by_names(label, tensors, config, packing, found)
+    model, placement = found.skeleton, found.placement
+    if misfit := placement.misfit(plain, model):
+        unknown = Unknown(f"config.json describes a {model.label}, whose {misfit}", is_foreign=True)
+        return _by_names(label, tensors, config, packing, unknown)
+    return _by_skeleton(label, tensors, config, packing, model, placement)
 
 
 def _by_names(

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorank import extras
 from lorank._core import Checkpoint, FormatError, Matrix
 from lorank.json_files import read_json
-from lorank.modules.building import Unknown, build
+from lorank.modules.description import describe
 from lorank.sources import quantization, recognise
-from lorank.sources.assembly import assemble
+from lorank.sources.assembly import StoredTensors, assemble
 from lorank.sources.base import Skipped, Source
 from lorank.sources.quantization import with_quantization
-
-if TYPE_CHECKING:
-    from lorank.modules.skeleton import Skeleton
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
@@ -55,7 +53,7 @@ def _open_safetensors(path: Path, label: str) -> Source:
     checkpoint = Checkpoint(path)
     tensors = checkpoint.tensors()
     stored = StoredFiles(checkpoint, label)
-    source = assemble(label, stored, *model_of(path, stored.entries().keys()))
+    source = _assembled(path, label, stored)
     fingerprint = _fingerprint(checkpoint.files(), tensors)
     return replace(source, skipped=(*source.skipped, *stored.skipped), fingerprint=fingerprint)
 
@@ -115,18 +113,18 @@ class StoredFiles:
         return self._checkpoint.metadata()
 
 
-def model_of(path: Path, names: Collection[str]) -> tuple[Mapping[str, Any], Skeleton | Unknown]:
-    """Return the `config.json` beside a checkpoint, and the skeleton of the model that it describes."""
+def _assembled(path: Path, label: str, tensors: StoredTensors) -> Source:
+    """Join a checkpoint's tensors and the model that the `config.json` beside them describes."""
     config = read_config(path)
     folder = path if path.is_dir() else path.parent
-    return config, build(folder, config, names)
+    return assemble(label, tensors, config, partial(describe, folder, config))
 
 
 def _open_pickles(path: Path, label: str) -> Source:
     from lorank.sources import state_dict
 
     tensors = state_dict.StoredArrays(state_dict.read_pickles(path), label)
-    source = assemble(label, tensors, *model_of(path, tensors.entries().keys()))
+    source = _assembled(path, label, tensors)
     return replace(source, skipped=(*tensors.skipped, *source.skipped))
 
 

@@ -33,7 +33,7 @@ def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
     Tensors that share memory and shape are tied: the first name counts, the others are skipped.
     """
     tensors = StoredArrays(mapping, label)
-    source = assemble(label, tensors, {}, Unknown("an array does not describe its model"))
+    source = assemble(label, tensors, {}, lambda _: Unknown("arrays come without their model"))
     return replace(source, skipped=(*tensors.skipped, *source.skipped))
 
 

@@ -1,0 +1,140 @@
+"""A checkpoint's model and the parameters that its tensors become, asked in a process of its own.
+
+Building a model imports torch and its libraries: seconds, a gigabyte and their messages. Where they are
+loaded already, they are asked here; elsewhere a child process answers as JSON, and this one stays small. A
+hostile config costs no more than the child's time limit.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorank.modules.building import Unknown, build, library_of, model_of
+from lorank.modules.loading import Conversion, Placement, place
+from lorank.modules.skeleton import Skeleton
+from lorank.modules.weight import Weight
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# The child takes the parent's own search path, never the folder that it happens to run in.
+_CHILD = """
+import json, sys
+question = json.load(sys.stdin)
+sys.path[:] = question["path"]
+from lorank.modules.description import answer
+answer(question)
+"""
+_TIME_LIMIT = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The model of a checkpoint.
+
+    Attributes
+    ----------
+    skeleton
+        The model's parameters.
+    placement
+        The parameters that the checkpoint's tensors are loaded into.
+    """
+
+    skeleton: Skeleton
+    placement: Placement
+
+
+def describe(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Description | Unknown:
+    """Ask for the model of a checkpoint.
+
+    Parameters
+    ----------
+    folder
+        The folder that holds `config.json`.
+    config
+        Its content; empty if there is no such file.
+    shapes
+        The shapes of the checkpoint's tensors by name, without packed ones.
+    """
+    library = library_of(config, len(shapes))
+    if isinstance(library, Unknown):
+        return library
+    if library in sys.modules or not sys.executable:
+        return _described(folder, config, shapes)
+    question = {"path": [*map(str, sys.path)], "folder": str(folder), "config": config, "shapes": shapes}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD],
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            timeout=_TIME_LIMIT,
+            check=False,
+        )
+        content = json.loads(child.stdout)
+    except subprocess.TimeoutExpired:
+        return Unknown(f"{library} did not build the model within {_TIME_LIMIT:.0f} s", True)
+    except ValueError:
+        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        return Unknown(f"{library} could not be asked for the model: {lines[-1][:200]}", True)
+    return _from_json(content, folder, config, shapes)
+
+
+def answer(question: Mapping[str, Any]) -> None:
+    """Describe the model of a question and print the answer: the work of the child process."""
+    out, sys.stdout = sys.stdout, sys.stderr  # the libraries' own messages must not mix with the answer
+    shapes = {name: tuple(shape) for name, shape in question["shapes"].items()}
+    found = _described(Path(question["folder"]), question["config"], shapes)
+    json.dump(_to_json(found), out)
+    out.flush()
+
+
+def _described(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Description | Unknown:
+    model = build(folder, config, shapes.keys())
+    return model if isinstance(model, Unknown) else Description(model, place(shapes, model))
+
+
+def _to_json(found: Description | Unknown) -> dict[str, Any]:
+    if isinstance(found, Unknown):
+        return {"reason": found.reason, "is_foreign": found.is_foreign}
+    skeleton, placement = found.skeleton, found.placement
+    return {
+        "label": skeleton.label,
+        "weights": [
+            [w.name, w.module, w.kind, w.shape, w.transposed, w.refused] for w in skeleton.weights.values()
+        ],
+        "owners": skeleton.owners,
+        "modules": skeleton.modules,
+        "renamed": placement.renamed,
+        "strangers": placement.strangers,
+        "conversions": [[c.target, c.sources, c.targets, c.by_expert] for c in placement.conversions],
+    }
+
+
+def _from_json(
+    content: Mapping[str, Any], folder: Path, config: Mapping[str, Any], shapes: Shapes
+) -> Description | Unknown:
+    if "reason" in content:
+        return Unknown(content["reason"], content["is_foreign"])
+    weights = [
+        Weight(name, module, kind, tuple(shape), transposed, refused)
+        for name, module, kind, shape, transposed, refused in content["weights"]
+    ]
+    skeleton = Skeleton(
+        content["label"],
+        {weight.name: weight for weight in weights},
+        content["owners"],
+        partial(model_of, folder, config, list(shapes)),
+        tuple(content["modules"]),
+    )
+    conversions = [
+        Conversion(target, sources, skeleton, tuple(targets), by_expert)
+        for target, sources, targets, by_expert in content["conversions"]
+    ]
+    return Description(skeleton, Placement(content["renamed"], conversions, content["strangers"]))
