@@ -18,8 +18,8 @@ _SETTINGS = "adapter_config.json"
 
 # Patterns of the keys of adapters, with the module in front, and the kind of the adapter.
 _ADAPTERS = {
-    re.compile(rf"(?P<module>.+?){key}"): words
-    for key, words in {
+    re.compile(rf"(?P<module>.+?){key}"): kind
+    for key, kind in {
         r"\.lora_(?:embedding_)?[ABE](?:\.\w+)?(?:\.(?:weight|bias))?": "LoRA",
         r"\.lora_magnitude_vector(?:\.\w+)*": "DoRA",
         r"(?:\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(?:up|down|mid)\.weight": "LoRA",
@@ -80,9 +80,9 @@ def _contents(names: Collection[str], wanted: str) -> str:
     """Describe a folder without weights, as the end of a sentence."""
     if not names:
         return ": the folder is empty"
-    for files, words in ((_TRAINING_FILES, "the state of a training"), (_TOKENIZER_FILES, "a tokenizer")):
+    for files, content in ((_TRAINING_FILES, "the state of a training"), (_TOKENIZER_FILES, "a tokenizer")):
         if any(map(files.fullmatch, names)):
-            return f", but {words}: name the folder of the {wanted}"
+            return f", but {content}: name the folder of the {wanted}"
     return ", but a model's settings" if "config.json" in names else ""
 
 
@@ -145,16 +145,16 @@ def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _method(name: str) -> str | None:
-    return next((words for key, words in _ADAPTERS.items() if key.fullmatch(name)), None)
+    return next((kind for key, kind in _ADAPTERS.items() if key.fullmatch(name)), None)
 
 
 def _owners(names: Iterable[str]) -> dict[str, str]:
     """Return the modules that have factors, with the kind of the adapter."""
     found: dict[str, str] = {}
     for name in names:
-        for key, words in _ADAPTERS.items():
+        for key, kind in _ADAPTERS.items():
             if match := key.fullmatch(name):
-                found.setdefault(match["module"], words)
+                found.setdefault(match["module"], kind)
                 break
     return found
 
@@ -183,18 +183,18 @@ def _not_a_model(label: str, folder: Path) -> str:
     return _refusal(label, f"a PEFT adapter ({kind})", settings.get("base_model_name_or_path"))
 
 
-def _refusal(label: str, words: str, base: Any = None) -> str:
-    text = f"{label}: is {words}, not a model"
-    if words.endswith(tuple(f"({kind})" for kind in _READABLE)):
+def _refusal(label: str, content: str, base: Any = None) -> str:
+    text = f"{label}: is {content}, not a model"
+    if content.endswith(tuple(f"({kind})" for kind in _READABLE)):
         text += ": `lorank info`, `lorank compress` and `lorank check` read adapters"
     if isinstance(base, str) and base:
         text += f"; its base model is {base}"
     return text
 
 
-def _not_an_adapter(label: str, words: str) -> str:
+def _not_an_adapter(label: str, content: str) -> str:
     return (
-        f"{label}: holds {words}, not an adapter: `lorank analyze` reads models, and `lorank extract` "
+        f"{label}: holds {content}, not an adapter: `lorank analyze` reads models, and `lorank extract` "
         "makes an adapter of two of them"
     )
 
