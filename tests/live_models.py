@@ -1,4 +1,4 @@
-"""Tiny models with every kind of layer that PEFT adapts, and inputs for them."""
+"""Tiny models with every kind of layer that PEFT adapts, their inputs, and comparisons of outputs."""
 
 from __future__ import annotations
 
@@ -129,7 +129,22 @@ MODELS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any]]] = {
 
 
 def outputs(model: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """What a model computes: its tensor, or its logits."""
+    """Return the outputs of a model: its tensor, or its logits."""
     with torch.no_grad():
         found = model(inputs)
     return found if isinstance(found, torch.Tensor) else found.logits
+
+
+def randomised(adapted: Any) -> Any:
+    """Change every trained parameter of an adapted model by random values."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in adapted.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
+        elif "lora_" in name or "modules_to_save" in name or parameter.requires_grad:
+            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)

@@ -25,12 +25,12 @@ OUT, IN = 256, 128
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One packed weight and what is beside it.
+    """One packed weight and the tensors beside it.
 
     Attributes
     ----------
     scheme
-        What the reason of the codes must say.
+        The scheme that the reason of the codes must name.
     tensors
         The codes first.
     parameters
@@ -49,18 +49,18 @@ class Checkpoint:
 
 
 def integers(*numbers: int) -> Tensor:
-    """A vector of integers of 64 bits."""
+    """Return a vector of integers of 64 bits."""
     return "I64", (len(numbers),), np.array(numbers, dtype="<i8").tobytes()
 
 
 def text(content: object) -> Tensor:
-    """JSON as a vector of bytes, as bitsandbytes keeps its state."""
+    """Return JSON as a vector of bytes, as bitsandbytes keeps its state."""
     encoded = json.dumps(content).encode()
     return "U8", (len(encoded),), encoded
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """A safetensors file; element types that NumPy lacks are written by name."""
+    """Write a safetensors file; element types that NumPy lacks are written by name."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     contents, offset = [], 0
     for name, (dtype, shape, *given) in tensors.items():

@@ -21,7 +21,7 @@ WEAK = 1e-5
 
 
 class Experts(torch.nn.Module):
-    """Two stacked weights, and what else such modules hold: a bias and a norm."""
+    """Two stacked weights, a bias and a norm in one module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def net() -> Net:
 
 
 def made(model: Any, folder: Path, config: LoraConfig, weak: tuple[str, ...] = (), seed: int = 1) -> Any:
-    """An adapter with trained biases, saved; the factors of weak modules hold next to nothing."""
+    """Save an adapter with trained biases; the factors of weak modules are nearly zero."""
     live = trained(model, config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Verdicts that only a look at the base model gives: names, shapes and ties."""
+"""Verdicts that depend on the base model: names, shapes and ties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written of an image file loads in diffusers again, with the same update."""
+"""Rewritten image files load in diffusers with the same update."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def sd3() -> Any:
 
 
 def pipeline(kind: str, **parts: Any) -> Any:
-    """A pipeline of these parts and nothing else."""
+    """Return a pipeline of these parts and nothing else."""
     names = [
         name for name in inspect.signature(getattr(diffusers, kind).__init__).parameters if name != "self"
     ]
@@ -116,7 +116,7 @@ def factors(
     ends: tuple[str, str],
     alpha: float | None,
 ) -> dict[str, torch.Tensor]:
-    """Factors of rank 4 for linear layers, whose products have ranks from 0 to 4."""
+    """Return factors of rank 4 for linear layers, whose products have ranks from 0 to 4."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     layers = [
@@ -152,7 +152,7 @@ def flat(prefix: str) -> Callable[[str], str]:
 
 
 def of_sd(alpha: float | None) -> dict[str, torch.Tensor]:
-    """A file for a UNet and its text encoder, as kohya's scripts name everything."""
+    """Write a file for a UNet and its text encoder, with the names of kohya's scripts."""
     layers = factors(unet(), flat("lora_unet_"), lambda n: ".attn" in n or ".ff." in n, UPS, alpha)
     names = [name for name, _ in text_encoder().named_modules()]
     prefix = "lora_te_" if any(name.startswith("text_model") for name in names) else "lora_te_text_model_"
@@ -245,7 +245,7 @@ CASES: dict[str, Callable[[], Any]] = {
 
 
 def loaded(pipe: Any, path: Path) -> dict[str, tuple[torch.Tensor, Any]]:
-    """Every adapted layer's update, and what it adds to the bias."""
+    """Return every adapted layer's update, and the difference of its bias."""
     pipe.load_lora_weights(str(path))
     found = {}
     for part in ("unet", "transformer", "text_encoder"):
@@ -282,7 +282,7 @@ def test_diffusers_loads_the_same_update(case: str, tmp_path: Path) -> None:
 
 
 def as_by_rank(path: Path) -> dict[str, float]:
-    """A number for every update in programs that scale by alpha / rank, or by 1 without alpha."""
+    """Return a random projection of every update in programs that scale by alpha / rank, or else by 1."""
     tensors = {key: x.double().numpy() for key, x in load_file(path).items()}
     found = {}
     for key, a in tensors.items():

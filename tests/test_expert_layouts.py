@@ -34,7 +34,7 @@ def experts(model: Any, folder: Path, *targets: str, **config: Any) -> Path:
 
 
 def laid_out_as_before_019(folder: Path, copies: int, version: str | None = "0.18.1") -> Path:
-    """The same adapter as PEFT 0.18 wrote it: what A and B hold changes places, expert by expert."""
+    """Rewrite an adapter as PEFT 0.18 wrote it: A and B change places, expert by expert."""
 
     def turn(tensors: dict[str, Any]) -> None:
         for key in [key for key in tensors if ".experts." in key and ".lora_A" in key]:
@@ -210,7 +210,7 @@ def test_compressing_bare_names_computes_what_the_certificate_says(name: str, tm
 
 
 def separate(folder: Path, rank: Callable[[int, str], int], **config: Any) -> tuple[Path, torch.Tensor]:
-    """An adapter of experts one by one, as transformers 4 had them, and the logits that it gives."""
+    """Write an adapter of experts one by one, as transformers 4 had them; return it with its logits."""
     from safetensors.numpy import save_file
 
     model, generator = tiny_models.qwen3_moe(), np.random.default_rng(0)

@@ -55,7 +55,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
+    """Run the command line in its own process."""
     # Each arena of glibc would reserve 128 MiB of addresses.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"}
     line = [sys.executable, "-c", program, *map(str, arguments)]
@@ -63,7 +63,7 @@ def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def limited(spare: int, *arguments: object) -> str:
-    """The one line of a command that fails because the core may take no more than some bytes."""
+    """Return the one line of a command that fails because the memory of the core is limited."""
     result = run(LIMITED.replace("{spare}", str(spare)), *arguments)
     assert result.returncode == 1, result
     (line,) = result.stderr.splitlines()
@@ -80,7 +80,7 @@ def weights(*shape: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file whose largest matrix has 16 MiB."""
+    """Write a file whose largest matrix has 16 MiB."""
     path = tmp_path_factory.mktemp("large") / "model.safetensors"
     save_file(weights(1024, 4096), path)
     return path
@@ -88,7 +88,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(checkpoint: Path) -> lorank.SpectralReport:
-    """The report of a run that nothing limits."""
+    """Return the report of a run without limits."""
     return lorank.analyze(checkpoint)
 
 
@@ -99,7 +99,7 @@ def small(tmp_path: Path) -> Path:
 
 
 def rows(journal: Path) -> dict[str, list[str]]:
-    """The flags of every matrix in a journal."""
+    """Return the flags of every matrix in a journal."""
     lines = map(json.loads, journal.read_text().splitlines()[1:])
     return {row["name"]: row["flags"] for row in lines}
 
@@ -172,7 +172,7 @@ def saved_adapter(folder: Path, width: int) -> Path:
 
 
 def with_defects(path: Path, *names: str) -> Callable[[object], Source]:
-    """`open_source` for a file of whose matrices some cause panics."""
+    """Return an `open_source` whose matrices of some names cause panics."""
     source = open_source(path)
     matrices = list(source.matrices)
     for i, matrix in enumerate(matrices):

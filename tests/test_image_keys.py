@@ -122,7 +122,7 @@ def test_an_alpha_without_factors_is_kept_and_named(tmp_path: Path) -> None:
     assert load_file(tmp_path / "b.safetensors")["lora_unet_gone.alpha"] == 3
 
 
-def test_two_alphas_of_one_module(tmp_path: Path) -> None:
+def test_two_alphas_of_one_module_are_refused(tmp_path: Path) -> None:
     _, up, down = FACTORS["kohya"]
     twice = {f"lora_unet_x.{word}": np.array(3.0, np.float32) for word in ("alpha", "network_alpha")}
     with pytest.raises(lorank.FormatError, match=r"x\.network_alpha' are the same thing twice"):
@@ -130,14 +130,14 @@ def test_two_alphas_of_one_module(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "is_told"), [("1.0", True), ("4", False), ("4.0", False), ("none", True)])
-def test_an_alpha_in_the_metadata_alone_is_told(value: str, is_told: bool, tmp_path: Path) -> None:
+def test_an_alpha_in_the_metadata_alone_is_noted(value: str, is_told: bool, tmp_path: Path) -> None:
     _, up, down = FACTORS["kohya"]
     adapter = loaded(tmp_path / "a.safetensors", pair(up, down), {"ss_network_alpha": value})
     assert adapter.modules["lora_unet_x"].scaling == 1
     assert any(f"metadata name ss_network_alpha = {value}" in note for note in adapter.notes) == is_told
 
 
-def test_two_adapters_in_one_file(tmp_path: Path) -> None:
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
     tensors = pair("x.lora_B.first.weight", "x.lora_A.first.weight")
     tensors |= pair("x.lora_B.second.weight", "x.lora_A.second.weight")
     with pytest.raises(lorank.FormatError, match="'x': has tensors of two adapters, 'first' and 'second'"):
@@ -152,13 +152,13 @@ def test_two_adapters_in_one_file(tmp_path: Path) -> None:
         ({"y.lora_B.bias": floats(OUT)}, "'y.lora_B.bias': its module has no factors"),
     ],
 )
-def test_biases_that_fit_nothing(more: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_biases_that_do_not_fit_are_refused(more: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(lorank.FormatError, match=reason):
         loaded(tmp_path / "a.safetensors", pair("x.lora_B.weight", "x.lora_A.weight") | more)
 
 
 def outputs(path: Path, name: str, up: str, down: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """What a module adds to its outputs in programs that scale factors and bias by alpha / rank."""
+    """Return the outputs that a module adds in programs that scale factors and bias by alpha / rank."""
     tensors = {key: value.astype(np.float64) for key, value in load_file(path).items()}
     a, b = tensors[down], tensors[up]
     bias = tensors[up.removesuffix(".weight") + ".bias"]
@@ -225,7 +225,7 @@ def test_magnitudes_by_any_name_are_magnitudes(ending: str, tmp_path: Path) -> N
 def test_a_module_called_magnitude_has_none(tmp_path: Path) -> None:
     plain = pair("x.lora_B.weight", "x.lora_A.weight")
     adapter = loaded(tmp_path / "a.safetensors", plain | {"head.magnitude.weight": floats(3, 3)})
-    assert list(adapter.notes) == ["1 tensors that are no factors are kept as they are"]
+    assert list(adapter.notes) == ["1 tensors that are not factors are kept as they are"]
 
 
 def test_full_differences_are_kept_and_added_up(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_full_differences_are_kept_and_added_up(tmp_path: Path) -> None:
         assert np.allclose(written[key], 0.5 * first[key] - 2.0 * second[key], atol=1e-6)
     assert np.allclose(written[f"{prefix}.a.diff"], 0.5 * first[f"{prefix}.a.diff"], atol=1e-6)
     assert np.allclose(written[f"{prefix}.b.diff"], -2.0 * second[f"{prefix}.b.diff"], atol=1e-6)
-    # A weight that is set is no difference.
+    # A weight that replaces another is not a difference.
     assert np.array_equal(written[f"{prefix}.norm.set_weight"], first[f"{prefix}.norm.set_weight"])
     assert "4 full differences (.diff, .diff_b) were added up" in merged.notes
 

@@ -43,7 +43,7 @@ print(json.dumps({"file": lorank.__file__, "lacking": lacking}))
 
 
 def interpreters() -> dict[tuple[int, int], Path]:
-    """The CPython interpreters on the path and under pyenv, by version, from the oldest supported on."""
+    """Return the CPython interpreters on the path and under pyenv by version, from the oldest supported."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     on_path = [found for minor in range(100) if (found := shutil.which(f"python3.{minor}"))]
     found = {}
@@ -71,7 +71,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripts(
     request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """The folder of executables of a fresh environment that holds the wheel and its dependencies."""
+    """Return the folder of executables of a fresh environment with the wheel and its dependencies."""
     available = interpreters()
     if request.param == "oldest" and OLDEST not in available:
         pytest.skip(f"no CPython {OLDEST[0]}.{OLDEST[1]} on the path or under pyenv")

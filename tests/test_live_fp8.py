@@ -1,4 +1,4 @@
-"""Packed weights of live models against the values that their own libraries make of them, in float64."""
+"""Packed weights of live models, compared with the values of their own libraries, in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> Any:
 
 
 def weight(*shape: int) -> Any:
-    """A weight whose blocks differ in size, so that a scale in the wrong place shows."""
+    """Return a weight whose blocks differ in size, so that a scale in the wrong place shows."""
     sizes = torch.rand(*(-(-size // 16) for size in shape), generator=generator(1)) * 8 + 0.1
     for dimension, size in enumerate(shape):
         sizes = sizes.repeat_interleave(16, dim=dimension).narrow(dimension, 0, size)
@@ -34,7 +34,7 @@ def weight(*shape: int) -> Any:
 
 
 def float8(values: Any, *blocks: int) -> tuple[Any, Any, Array]:
-    """Codes and scales of blocks of rows and columns, and the values that they stand for."""
+    """Return codes and scales of blocks of rows and columns, and the values that they stand for."""
     grid = [-(-size // block) for size, block in zip(values.shape[-2:], blocks, strict=True)]
     scales = torch.empty(*values.shape[:-2], *grid)
     codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
@@ -59,7 +59,7 @@ def model_of(**modules: Any) -> Any:
 
 
 def module_of(**tensors: Any) -> Any:
-    """A module with these tensors: floats as parameters, integers as buffers."""
+    """Return a module with these tensors: floats as parameters, integers as buffers."""
     module = nn.Module()
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
@@ -140,6 +140,16 @@ def experts(**options: Any) -> Any:
     return finegrained.FP8Experts(config, **options)
 
 
+def assert_experts(module: Any, truth: dict[str, Any]) -> None:
+    """Check the rows of a module's experts, and the number of its parameters."""
+    report = analyzed(model_of(experts=module))
+    assert len(report) == 6
+    for name, true in truth.items():
+        for index, matrix in enumerate(true):
+            assert_values(report, f"experts.{name}[{index}]", matrix)
+    assert report.num_parameters == 3 * 3 * 64 * 96
+
+
 @pytest.mark.parametrize("blocks", [(32, 32), (128, 128)])
 def test_float8_experts(blocks: tuple[int, int]) -> None:
     module, truth = experts(block_size=blocks), {}
@@ -149,12 +159,7 @@ def test_float8_experts(blocks: tuple[int, int]) -> None:
         codes, scales, truth[name] = float8(weight(*shape), rows, min(blocks[1], shape[2]))
         assert scales.shape == getattr(module, f"{name}_scale_inv").shape
         filled(module, **{name: codes, f"{name}_scale_inv": scales})
-    report = analyzed(model_of(experts=module))
-    assert len(report) == 6
-    for name, true in truth.items():
-        for index, matrix in enumerate(true):
-            assert_values(report, f"experts.{name}[{index}]", matrix)
-    assert report.num_parameters == 3 * 3 * 64 * 96
+    assert_experts(module, truth)
 
 
 def test_experts_of_four_bit_floats() -> None:
@@ -165,12 +170,7 @@ def test_experts_of_four_bit_floats() -> None:
         scales = torch.rand(getattr(module, f"{name}_scale_inv").shape, generator=generator()) + 0.1
         filled(module, **{name: codes, f"{name}_scale_inv": scales})
         truth[name] = finegrained.Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32).numpy()
-    report = analyzed(model_of(experts=module))
-    assert len(report) == 6
-    for name, true in truth.items():
-        for index, matrix in enumerate(true):
-            assert_values(report, f"experts.{name}[{index}]", matrix)
-    assert report.num_parameters == 3 * 3 * 64 * 96
+    assert_experts(module, truth)
 
 
 def test_scales_of_rows_as_fbgemm_and_compressed_tensors_keep_them() -> None:
@@ -238,7 +238,7 @@ def test_nvfp4_divides_or_multiplies_by_the_overall_scale() -> None:
 
 
 def packed_words(codes: Array, bits: int) -> Any:
-    """Unsigned integers along the last dimension in words of 32 bits, the lowest bits first."""
+    """Pack unsigned integers along the last dimension in words of 32 bits, the lowest bits first."""
     count = 32 // bits
     parts = codes.reshape(*codes.shape[:-1], -1, count).astype(np.uint32)
     words = (parts << (np.arange(count, dtype=np.uint32) * bits)).sum(axis=-1, dtype=np.uint32)
@@ -329,7 +329,7 @@ def test_hqq_layers() -> None:
 
 
 class TorchQuantLinear(nn.Module):
-    """A GPTQ layer with the method that gptqmodel's have."""
+    """A GPTQ layer with the dequantizing method of gptqmodel's layers."""
 
     def __init__(self, true: Any, offers: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adapters wherever they live: injected, wrapped, beside others, in any mode; and what is left alone."""
+"""Adapters in live models: injected, wrapped, beside others, in any mode; all else stays unchanged."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ from torch import nn
 import lorank
 import tiny_models
 from adapter_files import loaded
-from live_models import IDS, MODELS, Perceptron, outputs
-from test_live_sweep import assert_same, randomised
+from live_models import IDS, MODELS, Perceptron, assert_same, outputs, randomised
 
 QV = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 
 
 def live(model: Any = None, **settings: Any) -> Any:
-    """A PEFT model of a tiny Llama with random factors."""
+    """Return a PEFT model of a tiny Llama with random factors."""
     base = tiny_models.llama() if model is None else model
     return randomised(get_peft_model(base, LoraConfig(**{**QV, **settings})).eval())
 
@@ -41,7 +40,7 @@ def halved(adapter: lorank.LoraAdapter) -> lorank.LoraAdapter:
 
 
 def check_both_ways(model: Any, inputs: torch.Tensor, base: Any, folder: Path) -> None:
-    """Out, half of it in, all of it in again, in place and under another name."""
+    """Read an adapter, put half of it in, then all, in place and under another name; compare outputs."""
     before = outputs(model, inputs)
     adapter = lorank.LoraAdapter.from_model(model)
     small = halved(adapter)
@@ -66,7 +65,7 @@ def test_injected_into_a_plain_module(tmp_path: Path) -> None:
 
 
 def test_injected_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Releases of PEFT and transformers follow each other: what is tested here is the same in both.
+    # Releases of PEFT and transformers follow each other: the tested behaviour is the same in both.
     monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
     model = tiny_models.llama()
     model.add_adapter(LoraConfig(**QV, init_lora_weights=False))
@@ -154,7 +153,7 @@ def test_adapters_named_like_parts_of_the_model() -> None:
         assert_same(outputs(model, IDS), expected)
 
 
-def test_what_is_not_replaced_stays_as_it_is() -> None:
+def test_other_adapters_and_modes_stay_as_they_are() -> None:
     model = live(tiny_models.llama().to(torch.bfloat16), lora_dropout=0.1)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
     model.train()
@@ -210,7 +209,7 @@ SAVED_BESIDE = [
 
 
 @pytest.mark.parametrize("settings", SAVED_BESIDE, ids=str)
-def test_what_is_saved_beside_factors(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_tensors_beside_factors_are_replaced(settings: dict[str, Any], tmp_path: Path) -> None:
     base = tiny_models.llama_tied()
     model = live(copy.deepcopy(base), task_type="CAUSAL_LM", **copy.deepcopy(settings))
     before = outputs(model, IDS)
@@ -233,7 +232,7 @@ def test_what_is_saved_beside_factors(settings: dict[str, Any], tmp_path: Path) 
     assert_same(outputs(other.eval(), IDS), expected)
     if "modules_to_save" not in settings:
         with pytest.raises(
-            ValueError, match=r"adapter 'default' of the model has .*: put it in under a name"
+            ValueError, match=r"adapter 'default' of the model has .*: put the adapter in under a name"
         ):
             small.into_model(live(copy.deepcopy(base)))
 
@@ -241,7 +240,9 @@ def test_what_is_saved_beside_factors(settings: dict[str, Any], tmp_path: Path) 
 def test_a_saved_module_never_overwrites_the_base_model() -> None:
     adapter = lorank.LoraAdapter.from_model(live(modules_to_save=["lm_head"]))
     model = live()
-    with pytest.raises(ValueError, match=r"nothing like 'base_model.model.lm_head.weight': put it in under"):
+    with pytest.raises(
+        ValueError, match=r"no tensor for 'base_model.model.lm_head.weight': put the adapter in under"
+    ):
         adapter.into_model(model)
 
 
@@ -271,7 +272,7 @@ def test_adalora_of_a_convolution(tmp_path: Path) -> None:
         adapter.into_model(model)
 
 
-def test_what_holds_no_readable_adapter() -> None:
+def test_models_without_a_readable_adapter_are_refused() -> None:
     adapter = lorank.LoraAdapter.from_model(live())
     with pytest.raises(TypeError, match="Module, not a str"):
         lorank.LoraAdapter.from_model("model")
@@ -298,7 +299,7 @@ def test_what_holds_no_readable_adapter() -> None:
         lorank.LoraAdapter.from_model(get_peft_model(empty, LoraConfig(**QV), low_cpu_mem_usage=True))
 
 
-def test_what_does_not_fit_changes_nothing() -> None:
+def test_an_adapter_that_does_not_fit_changes_nothing() -> None:
     adapter = lorank.LoraAdapter.from_model(live())
     wide = tiny_models.llama()
     wide.model.layers[0].self_attn.q_proj = nn.Linear(32, 40, bias=False)
@@ -309,7 +310,11 @@ def test_what_does_not_fit_changes_nothing() -> None:
     for model, name, words in (
         (get_peft_model(wide, LoraConfig(**QV)), "default", "belong to different models"),
         (get_peft_model(wide, LoraConfig(**QV)), "other", "belong to different models"),
-        (dora, "default", "use_dora=true, the adapter to put in use_dora=null: put it in under a name"),
+        (
+            dora,
+            "default",
+            "use_dora=true, the adapter to put in use_dora=null: put the adapter in under a name",
+        ),
         (merged, "default", "is merged into module"),
         (gpt2, "default", "fits no module that adapter 'default' of the model could adapt"),
         (gpt2, "other", "not found in the base model"),

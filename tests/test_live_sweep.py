@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import lorank
 from adapter_files import loaded
-from live_models import MODELS, outputs
+from live_models import MODELS, assert_same, outputs, randomised
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -30,12 +30,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gaussian": {"init_lora_weights": "gaussian"},
 }
 
-# Sums of factors that are read in words only: the update of such a convolution is no product.
+# Layers whose adapters cannot be read: the update of a grouped convolution is not a product.
 REFUSED = {("groups", option) for option in OPTIONS}
 
 
 def built(model: str, option: str) -> tuple[Any, Any, torch.Tensor]:
-    """The base model, an adapted copy with random factors, and inputs; skipped where PEFT refuses."""
+    """Return the base model, an adapted copy with random factors, and inputs; skip where PEFT refuses."""
     make, inputs, targets = MODELS[model]
     torch.manual_seed(0)
     base = make().eval()
@@ -47,23 +47,9 @@ def built(model: str, option: str) -> tuple[Any, Any, torch.Tensor]:
     return base, randomised(adapted), inputs
 
 
-def randomised(adapted: Any) -> Any:
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in adapted.named_parameters():
-        if "magnitude" in name:
-            parameter.data.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
-        elif "lora_" in name or "modules_to_save" in name or parameter.requires_grad:
-            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return adapted
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
-
-
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("model", MODELS)
-def test_out_and_in_again(model: str, option: str, tmp_path: Path) -> None:
+def test_an_adapter_is_read_and_put_back(model: str, option: str, tmp_path: Path) -> None:
     base, adapted, inputs = built(model, option)
     before = outputs(adapted, inputs)
     assert (before - outputs(base, inputs)).abs().max() > 1e-3
@@ -95,7 +81,7 @@ def test_out_and_in_again(model: str, option: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "groups"])
-def test_in_under_another_name(model: str, option: str) -> None:
+def test_an_adapter_is_added_under_another_name(model: str, option: str) -> None:
     base, adapted, inputs = built(model, option)
     before = outputs(adapted, inputs)
     cut = lorank.compress(
@@ -138,7 +124,7 @@ def test_modules_that_lose_all_rank(model: str, ratio: float, tmp_path: Path) ->
 
 
 def assert_ties(base: Any, adapted: Any) -> None:
-    """The tables share a parameter as before, and so do the factors of tied layers."""
+    """Check that the tables share a parameter as before, and so do the factors of tied layers."""
     if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
         return
     table, head = adapted.get_base_model().get_input_embeddings(), adapted.get_base_model().lm_head

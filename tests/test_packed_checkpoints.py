@@ -49,7 +49,7 @@ every_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)
 
 
 def folder_of(path: Path, checkpoint: Checkpoint, **more: Tensor) -> Path:
-    """A model folder with plain tensors and a packed weight."""
+    """Write a model folder with plain tensors and a packed weight."""
     write(path / "model.safetensors", {**PLAIN, **checkpoint.tensors, **more})
     config = {"torch_dtype": "float32", **checkpoint.config}
     for name, content in {"config.json": config, **checkpoint.files}.items():
@@ -125,7 +125,7 @@ def test_a_pickle_is_read_as_the_safetensors_file(tmp_path: Path, name: str) -> 
         assert {s.name: s.reason for s in found.skipped} == {s.name: s.reason for s in expected.skipped}
 
 
-def test_only_what_can_be_read_live_is_promised_live(tmp_path: Path) -> None:
+def test_reasons_name_the_live_model_only_where_it_can_be_read(tmp_path: Path) -> None:
     promises = {}
     for number, (name, checkpoint) in enumerate(CHECKPOINTS.items()):
         folder = tmp_path / str(number)

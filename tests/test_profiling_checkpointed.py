@@ -134,7 +134,7 @@ def test_vectors_that_require_a_gradient_are_left_as_they_were() -> None:
 
 
 class Blocks(nn.Module):
-    """A model of one's own, whose blocks are given what has no gradient, and change it in place."""
+    """A user's model, whose blocks take tensors without gradients and change them in place."""
 
     def __init__(self, reentrant: bool | None) -> None:
         super().__init__()

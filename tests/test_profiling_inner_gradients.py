@@ -96,12 +96,12 @@ def adversarial(model: Any, batch: Any) -> Any:
 
 
 def backward_within(model: Any, batch: Any) -> Any:
-    """The same by `backward`, as older code finds the gradient of its inputs."""
+    """The same loss by `backward`, as older code finds the gradient of its inputs."""
     x = batch.clone().requires_grad_()
     model(x).square().sum().backward()
     assert x.grad is not None
     moved = batch + 0.1 * x.grad.sign()
-    # What trained weights took is no part of the loss's gradient.
+    # The gradients that trained weights took are not part of the loss's gradient.
     model.zero_grad()
     return model(moved).square().mean()
 
@@ -234,7 +234,7 @@ def test_nothing_remains_on_the_model_or_the_batches() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_gradients_of_parameters_within_the_loss_are_refused_in_words() -> None:
+def test_gradients_of_parameters_within_the_loss_are_refused() -> None:
     def loss(model: Any, batch: Any) -> Any:
         value = model(batch).square().mean()
         found = grad(value, list(model.parameters()), create_graph=True)
@@ -244,7 +244,7 @@ def test_gradients_of_parameters_within_the_loss_are_refused_in_words() -> None:
         profiled(Potential(), points(), loss)
 
 
-def test_tasks_have_the_rows_of_the_outer_backward_pass_and_say_what_is_left_out() -> None:
+def test_tasks_have_the_rows_of_the_outer_backward_pass_and_flag_the_inner_one() -> None:
     def value(model: Any, batch: Any) -> Any:
         return model(batch).square().mean()
 
@@ -279,8 +279,8 @@ def test_training_counts_backward_passes_that_train(loss: Loss, create_graph: bo
     assert_spectra(update.report, expected)
 
 
-def test_training_by_gradients_of_single_parameters_is_warned_of() -> None:
-    """Such a pass goes around the base weights, so that there is nothing to measure."""
+def test_training_by_gradients_of_single_parameters_warns() -> None:
+    """Such a pass does not reach the base weights, so no gradient can be measured."""
     model = get_peft_model(Potential(), LoraConfig(r=2, target_modules=["enter", "twice"]))
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -107,7 +107,7 @@ def test_peft_loads_every_ratio(case: Any, profile: Any, tmp_path: Path) -> None
 
 
 def by_peft(base: Any, config: LoraConfig, adapter: lorank.LoraAdapter) -> Any:
-    """PEFT's model with the updates as NumPy factorises them.
+    """Return PEFT's model with the updates as NumPy factorises them.
 
     The updates are not added to weights here: PEFT 0.21 adds that of an attention's output twice.
     """

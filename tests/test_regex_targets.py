@@ -1,4 +1,4 @@
-"""What is written adapts in PEFT the modules that were adapted, whatever else ends with their names."""
+"""Written targets select the adapted modules in PEFT, whatever other names end with theirs."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def net() -> Nested:
 
 
 def adapted(model: Any) -> dict[str, int]:
-    """Ranks of the layers that PEFT adapts."""
+    """Return the ranks of the layers that PEFT adapts."""
     layers = model.base_model.model.named_modules()
     return {name: layer.r["default"] for name, layer in layers if hasattr(layer, "lora_A")}
 
 
 def trained(how: dict[str, Any], silent: str = "") -> Any:
-    """A model with random factors; those of modules whose name matches stay zero, and lose their rank."""
+    """Return a model with random factors; those of modules whose name matches are zero and lose rank."""
     model = get_peft_model(net(), LoraConfig(r=4, lora_alpha=6, **how)).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name and not (silent and silent in name):
@@ -75,7 +75,7 @@ def trained(how: dict[str, Any], silent: str = "") -> Any:
 
 
 def assert_same(folder: Path, model: Any, left_out: str = "") -> None:
-    """Modules, and outputs with all of them."""
+    """Compare the adapted modules, and the outputs."""
     found = PeftModel.from_pretrained(net(), folder).eval()
     assert set(adapted(found)) == {n for n in adapted(model) if not (left_out and left_out in n)}
     x = torch.randn(5, 8)
@@ -126,7 +126,7 @@ def test_a_sum_adapts_the_modules_of_both(tmp_path: Path) -> None:
 
 
 def test_a_written_list_of_targets_stays_a_list(tmp_path: Path) -> None:
-    """Engines that want a list are served, whatever form the targets had."""
+    """Engines that require a list can load the adapter, whatever form its targets had."""
     trained(HOW[0]).save_pretrained(tmp_path / "in")
     lorank.compress(tmp_path / "in", avg_rank=2, progress=False).save(tmp_path / "out", "portable")
     (verdict,) = lorank.check(tmp_path / "out", ["sglang"])
@@ -135,7 +135,7 @@ def test_a_written_list_of_targets_stays_a_list(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", ["proj_out", r".*\.0\.proj_out|proj_out", r"inner\..*", ["0.proj_in"]])
 @pytest.mark.parametrize("knows", ["the model", "all names", "names of targets"])
-def test_an_allocation_adapts_what_it_lists(targets: Any, knows: str) -> None:
+def test_an_allocation_adapts_the_modules_that_it_lists(targets: Any, knows: str) -> None:
     model = net()
     if knows == "names of targets":
         source: Any = lorank.analyze(model, include=targets, progress=False)

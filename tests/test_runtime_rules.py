@@ -1,4 +1,4 @@
-"""What each runtime's own rules say, one property of an adapter at a time."""
+"""Each runtime's own rules, one property of an adapter at a time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def carried(key: str, *shape: int) -> dict[str, Any]:
 
 
 def write(folder: Path, tensors: Mapping[str, Any], **config: Any) -> Path:
-    """An adapter whose targets are its modules."""
+    """Write an adapter whose targets are its modules."""
     names = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
     targets = sorted({name.rpartition(".")[2] for name in names if "experts" not in name})
     settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": targets, **config}
@@ -158,7 +158,7 @@ RULES: list[Rule] = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule[0]}-{rule[3]}-{rule[4]}")
-def test_one_rule(rule: Rule, tmp_path: Path) -> None:
+def test_each_rule(rule: Rule, tmp_path: Path) -> None:
     runtime, tensors, config, status, reason = rule
     (verdict,) = lorank.check(write(tmp_path, tensors, **config), [runtime])
     assert verdict.status == status, verdict
@@ -206,7 +206,7 @@ def test_runtimes_of_another_format_do_not_fail_a_check(tmp_path: Path) -> None:
         (["diffusers", "comfyui"], "compact"),
     ],
 )
-def test_the_profile_that_suits(runtimes: list[str] | None, profile: str) -> None:
+def test_the_first_profile_that_all_runtimes_load_is_chosen(runtimes: list[str] | None, profile: str) -> None:
     assert right_profile(runtimes) == profile
 
 
@@ -215,7 +215,7 @@ def fails_after(change: Callable[[Path], object], folder: Path, target: Path) ->
     return run("check", folder, "--for", "peft,vllm", "--fix", target)
 
 
-def test_what_fix_writes_is_judged_by_itself(tmp_path: Path) -> None:
+def test_fix_checks_the_written_adapter(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", factors(QV, 600), r=600)
     result = fails_after(lambda f: configured(f, use_rslora=True), folder, tmp_path / "b")
     assert result.returncode == 1

@@ -317,7 +317,7 @@ def test_facts_survive_saving_a_report_and_an_allocation(tmp_path: Path) -> None
     assert lorank.RankAllocation.load(tmp_path / "allocation.json").facts == report.facts
 
 
-def test_an_allocation_leaves_out_what_peft_refuses_and_says_so() -> None:
+def test_an_allocation_leaves_out_and_flags_modules_that_peft_refuses() -> None:
     allocation = lorank.allocate(Net(), "uniform", r_min=1, avg_rank=2, targets=".*", progress=False)
     assert "depthwise" not in allocation.ranks
     assert "8 groups" in allocation.flags["depthwise"]

@@ -19,7 +19,7 @@ from lorank.sources import open_source
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_a_model_of_diffusers_is_asked(tmp_path: Path) -> None:
+def test_a_model_of_diffusers_decides_names(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.UNet2DConditionModel(
         sample_size=8,

@@ -1,4 +1,4 @@
-"""What `check` says of files with the keys of kohya and diffusers, against what diffusers computes."""
+"""Verdicts of `check` on files with the keys of kohya and diffusers, compared with diffusers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def kohya(file: Path, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> 
 
 
 def in_diffusers(file: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """The updates that diffusers applies, by kohya's names."""
+    """Return the updates that diffusers applies, by kohya's names."""
     pipeline, model = diffusers.StableDiffusionPipeline, unet()
     state, alphas = pipeline.lora_state_dict(str(file))
     pipeline.load_lora_into_unet(state, network_alphas=alphas, unet=model, adapter_name="a")
@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Mapping[str, int], Mapping[str, float], bool]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_diffusers_scales_as_check_says(name: str, tmp_path: Path) -> None:
+def test_verdicts_agree_with_diffusers(name: str, tmp_path: Path) -> None:
     ranks, alphas, is_right = CASES[name]
     file = kohya(tmp_path / "a.safetensors", ranks, alphas)
     adapter = lorank.LoraAdapter.load(file)
@@ -169,7 +169,7 @@ def magnitudes(tensors: dict[str, Any]) -> None:
     ("edit", "runtimes", "reason"),
     [(spoil, ("diffusers", "comfyui"), "holds NaN"), (magnitudes, ("diffusers",), "dora_scale")],
 )
-def test_what_is_wrong_with_kohyas_files(
+def test_spoiled_files_of_kohya_are_wrong(
     edit: Callable[[dict[str, Any]], None], runtimes: tuple[str, ...], reason: str, tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file
@@ -184,7 +184,7 @@ def test_what_is_wrong_with_kohyas_files(
         assert not is_wrong or reason in verdict.reason
 
 
-def test_who_reads_no_image_files(tmp_path: Path) -> None:
+def test_runtimes_without_image_files_refuse_them(tmp_path: Path) -> None:
     file = kohya(tmp_path / "a.safetensors", {QUERY: 4}, {})
     for name, verdict in zip(RUNTIMES, lorank.check(file), strict=True):
         if name not in ("diffusers", "comfyui"):

@@ -1,4 +1,4 @@
-"""What `check` says of PEFT and of transformers, against what they compute from the same files."""
+"""Verdicts of `check` on PEFT and transformers, compared with what these compute from the same files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def random_adapter(model: Any, config: Any) -> Any:
-    """A live adapter with random values, written in place so that ties between parameters last."""
+    """Return a live adapter with random values, written in place so that parameters stay tied."""
     live = get_peft_model(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -55,7 +55,7 @@ LOADERS = {"peft": loaded, "transformers": through_transformers}
 
 
 def seen(model: Any, folder: Path, expected: torch.Tensor, runtime: str) -> str:
-    """What a runtime really does with an adapter."""
+    """Load an adapter in a runtime and compare its logits; return the true status."""
     try:
         got = logits(LOADERS[runtime](model, folder))
     except (RuntimeError, ValueError):
@@ -72,7 +72,7 @@ def renamed(change: Callable[[str], str]) -> Edit:
 
 
 def rank_of(folder: Path, module: str, rank: int) -> None:
-    """Cut a module's factors, and say so in the settings."""
+    """Cut a module's factors, and set their rank in the settings."""
 
     def edit(tensors: dict[str, Any]) -> None:
         for key in [key for key in tensors if f".{module}.lora_" in key]:
@@ -157,7 +157,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], Edit]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_peft_and_transformers_do_what_check_says(name: str, tmp_path: Path) -> None:
+def test_verdicts_agree_with_peft_and_transformers(name: str, tmp_path: Path) -> None:
     build, config, edit = CASES[name]
     model = build()
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **config}
@@ -169,7 +169,7 @@ def test_peft_and_transformers_do_what_check_says(name: str, tmp_path: Path) -> 
         assert verdict.status == seen(model, folder, expected, runtime), (runtime, verdict)
 
 
-def test_adalora_does_what_check_says(tmp_path: Path) -> None:
+def test_verdicts_on_adalora_agree_with_peft(tmp_path: Path) -> None:
     model = LLAMA()
     config = AdaLoraConfig(target_modules=["q_proj", "v_proj"], init_r=4, total_step=10)
     live = random_adapter(model, config)
@@ -203,7 +203,7 @@ def test_settings_that_do_not_go_with_parameters(tmp_path: Path) -> None:
             loaded(tiny_models.mixtral(), folder)
 
 
-def test_which_tensor_is_no_number(tmp_path: Path) -> None:
+def test_a_tensor_with_infinite_values_is_named(tmp_path: Path) -> None:
     folder = saved(random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"])), tmp_path)
     spoiled(float("-inf"))(folder)
     verdicts = [verdict for verdict in lorank.check(folder) if verdict.reads_format]
@@ -214,7 +214,7 @@ def test_which_tensor_is_no_number(tmp_path: Path) -> None:
         assert "lora_B of model.layers.0.self_attn.v_proj holds Inf" in verdict.reason
 
 
-def test_saved_modules_are_searched_for_numbers(tmp_path: Path) -> None:
+def test_saved_modules_are_searched_for_nan(tmp_path: Path) -> None:
     live = random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"], modules_to_save=["lm_head"]))
     folder = saved(live, tmp_path)
 

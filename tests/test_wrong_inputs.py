@@ -1,4 +1,4 @@
-"""Commands about models refuse adapters, and commands about adapters refuse models, in words."""
+"""Commands about models refuse adapters, and commands about adapters refuse models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def peft_file(path: Path) -> Path:
 
 
 def renamed_file(path: Path) -> Path:
-    """A PEFT adapter's tensors under another name, without settings."""
+    """Save a PEFT adapter's tensors under another name, without settings."""
     return (peft_folder(path) / "adapter_model.safetensors").rename(path.parent / "tensors.safetensors")
 
 
@@ -48,7 +48,7 @@ def pickled_adapter(path: Path) -> Path:
 
 
 def trainer_checkpoint(path: Path) -> Path:
-    """What Trainer saves of a PEFT model."""
+    """Save the checkpoint that Trainer writes of a PEFT model."""
     peft_folder(path)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         torch.save({"step": 1}, path / name)
@@ -110,14 +110,14 @@ OTHER_ADAPTERS = {
 
 
 def refused(*arguments: Any) -> str:
-    """The message of a command that fails."""
+    """Return the message of a command that fails."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code != 0
     return str(result.exception)
 
 
 @pytest.mark.parametrize("kind", [*LORA_ADAPTERS, *OTHER_ADAPTERS])
-def test_an_adapter_is_no_model(kind: str, tmp_path: Path) -> None:
+def test_commands_on_models_refuse_adapters(kind: str, tmp_path: Path) -> None:
     path = (LORA_ADAPTERS | OTHER_ADAPTERS)[kind](tmp_path / "given")
     model = tmp_path / "model"
     tiny_models.llama().save_pretrained(model)
@@ -156,7 +156,7 @@ def sharded(path: Path) -> Path:
 
 
 def linked(path: Path) -> Path:
-    """How a hub's cache keeps snapshots."""
+    """Link a folder's files as the hub's cache does."""
     folder = model_folder(path.parent / "blobs")
     path.mkdir()
     for file in folder.iterdir():
@@ -178,7 +178,7 @@ def beside_settings(path: Path) -> Path:
 
 
 def with_adapter_inside(path: Path) -> Path:
-    """The state dict of a whole PEFT model."""
+    """Save the state dict of a whole PEFT model."""
     path.mkdir()
     state = trained(tiny_models.llama(), LORA).state_dict()
     save_file({name: value.numpy() for name, value in state.items()}, path / "model.safetensors")
@@ -198,7 +198,7 @@ NAMES = ["folder", "file", "shards", "links", "pickle", "beside settings", "adap
 
 
 @pytest.mark.parametrize("make", MODELS, ids=NAMES)
-def test_a_model_is_no_adapter(make: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_commands_on_adapters_refuse_models(make: Callable[[Path], Path], tmp_path: Path) -> None:
     path = make(tmp_path / "given")
     for call in (
         lambda: lorank.compress(path, avg_rank=1, progress=False),
@@ -218,7 +218,7 @@ def test_a_model_is_no_adapter(make: Callable[[Path], Path], tmp_path: Path) -> 
     assert lorank.analyze(path, progress=False).modules
 
 
-def test_a_model_beside_an_adapter_is_what_is_analysed(tmp_path: Path) -> None:
+def test_a_model_beside_an_adapter_is_analysed(tmp_path: Path) -> None:
     plain = lorank.analyze(model_folder(tmp_path / "plain"), progress=False)
     both = peft_folder(model_folder(tmp_path / "both"))
     assert lorank.analyze(both, progress=False).modules == plain.modules
@@ -259,7 +259,7 @@ def test_base_weights_of_a_whole_peft_model_are_analysed(of: str, tmp_path: Path
         (["config.json"], "a model's settings"),
     ],
 )
-def test_folders_without_weights(files: list[str], reason: str, tmp_path: Path) -> None:
+def test_folders_without_weights_are_refused(files: list[str], reason: str, tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).write_text("{}")
     for call, lacks in ((lorank.analyze, "no .safetensors or .bin"), (lorank.LoraAdapter.load, "neither")):
@@ -268,7 +268,7 @@ def test_folders_without_weights(files: list[str], reason: str, tmp_path: Path) 
         assert lacks in str(error.value)
 
 
-def test_the_state_of_an_optimizer_is_no_model(tmp_path: Path) -> None:
+def test_the_state_of_an_optimizer_is_refused(tmp_path: Path) -> None:
     model = tiny_models.llama()
     optimizer = torch.optim.AdamW(model.parameters())
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")

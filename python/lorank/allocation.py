@@ -53,7 +53,7 @@ class RankAllocation:
     base_parameters
         Parameters of the whole base model, None if unknown.
     facts
-        What is known of the model whose modules these are.
+        Facts about the model beside its matrices.
     """
 
     modules: Sequence[AdaptedModule]
@@ -312,7 +312,7 @@ def allocate(
 
 
 def _facts(evidence: Report[Any] | Source) -> ModelFacts:
-    """Return what is known of the model; of a report of gradients or tasks, nothing is."""
+    """Return the facts about the model; reports of gradients and tasks hold none."""
     return getattr(evidence, "facts", ModelFacts())
 
 

@@ -76,7 +76,8 @@ def analyze(
     ValueError
         If nothing is left to analyse, or the journal belongs to another run.
     MemoryError, OSError
-        If the system has no memory for a matrix, or starts no threads; fewer `threads` need less of both.
+        If the system has no memory for a matrix, or does not start threads; fewer `threads` need less of
+        both.
     LorankError
         If the analysis of a matrix meets a defect of lorank. The message asks to report it.
 
@@ -142,7 +143,7 @@ def _analyze_batch(
 ) -> None:
     def on_result(index: int, outcome: Any) -> None:
         matrix = batch[index]
-        # Only what is true of the numbers is a result: it would be the same in any other run.
+        # Only a property of the numbers is a result: it would be the same in any other run.
         if isinstance(outcome, _core.NumericalError):
             finish(matrix, ModuleSpectrum.failed(matrix.info, str(outcome)))
         elif isinstance(outcome, Exception):

@@ -65,7 +65,7 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     LorankError, MemoryError
         If the block raises one.
 
-    Each names the file as it would have been called, and `folder` is then as it was.
+    The message names the file as it would have been called, and `folder` is then as it was.
     """
     is_new = not folder.exists()
     place = folder.parent if is_new else folder

@@ -20,7 +20,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def parse_budget(budget: Budget, num_parameters: int | None, unknown: str = "") -> int:
-    """A budget as a number of parameters.
+    """Return a budget as a number of parameters.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def parse_budget(budget: Budget, num_parameters: int | None, unknown: str = "") 
     num_parameters
         Parameters of the whole base model, for percentages; None if unknown.
     unknown
-        Why they are unknown.
+        The reason why that number is unknown.
 
     Raises
     ------

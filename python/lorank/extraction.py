@@ -55,8 +55,8 @@ def extract(
         Put before every module's name, such as ``"bert"`` where the checkpoint says ``encoder.layer.0``
         and the model to adapt ``bert.encoder.layer.0``.
     guess
-        Go on where the model's code is not at hand and names and shapes leave doubts about what its modules
-        are: see `lorank.modules.facts.ModelFacts`.
+        True to go on where the model's code is not at hand and names and shapes leave doubts about the kinds
+        of its modules: see `lorank.modules.facts.ModelFacts`.
     threads, progress
         As in `compress`.
     **knobs
@@ -118,7 +118,7 @@ def extract(
 
 
 def _targets(forms: Sequence[SpectralForm], before: Source, prefix: str) -> dict[str, Any]:
-    """Return PEFT's settings that select the modules alone, where all names of the model are known."""
+    """Return PEFT's settings that select only the modules, where all names of the model are known."""
     if before.skeleton is None or prefix:
         return {}
     names = [form.module.name for form in forms if form.module.kind != "expert"]

@@ -140,10 +140,10 @@ def _proper_suffixes(name: str) -> Iterator[str]:
 
 
 def guard(targets: Sequence[str]) -> str | None:
-    """A regular expression for modules in numbered blocks that end with the name of one outside of blocks.
+    """Return an expression for modules in numbered blocks that end with the name of one outside of blocks.
 
-    ``proj_out`` selects every ``blocks.0.proj_out``, too, which need not be known. A prefix that only some
-    names of a model have, as ``bert.``, holds no number.
+    ``proj_out`` also selects every ``blocks.0.proj_out``, and these names need not be known. A prefix that
+    only some names of a model have, such as ``bert.``, holds no number.
     """
     short = [name for name in targets if not any(part.isdigit() for part in name.split("."))]
     if not short:
@@ -154,7 +154,7 @@ def guard(targets: Sequence[str]) -> str | None:
 
 
 def only(targets: Sequence[str]) -> str | None:
-    """A regular expression for all modules that targets select as a suffix and that are none of them."""
+    """Return an expression for all modules that end with a target and are not targets themselves."""
     if not targets:
         return None
     kept = sorted(_extended(targets))
@@ -163,13 +163,13 @@ def only(targets: Sequence[str]) -> str | None:
 
 
 def _extended(targets: Sequence[str]) -> set[str]:
-    """The targets that end with another one."""
+    """Return the targets that end with another target."""
     known = set(targets)
     return {name for name in targets if not known.isdisjoint(_proper_suffixes(name))}
 
 
 def _alternatives(names: Sequence[str]) -> str:
-    """Names as alternatives of a regular expression, those of a kind together with the numbers of blocks."""
+    """Return names as alternatives of an expression; names that differ in the block alone share one."""
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
         numbered = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
@@ -182,7 +182,7 @@ def _alternatives(names: Sequence[str]) -> str:
 
 
 def either(*expressions: str | None) -> str | None:
-    """What any of some regular expressions matches in full; None if there is none."""
+    """Return an expression for all that one of the given ones matches in full; None if there are none."""
     given = [expression for expression in expressions if expression]
     return given[0] if len(given) == 1 else "|".join(f"(?:{one})" for one in given) or None
 

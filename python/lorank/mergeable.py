@@ -1,4 +1,4 @@
-"""Which adapters have a sum: those of one base model, under the same names."""
+"""Checks that adapters have a sum: they belong to one base model, under the same names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_one_model(adapters: Sequence[LoraAdapter], *, force: bool) -> None:
     adapters
         The adapters to add up.
     force
-        Whether to accept base models of different names, and adapters without a module in common.
+        True to accept base models of different names, and adapters without a module in common.
 
     Raises
     ------
@@ -35,7 +35,7 @@ def check_one_model(adapters: Sequence[LoraAdapter], *, force: bool) -> None:
     if len(bases) > 1:
         named = "; ".join(f"{base} of {label}" for base, label in reversed(bases.items()))
         raise ValueError(
-            f"the adapters' base models have different names ({named}): a sum is one of one base model. If "
+            f"the adapters' base models have different names ({named}): a sum needs one base model. If  "
             "the names mean the same model, force=True merges the adapters"
         )
     for adapter in adapters:
@@ -54,7 +54,7 @@ def ties_tables(adapters: Sequence[LoraAdapter]) -> bool:
     Raises
     ------
     ValueError
-        If of the adapters that adapt either, some do and some do not.
+        If some of the adapters that adapt the head or the embedding tie them, and others do not.
     """
     tied = [adapter for adapter in adapters if adapter.config.get("ensure_weight_tying")]
     for other in adapters:

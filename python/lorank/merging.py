@@ -51,7 +51,7 @@ def merge(
     weights
         One each, negative ones subtract (default: equal, summing to 1).
     force
-        Whether to merge adapters whose base models have different names, or that share no module.
+        True to merge adapters whose base models have different names, or that share no module.
     threads, progress
         As in `compress`.
     **knobs
@@ -65,11 +65,11 @@ def merge(
     Raises
     ------
     ValueError
-        If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes,
-        which do not add up, module names of one differ from another's by a prefix, settings that a sum
-        has one of (task type, biases, trained tokens) differ, or one adapter has factors for a module that
-        another saves as a whole; without `force`, if base models have different names, or an adapter shares
-        no module with the others.
+        If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes, which
+        do not add up, module names of one differ from another's by a prefix, settings of which a sum has one
+        (task type, biases, trained tokens) differ, or one adapter has factors for a module that another saves
+        as a whole; without `force`, if base models have different names, or an adapter shares no module with
+        the others.
     TypeError
         If there is no such knob, or what is given are no adapters.
 
@@ -90,7 +90,7 @@ def merge(
         _update(name, [(a.modules[name], w) for a, w in weighted if _has(a, name)]) for name in _names(parts)
     ]
     modules = {update.module.name: update.module for update in updates}
-    # An adapter of weight 0 gives no settings and no tensors that are no factors, if there is another.
+    # An adapter of weight 0 gives neither settings nor carried tensors, unless all weights are 0.
     acting = [(a.label, a.config) for a, weight in weighted if weight] or [(a.label, a.config) for a in parts]
     config = merged(acting) | tie if parts[0].format == "peft" else {}
     others, other_notes = carried.summed(weighted, modules.values())
@@ -186,7 +186,7 @@ def _terms(sources: Sequence[tuple[LoraModule, float]]) -> list[list[Term]]:
 def _check_layers(
     config: Mapping[str, Any], others: Mapping[str, Any], modules: Mapping[str, LoraModule]
 ) -> None:
-    """Refuse modules whose layer PEFT would give to another adapter's tensors, and not to the factors."""
+    """Refuse modules whose factors PEFT could not load beside tensors or layers of another adapter."""
     saved = [(name, re.compile(rf"(^|.*\.){name}($|\..*)")) for name in config.get("modules_to_save") or ()]
     for module in modules:
         owner = next((name for name, pattern in saved if pattern.match(module)), None)
@@ -199,8 +199,8 @@ def _check_layers(
             )
     if pair := carried.misnamed(modules.values()):
         raise ValueError(
-            f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts by itself: PEFT names "
-            "the first otherwise then, and would not load it"
+            f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts by itself: PEFT gives "
+            "the first another name then, and would not load it"
         )
 
 

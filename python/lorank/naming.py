@@ -48,12 +48,12 @@ def is_router(name: str) -> bool:
 
 
 def is_parameter(name: str) -> bool:
-    """Return True for a parameter's own name, where PEFT adapts the weight of a module by that."""
+    """Return True for the name of a weight, which PEFT adapts by the parameter's own name."""
     return name.endswith(".weight")
 
 
 def without_parameter(name: str) -> str:
-    """Return the module's name, whether PEFT adapts the module or its weight."""
+    """Return the name of the module, given its own name or that of its weight."""
     return name.removesuffix(".weight")
 
 

@@ -23,7 +23,7 @@ _OUTWARD = re.compile(r"down|out|w2|wo$")
 
 
 class Adapted(Protocol):
-    """What a group depends on: `LoraModule` and `AdaptedModule` both have it."""
+    """The properties that a group depends on; `LoraModule` and `AdaptedModule` have them."""
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ def rank_groups(modules: Iterable[Adapted], settings: Mapping[str, Any]) -> list
     modules
         Adapted modules, named as in PEFT.
     settings
-        The adapter's; `ensure_weight_tying` ties heads to embeddings.
+        The adapter's settings; `ensure_weight_tying` ties heads to embeddings.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def rank_groups(modules: Iterable[Adapted], settings: Mapping[str, Any]) -> list
 
 
 def rank_owner(name: str) -> str:
-    """Return the module by whose name PEFT looks up the rank of this one: its own, but inside attention."""
+    """Return the module by whose name PEFT looks up this one's rank: the same, except inside attention."""
     return name.removesuffix(_ATTENTION_OUTPUT)
 
 
@@ -81,7 +81,7 @@ def group_indices(names: Sequence[str], groups: Iterable[Sequence[str]]) -> list
 
 
 def _key(name: str) -> str:
-    """Return what the members of a group have in common."""
+    """Return the key that the members of a group share."""
     if expert := _EXPERT.fullmatch(name):
         side = "outward" if _OUTWARD.search(expert["projection"]) else "inward"
         return f"{expert['container']} {side}"

@@ -1,4 +1,4 @@
-"""The scale of an update in PEFT: alpha by the rank, or by its root."""
+"""The scale of an update in PEFT: alpha divided by the rank, or by its root."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 
 
 def divisor(rank: int, rank_stabilized: bool) -> float:
-    """What PEFT divides alpha by."""
+    """Return the number by which PEFT divides alpha."""
     return math.sqrt(rank) if rank_stabilized else float(rank)
 
 
 def alpha_of(scaling: float, rank: int, rank_stabilized: bool) -> float:
-    """The alpha from which PEFT computes a scaling: to the bit, where there is such an alpha."""
+    """Return the alpha from which PEFT computes a scaling: to the bit, where such an alpha exists."""
     by = divisor(rank, rank_stabilized)
     product = scaling * by
     candidates = [

@@ -128,12 +128,13 @@ def _check_range(name: str, value: float | None, most: float) -> None:
 def with_counted_budget(
     knobs: Mapping[str, object], num_parameters: int | None, unknown: str = ""
 ) -> dict[str, Any]:
-    """Knobs whose budget, if it is a share of a base model of that size, is a number of parameters.
+    """Return knobs whose budget is a number of parameters, computed from a share of the base model.
 
     Raises
     ------
     ValueError
-        If it ends with a per cent sign and is not a share, or the size is unknown, for the reason `unknown`.
+        If the budget ends with a per cent sign and is not a share, or the size is unknown, for the reason
+        `unknown`.
     """
     budget = knobs.get("budget")
     if isinstance(budget, str) and budget.strip().endswith("%"):
@@ -328,12 +329,12 @@ def _capped(scores: npt.NDArray[np.float64], lengths: Sequence[int], knobs: Knob
 
 
 def _above_noise(pool: _Pool) -> Mask:
-    """The values above a noise floor.
+    """Return the values above a noise floor.
 
-    Where the whole spectrum's energy is known to exceed the computed values' (a difference of dense
-    weights): the Marchenko-Pastur edge of what is left, taken anew until nothing more stands out; of
-    several modules the largest rank. For an adapter, whose other values are zero: 2.858 times the median
-    of its own; one or two values are all kept, as none of them could stand out of that.
+    Where the whole spectrum's energy is known to exceed that of the computed values (a difference of dense
+    weights), the floor is the Marchenko-Pastur edge of the rest, taken anew until no more values exceed it;
+    the largest rank of several modules holds for all. For an adapter, whose other values are zero, the floor
+    is 2.858 times the median of its values; one or two values are all kept, as none of them could exceed it.
     """
     values = pool.values
     positive = values[values > 0]

@@ -55,9 +55,9 @@ def added(
     list of SpectralForm
         Every module's update.
     dict
-        PEFT's setting that ties them, where it has one.
+        PEFT's setting that ties the modules, where it has one.
     list of str
-        Notes.
+        Notes on shared weights.
     """
     known = {form.module.name for form in forms}
     result: list[SpectralForm] = []
@@ -79,7 +79,7 @@ def added(
         if _peft_ties(form, others):
             settings["ensure_weight_tying"] = True
             note = f"{note} (ensure_weight_tying)"
-        notes.append(f"{note}: untie them before merging, or PEFT adds it to the weight twice")
+        notes.append(f"{note}: untie the modules before merging, or PEFT adds the update to the weight twice")
     return result, settings, notes
 
 

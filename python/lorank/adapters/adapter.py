@@ -33,8 +33,9 @@ class LoraAdapter:
     config
         PEFT's `adapter_config.json`; empty for other formats.
     carried
-        Tensors that are no factors (`modules_to_save`, biases, DoRA magnitudes), written untouched. Keys of
-        PEFT are those of a file in which every listed module has factors; see `lorank.adapters.carried`.
+        Tensors that are not factors (`modules_to_save`, biases, DoRA magnitudes), written untouched. Their
+        keys in PEFT's format are those of a file in which every listed module has factors; see
+        `lorank.adapters.carried`.
     notes
         What was normalised on reading, and what is carried untouched.
     format
@@ -47,7 +48,7 @@ class LoraAdapter:
         What compressing, merging or extracting left out, read from `lorank.json` beside a PEFT adapter;
         None for an adapter as it was trained.
     key_style
-        How an image file spells its keys; None for PEFT adapters.
+        The spelling of an image file's keys; None for PEFT adapters.
     """
 
     modules: Mapping[str, LoraModule]
@@ -104,18 +105,18 @@ class LoraAdapter:
         Parameters
         ----------
         peft_model
-            A PEFT model, or a model that PEFT's layers were injected into (`add_adapter` and `load_adapter`
-            of transformers and diffusers, `peft.inject_adapter_in_model`); also compiled or wrapped for
+            A PEFT model, or a model with injected PEFT layers (`add_adapter` and `load_adapter` of
+            transformers and diffusers, `peft.inject_adapter_in_model`). It may be compiled or wrapped for
             data parallelism.
         adapter_name
-            Which of its adapters.
+            The name of the adapter to read.
 
         Raises
         ------
         TypeError
-            If the model is no `torch.nn.Module`.
+            If the model is not a `torch.nn.Module`.
         ValueError
-            If the model has no such adapter, the adapter's update is no product of two factors, or its
+            If the model has no such adapter, the adapter's update is not a product of two factors, or its
             factors are sharded or have no values.
         """
         from lorank.adapters.live import from_model
@@ -123,18 +124,18 @@ class LoraAdapter:
         return from_model(peft_model, adapter_name)
 
     def into_model(self, peft_model: Any, adapter_name: str = "default") -> None:
-        """Put the adapter into a live model, in place of the one of that name if there is one.
+        """Put the adapter into a live model; it replaces an adapter of the same name.
 
-        The layers change in place, to the adapter's ranks and scalings, and PEFT's config of the adapter
-        with them, so that the model is saved and loaded as it computes. Parameters stay the same objects;
-        an optimizer has to be built anew where ranks change. Modules of rank 0 lose the adapter. Other
-        adapters, which adapters are active, modes and what is trained stay as they are; a new adapter is
-        neither active nor trained. Nothing changes if an error is raised.
+        The layers change in place to the adapter's ranks and scalings, and PEFT's config of the adapter
+        follows, so that a saved model computes the same after loading. Parameters stay the same objects; an
+        optimizer has to be built anew where ranks change. Modules of rank 0 lose the adapter. Other adapters,
+        the active adapters, the modes of layers and the choice of trained parameters stay as they are; a new
+        adapter is neither active nor trained. Nothing changes if an error is raised.
 
         Parameters
         ----------
         peft_model
-            As for `from_model`.
+            A model as for `from_model`.
         adapter_name
             The name of an adapter of the model, or a new one.
 
@@ -143,8 +144,8 @@ class LoraAdapter:
         TypeError
             If the model has no PEFT layers.
         ValueError
-            If it is no PEFT adapter, names or shapes do not fit the model, or the adapter of that name is of
-            another kind (DoRA, AdaLoRA, other saved modules) or merged.
+            If the adapter is not in PEFT's format, names or shapes do not fit the model, or the adapter of
+            that name is of another kind (DoRA, AdaLoRA, other saved modules) or merged.
         """
         from lorank.adapters.live_writing import into_model
 

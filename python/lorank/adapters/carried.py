@@ -1,4 +1,4 @@
-"""Tensors that an adapter carries beside its factors: whose they are, and the keys they are saved under.
+"""Tensors that an adapter carries beside its factors: their modules, and the keys that they are saved under.
 
 PEFT wraps a module that it adapts, so the module's own tensors lie below `base_layer`: a trained bias or a
 resized table is ``X.base_layer.bias`` where X has factors, and ``X.bias`` where it has none. The keys of an
@@ -25,7 +25,7 @@ WRAPPED = "base_layer"
 
 _TABLE = f".{WRAPPED}.weight"
 
-# What PEFT's layers hold themselves, beside the module inside them.
+# Starts of the names of a PEFT layer's own parts, beside the module inside the layer.
 _OF_LAYERS = ("lora_", "token_adapter")
 
 # DoRA's magnitudes as PEFT, kohya's scripts, LyCORIS and torchtune call them; PEFT may add an adapter's name.
@@ -43,7 +43,7 @@ _ADDED = (".diff", ".diff_b", ".w_norm", ".b_norm")
 
 
 def is_added(key: str) -> bool:
-    """Return whether a tensor of an image file is a full difference, so that weighted sums make sense."""
+    """Return True for a full difference in an image file, which a weighted sum may add up."""
     return key.endswith(_ADDED)
 
 
@@ -69,7 +69,7 @@ def magnitudes(keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
 
 
 def owners(adapter: LoraAdapter) -> set[str]:
-    """Find modules that need their layer whatever rank is left, as something else depends on it.
+    """Find the modules whose layer is needed even at rank 0, as other tensors or modules depend on the layer.
 
     These are modules with a bias of their factors or a DoRA magnitude, and
 
@@ -93,7 +93,7 @@ def owners(adapter: LoraAdapter) -> set[str]:
 
 
 def _wrapped(module: LoraModule) -> str:
-    """Name what PEFT puts its layer round: the module, or the one that holds a stack."""
+    """Return the name of the module that PEFT wraps: the module itself, or the one that holds a stack."""
     return module.name.rpartition(".")[0] if module.kind == "expert" else module.name
 
 
@@ -107,7 +107,7 @@ def _starts(key: str) -> Iterator[str]:
 
 
 def written(adapter: LoraAdapter, names: Collection[str]) -> dict[str, Stored]:
-    """Return everything carried, under the keys of a file in which only the named modules have factors."""
+    """Return the carried tensors, under the keys of a file in which only the named modules have factors."""
     if adapter.format == "kohya":
         return dict(adapter.carried)
     after = [module for name, module in adapter.modules.items() if name in names]
@@ -128,13 +128,13 @@ def respelled(
     Parameters
     ----------
     carried
-        By keys that fit the modules in `before`.
+        The tensors by keys that fit the modules in `before`.
     before, after
         The modules with factors.
     """
     old, new = _wrappers(before), _wrappers(after)
     keys = {key: _respelled(key, old, new) for key in carried}
-    # A key that stays the same yields to one that becomes it: PEFT did not load it beside the other.
+    # Of two tensors with one new key, the respelled one stays: PEFT did not load the other beside it.
     order = sorted(carried, key=lambda key: keys[key] != key)
     found = {keys[key]: carried[key] for key in order}
     return {key: found[key] for key in dict.fromkeys(keys.values())}
@@ -146,7 +146,7 @@ def _wrappers(modules: Iterable[LoraModule]) -> Counter[str]:
 
 
 def misnamed(modules: Collection[LoraModule]) -> tuple[str, str] | None:
-    """Find a module inside another's layer whose name does not lead through that layer, and the other."""
+    """Find a module inside the layer of another whose name omits that layer; return both names."""
     layers = _wrappers(modules)
     for module in modules:
         parts = _wrapped(module).split(".")
@@ -177,9 +177,9 @@ def _respelled(key: str, before: Mapping[str, int], after: Mapping[str, int]) ->
 def summed(
     parts: Sequence[tuple[LoraAdapter, float]], after: Collection[LoraModule]
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Return what a weighted sum of adapters carries, and notes about it.
+    """Return the tensors that a weighted sum of adapters carries, and notes about them.
 
-    Full differences are added up. Of other tensors, which hold trained values and no differences, the first
+    Full differences are added up. Of other tensors, which hold trained values and not differences, the first
     adapter's are taken; those of an adapter with the weight 0 are left out.
 
     Raises
@@ -205,7 +205,7 @@ def summed(
             shared += len(terms) > 1
     notes = [f"{added} full differences (.diff, .diff_b) were added up"] if added else []
     if shared:
-        notes.append(f"{shared} tensors that are no factors lie in several adapters: the first's were taken")
+        notes.append(f"{shared} tensors that are not factors lie in several adapters: the first's were taken")
     return found, notes
 
 

@@ -1,11 +1,11 @@
-"""PEFT's adapters of parameters (`target_parameters`): which parameter a path holds, and which way round.
+"""PEFT's adapters of parameters (`target_parameters`): the parameter of each path, and its orientation.
 
 PEFT wraps a module once per adapted parameter, in the order in which the module holds them, and names the
 factors of inner wrappers `base_layer`: the deepest belongs to the first parameter. The factors of all
 experts of a stack lie in one tensor: A is `(experts * r, in)`, B is `(out, r * experts)`.
 
-Before 0.19, PEFT took the last dimension of a stack for its outputs. Most models store `(experts, out,
-in)`, so that A held the outputs and B the inputs. 0.19 swapped them, but for stacks that are declared to be
+Before 0.19, PEFT took the last dimension of a stack for its outputs. Most models store `(experts, out, in)`,
+so that A held the outputs and B the inputs. 0.19 swapped them, except for stacks that are declared to be
 stored `(experts, in, out)` (`is_transposed`), whose factors are the same before and after.
 """
 
@@ -31,7 +31,7 @@ _GATED = re.compile(r"gate_up|w13")
 _AFTER_ALL = re.compile(r"down|out|w2|wo$")
 _AFTER_THE_GATE = re.compile(r"(?<!gate_)up|w3|v1|wi_1")
 
-# Models by their names: whose stacks are stored (in, out) and declare it, and whose do so undeclared.
+# Names of models whose stacks are stored (in, out): those that declare it, and those that do not.
 _DECLARED = re.compile(r"gpt[-_]?oss", re.IGNORECASE)
 _UNDECLARED = re.compile(r"llama[-_]?4", re.IGNORECASE)
 _MAY_BE_UNDECLARED = ".feed_forward.experts"
@@ -43,7 +43,7 @@ _GIVES_HIDDEN = ("o_proj",)
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter that factors belong to.
+    """A parameter and the layout of its factors.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class Parameter:
     layout
         ``"earlier"`` if A holds the outputs and B the inputs, as PEFT before 0.19 wrote them.
     contradicts_version
-        Whether the shapes show another layout than `peft_version` does.
+        True if the shapes show another layout than `peft_version`.
     """
 
     name: str
@@ -72,14 +72,14 @@ def parameters(
     Parameters
     ----------
     tensors, config
-        What the adapter's two files hold.
+        The contents of the adapter's two files.
     factors
         The keys of factors, by path and letter.
 
     Returns
     -------
     dict
-        Of the paths that `target_parameters` selects.
+        The parameter by path, for the paths that `target_parameters` selects.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def parameters(
     for path in named:
         by_module[outer(path)].append(path)
     shown = {module: _shown(paths, named, shapes) for module, paths in by_module.items()}
-    # Blocks are written by one release: what shows in one block holds in all.
+    # One release wrote all blocks: a layout that shows in one block holds in all.
     seen = {layout for layout in shown.values() if layout is not None}
     common = seen.pop() if len(seen) == 1 else None
     found: dict[str, Parameter] = {}
@@ -110,13 +110,13 @@ def parameters(
 
 
 def is_earlier(config: Mapping[str, Any]) -> bool:
-    """Return whether `peft_version` is one that laid experts out the other way round."""
+    """Return True if `peft_version` is before 0.19, whose experts have the earlier layout."""
     numbers = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version") or ""))
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 19)
 
 
 def held_order(names: Sequence[str]) -> list[str]:
-    """Sort parameters as modules hold them: what goes in (gate before up) before what comes out."""
+    """Sort parameters as modules hold them: projections in (gate before up) before projections out."""
 
     def place(name: str) -> tuple[bool, bool, int]:
         return bool(_AFTER_ALL.search(name)), bool(_AFTER_THE_GATE.search(name)), names.index(name)
@@ -125,7 +125,7 @@ def held_order(names: Sequence[str]) -> list[str]:
 
 
 def outer(path: str) -> str:
-    """Return the module that a path's wrappers lie around."""
+    """Return the path of the module inside the wrappers of a path."""
     while path.endswith(_INNER):
         path = path.removesuffix(_INNER)
     return path
@@ -165,9 +165,9 @@ def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[
 def _candidates(config: Mapping[str, Any], targets: Sequence[str], module: str, count: int) -> list[str]:
     """Find the names of a module's parameters that targets select, as PEFT matches them.
 
-    A target without a dot selects the parameter in every module that holds one. Which modules do is not
-    in the file: those that `target_modules` does not select, where targets with a module's name are not
-    enough.
+    A target without a dot selects the parameter in every module that holds one. The file does not state which
+    modules hold one. Where targets with a module's name are not enough, the modules are those that
+    `target_modules` does not select.
     """
     fitting, bare = [], []
     for target in targets:
@@ -195,7 +195,7 @@ def _is_selected(config: Mapping[str, Any], module: str) -> bool:
 
 
 def _shown(paths: Sequence[str], named: Mapping[str, str], shapes: Shapes) -> Layout | None:
-    """Find the layout that the shapes of one module's factors show, None if they fit both."""
+    """Find the layout that the shapes of one module's factors show; None if the shapes fit both layouts."""
     if any(path not in shapes for path in paths):
         return None
     sides = {named[path].rpartition(".")[2]: (shapes[path][0][1], shapes[path][1][0]) for path in paths}
@@ -203,7 +203,7 @@ def _shown(paths: Sequence[str], named: Mapping[str, str], shapes: Shapes) -> La
 
 
 def _by_gate(sides: Mapping[str, tuple[int, int]]) -> Layout | None:
-    """Compare gate and up in one tensor, which give two values, with down, which takes one."""
+    """Compare fused gate and up, which have two outputs a unit, with down, which has one input a unit."""
     gates = [side for name, side in sides.items() if _GATED.search(name)]
     downs = [side for name, side in sides.items() if _AFTER_ALL.search(name)]
     if len(gates) != 1 or len(downs) != 1:
@@ -215,7 +215,7 @@ def _by_gate(sides: Mapping[str, tuple[int, int]]) -> Layout | None:
 
 
 def _by_hidden_size(module: str, sides: Mapping[str, tuple[int, int]], shapes: Shapes) -> Layout | None:
-    """Compare with the width of the model, which adapted attention projections of the block show."""
+    """Compare with the width of the model, which the adapted attention projections of the block show."""
     block = naming.block_of(module)
     hidden: set[int] = set()
     for path, (a, b) in shapes.items():
@@ -234,14 +234,14 @@ def _by_hidden_size(module: str, sides: Mapping[str, tuple[int, int]], shapes: S
 
 
 def _decided(config: Mapping[str, Any], module: str, shown: Layout | None) -> tuple[Layout, bool]:
-    """Decide a module's layout by its shapes, by `peft_version`, and by what models are known to do."""
+    """Decide a module's layout by its shapes, by `peft_version`, and by the known layouts of models."""
     model = f"{config.get('base_model_name_or_path')} {config.get('auto_mapping')}"
     version = config.get("peft_version")
     if shown is None:
         return ("earlier" if is_earlier(config) and not _DECLARED.search(model) else "current"), False
     if shown == "current" or not version or is_earlier(config):
         return shown, False
-    # Stored (in, out) without saying so: PEFT of today writes what others wrote before 0.19.
+    # Stored (in, out) without declaring it: today's PEFT writes the layout that others had before 0.19.
     if _UNDECLARED.search(model) or module.endswith(_MAY_BE_UNDECLARED):
         return "current", False
     return "earlier", True

@@ -1,4 +1,4 @@
-"""How image files spell their keys: factors, biases and alphas of kohya's scripts, diffusers and ComfyUI."""
+"""The keys of image files: factors, biases and alphas of kohya's scripts, diffusers and ComfyUI."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorank.adapters.carried import owner
 from lorank.adapters.diffusers_settings import PartSettings
 from lorank.adapters.tensors import Tensors
 
-# A module's name, how its factors are told apart, an adapter's name (DiffSynth), and the factor's tensor.
+# A module's name, the marks of its factors, an adapter's name (DiffSynth), and the factor's tensor.
 _FACTOR = re.compile(
     r"(?P<name>.+?)(?:\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.|(?<=_lora\d)\.)"
     r"(?P<factor>up|down|mid|A|B)"
@@ -25,7 +25,7 @@ _ALPHA = re.compile(r"(?P<stem>.+?)[._](?:lora_|network_)?alpha(?:\.(?!weight$|b
 
 @dataclass(frozen=True, slots=True)
 class ImageStyle:
-    """How an image file spells what it holds.
+    """The spelling of an image file's keys and metadata.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class ImageStyle:
     settings
         The settings of diffusers in the metadata.
     has_alphas
-        Whether modules have alphas, under the usual key ``<module>.alpha``.
+        True if modules have alphas, under the usual key ``<module>.alpha``.
     """
 
     keys: Mapping[str, tuple[str, str]]
@@ -72,7 +72,7 @@ def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:
     Raises
     ------
     FormatError
-        If a module has two tensors for one factor, factors of two adapters, or a bias of a factor but B.
+        If a module has two tensors for one factor, factors of two adapters, or a bias of A or "mid".
     """
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     biases: dict[str, str] = {}
@@ -92,7 +92,7 @@ def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:
             )
         if match["end"] == "bias" and letter != "B":
             raise FormatError(
-                f"{tensors.label}: tensor {key!r}: a bias between the factors belongs to no product of them"
+                f"{tensors.label}: tensor {key!r}: a bias between the factors is not part of their product"
             )
         table, entry = (biases, name) if match["end"] == "bias" else (factors[name], letter)
         if entry in table:
@@ -106,7 +106,7 @@ def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:
 
 
 def alphas(tensors: Tensors, keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
-    """Find the keys of alphas by module; names may be spelled otherwise than in the factors' keys.
+    """Find the keys of alphas by module; the spelling of names may differ from that in the factors' keys.
 
     Raises
     ------
@@ -138,5 +138,5 @@ def _flattened(name: str) -> str:
 
 
 def is_alpha(key: str) -> bool:
-    """Return whether a key is called alpha."""
+    """Return True for the key of an alpha."""
     return _ALPHA.fullmatch(f"_.{key}") is not None

@@ -5,9 +5,9 @@ ComfyUI, diffusers 0.42). Diffusers has further rules:
 
 - Files without alphas: an alpha that is added makes it refuse the file (SD 3, Wan, Qwen-Image).
 - Files of the UNets (SD, SDXL): it takes the most frequent alpha for attention layers and text encoders,
-  whatever theirs is. One alpha for all modules is right.
-- `transformer.` keys (Flux): it takes alphas by ends of names, and ``proj_out`` ends many. One alpha for all
-  modules is right.
+  whatever their own alphas are. One alpha for all modules is right.
+- `transformer.` keys (Flux): it takes alphas by ends of names, and many names end with ``proj_out``. One
+  alpha for all modules is right.
 - Files of other transformers: it multiplies the factors by ``alpha / rank`` (Wan, Z-Image, Flux), or drops
   alphas (the last layer of Flux; before 0.42 Qwen-Image). An alpha that equals the rank is right.
 - A few of its converters expect every module of a block.
@@ -54,6 +54,6 @@ def written_alphas(style: ImageStyle, ranks: Mapping[str, int]) -> dict[str, int
 
 
 def style_of(adapter: LoraAdapter) -> ImageStyle:
-    """Return how an image adapter's file spells its keys."""
+    """Return the spelling of keys in an image adapter's file."""
     assert adapter.key_style is not None
     return adapter.key_style

@@ -1,4 +1,4 @@
-"""Wrappers of modules, whose names end up in an adapter's keys, and the keys without them.
+"""Wrappers of modules: their names in an adapter's keys, and the keys without these names.
 
 `torch.compile`, FSDP, activation checkpointing, DeepSpeed and data parallelism each put a module around
 the model or around its blocks. A state dict that is saved from the wrapped model carries the wrapper's
@@ -21,10 +21,10 @@ ANYWHERE = (
     "_checkpoint_wrapped_module",
     "_forward_module",
 )
-"""Attributes that no model gives its own modules: of `torch.compile`, FSDP, checkpointing, DeepSpeed."""
+"""Attributes of `torch.compile`, FSDP, checkpointing and DeepSpeed, which models never use themselves."""
 
 AT_THE_FRONT = "module"
-"""The attribute of data parallelism. Models use the name too, so that it counts at the front alone."""
+"""The attribute of data parallelism. Models use the name too, so it counts only at the front."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Unwrapped:
     wrappers
         The wrappers' names that were left out, in the order of `ANYWHERE`.
     stored_as
-        The clean key -> the file's key, of keys that held a wrapper's name.
+        Key without wrappers -> the file's key, for keys that held a wrapper's name.
     """
 
     tensors: Tensors
@@ -54,7 +54,7 @@ class Unwrapped:
         tensors
             The file's tensors.
         targets
-            The settings' `target_modules`: a model whose own module is called `module` is known by them.
+            The settings' `target_modules`: they show whether the model's own module is called `module`.
 
         Raises
         ------
@@ -124,21 +124,21 @@ class _Renamed:
         self._shapes = {name: shapes[key] for name, key in keys.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape, in order."""
+        """Return every tensor's shape, in order."""
         return self._shapes
 
     def dtype(self, name: str) -> str:
-        """A tensor's element type by NumPy's name."""
+        """Return a tensor's element type by NumPy's name."""
         return self._tensors.dtype(self._keys[name])
 
     def matrix(self, name: str, rows: int, cols: int) -> Matrix:
-        """A tensor as a row-major matrix."""
+        """Return a tensor as a row-major matrix."""
         return self._tensors.matrix(self._keys[name], rows, cols)
 
     def number(self, name: str) -> float:
-        """The one element of a tensor, of any type that is a number."""
+        """Return the one element of a tensor, of any type that is a number."""
         return self._tensors.number(self._keys[name])
 
     def stored(self, name: str) -> Stored:
-        """A tensor for a writer that does not look at it."""
+        """Return a tensor for a writer that does not read its values."""
         return self._tensors.stored(self._keys[name])

@@ -81,7 +81,7 @@ def read(tensors: Tensors) -> LoraAdapter:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The keys of a file, sorted out: modules, their alphas, and the rest."""
+    """The keys of a file by their roles: modules, their alphas, and the rest."""
 
     modules: dict[str, Spelled]
     alphas: dict[str, str]
@@ -107,7 +107,7 @@ class _Found:
         return cls(modules, alphas, [key for key in others if key not in used])
 
     def notes(self) -> list[str]:
-        """Describe what was normalised, and what is kept as it is."""
+        """Describe the normalised keys, and the tensors that are kept as they are."""
         magnitudes = carried.magnitudes(self.others, self.modules.keys())
         lost = [key for key in self.others if image_keys.is_alpha(key)]
         added = [key for key in self.others if carried.is_added(key)]
@@ -126,7 +126,7 @@ class _Found:
         if added:
             notes.append(f"{len(added)} full differences lie beside the factors, the first is {added[0]}")
         if rest:
-            notes.append(f"{rest} tensors that are no factors are kept as they are")
+            notes.append(f"{rest} tensors that are not factors are kept as they are")
         if any("mid" in keys.factors for keys in self.modules.values()):
             notes.append("mid kernels were folded into lora_down")
         return notes

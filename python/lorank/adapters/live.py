@@ -15,8 +15,8 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.live_layers import AdaptedLayer, LiveModel
 from lorank.adapters.tensors import ArrayTensors
 
-# Variants of LoRA whose update is the product of the factors, or that settings and magnitudes describe; the
-# last two differ from LoRA in training alone.
+# Variants of LoRA whose update is the product of the factors, or follows from settings and magnitudes too.
+# The last two differ from LoRA in training alone.
 _KNOWN_VARIANTS = ("Dora", "ALora", "MiCA", "Velora", "Monteclora")
 
 
@@ -39,14 +39,14 @@ def from_model(model: Any, adapter_name: str) -> LoraAdapter:
     try:
         adapter = peft_format.read(tensors, config, layers=peft_format.Layers(_Scales(layers), parameters))
     except FormatError as error:
-        # There is no file that could be damaged: the model holds what cannot be read.
+        # No file can be damaged here: the fault lies in the model.
         raise ValueError(str(error)) from None
     modules = {name: _with_kernel(module, layers[name]) for name, module in adapter.modules.items()}
     return _noted(replace(adapter, modules=modules), layers)
 
 
 def settings(live: LiveModel, adapter_name: str, layers: Mapping[str, AdaptedLayer]) -> dict[str, Any]:
-    """Return the settings of an adapter as values that JSON knows, from the layers where there are none."""
+    """Return an adapter's settings as JSON values, from the layers where the model keeps no config."""
     if (config := live.configs.get(adapter_name)) is not None:
         content: dict[str, Any] = plain(config.to_dict() if hasattr(config, "to_dict") else dict(config))
         return content
@@ -60,7 +60,7 @@ def settings(live: LiveModel, adapter_name: str, layers: Mapping[str, AdaptedLay
 
 
 def plain(value: Any) -> Any:
-    """Return settings as JSON's values: PEFT keeps lists of names as sets, and words as enumerations."""
+    """Return settings as JSON's values: PEFT keeps lists of names as sets, and options as enumerations."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
@@ -69,17 +69,17 @@ def plain(value: Any) -> Any:
 
 
 def check(layer: AdaptedLayer) -> None:
-    """Refuse a layer whose factors are not all there is, or not here.
+    """Refuse a layer whose update is not that of its factors, or whose factors cannot be read.
 
     Raises
     ------
     ValueError
-        If the layer is a variant whose update is another one, or its factors are sharded or have no values.
+        If the layer is a variant with another update, or its factors are sharded or have no values.
     """
     variant = variant_of(layer)
     if variant and not variant.startswith(_KNOWN_VARIANTS):
         raise ValueError(
-            f"module {layer.name!r} is a {variant.removesuffix('Variant')}, whose update is no product of "
+            f"module {layer.name!r} is a {variant.removesuffix('Variant')}, whose update is not a product of "
             "two factors: only LoRA (and AdaLoRA) can be read"
         )
     for factor in layer.factors:
@@ -108,7 +108,7 @@ class _Scales:
     layers: Mapping[str, AdaptedLayer]
 
     def of(self, name: str) -> tuple[int, float]:
-        """Return the rank and the scaling."""
+        """Return the rank and the scaling of a module."""
         layer = self.layers[name]
         if layer.is_adalora:
             # AdaLoRA divides by a number of ranks of its own.
@@ -133,5 +133,5 @@ def _noted(adapter: LoraAdapter, layers: Mapping[str, AdaptedLayer]) -> LoraAdap
     )
     if not scaled:
         return adapter
-    note = f"{scaled} modules were scaled by hand: what the live layers apply was taken"
+    note = f"{scaled} modules were scaled by hand: the scaling that the live layers apply was taken"
     return replace(adapter, notes=[*adapter.notes, note])

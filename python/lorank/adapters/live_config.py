@@ -15,8 +15,8 @@ from lorank.scaling import alpha_of, divisor
 def write_config(config: Any, layers: Iterable[AdaptedLayer]) -> None:
     """Write the ranks and alphas of all layers into PEFT's config.
 
-    `r` becomes the rounded average rank, `lora_alpha` what gives the config's own scaling with it, and
-    the patterns say what differs: a key per rank and per alpha.
+    `r` becomes the rounded average rank, and `lora_alpha` the alpha that gives the config's own scaling at
+    that rank. The patterns hold the ranks and alphas that differ, one key for each value.
     """
     layers = [layer for layer in layers if rank_owner(layer.name) == layer.name]
     ranks = {layer.name: layer.rank for layer in layers}
@@ -32,7 +32,7 @@ def write_config(config: Any, layers: Iterable[AdaptedLayer]) -> None:
 
 
 def write_targets(config: Any, layers: Iterable[AdaptedLayer], names: Iterable[str]) -> None:
-    """Write into PEFT's config which modules and parameters are adapted: the layers', and no others.
+    """Write targets into PEFT's config that select the modules and parameters of the layers, and no others.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Live layers that have one rank because of how they compute: tied ones, and those of one attention."""
+"""Groups of live layers that must have one rank: tied layers, and the projections of one attention."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from lorank.rank_groups import rank_owner
 
 
 def live_groups(layers: Iterable[AdaptedLayer], *, ties_tables: bool) -> list[list[AdaptedLayer]]:
-    """Return all layers, those that have one rank together.
+    """Return all layers in groups, each of which has one rank.
 
     Parameters
     ----------
     layers
         All layers of an adapter.
     ties_tables
-        Whether PEFT will tie heads to embeddings on loading (`ensure_weight_tying`), tied here or not.
+        True if PEFT will tie heads to embeddings on loading (`ensure_weight_tying`), whether or not they are
+        tied here.
     """
     layers = list(layers)
     ties = tied_to(layers)
@@ -49,5 +50,5 @@ def tied_to(layers: Iterable[AdaptedLayer]) -> dict[str, str]:
 
 
 def _address(layer: AdaptedLayer, which: int) -> int:
-    """Return where the values of A (0) or B (1) lie."""
+    """Return the address of the values of A (0) or B (1)."""
     return int(layer.factors[which].untyped_storage().data_ptr())

@@ -1,4 +1,4 @@
-"""PEFT's layers made for an adapter, or taken away, while the rest of the model stays as it is."""
+"""Adds PEFT's layers of an adapter to a live model, or removes them; all else stays as it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorank.adapters.live_config import target_modules
 from lorank.adapters.live_layers import AdaptedLayer, LiveModel, is_lora_layer, is_training_wrapper
 from lorank.adapters.profiles import settings
 
-# What a config says beside the layers: it is there already where layers are added.
+# Settings beside the layers, without effect: the model already has what they describe.
 _BESIDE_LAYERS = {
     "bias": "none",
     "modules_to_save": None,
@@ -50,7 +50,7 @@ def add_adapter(live: LiveModel, adapter: LoraAdapter, name: str) -> LiveModel:
             f"the adapter replicates layers ({replication}), which would change the model for its other "
             "adapters: save it and load it into the base model with peft.PeftModel.from_pretrained"
         )
-    # Wrappers of parameters are nested, so PEFT wants all adapters to name them alike.
+    # Wrappers of parameters are nested, so PEFT requires all adapters to name them alike.
     found = [getattr(other, "target_parameters", None) for other in live.configs.values()]
     alike = [targets for targets in found if targets]
     if config.target_parameters and alike:
@@ -86,7 +86,7 @@ def add_layers(live: LiveModel, name: str, modules: Sequence[str]) -> LiveModel:
 
 
 def remove_adapter(live: LiveModel, name: str) -> None:
-    """Take a whole adapter away, with its saved modules and its config."""
+    """Remove a whole adapter, with its saved modules and its config."""
     from peft.tuners.tuners_utils import delete_adapter
 
     with warnings.catch_warnings():
@@ -96,7 +96,7 @@ def remove_adapter(live: LiveModel, name: str) -> None:
 
 
 def delete_layers(layers: Sequence[AdaptedLayer]) -> None:
-    """Take an adapter away from layers."""
+    """Remove an adapter from layers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for layer in layers:
@@ -129,10 +129,10 @@ def _replicates(config: Any, replication: Any) -> bool:
 
 @contextmanager
 def kept_state(live: LiveModel, name: str) -> Iterator[None]:
-    """Give a model its active adapters, modes and trainable parameters back, whatever PEFT did to them.
+    """Restore a model's active adapters, modes and trainable parameters when the block ends.
 
-    Layers and parameters that are new follow the others. Those of an adapter that the model did not have
-    are not trained until PEFT activates it.
+    New layers and parameters take the state of the others. The parameters of an adapter that is new to the
+    model are not trained until PEFT activates the adapter.
     """
     was_there = name in live.adapters
     learns = {id(parameter): parameter.requires_grad for parameter in live.base.parameters()}
@@ -164,7 +164,7 @@ def kept_state(live: LiveModel, name: str) -> Iterator[None]:
 
 
 def _active(module: Any, names: Sequence[str]) -> list[str]:
-    """Return the active adapters of a new layer: only LoRA's may lack what is active."""
+    """Return the active adapters of a new layer: only LoRA layers may list adapters that they lack."""
     if is_lora_layer(module):
         return list(names)
     known = module._adapters if is_training_wrapper(module) else module._all_available_adapter_names()

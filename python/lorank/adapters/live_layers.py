@@ -1,4 +1,4 @@
-"""The LoRA layers of a live model: in a PeftModel or injected, under wrappers of torch or not."""
+"""The LoRA layers of a live model, which may be a PeftModel or have injected layers, and may be wrapped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AdaptedLayer:
     adapter
         The adapter's name.
     path
-        Where PEFT's files hold the factors: the name, or that of a wrapper around the module.
+        The path of the factors in PEFT's files: the name, or that of a wrapper around the module.
     """
 
     name: str
@@ -43,17 +43,17 @@ class AdaptedLayer:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether the factors are bare parameters, ``(r, vocabulary)`` and ``(width, r)``."""
+        """True if the factors are bare parameters, ``(r, vocabulary)`` and ``(width, r)``."""
         return self.adapter in self.layer.lora_embedding_A
 
     @property
     def is_adalora(self) -> bool:
-        """Whether a value per rank stands between the factors, which are bare parameters."""
+        """True if a value per rank stands between the factors, which are bare parameters."""
         return self.adapter in getattr(self.layer, "lora_E", {})
 
     @property
     def is_stack(self) -> bool:
-        """Whether the layer adapts a parameter of a module, such as a stack of experts."""
+        """True if the layer adapts a parameter of a module, such as a stack of experts."""
         return hasattr(self.layer, "parameter_name")
 
     @property
@@ -84,7 +84,7 @@ class AdaptedLayer:
 
     @property
     def is_rank_stabilized(self) -> bool:
-        """Whether PEFT divides alpha by the root of the rank."""
+        """True if PEFT divides alpha by the root of the rank."""
         return bool(getattr(self.layer, "use_rslora", {}).get(self.adapter, False))
 
     @property
@@ -94,9 +94,9 @@ class AdaptedLayer:
 
     @property
     def nominal_scaling(self) -> float:
-        """The scaling that rank and alpha give: what a saved adapter will be loaded with."""
+        """The scaling that rank and alpha give, with which a saved adapter will be loaded."""
         nominal = self.alpha / divisor(self.rank, self.is_rank_stabilized)
-        # Not every scaling is a quotient of floats: what is meant is in force, unless PEFT changed it.
+        # Not every scaling is a quotient of floats: within rounding, the scaling in force is exact.
         return self.scaling if math.isclose(nominal, self.scaling, rel_tol=1e-12) else nominal
 
     @property
@@ -105,7 +105,7 @@ class AdaptedLayer:
         return float(self.layer.scaling[self.adapter])
 
     def set_rank(self, rank: int) -> None:
-        """Tell PEFT's layer its rank; the scaling stays."""
+        """Set the rank of PEFT's layer; the scaling stays."""
         alpha = alpha_of(self.nominal_scaling, rank, self.is_rank_stabilized)
         self.layer.r[self.adapter] = rank
         self.layer.lora_alpha[self.adapter] = alpha
@@ -118,7 +118,7 @@ class AdaptedLayer:
             a.out_channels = b.in_channels = rank
 
     def set_scaling(self, scaling: float) -> None:
-        """Give the layer another scaling, and the alpha that belongs to it."""
+        """Set the layer's scaling, and the alpha that belongs to it."""
         self.layer.scaling[self.adapter] = scaling
         self.layer.lora_alpha[self.adapter] = alpha_of(scaling, self.rank, self.is_rank_stabilized)
 
@@ -130,21 +130,21 @@ class LiveModel:
     Attributes
     ----------
     wrappers
-        The model with what is wrapped around it, outermost first; the last is the base model.
+        The model and the models inside it, outermost first; the last is the base model.
     """
 
     wrappers: list[Any]
 
     @classmethod
     def of(cls, model: Any) -> LiveModel:
-        """Look at a model.
+        """Find the base model inside its wrappers.
 
         Raises
         ------
         TypeError
-            If it is no module.
+            If the model is not a module.
         ValueError
-            If its parameters are sharded.
+            If the model's parameters are sharded.
         """
         if not is_module(model):
             raise TypeError(f"a live model is a torch.nn.Module, not a {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""What putting an adapter into a live model changes: all of it is known before anything changes."""
+"""The changes that put an adapter into a live model, all of them known before the first is made."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lorank.adapters.peft_format import PREFIX
 from lorank.adapters.profiles import unscaled
 from lorank.adapters.tensors import values_of
 
-OTHER_NAME = "put it in under a name that the model does not have yet"
+OTHER_NAME = "put the adapter in under a name that the model does not have yet"
 
-# The relative difference up to which the updates of tied tables are one update, rounded.
+# The relative difference by rounding up to which the updates of tied tables are one update.
 _ALIKE = 1e-3
 
 
@@ -37,7 +37,7 @@ class Plan:
     ties
         Layers with the embeddings whose factors they use transposed.
     dropped
-        Layers from which the adapter goes.
+        Layers from which the adapter is removed.
     """
 
     layers: list[tuple[AdaptedLayer, int, float]] = field(default_factory=list)
@@ -46,14 +46,14 @@ class Plan:
     dropped: list[AdaptedLayer] = field(default_factory=list)
 
     def set(self, tensor: Any, value: Any) -> None:
-        """Note a tensor's new values, copied: an adapter that was read from the model lies in it."""
+        """Record a copy of a tensor's new values, as they may be part of the model itself."""
         import torch
 
         values = torch.as_tensor(value).detach()
         self.values.append((tensor, values.to(tensor, copy=True).contiguous()))
 
     def apply(self) -> None:
-        """Change the model."""
+        """Make the changes."""
         for tensor, values in self.values:
             if tensor.shape != values.shape:
                 tensor.grad = None
@@ -70,7 +70,7 @@ class Plan:
 
 
 def planned(live: LiveModel, adapter: LoraAdapter, name: str) -> Plan:
-    """Return what putting an adapter in changes.
+    """Return the changes that put an adapter into a model.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def planned(live: LiveModel, adapter: LoraAdapter, name: str) -> Plan:
 
 
 def found_name(name: str, known: Mapping[str, Any]) -> str | None:
-    """Return the known name that a name fits: itself, the only one that ends with it, or its own ending."""
+    """Return the known name that fits: the name itself, the only one that ends with it, or an end of it."""
     if name in known:
         return name
     longer = [other for other in known if naming.is_suffix(name, other)]
@@ -125,7 +125,7 @@ def _by_layer(adapter: LoraAdapter, layers: Mapping[str, AdaptedLayer]) -> dict[
 
 
 def _set_layer(plan: Plan, layer: AdaptedLayer, module: LoraModule | None, rank: int) -> None:
-    """Plan a layer's factors and bias; zeros where the adapter has nothing for it."""
+    """Plan a layer's factors and bias: zeros where the adapter has none."""
     a, b = layer.factors
     scaling = layer.scaling if module is None or not module.rank else module.scaling
     if module is None:
@@ -152,7 +152,7 @@ def _set_layer(plan: Plan, layer: AdaptedLayer, module: LoraModule | None, rank:
 def _tie(
     plan: Plan, layer: AdaptedLayer, source: AdaptedLayer, modules: Mapping[str, LoraModule], rank: int
 ) -> None:
-    """Plan a head that shares its factors with an embedding, which may be known by the head alone."""
+    """Plan a head that shares factors with an embedding; the adapter may hold the update of either."""
     head, table = modules.get(layer.name), modules.get(source.name)
     scaling = layer.scaling
     if table is None:
@@ -205,7 +205,7 @@ def _owner(layer: AdaptedLayer) -> str:
 
 
 def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) -> None:
-    """Plan what is no factor: magnitudes, saved modules, tokens, and trained parts of the base model."""
+    """Plan the tensors beside factors: magnitudes, saved modules, tokens, trained parts of the base model."""
     left = {layer.name for layer in plan.dropped}
     own = {
         f"{layer.path}.lora_magnitude_vector": layer.magnitude
@@ -229,7 +229,7 @@ def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) ->
                     del own[found]
                 break
         else:
-            raise ValueError(f"adapter {name!r} of the model has nothing like {key!r}: {OTHER_NAME}")
+            raise ValueError(f"adapter {name!r} of the model has no tensor for {key!r}: {OTHER_NAME}")
     if own and adapter.config.get("use_dora") and any(".lora_magnitude" in key for key in adapter.carried):
         raise ValueError(f"the adapter has no DoRA magnitudes for {next(iter(own))!r}: {OTHER_NAME}")
     known = {id(tensor) for tensor, _ in plan.values}
@@ -259,7 +259,7 @@ def _set_other(plan: Plan, key: str, tensor: Any, value: Any, *, is_shared: bool
 
 
 def _originals(live: LiveModel, name: str) -> Mapping[str, tuple[Any, Any]]:
-    """Return the tensors of saved modules and tokens with what the base model has in their place."""
+    """Return the tensors of saved modules and tokens, with the base model's tensors that they replace."""
     found: dict[str, tuple[Any, Any]] = {}
     for path, module in live.modules.items():
         if not is_training_wrapper(module) or name not in module._adapters:

@@ -35,7 +35,7 @@ def _of_layer(layer: AdaptedLayer) -> Tensors:
         found = {f"{stem}embedding_A": a, f"{stem}embedding_B": b}
     elif layer.is_adalora:
         values = layer.layer.lora_E[layer.adapter].detach()
-        kept = values[:, 0] != 0  # Masks set values to zero.
+        kept = values[:, 0] != 0  # A mask sets the values of removed ranks to zero.
         found = {f"{stem}A": a[kept], f"{stem}B": b[:, kept], f"{stem}E": values[kept]}
     else:
         found = {f"{stem}A.weight": a, f"{stem}B.weight": b}
@@ -79,7 +79,7 @@ def _biases(live: LiveModel, which: str) -> Iterable[tuple[str, Any]]:
 
 
 def _tables(live: LiveModel, config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Yield the embeddings that PEFT stores whole: adapted ones, or those of another size than the base's."""
+    """Yield the embeddings that PEFT stores whole: adapted ones, or those whose vocabulary was resized."""
     tables = _input_and_output(live.base)
     is_adapted = _adapts_tables(live, config)
     if not tables or not (is_adapted or _was_resized(live.base, config)):
@@ -115,7 +115,7 @@ def _adapts_tables(live: LiveModel, config: Mapping[str, Any]) -> bool:
 
 
 def _was_resized(model: Any, config: Mapping[str, Any]) -> bool:
-    """Return whether the vocabulary's size differs from the stored base model's, as far as that lies here."""
+    """Return True if a local copy of the base model has another vocabulary size."""
     name, own = config.get("base_model_name_or_path"), getattr(model, "config", None)
     size, load = getattr(own, "vocab_size", None), getattr(type(own), "from_pretrained", None)
     if not name or not size or load is None:

@@ -1,4 +1,4 @@
-"""Adapters put into live models: layers change in place, and the model's config follows them."""
+"""Puts adapters into live models: layers change in place, and the model's config follows them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorank.adapters.live_plan import OTHER_NAME, found_name, planned
 from lorank.adapters.peft_settings import CHANGES_THE_BASE
 from lorank.adapters.profiles import nothing_left
 
-# Settings that decide how layers compute, or how many there are: layers cannot take on others.
+# Settings that decide the computation or number of layers: existing layers cannot change them.
 _STRUCTURE = (
     "use_dora",
     "lora_bias",
@@ -101,7 +101,7 @@ def _check_structure(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
 
 
 def _replace(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
-    """Give the layers of an adapter, and those that it lacks, the values of another."""
+    """Set the values of a live adapter to those of another one; add the layers that it lacks."""
     missing = _missing(live, adapter, name)
     if missing:
         live = add_layers(live, name, missing)
@@ -120,7 +120,7 @@ def _replace(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
     if missing or plan.dropped:
         write_targets(config, left.values(), _base_names(live))
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
-        # PEFT would repeat others on loading, though what it loads replaces their result.
+        # PEFT would run other initialisations on loading, only to replace their result.
         config.init_lora_weights = True
     if any(key.endswith(".bias") for key in adapter.carried):
         config.bias = adapter.config.get("bias") or config.bias
@@ -131,7 +131,7 @@ def _base_names(live: LiveModel) -> list[str]:
 
 
 def _missing(live: LiveModel, adapter: LoraAdapter, name: str) -> list[str]:
-    """Return the modules of the base model that the adapter adapts, and the live one does not."""
+    """Return the modules of the base model that the new adapter adapts and the live one does not."""
     layers: Mapping[str, Any] = live.layers(name)
     missing = []
     for module in adapter.adapted:

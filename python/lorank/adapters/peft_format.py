@@ -39,16 +39,16 @@ _ONLY_FOR_TRAINING = ".lora_monteclora_sampler"
 
 
 class Scales(Protocol):
-    """Where the rank and the scaling of a module are looked up."""
+    """Looks up the rank and the scaling of a module."""
 
     def of(self, name: str) -> tuple[int, float]:
-        """Return the rank and the scaling."""
+        """Return the rank and the scaling of a module."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """What live layers say of the tensors, in place of a file's settings.
+    """The ranks, scalings and parameters of live layers, in place of a file's settings.
 
     Attributes
     ----------
@@ -64,12 +64,12 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """An adapter, and what of its files is laid out otherwise than PEFT lays it out today.
+    """An adapter, and the parts of its files whose layout is not today's.
 
     Attributes
     ----------
     adapter
-        As PEFT of today names and orients it.
+        The adapter with the names and orientation of today's PEFT.
     swapped
         Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
     """
@@ -97,25 +97,25 @@ def read_all(
     layers: Layers | None = None,
     changed_base: bool = False,
 ) -> Reading:
-    """Read an adapter over PEFT's tensors, and how they are laid out.
+    """Read an adapter over PEFT's tensors, and their layout.
 
     Parameters
     ----------
     tensors, config
-        What the two files hold.
+        The contents of the two files.
     contradictions
-        Whether tensors may have other ranks than the settings say. The scale is the settings' then, as in
-        the layers that such files were saved from.
+        True to accept tensors of other ranks than the settings state. The scale is then that of the settings,
+        as in the layers that such files were saved from.
     layers
         The live layers that hold the tensors; None for a file.
     changed_base
-        Whether an initialisation that changes the base model is accepted: the factors then belong to changed
+        True to accept an initialisation that changes the base model: the factors then belong to changed
         weights.
 
     Raises
     ------
     FormatError
-        If the adapter is no LoRA, or tensors and settings contradict each other.
+        If the adapter is not LoRA, or tensors and settings contradict each other.
     """
     kind = checked_kind(tensors.label, config, changed_base=changed_base)
     found = _Found.of(tensors)
@@ -157,7 +157,7 @@ def read_all(
 
 
 def holder(name: str) -> str:
-    """Return the module whose rank a projection inside it has, as in `nn.MultiheadAttention`."""
+    """Return the module that decides the rank of a projection inside it, as in `nn.MultiheadAttention`."""
     return name.partition(".base_layer.")[0]
 
 
@@ -264,7 +264,7 @@ class _Reader:
             self._fail("has lora_E, which is AdaLoRA's, but the settings say LORA")
         a_shape, b_shape = self._shapes()
         name = self.parameter.name if self.parameter else self.path
-        # What a module holds inside of itself has the module's own rank and scale.
+        # A projection inside a module has the rank and scale of that module.
         rank, scaling = self.table.of(name if self.parameter else holder(name))
         if self.parameter is not None:
             return self._stack(self.parameter, rank, scaling, a_shape, b_shape)
@@ -312,7 +312,7 @@ class _Reader:
         if rest or len(a_shape) != 2 or len(b_shape) != 2 or b_shape[1] != a_shape[0]:
             self._fail(f"factors of shapes {b_shape} and {a_shape} are no experts of rank {rank}")
         stored = (b_shape[0], a_shape[1])
-        # A parameter of two dimensions was the same way round in every release.
+        # A parameter of two dimensions had the same orientation in every release.
         swapped = copies > 1 and parameter.layout == "earlier"
 
         def factors() -> list[tuple[Matrix, Matrix]]:

@@ -72,13 +72,13 @@ def _is_names(value: Any) -> bool:
 
 
 def changes_the_base(config: Mapping[str, Any]) -> str | None:
-    """Return the initialisation by which training changed the base model, if it was one of those."""
+    """Return the initialisation by which training changed the base model; None if it did not."""
     init = config.get("init_lora_weights", True)
     return init if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE) else None
 
 
 def checked_kind(label: str, config: Mapping[str, Any], *, changed_base: bool = False) -> str:
-    """``"LORA"`` or ``"ADALORA"``; `changed_base` accepts initialisations that change the base model.
+    """Return ``"LORA"`` or ``"ADALORA"``; `changed_base` accepts initialisations that change the base model.
 
     Raises
     ------

@@ -129,10 +129,11 @@ def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] 
 
 
 def _excluded(before: Mapping[str, Any], names: Sequence[str], dropped: Sequence[str]) -> str | None:
-    """A regular expression for modules that full names select as a suffix, and that were not adapted.
+    """Return an expression for modules that end with a full name of the list, but were not adapted.
 
-    Other modules than the adapted ones are not known. What earlier settings say of them is said again, as far
-    as it leaves the names alone; a list without more never left any module out that ends with a full name.
+    Other modules than the adapted ones are not known. Earlier settings that exclude them are written again,
+    unless they match one of the names. A plain list of targets never left out a module that ends with a full
+    name.
     """
     targets, earlier = before.get("target_modules"), _expression(before.get("exclude_modules"))
     if targets is None:
@@ -146,7 +147,7 @@ def _excluded(before: Mapping[str, Any], names: Sequence[str], dropped: Sequence
 
 
 def _expression(names: Any) -> str | None:
-    """Names as PEFT reads them, a list of suffixes or one regular expression, as an expression."""
+    """Return names as one expression; PEFT reads them as a list of suffixes or a regular expression."""
     if not names or isinstance(names, str):
         return names or None
     return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
@@ -158,7 +159,7 @@ def factors(module: LoraModule, layout: Layout) -> tuple[Array, Array]:
 
 
 def unscaled(module: LoraModule, rank: int, factor: float = 1.0) -> tuple[Array, Array]:
-    """``B``, times a factor, and ``A`` in PEFT's shapes at a rank that is not below the module's."""
+    """Return ``B``, times a factor, and ``A`` in PEFT's shapes at a rank that is not below the module's."""
     pairs = [(b.to_array(), a.to_array()) for b, a in module.factors()] if module.rank else []
     pairs = (
         pairs

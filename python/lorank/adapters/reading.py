@@ -40,18 +40,18 @@ def as_adapter(adapter: LoraAdapter | str | Path) -> LoraAdapter:
 
 @dataclass(frozen=True, slots=True)
 class AsStored:
-    """An adapter with the ranks that the file's tensors have, and how the file differs from what is read.
+    """An adapter with the ranks of the file's tensors, and the differences between it and the file.
 
     Attributes
     ----------
     adapter
-        With padding, and with the ranks of the tensors, whatever the settings say.
+        The adapter with padding, and with the ranks of the tensors, whatever the settings state.
     tensors
         The tensors by their names without wrappers.
     wrappers
         The names of wrappers that keys of the file hold.
     stored_as
-        A clean key -> the file's own, of keys with a wrapper's name.
+        Key without wrappers -> the file's key, for keys with a wrapper's name.
     swapped
         Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
     """
@@ -69,7 +69,7 @@ def read_adapter(path: str | Path) -> LoraAdapter:
 
 
 def read_as_stored(path: str | Path) -> AsStored:
-    """Read the same with the ranks that the file's tensors have, padding included.
+    """Read an adapter with the ranks that the file's tensors have, padding included.
 
     Adapters whose initialisation changed the base model are read too: some runtimes change it again.
     """
@@ -77,7 +77,7 @@ def read_as_stored(path: str | Path) -> AsStored:
 
 
 def read_for_repair(path: str | Path) -> LoraAdapter:
-    """Read an adapter whose settings may contradict its tensors: ranks are the tensors', scales theirs."""
+    """Read an adapter whose settings may contradict its tensors: ranks from tensors, scales from settings."""
     return _finished(path, _read(path, contradictions=True))
 
 
@@ -116,7 +116,7 @@ def _finished(path: str | Path, stored: AsStored) -> LoraAdapter:
     """The adapter without padding, and with its certificate."""
     metadata = stored.tensors.metadata
     adapter = padding.removed(stored.adapter, metadata)
-    # Who has trained the adapter since did not write factors in spectral form.
+    # Further training ends the spectral form, so the certificate no longer applies.
     if not adapter.is_spectral:
         return adapter
     if adapter.format == "kohya":

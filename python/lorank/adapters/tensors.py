@@ -38,11 +38,11 @@ class Stored:
     origin
         A checkpoint, or an array or tensor.
     position
-        Which of the checkpoint's tensors; None for an array.
+        The tensor's position in the checkpoint; None for an array.
     shape
         The shape of the checkpoint's tensor.
     dtype
-        The element type to write, by NumPy's name; empty for an array that is written in its own.
+        The element type to write, by NumPy's name; empty for an array that is written in its own type.
     """
 
     origin: Any

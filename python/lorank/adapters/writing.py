@@ -223,7 +223,7 @@ def _tensors(job: _Job) -> list[Tensor]:
             is_peft = adapter.format == "peft"
             key = f"{PREFIX}{name}.{ending}" if is_peft else image_keys.bias_key(job.keys[name][0])
             tensors.append(_tensor(key, scaled, dtype))
-    # Narrow types do not hold every rank.
+    # float32, as types of 16 bits do not hold every rank exactly.
     tensors += [
         _tensor(kohya.alpha_key(name), np.array(alpha, dtype=np.float32), "float32")
         for name, alpha in _alphas(job).items()

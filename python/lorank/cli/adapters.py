@@ -280,18 +280,20 @@ def check(
     ] = None,
     fix: Annotated[
         Path | None,
-        typer.Option(help="Write it again to this folder, in a profile for these runtimes, and check that."),
+        typer.Option(
+            help="Write the adapter again to this folder, to fit these runtimes, and check the result."
+        ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="The base model, by its folder, config.json or hub id: check names and shapes, too."
+            help="The base model (a folder, config.json or hub id), to check names and shapes against."
         ),
     ] = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Which runtimes load an adapter right, wrong, or not at all.
+    """Show which runtimes load an adapter right, wrong, or not at all.
 
     Status 1 unless all of `--for`, or all that read adapters of its format, load it right.
     """

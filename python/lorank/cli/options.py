@@ -37,7 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines inst
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 Guess = Annotated[
     bool,
-    typer.Option("--guess", help="Go on where names and shapes leave doubts about what modules are."),
+    typer.Option("--guess", help="Go on where names and shapes leave doubts about the kinds of modules."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 

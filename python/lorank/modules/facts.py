@@ -1,4 +1,4 @@
-"""What is known of a model beside its matrices; it goes with reports, so that ranks fit what PEFT adapts."""
+"""Facts about a model beside its matrices; reports keep them, so that ranks fit what PEFT can adapt."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ModelFacts:
         return "; ".join([f"modules are guessed from names{reason}", *self.doubts])
 
     def to_json(self) -> dict[str, Any]:
-        """Return the facts as values that JSON knows."""
+        """Return the facts as JSON values."""
         return {
             "class_name": self.class_name,
             "doubts": list(self.doubts),
@@ -60,7 +60,7 @@ class ModelFacts:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ModelFacts:
-        """Return the facts that `to_json` gave.
+        """Return the facts from the values that `to_json` returns.
 
         Raises
         ------

@@ -46,7 +46,7 @@ def unwrapped(module: Any) -> Any:
 def around(module: Any) -> list[Any]:
     """Return a module with the wrappers around it, outermost first: the last is the module itself.
 
-    Layers of PEFT are no wrappers here.
+    Layers of PEFT do not count as wrappers here.
     """
     chain = [module]
     while (inner := _wrapped(chain[-1], _AROUND)) is not None:
@@ -55,7 +55,7 @@ def around(module: Any) -> list[Any]:
 
 
 def _wrapped(module: Any, wrappers: Mapping[str, Mapping[str, str]]) -> Any:
-    """Return what a wrapper wraps, or None of any other module."""
+    """Return the module inside a wrapper; None for any other module."""
     for library, attributes in wrappers.items():
         classes = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith(library)}
         for wrapper, attribute in attributes.items():

@@ -1,8 +1,8 @@
-"""From the tensors of a checkpoint to the parameters of the loaded model.
+"""Maps the tensors of a checkpoint to the parameters of the loaded model.
 
-transformers renames, splits, stacks and transposes tensors as it loads a checkpoint. Its own rules are
-asked which tensors make up which parameter, and its own operations are run, one expert at a time where
-a parameter is a stack: memory stays bounded by a few matrices.
+transformers renames, splits, stacks and transposes tensors as it loads a checkpoint. Its own rules decide
+which tensors make up which parameter, and its own operations convert them, one expert at a time where a
+parameter is a stack: memory stays bounded by a few matrices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from lorank.modules.skeleton import Skeleton
 
 Fetch = Callable[[str, "int | None"], Any]
-"""Returns a checkpoint's tensor by its name, as torch's: all of it, or the one matrix of a stack."""
+"""Returns a checkpoint's tensor by its name, as a torch tensor: all of it, or one matrix of a stack."""
 
 # The errors of transformers' operations for tensors that they do not fit.
 _MISFITS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, StopIteration)
@@ -36,7 +36,7 @@ class Conversion:
     skeleton
         The model.
     targets
-        Every parameter that it makes.
+        Every parameter that the conversion makes.
     by_expert
         True if every expert of a stack can be converted by itself.
     """
@@ -80,16 +80,16 @@ def _parts(names: Sequence[str], expert: int | None) -> list[tuple[str, int | No
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the tensors of a checkpoint go.
+    """The parameters that the tensors of a checkpoint become.
 
     Attributes
     ----------
     renamed
         The parameter's name by the tensor's, for tensors that are loaded as they are.
     conversions
-        Those that are computed from one or several tensors.
+        Computations of parameters from one or several tensors.
     strangers
-        The reason by name, for tensors that the model has no place for.
+        The reason by name, for tensors that belong to no parameter of the model.
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
@@ -189,7 +189,7 @@ def _converters(skeleton: Skeleton) -> dict[str, Any]:
 
 
 def _older_targets(model: Any, state: Mapping[str, Any], prefix: str) -> Callable[[str], tuple[str, str]]:
-    """Return the same for transformers before 5, which renames and adds or drops the base model's prefix."""
+    """Return the function for transformers before 5, which renames and adds or drops a model's prefix."""
     renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
 
     def target_of(name: str) -> tuple[str, str]:

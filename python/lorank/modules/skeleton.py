@@ -16,7 +16,7 @@ from lorank.sources import quantized
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """What a model's code says of its parameters.
+    """The parameters of a model as its code describes them.
 
     Attributes
     ----------

@@ -24,7 +24,7 @@ _apply: Callable[..., Any] = CheckpointFunction.apply
 
 @contextmanager
 def trainable_checkpoints() -> Iterator[None]:
-    """Let reentrant checkpoints record their blocks, whatever goes into them."""
+    """Let reentrant checkpoints record their blocks, whatever their inputs are."""
     _enter(1)
     try:
         yield
@@ -33,7 +33,7 @@ def trainable_checkpoints() -> Iterator[None]:
 
 
 def _enter(step: int) -> None:
-    """Replace torch's own function while anything is within the block above, in whatever thread."""
+    """Replace torch's own function while any thread is within `trainable_checkpoints`."""
     global _depth
     with _lock:
         _depth += step
@@ -44,10 +44,10 @@ def _enter(step: int) -> None:
 
 
 def _recorded(function: Callable[..., Any], preserve_random_state: bool, *inputs: Any) -> Any:
-    """`CheckpointFunction.apply` with one more input, and with tensors given by keyword as inputs.
+    """Call `CheckpointFunction.apply` with one more input, and with tensors given by keyword as inputs.
 
-    transformers binds keywords to the function, where torch does not see them: their gradients would go
-    through the graph before the block once for every block that is given them.
+    transformers binds keywords to the function, where torch does not see them: for every block that takes
+    them, their gradients would pass once more through the graph before the blocks.
     """
     keywords = function.keywords if isinstance(function, partial) else {}
     names = [

@@ -86,7 +86,7 @@ def profile_gradients(
     of eigenvalues of C that hold `energy` of their sum.
 
     A loss may hold gradients itself (forces, gradient penalties): backward passes that it runs are not
-    counted, but what they add to the gradient of the loss is. Modules that Accelerate offloads are
+    counted, but the terms that they add to the gradient of the loss are. Modules that Accelerate offloads are
     profiled as others; layers whose weight cannot be read are in `skipped` with the reason.
     """
     effective_rank([1.0], energy)  # Refused before any work.

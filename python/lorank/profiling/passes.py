@@ -46,7 +46,7 @@ def _unwrapped(model: Any) -> Any:
 
 def check_weights(model: Any) -> None:
     """Raise ValueError for weights without values, or that autograd does not follow."""
-    # Offloaded weights are on the meta device but for the time of a call.
+    # Offloaded weights are on the meta device except during a call.
     elsewhere = offloaded.loaders(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta and id(parameter) not in elsewhere:
@@ -98,7 +98,7 @@ def backward_passes(
 ) -> Iterator[int]:
     """Run forward and backward, and yield the number of batches so far after each.
 
-    The probe counts the backward pass of the loss, and none that the loss runs itself.
+    The probe counts the backward pass of the loss, but not those that the loss runs itself.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def backward_passes(
 
 
 def _checked_loss(model: Any, batch: Any, loss: Loss | None, index: int) -> torch.Tensor:
-    """The loss of a batch; a gradient by frozen parameters within it is refused in words."""
+    """Return the loss of a batch; refuse a loss that differentiates by frozen parameters."""
     try:
         return loss_of(model, batch, loss)
     except RuntimeError as error:
@@ -166,7 +166,7 @@ def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
 
 
 def _moved(batch: Any, model: Any) -> Any:
-    """The batch on the model's device, in tensors that autograd may keep and that get no `.grad`."""
+    """Return the batch on the model's device, in tensors that autograd may keep and that get no `.grad`."""
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
     if isinstance(batch, Mapping):
         return {key: _moved_value(value, device) for key, value in batch.items()}
@@ -179,5 +179,5 @@ def _moved_value(value: Any, device: torch.device | None) -> Any:
         return moved
     if moved.is_inference():
         return moved.clone()
-    # A gradient belongs to the caller's tensor, and what it was computed from may not be gone through twice.
+    # The caller's tensor gets no gradient from here, and autograd may not pass through its graph twice.
     return moved.detach().requires_grad_() if moved.requires_grad else moved

@@ -1,9 +1,9 @@
-"""Inputs and output gradients of modules, while somebody else runs the model.
+"""Inputs and output gradients of modules, observed while other code runs the model.
 
 The gradient of a frozen weight is never computed by autograd, but it is ``G = sum delta x^T`` over the
-tokens: all that is needed passes through the module. A forward hook sees `x` and puts a tap on the
-module's output, which sees `delta` when the backward pass comes by. So every backward pass counts once,
-also under gradient checkpointing, where forward passes run twice.
+tokens: all that is needed passes through the module. A forward hook sees `x` and puts a tap on the module's
+output, which sees `delta` during the backward pass. So every backward pass counts once, also under gradient
+checkpointing, where forward passes run twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Observer(Protocol):
     """Receives inputs and output gradients of modules."""
 
     def see_input(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Return what to keep of the inputs ``(tokens, in)`` of the `index`-th module."""
+        """Return the part to keep of the inputs ``(tokens, in)`` of the `index`-th module."""
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
         """Take the output gradients ``(tokens, out)``, with what was kept."""
@@ -33,14 +33,14 @@ class Observer(Protocol):
 
 
 class Probe:
-    """Which backward passes the hooks on a model count: `is_counting` tells of those to come."""
+    """The state of the hooks on a model: they count backward passes while `is_counting` is True."""
 
     def __init__(self) -> None:
         self.is_counting = True
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count backward passes within the block, and none outside of such blocks any more."""
+        """Count backward passes within the block, and from then on only within such blocks."""
         self.is_counting = True
         try:
             yield
@@ -52,8 +52,8 @@ class Probe:
 def probing(targets: Sequence[Target], observer: Observer) -> Iterator[Probe]:
     """Let an observer see all passes through the targets' modules within the block.
 
-    A backward pass counts if it is one of all that requires a gradient, as `loss.backward()` is: not one
-    that a loss runs within itself for some tensors, as `torch.autograd.grad` by positions or pixels does.
+    A backward pass counts if it computes the gradient of every leaf, as `loss.backward()` does. A pass that a
+    loss runs for some tensors, as `torch.autograd.grad` by positions or pixels, does not count.
     """
     probe = Probe()
     handles = [
@@ -68,7 +68,7 @@ def probing(targets: Sequence[Target], observer: Observer) -> Iterator[Probe]:
 
 
 class _ModuleTap:
-    """Leads what passes through one module to the observer, as rows."""
+    """Hands the inputs and gradients of one module to the observer, as rows."""
 
     def __init__(self, probe: Probe, index: int, target: Target, observer: Observer) -> None:
         self._probe, self._index, self._target, self._observer = probe, index, target, observer
@@ -77,7 +77,7 @@ class _ModuleTap:
         return self
 
     def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the outputs, watched; those of a copy of the model, which has the same hooks, are not."""
+        """Return the outputs with a tap; a copy of the model has the same hooks, and its outputs get none."""
         if module is not self._target.module or not torch.is_grad_enabled():
             return None
         return tapped(args[0] if args else kwargs["input"], output, self)

@@ -53,7 +53,7 @@ class GradientSketches:
         self._current[index] = gradient if current is None else current.add_(gradient)
 
     def see_inner(self, index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
-        """Add ``P_out delta^T x P_in``, too: the gradient is the sum of all such terms."""
+        """Add ``P_out delta^T x P_in``: the gradient is the sum of all such terms."""
         self.see_gradient(index, self.see_input(index, x), delta)
 
     def take(self) -> list[torch.Tensor | None]:
@@ -73,7 +73,7 @@ class GradientSketches:
         return (out, fan_in) if self.size is None else (min(out, self.size), min(fan_in, self.size))
 
     def device(self, index: int) -> torch.device:
-        """Where a module's sketch is: with its gradients, or with the module before there were any."""
+        """Return the device of a module's sketch: that of its gradients, or of the module before any."""
         module = self._targets[index].module
         device: torch.device = module.weight.device
         is_offloaded = device.type == "meta" and hasattr(module, "_hf_hook")

@@ -18,24 +18,24 @@ from torch.autograd.graph import get_gradient_edge
 
 with torch.inference_mode(False), torch.enable_grad():
     _ANCHOR = torch.zeros((), requires_grad=True)
-    """Requires a gradient, and gets none, so that outputs require one where nothing else is trained."""
+    """Requires a gradient and gets none, so that outputs require one even if nothing else is trained."""
     _END = get_gradient_edge(_ANCHOR).node
 
 
 def is_whole_pass() -> bool:
-    """Whether the running backward pass is one of all that requires a gradient, as of `loss.backward()`."""
+    """Return True if the running backward pass reaches every leaf, as that of `loss.backward()` does."""
     return bool(torch._C._will_engine_execute_node(_END))
 
 
 class Tap(Protocol):
-    """Receives what passes through one module."""
+    """Receives the inputs and gradients of one module."""
 
     def counts(self) -> bool:
-        """Return true if the running backward pass belongs to the gradient that is measured."""
+        """Return True if the running backward pass belongs to the gradient that is measured."""
         ...
 
     def keep(self, x: torch.Tensor) -> Any:
-        """Return what to keep of the inputs until the backward pass."""
+        """Return the part of the inputs to keep until the backward pass."""
         ...
 
     def see(self, kept: Any, delta: torch.Tensor) -> None:
@@ -48,7 +48,7 @@ class Tap(Protocol):
 
 
 def tapped(x: torch.Tensor, y: torch.Tensor, tap: Tap) -> torch.Tensor:
-    """The outputs `y` of a module with inputs `x`, watched: to be used in place of `y`."""
+    """Return the outputs `y` of a module with inputs `x`, with a tap: they are to be used in place of `y`."""
     watched: torch.Tensor = _Outputs.apply(x, y, _ANCHOR, tap)
     return watched
 
@@ -65,7 +65,7 @@ class _Like(NamedTuple):
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
     def zeros(self) -> torch.Tensor:
-        """Zeros that take the memory of one."""
+        """Return zeros that take the memory of one."""
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
@@ -75,7 +75,7 @@ class _Outputs(torch.autograd.Function):  # type: ignore[misc]  # torch leaves i
     @staticmethod
     def forward(x: torch.Tensor, y: torch.Tensor, anchor: torch.Tensor, tap: Tap) -> torch.Tensor:
         del x, anchor, tap
-        # No view of y: what follows may change it in place.
+        # Not a view of y: later operations may change the result in place.
         return y.detach()
 
     @staticmethod
@@ -151,5 +151,5 @@ class _Application(torch.autograd.Function):  # type: ignore[misc]  # torch leav
 
 
 def _batched(info: Any, place: int | None, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the batch first, repeated where it has none."""
+    """Return the tensor with the batch first, repeated where it has no batch."""
     return tensor.expand(info.batch_size, *tensor.shape) if place is None else tensor.movedim(place, 0)

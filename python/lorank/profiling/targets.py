@@ -74,7 +74,7 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
 
 
 def _unread(model: Any, source: Source) -> dict[str, Skipped]:
-    """Layers whose weight the source could not read, by name: quantized with no way back, or partitioned."""
+    """Return the layers whose weight the source could not read, as it is quantized or partitioned."""
     modules = {prefix.removesuffix("."): module for prefix, module in named_modules(model)}
     read = {matrix.info.module for matrix in source.matrices}
     found: dict[str, Skipped] = {}

@@ -278,7 +278,7 @@ class _Reads:
         self.reads[index].append(_read(kept, delta))
 
     def see_inner(self, index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
-        """Pass over it: these are no inputs."""
+        """Ignore the rows, which are not inputs."""
 
 
 def _shared_inputs(

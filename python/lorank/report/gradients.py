@@ -72,7 +72,7 @@ class GradientReport(JsonReport[ModuleGradients]):
     num_batches
         Batches that were seen: `M`.
     unknown_parameters
-        Why `num_parameters` is None.
+        The reason why `num_parameters` is None.
     """
 
     provides: ClassVar[Evidence] = "gradients"

@@ -156,9 +156,10 @@ class SpectralReport(Report[ModuleSpectrum]):
     num_parameters
         Parameters of the whole model, tied ones once; None if unknown.
     unknown_parameters
-        Why `num_parameters` is None: the report is from CSV, or a weight is packed in an unknown way.
+        The reason why `num_parameters` is None: the report is from CSV, or a weight is packed in an unknown
+        way.
     facts
-        What is known of the model beside its matrices; not kept in CSV.
+        Facts about the model beside its matrices; not kept in CSV.
     """
 
     provides: ClassVar[Evidence] = "spectra"

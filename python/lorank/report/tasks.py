@@ -70,7 +70,7 @@ class TaskReport(JsonReport[ModuleTask]):
     num_samples
         Rows (tokens) to which a gradient came back, in the module where they were most.
     unknown_parameters
-        Why `num_parameters` is None.
+        The reason why `num_parameters` is None.
     """
 
     provides: ClassVar[Evidence] = "tasks"

@@ -35,7 +35,7 @@ class BaseModel:
     containers
         The names of all modules, those without a matrix included.
     facts
-        What is known of the model beside its matrices.
+        Facts about the model beside its matrices.
     skeleton
         The model's own description; None if names were guessed.
     """
@@ -61,9 +61,9 @@ class BaseModel:
         Raises
         ------
         FileNotFoundError
-            If there is nothing of that name.
+            If no file, folder or hub model has that name.
         ValueError
-            If neither the config nor the weights tell the names of modules.
+            If neither the config nor the weights show the names of modules.
         """
         if is_module(base):
             return cls._by_skeleton(Skeleton.of_model(base))
@@ -128,12 +128,12 @@ class BaseModel:
     def _has(self, name: str) -> bool:
         if self._own_name(name) in self.shapes or name in self.containers:
             return True
-        # Experts one by one of a model that holds them in stacks: their container is there.
+        # The model may hold experts in stacks that the adapter names one by one: the container exists.
         stack, dot, _ = name.rpartition(".experts.")
         return bool(dot) and f"{stack}.experts" in self.containers
 
     def _own_name(self, name: str) -> str:
-        """Return the loaded model's name for what files of older releases call otherwise."""
+        """Return the loaded model's name of a module to which older releases gave another."""
         if name in self.shapes or self.skeleton is None:
             return name
         if f"{name}.weight" in self.shapes:

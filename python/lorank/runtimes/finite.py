@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lorank._core import Checkpoint
 from lorank.adapters.tensors import Tensors
 
-# So many values are read at a time: 512 KiB in float32, which stay in the processor's cache.
+# The number of values that are read at a time: 512 KiB in float32, which stay in the processor's cache.
 _PART = 1 << 17
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "F8_E4M3", "F8_E5M2")
@@ -35,7 +35,7 @@ def not_finite(tensors: Tensors) -> list[tuple[str, str]]:
         if 0 in shape or tensors.dtype(key) not in _FLOATS:
             continue
         for values in _parts(tensors, key, shape):
-            # A sum of finite values is finite, but for overflow.
+            # A sum of finite values is finite unless it overflows.
             if math.isfinite(float(values.sum(dtype=np.float64))) or np.isfinite(values).all():
                 continue
             found.append((key, "NaN" if np.isnan(values).any() else "Inf"))

@@ -37,7 +37,7 @@ def _is_table(module: LoraModule) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """What the rules of runtimes look at.
+    """The properties of an adapter that the rules of runtimes depend on.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Found:
     config
         The settings as they are written; empty for image adapters.
     base
-        What the base model says of its modules; None where it was not asked.
+        The base model; None where none was given.
     """
 
     stored: AsStored
@@ -95,12 +95,12 @@ class Found:
 
     @property
     def alora(self) -> bool:
-        """Whether the update acts from its invocation tokens on, not on every token."""
+        """True if the update acts from its invocation tokens on, not on every token."""
         return bool(self.config.get("alora_invocation_tokens"))
 
     @property
     def replicated(self) -> bool:
-        """Whether the base model's layers are repeated before they are adapted."""
+        """True if the base model's layers are repeated before they are adapted."""
         return bool(self.config.get("layer_replication"))
 
     @cached_property
@@ -110,17 +110,17 @@ class Found:
 
     @property
     def base_change(self) -> str | None:
-        """The initialisation that changed the base model, if it was one of those."""
+        """The initialisation that changed the base model; None if it did not change."""
         return changes_the_base(self.config)
 
     @property
     def tied(self) -> bool:
-        """Whether the settings ask for one update of the embedding and the head."""
+        """True if the settings ask for one update of the embedding and the head."""
         return bool(self.config.get("ensure_weight_tying"))
 
     @property
     def shares_tables(self) -> bool | None:
-        """True if embedding and head are tied, as the settings or the base model say; None if unknown."""
+        """True if embedding and head are tied, as the settings or the base model show; None if unknown."""
         if self.tied or self.base is None:
             return True if self.tied else None
         return bool(self.base.facts.ties)
@@ -210,7 +210,7 @@ class Found:
         # Where tables are tied, PEFT adapts them all if it adapts one.
         names = [m.name for m in self.modules if m.kind != "expert" and not (self.tied and _is_table(m))]
         if targets is None:
-            # PEFT adapts nothing but the parameters then.
+            # PEFT then adapts only the parameters.
             return names if self.config.get("target_parameters") else []
         if targets == naming.ALL_LINEAR:
             return []

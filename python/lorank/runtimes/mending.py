@@ -1,4 +1,4 @@
-"""An adapter written again so that runtimes load it right, as far as checking what was written shows."""
+"""Writes an adapter again so that runtimes load it right, and checks the written files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lorank.runtimes.verdicts import Verdict, check, right_profile
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """What was written, and what runtimes do with it.
+    """A written adapter, and the verdicts about it.
 
     Attributes
     ----------
     profile
         The profile that it was written in.
     written
-        What writing did.
+        The record of writing.
     verdicts
-        Of the written adapter.
+        The verdicts about the written adapter.
     """
 
     profile: Profile

@@ -27,7 +27,7 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one runtime does with an adapter.
+    """One runtime's treatment of an adapter.
 
     Attributes
     ----------
@@ -36,10 +36,10 @@ class Verdict:
     status
         ``"right"``, ``"wrong"`` (loads, and computes something else) or ``"refuses"``.
     reason
-        Why, in a line; what to know, where it is right.
+        The reason in a line; a remark where the status is right.
     factors
-        Smallest and largest ratio of the scale that it applies to the right one, 0 for a module that it
-        leaves out; None if it loads none.
+        Smallest and largest ratio of the applied scale to the right one, 0 for a module that is left out;
+        None if the adapter is not loaded.
     version
         The version of the runtime that its rules were read from.
     reads_format

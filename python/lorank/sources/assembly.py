@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to a source: matrices by the names of the loaded model."""
+"""Assembles a source from the tensors of a checkpoint: matrices with the names of the loaded model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StoredTensors(Protocol):
         ...
 
     def content(self, name: str) -> bytes | None:
-        """Return a tensor's bytes, None if they cannot be had."""
+        """Return a tensor's bytes; None if they cannot be read."""
         ...
 
     @property
@@ -93,7 +93,7 @@ def assemble(
 def _by_names(
     label: str, tensors: StoredTensors, config: Mapping[str, Any], packing: Packing, unknown: Unknown
 ) -> Source:
-    """Open a source whose model is not known: names and shapes are all there is."""
+    """Open a source whose model is not known, by names and shapes alone."""
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
     layout = Layout(shapes, config, has_packed=bool(packing.codes))
@@ -169,7 +169,7 @@ def _sort_out(
     matrices: list[SourceMatrix],
     skipped: list[Skipped],
 ) -> None:
-    """Add a tensor's matrices to the one list, or the tensor and its reason to the other."""
+    """Add a tensor's matrices to `matrices`, or the tensor with the reason to `skipped`."""
     dtype, shape = tensors.entries()[name]
     found = layout.matrices(name, dtype)
     if isinstance(found, str):
@@ -195,7 +195,7 @@ def _row(tensors: StoredTensors, name: str) -> Callable[[], Matrix] | None:
 
 
 def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> dict[str, str]:
-    """Return the tensors that are stored copies of a tied one, each with that one's name.
+    """Return the tensors that are stored copies of a tied tensor, each with the name of that tensor.
 
     transformers ties two stored tensors only if they are equal.
     """
@@ -213,7 +213,7 @@ def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> di
 
 
 def _converted(tensors: StoredTensors, conversion: Conversion, model: Skeleton) -> Iterator[SourceMatrix]:
-    """Yield the matrices of parameters that are computed from several tensors, once they are asked for."""
+    """Yield the matrices of parameters that are computed from several tensors, each when it is read."""
     dtype = FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
     if dtype is None:
         return

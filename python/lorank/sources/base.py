@@ -105,9 +105,9 @@ class Source:
         Identifies the content of files, so that an interrupted run can be resumed; None for what
         lives in memory.
     unknown_parameters
-        Why `num_parameters` is None.
+        The reason why `num_parameters` is None.
     facts
-        What is known of the model beside its matrices.
+        Facts about the model beside its matrices.
     skeleton
         The model's own description, by which its matrices are named; None if names were guessed.
     """
@@ -125,7 +125,7 @@ class Source:
         """The same source with the matrices whose module is included and not excluded."""
         if include is None and exclude is None:
             return self
-        # A parameter that PEFT adapts by its own name is selected by its module's, too.
+        # The name of its module, too, selects a parameter that PEFT adapts by its own name.
         spellings = {
             m.info.module: {m.info.module, naming.without_parameter(m.info.module)} for m in self.matrices
         }

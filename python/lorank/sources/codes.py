@@ -18,7 +18,7 @@ from lorank.sources.quantization import Quantization
 
 
 class Stored(NamedTuple):
-    """The element type, as `element_type` names it, and the shape of a stored tensor."""
+    """The element type (a name of `element_type`) and the shape of a stored tensor."""
 
     type: str
     shape: tuple[int, ...]
@@ -30,13 +30,13 @@ class Stored(NamedTuple):
 
     @property
     def last(self) -> int:
-        """The last dimension; 0 of a single number."""
+        """The last dimension; 0 for a single number."""
         return self.shape[-1] if self.shape else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A tensor of codes and access to what describes it.
+    """A tensor of codes, and access to the tensors that describe it.
 
     Attributes
     ----------
@@ -49,13 +49,13 @@ class Packed:
     tensors
         Every tensor of the checkpoint.
     quantization
-        What the model's configuration declares.
+        The quantization that the model's configuration declares.
     values
-        Returns the numbers in a small tensor of integers, by name; None where they cannot be had.
+        Returns the numbers in a small tensor of integers, by name; None where they cannot be read.
     text
         Returns the text in a small tensor of bytes, or in the file's metadata, by name.
     has_scales
-        True where a tensor beside the codes is called a scale, by whatever name.
+        True where any tensor beside the codes has a name with "scale" or the like.
     scale
         The scales, if they have one of the names in `SCALES`.
     """
@@ -147,7 +147,7 @@ SCALES = (
 
 
 def element_type(dtype: str) -> str:
-    """Return one name for an element type, however safetensors, torch and NumPy spell it."""
+    """Return one name for an element type that safetensors, torch and NumPy spell in different ways."""
     name = dtype.lower().replace("_", "")
     if name in ("f8e4m3", "f8e5m2") or (name.startswith(("float8e4m3", "float8e5m2", "f8e4m3", "f8e5m2"))):
         return "fp8"

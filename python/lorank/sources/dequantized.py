@@ -31,11 +31,11 @@ class LiveCodes:
     Attributes
     ----------
     codes
-        What they stand for.
+        The packed weight that the codes stand for.
     name
-        Their name.
+        The name of the tensor of codes.
     module
-        The module that holds them.
+        The module that holds the codes.
     tensors
         Every parameter and buffer of the model, by name.
     block_size
@@ -86,7 +86,7 @@ def loader(live: LiveCodes) -> Loader | None:
 
 
 def _own_way(live: LiveCodes, shape: tuple[int, ...]) -> Callable[[], Any] | None:
-    """Return what the module itself offers: layers of gptqmodel, and of transformers for Gemma."""
+    """Return the module's own function that dequantizes, as in gptqmodel and in transformers for Gemma."""
     module, local = live.module, live.name.rpartition(".")[2]
     if local == "qweight" and hasattr(module, "dequantize_weight"):
         return lambda: _oriented(module.dequantize_weight(), shape)
@@ -134,7 +134,7 @@ def _scaled(live: LiveCodes, shape: tuple[int, ...], unpack: Callable[[Any], Any
 def _grid(
     scale: tuple[int, ...], shape: tuple[int, ...], output_dimension: int | None
 ) -> tuple[int, ...] | None:
-    """Return the scales' shape with as many dimensions as the weight, None if they do not fit it."""
+    """Return the scales' shape with as many dimensions as the weight; None if the scales do not fit it."""
     dimensions = len(shape)
     if math.prod(scale) == 1:
         return (1,) * dimensions

@@ -64,7 +64,7 @@ class StoredFiles:
     Raises
     ------
     FormatError
-        If they are those of an adapter.
+        If the tensors are those of an adapter.
     """
 
     is_unordered = True
@@ -131,7 +131,7 @@ def _open_pickles(path: Path, label: str) -> Source:
 def read_config(path: Path) -> Mapping[str, Any]:
     """Return the model's `config.json` beside its weights, with the settings of its quantization.
 
-    Empty if there is none that can be read.
+    The mapping is empty if no file can be read.
     """
     folder = path if path.is_dir() else path.parent
     try:
@@ -202,12 +202,12 @@ def _snapshot(hub_id: str, choices: Sequence[list[str]], is_complete: Callable[[
 
 
 def config_folder(base: str | Path) -> Path:
-    """Return the path of a model that is only asked for its config: of a hub id, nothing else is fetched.
+    """Return the path of a model that is needed for its config; of a hub id only the config is fetched.
 
     Raises
     ------
     FileNotFoundError
-        If it is neither a path nor a hub id that can be had.
+        If it is neither a path nor a hub id that can be fetched.
     """
     path = Path(base).expanduser()
     if path.exists():

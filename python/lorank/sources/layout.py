@@ -1,4 +1,4 @@
-"""From a tensor to the matrices in it: by the model's skeleton where it is known, else by name and shape."""
+"""Finds the matrices in a tensor: by the model's skeleton where it is known, else by name and shape."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLOAT_TYPES = {
     "F8_E5M2": "float8_e5m2",
 } | {name: name for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
 
-# Architectures whose stacked experts are stored (experts, in, out), and say so to PEFT.
+# Architectures whose stacked experts are stored (experts, in, out), and declare it to PEFT.
 _TRANSPOSED_EXPERTS = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
 
 # Architectures whose linear layers are transformers' Conv1D: stored (in, out).
@@ -142,7 +142,7 @@ def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[StoredM
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
-    """Return the architecture's name; empty where a damaged file says anything else."""
+    """Return the architecture's name; empty where a damaged file holds anything else."""
     name = config.get("model_type")
     return name if isinstance(name, str) else ""
 

@@ -18,12 +18,11 @@ from lorank.sources.packing import total
 
 
 def from_module(model: Any) -> Source:
-    """A source over a live model's parameters, which stay where they are.
+    """Open a source over a live model's parameters, which stay where they are.
 
-    Modules that share a parameter are tied: the first counts, the others are skipped. Quantized
-    weights are dequantized, and offloaded ones fetched, one matrix at a time. Adapters of PEFT are left
-    out: the base model is what is analysed, under the names that it has without PEFT, a compiler or data
-    parallelism.
+    Modules that share a parameter are tied: the first counts, the others are skipped. Quantized weights are
+    dequantized, and offloaded ones fetched, one matrix at a time. Adapters of PEFT are left out: the base
+    model is analysed, under the names that it has without PEFT, a compiler or data parallelism.
     """
     weights = list(_weights(model))
     packed = LivePacking(
@@ -93,7 +92,7 @@ class _Weight:
 
     @property
     def has_values(self) -> bool:
-        """True if there are any."""
+        """True if the weight has values."""
         return self.elsewhere is not None or self.parameter.device.type != "meta"
 
     @property
@@ -110,7 +109,7 @@ class _Weight:
 
 
 def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
-    """Yield every parameter and buffer of the base model, with the shape that it has when dequantized."""
+    """Yield every parameter and buffer of the base model, with its dequantized shape."""
     elsewhere = offloaded.loaders(model)
     for prefix, module in named_modules(model):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -143,7 +142,7 @@ def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
 
 
 def _kernel_experts(prefix: str, module: Any) -> Iterator[tuple[Skipped, int | str]]:
-    """Yield experts that transformers has handed to a kernel, which keeps them in an order of its own."""
+    """Yield experts that transformers has given to a kernel, which keeps them in its own order."""
     hidden, inner = module.hidden_size, module.intermediate_size
     for local, sizes in (("gate_up_proj", (hidden, 2 * inner)), ("down_proj", (inner, hidden))):
         if local not in module._parameters:

@@ -20,7 +20,7 @@ class LivePacking:
     tensors
         Name -> module and tensor, of every parameter and buffer that is not a library's own kind.
     quantization
-        What the model's configuration declares.
+        The quantization that the model's configuration declares.
     """
 
     def __init__(self, tensors: Mapping[str, tuple[Any, Any]], quantization: Quantization) -> None:
@@ -38,7 +38,7 @@ class LivePacking:
         return name in self._codes or name in self._packing.parts
 
     def parameters(self, name: str) -> int | str:
-        """Return the number of parameters that a tensor stands for, or why it is unknown."""
+        """Return the number of parameters that a tensor stands for, or the reason why it is unknown."""
         codes = self._codes.get(name)
         if codes is not None and codes.shape is not None:
             return math.prod(codes.shape)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def loaders(model: Any) -> dict[int, Callable[[], Any]]:
-    """A function for every offloaded parameter that returns its values, by the parameter's `id`."""
+    """Return functions that read the values of offloaded parameters, by the parameters' `id`."""
     return {
         id(parameter): partial(_value, hook.weights_map, name)
         for hook, name, parameter in _offloaded(model)
@@ -17,9 +17,9 @@ def loaders(model: Any) -> dict[int, Callable[[], Any]]:
 
 
 def ties(model: Any) -> dict[int, int]:
-    """Offloaded tables that were one before they were offloaded: the `id` of each and of the first.
+    """Return the `id` of the first of equal offloaded tables by the `id` of each.
 
-    Offloading parts what was tied, on disk even under two names. Only parameters of the shape of an
+    Offloading separates tied tables, on disk even under two names. Only parameters of the shape of an
     embedding are read to compare them.
     """
     tables = {
@@ -42,7 +42,7 @@ def ties(model: Any) -> dict[int, int]:
 
 
 def _offloaded(model: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Hooks with the names of their parameters and these."""
+    """Yield hooks with the names and parameters that they offload."""
     for module in model.modules():
         for hook in _hooks(module):
             recurse = bool(getattr(hook, "place_submodules", False))
@@ -52,7 +52,7 @@ def _offloaded(model: Any) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _hooks(module: Any) -> Iterator[Any]:
-    """The hooks of a module that offload it."""
+    """Yield the hooks of a module that offload it."""
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "offload", False) is True and hasattr(one, "weights_map"):

@@ -17,7 +17,7 @@ from lorank.sources.codes import INTEGERS, SCALES, Packed, Stored, element_type,
 from lorank.sources.quantization import Quantization
 from lorank.sources.schemes import Scheme, schemes_of
 
-# Names of what accompanies codes, over all libraries: looked for beside codes only.
+# Names of tensors that accompany codes, over all libraries; they count only beside codes.
 _PART = re.compile(r"scal|zero|absmax|amax|quant|SCB|_idx|_shape|bitsandbytes__")
 _SCALE = re.compile(r"scal|absmax|amax|SCB|SU|SV|suh|svh")
 
@@ -90,9 +90,9 @@ class Packing:
     tensors
         Name -> element type and shape of every tensor.
     quantization
-        What the configuration declares.
+        The quantization that the configuration declares.
     content
-        Returns the bytes of a small tensor by name; None if they cannot be had.
+        Returns the bytes of a small tensor by name; None if they cannot be read.
     metadata
         The metadata of the files.
     """
@@ -120,7 +120,7 @@ class Packing:
                 self._find_alone(name)
 
     def reason(self, name: str) -> str | None:
-        """Return the reason for skipping a tensor of a file; None for what is not packed."""
+        """Return the reason for skipping a tensor of a file; None for tensors that are not packed."""
         if (codes := self.codes.get(name)) is not None:
             live = "; load the model and analyse it live" if codes.scheme.is_live else ""
             return f"packed ({codes.scheme.name}): its values cannot be read from disk yet{live}"
@@ -136,7 +136,7 @@ class Packing:
         return f"{what} of the packed weight {part.weight} ({part.scheme})"
 
     def parameters(self, name: str) -> int | str:
-        """Return the number of parameters that a tensor stands for, or why it is unknown."""
+        """Return the number of parameters that a tensor stands for, or the reason why it is unknown."""
         if name in self.parts:
             return 0
         stored = self._tensors[name]

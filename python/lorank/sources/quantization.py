@@ -12,7 +12,7 @@ from lorank.json_files import read_json
 # Keys of `config.json` under which libraries keep their settings.
 _KEYS = ("quantization_config", "compression_config", "quantization")
 
-# Files beside `config.json`, for models that were written before the settings moved into it.
+# Files beside `config.json`, of models that were written before the settings moved into that file.
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 _BITS = ("bits", "w_bit", "num_bits", "nbits", "weight_bits")
@@ -105,7 +105,7 @@ class Quantization:
 
 
 def with_quantization(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Return a configuration with the settings of a quantization file beside it, where it has none itself."""
+    """Return a configuration, with the settings of a quantization file beside it if it has none itself."""
     if Quantization.of(config).is_declared:
         return config
     for name in FILES:
@@ -119,7 +119,7 @@ def with_quantization(config: Mapping[str, Any], folder: Path) -> Mapping[str, A
 
 
 def _mappings(settings: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """Yield the settings and every mapping in them, but for those about activations."""
+    """Yield the settings and every mapping in them, except those about activations."""
     yield settings
     for key, value in settings.items():
         for entry in value if isinstance(value, list) else [value]:

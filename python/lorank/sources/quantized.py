@@ -1,8 +1,8 @@
-"""Weights of live models whose tensors are a library's own, and the library's own way back.
+"""Weights of live models in a quantization library's own tensors, and the library's way to dequantize them.
 
-bitsandbytes 4- and 8-bit, torch's and torchao's and quanto's tensor subclasses, HQQ modules: each
-is dequantized by the library that quantized it, one matrix at a time. Codes in plain tensors are
-for `dequantized`.
+bitsandbytes 4- and 8-bit, torch's and torchao's and quanto's tensor subclasses, HQQ modules: each is
+dequantized by the library that quantized it, one matrix at a time. The module `dequantized` reads codes in
+plain tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def shape(parameter: Any, module: Any = None) -> tuple[int, ...]:
 
 
 def module_shape(module: Any) -> tuple[int, ...] | None:
-    """Return the shape of a module's dequantized weight, None if it has none; a parameter is its own."""
+    """Return the dequantized shape of a module's weight or of a parameter; None if there is no weight."""
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if all(type(size) is int for size in sizes):
         return sizes  # type: ignore[return-value]  # checked the line before

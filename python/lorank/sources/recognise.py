@@ -1,7 +1,7 @@
 """Recognises what a path or a set of tensors holds: a model, an adapter, or neither.
 
-Commands about models and commands about adapters ask here, so that each refuses what the others read, by
-name and with the command to run instead.
+Commands about models and commands about adapters ask here, so that each refuses the input of the others with
+an error that names the right command.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from lorank.json_files import read_json
 
 _SETTINGS = "adapter_config.json"
 
-# Keys of adapters: the module before them, and what the adapter is called.
+# Patterns of the keys of adapters, with the module in front, and the kind of the adapter.
 _ADAPTERS = {
-    re.compile(rf"(?P<module>.+?){key}"): words
-    for key, words in {
+    re.compile(rf"(?P<module>.+?){key}"): kind
+    for key, kind in {
         r"\.lora_(?:embedding_)?[ABE](?:\.\w+)?(?:\.(?:weight|bias))?": "LoRA",
         r"\.lora_magnitude_vector(?:\.\w+)*": "DoRA",
         r"(?:\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(?:up|down|mid)\.weight": "LoRA",
@@ -35,7 +35,7 @@ _ADAPTERS = {
 }
 _READABLE = ("LoRA", "DoRA", "LORA", "ADALORA")
 
-# Files beside a model's or an adapter's that hold neither's weights.
+# Files of adapters, of trainings and of tokenizers, which hold no weights of a model.
 _ADAPTER_FILES = re.compile(r"adapter_model\.(?:safetensors|bin)|(?:\d+_)?adapters\.safetensors")
 _TRAINING_FILES = re.compile(
     r"(?:optimizer|scheduler|scaler|rng_state\w*|training_args|random_states\w*|lorank_gard)(?:_\d+)?\.\w+"
@@ -49,7 +49,7 @@ _COPY = re.compile(r"\.modules_to_save\.\w+\.")
 
 
 def model_weights(path: Path, label: str) -> Path:
-    """The file, index or folder to read a model from, without an adapter that lies beside it.
+    """Return the file, index or folder to read a model from, without an adapter beside it.
 
     Raises
     ------
@@ -71,23 +71,23 @@ def model_weights(path: Path, label: str) -> Path:
 
 
 def _may_be_model(name: str) -> bool:
-    """Whether a file of this name can hold a model's weights, or an index of them."""
+    """Return whether a file of this name can hold a model's weights, or an index of them."""
     is_weights = name.endswith((".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json"))
     return is_weights and not _ADAPTER_FILES.fullmatch(name) and not _TRAINING_FILES.fullmatch(name)
 
 
 def _contents(names: Collection[str], wanted: str) -> str:
-    """What a folder without weights holds, as the end of a sentence."""
+    """Describe a folder without weights, as the end of a sentence."""
     if not names:
         return ": the folder is empty"
-    for files, words in ((_TRAINING_FILES, "the state of a training"), (_TOKENIZER_FILES, "a tokenizer")):
+    for files, content in ((_TRAINING_FILES, "the state of a training"), (_TOKENIZER_FILES, "a tokenizer")):
         if any(map(files.fullmatch, names)):
-            return f", but {words}: name the folder of the {wanted}"
+            return f", but {content}: name the folder of the {wanted}"
     return ", but a model's settings" if "config.json" in names else ""
 
 
 def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
-    """The tensors of a model by the names that they have without PEFT; factors of adapters are left out.
+    """Return the tensors of a model by their names without PEFT; factors of adapters are left out.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
 
 
 def left_out(name: str) -> str:
-    """The reason why `base_tensors` leaves a tensor out."""
+    """Return the reason why `base_tensors` leaves a tensor out."""
     return "trained by PEFT beside the base weight" if _COPY.search(name) else "a factor of an adapter"
 
 
@@ -135,7 +135,7 @@ def check_adapter_tensors(label: str, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Why a folder with settings of an adapter and without PEFT's file of weights cannot be read."""
+    """Return the reason why a folder with an adapter's settings, but without PEFT's weights, is not read."""
     names = [file.name for file in folder.iterdir()]
     if any(name.endswith("adapters.safetensors") for name in names) and "peft_type" not in settings:
         return f"{folder}: is an adapter of MLX, which is not read: convert it to PEFT's format"
@@ -145,22 +145,22 @@ def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _method(name: str) -> str | None:
-    return next((words for key, words in _ADAPTERS.items() if key.fullmatch(name)), None)
+    return next((kind for key, kind in _ADAPTERS.items() if key.fullmatch(name)), None)
 
 
 def _owners(names: Iterable[str]) -> dict[str, str]:
-    """The modules that have factors, with what kind of adapter these are of."""
+    """Return the modules that have factors, with the kind of the adapter."""
     found: dict[str, str] = {}
     for name in names:
-        for key, words in _ADAPTERS.items():
+        for key, kind in _ADAPTERS.items():
             if match := key.fullmatch(name):
-                found.setdefault(match["module"], words)
+                found.setdefault(match["module"], kind)
                 break
     return found
 
 
 def _holds_model(names: Iterable[str], owners: Collection[str]) -> bool:
-    """Whether most modules with factors have their base weight, too."""
+    """Return whether most modules with factors have their base weight, too."""
     based = {
         name.rpartition(".")[0].partition(".base_layer")[0]
         for name in names
@@ -183,18 +183,18 @@ def _not_a_model(label: str, folder: Path) -> str:
     return _refusal(label, f"a PEFT adapter ({kind})", settings.get("base_model_name_or_path"))
 
 
-def _refusal(label: str, words: str, base: Any = None) -> str:
-    text = f"{label}: is {words}, not a model"
-    if words.endswith(tuple(f"({kind})" for kind in _READABLE)):
+def _refusal(label: str, content: str, base: Any = None) -> str:
+    text = f"{label}: is {content}, not a model"
+    if content.endswith(tuple(f"({kind})" for kind in _READABLE)):
         text += ": `lorank info`, `lorank compress` and `lorank check` read adapters"
     if isinstance(base, str) and base:
         text += f"; its base model is {base}"
     return text
 
 
-def _not_an_adapter(label: str, words: str) -> str:
+def _not_an_adapter(label: str, content: str) -> str:
     return (
-        f"{label}: holds {words}, not an adapter: `lorank analyze` reads models, and `lorank extract` "
+        f"{label}: holds {content}, not an adapter: `lorank analyze` reads models, and `lorank extract` "
         "makes an adapter of two of them"
     )
 

@@ -21,24 +21,24 @@ class Scheme:
     Attributes
     ----------
     name
-        How messages call it.
+        The name in messages.
     codes
         The template of the tensor of codes.
     types
         Element types of the codes; empty for any.
     marks
-        Templates of which the checkpoint holds one at least; with none, the rest decides.
+        Templates of which the checkpoint holds one at least; without marks, the other conditions decide.
     shape
         The weight's true shape, or None where the checkpoint does not state it.
     fits
-        What else must hold: of shapes, or of the configuration.
+        A further condition on shapes or on the configuration.
     parts
         Templates of further tensors that belong to the weight and have no "scale" or the like in
         their names.
     declared
         True for a configuration that makes the marks unnecessary: they may be in another file.
     is_live
-        True where the weight of a loaded model can be had.
+        True where the weight of a loaded model can be dequantized.
     """
 
     name: str

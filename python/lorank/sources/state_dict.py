@@ -43,7 +43,7 @@ class StoredArrays:
     Raises
     ------
     FormatError
-        If they are those of an adapter.
+        If the tensors are those of an adapter.
     TypeError
         If a name is not a string.
     """
@@ -109,12 +109,12 @@ class StoredArrays:
         return first.dtype == second.dtype and np.array_equal(first, second, equal_nan=True)
 
     def content(self, name: str) -> bytes | None:
-        """Return a tensor's bytes, None if they cannot be had."""
+        """Return a tensor's bytes; None if they cannot be read."""
         return arrays.content(self._values[name])
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Nothing: a mapping has no metadata."""
+        """An empty mapping, as arrays have no metadata."""
         return {}
 
 

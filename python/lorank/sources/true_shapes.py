@@ -1,4 +1,4 @@
-"""The true shape of a packed weight, from the shapes of its codes and of what is beside them."""
+"""The true shape of a packed weight, from the shapes of its codes and of the tensors beside them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def twice_as_high(packed: Packed) -> Shape | None:
 
 
 def flat(packed: Packed, bits: int | None) -> Shape | None:
-    """Return the number of codes of so many bits that the tensor's bytes hold."""
+    """Return the number of codes of `bits` bits that the tensor's bytes hold."""
     width = WIDTHS.get(packed.codes.type)
     if bits is None or width is None:
         return None
@@ -99,7 +99,7 @@ def is_awq(packed: Packed) -> bool:
 
 
 def awq(packed: Packed) -> Shape | None:
-    """Return ``(out, in)`` where words run along `out`; other layouts by their number of codes."""
+    """Return ``(out, in)`` where words run along `out`; for other layouts the number of codes."""
     *rest, rows, words = packed.codes.shape
     scales, width = packed.find("{m}.scales"), WORDS[packed.codes.type]
     if scales is not None and scales.size and scales.last % words == 0 and width * words >= 2 * scales.last:
@@ -132,12 +132,12 @@ def torchao(packed: Packed) -> Shape | None:
 
 
 def quanto(packed: Packed) -> Shape | None:
-    """Return the shape of plain codes of 8 bits; others by the bits of the configuration."""
+    """Return the shape of plain codes of 8 bits; for others the number of codes, by the configured bits."""
     return packed.codes.shape if packed.codes.type in ("i8", "fp8") else flat(packed, packed.bits)
 
 
 def aqlm(packed: Packed) -> Shape | None:
-    """Return the shape by groups of values, whose sizes the codebooks have."""
+    """Return the shape by groups of values, whose sizes the codebooks show."""
     books, codes = packed.find("{m}.codebooks"), packed.codes.shape
     if books is None or len(books.shape) != 4 or len(codes) < 2:
         return None
@@ -158,7 +158,7 @@ def higgs(packed: Packed) -> Shape | None:
 
 
 def quip(packed: Packed) -> Shape | None:
-    """Return ``(out, in)`` by the signs of the two sides."""
+    """Return ``(out, in)`` by the lengths of the signs of both sides."""
     out, fan_in = packed.find("{m}.SV"), packed.find("{m}.SU")
     return (out.size, fan_in.size) if out is not None and fan_in is not None else None
 
@@ -179,9 +179,8 @@ def mlx(packed: Packed) -> Shape | None:
     """Return the shape of words along the last dimension, by the bits of the configuration or of floats."""
     *rest, words = packed.codes.shape
     bits, scales = packed.bits, packed.find("{m}.scales")
-    if (
-        bits is None and scales is not None and scales.type == "u8"
-    ):  # Floats of 4 bits, or of 8 with 32 a scale.
+    if bits is None and scales is not None and scales.type == "u8":
+        # Floats of 4 bits, or of 8 bits with one scale for 32 of them.
         bits = 8 if words == 8 * scales.last else 4
     return (*rest, words * 32 // bits) if bits else None
 
@@ -208,7 +207,7 @@ def has_four_bit_groups(packed: Packed) -> bool:
     """Return True where every scale is that of 32 codes of a row, two a byte."""
     *rows, cols = packed.codes.shape
     scale = _scale(packed)
-    # A column of plain numbers is more likely a scale a row of 16 integers of 8 bits.
+    # A column of plain numbers is more likely one scale for each row of 16 integers of 8 bits.
     is_clear = scale.type in EXPONENTS or scale.last > 1
     return is_clear and scale.shape == (*rows, cols // 16) and cols % 16 == 0
 

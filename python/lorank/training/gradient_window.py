@@ -43,7 +43,7 @@ class GradientWindow:
 
     @property
     def device(self) -> torch.device:
-        """Where the first module's sketches are."""
+        """The device of the first module's sketches."""
         return self._sketches.device(0)
 
     def __len__(self) -> int:

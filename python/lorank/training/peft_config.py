@@ -1,4 +1,4 @@
-"""Which configs of PEFT go with other ranks."""
+"""Checks that a config of PEFT allows other ranks."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ pub fn to_py(error: Error) -> PyErr {
         Error::InvalidInput(reason) => PyValueError::new_err(reason),
         Error::Numerical(_) | Error::NoConvergence(_) => NumericalError::new_err(error.to_string()),
         Error::OutOfMemory { .. } => PyMemoryError::new_err(error.to_string()),
-        // By its number, EAGAIN, Python would make a BlockingIOError of it.
+        // From the number, EAGAIN, Python would make a BlockingIOError.
         Error::NoThreads { .. } => PyOSError::new_err(error.to_string()),
         Error::Internal(_) => LorankError::new_err(format!(
             "{error} (a defect of lorank {}: please report this line to the project's issue tracker)",

@@ -161,7 +161,7 @@ impl Computed for Defective {
     }
 }
 
-/// For tests: a float32 matrix whose values cause a panic when they are needed.
+/// Returns, for tests, a float32 matrix whose values cause a panic when they are needed.
 #[pyfunction(name = "_panicking_matrix")]
 pub fn panicking_matrix(rows: usize, cols: usize) -> Matrix {
     Matrix(StoredMatrix::computed(Arc::new(Defective), DType::F32, (rows, cols)))

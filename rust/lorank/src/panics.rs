@@ -43,7 +43,7 @@ pub fn panic_message(panic: &(dyn Any + Send)) -> String {
 /// The message on one line, and the source position where it is known.
 fn description(panic: &(dyn Any + Send)) -> String {
     let message = panic_message(panic);
-    // A panic that came from another thread is the latest as a rule; if not, its position remains unknown.
+    // The panic is usually the latest one, also if it comes from another thread; if not, its position remains unknown.
     let place = latest().take_if(|(of, _)| *of == message).map(|(_, place)| format!(" at {place}"));
     let line: Vec<&str> = message.lines().map(str::trim).collect();
     line.join(", ") + &place.unwrap_or_default()

@@ -56,14 +56,14 @@ def _experts(a: Found) -> str:
 
 
 def _known(key: str) -> bool:
-    """Accept what the converter passes on, and the program does not apply; or what it leaves alone."""
+    """Return True for tensors that the converter passes on or skips, and that the program does not apply."""
     return "_layernorm" in key or ".norm" in key or BASE_COPY in key
 
 
 def _loses(a: Found) -> Iterable[str]:
     yield from leaves_out(a.others)
     if a.alora:
-        yield "applies aLoRA to every token through its C API; llama-server alone heeds the invocation tokens"
+        yield "applies aLoRA to every token through its C API; only llama-server reads the invocation tokens"
     yield from original_base(a)
 
 

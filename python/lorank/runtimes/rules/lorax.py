@@ -18,7 +18,7 @@ from lorank.runtimes.rules.runtime import (
     original_base,
 )
 
-# Below this ranks are padded, and the true one is forgotten after the first type of modules.
+# Lower ranks are padded to this one, and the true rank is lost after the first type of modules.
 _LEAST_RANK = 8
 
 

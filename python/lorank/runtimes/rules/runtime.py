@@ -1,4 +1,4 @@
-"""What a runtime's rules are, and what several runtimes have in common."""
+"""The rules of a runtime, and those that several runtimes share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorank.adapters.module import LoraModule
 from lorank.runtimes.found import Found
 
 Unknown = Literal["ignores", "refuses"]
-"""What a loader does with keys that name no module of the model."""
+"""A loader's treatment of keys that name no module of the model."""
 
 Scale = Callable[[Found, LoraModule], float]
 Refuses = Callable[[Found], str]
@@ -26,7 +26,7 @@ def nothing(a: Found) -> Iterable[str]:
 
 
 def no_remark(a: Found) -> str:
-    """Have nothing to add."""
+    """Return an empty remark."""
     del a
     return ""
 
@@ -48,23 +48,23 @@ class Runtime:
     version
         The version that the rules were read from.
     scale
-        What it multiplies a module's update by; 0 if it leaves the module out.
+        The factor by which it multiplies a module's update; 0 if it leaves the module out.
     refuses
-        Why it does not load the adapter, or nothing.
+        The reason why it does not load the adapter; empty if it does.
     loses
-        What it silently leaves out of what it loads, or computes otherwise.
+        The parts of the adapter that it silently leaves out or computes otherwise.
     remark
-        What to know although all is right.
+        A remark on an adapter that it loads right.
     profiles
         Those of lorank's profiles that it loads right.
     unknown
-        What it does with keys that name no module of the model.
+        Its treatment of keys that name no module of the model.
     by_suffix
-        Whether it finds a module by the end of its key, so that names at the front do no harm.
+        True if it finds a module by the end of its key, so that names at the front do no harm.
     needs_prefix
-        Whether it finds no key without the prefix `base_model.model.`.
+        True if it finds no key without the prefix `base_model.model.`.
     reads
-        Whether it reads PEFT's folders, image adapters' files, or neither.
+        The format that it reads: PEFT's folders, image adapters' files, or neither.
     """
 
     name: str
@@ -126,7 +126,7 @@ def by_tensor(a: Found, module: LoraModule) -> float:
 
 
 def not_plain(a: Found, *, but: tuple[str, ...] = ()) -> str:
-    """Name the first module that is not a linear layer, but for kinds that are taken; empty if all are."""
+    """Name the first module that is neither a linear layer nor of an accepted kind; empty if none."""
     kinds = [kind for kind in ("conv", "embedding", "expert") if kind not in but]
     if other := a.of_kinds(*kinds):
         return f"{other[0].name} is not a plain linear layer ({other[0].kind})"
@@ -144,7 +144,7 @@ def no_lora_biases(a: Found) -> str:
 
 
 def no_others(a: Found, but: Callable[[str], bool] = lambda _: False) -> str:
-    """Name the first tensor beside the factors, but for those that are taken; empty if there is none."""
+    """Name the first tensor beside the factors that is not accepted; empty if there is none."""
     others = [key for key in (*a.others, *a.base_copies) if not but(key)]
     return f"takes nothing but factors, and there are {len(others)} others: {others[0]}" if others else ""
 
@@ -173,7 +173,7 @@ def original_base(a: Found) -> Iterable[str]:
 
 
 def no_replication(a: Found) -> str:
-    """Refuse layers that are not in the model."""
+    """Refuse `layer_replication`, whose layers are not in the model."""
     return "layer_replication is not supported: there are no such layers in the model" if a.replicated else ""
 
 
