@@ -18,10 +18,11 @@ from lorank.budget import Budget, average_rank_budget, fit_ranks, parse_budget, 
 from lorank.json_files import read_json
 from lorank.lora_config import ScaleRule
 from lorank.modules.facts import ModelFacts
+from lorank.progress import waiting
 from lorank.report.base import Report, Row
 from lorank.roles import Placement, Roles, check_roles, in_placement
 from lorank.signals import AdaptedModule
-from lorank.sources import AnySource, Source, open_source
+from lorank.sources import OPENING, AnySource, Source, open_source
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -269,7 +270,8 @@ def allocate(
     if roles is not None and "roles" in registered.options:
         method_options["roles"] = roles
     registered.check_options(method, method_options)
-    opened = signal_source if isinstance(signal_source, Report) else open_source(signal_source)
+    with waiting(OPENING, enabled=progress):
+        opened = signal_source if isinstance(signal_source, Report) else open_source(signal_source)
     every = adaptable_modules(opened)
     check_roles([module.name for module in every], roles)
     facts = _facts(opened)

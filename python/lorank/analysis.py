@@ -11,9 +11,9 @@ import numpy as np
 
 from lorank import _core, core_calls, naming
 from lorank.journal import Journal
-from lorank.progress import progress_bar
+from lorank.progress import progress_bar, waiting
 from lorank.report import ModuleSpectrum, SpectralReport
-from lorank.sources import AnySource, SourceMatrix, open_source
+from lorank.sources import OPENING, AnySource, SourceMatrix, open_source
 from lorank.spectra import Accuracy, check_accuracy
 from lorank.threads import thread_count
 
@@ -90,7 +90,8 @@ def analyze(
     """
     check_accuracy(accuracy)
     count = thread_count(threads)
-    opened = open_source(source)
+    with waiting(OPENING, enabled=progress):
+        opened = open_source(source)
     chosen = opened.select(include, exclude)
     if not chosen.matrices:
         raise ValueError(_nothing_to_analyse(opened.label, len(opened.matrices), include, exclude))

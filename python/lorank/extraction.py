@@ -16,9 +16,9 @@ from lorank.adapters.adapter import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.compression import truncated
 from lorank.lora_config import accidental_matches
-from lorank.progress import progress_bar
+from lorank.progress import progress_bar, waiting
 from lorank.selection import checked_knobs, with_counted_budget
-from lorank.sources import AnySource, Skipped, Source, SourceMatrix, open_source
+from lorank.sources import OPENING, AnySource, Skipped, Source, SourceMatrix, open_source
 from lorank.sources.guesses import doubtful
 from lorank.spectral_form import SpectralForm, Triplets
 from lorank.threads import thread_count
@@ -87,7 +87,8 @@ def extract(
     given = {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
     # A slip is found before anything is opened, of whatever size the base model is.
     checked_knobs(with_counted_budget(given, 0))
-    before, after = open_source(base), open_source(tuned)
+    with waiting(OPENING, enabled=progress):
+        before, after = open_source(base), open_source(tuned)
     chosen = checked_knobs(with_counted_budget(given, before.num_parameters, before.unknown_parameters))
     if before.facts.doubts and not guess:
         raise ValueError(doubtful(before.label, before.facts, "extract"))

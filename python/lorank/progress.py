@@ -1,4 +1,4 @@
-"""A progress bar for long work, on the terminal only."""
+"""Signs of long work, on the terminal only: a progress bar, or a line where the end is not known."""
 
 from __future__ import annotations
 
@@ -31,3 +31,18 @@ def progress_bar(title: str, total: int, *, enabled: bool) -> Iterator[Callable[
     with shown:
         task = shown.add_task(title, total=total, label="")
         yield lambda amount, label: shown.update(task, advance=amount, label=label)
+
+
+@contextmanager
+def waiting(title: str, *, enabled: bool) -> Iterator[None]:
+    """Show a line while work goes on whose length is not known.
+
+    Nothing is drawn when disabled or when standard error is not a terminal.
+    """
+    if not enabled or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(title):
+        yield

@@ -36,6 +36,7 @@ from lorank.cli.options import (
     spelled_as_options,
 )
 from lorank.modules.facts import ModelFacts
+from lorank.progress import waiting
 from lorank.report import METRICS, SpectralReport, profiles_table, table
 from lorank.report.base import Evidence
 from lorank.report.files import to_json
@@ -43,8 +44,8 @@ from lorank.report.gradients import GradientReport
 from lorank.report.loading import AnyReport, load_report
 from lorank.report.tasks import TaskReport
 from lorank.roles import Placement, check_expressions
+from lorank.sources import OPENING, open_source
 from lorank.sources import Source as OpenedSource
-from lorank.sources import open_source
 from lorank.sources.guesses import doubtful
 from lorank.spectra import Accuracy
 
@@ -226,7 +227,7 @@ def allocate(
     if output is not None:
         check_output_folder(output, overwrite)
     wanted = parse_targets(targets)
-    evidence = _evidence(source, method)
+    evidence = _evidence(source, method, not quiet)
     if output is not None and not guess:
         _check_not_doubtful(evidence)
     with spelled_as_options():
@@ -317,13 +318,16 @@ def _check_not_doubtful(evidence: AnyReport | OpenedSource) -> None:
         raise ValueError(as_options(doubtful(label, facts, "allocate -o")))
 
 
-def _evidence(source: str, method: str) -> AnyReport | OpenedSource:
+def _evidence(source: str, method: str, progress: bool) -> AnyReport | OpenedSource:
     """Return the saved report, or the opened source; refused if the method cannot use it."""
     needs = signals.find(method).needs
     found = load_report(source) if _is_report(source) else source
     provided: Evidence = "spectra" if isinstance(found, str) else found.provides
     if needs == "shapes" or needs == provided:
-        return open_source(found) if isinstance(found, str) else found
+        if not isinstance(found, str):
+            return found
+        with waiting(OPENING, enabled=progress):
+            return open_source(found)
     if not isinstance(found, str):
         what = f"is one of {provided}"
     elif Path(source).suffix in _REPORT_ENDINGS and not Path(source).exists():

@@ -11,7 +11,10 @@ from lorank.sources.base import MatrixInfo, Skipped, Source, SourceMatrix
 AnySource: TypeAlias = "str | Path | Mapping[str, object] | object"
 """A path, a hub id, a mapping name -> array, a live `torch.nn.Module`, or an opened `Source`."""
 
-__all__ = ["AnySource", "MatrixInfo", "Skipped", "Source", "SourceMatrix", "open_source"]
+OPENING = "reading names and asking for the model"
+"""The line to show while a source is opened, which may import transformers."""
+
+__all__ = ["OPENING", "AnySource", "MatrixInfo", "Skipped", "Source", "SourceMatrix", "open_source"]
 
 
 def open_source(source: AnySource) -> Source:
