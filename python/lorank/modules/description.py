@@ -1,8 +1,8 @@
-"""A checkpoint's model and the parameters that its tensors become, asked in a process of its own.
+"""A checkpoint's model and the parameters that its tensors become, described in a separate process.
 
 Building a model imports torch and its libraries: seconds, a gigabyte and their messages. Where they are
-loaded already, they are asked here; elsewhere a child process answers as JSON, and this one stays small. A
-hostile config costs no more than the child's time limit.
+loaded already, this process builds the model; elsewhere a child process describes it as JSON, and this one stays
+small. A hostile config costs no more than the child's time limit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Description:
 
 
 def describe(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Description | Unknown:
-    """Ask for the model of a checkpoint.
+    """Describe the model of a checkpoint.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def describe(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Descrip
         return Unknown(f"{library} did not build the model within {_TIME_LIMIT:.0f} s", True)
     except ValueError:
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        return Unknown(f"{library} could not be asked for the model: {lines[-1][:200]}", True)
+        return Unknown(f"{library} could not describe the model: {lines[-1][:200]}", True)
     return _from_json(content, folder, config, shapes)
 
 
