@@ -1,8 +1,8 @@
 """A checkpoint's model and the parameters that its tensors become, described in a separate process.
 
 Building a model imports torch and its libraries: seconds, a gigabyte and their messages. Where they are
-loaded already, this process builds the model; elsewhere a child process describes it as JSON, and this one stays
-small. A hostile config costs no more than the child's time limit.
+loaded already, this process builds the model; elsewhere a child process describes it as JSON, and this one
+stays small. A hostile config costs no more than the child's time limit.
 """
 
 from __future__ import annotations
