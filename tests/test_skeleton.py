@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -323,3 +324,92 @@ def test_an_allocation_leaves_out_and_flags_modules_that_peft_refuses() -> None:
     assert "8 groups" in allocation.flags["depthwise"]
     with pytest.raises(ValueError, match="8 groups"):
         lorank.allocate(Net(), "uniform", r_min=1, avg_rank=2, targets=["depthwise"], progress=False)
+
+
+def test_a_layer_whose_settings_or_weight_the_model_reads_is_refused() -> None:
+    model = transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            vocab_size=64,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            num_mel_bins=8,
+            max_source_positions=20,
+            max_target_positions=20,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+    )
+    refused = Skeleton.of_model(model).facts(()).refused
+    assert {name for name in refused if "itself" in refused[name]} == {
+        "model.encoder.conv1",
+        "model.encoder.conv2",
+        "model.encoder.embed_positions",
+    }
+    config = peft.LoraConfig(r=2, target_modules=["model.encoder.conv1"])
+    adapted = peft.get_peft_model(model, config)
+    with pytest.raises(AttributeError, match="stride"):
+        adapted(input_features=torch.randn(1, 8, 40), decoder_input_ids=torch.arange(5)[None])
+
+
+class SamePadding(nn.Conv2d):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(image, (1, 1, 1, 1)))
+
+
+class Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+        self.typed = nn.Embedding(20, 8)
+        self.conv = nn.Conv2d(4, 6, 3)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        # Not read: self.typed.weight
+        return self.table.weight[rows].to(self.typed.weight.dtype) + self.typed(rows)
+
+
+def test_a_convolution_of_another_forward_is_refused_and_one_that_is_only_called_is_not() -> None:
+    net = nn.Sequential(SamePadding(4, 6, 3), Reading())
+    refused = {name for name, weight in Skeleton.of_model(net).weights.items() if weight.refused}
+    assert refused == {"0.weight", "1.table.weight"}
+
+
+def test_a_vocabulary_resized_without_its_config_counts_as_stored(tmp_path: Path) -> None:
+    model = saved("LlamaForCausalLM", tmp_path)
+    model.resize_token_embeddings(model.config.vocab_size + 6)
+    settings = (tmp_path / "config.json").read_text()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(settings)
+    source = open_source(str(tmp_path))
+    assert not source.facts.are_guessed
+    assert source.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_of_many_buffers_is_recognised(tmp_path: Path) -> None:
+    saved("IBertForMaskedLM", tmp_path)
+    assert open_source(str(tmp_path)).facts.class_name == "IBertForMaskedLM"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"hidden_size": float("nan")}, "hidden_size"),
+        ({"num_labels": 10**9}, "num_labels=1000000000"),
+        ({"num_attention_heads": 10**8}, "num_attention_heads=100000000"),
+    ],
+)
+def test_settings_that_fit_no_model_leave_names_to_be_guessed(
+    settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    saved("LlamaForCausalLM", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    assert reason in open_source(str(tmp_path)).facts.remark

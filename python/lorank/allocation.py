@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,14 @@ import numpy as np
 
 from lorank import lora_config, naming, signals
 from lorank._core import FormatError
+from lorank.adaptable import adaptable_modules, targeted
 from lorank.atomic import write_text
 from lorank.budget import Budget, average_rank_budget, fit_ranks, parse_budget, rank_bounds
 from lorank.json_files import read_json
 from lorank.lora_config import ScaleRule
 from lorank.modules.facts import ModelFacts
 from lorank.progress import waiting
-from lorank.report.base import Report, Row
+from lorank.report.base import Report
 from lorank.roles import Placement, Roles, check_roles, in_placement
 from lorank.signals import AdaptedModule
 from lorank.sources import OPENING, AnySource, Source, open_source
@@ -275,7 +275,7 @@ def allocate(
     every = adaptable_modules(opened)
     check_roles([module.name for module in every], roles)
     facts = _facts(opened)
-    adapted, refused = _without_refused(targeted(every, targets), facts)
+    adapted, refused = _without_refused(targeted(every, targets, facts.ties), facts)
     modules = _placed(adapted, placement, roles)
     evidence = opened
     if registered.needs == "spectra" and isinstance(opened, Source):
@@ -360,50 +360,9 @@ def _label(evidence: Report[Any] | Source) -> str:
     return evidence.source if isinstance(evidence, Report) else evidence.label
 
 
-def adaptable_modules(evidence: Report[Any] | Source) -> list[AdaptedModule]:
-    """Every module of a source or report, experts of one stack together."""
-    infos: Iterable[Row] = (
-        evidence.modules if isinstance(evidence, Report) else (m.info for m in evidence.matrices)
-    )
-    by_module: dict[str, list[Row]] = defaultdict(list)
-    for info in infos:
-        by_module[info.module].append(info)
-    return [
-        AdaptedModule(name, members[0].kind, members[0].shape, len(members))
-        for name, members in by_module.items()
-    ]
-
-
 def _placed(modules: list[AdaptedModule], placement: Placement, roles: Roles) -> list[AdaptedModule]:
     wanted = in_placement([module.name for module in modules], placement, roles)
     chosen = [module for module, is_wanted in zip(modules, wanted, strict=True) if is_wanted]
     if not chosen:
         raise ValueError(f"placement {placement!r} selects none of the {len(modules)} modules")
-    return chosen
-
-
-def targeted(modules: Sequence[AdaptedModule], targets: naming.Targets) -> list[AdaptedModule]:
-    """The modules that `targets` selects, read as in `allocate`.
-
-    Raises
-    ------
-    ValueError
-        If there are none.
-    """
-    if targets is None or targets == naming.ALL_LINEAR:
-        chosen = [
-            module
-            for module in modules
-            if module.kind in ("linear", "expert")
-            and not naming.is_output_head(module.name)
-            and not naming.is_router(module.name)
-        ]
-    else:
-        naming.check_known(targets, [module.name for module in modules])
-        is_target = naming.matcher(targets)
-        chosen = [module for module in modules if is_target(module.name)]
-    if not chosen:
-        some = ", ".join(module.name for module in modules[:3])
-        which = f"targets {targets!r} select none" if targets is not None else "all-linear selects none"
-        raise ValueError(f"{which} of the {len(modules)} modules that were read ({some}, ...)")
     return chosen

@@ -57,6 +57,11 @@ def without_parameter(name: str) -> str:
     return name.removesuffix(".weight")
 
 
+def spellings(name: str) -> list[str]:
+    """Return the names by which a module is selected: its own, and that without its parameter."""
+    return list(dict.fromkeys([name, without_parameter(name)]))
+
+
 def is_in_experts(name: str) -> bool:
     """Whether a parameter belongs to a container of experts."""
     parts = name.split(".")

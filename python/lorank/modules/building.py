@@ -15,12 +15,18 @@ from typing import Any
 from lorank.modules.skeleton import Skeleton
 
 # Numbers of a config that decide how many modules are built.
-_DEPTHS = re.compile(r".*(?:layers?|blocks?|depths?|experts?)", re.IGNORECASE)
+_DEPTHS = re.compile(
+    r".*(?:layers?|blocks?|depths?|experts?|stages?|levels?|heads?|codebooks?|quantizers?)", re.IGNORECASE
+)
 # A model has at least one tensor a layer. Some layers are shared, and files may hold a part of a model.
 _LAYERS_A_TENSOR = 16
 _ALWAYS_ALLOWED = 4096
+# transformers gives every label a name. The largest data sets have some 20,000 classes.
+_LABELS = re.compile(r"(?:num|n)_(?:\w+_)?(?:labels|classes)", re.IGNORECASE)
+_MOST_LABELS = 1_000_000
 # The classes that build a model with a head, tried in this order where a config names no class.
 _WITH_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForCTC")
+
 # The errors of the libraries' constructors for a config that they do not fit.
 _MISFITS = (
     ArithmeticError,
@@ -70,9 +76,9 @@ def build(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Sk
         return library
     try:
         return Skeleton.of_model(model_of(folder, config, names))
-    except _MISFITS as error:
+    except _misfits() as error:
         name = config.get("_class_name") or config.get("model_type")
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        reason = _first_line(error)
         return Unknown(f"{library} does not build a model of type {name!r}: {reason}", True)
 
 
@@ -104,6 +110,13 @@ def model_of(folder: Path, config: Mapping[str, Any], names: Collection[str]) ->
         if "_class_name" in config:
             return _diffusers_model(config)
         return _transformers_model(folder, config, names)
+
+
+def _misfits() -> tuple[type[Exception], ...]:
+    """Return the errors for a config that does not fit; transformers 5 has one of its own."""
+    errors = importlib.import_module("huggingface_hub.errors")
+    strict = getattr(errors, "StrictDataclassError", None)
+    return (*_MISFITS, strict) if strict is not None else _MISFITS
 
 
 def _transformers_model(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> Any:
@@ -150,7 +163,16 @@ def _excess(config: Mapping[str, Any], num_tensors: int) -> str:
     for key, value in _numbers(config):
         if _DEPTHS.fullmatch(key) and value > allowed:
             return f"{key}={value}"
+        if _LABELS.fullmatch(key) and value > _MOST_LABELS:
+            return f"{key}={value}"
     return ""
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error states, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return text[:200] or type(error).__name__
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:

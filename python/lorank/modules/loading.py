@@ -99,7 +99,7 @@ class Placement:
     def misfit(self, shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> str:
         """Return how the model differs from most of a checkpoint's tensors; empty if it does not.
 
-        A resized vocabulary is a difference of a few tensors, not of most.
+        A resized vocabulary is a difference of a few tensors, not of most. Buffers fit by their names.
         """
         converted = sum(len(conversion.names) for conversion in self.conversions)
         if 2 * (len(self.renamed) + converted) < len(shapes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -72,10 +73,20 @@ class Skeleton:
         names = tuple(name for prefix in modules if (name := prefix.removesuffix(".")))
         return cls(type(model).__name__, weights, owners, lambda: model, names)
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole model, tied ones once."""
-        return sum(weight.size for name, weight in self.weights.items() if name not in self.owners)
+    def num_parameters(self, stored: Mapping[str, tuple[int, ...]]) -> int:
+        """Return the number of parameters of the whole model, tied ones once.
+
+        Parameters
+        ----------
+        stored
+            The shapes of parameters in the files, by name: a vocabulary may have been resized without its
+            config.
+        """
+        return sum(
+            math.prod(stored.get(name, weight.shape))
+            for name, weight in self.weights.items()
+            if name not in self.owners
+        )
 
     def facts(self, modules: Collection[str]) -> ModelFacts:
         """Return the facts about the model whose given modules have rows."""

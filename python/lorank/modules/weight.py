@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorank import naming
+from lorank.modules.direct_reads import direct_read
 from lorank.modules.peft_renames import renames_target
 
 Kind = Literal["linear", "embedding", "conv", "expert"]
@@ -128,9 +129,22 @@ def _refused(owner: str, module: Any, parent: Any, model_type: str) -> str:
         return "PEFT adapts no transposed convolution"
     if any(base.__name__ == "MultiheadAttention" for base in type(parent).__mro__) and leaf == "out_proj":
         return "nn.MultiheadAttention reads this weight itself: PEFT adapts the whole attention module"
+    if "_ConvNd" in classes and not _is_plain_convolution(module):
+        return f"{type(module).__name__} computes more than a convolution, which PEFT would not repeat"
+    if "_ConvNd" in classes or "Embedding" in classes:
+        read = direct_read(getattr(type(parent), "forward", None), leaf)
+        if read:
+            return f"{type(parent).__name__} reads the {read} of {leaf} itself, past PEFT's layer"
     if "Embedding" in classes and not _is_plain_lookup(module):
         return f"{type(module).__name__} computes more than a look-up of rows, which PEFT would not repeat"
     return ""
+
+
+def _is_plain_convolution(module: Any) -> bool:
+    """Return True for a convolution with the `forward` of torch."""
+    return all(
+        base.__module__.startswith("torch.nn") for base in type(module).__mro__ if "forward" in vars(base)
+    )
 
 
 def _is_plain_lookup(module: Any) -> bool:

@@ -60,7 +60,7 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
     ValueError
         If none is left.
     """
-    from lorank.allocation import adaptable_modules, targeted
+    from lorank.adaptable import adaptable_modules, targeted
 
     source = live.from_module(model)
     unread = _unread(model, source)

@@ -152,8 +152,9 @@ def _by_skeleton(
     for conversion in placement.conversions:
         matrices += _converted(tensors, conversion, model)
     facts = model.facts({matrix.info.module for matrix in matrices})
+    plain = {to: shapes[name] for name, to in placement.renamed.items() if packing.reason(name) is None}
     return Source(
-        label, _ordered(matrices), tuple(skipped), model.num_parameters, facts=facts, skeleton=model
+        label, _ordered(matrices), tuple(skipped), model.num_parameters(plain), facts=facts, skeleton=model
     )
 
 

@@ -126,9 +126,7 @@ class Source:
         if include is None and exclude is None:
             return self
         # The name of its module, too, selects a parameter that PEFT adapts by its own name.
-        spellings = {
-            m.info.module: {m.info.module, naming.without_parameter(m.info.module)} for m in self.matrices
-        }
+        spellings = {m.info.module: set(naming.spellings(m.info.module)) for m in self.matrices}
         names = set().union(*spellings.values())
         included = set(naming.filtered(names, include, None))
         excluded = names - set(naming.filtered(names, None, exclude))

@@ -72,18 +72,20 @@ class StoredFiles:
     def __init__(self, checkpoint: Checkpoint, label: str) -> None:
         self._checkpoint = checkpoint
         self.skipped: list[Skipped] = []
-        self._entries: dict[str, tuple[int, str, tuple[int, ...]]] = {}
+        self._positions: dict[str, int] = {}
+        self._entries: dict[str, tuple[str, tuple[int, ...]]] = {}
         tensors = checkpoint.tensors()
         base = recognise.base_tensors(label, [name for name, _, _ in tensors])
         for position, (name, dtype, shape) in enumerate(tensors):
             if name in base:
-                self._entries[base[name]] = (position, dtype, tuple(shape))
+                self._positions[base[name]] = position
+                self._entries[base[name]] = (dtype, tuple(shape))
             else:
                 self.skipped.append(Skipped(name, tuple(shape), recognise.left_out(name)))
 
-    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return every tensor's element type and shape, in the files' order."""
-        return {name: (dtype, shape) for name, (_, dtype, shape) in self._entries.items()}
+        return self._entries
 
     def is_lazy(self, name: str) -> bool:
         """Return False: a view of a file costs no memory."""
@@ -92,7 +94,7 @@ class StoredFiles:
 
     def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
         """Return the `index`-th matrix of a tensor."""
-        return self._checkpoint.matrix(self._entries[name][0], rows, cols, index)
+        return self._checkpoint.matrix(self._positions[name], rows, cols, index)
 
     def shared_with(self, name: str) -> str | None:
         """Return None: files hold every tensor once."""
@@ -105,7 +107,7 @@ class StoredFiles:
 
     def content(self, name: str) -> bytes:
         """Return a tensor's bytes."""
-        return self._checkpoint.stored_bytes(self._entries[name][0])
+        return self._checkpoint.stored_bytes(self._positions[name])
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -15,6 +15,7 @@ from lorank._core import FormatError
 from lorank.json_files import read_json
 
 _SETTINGS = "adapter_config.json"
+_PIPELINE = "model_index.json"
 
 # Patterns of the keys of adapters, with the module in front, and the kind of the adapter.
 _ADAPTERS = {
@@ -59,6 +60,8 @@ def model_weights(path: Path, label: str) -> Path:
     if path.is_file():
         if path.name == _SETTINGS or _ADAPTER_FILES.fullmatch(path.name):
             raise FormatError(_not_a_model(label, path.parent))
+        if path.name == _PIPELINE:
+            raise FormatError(_pipeline(label, path.parent))
         return path
     names = sorted(file.name for file in path.iterdir())
     weights = [name for name in names if _may_be_model(name)]
@@ -67,6 +70,8 @@ def model_weights(path: Path, label: str) -> Path:
         return path / weights[0] if is_mixed else path
     if _SETTINGS in names or any(map(_ADAPTER_FILES.fullmatch, names)):
         raise FormatError(_not_a_model(label, path))
+    if _PIPELINE in names:
+        raise FormatError(_pipeline(label, path))
     raise FormatError(f"{label}: holds no .safetensors or .bin file{_contents(names, 'model')}")
 
 
@@ -74,6 +79,17 @@ def _may_be_model(name: str) -> bool:
     """Return whether a file of this name can hold a model's weights, or an index of them."""
     is_weights = name.endswith((".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json"))
     return is_weights and not _ADAPTER_FILES.fullmatch(name) and not _TRAINING_FILES.fullmatch(name)
+
+
+def _pipeline(label: str, folder: Path) -> str:
+    """Return the message for a pipeline of diffusers, whose models lie in folders of their own."""
+    parts = sorted(
+        part.name
+        for part in folder.iterdir()
+        if part.is_dir() and any(_may_be_model(file.name) for file in part.iterdir())
+    )
+    models = f": name one of its models ({', '.join(parts)})" if parts else ", whose models are not there"
+    return f"{label}: is a pipeline of diffusers{models}"
 
 
 def _contents(names: Collection[str], wanted: str) -> str:

@@ -76,10 +76,11 @@ class StoredArrays:
                 owner = owners.setdefault(arrays.identity(value), name)
                 if owner != name:
                     self._shared[name] = owner
+        self._entries = {name: (self._type(name), quantized.shape(x)) for name, x in self._values.items()}
 
-    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return every tensor's element type and shape, in the mapping's order."""
-        return {name: (self._type(name), quantized.shape(x)) for name, x in self._values.items()}
+        return self._entries
 
     def _type(self, name: str) -> str:
         return "float32" if name in self._own_kinds else arrays.dtype_name(self._values[name])
