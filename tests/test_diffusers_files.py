@@ -198,6 +198,11 @@ def of_xlabs() -> dict[str, torch.Tensor]:
     return tensors
 
 
+def of_xlabs_without_single_blocks() -> dict[str, torch.Tensor]:
+    tensors = {key: x for key, x in of_xlabs().items() if key.startswith("double_blocks.")}
+    return tensors | {"double_blocks.0.processor.proj_lora2.up.weight": torch.zeros(32, 4)}
+
+
 def transformer_case(kind: str, model: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return tensors, lambda: pipeline(kind, transformer=model())
 
@@ -222,6 +227,9 @@ CASES: dict[str, Callable[[], Any]] = {
         for alpha in (2.0, None)
     },
     "flux, xlabs": lambda: transformer_case("FluxPipeline", flux, of_xlabs()),
+    "flux, xlabs, double blocks alone": lambda: transformer_case(
+        "FluxPipeline", flux, of_xlabs_without_single_blocks()
+    ),
     # Diffusers before 0.42 drops alphas of these keys: one that is not the rank means two things.
     "qwen, alpha 4": lambda: transformer_case(
         "QwenImagePipeline", qwen, factors(qwen(), str, in_blocks, LETTERS, 4.0)
