@@ -298,6 +298,20 @@ def test_compressed_experts_one_by_one_load_with_the_certified_error(profile: An
         assert verdict.status == "right", verdict
 
 
+def test_experts_of_a_family_that_peft_does_not_stack_are_left_out(tmp_path: Path) -> None:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    folder, _ = separate(tmp_path / "a", lambda *_: 4)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 40}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **heads, **experts)).eval()
+    (verdict,) = lorank.check(folder, ["peft"], base=model)
+    expected = logits(model)
+    same = torch.equal(logits(PeftModel.from_pretrained(model, folder).eval()), expected)
+    assert (verdict.status, verdict.factors == (0, 0)) == (("wrong", True) if same else ("right", False))
+
+
 def test_gate_without_up_is_refused(tmp_path: Path) -> None:
     folder, _ = separate(tmp_path / "a", lambda *_: 4, target_modules=["gate_proj", "down_proj"])
     edited(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "up_proj" in key])
