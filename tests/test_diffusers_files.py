@@ -264,6 +264,9 @@ def test_diffusers_loads_the_same_update(case: str, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "in.safetensors", {"format": "pt"})
     expected = loaded(make(), tmp_path / "in.safetensors")
     assert len(expected) > 8
+    (verdict,) = lorank.check(tmp_path / "in.safetensors", ["diffusers"])
+    loses_a_norm = any(key.endswith("norm3.diff") for key in tensors)
+    assert verdict.status == ("wrong" if loses_a_norm else "right"), verdict
     small = lorank.compress(tmp_path / "in.safetensors", energy=ALL, progress=False)
     assert set(small.ranks.values()) == {0, 1, 2, 3, 4}
     for profile in ("compact", "portable"):
@@ -279,6 +282,15 @@ def test_diffusers_loads_the_same_update(case: str, tmp_path: Path) -> None:
         assert as_by_rank(target) == pytest.approx(
             as_by_rank(tmp_path / "in.safetensors"), rel=1e-4, abs=1e-4
         )
+
+
+def test_xlabs_file_of_double_blocks_alone_is_read(tmp_path: Path) -> None:
+    tensors = {key: x for key, x in of_xlabs().items() if key.startswith("double_blocks.")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    expected = loaded(pipeline("FluxPipeline", transformer=flux()), tmp_path / "a.safetensors")
+    modules = lorank.LoraAdapter.load(tmp_path / "a.safetensors").modules.values()
+    norms = [np.square(m.scaling * m.B @ m.A).sum() for m in modules]
+    assert sum(norms) == pytest.approx(sum(x.square().sum().item() for x, _ in expected.values()), rel=1e-4)
 
 
 def as_by_rank(path: Path) -> dict[str, float]:

@@ -272,6 +272,46 @@ def test_experts_one_by_one_load_where_they_fit_into_a_stack(name: str, tmp_path
     )
 
 
+@pytest.mark.parametrize("profile", ["compact", "portable", "tensor-rank"])
+def test_compressed_experts_one_by_one_load_with_the_certified_error(profile: Any, tmp_path: Path) -> None:
+    folder, _ = separate(tmp_path / "a", lambda *_: 4)
+
+    def weaken(tensors: dict[str, Any]) -> None:
+        for key in tensors:
+            if "lora_B" in key:
+                tensors[key] *= (0.3 if ".layers.1." in key else 1) * (0.5 if "down_proj" in key else 1)
+
+    edited(folder, weaken)
+    small = lorank.compress(folder, avg_rank=2, progress=False)
+    assert small.certificate is not None
+    ranks = {(name.split(".")[2], name.rpartition(".")[2]): rank for name, rank in small.ranks.items()}
+    assert len(set(ranks.values())) > 2
+    small.save(tmp_path / "b", profile)
+    before, after = (
+        loaded(tiny_models.qwen3_moe(), tmp_path / x).merge_and_unload().state_dict() for x in "ab"
+    )
+    lost = sum((before[key] - after[key]).square().sum().item() for key in before) ** 0.5
+    assert lost == pytest.approx(small.certificate.error, rel=1e-4)
+    again = lorank.LoraAdapter.load(tmp_path / "b").adapted
+    assert {m.name: m.rank for m in again} == {m.name: m.rank for m in small.adapted}
+    for verdict in lorank.check(tmp_path / "b", ["peft", "transformers", "vllm"]):
+        assert verdict.status == "right", verdict
+
+
+def test_experts_of_a_family_that_peft_does_not_stack_are_left_out(tmp_path: Path) -> None:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    folder, _ = separate(tmp_path / "a", lambda *_: 4)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 40}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **heads, **experts)).eval()
+    (verdict,) = lorank.check(folder, ["peft"], base=model)
+    expected = logits(model)
+    same = torch.equal(logits(PeftModel.from_pretrained(model, folder).eval()), expected)
+    assert (verdict.status, verdict.factors == (0, 0)) == (("wrong", True) if same else ("right", False))
+
+
 def test_gate_without_up_is_refused(tmp_path: Path) -> None:
     folder, _ = separate(tmp_path / "a", lambda *_: 4, target_modules=["gate_proj", "down_proj"])
     edited(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "up_proj" in key])

@@ -71,6 +71,14 @@ def rank_owner(name: str) -> str:
     return name.removesuffix(_ATTENTION_OUTPUT)
 
 
+def separate_experts(names: Iterable[str]) -> list[str]:
+    """Return the names of experts that are modules of their own.
+
+    transformers 5 stacks them on loading, and PEFT gives the stacks of all blocks the settings' rank, `r`.
+    """
+    return [name for name in names if _EXPERT.fullmatch(name)]
+
+
 def group_indices(names: Sequence[str], groups: Iterable[Sequence[str]]) -> list[list[int]]:
     """Return the groups as positions in `names`; a name outside of every group forms its own."""
     places = {name: i for i, name in enumerate(names)}

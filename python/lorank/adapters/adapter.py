@@ -167,8 +167,9 @@ class LoraAdapter:
         folder
             The folder; for adapters with kohya's keys, a `.safetensors` file.
         profile
-            ``"compact"``: true ranks (PEFT, vLLM). ``"portable"``: all ranks padded to the largest,
-            right in every runtime. ``"tensor-rank"``: true ranks and no `alpha_pattern` (PEFT, recent
+            ``"compact"``: true ranks (PEFT, vLLM); experts that are modules of their own are padded to their
+            largest rank, as PEFT stacks them. ``"portable"``: all ranks padded to the largest, right in
+            every runtime. ``"tensor-rank"``: true ranks and no `alpha_pattern` (PEFT, recent
             vLLM, llama.cpp, TensorRT-LLM).
         dtype
             The factors' element type, by name or as torch's own (default: as they were stored).

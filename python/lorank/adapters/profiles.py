@@ -22,7 +22,7 @@ from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import PREFIX
 from lorank.adapters.peft_settings import ONLY_FOR_TRAINING
 from lorank.lora_config import accidental_matches, either, guard, only, rank_keys
-from lorank.rank_groups import rank_groups, rank_owner
+from lorank.rank_groups import rank_groups, rank_owner, separate_experts
 
 Array = npt.NDArray[Any]
 
@@ -67,10 +67,18 @@ def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
     for group in rank_groups(modules.values(), adapter.config):
         if largest_of_group := max(ranks.get(name, 0) for name in group):
             ranks |= dict.fromkeys(group, largest_of_group)
+    if experts := separate_experts(ranks):
+        ranks |= dict.fromkeys(experts, max(ranks[name] for name in experts))
     ranks = {name: ranks[name] for name in modules if name in ranks}
     if profile == "compact":
         return {name: Layout(rank, 1.0) for name, rank in ranks.items()}
-    return {name: Layout(rank, rank / largest) for name, rank in ranks.items()}
+    common = _common_rank(ranks)
+    return {name: Layout(rank, rank / common) for name, rank in ranks.items()}
+
+
+def _common_rank(ranks: Mapping[str, int]) -> int:
+    """Return the settings' `r`: the rank of experts one by one, as PEFT looks up no other for them."""
+    return max(ranks[name] for name in separate_experts(ranks) or ranks)
 
 
 def nothing_left(adapter: LoraAdapter) -> str | None:
@@ -85,21 +93,21 @@ def nothing_left(adapter: LoraAdapter) -> str | None:
 def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
     """The `adapter_config.json` that gives every module its rank and the scale 1 (of `Layout`)."""
     written = {name: layout.rank for name, layout in layouts(adapter, profile).items()}
-    largest = max(written.values())
+    common = _common_rank(written)
     modules = [adapter.modules[name] for name in written]
     dropped = [name for name in adapter.modules if name not in written]
     linear = [m.name for m in modules if m.kind != "expert" and rank_owner(m.name) == m.name]
     stacks = [module.name for module in modules if module.kind == "expert"]
     looked_up = {name: rank for name, rank in written.items() if rank_owner(name) == name}
-    ranks = {key: rank for rank, key in rank_keys(looked_up).items() if rank != largest}
+    ranks = {key: rank for rank, key in rank_keys(looked_up).items() if rank != common}
     before = adapter.config
     kept = None if dropped else _kept_targets(before, linear)
     has_biases = any(key.endswith(".bias") for key in adapter.carried)
     return {
         **{key: value for key, value in before.items() if key not in ONLY_FOR_TRAINING},
         "peft_type": "LORA",
-        "r": largest,
-        "lora_alpha": largest,
+        "r": common,
+        "lora_alpha": common,
         "rank_pattern": ranks,
         "alpha_pattern": dict(ranks) if profile == "compact" else {},
         "use_rslora": False,

@@ -23,7 +23,7 @@ _ADAPTERS = {
     for key, kind in {
         r"\.lora_(?:embedding_)?[ABE](?:\.\w+)?(?:\.(?:weight|bias))?": "LoRA",
         r"\.lora_magnitude_vector(?:\.\w+)*": "DoRA",
-        r"(?:\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(?:up|down|mid)\.weight": "LoRA",
+        r"(?:\.lora_|_lora\d?\.|\.lora\.|\.lora_linear_layer\.)(?:up|down|mid)\.weight": "LoRA",
         r"_lora\.[AB]\.weight": "LoRA",
         r"\.lora_[ab](?:\.weight)?": "LoRA of MLX or torchtune",
         r"\.hada_\w+": "LoHa",

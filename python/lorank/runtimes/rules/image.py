@@ -18,6 +18,16 @@ _UNET_BLOCKS = re.compile(r"(?:down|mid|up|input|middle|output)_block")
 _UNET_ATTENTION = re.compile(r"transformer_blocks_\d+_.*attn[12]_.*(?:to_q|to_k|to_v|to_out_0)")
 _TEXT_ATTENTION = re.compile(r".*self_attn_(?:q|k|v|out)_proj")
 
+# Keys without "lora" that diffusers folds into its own names: of Wan, Z-Image and Qwen-Image.
+_FOLDED = re.compile(
+    r"diffusion_model\.(?:blocks|patch_embedding|text_embedding|time_embedding|time_projection|head)\b.*"
+    r"\.(?:alpha|diff|diff_b)"
+    r"|diffusion_model\.(?:layers|noise_refiner|context_refiner)\.\d+\..+\.alpha"
+    r"|(?:diffusion_model\.)?transformer_blocks\.\d+\.(?:attn|img_mlp|txt_mlp|img_mod|txt_mod)\..+\.alpha"
+)
+# Full differences of Wan that it leaves out: of weights but the head's, and of the biases of norms.
+_LOST = re.compile(r"diffusion_model\.(?:(?!head\.).+\.diff|.*norm.*\.diff_b)")
+
 _FLUX = "single_transformer_blocks."
 _KOHYA = ".lora_down."
 _MAGNITUDES = (".dora_scale", ".lora_magnitude_vector")
@@ -56,15 +66,16 @@ def _diffusers_refuses(a: Found) -> str:
         renamed = any(_part_of_stable_diffusion(module.name) for module in a.modules)
         left = [key for key in a.adapter.carried if not key.endswith(_MAGNITUDES)]
         return f"cannot rename {left[0]}" if renamed and left else ""
-    strange = [key for key in keys if "lora" not in key and not key.endswith(_MAGNITUDES)]
+    known = [key for key in keys if "lora" in key or key.endswith(_MAGNITUDES) or _FOLDED.fullmatch(key)]
+    strange = sorted(set(keys) - set(known))
     if strange and not any(_FLUX in key for key in keys):
         return f"SD, SDXL, SD3, Wan and Qwen-Image refuse a file with a key without 'lora': {strange[0]}"
     return ""
 
 
 def _diffusers_loses(a: Found) -> Iterable[str]:
-    magnitudes = [key for key in a.adapter.carried if key.endswith(".dora_scale")]
-    yield from leaves_out(magnitudes)
+    carried = a.adapter.carried
+    yield from leaves_out(key for key in carried if key.endswith(".dora_scale") or _LOST.fullmatch(key))
 
 
 def _comfyui_scale(a: Found, module: LoraModule) -> float:

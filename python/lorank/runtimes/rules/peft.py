@@ -8,18 +8,32 @@ from dataclasses import replace
 from lorank import naming
 from lorank.adapters.module import LoraModule
 from lorank.adapters.peft_format import without_magnitude
+from lorank.modules.peft_renames import renames_target
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import Runtime, by_settings_or_stabilized, no_others
 from lorank.runtimes.separate_experts import GATES, UPS
 
 # Initialisations that PEFT repeats on loading, with the same result.
 _REPEATED = ("pissa", "olora")
+# The model type that PEFT adds to transformers' table of families.
+_ADDED_FAMILY = "mixtral"
 # Those that it cannot repeat from an adapter's files.
 _NEEDS_MORE = ("corda", "loftq")
 
 
 def _scale(a: Found, module: LoraModule) -> float:
-    return 0.0 if module.name in a.unselected else module.scaling
+    return 0.0 if module.name in a.unselected or module.name in _never_stacked(a) else module.scaling
+
+
+def _never_stacked(a: Found) -> list[str]:
+    """Name experts one by one of a base model that holds stacks, into which PEFT does not convert them."""
+    if a.base is None or a.base.skeleton is None or not a.separate_experts:
+        return []
+    model_type = str(getattr(getattr(a.base.skeleton.model, "config", None), "model_type", ""))
+    if model_type == _ADDED_FAMILY:
+        return []
+    names = (module.name for module in a.separate_experts.modules if module.name not in a.base.shapes)
+    return [name for name in names if not renames_target(name, model_type)]
 
 
 def _refuses(a: Found) -> str:
@@ -98,6 +112,8 @@ def _loses(a: Found) -> Iterable[str]:
             f"adapts {len(a.modules) - len(unselected)} of {len(a.modules)} modules: target_modules leaves "
             f"out {unselected[0]}"
         )
+    if lost := _never_stacked(a):
+        yield f"leaves out {len(lost)} experts' modules without an error, as it does not stack {lost[0]}"
     if without := without_magnitude(a.config, a.adapter.carried, a.adapter.modules):
         yield f"starts the DoRA magnitudes of {len(without)} modules anew, as the file lacks them"
     if a.swapped:
