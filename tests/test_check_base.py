@@ -148,3 +148,23 @@ def test_an_embedding_fits_a_base_model_whose_names_are_guessed(tmp_path: Path) 
 
 def test_every_runtime_has_a_rule_for_unknown_names() -> None:
     assert {runtime.unknown for runtime in RUNTIMES.values()} <= {"ignores", "refuses"}
+
+
+def test_experts_under_the_names_of_files_belong_to_their_model(tmp_path: Path) -> None:
+    """Mixtral's files and adapters of transformers 4 call the loaded model's `mlp` `block_sparse_moe`."""
+    model = tiny("MixtralForCausalLM", layers=1)
+    assert model is not None
+    folder = adapter_of(model, tmp_path / "a", target_modules=["q_proj"])
+    factors = load_file(folder / "adapter_model.safetensors")
+    at = "base_model.model.model.layers.0.block_sparse_moe.experts"
+    for expert in range(4):
+        for part, (out, fan_in) in {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}.items():
+            factors[f"{at}.{expert}.{part}.lora_A.weight"] = torch.randn(2, fan_in)
+            factors[f"{at}.{expert}.{part}.lora_B.weight"] = torch.randn(out, 2)
+    save_file(factors, folder / "adapter_model.safetensors")
+    peft.LoraConfig(r=2, target_modules=["q_proj", "w1", "w2", "w3"]).save_pretrained(folder)
+    base = tiny("MixtralForCausalLM", layers=1)
+    (verdict,) = lorank.check(folder, ["peft"], base=base)
+    assert verdict.status == "right", verdict
+    loaded = peft.PeftModel.from_pretrained(tiny("MixtralForCausalLM", layers=1), folder)
+    assert not torch.equal(loaded(IDS).logits, base(IDS).logits)

@@ -111,6 +111,7 @@ def _to_json(found: Description | Unknown) -> dict[str, Any]:
         ],
         "owners": skeleton.owners,
         "modules": skeleton.modules,
+        "model_type": skeleton.model_type,
         "renamed": placement.renamed,
         "strangers": placement.strangers,
         "conversions": [[c.target, c.sources, c.targets, c.by_expert] for c in placement.conversions],
@@ -132,6 +133,7 @@ def _from_json(
         content["owners"],
         partial(model_of, folder, config, list(shapes)),
         tuple(content["modules"]),
+        content["model_type"],
     )
     conversions = [
         Conversion(target, sources, skeleton, tuple(targets), by_expert)

@@ -125,7 +125,7 @@ def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placemen
         The model.
     """
     state = skeleton.model.state_dict()
-    target_of = _targets(skeleton, state)
+    target_of = _targets(skeleton)
     found = Placement()
     grouped: dict[str, dict[str, list[str]]] = {}
     for name in sorted(shapes, key=_loading_order):
@@ -145,16 +145,17 @@ def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placemen
     return found
 
 
-def loaded_name(name: str, skeleton: Skeleton) -> str:
-    """Return the name of the parameter that a checkpoint's tensor is loaded into, or the name as it is."""
-    target, pattern = _targets(skeleton, skeleton.model.state_dict())(name)
-    return name if pattern else target
+def loaded_name(name: str, skeleton: Skeleton) -> tuple[str, bool]:
+    """Return the parameter that a checkpoint's tensor is loaded into, and True if it is a part of that."""
+    target, pattern = _targets(skeleton)(name)
+    return target, bool(pattern)
 
 
-def _targets(skeleton: Skeleton, state: Mapping[str, Any]) -> Callable[[str], tuple[str, str]]:
+@lru_cache(maxsize=2)
+def _targets(skeleton: Skeleton) -> Callable[[str], tuple[str, str]]:
     """Return a function from a tensor's name to its parameter and the pattern of the conversion, if any."""
     model = skeleton.model
-    prefix = getattr(model, "base_model_prefix", None)
+    prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
     if prefix is None:
         return lambda name: (name, "")
     try:

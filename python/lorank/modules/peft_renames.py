@@ -32,11 +32,15 @@ def renames_target(module: str, model_type: str) -> bool:
 
 @cache
 def _families() -> dict[str, Any]:
-    """Return the family of every model type, by transformers' own table; transformers 4 has none."""
+    """Return the family of every model type, by transformers' own table and PEFT's one addition.
+
+    transformers 4 has no such table.
+    """
     if importlib.util.find_spec("transformers") is None:
         return {}
     try:
         from transformers import conversion_mapping
     except ImportError:
         return {}
-    return dict(getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}))
+    table = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return {**table, "mixtral": "mixtral"} if table else {}

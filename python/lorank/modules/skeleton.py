@@ -31,6 +31,8 @@ class Skeleton:
         Returns the model: built on the meta device, or a live one.
     modules
         The dotted names of all modules, containers and layers without weights included.
+    model_type
+        The `model_type` of the model's config; empty if it has none.
     """
 
     label: str
@@ -38,6 +40,7 @@ class Skeleton:
     owners: Mapping[str, str]
     make_model: Callable[[], Any] = field(repr=False)
     modules: tuple[str, ...] = ()
+    model_type: str = ""
 
     @cached_property
     def model(self) -> Any:
@@ -71,7 +74,7 @@ class Skeleton:
                 if first != name:
                     owners[name] = first
         names = tuple(name for prefix in modules if (name := prefix.removesuffix(".")))
-        return cls(type(model).__name__, weights, owners, lambda: model, names)
+        return cls(type(model).__name__, weights, owners, lambda: model, names, model_type)
 
     def num_parameters(self, stored: Mapping[str, tuple[int, ...]]) -> int:
         """Return the number of parameters of the whole model, tied ones once.

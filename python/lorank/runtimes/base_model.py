@@ -128,9 +128,11 @@ class BaseModel:
     def _has(self, name: str) -> bool:
         if self._own_name(name) in self.shapes or name in self.containers:
             return True
-        # The model may hold experts in stacks that the adapter names one by one: the container exists.
+        # The model may hold experts in stacks that the adapter names one by one.
         stack, dot, _ = name.rpartition(".experts.")
-        return bool(dot) and f"{stack}.experts" in self.containers
+        if dot and f"{stack}.experts" in self.containers:
+            return True
+        return self.skeleton is not None and self._loaded(name)[0] in self.skeleton.weights
 
     def _own_name(self, name: str) -> str:
         """Return the loaded model's name of a module to which older releases gave another."""
@@ -138,8 +140,13 @@ class BaseModel:
             return name
         if f"{name}.weight" in self.shapes:
             return f"{name}.weight"
-        weight = self.skeleton.weights.get(loaded_name(f"{name}.weight", self.skeleton))
-        return weight.module if weight is not None and weight.kind else name
+        target, is_part = self._loaded(name)
+        weight = self.skeleton.weights.get(target)
+        return weight.module if weight is not None and weight.kind and not is_part else name
+
+    def _loaded(self, name: str) -> tuple[str, bool]:
+        assert self.skeleton is not None
+        return loaded_name(f"{name}.weight", self.skeleton)
 
     def _advice(self, name: str) -> str:
         """Return the closest name of the model, with what precedes it; empty if nothing is close."""

@@ -15,8 +15,6 @@ from lorank.runtimes.separate_experts import GATES, UPS
 
 # Initialisations that PEFT repeats on loading, with the same result.
 _REPEATED = ("pissa", "olora")
-# The model type that PEFT adds to transformers' table of families.
-_ADDED_FAMILY = "mixtral"
 # Those that it cannot repeat from an adapter's files.
 _NEEDS_MORE = ("corda", "loftq")
 
@@ -29,9 +27,7 @@ def _never_stacked(a: Found) -> list[str]:
     """Name experts one by one of a base model that holds stacks, into which PEFT does not convert them."""
     if a.base is None or a.base.skeleton is None or not a.separate_experts:
         return []
-    model_type = str(getattr(getattr(a.base.skeleton.model, "config", None), "model_type", ""))
-    if model_type == _ADDED_FAMILY:
-        return []
+    model_type = a.base.skeleton.model_type
     names = (module.name for module in a.separate_experts.modules if module.name not in a.base.shapes)
     return [name for name in names if not renames_target(name, model_type)]
 
