@@ -14,7 +14,7 @@ _SETTINGS = (
 )
 # What a weight is asked for beside its values.
 _NO_VALUES = "dtype|device|shape|size|ndim|dim|numel|requires_grad"
-# Methods that set weights up, exchange them or fit them to images of other sizes, and those of the libraries' base classes.
+# Methods that set weights up, exchange them or fit them to other sizes, and those of base classes.
 _NO_PASS = re.compile(r"^__|init|tie|reset|resize|[gs]et_|prune|weight_norm|interpolate")
 _LIBRARIES = (
     "torch.",
@@ -38,7 +38,9 @@ def direct_read(holder: object, leaf: str) -> str:
     """
     layer = rf"\bself\.{re.escape(leaf)}\b"
     text = _source(holder)
-    if re.search(rf"(?<!isinstance\(){layer}\.weight\b(?!\.(?:{_NO_VALUES})\b)", text):
+    is_read = re.search(rf"(?<!isinstance\(){layer}\.weight\b(?!\.(?:{_NO_VALUES})\b)", text)
+    # Code for other settings or devices may read the weight of a layer that is called elsewhere.
+    if is_read and not re.search(rf"{layer}\(", text):
         return "weight"
     found = re.search(rf"{layer}\.(?P<setting>{_SETTINGS})\b", text)
     if found:
