@@ -26,7 +26,7 @@ _NOT_CODE = re.compile(r"#[^\n]*|\"\"\".*?\"\"\"", re.DOTALL)
 
 
 @cache
-def direct_read(holder: object, leaf: str) -> str:
+def direct_read(holder: object, leaf: str, *, despite_calls: bool = False) -> str:
     """Return what a module's code reads of one of its layers; empty if it only calls the layer.
 
     Parameters
@@ -35,12 +35,14 @@ def direct_read(holder: object, leaf: str) -> str:
         The class of the module that holds the layer: its methods but those that set weights up count.
     leaf
         The attribute's name.
+    despite_calls
+        True if a read counts although the code calls the layer, too.
     """
     layer = rf"\bself\.{re.escape(leaf)}\b"
     text = _source(holder)
     is_read = re.search(rf"(?<!isinstance\(){layer}\.weight\b(?!\.(?:{_NO_VALUES})\b)", text)
     # Code for other settings or devices may read the weight of a layer that is called elsewhere.
-    if is_read and not re.search(rf"{layer}\(", text):
+    if is_read and (despite_calls or not re.search(rf"{layer}\(", text)):
         return "weight"
     found = re.search(rf"{layer}\.(?P<setting>{_SETTINGS})\b", text)
     if found:

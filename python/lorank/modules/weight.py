@@ -137,7 +137,7 @@ def _refused(owner: str, module: Any, parent: Any, model_type: str) -> str:
         return f"{type(module).__name__} computes more than a convolution, which PEFT would not repeat"
     if kind_of(module)[0] is not None:
         holder: object = type(parent)
-        read = direct_read(holder, leaf)
+        read = direct_read(holder, leaf, despite_calls=model_type in _MAMBA_MODELS)
         if read:
             return f"{type(parent).__name__} reads the {read} of {leaf} itself, past PEFT's layer"
     if "Embedding" in classes and not _is_plain_lookup(module):
