@@ -372,6 +372,7 @@ class Reading(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         # Not read: self.typed.weight
+        assert isinstance(self.typed.weight, nn.Parameter)
         return self.table.weight[rows].to(self.typed.weight.dtype) + self.typed(rows)
 
 
@@ -413,3 +414,44 @@ def test_settings_that_fit_no_model_leave_names_to_be_guessed(
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | settings))
     assert reason in open_source(str(tmp_path)).facts.remark
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.table.weight
+        self.inner = nn.Linear(8, 8, bias=False)
+
+    def slow_forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.table(rows)) @ self.head.weight.T
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.slow_forward(rows)
+
+
+def test_a_table_tied_to_a_head_that_is_read_directly_is_left_out_of_an_extraction() -> None:
+    base, tuned = nn.Sequential(Decoder()), nn.Sequential(Decoder())
+    tuned.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += torch.randn_like(parameter)
+    adapter = lorank.extract(base, tuned, energy=1.0, progress=False)
+    assert set(adapter.modules) == {"0.inner"}
+    assert any("reads the weight of head itself" in note for note in adapter.notes)
+
+
+def test_a_router_that_returns_more_than_logits_is_adapted_by_its_weight(tmp_path: Path) -> None:
+    model = saved("Llama4ForCausalLM", tmp_path)
+    allocation = lorank.allocate(
+        str(tmp_path), "uniform", r_min=1, r_max=2, targets=["router"], progress=False
+    )
+    assert all(name.endswith("router.weight") for name in allocation.ranks)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**allocation.lora_settings()))
+    ids = torch.arange(10, 22)[None]
+    before = adapted(ids).logits
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    assert not torch.equal(adapted(ids).logits, before)

@@ -168,7 +168,7 @@ def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[lis
     ValueError
         If there are no others.
     """
-    refused = before.facts.refused
+    refused = twins.refused(before)
     changed = [form.module.name for form in forms if form.module.name in refused and form.energy > 0]
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name in changed:

@@ -26,6 +26,16 @@ def by_name(source: Source) -> dict[str, SourceMatrix]:
     return found
 
 
+def refused(source: Source) -> dict[str, str]:
+    """Return the reason by name, for modules that PEFT cannot adapt and those tied to such a module."""
+    found = dict(source.facts.refused)
+    for owner, others in source.facts.ties.items():
+        for other in others:
+            if other in source.facts.refused:
+                found.setdefault(owner, f"it shares the weight of {other}: {source.facts.refused[other]}")
+    return found
+
+
 def _weight(skeleton: Skeleton | None, module: str) -> Weight | None:
     weights = skeleton.weights.values() if skeleton is not None else ()
     return next((weight for weight in weights if weight.module == module and weight.kind), None)

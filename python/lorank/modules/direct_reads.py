@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import suppress
 from functools import cache
 
 # Settings that PEFT's layer does not have, of a convolution and of an embedding.
@@ -12,24 +13,36 @@ _SETTINGS = (
     "|num_embeddings|embedding_dim|padding_idx"
 )
 # What a weight is asked for beside its values.
-_NO_VALUES = "dtype|device|shape|size|ndim|dim|numel"
+_NO_VALUES = "dtype|device|shape|size|ndim|dim|numel|requires_grad"
+# Methods that set weights up, exchange them or fit them to other sizes, and those of base classes.
+_NO_PASS = re.compile(r"^__|init|tie|reset|resize|[gs]et_|prune|weight_norm|interpolate")
+_LIBRARIES = (
+    "torch.",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "diffusers.models.modeling_utils",
+)
 _NOT_CODE = re.compile(r"#[^\n]*|\"\"\".*?\"\"\"", re.DOTALL)
 
 
 @cache
-def direct_read(forward: object, leaf: str) -> str:
-    """Return what a module's `forward` reads of one of its layers; empty if it only calls the layer.
+def direct_read(holder: object, leaf: str, *, despite_calls: bool = False) -> str:
+    """Return what a module's code reads of one of its layers; empty if it only calls the layer.
 
     Parameters
     ----------
-    forward
-        The function, of the class of the module that holds the layer.
+    holder
+        The class of the module that holds the layer: its methods but those that set weights up count.
     leaf
         The attribute's name.
+    despite_calls
+        True if a read counts although the code calls the layer, too.
     """
     layer = rf"\bself\.{re.escape(leaf)}\b"
-    text = _source(forward)
-    if re.search(rf"{layer}\.weight\b(?!\.(?:{_NO_VALUES})\b)", text):
+    text = _source(holder)
+    is_read = re.search(rf"(?<!isinstance\(){layer}\.weight\b(?!\.(?:{_NO_VALUES})\b)", text)
+    # Code for other settings or devices may read the weight of a layer that is called elsewhere.
+    if is_read and (despite_calls or not re.search(rf"{layer}\(", text)):
         return "weight"
     found = re.search(rf"{layer}\.(?P<setting>{_SETTINGS})\b", text)
     if found:
@@ -39,9 +52,11 @@ def direct_read(forward: object, leaf: str) -> str:
 
 
 @cache
-def _source(forward: object) -> str:
-    """Return the source of a function without comments; empty where it is not at hand."""
-    try:
-        return _NOT_CODE.sub("", inspect.getsource(forward))  # type: ignore[arg-type]  # anything else raises
-    except (OSError, TypeError):
-        return ""
+def _source(holder: object) -> str:
+    """Return the source of a class's computations without comments; empty where it is not at hand."""
+    texts = []
+    for name, method in inspect.getmembers(holder, inspect.isfunction):
+        if not _NO_PASS.search(name) and not method.__module__.startswith(_LIBRARIES):
+            with suppress(OSError, TypeError):
+                texts.append(_NOT_CODE.sub("", inspect.getsource(method)))
+    return "\n".join(texts)

@@ -16,6 +16,9 @@ Kind = Literal["linear", "embedding", "conv", "expert"]
 _MAMBA_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_MODULES = {"out_proj", "conv1d"}
 
+# Linear layers of models with a `forward` of their own that computes the same as torch's.
+_PRODUCTS = {"FalconLinear"}
+
 # An attribute by which modules that hold a stack of matrices count them.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_codebooks", "num_linears")
 
@@ -83,7 +86,8 @@ def describe(
     refused = _refused(owner, module, parent, model_type)
     kind, transposed = kind_of(module)
     if kind is not None:
-        target = name if kind == "linear" and renames_target(owner, model_type) else owner
+        is_renamed = kind == "linear" and renames_target(owner, model_type)
+        target = name if is_renamed or _has_own_forward(module) else owner
         return Weight(name, target, kind, shape, transposed, refused)
     if len(shape) != 2:
         return Weight(name, name, None, shape)
@@ -131,13 +135,27 @@ def _refused(owner: str, module: Any, parent: Any, model_type: str) -> str:
         return "nn.MultiheadAttention reads this weight itself: PEFT adapts the whole attention module"
     if "_ConvNd" in classes and not _is_plain_convolution(module):
         return f"{type(module).__name__} computes more than a convolution, which PEFT would not repeat"
-    if "_ConvNd" in classes or "Embedding" in classes:
-        read = direct_read(getattr(type(parent), "forward", None), leaf)
+    if kind_of(module)[0] is not None:
+        holder: object = type(parent)
+        read = direct_read(holder, leaf, despite_calls=model_type in _MAMBA_MODELS)
         if read:
             return f"{type(parent).__name__} reads the {read} of {leaf} itself, past PEFT's layer"
     if "Embedding" in classes and not _is_plain_lookup(module):
         return f"{type(module).__name__} computes more than a look-up of rows, which PEFT would not repeat"
     return ""
+
+
+def _has_own_forward(module: Any) -> bool:
+    """Return True for a linear layer of a model's code that computes more, a router of logits and scores say.
+
+    PEFT would add an update to whatever it returns; as a parameter, its weight is replaced instead.
+    """
+    classes = type(module).__mro__
+    if not any(base.__name__ == "Linear" for base in classes):
+        return False
+    found = next((base for base in classes if "forward" in vars(base)), None)
+    in_model = found is not None and found.__module__.startswith("transformers.models.")
+    return in_model and found is not None and found.__name__ not in _PRODUCTS
 
 
 def _is_plain_convolution(module: Any) -> bool:
