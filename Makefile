@@ -31,7 +31,7 @@ test-rust:
 test-python: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-sweep: $(VENV)/installed ## Allocate for and extract from every architecture of transformers (about 15 minutes).
+sweep: $(VENV)/installed ## Allocate for and extract from every architecture of transformers (about 3 minutes).
 	$(BIN)/pytest -m slow -s
 
 bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two hours).
