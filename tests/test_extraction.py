@@ -192,6 +192,16 @@ def test_parameters_of_live_models_are_compared_too() -> None:
     assert any("1 tensors changed" in n and "position_embeddings" in n for n in notes), notes
 
 
+def test_an_excluded_head_gets_no_update_of_the_table_that_it_shares() -> None:
+    model = tiny_models.llama_tied()
+    adapter = lorank.extract(model, tuned_copy(model), exclude=["lm_head"], avg_rank=2, progress=False)
+    assert "model.embed_tokens" in adapter.modules
+    assert "lm_head" not in adapter.modules
+    assert "ensure_weight_tying" not in adapter.config
+    assert any("lm_head shares the weight of model.embed_tokens, but is excluded" in x for x in adapter.notes)
+    assert not any("matches no module" in note for note in adapter.notes)
+
+
 def test_a_head_that_is_stored_as_a_copy_is_extracted_once(tmp_path: Path) -> None:
     model = tiny_models.llama_tied()
     after = tuned_copy(model)

@@ -101,7 +101,7 @@ def extract(
         raise ValueError(f"{before.label} and {after.label}: no selected matrix differs")
     held, refused = _without_refused(computed, before)
     found, copies = (held, []) if before.skeleton else _without_copies(held)
-    every, tying, tied = twins.added(found, before)
+    every, tying, tied = twins.added(found, before, exclude)
     forms = [_renamed(form, prefix) for form in every]
     whole = LoraAdapter(
         {form.module.name: form.module for form in forms},
@@ -123,7 +123,8 @@ def _targets(forms: Sequence[SpectralForm], before: Source, prefix: str) -> dict
     if before.skeleton is None or prefix:
         return {}
     names = [form.module.name for form in forms if form.module.kind != "expert"]
-    others = [name for name in before.skeleton.modules if name not in names]
+    chosen = set(names)
+    others = [name for name in before.skeleton.modules if name not in chosen]
     return {"target_modules": names, "exclude_modules": accidental_matches(names, others)}
 
 
@@ -143,6 +144,7 @@ def _renamed(form: SpectralForm, prefix: str) -> SpectralForm:
 def _idle(exclude: naming.Targets, *sources: Source) -> list[str]:
     """Entries of `exclude` that select nothing: slips of the pen, most likely."""
     names = {matrix.info.module for source in sources for matrix in source.matrices}
+    names = names.union(*(others for source in sources for others in source.facts.ties.values()))
     entries = [exclude] if isinstance(exclude, str) else [[entry] for entry in exclude or ()]
     return [
         f"exclude={entry if isinstance(entry, str) else entry[0]!r} matches no module"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lorank import naming
 from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Weight
 from lorank.sources import Source, SourceMatrix
@@ -49,7 +50,7 @@ def _renamed(matrix: SourceMatrix, weight: Weight) -> SourceMatrix:
 
 
 def added(
-    forms: Sequence[SpectralForm], before: Source
+    forms: Sequence[SpectralForm], before: Source, exclude: naming.Targets = None
 ) -> tuple[list[SpectralForm], dict[str, Any], list[str]]:
     """Give the update of a shared weight to each of its modules.
 
@@ -59,6 +60,8 @@ def added(
         The updates of the modules that have a matrix.
     before
         The model. A module that shares a weight in this model alone has an update of its own already.
+    exclude
+        Modules that get no update, as in `lorank.extract`.
 
     Returns
     -------
@@ -70,6 +73,7 @@ def added(
         Notes on shared weights.
     """
     known = {form.module.name for form in forms}
+    is_excluded = naming.matcher(exclude or [])
     result: list[SpectralForm] = []
     settings: dict[str, Any] = {}
     notes: list[str] = []
@@ -81,6 +85,12 @@ def added(
             for other in before.facts.ties.get(owner, ())
             if other not in known and form.energy > 0 and (weight := _weight(before.skeleton, other))
         ]
+        notes += [
+            f"{weight.module} shares the weight of {owner}, but is excluded: PEFT leaves it as it was"
+            for weight in others
+            if is_excluded(weight.module)
+        ]
+        others = [weight for weight in others if not is_excluded(weight.module)]
         if not others:
             continue
         result += [_twin(form, weight) for weight in others]
