@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import lorank
 from lorank.sources import open_source
@@ -305,6 +306,18 @@ def test_a_saved_report_keeps_why_the_size_is_unknown(tmp_path: Path, ending: st
     assert (loaded.num_parameters, loaded.unknown_parameters) == (None, report.unknown_parameters)
     with pytest.raises(ValueError, match="SpQR"):
         lorank.allocate(loaded, budget="1%")
+
+
+def test_an_allocation_of_packed_layers_alone_names_them(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.mlp.up_proj.qweight": np.ones((8, 32), np.int32),
+        "model.layers.0.mlp.up_proj.qzeros": np.ones((1, 4), np.int32),
+        "model.layers.0.mlp.up_proj.scales": np.ones((1, 32), np.float16),
+        "model.embed_tokens.weight": np.ones((40, 64), np.float32),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"up_proj\.qweight: packed \(GPTQ\)"):
+        lorank.allocate(tmp_path / "model.safetensors", "uniform", avg_rank=4, progress=False)
 
 
 def test_a_share_of_an_unknown_base_is_refused_by_extract(tmp_path: Path) -> None:

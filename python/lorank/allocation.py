@@ -275,7 +275,7 @@ def allocate(
     every = adaptable_modules(opened)
     check_roles([module.name for module in every], roles)
     facts = _facts(opened)
-    adapted, refused = _without_refused(targeted(every, targets, facts.ties), facts)
+    adapted, refused = _without_refused(_selected(opened, every, targets, facts), facts)
     modules = _placed(adapted, placement, roles)
     evidence = opened
     if registered.needs == "spectra" and isinstance(opened, Source):
@@ -311,6 +311,24 @@ def allocate(
         evidence.num_parameters,
         facts,
     )
+
+
+def _selected(
+    evidence: Report[Any] | Source,
+    every: Sequence[AdaptedModule],
+    targets: naming.Targets,
+    facts: ModelFacts,
+) -> list[AdaptedModule]:
+    """Return the modules that `targets` selects; where there are none, name packed weights as the cause."""
+    try:
+        return targeted(every, targets, facts.ties)
+    except ValueError as error:
+        packed = [skipped for skipped in evidence.skipped if skipped.reason.startswith("packed")]
+        if not packed:
+            raise
+        raise ValueError(
+            f"{error}; {len(packed)} weights were not read, the first is {packed[0].name}: {packed[0].reason}"
+        ) from None
 
 
 def _facts(evidence: Report[Any] | Source) -> ModelFacts:
