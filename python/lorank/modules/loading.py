@@ -163,7 +163,7 @@ def _targets(skeleton: Skeleton) -> Callable[[str], tuple[str, str]]:
     except ImportError:
         return _older_targets(model, state, prefix)
     converters = list(dict.fromkeys(_converters(skeleton).values()))
-    renamings = [rule for rule in _rules(model) if isinstance(rule, WeightRenaming)]
+    renamings = [rule for rule in _rules(skeleton) if isinstance(rule, WeightRenaming)]
 
     def target_of(name: str) -> tuple[str, str]:
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -174,10 +174,11 @@ def _targets(skeleton: Skeleton) -> Callable[[str], tuple[str, str]]:
     return target_of
 
 
-def _rules(model: Any) -> list[Any]:
+@lru_cache(maxsize=2)
+def _rules(skeleton: Skeleton) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    return list(get_model_conversion_mapping(model))
+    return list(get_model_conversion_mapping(skeleton.model))
 
 
 @lru_cache(maxsize=2)
@@ -185,7 +186,7 @@ def _converters(skeleton: Skeleton) -> dict[str, Any]:
     """Return transformers' conversions of a model by their patterns, in its order."""
     from transformers.core_model_loading import WeightConverter
 
-    rules = [rule for rule in _rules(skeleton.model) if isinstance(rule, WeightConverter)]
+    rules = [rule for rule in _rules(skeleton) if isinstance(rule, WeightConverter)]
     return {pattern: rule for rule in rules for pattern in rule.source_patterns}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,11 +49,6 @@ class Weight:
     shape: tuple[int, ...]
     transposed: bool = False
     refused: str = ""
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
 
 
 def describe(
