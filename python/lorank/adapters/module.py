@@ -83,7 +83,7 @@ class LoraModule:
     @property
     def singular_values(self) -> npt.NDArray[np.float64]:
         """Of the scaled update, descending; of a stack the root of the sum of squares over its copies."""
-        from lorank.spectral_form import Update, spectral_form
+        from lorank.compression.spectral_form import Update, spectral_form
 
         (form,) = spectral_form([Update.of(self)], threads=1, progress=False)
         return form.values

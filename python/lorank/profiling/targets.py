@@ -6,10 +6,10 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorank import naming
+from lorank.allocation.signals.registry import AdaptedModule
+from lorank.modules import naming
 from lorank.modules.live_modules import named_modules
 from lorank.modules.weight import kind_of
-from lorank.signals import AdaptedModule
 from lorank.sources import live
 from lorank.sources.base import MatrixInfo, Skipped, Source
 
@@ -60,7 +60,7 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
     ValueError
         If none is left.
     """
-    from lorank.adaptable import adaptable_modules, targeted
+    from lorank.modules.targets import adaptable_modules, targeted
 
     source = live.from_module(model)
     unread = _unread(model, source)

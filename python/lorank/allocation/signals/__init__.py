@@ -1,0 +1,1 @@
+"""The methods of `allocate`: one file each."""
