@@ -1,4 +1,4 @@
-"""Outcomes that the core hands to callbacks: a result, or an exception that does not name its module yet."""
+"""Calls of the core that hand their results to a callback, in the order in which they are ready."""
 
 from __future__ import annotations
 
@@ -6,19 +6,38 @@ from collections.abc import Callable
 from typing import Any
 
 
-def result(outcome: Any, name: str) -> Any:
-    """Return the result of a module, or raise its exception with the module's name in the message.
+def collect(
+    call: Callable[[Callable[[int, Any], object]], object],
+    name_of: Callable[[int], str] | None = None,
+    on_result: Callable[[int], object] | None = None,
+) -> list[Any]:
+    """Return the results of a call of the core, in the order of its inputs.
 
     Parameters
     ----------
-    outcome
-        What the core found, or an exception of the core.
-    name
-        The module's.
+    call
+        Calls the core with a callback that takes the index of an input and its result or exception.
+    name_of
+        Returns the name of the module at an index; None for inputs without a name.
+    on_result
+        Takes the index of each result when the result is ready; None if nobody waits for single results.
+
+    Raises
+    ------
+    Exception
+        The first exception of the core, with the module's name in its message.
     """
-    if isinstance(outcome, Exception):
-        raise named(outcome, name)
-    return outcome
+    results: dict[int, Any] = {}
+
+    def receive(index: int, outcome: Any) -> None:
+        if isinstance(outcome, Exception):
+            raise outcome if name_of is None else named(outcome, name_of(index))
+        results[index] = outcome
+        if on_result is not None:
+            on_result(index)
+
+    call(receive)
+    return [results[index] for index in range(len(results))]
 
 
 def named(error: Exception, name: str) -> Exception:

@@ -14,13 +14,12 @@ from lorank._core import FormatError
 from lorank._internal.atomic import write_text
 from lorank._internal.json_files import read_json
 from lorank._internal.progress import waiting
+from lorank.allocation import signals
 from lorank.allocation.budget import Budget, average_rank_budget, fit_ranks, parse_budget, rank_bounds
-from lorank.allocation.signals import registry
-from lorank.allocation.signals.registry import AdaptedModule
 from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
 from lorank.modules.roles import Placement, Roles, check_roles, in_placement
-from lorank.modules.targets import adaptable_modules, targeted
+from lorank.modules.targets import AdaptedModule, Matrix, adaptable_modules, targeted
 from lorank.peft_format import lora_config
 from lorank.peft_format.lora_config import ScaleRule
 from lorank.report.base import Report
@@ -268,13 +267,13 @@ def allocate(
     r_min, r_max = rank_bounds(r_min, r_max)
     if budget is not None and avg_rank is not None:
         raise ValueError("give either budget or avg_rank")
-    registered = registry.find(method)
+    registered = signals.find(method)
     if roles is not None and "roles" in registered.options:
         method_options["roles"] = roles
     registered.check_options(method, method_options)
     with waiting(OPENING, enabled=progress):
         opened = signal_source if isinstance(signal_source, Report) else open_source(signal_source)
-    every = adaptable_modules(opened)
+    every = adaptable_modules(_matrices(opened))
     check_roles([module.name for module in every], roles)
     facts = _facts(opened)
     adapted, refused = _without_refused(_selected(opened, every, targets, facts), facts)
@@ -313,6 +312,13 @@ def allocate(
         evidence.num_parameters,
         facts,
     )
+
+
+def _matrices(evidence: Report[Any] | Source) -> Iterable[Matrix]:
+    """Return the identities of the matrices of a report or source."""
+    if isinstance(evidence, Report):
+        return evidence.modules
+    return [matrix.info for matrix in evidence.matrices]
 
 
 def _selected(

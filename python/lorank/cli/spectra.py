@@ -14,9 +14,9 @@ from rich.console import Console
 import lorank
 from lorank._internal.atomic import check_writable
 from lorank._internal.progress import waiting
+from lorank.allocation import signals
 from lorank.allocation.budget import parse_budget
 from lorank.allocation.rank_allocation import RankAllocation
-from lorank.allocation.signals import registry
 from lorank.analysis.single import Accuracy
 from lorank.cli.options import (
     Exclude,
@@ -185,7 +185,7 @@ def allocate(
         typer.Option(
             "--method",
             "-m",
-            help=f"{', '.join(registry.names())}: see below. gard takes a saved report of gradients, task "
+            help=f"{', '.join(signals.names())}: see below. gard takes a saved report of gradients, task "
             "one of tasks.",
         ),
     ] = "htsr",
@@ -265,8 +265,8 @@ def allocate(
 def methods_help() -> str:
     """What every method computes and its options, a paragraph each."""
     said = ["Ranks by method, within --r-min and --r-max; a budget scales what exceeds --r-min."]
-    for name in registry.names():
-        method = registry.find(name)
+    for name in signals.names():
+        method = signals.find(name)
         options = f" Options: {', '.join(method.options)}." if method.options else ""
         said.append(f"{name}: {method.summary}{options}")
     said.append("r_base is --r-max by default; blocks and roles explain unusual names (lorank.allocate).")
@@ -277,7 +277,7 @@ def _check_allocation(
     method: str, r_min: int, r_max: int, budget: str | None, avg_rank: float | None, scale_rule: str
 ) -> None:
     """What can be told to be wrong before anything is read."""
-    check_choice("--method", method, registry.names())
+    check_choice("--method", method, signals.names())
     check_choice("--scale-rule", scale_rule, ("constant", "rank-stabilized"))
     if r_min > r_max:
         raise UsageError(f"--r-min {r_min} is above --r-max {r_max}")
@@ -307,7 +307,7 @@ def _check_method_options(method: str, options: Mapping[str, Any], placement: st
     """Refuse options that nothing would read, or could use; roles are the placement's, too."""
     own = {name: options[name] for name in options if name != "roles" or placement == "all"}
     try:
-        registry.find(method).check_options(method, own)
+        signals.find(method).check_options(method, own)
         check_expressions(None, options.get("roles"))
     except ValueError as error:
         raise UsageError(f"--option: {error}") from None
@@ -323,7 +323,7 @@ def _check_not_doubtful(evidence: AnyReport | OpenedSource) -> None:
 
 def _evidence(source: str, method: str, progress: bool) -> AnyReport | OpenedSource:
     """Return the saved report, or the opened source; refused if the method cannot use it."""
-    needs = registry.find(method).needs
+    needs = signals.find(method).needs
     found = load_report(source) if _is_report(source) else source
     provided: Evidence = "spectra" if isinstance(found, str) else found.provides
     if needs == "shapes" or needs == provided:

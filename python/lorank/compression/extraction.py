@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,25 +276,37 @@ class _Leading:
 def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) -> list[SpectralForm]:
     """Every module's leading triplets; as many pairs at a time as keep memory bounded."""
     found: dict[int, _Leading] = {}
-    work = [math.prod(pair.base.info.shape) for pair in pairs]
-    with progress_bar("subtracting", sum(work), enabled=progress) as advance:
+    work = sum(math.prod(pair.base.info.shape) for pair in pairs)
+    with progress_bar("subtracting", work, enabled=progress) as advance:
         direct = [i for i, pair in enumerate(pairs) if not (pair.base.lazy or pair.tuned.lazy)]
         lazy = [i for i in range(len(pairs)) if i not in set(direct)]
         for batch in [direct, *(lazy[k : k + threads] for k in range(0, len(lazy), threads))]:
-
-            def on_result(index: int, outcome: Any, batch: Sequence[int] = batch) -> None:
-                pair = pairs[batch[index]]
-                (b, values, a), energy, following = core_calls.result(outcome, pair.base.info.name)
-                part = Triplets(a, values, b) if _is_swapped(pair.base) else Triplets(b, values, a)
-                found[batch[index]] = _Leading(part, energy, following)
-                advance(work[batch[index]], pair.base.info.name)
-
-            loaded = [(pairs[i].tuned.load(), pairs[i].base.load()) for i in batch]
-            _core.subtract(loaded, max_rank, threads, on_result)
+            found |= zip(
+                batch, _subtracted([pairs[i] for i in batch], max_rank, threads, advance), strict=True
+            )
     by_module: dict[str, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):
         by_module[pair.base.info.module].append(i)
     return [_form(pairs[group[0]].base, [found[i] for i in group]) for group in by_module.values()]
+
+
+def _subtracted(
+    pairs: Sequence[_Pair], max_rank: int, threads: int, advance: Callable[[int, str], object]
+) -> list[_Leading]:
+    """Return the leading triplets of each pair's difference."""
+    loaded = [(pair.tuned.load(), pair.base.load()) for pair in pairs]
+    infos = [pair.base.info for pair in pairs]
+    results = core_calls.collect(
+        lambda receive: _core.subtract(loaded, max_rank, threads, receive),
+        lambda index: infos[index].name,
+        lambda index: advance(math.prod(infos[index].shape), infos[index].name),
+    )
+    return [
+        _Leading(
+            Triplets(a, values, b) if _is_swapped(pair.base) else Triplets(b, values, a), energy, following
+        )
+        for pair, ((b, values, a), energy, following) in zip(pairs, results, strict=True)
+    ]
 
 
 def _is_swapped(matrix: SourceMatrix) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank import _core
+from lorank._internal import core_calls
 from lorank.sources import arrays
 
 Array = npt.NDArray[np.float64]
@@ -46,18 +47,14 @@ def product_svd(B: Any, A: Any) -> ProductSvd:
     Source: PARA, equations 2 to 5: QR of both factors, SVD of the small core.
     """
     left, right = (arrays.matrix(x).to_array().astype(np.float64) for x in (B, A))
-    found: list[Any] = []
-
-    def on_result(_: int, outcome: Any) -> None:
-        if isinstance(outcome, Exception):
-            raise outcome
-        found.append(outcome)
-
-    _core.decompose([[(arrays.matrix(left), arrays.matrix(right), 1.0)]], 1, on_result)
-    values = found[0].singular_values
+    terms = [(arrays.matrix(left), arrays.matrix(right), 1.0)]
+    (decomposition,) = core_calls.collect(lambda receive: _core.decompose([terms], 1, receive))
+    values = decomposition.singular_values
     kept = values > 0
-    _core.rebuild([(found[0], kept.tolist())], 1, on_result)
-    columns, rows = (factor.to_array() for factor in found[1])
+    ((b, a),) = core_calls.collect(
+        lambda receive: _core.rebuild([(decomposition, kept.tolist())], 1, receive)
+    )
+    columns, rows = b.to_array(), a.to_array()
     # Balanced columns and rows are as long as the root of their value.
     roots = np.sqrt(values[kept])
     return ProductSvd(columns / roots, values[kept], rows / roots[:, None])

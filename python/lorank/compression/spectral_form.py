@@ -14,7 +14,7 @@ import numpy.typing as npt
 from lorank import _core
 from lorank._internal import core_calls
 from lorank._internal.progress import progress_bar
-from lorank.adapters.module import LoraModule, in_memory
+from lorank.adapters.module import LoraModule, combined_values, in_memory
 from lorank.compression.orthogonality import are_orthogonal
 
 Array = npt.NDArray[Any]
@@ -112,11 +112,7 @@ class SpectralForm:
     @cached_property
     def values(self) -> npt.NDArray[np.float64]:
         """The singular values; of several copies the root of the sum of their squares."""
-        if len(self.parts) == 1:
-            return self.parts[0].singular_values
-        squares = sum(np.square(part.singular_values) for part in self.parts)
-        root: npt.NDArray[np.float64] = np.sqrt(squares)
-        return root
+        return combined_values([part.singular_values for part in self.parts])
 
     @property
     def largest_values(self) -> npt.NDArray[np.float64]:
@@ -148,11 +144,12 @@ def truncate(
             elif isinstance(part, Triplets):
                 factors[i][e] = in_memory(part.b_columns[keep].T, part.a_rows[keep])
 
-    def on_result(index: int, outcome: Any) -> None:
-        i, e = places[index]
-        factors[i][e] = core_calls.result(outcome, forms[i].module.name)
-
-    _core.rebuild(choices, threads, on_result)
+    rebuilt = core_calls.collect(
+        lambda receive: _core.rebuild(choices, threads, receive),
+        lambda index: forms[places[index][0]].module.name,
+    )
+    for (i, e), pair in zip(places, rebuilt, strict=True):
+        factors[i][e] = pair
     return [
         _truncated(form.module, kept.count(True), [pair for pair in pairs if pair is not None])
         for form, kept, pairs in zip(forms, marks, factors, strict=True)
@@ -208,15 +205,13 @@ def _decomposed(
             yield i, form
         else:
             jobs += [(i, terms) for terms in updates[i].terms()]
-    results: dict[int, _core.Decomposition] = {}
-
-    def on_result(index: int, outcome: Any) -> None:
-        results[index] = core_calls.result(outcome, updates[jobs[index][0]].module.name)
-
-    _core.decompose([list(terms) for _, terms in jobs], threads, on_result)
+    results: list[_core.Decomposition] = core_calls.collect(
+        lambda receive: _core.decompose([list(terms) for _, terms in jobs], threads, receive),
+        lambda index: updates[jobs[index][0]].module.name,
+    )
     parts: dict[int, list[_core.Decomposition]] = {}
-    for index, (i, _) in enumerate(jobs):
-        parts.setdefault(i, []).append(results[index])
+    for (i, _), result in zip(jobs, results, strict=True):
+        parts.setdefault(i, []).append(result)
     for i, found in parts.items():
         yield i, SpectralForm(updates[i].module, found)
 

@@ -4,22 +4,61 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol
 
-from lorank.allocation.signals.registry import AdaptedModule
 from lorank.modules import naming
-from lorank.report.base import Report, Row
-from lorank.sources import Source
+from lorank.modules.weight import Kind
 
 
-def adaptable_modules(evidence: Report[Any] | Source) -> list[AdaptedModule]:
-    """Every module of a source or report, experts of one stack together."""
-    infos: Iterable[Row] = (
-        evidence.modules if isinstance(evidence, Report) else (m.info for m in evidence.matrices)
-    )
-    by_module: dict[str, list[Row]] = defaultdict(list)
-    for info in infos:
-        by_module[info.module].append(info)
+class Matrix(Protocol):
+    """The identity of a matrix: a row of a report, or an entry of a source."""
+
+    @property
+    def module(self) -> str:
+        """The dotted name of the module, or of the stacked parameter."""
+
+    @property
+    def kind(self) -> Kind:
+        """The operation that the module performs with its weight."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """A module that gets a rank.
+
+    Attributes
+    ----------
+    name
+        The module's (or stacked parameter's) dotted name.
+    kind
+        What it does with its weight.
+    shape
+        ``(out, in)`` of its matrix.
+    copies
+        Matrices that share its rank: the experts of a stack, else 1.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, int]
+    copies: int = 1
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one rank: ``copies * (out + in)``."""
+        return self.copies * sum(self.shape)
+
+
+def adaptable_modules(matrices: Iterable[Matrix]) -> list[AdaptedModule]:
+    """Return the modules of matrices; the experts of one stack are one module."""
+    by_module: dict[str, list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        by_module[matrix.module].append(matrix)
     return [
         AdaptedModule(name, members[0].kind, members[0].shape, len(members))
         for name, members in by_module.items()

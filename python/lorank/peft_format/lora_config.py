@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
-from lorank.allocation.signals.registry import AdaptedModule
-from lorank.modules import naming
+from lorank.modules import naming, quantized
+from lorank.modules.targets import AdaptedModule
 
 ScaleRule = Literal["constant", "rank-stabilized"]
 
@@ -241,8 +241,6 @@ def resolve(modules: Sequence[AdaptedModule], model: Any) -> dict[str, str]:
 
 
 def _check_shape(module: AdaptedModule, live_name: str, target: Any) -> None:
-    from lorank.modules import quantized
-
     shape = quantized.module_shape(target)
     if shape is None:
         raise ValueError(f"{live_name!r} is a {type(target).__name__}, which has no weight to adapt")

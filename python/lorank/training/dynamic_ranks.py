@@ -20,9 +20,9 @@ import torch
 
 from lorank._core import FormatError
 from lorank.adapters.live.layers import AdaptedLayer
+from lorank.allocation import signals
 from lorank.allocation.budget import Budget, fit_ranks, is_integer, parse_budget
-from lorank.allocation.signals import registry
-from lorank.allocation.signals.registry import AdaptedModule
+from lorank.modules.targets import AdaptedModule
 from lorank.peft_format.initialization import check_config
 from lorank.profiling.gradients import gradient_row
 from lorank.profiling.passes import check_weights
@@ -386,7 +386,7 @@ class DynamicRanks:
         return replace(row, effective_rank=smoothed)
 
     def _fitted(self, report: GradientReport) -> dict[str, int]:
-        signal = registry.find("gard").function(report, self._modules, self._r_min, self._r_max)
+        signal = signals.find("gard").function(report, self._modules, self._r_min, self._r_max)
         now = np.array(list(self.ranks.values()))
         reach = self._r_max if self._max_change is None else self._max_change
         costs = np.array([module.cost for module in self._modules])

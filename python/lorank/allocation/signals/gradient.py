@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorank.allocation.signals.registry import AdaptedModule, Signal, left_out, register
+from lorank.allocation.signals.registry import Signal, flags_of_skipped, register
+from lorank.modules.targets import AdaptedModule
 from lorank.report.gradients import GradientReport
 
 
@@ -29,7 +30,7 @@ def gard(report: GradientReport, modules: Sequence[AdaptedModule], r_min: int, r
     rows = {row.module: row for row in report.modules}
     effective = np.array([rows[module.name].effective_rank for module in modules], dtype=np.float64)
     total = effective.sum()
-    flags = left_out(report)
+    flags = flags_of_skipped(report)
     for module in modules:
         row = rows[module.name]
         remarks = list(row.flags)

@@ -15,8 +15,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from lorank.allocation.signals.registry import AdaptedModule, Signal, linear_ranks, register
+from lorank.allocation.signals.registry import Signal, linear_ranks, register
 from lorank.modules import naming
+from lorank.modules.targets import AdaptedModule
 from lorank.report import ModuleSpectrum, SpectralReport
 
 _EPSILON = 1e-8

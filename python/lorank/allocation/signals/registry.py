@@ -1,7 +1,7 @@
-"""Signals: per-module numbers that say how much capacity a module wants. One file a method.
+"""The registry of methods: each is a function that computes a `Signal` and is registered under its name.
 
-A method is a function that is registered here under its name. It knows neither budgets nor PEFT:
-it returns scores, and where its source defines one, the ranks of its own formula.
+A method depends on neither budgets nor PEFT. It returns a score for each module and, if its source defines
+a formula for them, ranks.
 """
 
 from __future__ import annotations
@@ -14,37 +14,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from lorank.modules.weight import Kind
 from lorank.report.base import Evidence, Report
 
 Needs: TypeAlias = Literal["shapes"] | Evidence
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptedModule:
-    """A module that gets a rank.
-
-    Attributes
-    ----------
-    name
-        The module's (or stacked parameter's) dotted name.
-    kind
-        What it does with its weight.
-    shape
-        ``(out, in)`` of its matrix.
-    copies
-        Matrices that share its rank: the experts of a stack, else 1.
-    """
-
-    name: str
-    kind: Kind
-    shape: tuple[int, int]
-    copies: int = 1
-
-    @property
-    def cost(self) -> int:
-        """Parameters of one rank: ``copies * (out + in)``."""
-        return self.copies * sum(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,27 +109,7 @@ def register(name: str, *, needs: Needs, check: Callable[..., object] = dict) ->
     return decorate
 
 
-def names() -> list[str]:
-    """The names of all methods."""
-    from lorank.allocation.signals import gradient, htsr, schedule, task  # noqa: F401  (importing registers them)
-
-    return sorted(METHODS)
-
-
-def find(name: str) -> Registered:
-    """The method of that name.
-
-    Raises
-    ------
-    ValueError
-        If there is none; names those that there are.
-    """
-    if name not in names():
-        raise ValueError(f"no method {name!r}: choose one of {', '.join(names())}")
-    return METHODS[name]
-
-
-def left_out(report: Report[Any]) -> dict[str, str]:
+def flags_of_skipped(report: Report[Any]) -> dict[str, str]:
     """Flags of the modules that were to be profiled and could not be: they get no rank."""
     return {skipped.name: f"not adapted: {skipped.reason}" for skipped in report.skipped}
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from lorank.allocation.budget import is_integer
-from lorank.allocation.signals.registry import AdaptedModule, Signal, register
+from lorank.allocation.signals.registry import Signal, register
 from lorank.modules.roles import Depth, Role, Roles, check_expressions, depths_of, roles_of
+from lorank.modules.targets import AdaptedModule
 from lorank.report.base import Report
 from lorank.sources.base import Source
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from lorank.allocation.signals.registry import AdaptedModule, Signal, left_out, register
+from lorank.allocation.signals.registry import Signal, flags_of_skipped, register
+from lorank.modules.targets import AdaptedModule
 from lorank.report.tasks import TaskReport
 
 
@@ -45,6 +46,6 @@ def task(
     """
     rows = {row.module: row for row in report.modules}
     ranks = np.array([getattr(rows[module.name], estimate) for module in modules], dtype=np.int64)
-    flags = left_out(report)
+    flags = flags_of_skipped(report)
     flags |= {m.name: "; ".join(rows[m.name].flags) for m in modules if rows[m.name].flags}
     return Signal(np.maximum(ranks - r_min, 0).astype(np.float64), np.clip(ranks, r_min, r_max), flags)
