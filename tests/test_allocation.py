@@ -10,7 +10,7 @@ import pytest
 
 import lorank
 import tiny_models
-from lorank.roles import Roles
+from lorank.modules.roles import Roles
 
 RNG = np.random.default_rng(0)
 SHAPES = {"q_proj": (32, 32), "k_proj": (8, 32), "up_proj": (96, 32), "down_proj": (32, 96)}

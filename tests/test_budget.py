@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorank
-from lorank.budget import average_rank_budget, parse_budget
+from lorank.allocation.budget import average_rank_budget, parse_budget
 
 
 @st.composite

@@ -18,7 +18,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import lorank
-from lorank import cli, signals
+from lorank import cli
+from lorank.allocation import signals
 from lorank.report.gradients import GradientReport, ModuleGradients, effective_rank
 from lorank.report.loading import load_report
 from lorank.report.tasks import ModuleTask, TaskReport

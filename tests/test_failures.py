@@ -17,8 +17,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import lorank
-from lorank import _core, analysis, core_calls, extraction
-from lorank.atomic import staged_folder
+from lorank import _core
+from lorank.analysis import matrices
+from lorank._internal import core_calls
+from lorank.compression import extraction
+from lorank._internal.atomic import staged_folder
 from lorank.sources import Source, open_source
 
 LARGE = "model.layers.0.mlp.up_proj"
@@ -45,10 +48,11 @@ DEFECTIVE = """
 import sys
 from dataclasses import replace
 import lorank.cli
-from lorank import _core, analysis
-source = analysis.open_source(sys.argv[2])
+from lorank import _core
+from lorank.analysis import matrices
+source = matrices.open_source(sys.argv[2])
 load = lambda: _core._panicking_matrix(16, 16)
-analysis.open_source = lambda _: replace(source, matrices=(replace(source.matrices[0], load=load),))
+matrices.open_source = lambda _: replace(source, matrices=(replace(source.matrices[0], load=load),))
 lorank.cli.main()
 """
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory beyond /proc's")
@@ -174,12 +178,12 @@ def saved_adapter(folder: Path, width: int) -> Path:
 def with_defects(path: Path, *names: str) -> Callable[[object], Source]:
     """Return an `open_source` whose matrices of some names cause panics."""
     source = open_source(path)
-    matrices = list(source.matrices)
-    for i, matrix in enumerate(matrices):
+    found = list(source.matrices)
+    for i, matrix in enumerate(found):
         if matrix.info.name in names:
             panicking = _core._panicking_matrix(*matrix.info.shape)
-            matrices[i] = replace(matrix, load=lambda panicking=panicking: panicking)
-    return lambda _: replace(source, matrices=tuple(matrices))
+            found[i] = replace(matrix, load=lambda panicking=panicking: panicking)
+    return lambda _: replace(source, matrices=tuple(found))
 
 
 REPORTED = r"internal error: a defect, in two lines at \S+\.rs:\d+:\d+ \(.*please report this line.*\)"
@@ -188,7 +192,7 @@ REPORTED = r"internal error: a defect, in two lines at \S+\.rs:\d+:\d+ \(.*pleas
 def test_a_defect_is_an_error_with_a_request_to_report_it(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis, "open_source", with_defects(small, SMALL[1]))
+    monkeypatch.setattr(matrices, "open_source", with_defects(small, SMALL[1]))
     with pytest.raises(lorank.LorankError, match=f"^module '{SMALL[1]}': {REPORTED}$") as error:
         lorank.analyze(small)
     assert type(error.value) is lorank.LorankError
@@ -197,7 +201,7 @@ def test_a_defect_is_an_error_with_a_request_to_report_it(
 def test_a_defect_is_never_journalled(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = tmp_path / "journal"
     with monkeypatch.context() as patched:
-        patched.setattr(analysis, "open_source", with_defects(small, LARGE, SMALL[1]))
+        patched.setattr(matrices, "open_source", with_defects(small, LARGE, SMALL[1]))
         with pytest.raises(lorank.LorankError, match=f"{REPORTED}; 2 of 5 matrices failed, .*{journal}"):
             lorank.analyze(small, resume=journal, threads=1)
     assert set(rows(journal)) == {SMALL[0], SMALL[2], NAN}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import lorank
 from lorank.report import ModuleSpectrum, SpectralReport
-from lorank.signals import AdaptedModule
-from lorank.signals.htsr import htsr
+from lorank.modules.targets import AdaptedModule
+from lorank.allocation.signals.htsr import htsr
 from lorank.sources.base import MatrixInfo
 
 

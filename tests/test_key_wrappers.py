@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import lorank
 import tiny_models
 from adapter_files import configured, edited, loaded, saved, trained
-from lorank.adapters.key_wrappers import ANYWHERE
+from lorank.adapters.formats.key_wrappers import ANYWHERE
 from lorank.runtimes import RUNTIMES
 from test_cli import run
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from lorank import naming
+from lorank.modules import naming
 
 PARTS = st.sampled_from(["q_proj", "proj", "layer", "0", "1", "10", "dense"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)

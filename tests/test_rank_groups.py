@@ -18,7 +18,7 @@ import tiny_models
 from adapter_files import dense, distance, loaded, norm, saved, trained
 from live_models import IDS, Attention, outputs
 from lorank.adapters.module import LoraModule, in_memory
-from lorank.rank_groups import group_indices, rank_groups, rank_owner
+from lorank.peft_format.rank_groups import group_indices, rank_groups, rank_owner
 from lorank.sources.base import Kind
 
 RATIOS = [0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0]

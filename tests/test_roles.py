@@ -12,8 +12,8 @@ import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorank import roles
-from lorank.roles import Block, Depth
+from lorank.modules import roles
+from lorank.modules.roles import Block, Depth
 
 HIDDEN: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
 WIDE: dict[str, Any] = {**HIDDEN, "intermediate_size": 48}

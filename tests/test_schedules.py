@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import lorank
 import tiny_models
-from lorank import signals
-from lorank.signals import AdaptedModule, Signal
+from lorank.allocation import signals
+from lorank.modules.targets import AdaptedModule
+from lorank.allocation.signals.registry import Signal
 
 SCHEDULES = ("uniform", "linear-decay", "attention-heavy", "empirical")
 D = 1024

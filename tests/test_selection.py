@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import lorank
 from lorank import _core
 from lorank.adapters.module import LoraModule
-from lorank.selection import KnobArguments, Knobs, checked_knobs, select
-from lorank.spectral_form import SpectralForm, Triplets
+from lorank.compression.selection import KnobArguments, Knobs, checked_knobs, select
+from lorank.compression.spectral_form import SpectralForm, Triplets
 
 
 def form(

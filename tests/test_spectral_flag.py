@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import lorank
 from adapter_files import configured, dense, distance, norm, saved, trained
 from lorank import _core
-from lorank.orthogonality import are_orthogonal
+from lorank.compression.orthogonality import are_orthogonal
 from test_adapters import KEY, case
 
 B_KEY = KEY.replace("lora_A", "lora_B")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from lorank.report.spectral import SpectralReport
-from lorank.report.table import rank_map, skipped_summary
+from lorank.cli.tables.reports import rank_map, skipped_summary
 from lorank.sources.base import Skipped
 
 

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 import lorank
 import tiny_models
 from adapter_files import dense, distance, saved, trained
-from lorank import _core, atomic
+from lorank import _core
+from lorank._internal import atomic
 from lorank.adapters.writing import write_adapter
 from lorank.cli import adapters as commands
 from test_adapters import PROFILES, small_one
