@@ -17,7 +17,6 @@ from lorank._internal.progress import waiting
 from lorank.allocation import signals
 from lorank.allocation.budget import parse_budget
 from lorank.allocation.rank_allocation import RankAllocation
-from lorank.analysis.single import Accuracy
 from lorank.cli.options import (
     Exclude,
     Guess,
@@ -51,6 +50,7 @@ from lorank.report.tasks import TaskReport
 from lorank.sources import OPENING, open_source
 from lorank.sources import Source as OpenedSource
 from lorank.sources.guesses import doubtful
+from lorank.statistics.spectrum import Accuracy
 
 _REPORT_ENDINGS = (".json", ".parquet", ".csv")
 # So many modules with the same remark are named, of more one.
