@@ -43,7 +43,6 @@ from lorank.modules.roles import Placement, check_expressions
 from lorank.peft_format import config_file
 from lorank.report import METRICS, SpectralReport
 from lorank.report.base import Evidence
-from lorank.report.files import to_json
 from lorank.report.gradients import GradientReport
 from lorank.report.loading import AnyReport, load_report
 from lorank.report.tasks import TaskReport
@@ -380,7 +379,7 @@ def _show(
     rows = profiles.ordered(shown.modules, sort, descending, top)
     if json_output:
         content = _with_rows(shown, rows)
-        print_json(to_json(content) if isinstance(content, SpectralReport) else content.to_json())
+        print_json(content.to_json())
         return
     terminal = console()
     known = _columns_of(shown)

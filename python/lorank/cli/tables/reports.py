@@ -14,7 +14,8 @@ from rich.text import Text
 from lorank.allocation.rank_allocation import RankAllocation
 from lorank.modules import naming
 from lorank.report.base import Report
-from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
+from lorank.report.rows import METRICS, ModuleSpectrum
+from lorank.report.spectral import SpectralReport
 
 DEFAULT_COLUMNS = (
     "alpha_hill",
