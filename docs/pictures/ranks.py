@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -27,18 +27,23 @@ Ranks = Mapping[tuple[str, int], int]
 
 
 def ranks_by_place(ranks: Mapping[str, int]) -> Ranks:
-    """Key ranks by the last part of a module's name and its block; modules outside blocks are left out."""
+    """Key ranks by a module's name within its block and the block's number; skip modules outside blocks."""
     found = {}
     for name, rank in ranks.items():
         if match := re.search(r"\.(\d+)\.", name):
-            found[name.rpartition(".")[2], int(match[1])] = rank
+            found[name[match.end() :], int(match[1])] = rank
     return found
 
 
-def ordered(kinds: Sequence[str]) -> list[str]:
+def ordered(kinds: Iterable[str]) -> list[str]:
     """Order kinds of modules as a block applies them."""
-    usual = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return sorted(kinds, key=lambda kind: (usual.index(kind) if kind in usual else len(usual), kind))
+    usual = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return sorted(kinds, key=lambda kind: ([*usual, last(kind)].index(last(kind)), kind))
+
+
+def last(kind: str) -> str:
+    """Return the last part of a dotted name."""
+    return kind.rpartition(".")[2]
 
 
 def mixed(ramp: Sequence[str], share: float) -> str:
@@ -100,7 +105,7 @@ def margins(ranks: Ranks, kinds: Sequence[str], blocks: Sequence[int]) -> Iterat
     for i, kind in enumerate(kinds):
         average = mean(rank for (name, _), rank in ranks.items() if name == kind)
         y = TOP + i * CELL
-        yield label(LEFT - 12, y + CELL / 2 + 4, kind.removesuffix("_proj"), anchor="end")
+        yield label(LEFT - 12, y + CELL / 2 + 4, last(kind).removesuffix("_proj"), anchor="end")
         yield box(right, y + 5, average * across, CELL - GAP - 10, "bar")
         yield label(
             right + BARS - 42, y + CELL / 2 + 4, f"{average:.1f}", size=12, anchor="end", kind="quiet"
@@ -135,7 +140,7 @@ def legend(ranks: Ranks, right: float) -> Iterator[str]:
 def picture(allocation: lorank.RankAllocation, title: str) -> str:
     """Return the SVG of an allocation."""
     ranks = ranks_by_place(allocation.ranks)
-    kinds = ordered(sorted({kind for kind, _ in ranks}))
+    kinds = ordered({kind for kind, _ in ranks})
     blocks = sorted({block for _, block in ranks})
     width, height = LEFT + len(blocks) * CELL + BARS, TOP + len(kinds) * CELL + 40
     values = sorted(ranks.values())
