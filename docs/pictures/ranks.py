@@ -79,10 +79,10 @@ def style(ranks: Sequence[int], colours: tuple[str, str, str, str, str, Sequence
     return "".join(rules)
 
 
-def label(x: float, y: float, words: str, *, size: int = 13, anchor: str = "start", kind: str = "") -> str:
+def label(x: float, y: float, text: str, *, size: int = 13, anchor: str = "start", kind: str = "") -> str:
     """Return a line of text."""
     name = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}"{name}>{escape(words)}</text>'
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}"{name}>{escape(text)}</text>'
 
 
 def box(x: float, y: float, width: float, height: float, kind: str) -> str:
