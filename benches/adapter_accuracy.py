@@ -1,4 +1,4 @@
-"""What compression costs in accuracy: ``PYTHONPATH=tests python benches/adapter_accuracy.py``.
+"""What compression costs in accuracy: ``python -m benches.adapter_accuracy``.
 
 MiniLM with an adapter of rank 16 on all linear layers, trained on film reviews (minutes, once), then
 compressed four ways at three sizes: PARA (largest values anywhere), local pruning (one rank
@@ -14,7 +14,7 @@ from pathlib import Path
 from peft import PeftModel
 
 import lorank
-import reviews
+from tests.support import reviews
 
 FISHER_REVIEWS = 512
 

@@ -1,4 +1,4 @@
-"""`lorank analyze` end to end against its peers, in one run: ``python benches/analyze.py``.
+"""`lorank analyze` end to end against its peers, in one run: ``python -m benches.analyze``.
 
 SmolLM2-135M, file to numbers. Every contender runs in a process of its own, in turn, so that neither
 memory nor thread pools are shared; the clock starts after imports. lorank reads the weights without their
@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import measuring
+from benches import measuring
 
 LORANK = """
 import lorank
@@ -73,7 +73,7 @@ def main() -> None:
     options.add_argument("--without-weightwatcher", action="store_true")
     arguments = options.parse_args()
     if arguments.model is None:
-        from material import smollm2
+        from tests.support.material import smollm2
 
         arguments.model = smollm2()
     contenders = dict(CONTENDERS)

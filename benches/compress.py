@@ -1,4 +1,4 @@
-"""`lorank compress` and `lorank merge` against their peers, in one run: ``python benches/compress.py``.
+"""`lorank compress` and `lorank merge` against their peers, in one run: ``python -m benches.compress``.
 
 An adapter of LLaMA-7B's shapes (224 modules), folder to folder with the disk cached, against the loop
 that people write by hand: load with safetensors, QR of both factors, SVD of the core, global threshold,
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-import measuring
+from benches import measuring
 
 SHAPES = {
     **{f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"},

@@ -1,4 +1,4 @@
-"""What gradient spectra cost, and what sketches keep: ``PYTHONPATH=tests python benches/gradients.py``.
+"""What gradient spectra cost, and what sketches keep: ``python -m benches.gradients``.
 
 MiniLM on film reviews, 32 reviews of 48 tokens a batch. A plain training step of its LoRA adapter
 against the same step while `DynamicRanks` looks on, in turns; and the effective ranks of 16 batches by
@@ -18,8 +18,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lorank
-import reviews
 from lorank.training import DynamicRanks
+from tests.support import reviews
 
 
 class Training:

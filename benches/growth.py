@@ -1,4 +1,4 @@
-"""How cost grows with models and adapters: ``python benches/growth.py``.
+"""How cost grows with models and adapters: ``python -m benches.growth``.
 
 `lorank.analyze` of Llama-like checkpoints of random bfloat16 weights: layers of one shape are added, then
 shapes grow, from 10 million to 2 billion parameters. `lorank.compress` of adapters of 10 to 1,000 modules.
@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-import compress
-import measuring
+from benches import compress, measuring
 
 ANALYZE = """
 import lorank

@@ -1,4 +1,4 @@
-"""All methods at one budget on one task: ``PYTHONPATH=tests python benches/methods.py``.
+"""All methods at one budget on one task: ``python -m benches.methods``.
 
 MiniLM learns to tell fresh from rotten film reviews (all linear layers adapted, the head trained too).
 Every method spends what uniform ranks of `--avg-rank` would cost. The data's order, the head and the
@@ -20,8 +20,8 @@ import torch
 from peft import get_peft_model
 
 import lorank
-import reviews
 from lorank.training import DynamicRanks
+from tests.support import reviews
 
 BOUNDS = {"r_min": 2, "r_max": 32}
 # The empirical schedule gives its middle blocks 1.2 times this, which must not exceed r_max.

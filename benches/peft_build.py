@@ -1,4 +1,4 @@
-"""Time to build a PEFT model of a thousand adapted modules: ``python benches/peft_build.py``.
+"""Time to build a PEFT model of a thousand adapted modules: ``python -m benches.peft_build``.
 
 PEFT looks every module's rank up by regular expressions. The same model is adapted with one rank for
 all, with the allocation's configuration (one key a rank), and with one key a module, which is what

@@ -1,4 +1,4 @@
-"""Training with ranks that differ: ``PYTHONPATH=tests python benches/schedules.py``.
+"""Training with ranks that differ: ``python -m benches.schedules``.
 
 200 film reviews, MiniLM, learning rate 3e-4 and `lora_alpha` 32, as where NaN was reported for ranks that
 differ by layer. Every schedule is trained with the allocation's own alphas (a scale for all modules), and
@@ -19,7 +19,7 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import lorank
-import reviews
+from tests.support import reviews
 
 SCHEDULES = ("uniform", "linear-decay", "attention-heavy", "empirical")
 SETTINGS = {"lora_alpha": 32, "lr": 3e-4, "examples": 200, "r_base": 16, "r_min": 4, "r_max": 32}

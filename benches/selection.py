@@ -1,4 +1,4 @@
-"""Which of ten million values are kept, against NumPy: ``python benches/selection.py``.
+"""Which of ten million values are kept, against NumPy: ``python -m benches.selection``.
 
 By energy (the fewest that hold a share of the sum of squares) against sort and cumulative sum, and by count
 against `numpy.partition`. Runs in turns in one process; NumPy and this selection are serial.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-import measuring
+from benches import measuring
 from lorank import _core
 
 

@@ -1,4 +1,4 @@
-"""All eigenvalues of one matrix, exact, fast and sampled, against torch: ``python benches/spectra.py``.
+"""All eigenvalues of one matrix, exact, fast and sampled, against torch: ``python -m benches.spectra``.
 
 float32 Gaussian matrices in memory. The peers: the Gram matrix in float64 and `torch.linalg.eigvalsh`, and
 `torch.linalg.svdvals` in float32, which is torch's way to what "fast" gives. Runs in turns, every one in a
@@ -7,7 +7,7 @@ process of its own, after a first one that is not counted.
 
 from __future__ import annotations
 
-import measuring
+from benches import measuring
 
 MATRIX = """
 import numpy as np

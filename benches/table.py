@@ -1,4 +1,4 @@
-"""The figures of a run as a table, and a warning where ratios fell: ``python benches/table.py FOLDER``.
+"""The figures of a run as a table, and a warning where ratios fell: ``python -m benches.table FOLDER``.
 
 Reads the JSON files that the other benches wrote into a folder, prints their comparisons as Markdown, and
 sets their ratios beside those of `ratios.json`, which belong to the last release. Ratios, not times, as those

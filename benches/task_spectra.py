@@ -1,4 +1,4 @@
-"""Ranks read off samples, against the best rank on fresh ones: ``python benches/task_spectra.py``.
+"""Ranks read off samples, against the best rank on fresh ones: ``python -m benches.task_spectra``.
 
 The ten synthetic tasks of "Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation" (tables 3.2 to
 3.4), its numbers beside ours, and six tasks whose spectra have plateaus or change their rate of decay.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import material
+from tests.support import material
 
 # Tests never reach for a hub: what they need is made here or comes from packages.
 os.environ["HF_HUB_OFFLINE"] = "1"
