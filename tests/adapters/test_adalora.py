@@ -12,9 +12,9 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 
 import lorank
-from tests.adapters.test_adapters import output
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, edited, loaded, saved
+from tests.support.outputs import outputs
 
 INIT_RANK = 6
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -44,11 +44,11 @@ def test_masked_modules_keep_the_scale_of_their_initial_rank(
     folder = masked(tmp_path / "a", {Q: rank, UP: 2}, lora_alpha=lora_alpha)
     adapter = lorank.LoraAdapter.load(folder)
     assert (adapter.ranks[Q], adapter.ranks[UP]) == (rank, 2)
-    expected = output(loaded(tiny_models.llama(), folder))
+    expected = outputs(loaded(tiny_models.llama(), folder))
     for profile in ("compact", "portable", "tensor-rank"):
         whole = lorank.compress(adapter, rank_ratio=1.0, progress=False)
         whole.save(tmp_path / profile, profile)  # type: ignore[arg-type]
-        got = output(loaded(tiny_models.llama(), tmp_path / profile))
+        got = outputs(loaded(tiny_models.llama(), tmp_path / profile))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -13,9 +13,10 @@ from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
 import lorank
-from tests.adapters.test_adapters import PROFILES, output
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, loaded, saved, trained
+from tests.support.outputs import outputs
+from tests.support.peft_cases import PROFILES
 
 LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -49,14 +50,16 @@ def test_modules_without_rank_keep_what_else_they_have(variant: str, profile: An
     small = lorank.compress(adapter, avg_rank=1, progress=False)
     assert list(small.ranks.values()).count(0) > 1, "the hard case: modules without any rank"
     small.save(tmp_path / "b", profile)
-    got = output(loaded(tiny_models.llama(), tmp_path / "b"))
-    torch.testing.assert_close(got, output(by_hand(peft_model, small)), rtol=1e-4, atol=1e-5)
+    got = outputs(loaded(tiny_models.llama(), tmp_path / "b"))
+    torch.testing.assert_close(got, outputs(by_hand(peft_model, small)), rtol=1e-4, atol=1e-5)
     assert "It holds more than factors" in (tmp_path / "b" / "README.md").read_text()
     again = lorank.LoraAdapter.load(tmp_path / "b")
     assert again.ranks == small.ranks
     assert again.certificate == small.certificate
     again.save(tmp_path / "c", "tensor-rank")
-    torch.testing.assert_close(output(loaded(tiny_models.llama(), tmp_path / "c")), got, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        outputs(loaded(tiny_models.llama(), tmp_path / "c")), got, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_image_adapters_keep_their_magnitudes_too(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from peft import LoraConfig
 from safetensors.numpy import load_file
 
 import lorank
-from tests.adapters.test_adapters import PROFILES
 from tests.support import tiny_models
 from tests.support.adapter_files import edited, loaded, saved, trained
+from tests.support.peft_cases import PROFILES
 
 ALMOST_ALL = 1 - 1e-9
 WEAK = 1e-5

@@ -15,17 +15,12 @@ from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file
 
 import lorank
-from tests.cli.test_cli import run
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, dense, edited, loaded, saved, trained
+from tests.support.command_line import run
+from tests.support.outputs import outputs
 
-IDS = torch.arange(1, 9)[None]
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def experts(model: Any, folder: Path, *targets: str, **config: Any) -> Path:
@@ -52,10 +47,10 @@ def laid_out_as_before_019(folder: Path, copies: int, version: str | None = "0.1
 def assert_read_and_rewritten(model: Any, folder: Path, expected: torch.Tensor, after: Path) -> None:
     adapter = lorank.LoraAdapter.load(folder)
     lorank.compress(adapter, rank_ratio=1.0, progress=False).save(after / "compressed")
-    torch.testing.assert_close(logits(loaded(model, after / "compressed")), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(loaded(model, after / "compressed")), expected, rtol=1e-4, atol=1e-5)
     fixed = run("check", folder, "--for", "peft,transformers", "--fix", after / "fixed")
     assert fixed.returncode == 0, fixed.stderr
-    torch.testing.assert_close(logits(loaded(model, after / "fixed")), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(loaded(model, after / "fixed")), expected, rtol=1e-4, atol=1e-5)
     assert lorank.check(after / "fixed", ["peft"])[0].status == "right"
 
 
@@ -73,7 +68,7 @@ def test_the_layout_before_019_is_read_and_rewritten(name: str, tmp_path: Path) 
     targets, more = TARGETS[name]
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", *targets, **more)
-    expected, updates = logits(loaded(model, today)), dense(lorank.LoraAdapter.load(today))
+    expected, updates = outputs(loaded(model, today)), dense(lorank.LoraAdapter.load(today))
     before = laid_out_as_before_019(today, copies=4)
     found = dense(lorank.LoraAdapter.load(before))
     assert set(found) == set(updates)
@@ -89,18 +84,18 @@ def test_the_layout_before_019_is_read_and_rewritten(name: str, tmp_path: Path) 
 def test_square_factors_of_the_earlier_layout_load_wrong(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe(moe_intermediate_size=16)
     today = experts(model, tmp_path / "today", GATE_UP)
-    expected = logits(loaded(model, today))
+    expected = outputs(loaded(model, today))
     before = laid_out_as_before_019(today, copies=4)
     (verdict,) = lorank.check(before, ["peft"])
     assert (verdict.status, "swapped" in verdict.reason) == ("wrong", True)
-    assert not torch.allclose(logits(loaded(model, before)), expected, atol=1e-3)
+    assert not torch.allclose(outputs(loaded(model, before)), expected, atol=1e-3)
     assert_read_and_rewritten(model, before, expected, tmp_path)
 
 
 def test_shapes_count_more_than_the_version(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", GATE_UP, DOWN)
-    expected = logits(loaded(model, today))
+    expected = outputs(loaded(model, today))
     configured(today, peft_version="0.18.1")
     assert lorank.check(today, ["peft"])[0].status == "right"
     for version in ("0.21.2", None):
@@ -116,7 +111,7 @@ def test_shapes_count_more_than_the_version(tmp_path: Path) -> None:
 def test_the_width_of_the_model_tells_the_layout_of_one_parameter(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", DOWN, target_modules=["q_proj"])
-    expected = logits(loaded(model, today))
+    expected = outputs(loaded(model, today))
     before = laid_out_as_before_019(today, copies=4, version=None)
     assert lorank.check(before, ["peft"])[0].status == "refuses"
     assert_read_and_rewritten(model, before, expected, tmp_path)
@@ -125,7 +120,7 @@ def test_the_width_of_the_model_tells_the_layout_of_one_parameter(tmp_path: Path
 def test_stacks_that_are_declared_transposed_are_the_same_in_every_release(tmp_path: Path) -> None:
     model = tiny_models.gpt_oss()
     folder = configured(experts(model, tmp_path / "a", GATE_UP, DOWN), peft_version="0.18.1")
-    expected = logits(loaded(model, folder))
+    expected = outputs(loaded(model, folder))
     assert lorank.check(folder, ["peft"])[0].status == "right"
     assert_read_and_rewritten(model, folder, expected, tmp_path)
     one = experts(model, tmp_path / "one", DOWN)
@@ -176,8 +171,8 @@ def test_bare_names_of_parameters_are_read(name: str, tmp_path: Path) -> None:
     folder = saved(live, tmp_path / "a")
     written = json.loads((folder / "adapter_config.json").read_text())
     assert not all("experts" in target for target in written["target_parameters"])
-    expected = logits(live)
-    torch.testing.assert_close(logits(loaded(model, folder)), expected, rtol=1e-4, atol=1e-5)
+    expected = outputs(live)
+    torch.testing.assert_close(outputs(loaded(model, folder)), expected, rtol=1e-4, atol=1e-5)
     adapter = lorank.LoraAdapter.load(folder)
     stacks = {key.rpartition(".")[2] for key, module in adapter.modules.items() if module.copies == 4}
     assert stacks == {t for t in written["target_parameters"] if "." not in t}
@@ -185,7 +180,7 @@ def test_bare_names_of_parameters_are_read(name: str, tmp_path: Path) -> None:
     assert_read_and_rewritten(model, folder, expected, tmp_path)
     portable = run("check", folder, "--for", "peft,peft-hotswap", "--fix", tmp_path / "portable")
     assert portable.returncode == 0, portable.stderr
-    torch.testing.assert_close(logits(loaded(model, tmp_path / "portable")), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(loaded(model, tmp_path / "portable")), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BARE)
@@ -234,7 +229,7 @@ def separate(folder: Path, rank: Callable[[int, str], int], **config: Any) -> tu
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["gate_proj", "up_proj", "down_proj"], **config}
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **settings}))
-    return folder, logits(model)
+    return folder, outputs(model)
 
 
 SEPARATE: dict[str, tuple[Callable[[int, str], int], dict[str, Any], bool]] = {
@@ -259,7 +254,7 @@ def test_experts_one_by_one_load_where_they_fit_into_a_stack(name: str, tmp_path
     for verdict in lorank.check(folder, ["peft", "transformers"]):
         assert verdict.status == ("right" if fits else "refuses"), verdict
     try:
-        got = logits(PeftModel.from_pretrained(tiny_models.qwen3_moe(), folder).eval())
+        got = outputs(PeftModel.from_pretrained(tiny_models.qwen3_moe(), folder).eval())
     except (RuntimeError, ValueError):
         assert not fits
     else:
@@ -268,7 +263,7 @@ def test_experts_one_by_one_load_where_they_fit_into_a_stack(name: str, tmp_path
     fixed = run("check", folder, "--for", "peft,llama.cpp", "--fix", tmp_path / "b")
     assert fixed.returncode == 0, fixed.stdout + fixed.stderr
     torch.testing.assert_close(
-        logits(loaded(tiny_models.qwen3_moe(), tmp_path / "b")), expected, rtol=1e-4, atol=1e-5
+        outputs(loaded(tiny_models.qwen3_moe(), tmp_path / "b")), expected, rtol=1e-4, atol=1e-5
     )
 
 
@@ -307,8 +302,8 @@ def test_experts_of_a_family_that_peft_does_not_stack_are_left_out(tmp_path: Pat
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 40}
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **heads, **experts)).eval()
     (verdict,) = lorank.check(folder, ["peft"], base=model)
-    expected = logits(model)
-    same = torch.equal(logits(PeftModel.from_pretrained(model, folder).eval()), expected)
+    expected = outputs(model)
+    same = torch.equal(outputs(PeftModel.from_pretrained(model, folder).eval()), expected)
     assert (verdict.status, verdict.factors == (0, 0)) == (("wrong", True) if same else ("right", False))
 
 

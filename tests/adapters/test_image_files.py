@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import lorank
 from lorank.adapters.writing import write_adapter
-from tests.adapters.test_kohya import write
 from tests.support.adapter_files import dense, distance, norm
+from tests.support.image_files import write_image_adapter
 
 RNG = np.random.default_rng(0)
 SIZES = {"to_q": (24, 16), "to_k": (12, 16)}
@@ -147,7 +147,7 @@ def test_settings_that_are_none_are_named(text: str, reason: str, tmp_path: Path
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.float64, np.float16])
 def test_alphas_of_any_type_of_number(dtype: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    write(path, "kohya")
+    write_image_adapter(path, "kohya")
     tensors = load_file(path)
     alphas = {key: np.array(3, dtype) for key in tensors if key.endswith(".alpha")}
     assert len(alphas) == 2
@@ -204,7 +204,7 @@ def test_factors_that_are_there_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("profile", ["compact", "portable"])
 def test_certificates_and_what_rounding_adds(profile: Any, dtype: Any, tmp_path: Path) -> None:
-    write(tmp_path / "a.safetensors", "kohya")
+    write_image_adapter(tmp_path / "a.safetensors", "kohya")
     small = lorank.compress(tmp_path / "a.safetensors", avg_rank=3, progress=False)
     assert small.certificate is not None
     for target in (tmp_path / "b.safetensors", tmp_path / "folder"):
@@ -228,7 +228,7 @@ def test_certificates_and_what_rounding_adds(profile: Any, dtype: Any, tmp_path:
 
 
 def test_a_certificate_in_a_file_that_does_not_fit_is_ignored(tmp_path: Path) -> None:
-    write(tmp_path / "a.safetensors", "kohya")
+    write_image_adapter(tmp_path / "a.safetensors", "kohya")
     path = tmp_path / "b.safetensors"
     lorank.compress(tmp_path / "a.safetensors", avg_rank=3, progress=False).save(path)
     save_file(load_file(path), path, {**header(path), "lorank.certificate": "{"})

@@ -1,4 +1,4 @@
-"""Image adapters: the keys of kohya's scripts and of diffusers, in and out."""
+"""Image adapters with the keys of kohya's scripts and of diffusers, read and written."""
 
 from __future__ import annotations
 
@@ -12,42 +12,13 @@ from safetensors.numpy import load_file, save_file
 
 import lorank
 from tests.support.adapter_files import dense, distance, norm
-
-RNG = np.random.default_rng(0)
-STYLES = {
-    "kohya": ("lora_unet_down_0_attn1_{}.lora_{}.weight", ("up", "down")),
-    "diffusers": ("unet.down_blocks.0.attn1.{}.lora.{}.weight", ("up", "down")),
-    "processor": ("unet.down_blocks.0.processor.{}_lora.{}.weight", ("up", "down")),
-    "linear_layer": ("text_encoder.layers.0.{}.lora_linear_layer.{}.weight", ("up", "down")),
-    "peft_keys": ("transformer.blocks.0.{}.lora_{}.weight", ("B", "A")),
-}
-
-
-def factors(out: int, rank: int, fan_in: int) -> tuple[Any, Any]:
-    decay = np.geomspace(1, 0.05, rank)
-    return RNG.standard_normal((out, rank)) * decay, RNG.standard_normal((rank, fan_in))
-
-
-def write(path: Path, style: str, alpha: float | None = 3.0) -> dict[str, Any]:
-    """A file of two modules, and their dense updates."""
-    template, (up, down) = STYLES[style]
-    tensors, updates = {}, {}
-    for name, (out, rank, fan_in) in {"to_q": (24, 6, 16), "to_k": (12, 4, 16)}.items():
-        b, a = (x.astype(np.float32) for x in factors(out, rank, fan_in))
-        tensors |= {template.format(name, up): b, template.format(name, down): a}
-        module = template.format(name, up).rpartition(".lora_")[0]
-        module = module or template.format(name, up).split("_lora.")[0].split(".lora.")[0]
-        if alpha is not None:
-            tensors[f"{module}.alpha"] = np.array(alpha, dtype=np.float32)
-        updates[module] = (alpha if alpha is not None else rank) / rank * (b.astype(np.float64) @ a)
-    save_file(tensors, path, metadata={"ss_base_model_version": "sdxl", "ss_network_dim": "6"})
-    return updates
+from tests.support.image_files import RNG, STYLES, write_image_adapter
 
 
 @pytest.mark.parametrize("alpha", [3.0, None])
 @pytest.mark.parametrize("style", STYLES)
 def test_keys_and_scales_survive(style: str, alpha: float | None, tmp_path: Path) -> None:
-    updates = write(tmp_path / "a.safetensors", style, alpha)
+    updates = write_image_adapter(tmp_path / "a.safetensors", style, alpha)
     adapter = lorank.LoraAdapter.load(tmp_path / "a.safetensors")
     assert distance(dense(adapter), updates) <= 1e-12 * norm(updates)
     for profile in ("compact", "portable", "tensor-rank"):
@@ -68,7 +39,7 @@ def test_keys_and_scales_survive(style: str, alpha: float | None, tmp_path: Path
 
 
 def test_padding_is_taken_off_and_forgotten(tmp_path: Path) -> None:
-    write(tmp_path / "a.safetensors", "kohya")
+    write_image_adapter(tmp_path / "a.safetensors", "kohya")
     small = lorank.compress(tmp_path / "a.safetensors", rank_ratio=0.5, progress=False)
     assert len(set(small.ranks.values())) > 1
     small.save(tmp_path / "b.safetensors", "portable")
@@ -122,8 +93,8 @@ def test_convolutions_with_and_without_mid_kernels(tmp_path: Path) -> None:
 
 
 def test_merging_image_adapters(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.safetensors", "kohya", 3.0)
-    second = write(tmp_path / "b.safetensors", "kohya", None)
+    first = write_image_adapter(tmp_path / "a.safetensors", "kohya", 3.0)
+    second = write_image_adapter(tmp_path / "b.safetensors", "kohya", None)
     loaded = [lorank.LoraAdapter.load(tmp_path / f"{name}.safetensors") for name in "ab"]
     merged = lorank.merge(loaded, [0.5, -2.0], rank_ratio=1.0, progress=False)
     merged.save(tmp_path / "c.safetensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,13 +16,9 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 import lorank
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, loaded, norm, saved, trained
+from tests.support.outputs import outputs
 
 IDS = torch.arange(8)[None]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -31,10 +26,10 @@ def test_a_live_adapter_is_compressed_and_put_back(name: str) -> None:
     base = getattr(tiny_models, name)()
     config = lorank.allocate(base, "uniform", r_max=6).to_lora_config(base, lora_alpha=9)
     model = trained(base, config)
-    before = logits(model)
+    before = outputs(model, IDS)
     adapter = lorank.LoraAdapter.from_model(model)
     lorank.compress(adapter, rank_ratio=1.0, progress=False).into_model(model)
-    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model, IDS), before, rtol=1e-4, atol=1e-5)
     small = lorank.compress(adapter, avg_rank=2, progress=False)
     small.into_model(model)
     assert not model.training
@@ -49,7 +44,7 @@ def test_a_live_adapter_is_compressed_and_put_back(name: str) -> None:
         parameter = parameters.get(f"{module}.weight", parameters.get(module))
         assert parameter is not None
         parameter.data += torch.from_numpy(update.T if name == "gpt2" else update).float()
-    torch.testing.assert_close(logits(merged), logits(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(merged, IDS), outputs(expected, IDS), rtol=1e-4, atol=1e-5)
 
 
 def test_one_of_several_adapters() -> None:
@@ -58,11 +53,11 @@ def test_one_of_several_adapters() -> None:
     other = lorank.LoraAdapter.from_model(model, "other")
     assert all(name.endswith("v_proj") for name in other.modules)
     default = lorank.LoraAdapter.from_model(model)
-    before = logits(model)
+    before = outputs(model, IDS)
     lorank.compress(default, avg_rank=1, progress=False).into_model(model, "small")
     assert set(model.peft_config) == {"default", "other", "small"}
     assert model.active_adapters == ["default"]
-    torch.testing.assert_close(logits(model), before)
+    torch.testing.assert_close(outputs(model, IDS), before)
     with pytest.raises(ValueError, match=r"no adapter 'none' in the model: it has default, other, small"):
         lorank.LoraAdapter.from_model(model, "none")
     with pytest.raises(ValueError, match="it has none"):
@@ -147,7 +142,9 @@ def test_layers_that_were_scaled_by_hand_keep_their_scale(name: str, tmp_path: P
     ratios = {n: adapter.modules[n].scaling / plain.modules[n].scaling for n in plain.modules}
     assert sorted(ratios.values()) == pytest.approx([1.0] * (len(ratios) - 1) + [2.0])
     lorank.compress(adapter, rank_ratio=1.0, progress=False).save(tmp_path / "a")
-    torch.testing.assert_close(logits(loaded(base, tmp_path / "a")), logits(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        outputs(loaded(base, tmp_path / "a"), IDS), outputs(model, IDS), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_adalora_layers_keep_their_scale() -> None:

@@ -24,7 +24,8 @@ from torch import nn
 import lorank
 from tests.support import tiny_models
 from tests.support.adapter_files import loaded
-from tests.support.live_models import IDS, MODELS, Perceptron, assert_same, outputs, randomised
+from tests.support.live_models import IDS, MODELS, Perceptron, assert_same, randomised
+from tests.support.outputs import outputs
 
 QV = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 

@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import lorank
 from tests.support.adapter_files import loaded
-from tests.support.live_models import MODELS, assert_same, outputs, randomised
+from tests.support.live_models import MODELS, assert_same, randomised
+from tests.support.outputs import outputs
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -14,10 +14,10 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from safetensors.numpy import load_file
 
 import lorank
-from tests.adapters.test_adapters import output
-from tests.cli.test_cli import run
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, dense, edited, loaded, saved, trained
+from tests.support.command_line import run
+from tests.support.outputs import outputs
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -153,7 +153,7 @@ def test_what_only_trains_is_left_out_and_noted(tmp_path: Path) -> None:
     for name, update in dense(small).items():
         parameters[f"{name}.weight"].data += torch.from_numpy(update).float()
     torch.testing.assert_close(
-        output(loaded(tiny_models.llama(), tmp_path / "b")), output(expected), rtol=1e-4, atol=1e-5
+        outputs(loaded(tiny_models.llama(), tmp_path / "b")), outputs(expected), rtol=1e-4, atol=1e-5
     )
 
 

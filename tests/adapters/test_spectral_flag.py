@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 import lorank
 from lorank import _core
 from lorank.orthogonality import are_orthogonal
-from tests.adapters.test_adapters import KEY, case
 from tests.support.adapter_files import configured, dense, distance, norm, saved, trained
+from tests.support.peft_cases import KEY, case
 
 B_KEY = KEY.replace("lora_A", "lora_B")
 

@@ -1,10 +1,11 @@
-"""Saves that succeed as a whole or leave everything as it was, and what they say of themselves."""
+"""Saves that succeed completely or change nothing, and their reports of rounding and padding."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import lorank
 from lorank import _core, atomic
 from lorank.adapters.writing import write_adapter
 from lorank.cli import adapters as commands
-from tests.adapters.test_adapters import PROFILES, small_one
-from tests.cli.test_cli import ok, run
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, saved, trained
+from tests.support.command_line import ok, run
+from tests.support.peft_cases import PROFILES, case, compressed_adapter
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -29,7 +30,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("at", ["adapter_config.json", "lorank.json", "README.md"])
 def test_a_full_disk_leaves_all_as_it_was(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = small_one(tmp_path / "a")
+    small = compressed_adapter(tmp_path / "a")
     small.save(tmp_path / "old")
     other = lorank.compress(small, rank_ratio=0.5, progress=False)
     before = everything(tmp_path)
@@ -52,7 +53,7 @@ def test_a_full_disk_leaves_all_as_it_was(at: str, tmp_path: Path, monkeypatch: 
 
 
 def test_weights_that_do_not_fit_leave_all_as_it_was(tmp_path: Path) -> None:
-    small = small_one(tmp_path / "a")
+    small = compressed_adapter(tmp_path / "a")
     small.save(tmp_path / "old")
     before = everything(tmp_path)
     huge = lorank.merge([small], [1e14], rank_ratio=1.0, progress=False)
@@ -65,7 +66,7 @@ def test_weights_that_do_not_fit_leave_all_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_new_folders_and_files_are_as_open_as_others(mask: int, tmp_path: Path) -> None:
-    small = small_one(tmp_path / "a")
+    small = compressed_adapter(tmp_path / "a")
     before = os.umask(mask)
     try:
         small.save(tmp_path / "b")
@@ -120,7 +121,7 @@ def test_what_is_not_rounded_is_not_told(dtype: Any, tmp_path: Path) -> None:
 
 
 def test_padded_ranks_are_counted_where_they_are_stored(tmp_path: Path) -> None:
-    small = small_one(tmp_path / "a")
+    small = compressed_adapter(tmp_path / "a")
     written = write_adapter(small, tmp_path / "b", "portable", None, overwrite=False)
     stored = sum(x.size for x in load_file(tmp_path / "b" / "adapter_model.safetensors").values())
     assert written.stored_parameters == stored > small.num_parameters
@@ -139,7 +140,7 @@ def test_padded_ranks_are_counted_where_they_are_stored(tmp_path: Path) -> None:
 
 
 def test_no_more_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = small_one(tmp_path / "source")
+    small = compressed_adapter(tmp_path / "source")
     asked: list[int] = []
     write = _core.write_safetensors
 
@@ -159,10 +160,74 @@ def test_no_more_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_peft_adapter_is_no_file(tmp_path: Path) -> None:
-    small = small_one(tmp_path / "source")
+    small = compressed_adapter(tmp_path / "source")
     target = tmp_path / "small.safetensors"
     with pytest.raises(ValueError, match=r"small\.safetensors: a PEFT adapter is a folder"):
         small.save(target)
     assert not target.exists()
     assert "name a folder" in run("compress", tmp_path / "source", "-o", target, "--avg-rank", 2).stderr
     assert not target.exists()
+
+
+def test_failed_writes_leave_no_empty_folders(tmp_path: Path) -> None:
+    small = compressed_adapter(tmp_path / "a")
+    name = small.adapted[0].name
+    huge = replace(small.modules[name], scaling=1e9)
+    adapter = replace(small, modules={**small.modules, name: huge})
+    (tmp_path / "mine").mkdir()
+    for target in (tmp_path / "b" / "c", tmp_path / "mine" / "c", tmp_path / "mine"):
+        with pytest.raises(lorank.NumericalError):
+            adapter.save(target, dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "mine"]
+    assert not any((tmp_path / "mine").iterdir())
+
+
+def test_nothing_of_an_earlier_adapter_contradicts(tmp_path: Path) -> None:
+    model, config = case("llama")
+    adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "a"))
+    small = lorank.compress(adapter, avg_rank=2, progress=False)
+    folder = tmp_path / "b"
+    small.save(folder)
+    (folder / "adapter_model.bin").write_bytes(b"old")
+    (folder / "precious").write_text("")
+    adapter.save(folder, overwrite=True)
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "precious",
+    }
+    assert "energy retained" not in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("Mine")
+    small.save(folder, overwrite=True)
+    assert (folder / "README.md").read_text() == "Mine"
+
+
+def test_types_of_torch_and_short_names(tmp_path: Path) -> None:
+    small = compressed_adapter(tmp_path / "a")
+    small.save(tmp_path / "b", dtype=torch.bfloat16)
+    again = lorank.LoraAdapter.load(tmp_path / "b")
+    assert {module.dtype for module in again.modules.values()} == {"bfloat16"}
+    assert repr(again) == (
+        f"LoraAdapter('{tmp_path / 'b'}', peft, {len(again.modules)} modules, ranks 1 to "
+        f"{max(again.ranks.values())}, {again.num_parameters:,} parameters)"
+    )
+    assert repr(again.certificate).startswith(
+        "Certificate('compress, avg_rank=1, global scope', 12 modules, "
+    )
+    assert len(repr(again.certificate)) < 200
+
+
+def test_existing_folders_are_kept(tmp_path: Path) -> None:
+    model, config = case("llama")
+    adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "precious").write_text("")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        adapter.save(tmp_path / "b")
+    adapter.save(tmp_path / "b", overwrite=True)
+    assert (tmp_path / "b" / "precious").exists()
+    with pytest.raises(ValueError, match="profile must be one of"):
+        adapter.save(tmp_path / "c", "tiny")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dtype must be"):
+        adapter.save(tmp_path / "c", dtype="int8")  # type: ignore[arg-type]

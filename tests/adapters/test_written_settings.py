@@ -10,9 +10,9 @@ import pytest
 from peft import LoraConfig
 
 import lorank
-from tests.adapters.test_adapters import PROFILES
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, loaded, norm, saved, trained
+from tests.support.peft_cases import PROFILES
 
 LINEAR = ["q_proj", "v_proj", "up_proj"]
 

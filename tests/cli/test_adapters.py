@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.numpy import save_file
 
 import lorank
-from tests.cli.test_cli import ok, run
 from tests.support import tiny_models
 from tests.support.adapter_files import saved, trained
+from tests.support.command_line import ok, run
 
 MODEL = tiny_models.llama()
 

@@ -13,20 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lorank
-
-EXECUTABLE = Path(sys.executable).with_name("lorank")
-
-
-def run(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(EXECUTABLE), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=folder
-    )
-
-
-def ok(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+from tests.support.command_line import EXECUTABLE, ok, run
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from lorank.report.gradients import GradientReport, ModuleGradients, effective_r
 from lorank.report.loading import load_report
 from lorank.report.tasks import ModuleTask, TaskReport
 from lorank.sources.base import Skipped
-from tests.cli.test_cli import EXECUTABLE
-from tests.cli.test_cli import ok as started_ok
+from tests.support.command_line import EXECUTABLE
+from tests.support.command_line import ok as started_ok
 
 Array = npt.NDArray[np.float64]
 

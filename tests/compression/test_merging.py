@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lorank
-from tests.cli.test_cli import ok, run
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, loaded, norm, saved, trained
+from tests.support.command_line import ok, run
 
 SETTINGS: list[dict[str, Any]] = [
     {"r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "up_proj"]},

@@ -19,7 +19,8 @@ from lorank.rank_groups import group_indices, rank_groups, rank_owner
 from lorank.sources.base import Kind
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, loaded, norm, saved, trained
-from tests.support.live_models import IDS, Attention, outputs
+from tests.support.live_models import IDS, Attention
+from tests.support.outputs import outputs
 
 RATIOS = [0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0]
 

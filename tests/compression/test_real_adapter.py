@@ -24,11 +24,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> lorank.LoraAdapter:
     return lorank.LoraAdapter.load(folder)
 
 
-def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-
 @pytest.mark.parametrize("profile", ["compact", "portable", "tensor-rank"])
 def test_the_compressed_model_is_the_base_plus_the_truncated_update(
     adapter: lorank.LoraAdapter, profile: Any, tmp_path: Path
@@ -45,7 +40,9 @@ def test_the_compressed_model_is_the_base_plus_the_truncated_update(
     head = compressed.base_model.model.classifier.modules_to_save.default
     by_hand.classifier.load_state_dict(head.state_dict())
     (batch,) = reviews.batches(4000, 32)
-    torch.testing.assert_close(logits(compressed, batch), logits(by_hand, batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        reviews.logits(compressed, batch), reviews.logits(by_hand, batch), rtol=1e-4, atol=1e-5
+    )
     before = dense(adapter)
     assert small.certificate is not None
     assert small.certificate.error == pytest.approx(distance(before, dense(small)), abs=1e-6 * norm(before))

@@ -13,13 +13,15 @@ from torch import nn
 
 import lorank
 from lorank.training import resize_lora
-from tests.profiling import test_profiling as profiles
-from tests.project.test_devices import DEVICES, loss_on, on, text_batches, updates_of
-from tests.sources.test_live import LAYERS, assert_spectrum
 from tests.support import tiny_models
 from tests.support.adapter_files import distance, norm
-from tests.training import test_dynamic_ranks as loops
-from tests.training import test_resizing as resizing
+from tests.support.bitsandbytes_layers import LAYERS
+from tests.support.devices import DEVICES, on
+from tests.support.dynamic_training import BUDGET, batch, llama, loss_on, moved, size_of, trained
+from tests.support.gradient_oracle import assert_true, true_gradients
+from tests.support.lora_layers import layers, ranks, truncated, updates_of
+from tests.support.profiled_models import text_batches_on
+from tests.support.spectrum_oracle import assert_spectrum
 
 bnb = pytest.importorskip("bitsandbytes.nn")
 
@@ -73,17 +75,17 @@ def test_spectra_are_those_of_what_the_bits_stand_for(device: str, kind: str) ->
 @every_case
 def test_gradients_are_those_of_what_the_bits_stand_for(device: str, kind: str) -> None:
     model = quantized(tiny_models.llama(), kind, device)
-    gradients = profiles.true_gradients(dequantized(model).double(), text_batches("cpu"))
-    report = lorank.profile_gradients(model, text_batches(device), sketch=None, progress=False)
+    gradients = true_gradients(dequantized(model).double(), text_batches_on("cpu"))
+    report = lorank.profile_gradients(model, text_batches_on(device), sketch=None, progress=False)
     assert len(report) == 14
-    profiles.assert_true(report, gradients, TOLERANCE[kind])
+    assert_true(report, gradients, TOLERANCE[kind])
 
 
 @every_case
 def test_tasks_of_few_bits(device: str, kind: str) -> None:
     model = quantized(tiny_models.llama(), kind, device)
-    plain = lorank.profile_tasks(dequantized(model), text_batches("cpu"), progress=False)
-    report = lorank.profile_tasks(model, text_batches("cpu"), progress=False)
+    plain = lorank.profile_tasks(dequantized(model), text_batches_on("cpu"), progress=False)
+    report = lorank.profile_tasks(model, text_batches_on("cpu"), progress=False)
     assert [row.module for row in report] == [row.module for row in plain]
     assert len(report) == 14
     assert report.num_samples == plain.num_samples > 0
@@ -94,13 +96,13 @@ def test_tasks_of_few_bits(device: str, kind: str) -> None:
 
 @every_case
 def test_ranks_move_over_few_bits(device: str, kind: str) -> None:
-    model = loops.llama(prepared=lambda base: quantized(base, kind, device))
-    assert all("bnb" in type(layer).__module__ for layer in loops.layers(model).values())
-    updates = loops.trained(model, loss_of=lambda model, step: loss_on(device, model, step))
+    model = llama(prepared=lambda base: quantized(base, kind, device))
+    assert all("bnb" in type(layer).__module__ for layer in layers(model).values())
+    updates = trained(model, loss_of=lambda model, step: loss_on(device, model, step))
     assert [update.step for update in updates] == [6, 12, 18]
-    assert loops.moved(updates)
-    assert loops.ranks(model) == updates[-1].ranks
-    assert loops.size_of(model) <= loops.BUDGET
+    assert moved(updates)
+    assert ranks(model) == updates[-1].ranks
+    assert size_of(model) <= BUDGET
     assert {parameter.device.type for parameter in model.parameters()} == {device}
 
 
@@ -113,21 +115,21 @@ def test_resizing_and_compressing_over_few_bits(device: str, kind: str) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    ids = on(device, loops.batch(0))
+    ids = on(device, batch(0))
     with torch.no_grad():
         before, old = model(**ids).logits, updates_of(model)
         resize_lora(model, dict.fromkeys(old, 6))
         torch.testing.assert_close(model(**ids).logits, before, rtol=0, atol=1e-5)
     changes = resize_lora(model, dict.fromkeys(old, 2))
     for name, update in updates_of(model).items():
-        np.testing.assert_allclose(update, resizing.truncated(old[name], 2), atol=1e-6)
+        np.testing.assert_allclose(update, truncated(old[name], 2), atol=1e-6)
         assert changes[name].error == pytest.approx(np.linalg.norm(update - old[name]), rel=1e-4)
     small = lorank.compress(
         lorank.LoraAdapter.from_model(model), rank_ratio=0.5, scope="module", progress=False
     )
     small.into_model(model)
     assert set(small.ranks.values()) == {1}
-    assert loops.ranks(model) == small.ranks
+    assert ranks(model) == small.ranks
     wanted = {name: module.B @ module.A for name, module in small.modules.items()}
     assert distance(updates_of(model), wanted) <= 1e-6 * norm(wanted)
     assert {parameter.device.type for parameter in model.parameters()} == {device}

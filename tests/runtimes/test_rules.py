@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 import lorank
 from lorank.runtimes import RUNTIMES, right_profile
-from tests.cli.test_cli import run
 from tests.support.adapter_files import configured
+from tests.support.command_line import run
 
 PREFIX = "base_model.model."
 LAYERS = [f"model.layers.{i}" for i in range(2)]

@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 
 import lorank
 from lorank.runtimes import RUNTIMES
-from tests.cli.test_cli import run
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, loaded, saved, trained
+from tests.support.command_line import run
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROFILES = ("compact", "portable", "tensor-rank")

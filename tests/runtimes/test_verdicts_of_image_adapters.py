@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import lorank
 from lorank.runtimes import RUNTIMES
-from tests.cli.test_cli import run
+from tests.support.command_line import run
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -18,16 +18,11 @@ from safetensors.torch import load_file
 import lorank
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, edited, loaded, saved
+from tests.support.outputs import outputs
 
-IDS = torch.arange(1, 9)[None]
 PREFIX = "base_model.model."
 
 Edit = Callable[[Path], object]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def random_adapter(model: Any, config: Any) -> Any:
@@ -57,7 +52,7 @@ LOADERS = {"peft": loaded, "transformers": through_transformers}
 def seen(model: Any, folder: Path, expected: torch.Tensor, runtime: str) -> str:
     """Load an adapter in a runtime and compare its logits; return the true status."""
     try:
-        got = logits(LOADERS[runtime](model, folder))
+        got = outputs(LOADERS[runtime](model, folder).eval())
     except (RuntimeError, ValueError):
         return "refuses"
     return "right" if torch.allclose(got, expected, rtol=1e-4, atol=1e-5) else "wrong"
@@ -162,7 +157,7 @@ def test_verdicts_agree_with_peft_and_transformers(name: str, tmp_path: Path) ->
     model = build()
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **config}
     live = random_adapter(model, LoraConfig(**settings))
-    expected = logits(live)
+    expected = outputs(live.eval())
     folder = saved(live, tmp_path)
     edit(folder)
     for verdict, runtime in zip(lorank.check(folder, list(LOADERS)), LOADERS, strict=True):
@@ -175,7 +170,7 @@ def test_verdicts_on_adalora_agree_with_peft(tmp_path: Path) -> None:
     live = random_adapter(model, config)
     folder = saved(live, tmp_path)
     for verdict, runtime in zip(lorank.check(folder, list(LOADERS)), LOADERS, strict=True):
-        assert verdict.status == seen(model, folder, logits(live), runtime) == "right"
+        assert verdict.status == seen(model, folder, outputs(live.eval()), runtime) == "right"
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq"])
@@ -249,12 +244,12 @@ def test_attention_of_torch_has_one_rank(pattern: dict[str, int], tmp_path: Path
     ranks = lorank.LoraAdapter.load(folder).ranks
     assert ranks == dict.fromkeys(("attention", "attention.base_layer.out_proj"), pattern.get("attention", 4))
     assert lorank.check(folder, ["peft"])[0].status == "right"
-    assert seen(Attending(), folder, logits(live), "peft") == "right"
+    assert seen(Attending(), folder, outputs(live.eval()), "peft") == "right"
     rank_of(folder, r"attention.base_layer.out_proj", 1)
     configured(folder, rank_pattern={**pattern, r"attention\.base_layer\.out_proj": 1})
     (verdict,) = lorank.check(folder, ["peft"])
     assert (verdict.status, "out_proj has rank 1" in verdict.reason) == ("refuses", True)
-    assert seen(Attending(), folder, logits(live), "peft") == "refuses"
+    assert seen(Attending(), folder, outputs(live.eval()), "peft") == "refuses"
 
 
 @pytest.mark.parametrize("shape", [(7, 262147), (262147, 3), (524288,), (1, 131072), ()])

@@ -22,6 +22,8 @@ from safetensors.numpy import load_file
 import lorank
 from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
 from lorank.sources import open_source
+from tests.support.bitsandbytes_layers import LAYERS
+from tests.support.spectrum_oracle import assert_spectrum
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
@@ -80,14 +82,6 @@ def expected_rows(model: Any) -> dict[str, tuple[str, str, Array]]:
             elif local == "weight" and isinstance(module, Conv1D):
                 rows[module_name] = ("linear", module_name, values.T)
     return rows
-
-
-def assert_spectrum(row: ModuleSpectrum, matrix: Array, rtol: float = 1e-9) -> None:
-    oracle = np.sort(np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)) ** 2
-    assert row.shape == matrix.shape, row.name
-    assert row.eigenvalues is not None, row.name
-    atol = rtol * 1e-3 * oracle[-1]
-    np.testing.assert_allclose(row.eigenvalues, oracle, rtol=rtol, atol=atol, err_msg=row.name)
 
 
 def assert_same_numbers(row: ModuleSpectrum, other: ModuleSpectrum) -> None:
@@ -238,14 +232,6 @@ def test_the_model_is_left_as_it_was(build: Build, training: bool) -> None:
         assert torch.equal(after[name].detach().view(torch.uint8), values), name
     assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags
     assert {module.training for module in model.modules()} == {training}
-
-
-LAYERS = {
-    "8bit": ("Linear8bitLt", {"has_fp16_weights": False}),
-    "fp4": ("Linear4bit", {"quant_type": "fp4"}),
-    "nf4": ("Linear4bit", {"quant_type": "nf4"}),
-    "nf4-plain-statistics": ("Linear4bit", {"quant_type": "nf4", "compress_statistics": False}),
-}
 
 
 @pytest.mark.parametrize("state", ["built", "quantized", "used"])

@@ -128,13 +128,6 @@ MODELS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any]]] = {
 }
 
 
-def outputs(model: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Return the outputs of a model: its tensor, or its logits."""
-    with torch.no_grad():
-        found = model(inputs)
-    return found if isinstance(found, torch.Tensor) else found.logits
-
-
 def randomised(adapted: Any) -> Any:
     """Change every trained parameter of an adapted model by random values."""
     generator = torch.Generator().manual_seed(2)

@@ -78,11 +78,14 @@ def trained_adapter(count: int = 2000, epochs: int = 3) -> Path:
 
 
 @torch.no_grad()
+def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
 def accuracy(model: Any, data: list[dict[str, torch.Tensor]]) -> float:
     """The share of reviews that a model labels right."""
     right = total = 0
     for batch in data:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        right += int((logits.argmax(-1) == batch["labels"]).sum())
+        right += int((logits(model, batch).argmax(-1) == batch["labels"]).sum())
         total += len(batch["labels"])
     return right / total

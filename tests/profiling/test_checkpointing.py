@@ -1,4 +1,4 @@
-"""Profiles of models that compute blocks twice, whatever they do with their inputs' gradients."""
+"""Profiles of models that compute blocks twice, with and without gradients of their inputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,68 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import lorank
 from tests.support import tiny_models
+from tests.support.gradient_oracle import assert_true, same_spectra, true_gradients
+from tests.support.profiled_models import adapted, called, hooks, label_batches, t5, text_batches, vectors
+
+
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.bert_classifier, t5, adapted])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_tokens_count_once(make: Callable[[], Any], reentrant: bool) -> None:
+    model = make().train()
+    batches = label_batches() if make is tiny_models.bert_classifier else text_batches()
+    torch.manual_seed(3)
+    plain = lorank.profile_gradients(model, batches, sketch=None)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(3)
+    again = lorank.profile_gradients(model, batches, sketch=None)
+    assert all(row.eigenvalues[0] > 0 for row in plain)
+    assert same_spectra(plain, again, 1e-5)
+    torch.manual_seed(3)
+    tasks = lorank.profile_tasks(model, batches, folds=2)
+    model.gradient_checkpointing_disable()
+    torch.manual_seed(3)
+    plain_tasks = lorank.profile_tasks(model, batches, folds=2)
+    for one, other in zip(tasks, plain_tasks, strict=True):
+        scale = other.singular_values[0]
+        np.testing.assert_allclose(one.singular_values, other.singular_values, rtol=0, atol=1e-4 * scale)
+
+
+class Checkpointed(nn.Module):
+    """Blocks of a model that does not say what its input embeddings are, and changes its inputs in place."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Linear(4, 4)
+        self.gradient_checkpointing = True
+        self.reentrant = reentrant
+
+    def get_input_embeddings(self) -> Any:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        run: Any = torch.utils.checkpoint.checkpoint(self.block, x.mul_(2), use_reentrant=self.reentrant)
+        return run.square().sum()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_without_known_embeddings(reentrant: bool, wrap: Any) -> None:
+    model = Checkpointed(reentrant)
+    report = lorank.profile_gradients(wrap(model), vectors(3, 2, 4), sketch=None, loss=called)
+    assert_true(report, true_gradients(Checkpointed(False), vectors(3, 2, 4), called))
+    assert not any(hooks(model))
+
+
+def test_checkpointing_of_a_model_within() -> None:
+    """Its inputs are integers: only its embeddings can ask."""
+    model = tiny_models.llama().train()
+    plain = lorank.profile_gradients(model, text_batches(2))
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert same_spectra(plain, lorank.profile_gradients(nn.DataParallel(model), text_batches(2)), 1e-5)
+
 
 KINDS = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
-
 _SPEECH: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
