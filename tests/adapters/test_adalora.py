@@ -61,14 +61,14 @@ def test_masked_modules_keep_the_scale_of_their_initial_rank(
         ("lora_A", (6, 0), "are no matrices"),
     ],
 )
-def test_factors_that_do_not_fit(factor: str, shape: tuple[int, ...], reason: str, tmp_path: Path) -> None:
+def test_unfitting_factors_raise(factor: str, shape: tuple[int, ...], reason: str, tmp_path: Path) -> None:
     key = f"base_model.model.{Q}.{factor}"
     folder = edited(masked(tmp_path / "a", {}), lambda t: t.update({key: np.ones(shape, np.float32)}))
     with pytest.raises(lorank.FormatError, match=rf"{Q}.*{reason}"):
         lorank.LoraAdapter.load(folder)
 
 
-def test_an_initial_rank_that_is_no_number(tmp_path: Path) -> None:
+def test_non_numeric_initial_rank_raises(tmp_path: Path) -> None:
     folder = masked(tmp_path / "a", {})
     configured(folder, init_r="6")
     with pytest.raises(lorank.FormatError, match="init_r is '6'"):

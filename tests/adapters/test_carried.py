@@ -39,7 +39,7 @@ def by_hand(peft_model: Any, small: lorank.LoraAdapter) -> Any:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
-def test_modules_without_rank_keep_what_else_they_have(variant: str, profile: Any, tmp_path: Path) -> None:
+def test_modules_without_rank_keep_magnitudes_and_biases(variant: str, profile: Any, tmp_path: Path) -> None:
     settings = {"r": 6, "lora_alpha": 9, "target_modules": LINEAR, "alpha_pattern": {"q_proj": 40}}
     config = LoraConfig(**settings, **{variant: True})
     peft_model = trained(tiny_models.llama(), config)
@@ -62,7 +62,7 @@ def test_modules_without_rank_keep_what_else_they_have(variant: str, profile: An
     )
 
 
-def test_image_adapters_keep_their_magnitudes_too(tmp_path: Path) -> None:
+def test_image_adapters_keep_their_magnitudes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tensors = {}
     for name, size in (("strong", 1.0), ("weak", 1e-3)):

@@ -20,9 +20,7 @@ from tests.support.peft_cases import PROFILES, compressed_adapter
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_certificate_is_read_again_and_survives_another_profile(
-    profile: Any, dtype: Any, tmp_path: Path
-) -> None:
+def test_certificate_survives_saving_in_another_profile(profile: Any, dtype: Any, tmp_path: Path) -> None:
     small = replace(compressed_adapter(tmp_path / "a"), notes=["the eldest note"])
     written = write_adapter(small, tmp_path / "b", profile, dtype, overwrite=False)
     again = lorank.LoraAdapter.load(tmp_path / "b")
@@ -59,7 +57,7 @@ def test_a_certificate_is_read_again_and_survives_another_profile(
         ('{"action": "x", "modules": []}', "has other ranks"),
     ],
 )
-def test_a_certificate_that_does_not_fit_is_ignored(text: str, reason: str, tmp_path: Path) -> None:
+def test_unfitting_certificate_is_ignored(text: str, reason: str, tmp_path: Path) -> None:
     compressed_adapter(tmp_path / "a").save(tmp_path / "b")
     (tmp_path / "b" / "lorank.json").write_text(text)
     adapter = lorank.LoraAdapter.load(tmp_path / "b")
@@ -67,14 +65,14 @@ def test_a_certificate_that_does_not_fit_is_ignored(text: str, reason: str, tmp_
     assert any("lorank.json was ignored" in note and reason in note for note in adapter.notes)
 
 
-def test_who_trains_on_loses_the_certificate(tmp_path: Path) -> None:
+def test_further_training_drops_the_certificate(tmp_path: Path) -> None:
     compressed_adapter(tmp_path / "a").save(tmp_path / "b")
     saved(loaded(tiny_models.llama(), tmp_path / "b"), tmp_path / "b")
     assert (tmp_path / "b" / "lorank.json").exists()
     assert lorank.LoraAdapter.load(tmp_path / "b").certificate is None
 
 
-def test_padding_is_no_rank(tmp_path: Path) -> None:
+def test_padding_does_not_count_as_rank(tmp_path: Path) -> None:
     small = compressed_adapter(tmp_path / "a")
     small.save(tmp_path / "b", "portable")
     again = lorank.LoraAdapter.load(tmp_path / "b")
@@ -95,7 +93,7 @@ def retold(folder: Path, ranks: str) -> lorank.LoraAdapter:
     return lorank.LoraAdapter.load(folder)
 
 
-def test_ranks_that_a_file_tells_wrongly(tmp_path: Path) -> None:
+def test_wrong_ranks_in_the_metadata_are_ignored_or_raise(tmp_path: Path) -> None:
     small = compressed_adapter(tmp_path / "a")
     small.save(tmp_path / "b", "portable")
     largest = max(small.ranks.values())

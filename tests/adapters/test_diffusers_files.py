@@ -307,7 +307,7 @@ def as_by_rank(path: Path) -> dict[str, float]:
     return {module: value for module, value in found.items() if abs(value) > 1e-3}
 
 
-def test_text_encoders_beside_flux_get_their_ranks_as_alphas(tmp_path: Path) -> None:
+def test_text_encoders_of_flux_get_their_ranks_as_alphas(tmp_path: Path) -> None:
     names = {"lora_te1_text_model_encoder_layers_0_mlp_fc1": 1, "lora_unet_final_layer_linear": 3}
     tensors = {}
     for name, rank in names.items():

@@ -64,7 +64,7 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_layout_before_019_is_read_and_rewritten(name: str, tmp_path: Path) -> None:
+def test_layout_before_019_is_read_and_rewritten(name: str, tmp_path: Path) -> None:
     targets, more = TARGETS[name]
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", *targets, **more)
@@ -81,7 +81,7 @@ def test_the_layout_before_019_is_read_and_rewritten(name: str, tmp_path: Path) 
     assert_read_and_rewritten(model, before, expected, tmp_path)
 
 
-def test_square_factors_of_the_earlier_layout_load_wrong(tmp_path: Path) -> None:
+def test_square_factors_of_the_earlier_layout_load_wrongly(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe(moe_intermediate_size=16)
     today = experts(model, tmp_path / "today", GATE_UP)
     expected = outputs(loaded(model, today))
@@ -92,7 +92,7 @@ def test_square_factors_of_the_earlier_layout_load_wrong(tmp_path: Path) -> None
     assert_read_and_rewritten(model, before, expected, tmp_path)
 
 
-def test_shapes_count_more_than_the_version(tmp_path: Path) -> None:
+def test_shapes_take_precedence_over_the_version(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", GATE_UP, DOWN)
     expected = outputs(loaded(model, today))
@@ -108,7 +108,7 @@ def test_shapes_count_more_than_the_version(tmp_path: Path) -> None:
         assert_read_and_rewritten(model, before, expected, tmp_path / str(version))
 
 
-def test_the_width_of_the_model_tells_the_layout_of_one_parameter(tmp_path: Path) -> None:
+def test_width_of_the_model_determines_the_layout_of_one_parameter(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", DOWN, target_modules=["q_proj"])
     expected = outputs(loaded(model, today))
@@ -117,7 +117,7 @@ def test_the_width_of_the_model_tells_the_layout_of_one_parameter(tmp_path: Path
     assert_read_and_rewritten(model, before, expected, tmp_path)
 
 
-def test_stacks_that_are_declared_transposed_are_the_same_in_every_release(tmp_path: Path) -> None:
+def test_stacks_declared_transposed_have_one_layout_in_all_releases(tmp_path: Path) -> None:
     model = tiny_models.gpt_oss()
     folder = configured(experts(model, tmp_path / "a", GATE_UP, DOWN), peft_version="0.18.1")
     expected = outputs(loaded(model, folder))
@@ -128,7 +128,7 @@ def test_stacks_that_are_declared_transposed_are_the_same_in_every_release(tmp_p
     assert lorank.check(one, ["peft"])[0].status == "right"
 
 
-def test_what_is_written_names_the_release_of_its_layout(tmp_path: Path) -> None:
+def test_written_files_name_the_release_of_their_layout(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe(moe_intermediate_size=16)
     before = laid_out_as_before_019(experts(model, tmp_path / "a", GATE_UP), 4, "0.17.0")
     adapter = lorank.LoraAdapter.load(before)
@@ -184,7 +184,7 @@ def test_bare_names_of_parameters_are_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BARE)
-def test_compressing_bare_names_computes_what_the_certificate_says(name: str, tmp_path: Path) -> None:
+def test_compressed_bare_names_load_with_the_certified_error(name: str, tmp_path: Path) -> None:
     build, config = BARE[name]
     model = build()
     live = trained(model, LoraConfig(**{"r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM", **config}))
@@ -248,7 +248,7 @@ SEPARATE: dict[str, tuple[Callable[[int, str], int], dict[str, Any], bool]] = {
 
 
 @pytest.mark.parametrize("name", SEPARATE)
-def test_experts_one_by_one_load_where_they_fit_into_a_stack(name: str, tmp_path: Path) -> None:
+def test_separate_experts_load_if_they_fit_into_a_stack(name: str, tmp_path: Path) -> None:
     rank, config, fits = SEPARATE[name]
     folder, expected = separate(tmp_path / "a", rank, **config)
     for verdict in lorank.check(folder, ["peft", "transformers"]):
@@ -268,7 +268,7 @@ def test_experts_one_by_one_load_where_they_fit_into_a_stack(name: str, tmp_path
 
 
 @pytest.mark.parametrize("profile", ["compact", "portable", "tensor-rank"])
-def test_compressed_experts_one_by_one_load_with_the_certified_error(profile: Any, tmp_path: Path) -> None:
+def test_compressed_separate_experts_load_with_the_certified_error(profile: Any, tmp_path: Path) -> None:
     folder, _ = separate(tmp_path / "a", lambda *_: 4)
 
     def weaken(tensors: dict[str, Any]) -> None:
@@ -293,7 +293,7 @@ def test_compressed_experts_one_by_one_load_with_the_certified_error(profile: An
         assert verdict.status == "right", verdict
 
 
-def test_experts_of_a_family_that_peft_does_not_stack_are_left_out(tmp_path: Path) -> None:
+def test_experts_of_families_not_stacked_by_peft_are_excluded(tmp_path: Path) -> None:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     folder, _ = separate(tmp_path / "a", lambda *_: 4)
@@ -307,7 +307,7 @@ def test_experts_of_a_family_that_peft_does_not_stack_are_left_out(tmp_path: Pat
     assert (verdict.status, verdict.factors == (0, 0)) == (("wrong", True) if same else ("right", False))
 
 
-def test_gate_without_up_is_refused(tmp_path: Path) -> None:
+def test_gate_without_up_raises(tmp_path: Path) -> None:
     folder, _ = separate(tmp_path / "a", lambda *_: 4, target_modules=["gate_proj", "down_proj"])
     edited(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "up_proj" in key])
     (verdict,) = lorank.check(folder, ["peft"])
@@ -316,7 +316,7 @@ def test_gate_without_up_is_refused(tmp_path: Path) -> None:
         loaded(tiny_models.qwen3_moe(), folder)
 
 
-def test_factors_deeper_than_their_parameters_are_refused(tmp_path: Path) -> None:
+def test_factors_deeper_than_their_parameters_raise(tmp_path: Path) -> None:
     folder = experts(tiny_models.mixtral(), tmp_path / "a", GATE_UP, DOWN)
     configured(folder, target_parameters=[GATE_UP])
     with pytest.raises(lorank.FormatError, match="target_parameters names 1 of its 2 adapted parameters"):
@@ -341,7 +341,9 @@ def test_factors_deeper_than_their_parameters_are_refused(tmp_path: Path) -> Non
         ({"peft_version": {"a": 1}}, None),
     ],
 )
-def test_hostile_settings_of_experts(config: dict[str, Any], message: str | None, tmp_path: Path) -> None:
+def test_hostile_settings_of_experts_raise(
+    config: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
     folder = experts(tiny_models.mixtral(), tmp_path / "a", "gate_up_proj", "down_proj")
     configured(folder, **config)
     if message is None:

@@ -44,7 +44,7 @@ def rename(folder: Path, change: Callable[[str], str]) -> Path:
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrappers_are_left_out_and_reported(name: str, tmp_path: Path) -> None:
+def test_wrapper_names_are_removed_and_reported(name: str, tmp_path: Path) -> None:
     model = tiny_models.llama()
     live = trained(model, LoraConfig(**CONFIG, modules_to_save=["lm_head"]))
     clean = saved(live, tmp_path / "clean")
@@ -61,7 +61,7 @@ def test_wrappers_are_left_out_and_reported(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(loaded(model, tmp_path / "fixed")), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_runtime_that_looks_at_the_end_of_keys_finds_wrapped_models(tmp_path: Path) -> None:
+def test_runtimes_that_match_ends_of_keys_find_wrapped_models(tmp_path: Path) -> None:
     live = trained(tiny_models.llama(), LoraConfig(**CONFIG))
     front = rename(saved(live, tmp_path / "a"), WRAPPED["_orig_mod in front"])
     assert lorank.check(front, ["exllamav3"])[0].status == "right"
@@ -80,7 +80,7 @@ def test_every_reason_names_the_wrapper(tmp_path: Path) -> None:
             assert "keys hold _checkpoint_wrapped_module" in verdict.reason
 
 
-def test_a_module_of_that_name_stays(tmp_path: Path) -> None:
+def test_module_with_the_name_of_a_wrapper_is_kept(tmp_path: Path) -> None:
     live = trained(tiny_models.llama(), LoraConfig(**CONFIG))
     one = rename(saved(live, tmp_path / "one"), lambda key: key.replace("layers.0.", "layers.0.module."))
     assert "model.layers.0.module.self_attn.q_proj" in lorank.LoraAdapter.load(one).modules
@@ -96,7 +96,7 @@ def test_a_module_of_that_name_stays(tmp_path: Path) -> None:
     assert lorank.check(own, ["peft"])[0].status == "right"
 
 
-def test_keys_that_are_the_same_without_wrappers_are_refused(tmp_path: Path) -> None:
+def test_keys_equal_without_wrappers_raise(tmp_path: Path) -> None:
     folder = saved(trained(tiny_models.llama(), LoraConfig(**CONFIG)), tmp_path)
 
     def double(tensors: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def test_keys_and_scales_survive(style: str, alpha: float | None, tmp_path: Path
             assert "ss_network_dim" not in file.metadata()
 
 
-def test_padding_is_taken_off_and_forgotten(tmp_path: Path) -> None:
+def test_padding_is_removed_with_its_metadata(tmp_path: Path) -> None:
     write_image_adapter(tmp_path / "a.safetensors", "kohya")
     small = lorank.compress(tmp_path / "a.safetensors", rank_ratio=0.5, progress=False)
     assert len(set(small.ranks.values())) > 1
@@ -52,7 +52,7 @@ def test_padding_is_taken_off_and_forgotten(tmp_path: Path) -> None:
     assert merged.ranks == small.ranks
 
 
-def test_convolutions_with_and_without_mid_kernels(tmp_path: Path) -> None:
+def test_convolutions_with_and_without_mid_kernels_are_read(tmp_path: Path) -> None:
     out, rank, fan_in = 10, 4, 6
     up = RNG.standard_normal((out, rank, 1, 1)).astype(np.float32)
     down = RNG.standard_normal((rank, fan_in, 3, 3)).astype(np.float32)
@@ -92,7 +92,7 @@ def test_convolutions_with_and_without_mid_kernels(tmp_path: Path) -> None:
     )
 
 
-def test_merging_image_adapters(tmp_path: Path) -> None:
+def test_image_adapters_are_merged(tmp_path: Path) -> None:
     first = write_image_adapter(tmp_path / "a.safetensors", "kohya", 3.0)
     second = write_image_adapter(tmp_path / "b.safetensors", "kohya", None)
     loaded = [lorank.LoraAdapter.load(tmp_path / f"{name}.safetensors") for name in "ab"]
@@ -113,7 +113,7 @@ def test_merging_image_adapters(tmp_path: Path) -> None:
         ("lora_unet_a.a1.weight", "GLoRA"),
     ],
 )
-def test_other_methods_are_refused_by_name(key: str, method: str, tmp_path: Path) -> None:
+def test_other_methods_raise_with_their_name(key: str, method: str, tmp_path: Path) -> None:
     save_file({key: np.ones((2, 2), np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(lorank.FormatError, match=rf"'{key}' belongs to {method}"):
         lorank.LoraAdapter.load(tmp_path / "a.safetensors")
@@ -128,7 +128,7 @@ def test_other_methods_are_refused_by_name(key: str, method: str, tmp_path: Path
         ({"m.lora_mid.weight": np.ones((2, 2), np.float32)}, "do not fit each other"),
     ],
 )
-def test_damaged_files(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_damaged_files_raise(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
     tensors = {
         "m.lora_up.weight": np.ones((6, 3), np.float32),
         "m.lora_down.weight": np.ones((3, 4), np.float32),
@@ -139,7 +139,7 @@ def test_damaged_files(change: dict[str, Any], reason: str, tmp_path: Path) -> N
         lorank.LoraAdapter.load(tmp_path / "a.safetensors")
 
 
-def test_files_without_factors(tmp_path: Path) -> None:
+def test_files_without_factors_raise(tmp_path: Path) -> None:
     save_file({"a.weight": np.ones((2, 2), np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(lorank.FormatError, match="holds the weights of a model, not an adapter"):
         lorank.LoraAdapter.load(tmp_path / "a.safetensors")

@@ -22,7 +22,7 @@ IDS = torch.arange(8)[None]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_a_live_adapter_is_compressed_and_put_back(name: str) -> None:
+def test_live_adapter_is_compressed_and_inserted(name: str) -> None:
     base = getattr(tiny_models, name)()
     config = lorank.allocate(base, "uniform", r_max=6).to_lora_config(base, lora_alpha=9)
     model = trained(base, config)
@@ -47,7 +47,7 @@ def test_a_live_adapter_is_compressed_and_put_back(name: str) -> None:
     torch.testing.assert_close(outputs(merged, IDS), outputs(expected, IDS), rtol=1e-4, atol=1e-5)
 
 
-def test_one_of_several_adapters() -> None:
+def test_one_of_several_adapters_is_read_and_replaced() -> None:
     model = trained(tiny_models.llama(), LoraConfig(r=4, target_modules=["q_proj"]))
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
     other = lorank.LoraAdapter.from_model(model, "other")
@@ -64,7 +64,7 @@ def test_one_of_several_adapters() -> None:
         lorank.LoraAdapter.from_model(tiny_models.llama())
 
 
-def test_training_goes_on_after_putting_back() -> None:
+def test_training_works_after_insertion() -> None:
     model = trained(tiny_models.llama(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     model.train()
     lorank.compress(lorank.LoraAdapter.from_model(model), avg_rank=2, progress=False).into_model(model)
@@ -78,7 +78,7 @@ def test_training_goes_on_after_putting_back() -> None:
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**32))
-def test_the_svd_of_a_product(out: int, fan_in: int, rank: int, seed: int) -> None:
+def test_svd_of_a_product_equals_the_dense_svd(out: int, fan_in: int, rank: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     B, A = rng.standard_normal((out, rank)), rng.standard_normal((rank, fan_in))
     U, s, Vt = lorank.product_svd(B, A)
@@ -92,7 +92,7 @@ def test_the_svd_of_a_product(out: int, fan_in: int, rank: int, seed: int) -> No
     np.testing.assert_allclose(U.T @ U, np.eye(k), atol=1e-8)
 
 
-def test_products_that_hurt() -> None:
+def test_product_svd_of_extreme_and_deficient_factors() -> None:
     rng = np.random.default_rng(0)
     B, A = rng.standard_normal((9, 3)), rng.standard_normal((3, 7))
     for size in (1e-30, 1e30):
@@ -113,7 +113,7 @@ def test_products_that_hurt() -> None:
         lorank.product_svd(B, rng.standard_normal((4, 7)))
 
 
-def test_sets_in_the_settings_are_saved(tmp_path: Path) -> None:
+def test_sets_in_settings_are_saved(tmp_path: Path) -> None:
     config = LoraConfig(
         r=4, target_modules=["q_proj", "v_proj"], exclude_modules=["layers.1.self_attn.q_proj"]
     )
@@ -129,7 +129,7 @@ def test_sets_in_the_settings_are_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_layers_that_were_scaled_by_hand_keep_their_scale(name: str, tmp_path: Path) -> None:
+def test_layers_scaled_by_hand_keep_their_scale(name: str, tmp_path: Path) -> None:
     base = getattr(tiny_models, name)()
     config = lorank.allocate(base, "uniform", r_max=6).to_lora_config(base, lora_alpha=9)
     model = trained(base, config)
@@ -156,7 +156,7 @@ def test_adalora_layers_keep_their_scale() -> None:
 
 
 @pytest.mark.parametrize("inference", [True, False])
-def test_what_was_frozen_stays_frozen(inference: bool, tmp_path: Path) -> None:
+def test_insertion_keeps_requires_grad(inference: bool, tmp_path: Path) -> None:
     saved(trained(tiny_models.llama(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"])), tmp_path / "a")
     model = PeftModel.from_pretrained(tiny_models.llama(), tmp_path / "a", is_trainable=not inference)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
@@ -167,7 +167,7 @@ def test_what_was_frozen_stays_frozen(inference: bool, tmp_path: Path) -> None:
     assert model.peft_config["default"].inference_mode == inference
 
 
-def test_a_model_without_peft_is_refused_by_name() -> None:
+def test_model_without_peft_raises_with_its_class() -> None:
     adapter = lorank.LoraAdapter.from_model(
         trained(tiny_models.llama(), LoraConfig(target_modules=["q_proj"]))
     )

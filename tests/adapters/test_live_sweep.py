@@ -50,7 +50,7 @@ def built(model: str, option: str) -> tuple[Any, Any, torch.Tensor]:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("model", MODELS)
-def test_an_adapter_is_read_and_put_back(model: str, option: str, tmp_path: Path) -> None:
+def test_adapter_is_read_and_inserted(model: str, option: str, tmp_path: Path) -> None:
     base, adapted, inputs = built(model, option)
     before = outputs(adapted, inputs)
     assert (before - outputs(base, inputs)).abs().max() > 1e-3
@@ -82,7 +82,7 @@ def test_an_adapter_is_read_and_put_back(model: str, option: str, tmp_path: Path
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "groups"])
-def test_an_adapter_is_added_under_another_name(model: str, option: str) -> None:
+def test_adapter_is_added_under_another_name(model: str, option: str) -> None:
     base, adapted, inputs = built(model, option)
     before = outputs(adapted, inputs)
     cut = lorank.compress(
@@ -107,7 +107,7 @@ def test_an_adapter_is_added_under_another_name(model: str, option: str) -> None
 
 @pytest.mark.parametrize("ratio", [0.2, 0.35])
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "groups"])
-def test_modules_that_lose_all_rank(model: str, ratio: float, tmp_path: Path) -> None:
+def test_modules_without_rank_have_no_update(model: str, ratio: float, tmp_path: Path) -> None:
     base, adapted, inputs = built(model, "plain")
     before = outputs(adapted, inputs)
     adapter = lorank.LoraAdapter.from_model(adapted)

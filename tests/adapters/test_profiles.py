@@ -22,7 +22,7 @@ from tests.support.peft_cases import CASES, IMAGE, PROFILES, case
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_is_lost_where_nothing_is_dropped(name: str, profile: Any, tmp_path: Path) -> None:
+def test_full_rank_compression_keeps_outputs(name: str, profile: Any, tmp_path: Path) -> None:
     model, config = case(name)
     peft_model = trained(model, config)
     folder = saved(peft_model, tmp_path / "before")
@@ -44,9 +44,7 @@ def test_nothing_is_lost_where_nothing_is_dropped(name: str, profile: Any, tmp_p
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("dora", "lora_bias")])
-def test_the_compressed_model_computes_what_the_certificate_says(
-    name: str, profile: Any, tmp_path: Path
-) -> None:
+def test_compressed_model_differs_by_the_certified_error(name: str, profile: Any, tmp_path: Path) -> None:
     model, config = case(name)
     folder = saved(trained(model, config), tmp_path / "before")
     adapter = lorank.LoraAdapter.load(folder)
@@ -84,7 +82,7 @@ def test_the_compressed_model_computes_what_the_certificate_says(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_what_rounding_adds_is_told_apart(dtype: Any, tmp_path: Path) -> None:
+def test_rounding_error_is_stated_separately(dtype: Any, tmp_path: Path) -> None:
     for name in ("llama", "mixtral"):
         model, config = case(name)
         adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / name))
@@ -106,7 +104,7 @@ def test_what_rounding_adds_is_told_apart(dtype: Any, tmp_path: Path) -> None:
                 assert added > 0
 
 
-def test_narrow_adapters_stay_narrow(tmp_path: Path) -> None:
+def test_bfloat16_adapters_stay_bfloat16(tmp_path: Path) -> None:
     model, config = case("llama")
     folder = saved(trained(model, config).to(torch.bfloat16), tmp_path / "a")
     adapter = lorank.LoraAdapter.load(folder)
@@ -115,7 +113,7 @@ def test_narrow_adapters_stay_narrow(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "conv"])
-def test_an_elastic_parent_is_cut_without_a_decomposition(
+def test_elastic_parent_is_cut_without_a_decomposition(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, config = case(name)
@@ -139,7 +137,7 @@ def test_an_elastic_parent_is_cut_without_a_decomposition(
             assert cut.certificate.error == pytest.approx(child.certificate.error, rel=1e-5)
 
 
-def test_portable_pads_to_one_rank_and_other_profiles_do_not(tmp_path: Path) -> None:
+def test_only_the_portable_profile_pads_to_one_rank(tmp_path: Path) -> None:
     model, config = case("patterns")
     adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "a"))
     small = lorank.compress(adapter, avg_rank=1, progress=False)
@@ -187,7 +185,7 @@ def test_adalora_becomes_plain_lora(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_tiny_and_huge_factors(size: float, tmp_path: Path) -> None:
+def test_tiny_and_huge_factors_are_balanced(size: float, tmp_path: Path) -> None:
     model, config = case("llama")
     plain = saved(trained(model, config), tmp_path / "a")
     before = dense(lorank.LoraAdapter.load(plain))
@@ -204,7 +202,7 @@ def test_tiny_and_huge_factors(size: float, tmp_path: Path) -> None:
         assert np.abs(module.A).max() < 100 * np.abs(module.B).max() < 1e4 * np.abs(module.A).max()
 
 
-def test_untrained_adapters_hold_nothing(tmp_path: Path) -> None:
+def test_untrained_adapters_lose_all_rank(tmp_path: Path) -> None:
     model, config = case("llama")
     folder = saved(get_peft_model(copy.deepcopy(model), config), tmp_path / "a")
     small = lorank.compress(lorank.LoraAdapter.load(folder), rank_ratio=0.5, progress=False)
@@ -217,7 +215,7 @@ def test_untrained_adapters_hold_nothing(tmp_path: Path) -> None:
     assert any("ranks were zero before" in note for note in small.notes)
 
 
-def test_singular_values_of_a_module(tmp_path: Path) -> None:
+def test_singular_values_equal_those_of_the_update(tmp_path: Path) -> None:
     model, config = case("patterns")
     adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "a"))
     for name, update in dense(adapter).items():

@@ -18,7 +18,7 @@ from tests.support.adapter_files import configured, dense, distance, edited, sav
 from tests.support.peft_cases import KEY, case
 
 
-def test_pickled_adapters(tmp_path: Path) -> None:
+def test_pickled_adapters_are_read(tmp_path: Path) -> None:
     model, config = case("llama")
     folder = saved(trained(model, config), tmp_path / "a")
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -35,14 +35,14 @@ def test_pickled_adapters(tmp_path: Path) -> None:
         (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
     ],
 )
-def test_other_methods_are_refused_by_name(config: Any, method: str, tmp_path: Path) -> None:
+def test_other_methods_raise_with_their_name(config: Any, method: str, tmp_path: Path) -> None:
     folder = saved(get_peft_model(tiny_models.llama(), config), tmp_path / "a")
     with pytest.raises(lorank.FormatError, match=f"is a {method} adapter"):
         lorank.LoraAdapter.load(folder)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
-def test_initialisations_that_change_the_base_are_refused_by_name(init: str, tmp_path: Path) -> None:
+def test_initialisations_that_change_the_base_raise_with_their_name(init: str, tmp_path: Path) -> None:
     model, config = case("llama")
     folder = saved(trained(model, config), tmp_path / "a")
     configured(folder, init_lora_weights=init)
@@ -60,14 +60,14 @@ def test_initialisations_that_change_the_base_are_refused_by_name(init: str, tmp
         (lambda t: t.clear(), "holds no LoRA factors"),
     ],
 )
-def test_damaged_factors(edit: Callable[[dict[str, Any]], None], reason: str, tmp_path: Path) -> None:
+def test_damaged_factors_raise(edit: Callable[[dict[str, Any]], None], reason: str, tmp_path: Path) -> None:
     model, config = case("llama")
     folder = edited(saved(trained(model, config), tmp_path / "a"), edit)
     with pytest.raises(lorank.FormatError, match=reason):
         lorank.LoraAdapter.load(folder)
 
 
-def test_ranks_that_contradict_the_settings(tmp_path: Path) -> None:
+def test_ranks_that_contradict_the_settings_raise(tmp_path: Path) -> None:
     model, config = case("llama")
     folder = saved(trained(model, config), tmp_path / "a")
     configured(folder, r=7)
@@ -75,7 +75,7 @@ def test_ranks_that_contradict_the_settings(tmp_path: Path) -> None:
         lorank.LoraAdapter.load(folder)
 
 
-def test_nan_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+def test_nan_raises_with_its_module(tmp_path: Path) -> None:
     model, config = case("llama")
     folder = edited(
         saved(trained(model, config), tmp_path / "a"), lambda t: t[KEY].__setitem__((0, 0), np.nan)
@@ -103,7 +103,7 @@ def test_nan_is_named_and_nothing_is_written(tmp_path: Path) -> None:
         ("rank_pattern", ["q_proj"]),
     ],
 )
-def test_settings_that_are_no_numbers_are_named(key: str, value: Any, tmp_path: Path) -> None:
+def test_non_numeric_settings_raise_with_their_name(key: str, value: Any, tmp_path: Path) -> None:
     model, config = case("llama")
     folder = saved(trained(model, config), tmp_path / "a")
     configured(folder, **{key: value})
@@ -135,7 +135,7 @@ def test_missing_magnitudes_are_noted(tmp_path: Path) -> None:
     assert (verdict.status, "magnitudes of 1 modules anew" in verdict.reason) == ("wrong", True)
 
 
-def test_only_files_are_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_without_adapter_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "something.safetensors").mkdir()
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path, "."):
@@ -145,7 +145,7 @@ def test_only_files_are_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         lorank.LoraAdapter.load("")
 
 
-def test_paths_and_slips_of_the_pen(tmp_path: Path) -> None:
+def test_paths_are_accepted_and_wrong_arguments_raise(tmp_path: Path) -> None:
     model, config = case("llama")
     folder = saved(trained(model, config), tmp_path / "a")
     adapter = lorank.LoraAdapter.load(folder)

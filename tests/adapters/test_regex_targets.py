@@ -84,7 +84,7 @@ def assert_same(folder: Path, model: Any, left_out: str = "") -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("how", HOW, ids=str)
-def test_a_compressed_adapter_adapts_the_modules_of_the_whole_one(
+def test_compressed_adapter_adapts_the_modules_of_the_original(
     how: dict[str, Any], profile: Any, tmp_path: Path
 ) -> None:
     model = trained(how)
@@ -105,9 +105,7 @@ def test_a_compressed_adapter_adapts_the_modules_of_the_whole_one(
 
 @pytest.mark.parametrize("silent", ["blocks.1.", "inner."])
 @pytest.mark.parametrize("how", HOW, ids=str)
-def test_modules_that_lose_all_rank_are_not_adapted_again(
-    how: dict[str, Any], silent: str, tmp_path: Path
-) -> None:
+def test_modules_without_rank_are_not_adapted_again(how: dict[str, Any], silent: str, tmp_path: Path) -> None:
     model = trained(how, silent)
     if all(silent in name for name in adapted(model)):
         pytest.skip("nothing would be left")
@@ -116,7 +114,7 @@ def test_modules_that_lose_all_rank_are_not_adapted_again(
     assert_same(tmp_path / "out", model, silent)
 
 
-def test_a_sum_adapts_the_modules_of_both(tmp_path: Path) -> None:
+def test_merged_adapter_adapts_the_modules_of_both(tmp_path: Path) -> None:
     for name, targets in (("a", "blocks.1.proj_out"), ("b", "blocks.2.proj_in")):
         trained({"target_modules": targets}).save_pretrained(tmp_path / name)
     merged = lorank.merge([tmp_path / "a", tmp_path / "b"], energy=1.0, force=True, progress=False)
@@ -125,7 +123,7 @@ def test_a_sum_adapts_the_modules_of_both(tmp_path: Path) -> None:
     assert set(found) == {"blocks.1.proj_out", "blocks.2.proj_in"}
 
 
-def test_a_written_list_of_targets_stays_a_list(tmp_path: Path) -> None:
+def test_list_of_targets_stays_a_list(tmp_path: Path) -> None:
     """Engines that require a list can load the adapter, whatever form its targets had."""
     trained(HOW[0]).save_pretrained(tmp_path / "in")
     lorank.compress(tmp_path / "in", avg_rank=2, progress=False).save(tmp_path / "out", "portable")
@@ -135,7 +133,7 @@ def test_a_written_list_of_targets_stays_a_list(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", ["proj_out", r".*\.0\.proj_out|proj_out", r"inner\..*", ["0.proj_in"]])
 @pytest.mark.parametrize("knows", ["the model", "all names", "names of targets"])
-def test_an_allocation_adapts_the_modules_that_it_lists(targets: Any, knows: str) -> None:
+def test_allocation_adapts_the_modules_that_it_lists(targets: Any, knows: str) -> None:
     model = net()
     if knows == "names of targets":
         source: Any = lorank.analyze(model, include=targets, progress=False)
@@ -151,7 +149,7 @@ def test_an_allocation_adapts_the_modules_that_it_lists(targets: Any, knows: str
     assert found == expected
 
 
-def test_names_outside_of_blocks_fit_a_model_with_a_prefix() -> None:
+def test_names_outside_blocks_fit_a_model_with_a_prefix() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()

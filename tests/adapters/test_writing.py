@@ -29,7 +29,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("at", ["adapter_config.json", "lorank.json", "README.md"])
-def test_a_full_disk_leaves_all_as_it_was(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_changes_no_file(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = compressed_adapter(tmp_path / "a")
     small.save(tmp_path / "old")
     other = lorank.compress(small, rank_ratio=0.5, progress=False)
@@ -52,7 +52,7 @@ def test_a_full_disk_leaves_all_as_it_was(at: str, tmp_path: Path, monkeypatch: 
     assert lorank.LoraAdapter.load(tmp_path / "old").certificate == small.certificate
 
 
-def test_weights_that_do_not_fit_leave_all_as_it_was(tmp_path: Path) -> None:
+def test_overflowing_weights_change_no_file(tmp_path: Path) -> None:
     small = compressed_adapter(tmp_path / "a")
     small.save(tmp_path / "old")
     before = everything(tmp_path)
@@ -65,7 +65,7 @@ def test_weights_that_do_not_fit_leave_all_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_new_folders_and_files_are_as_open_as_others(mask: int, tmp_path: Path) -> None:
+def test_new_folders_and_files_follow_the_umask(mask: int, tmp_path: Path) -> None:
     small = compressed_adapter(tmp_path / "a")
     before = os.umask(mask)
     try:
@@ -83,7 +83,7 @@ def test_new_folders_and_files_are_as_open_as_others(mask: int, tmp_path: Path) 
     assert (tmp_path / "c").stat().st_ino == inode, "an existing folder, even an empty one, stays the same"
 
 
-def test_stale_files_go_last_and_others_stay(tmp_path: Path) -> None:
+def test_stale_files_are_removed_last_and_others_stay(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
     for name in ("kept", "stale", "both"):
@@ -99,7 +99,7 @@ def narrow(folder: Path, dtype: Any) -> lorank.LoraAdapter:
     return lorank.LoraAdapter.load(saved(trained(tiny_models.llama(), config).to(dtype), folder))
 
 
-def test_rounding_is_told_where_no_certificate_can(tmp_path: Path) -> None:
+def test_rounding_without_a_certificate_is_noted(tmp_path: Path) -> None:
     adapter = narrow(tmp_path / "a", torch.bfloat16)
     for profile in PROFILES:
         written = write_adapter(adapter, tmp_path / profile, profile, None, overwrite=False)
@@ -115,12 +115,12 @@ def test_rounding_is_told_where_no_certificate_can(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", None])
-def test_what_is_not_rounded_is_not_told(dtype: Any, tmp_path: Path) -> None:
+def test_exact_conversion_has_no_note(dtype: Any, tmp_path: Path) -> None:
     adapter = narrow(tmp_path / "a", torch.float32)
     assert not write_adapter(adapter, tmp_path / "b", "compact", dtype, overwrite=False).notes
 
 
-def test_padded_ranks_are_counted_where_they_are_stored(tmp_path: Path) -> None:
+def test_stored_padding_is_counted(tmp_path: Path) -> None:
     small = compressed_adapter(tmp_path / "a")
     written = write_adapter(small, tmp_path / "b", "portable", None, overwrite=False)
     stored = sum(x.size for x in load_file(tmp_path / "b" / "adapter_model.safetensors").values())
@@ -139,7 +139,7 @@ def test_padded_ranks_are_counted_where_they_are_stored(tmp_path: Path) -> None:
     assert "--max-rank bounds" in run("compress", *to, tmp_path / "g", "--rank-ratio", 0.95).stderr
 
 
-def test_no_more_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_uses_the_given_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = compressed_adapter(tmp_path / "source")
     asked: list[int] = []
     write = _core.write_safetensors
@@ -159,7 +159,7 @@ def test_no_more_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "none").exists()
 
 
-def test_a_peft_adapter_is_no_file(tmp_path: Path) -> None:
+def test_saving_a_peft_adapter_as_a_file_raises(tmp_path: Path) -> None:
     small = compressed_adapter(tmp_path / "source")
     target = tmp_path / "small.safetensors"
     with pytest.raises(ValueError, match=r"small\.safetensors: a PEFT adapter is a folder"):
@@ -182,7 +182,7 @@ def test_failed_writes_leave_no_empty_folders(tmp_path: Path) -> None:
     assert not any((tmp_path / "mine").iterdir())
 
 
-def test_nothing_of_an_earlier_adapter_contradicts(tmp_path: Path) -> None:
+def test_overwriting_removes_files_of_the_earlier_adapter(tmp_path: Path) -> None:
     model, config = case("llama")
     adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "a"))
     small = lorank.compress(adapter, avg_rank=2, progress=False)
@@ -203,7 +203,7 @@ def test_nothing_of_an_earlier_adapter_contradicts(tmp_path: Path) -> None:
     assert (folder / "README.md").read_text() == "Mine"
 
 
-def test_types_of_torch_and_short_names(tmp_path: Path) -> None:
+def test_torch_dtypes_are_accepted_and_repr_is_short(tmp_path: Path) -> None:
     small = compressed_adapter(tmp_path / "a")
     small.save(tmp_path / "b", dtype=torch.bfloat16)
     again = lorank.LoraAdapter.load(tmp_path / "b")
@@ -218,7 +218,7 @@ def test_types_of_torch_and_short_names(tmp_path: Path) -> None:
     assert len(repr(again.certificate)) < 200
 
 
-def test_existing_folders_are_kept(tmp_path: Path) -> None:
+def test_existing_folders_are_not_overwritten(tmp_path: Path) -> None:
     model, config = case("llama")
     adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "a"))
     (tmp_path / "b").mkdir()

@@ -23,7 +23,7 @@ def live_layers(peft_model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("layers", [[1], 0])
-def test_a_choice_of_layers_stays_one(layers: Any, profile: Any, tmp_path: Path) -> None:
+def test_choice_of_layers_is_kept(layers: Any, profile: Any, tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=LINEAR, layers_to_transform=layers, layers_pattern="layers")
     adapter = lorank.LoraAdapter.load(saved(trained(tiny_models.llama(), config), tmp_path / "a"))
     adapter.save(tmp_path / "b", profile)
@@ -32,7 +32,7 @@ def test_a_choice_of_layers_stays_one(layers: Any, profile: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_peft_applies_and_saves_what_was_written(profile: Any, tmp_path: Path) -> None:
+def test_peft_applies_and_saves_written_settings(profile: Any, tmp_path: Path) -> None:
     settings = {"r": 6, "lora_alpha": 9, "target_modules": LINEAR, "alpha_pattern": {"q_proj": 40}}
     folder = saved(trained(tiny_models.llama(), LoraConfig(**settings)), tmp_path / "a")
     small = lorank.compress(folder, avg_rank=2, progress=False)
