@@ -80,7 +80,7 @@ def sorted_out(name: str, folder: Path) -> str:
     )
 
 
-def test_an_allocation_from_a_folder_adapts_its_modules(tmp_path: Path) -> None:
+def test_allocation_from_a_folder_adapts_its_modules(tmp_path: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     outcomes: dict[str, str] = {}
     for _, name in architectures():

@@ -35,7 +35,7 @@ def test_ranks_are_proportional_to_effective_ranks() -> None:
     assert sum(some.scores.values()) == pytest.approx(1)
 
 
-def test_an_effective_rank_of_all_batches_is_remarked_on() -> None:
+def test_effective_rank_equal_to_the_number_of_batches_is_flagged() -> None:
     rows = [
         gradient_row("full", (8, 8), 4),
         gradient_row("less", (8, 8), 3),
@@ -46,7 +46,7 @@ def test_an_effective_rank_of_all_batches_is_remarked_on() -> None:
     assert flags == {"full": "its effective rank is the number of batches: more batches may show more"}
 
 
-def test_a_budget_in_parameters_holds() -> None:
+def test_budget_in_parameters_holds() -> None:
     report = lorank.profile_gradients(tiny_models.llama(), text_batches(), energy=0.7)
     for budget, limit in ((6000, 6000), ("6k", 6000), ("20%", report.num_parameters // 5)):  # type: ignore[operator]
         allocation = lorank.allocate(report, "gard", r_min=1, r_max=16, budget=budget)
@@ -57,12 +57,12 @@ def test_a_budget_in_parameters_holds() -> None:
                     assert allocation.ranks[one.name] >= allocation.ranks[other.name]
 
 
-def test_modules_that_no_gradient_reaches_share_alike() -> None:
+def test_modules_without_gradients_get_equal_ranks() -> None:
     report = lorank.GradientReport([gradient_row(f"layer.{i}", (4, 4), 0) for i in range(3)])
     assert list(lorank.allocate(report, "gard", r_min=1, r_max=9, avg_rank=3).ranks.values()) == [3, 3, 3]
 
 
-def test_who_allocates_is_told_of_stacks_that_get_no_rank(tmp_path: Path) -> None:
+def test_stacks_without_ranks_are_flagged(tmp_path: Path) -> None:
     model = tiny_models.mixtral()
     experts = [
         f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("down_proj", "gate_up_proj")
@@ -78,7 +78,7 @@ def test_who_allocates_is_told_of_stacks_that_get_no_rank(tmp_path: Path) -> Non
         assert lorank.RankAllocation.load(tmp_path / "ranks.json") == allocation
 
 
-def test_a_method_refuses_the_wrong_report(tmp_path: Path) -> None:
+def test_method_with_the_wrong_report_raises(tmp_path: Path) -> None:
     gradients = lorank.GradientReport([gradient_row("a", (4, 4), 2)])
     tasks = lorank.TaskReport([task_row("a", 1, 1)])
     weights: Any = {"a.weight": np.eye(4, dtype=np.float32)}
@@ -107,7 +107,7 @@ def test_a_method_refuses_the_wrong_report(tmp_path: Path) -> None:
         assert lorank.allocate(report, "uniform", r_max=4).ranks == {"a": 4}
 
 
-def test_ranks_of_tasks_are_k_star_within_the_bounds() -> None:
+def test_ranks_of_tasks_equal_k_star_within_the_bounds() -> None:
     report = lorank.TaskReport([task_row(f"m.{i}", k, 2 * k) for i, k in enumerate((0, 1, 3, 7, 40))])
     allocation = lorank.allocate(report, "task", r_min=2, r_max=8)
     assert list(allocation.ranks.values()) == [2, 2, 3, 7, 8]
