@@ -48,7 +48,9 @@ def test_every_matrix_matches_a_float64_svd(model: str, request: pytest.FixtureR
 
 
 @pytest.mark.parametrize("model", ["minilm", "smollm2"])
-def test_fast_exponents_and_spikes(model: str, request: pytest.FixtureRequest) -> None:
+def test_fast_exponents_and_spikes_are_within_their_errors(
+    model: str, request: pytest.FixtureRequest
+) -> None:
     folder: Path = request.getfixturevalue(model)
     exact = lorank.analyze(folder, progress=False)
     fast = lorank.analyze(folder, accuracy="fast", progress=False)
@@ -65,7 +67,7 @@ def test_fast_exponents_and_spikes(model: str, request: pytest.FixtureRequest) -
     assert sum(row.accuracy == "exact" for row in usual) <= 0.05 * len(usual)
 
 
-def test_error_bars_of_estimates_cover_what_is_true(minilm: Path, smollm2: Path) -> None:
+def test_error_bars_cover_the_true_values(minilm: Path, smollm2: Path) -> None:
     """Matrices that are small enough to know, sampled as large ones are."""
     exponents, counts, bars = [], [], []
     for folder in (minilm, smollm2):
@@ -98,7 +100,7 @@ def test_gaussian_noise_has_almost_no_spikes(ratio: int) -> None:
 
 @pytest.mark.parametrize("shape", [(256, 256), (256, 1024), (1024, 256), (512, 2048)])
 @pytest.mark.parametrize("planted", [1, 3, 5])
-def test_planted_directions_are_all_counted(shape: tuple[int, int], planted: int) -> None:
+def test_planted_directions_are_counted(shape: tuple[int, int], planted: int) -> None:
     out, fan_in = shape
     rng = np.random.default_rng(planted)
     sigma = 0.02
