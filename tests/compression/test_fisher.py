@@ -26,7 +26,7 @@ def live(adapter_name: str = "default", **settings: Any) -> tuple[Any, lorank.Lo
 
 
 @pytest.mark.parametrize("name", ["default", "model", "self_attn", "lora_A"])
-def test_any_name_of_an_adapter_will_do(name: str) -> None:
+def test_any_adapter_name_is_accepted(name: str) -> None:
     model, parent = live(name)
     scores = lorank.fisher_scores(model, BATCHES, adapter_name=name)
     assert {key: len(value) for key, value in scores.items()} == parent.ranks
@@ -35,7 +35,7 @@ def test_any_name_of_an_adapter_will_do(name: str) -> None:
     assert all(scores[key] == pytest.approx(expected[key], rel=1e-5) for key in expected)
 
 
-def test_columns_that_are_no_singular_vectors_have_no_importance() -> None:
+def test_adapters_not_in_spectral_form_raise() -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
     model = trained(tiny_models.llama(), config)
     with pytest.raises(ValueError, match=r"module .*: .* lorank\.elastic"):

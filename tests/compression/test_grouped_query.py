@@ -37,7 +37,7 @@ def adapter(smollm2: Path) -> lorank.LoraAdapter:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.25, 0.125])
-def test_a_budget_holds_strictly_more_than_the_largest_values(
+def test_budget_retains_more_energy_than_a_ratio_of_its_cost(
     adapter: lorank.LoraAdapter, ratio: float
 ) -> None:
     widths = {module.shape[0] for module in adapter.modules.values() if "self_attn" in module.name}

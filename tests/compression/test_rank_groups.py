@@ -29,7 +29,7 @@ def module(name: str, kind: Kind = "linear", shape: tuple[int, int] = (8, 8)) ->
     return LoraModule(name, kind, shape, 4, 1.0, "float32", list)
 
 
-def test_groups_by_name_and_settings() -> None:
+def test_groups_follow_names_and_settings() -> None:
     modules = [
         module("model.embed", "embedding", (8, 64)),
         module("block.attn"),
@@ -53,7 +53,7 @@ def test_groups_by_name_and_settings() -> None:
     assert rank_owner("block.out_proj") == "block.out_proj"
 
 
-def test_groups_as_positions() -> None:
+def test_groups_are_given_as_positions() -> None:
     assert group_indices(["a", "b", "c"], []) == [[0], [1], [2]]
     assert group_indices(["a", "b", "c"], [["c", "a", "gone"]]) == [[1], [2, 0]]
 
@@ -140,7 +140,7 @@ def test_unequal_ranks_of_a_file_are_padded(tmp_path: Path) -> None:
     assert lorank.LoraAdapter.load(tmp_path / "b").ranks == unequal.ranks
 
 
-def test_a_budget_pays_for_all_members(tmp_path: Path) -> None:
+def test_budget_includes_all_members_of_a_group(tmp_path: Path) -> None:
     base, config, _ = attentions()
     adapter = lorank.LoraAdapter.load(saved(trained(base, config), tmp_path / "a"))
     groups = rank_groups(adapter.modules.values(), adapter.config)
@@ -158,7 +158,7 @@ def test_a_budget_pays_for_all_members(tmp_path: Path) -> None:
             assert budget < 3 * cheapest + sum(m.cost for m in adapter.modules.values())
 
 
-def test_a_group_competes_by_the_energy_of_all_members(tmp_path: Path) -> None:
+def test_groups_are_ranked_by_the_energy_of_all_members(tmp_path: Path) -> None:
     base, config, _ = attentions()
     adapter = lorank.LoraAdapter.load(saved(trained(base, config), tmp_path / "a"))
     values = {name: np.linalg.svd(x, compute_uv=False) for name, x in dense(adapter).items()}
@@ -187,7 +187,7 @@ def test_merges_and_families_keep_groups_together(tmp_path: Path) -> None:
         torch.testing.assert_close(found, outputs(by_peft(base, config, small), inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_ranks_inside_attention_are_those_of_its_name(tmp_path: Path) -> None:
+def test_ranks_inside_attention_follow_its_name(tmp_path: Path) -> None:
     base, _, inputs = attentions()
     config = LoraConfig(
         r=4,
@@ -203,7 +203,7 @@ def test_ranks_inside_attention_are_those_of_its_name(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(by_peft(base, config, adapter), inputs), outputs(live, inputs))
 
 
-def test_a_live_tied_adapter_stays_loadable(tmp_path: Path) -> None:
+def test_live_tied_adapter_stays_loadable(tmp_path: Path) -> None:
     base, config, inputs = tied()
     live = get_peft_model(copy.deepcopy(base), config).eval()
     generator = torch.Generator().manual_seed(0)

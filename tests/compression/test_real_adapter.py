@@ -25,7 +25,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> lorank.LoraAdapter:
 
 
 @pytest.mark.parametrize("profile", ["compact", "portable", "tensor-rank"])
-def test_the_compressed_model_is_the_base_plus_the_truncated_update(
+def test_compressed_model_equals_the_base_plus_truncated_updates(
     adapter: lorank.LoraAdapter, profile: Any, tmp_path: Path
 ) -> None:
     small = lorank.compress(adapter, rank_ratio=0.25, progress=False)
@@ -48,14 +48,14 @@ def test_the_compressed_model_is_the_base_plus_the_truncated_update(
     assert small.certificate.error == pytest.approx(distance(before, dense(small)), abs=1e-6 * norm(before))
 
 
-def test_values_are_those_of_the_dense_update(adapter: lorank.LoraAdapter) -> None:
+def test_singular_values_equal_those_of_dense_updates(adapter: lorank.LoraAdapter) -> None:
     for name, update in dense(adapter).items():
         expected = np.linalg.svd(update, compute_uv=False)[:16]
         found = adapter.modules[name].singular_values
         assert np.abs(found - expected).max() <= 1e-6 * expected[0]
 
 
-def test_fisher_importance_chooses_by_gradients(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
+def test_fisher_importance_follows_gradients(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
     parent = lorank.elastic(adapter, progress=False)
     parent.save(tmp_path / "parent")
     model = loaded(reviews.base_model(), tmp_path / "parent")
@@ -85,7 +85,7 @@ def test_fisher_importance_chooses_by_gradients(adapter: lorank.LoraAdapter, tmp
         lorank.fisher_scores(model, [])
 
 
-def test_extraction_from_a_real_fine_tune_keeps_what_a_dense_svd_keeps(tmp_path: Path) -> None:
+def test_extraction_from_a_real_fine_tune_equals_the_dense_svd(tmp_path: Path) -> None:
     base, tuned = material.minilm(), material.minilm_tuned()
     adapter = lorank.extract(base, tuned, exclude=r"embeddings\..*", avg_rank=8, progress=False)
     before = dict(reviews.AutoModelForSequenceClassification.from_pretrained(base).bert.named_parameters())
@@ -103,9 +103,7 @@ def test_extraction_from_a_real_fine_tune_keeps_what_a_dense_svd_keeps(tmp_path:
     assert loaded(reviews.base_model().bert, tmp_path / "a") is not None
 
 
-def test_a_compressed_adapter_takes_the_place_of_the_live_one(
-    adapter: lorank.LoraAdapter, tmp_path: Path
-) -> None:
+def test_compressed_adapter_replaces_the_live_one(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
     """With a trained head beside it, which PEFT's own deletion of a last adapter trips over."""
     adapter.save(tmp_path / "trained")
     (batch,) = reviews.batches(4000, 32)
@@ -119,7 +117,7 @@ def test_a_compressed_adapter_takes_the_place_of_the_live_one(
         assert not torch.allclose(model(**batch).logits, before, atol=1e-3)
 
 
-def test_weights_without_their_settings_are_refused(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
+def test_weights_without_settings_raise(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
     adapter.save(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
