@@ -60,14 +60,14 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_without_known_embeddings(reentrant: bool, wrap: Any) -> None:
+def test_checkpointing_works_without_known_embeddings(reentrant: bool, wrap: Any) -> None:
     model = Checkpointed(reentrant)
     report = lorank.profile_gradients(wrap(model), vectors(3, 2, 4), sketch=None, loss=called)
     assert_true(report, true_gradients(Checkpointed(False), vectors(3, 2, 4), called))
     assert not any(hooks(model))
 
 
-def test_checkpointing_of_a_model_within() -> None:
+def test_checkpointing_works_inside_a_wrapper() -> None:
     """Its inputs are integers: only its embeddings can ask."""
     model = tiny_models.llama().train()
     plain = lorank.profile_gradients(model, text_batches(2))
@@ -151,7 +151,7 @@ def profiled(model: Any, batches: list[Any]) -> Any:
 
 @KINDS
 @pytest.mark.parametrize("name", ["Wav2Vec2", "Hubert", "WavLM", "UniSpeechSat"])
-def test_speech_models_that_mark_their_inputs(name: str, reentrant: bool) -> None:
+def test_speech_models_count_checkpointed_blocks_once(name: str, reentrant: bool) -> None:
     model = speech(name)
     expected = profiled(model, sounds())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -183,7 +183,7 @@ def test_tokens_count_once_whatever_requires_a_gradient(
     assert_alike(profiled(model, batches()), expected)
 
 
-def test_vectors_that_require_a_gradient_are_left_as_they_were() -> None:
+def test_input_vectors_get_no_gradients() -> None:
     batches = embedded(False)
     for batch in batches:
         batch["inputs_embeds"].requires_grad_()
@@ -216,7 +216,7 @@ class Blocks(nn.Module):
 
 
 @KINDS
-def test_blocks_of_a_model_of_ones_own(reentrant: bool) -> None:
+def test_blocks_of_a_custom_model_count_once(reentrant: bool) -> None:
     def loss(model: Any, batch: Any) -> Any:
         return model(batch.clone())
 
@@ -226,7 +226,7 @@ def test_blocks_of_a_model_of_ones_own(reentrant: bool) -> None:
     assert_alike(lorank.profile_gradients(Blocks(reentrant), batches, **options), expected)
 
 
-def test_torch_is_left_as_it_was() -> None:
+def test_checkpoint_function_of_torch_is_restored() -> None:
     before = CheckpointFunction.apply
 
     def loss(_model: Any, _batch: Any) -> Any:

@@ -16,7 +16,9 @@ from lorank.report.gradients import effective_rank
     st.lists(st.one_of(st.floats(0, 1e300), st.sampled_from([0.0, 1.0, 2.0])), max_size=30),
     st.floats(1e-3, 1),
 )
-def test_effective_rank_is_the_fewest_that_hold_the_energy(values: list[float], energy: float) -> None:
+def test_effective_rank_is_the_fewest_eigenvalues_that_hold_the_energy(
+    values: list[float], energy: float
+) -> None:
     found = effective_rank(values, energy)
     if not any(values):
         assert found == 0
@@ -36,7 +38,7 @@ def test_effective_rank_is_the_fewest_that_hold_the_energy(values: list[float], 
     st.floats(0.01, 1),
     st.randoms(),
 )
-def test_effective_rank_knows_no_scale_and_no_order_and_grows_with_energy(
+def test_effective_rank_ignores_scale_and_order_and_grows_with_energy(
     values: list[int], exponent: int, one: float, other: float, random: Any
 ) -> None:
     shuffled = random.sample(values, len(values))
@@ -69,17 +71,17 @@ def test_effective_rank_knows_no_scale_and_no_order_and_grows_with_energy(
         ((4, 3, 2, 1), 0.7, 2),
     ],
 )
-def test_effective_ranks_at_the_edges(values: Any, energy: float, expected: int) -> None:
+def test_effective_rank_of_edge_cases(values: Any, energy: float, expected: int) -> None:
     assert effective_rank(values, energy) == expected
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_eigenvalues_that_are_not_finite_have_no_effective_rank(bad: float) -> None:
+def test_nan_and_infinite_eigenvalues_raise(bad: float) -> None:
     with pytest.raises(ValueError, match="eigenvalues must be finite"):
         effective_rank([1.0, bad], 0.5)
 
 
 @pytest.mark.parametrize("energy", [0, -0.5, 1.0000001, float("nan"), float("inf")])
-def test_shares_out_of_range(energy: float) -> None:
+def test_energy_out_of_range_raises(energy: float) -> None:
     with pytest.raises(ValueError, match="energy must be above 0 and at most 1"):
         effective_rank([1.0], energy)

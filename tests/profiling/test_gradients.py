@@ -67,7 +67,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_exact_path_has_the_spectra_of_real_gradients(name: str) -> None:
+def test_exact_spectra_equal_those_of_autograd(name: str) -> None:
     case = CASES[name]
     model, batches = case.make(), case.batches()
     torch.manual_seed(5)  # Of dropout.
@@ -83,7 +83,7 @@ def test_the_exact_path_has_the_spectra_of_real_gradients(name: str) -> None:
         assert int(np.prod(row.shape)) == weights[f"{row.module}.weight"].numel()
 
 
-def test_dropout_counts_in_the_mode_that_the_model_is_in() -> None:
+def test_dropout_follows_the_mode_of_the_model() -> None:
     model = tiny_models.bert_classifier()
     calm = lorank.profile_gradients(model, label_batches(), sketch=None)
     torch.manual_seed(5)
@@ -111,7 +111,7 @@ def test_dropout_counts_in_the_mode_that_the_model_is_in() -> None:
     ],
     ids=lambda value: f"{value}".replace(" ", "") if isinstance(value, nn.Module) else "",
 )
-def test_a_convolution_is_profiled_rightly_or_skipped(layer: Any, x_shape: tuple[int, ...]) -> None:
+def test_convolutions_are_profiled_correctly_or_skipped(layer: Any, x_shape: tuple[int, ...]) -> None:
     model = nn.ModuleDict({"conv": Layer(layer), "plain": nn.Linear(4, 4)})
     batches = [torch.randn(x_shape, generator=seeded(i)) for i in range(4)]
 
@@ -125,7 +125,7 @@ def test_a_convolution_is_profiled_rightly_or_skipped(layer: Any, x_shape: tuple
         assert [skipped.reason for skipped in report.skipped] == ["a convolution that is not plainly 2-D"]
 
 
-def test_inputs_of_any_rank_and_by_keyword() -> None:
+def test_inputs_of_any_dimension_and_by_keyword_are_profiled() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -157,7 +157,7 @@ def test_outputs_may_be_changed_in_place() -> None:
     assert_true(report, true_gradients(InPlace(), vectors(), called))
 
 
-def test_all_adapters_of_peft_are_left_out() -> None:
+def test_weights_of_peft_adapters_are_excluded() -> None:
     model = get_peft_model(
         tiny_models.bert_classifier(),
         LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS"),
@@ -170,7 +170,7 @@ def test_all_adapters_of_peft_are_left_out() -> None:
     assert same_spectra(report, plain, 1e-5)
 
 
-def test_the_loss_may_be_the_callers_and_its_unit_counts_squared() -> None:
+def test_spectra_scale_with_the_square_of_a_custom_loss() -> None:
     model, batches = tiny_models.llama(), text_batches(3)
     plain = lorank.profile_gradients(model, batches, sketch=None)
     scaled = lorank.profile_gradients(
@@ -181,7 +181,7 @@ def test_the_loss_may_be_the_callers_and_its_unit_counts_squared() -> None:
         assert one.effective_rank == other.effective_rank
 
 
-def test_batches_may_be_more_than_the_module_has_numbers() -> None:
+def test_more_batches_than_weights_are_accepted() -> None:
     model = nn.Sequential(nn.Linear(2, 1))
     batches = vectors(9, 3, 2)
     report = lorank.profile_gradients(model, batches, sketch=None, loss=lambda m, x: m(x).square().sum())
@@ -190,7 +190,7 @@ def test_batches_may_be_more_than_the_module_has_numbers() -> None:
     assert effective_rank(report.modules[0].eigenvalues, 1 - 1e-6) == 2
 
 
-def test_batches_that_miss_a_module_count_as_zeros() -> None:
+def test_batches_without_a_module_count_as_zero_gradients() -> None:
     model = nn.ModuleDict({"always": nn.Linear(8, 4), "sometimes": nn.Linear(8, 4)})
     batches = vectors()
 

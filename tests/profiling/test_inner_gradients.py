@@ -187,18 +187,18 @@ def assert_spectra(report: Any, expected: dict[str, Any], tolerance: float = 2e-
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
-def test_gradients_of_a_potential_are_those_of_trained_weights(loss: Loss) -> None:
+def test_gradients_of_a_potential_equal_those_of_trained_weights(loss: Loss) -> None:
     expected = spectra(Potential(), points(), loss)
     assert_spectra(profiled(Potential(), points(), loss), expected)
 
 
 @pytest.mark.parametrize("loss", [forces, penalty_alone, functional, adversarial], ids=lambda x: x.__name__)
-def test_gradients_of_a_critic_are_those_of_trained_weights(loss: Loss) -> None:
+def test_gradients_of_a_critic_equal_those_of_trained_weights(loss: Loss) -> None:
     expected = spectra(Critic(), pictures(), loss)
     assert_spectra(profiled(Critic(), pictures(), loss), expected)
 
 
-def test_base_weights_under_adapters_are_profiled_alike() -> None:
+def test_base_weights_under_adapters_have_the_same_gradients() -> None:
     model = get_peft_model(Potential(), LoraConfig(r=2, target_modules=["enter", "twice"]))
     report = lorank.profile_gradients(
         model, points(), loss=forces, targets=["enter", "twice"], sketch=None, progress=False
@@ -208,7 +208,7 @@ def test_base_weights_under_adapters_are_profiled_alike() -> None:
     assert_spectra(report, expected)
 
 
-def test_a_linear_potential_has_forces_that_depend_on_its_weight_alone() -> None:
+def test_forces_of_a_linear_potential_depend_on_its_weight_only() -> None:
     def loss(model: Any, batch: Any) -> Any:
         x = batch.clone().requires_grad_()
         (slope,) = grad(model(x).sum(), x, create_graph=True)
@@ -218,7 +218,7 @@ def test_a_linear_potential_has_forces_that_depend_on_its_weight_alone() -> None
     assert_spectra(profiled(model, points(), loss), spectra(model, points(), loss))
 
 
-def test_nothing_remains_on_the_model_or_the_batches() -> None:
+def test_models_and_batches_stay_unchanged() -> None:
     model = Potential()
     batch = {"x": torch.randn(5, 6, requires_grad=True), "y": torch.randn(5)}
 
@@ -244,7 +244,7 @@ def test_gradients_of_parameters_within_the_loss_are_refused() -> None:
         profiled(Potential(), points(), loss)
 
 
-def test_tasks_have_the_rows_of_the_outer_backward_pass_and_flag_the_inner_one() -> None:
+def test_tasks_have_rows_of_the_outer_backward_pass_and_flag_the_inner_one() -> None:
     def value(model: Any, batch: Any) -> Any:
         return model(batch).square().mean()
 
@@ -263,7 +263,7 @@ def test_tasks_have_the_rows_of_the_outer_backward_pass_and_flag_the_inner_one()
 
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("loss", [forces, adversarial, functional], ids=lambda loss: loss.__name__)
-def test_training_counts_backward_passes_that_train(loss: Loss, create_graph: bool) -> None:
+def test_dynamic_ranks_count_only_backward_passes_that_train(loss: Loss, create_graph: bool) -> None:
     model = get_peft_model(Potential(), LoraConfig(r=2, target_modules=["enter", "twice"]))
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     batches = points(3)

@@ -27,7 +27,7 @@ def test_stacks_of_experts_are_skipped() -> None:
         assert [s.name for s in tasks.skipped] == [s.name for s in report.skipped]
 
 
-def test_embeddings_are_skipped_where_they_are_asked_for() -> None:
+def test_targeted_embeddings_are_skipped() -> None:
     model = tiny_models.llama()
     report = lorank.profile_gradients(model, text_batches(2), targets=["embed_tokens", "q_proj"])
     assert [skipped.name for skipped in report.skipped] == ["model.embed_tokens"]
@@ -40,7 +40,7 @@ def test_embeddings_are_skipped_where_they_are_asked_for() -> None:
             profile(model, text_batches(2), targets=["embed_tokens"])
 
 
-def test_a_module_that_no_gradient_reaches_is_flagged() -> None:
+def test_modules_without_gradients_are_flagged() -> None:
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("used", "unused", "detached", "untracked")})
 
     def loss(model: Any, x: torch.Tensor) -> Any:
@@ -67,7 +67,7 @@ def test_a_module_that_no_gradient_reaches_is_flagged() -> None:
 
 
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
-def test_refusals_come_with_reasons(profile: Any) -> None:
+def test_invalid_arguments_raise_with_reasons(profile: Any) -> None:
     model, batches = tiny_models.llama(), text_batches(2)
     options: list[tuple[dict[str, Any], str]] = [
         ({"targets": ["nothing"]}, "no module is named 'nothing'"),
@@ -113,7 +113,7 @@ def test_refusals_come_with_reasons(profile: Any) -> None:
         profile(cut_off, batches)
 
 
-def test_bad_options_are_refused_before_any_batch_is_drawn() -> None:
+def test_invalid_options_raise_before_any_batch_is_drawn() -> None:
     def never() -> Iterator[Any]:
         pytest.fail("a batch was drawn")
         yield
@@ -127,7 +127,7 @@ def test_bad_options_are_refused_before_any_batch_is_drawn() -> None:
             lorank.profile_gradients(model, never(), sketch=sketch)  # type: ignore[arg-type]
 
 
-def test_bad_options_of_tasks_are_refused() -> None:
+def test_invalid_task_options_raise() -> None:
     model, batches = tiny_models.llama(), text_batches(2)
     for folds in (1, 0, 2.0):
         with pytest.raises(ValueError, match="folds must be an integer of at least 2"):
@@ -142,7 +142,7 @@ def root_of_zero(model: Any, x: torch.Tensor) -> Any:
     return used.sum().square() + (other.sum() * x.sum()).abs().sqrt()
 
 
-def test_a_gradient_that_is_not_finite_names_its_module() -> None:
+def test_nan_and_infinite_gradients_raise_with_the_module() -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
     batches = [torch.ones(1, 2), torch.zeros(1, 2)]
     with pytest.raises(ValueError, match="batch 1: the gradient of other holds NaN or infinite values"):

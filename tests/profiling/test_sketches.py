@@ -20,7 +20,7 @@ from tests.support.profiled_models import COUNT, Readers, called, seeded, text_b
 
 
 @pytest.mark.parametrize("size", [48, 10**6])
-def test_a_sketch_as_large_as_the_module_changes_nothing(size: int) -> None:
+def test_sketch_as_large_as_the_module_is_exact(size: int) -> None:
     model = tiny_models.llama()
     exact = lorank.profile_gradients(model, text_batches(), sketch=None)
     large = lorank.profile_gradients(model, text_batches(), sketch=size, seed=7)
@@ -58,7 +58,7 @@ def test_sketches_keep_inner_products_on_average(out: int, fan_in: int, size: in
     assert np.all(error < 0.15 * np.abs(np.trace(whole @ whole.T)))
 
 
-def test_the_spectrum_of_a_sketch_is_right_on_average() -> None:
+def test_mean_square_of_a_sketch_is_unbiased() -> None:
     model = Readers()
     exact = lorank.profile_gradients(model, vectors(3), sketch=None, loss=called)
     found: dict[str, list[float]] = {row.name: [] for row in exact}
@@ -70,7 +70,7 @@ def test_the_spectrum_of_a_sketch_is_right_on_average() -> None:
         assert abs(np.mean(found[row.name]) - row.mean_square) <= 4.5 * error
 
 
-def test_the_seed_decides_the_bits() -> None:
+def test_seed_determines_the_sketches() -> None:
     model = tiny_models.llama()
 
     def values(seed: int) -> list[list[float]]:
@@ -83,7 +83,7 @@ def test_the_seed_decides_the_bits() -> None:
     assert all(one != other for one, other in zip(values(1), values(2), strict=True))
 
 
-def test_profiling_draws_nothing_from_the_global_generator() -> None:
+def test_profiling_keeps_the_global_random_state() -> None:
     model = tiny_models.llama()
     torch.manual_seed(11)
     state = torch.get_rng_state()
@@ -111,7 +111,7 @@ def test_every_module_has_its_own_projections() -> None:
 
 
 @only_new_tensors()
-def test_memory_grows_by_the_sketches_alone() -> None:
+def test_memory_grows_by_the_sketches_only() -> None:
     """`modules * M * k^2` numbers and the projections, when no batch is on its way."""
     model, k = tiny_models.llama(), 16
     shapes = [target.info.shape for target in find_targets(model, None).chosen]

@@ -42,7 +42,7 @@ TASKS = {
 
 @pytest.mark.parametrize("space", ["weights", "prediction"])
 @pytest.mark.parametrize("name", TASKS)
-def test_tasks_are_those_of_inputs_and_output_gradients(name: str, space: Any) -> None:
+def test_tasks_equal_those_of_recorded_inputs_and_gradients(name: str, space: Any) -> None:
     case = TASKS[name]
     model, batches = case.make(), case.batches()
     report = lorank.profile_tasks(model, batches, loss=case.loss, targets=case.targets, folds=3, space=space)
@@ -59,7 +59,7 @@ def test_prediction_space_and_five_folds_are_the_default() -> None:
     assert_task(report[QUERY], *tape.rows(QUERY), folds=5, space="prediction")
 
 
-def test_tasks_of_an_adapted_model_are_those_of_its_base_modules() -> None:
+def test_tasks_of_an_adapted_model_equal_those_of_its_base_modules() -> None:
     name = f"base_model.model.{QUERY}.base_layer"
     tape = recorded(adapted(), text_batches(), [name])
     report = lorank.profile_tasks(adapted(), text_batches(), targets=["q_proj"])
@@ -73,7 +73,7 @@ def patches(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, layer.in_channels * kh * kw)
 
 
-def test_tasks_of_a_convolution_are_those_of_its_patches() -> None:
+def test_tasks_of_a_convolution_equal_those_of_its_patches() -> None:
     model = Convolutions()
     batches = images(8)
     report = lorank.profile_tasks(model, batches, loss=called, targets=["first"], folds=3)
@@ -84,7 +84,7 @@ def test_tasks_of_a_convolution_are_those_of_its_patches() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_models.bert_classifier, tiny_models.llama])
-def test_padding_changes_no_task(make: Callable[[], Any]) -> None:
+def test_padding_does_not_change_tasks(make: Callable[[], Any]) -> None:
     batches = label_batches() if make is tiny_models.bert_classifier else text_batches()
     for batch in batches:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -109,7 +109,7 @@ def test_padding_changes_no_task(make: Callable[[], Any]) -> None:
         )
 
 
-def test_readers_of_one_input_that_see_other_rows_part() -> None:
+def test_modules_with_a_shared_input_and_different_rows_are_separated() -> None:
     # In the second batch, no gradient comes to one row of `b`.
     model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(8, 4)})
 
@@ -130,13 +130,13 @@ def test_readers_of_one_input_that_see_other_rows_part() -> None:
             assert_task(report[name], *tape.rows(name), folds=2, space="prediction")
 
 
-def test_modules_that_share_an_input_are_as_those_that_do_not() -> None:
+def test_shared_inputs_give_the_tasks_of_separate_inputs() -> None:
     shared = lorank.profile_tasks(Readers(), vectors(), loss=called, folds=3)
     apart = lorank.profile_tasks(Readers(copies=True), vectors(), loss=called, folds=3)
     assert shared.to_json() == apart.to_json()
 
 
-def test_a_module_that_shares_the_input_of_one_without_gradients() -> None:
+def test_module_sharing_an_input_with_one_without_gradients_is_profiled() -> None:
     model = Readers(first_counts=False)
     report = lorank.profile_tasks(model, vectors(), loss=called, folds=3)
     assert report["a"].flags == ("no gradient reached it",)
@@ -145,7 +145,7 @@ def test_a_module_that_shares_the_input_of_one_without_gradients() -> None:
         assert_task(report[name], *tape.rows(name), folds=3, space="prediction")
 
 
-def test_modules_that_share_an_input_in_the_first_batch_only() -> None:
+def test_modules_sharing_an_input_in_the_first_batch_only_are_separated() -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(8, 4)})
 
     def loss(model: Any, x: torch.Tensor) -> Any:
@@ -172,7 +172,7 @@ class Counted:
         return model(batch) if isinstance(batch, torch.Tensor) else model(**batch).loss
 
 
-def test_what_is_shared_is_kept_once() -> None:
+def test_shared_inputs_are_stored_once() -> None:
     # Two folds: 16 * 2 * 8^2 bytes for the inputs, 8 * 2 * 8 * (6 + 4) for the products with them.
     memory = 2048 + 1280
     for copies, passes in ((False, 1), (True, 2)):
@@ -183,7 +183,7 @@ def test_what_is_shared_is_kept_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "called twice", "readers of one input"])
-def test_several_passes_find_what_one_finds(name: str) -> None:
+def test_several_passes_equal_one_pass(name: str) -> None:
     case = TASKS[name]
     model, batches = case.make(), case.batches()
     options: dict[str, Any] = {"targets": case.targets, "folds": 2}
@@ -205,7 +205,7 @@ def test_several_passes_find_what_one_finds(name: str) -> None:
     assert lorank.profile_tasks(model, iter(batches), **options, loss=loss).to_json() == whole.to_json()
 
 
-def test_a_loader_that_shuffles_is_no_reason_to_fail() -> None:
+def test_shuffling_loader_is_accepted() -> None:
     loader: Any = torch.utils.data.DataLoader(torch.cat(vectors()), batch_size=7, shuffle=True)
     report = lorank.profile_tasks(Readers(), loader, loss=called, folds=2)
     assert report.num_samples == 5 * COUNT

@@ -49,7 +49,7 @@ def explode(model: Any, batch: Any) -> Any:
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("end", ["well", "interrupted", "in backward", "no loss", "nan"])
-def test_the_model_is_left_as_it_was(profile: Any, checkpointing: bool, end: str) -> None:
+def test_model_stays_unchanged(profile: Any, checkpointing: bool, end: str) -> None:
     model = adapted().train()
     model.get_submodule("base_model.model.model.layers.1").eval()
     if checkpointing:
@@ -80,14 +80,14 @@ def test_the_model_is_left_as_it_was(profile: Any, checkpointing: bool, end: str
 
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
 @pytest.mark.parametrize("training", [False, True])
-def test_running_statistics_are_left_as_they_were(profile: Any, training: bool) -> None:
+def test_running_statistics_stay_unchanged(profile: Any, training: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).train(training)
     before = left_of(model)
     profile(model, vectors(), loss=lambda m, x: m(x).square().sum())
     assert left_of(model) == before
 
 
-def test_no_parameter_asks_for_a_gradient_meanwhile() -> None:
+def test_no_parameter_requires_a_gradient_during_a_profile() -> None:
     model, seen = adapted(), []
 
     def loss(model: Any, batch: Any) -> Any:

@@ -16,7 +16,7 @@ from tests.support.profiled_models import run_gradients, run_tasks, text_batches
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
-def test_switched_off_gradients_are_switched_on(profile: Any, mode: Any) -> None:
+def test_profiles_enable_gradients(profile: Any, mode: Any) -> None:
     expected = profile(tiny_models.llama(), text_batches(2))
     model = tiny_models.llama()
     with mode():
@@ -31,7 +31,7 @@ def placed(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
-def test_wrapped_models_have_their_own_names(profile: Any) -> None:
+def test_profiles_of_wrapped_models_have_plain_names(profile: Any) -> None:
     model = placed(tiny_models.llama())
     expected = profile(model, text_batches(2))
     compiled = torch.compile(model)
@@ -40,7 +40,7 @@ def test_wrapped_models_have_their_own_names(profile: Any) -> None:
 
 
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
-def test_no_copies_are_made_for_several_devices(profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallel_models_are_not_copied(profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would share the hooks of the model, on other devices and at the same time."""
     model = placed(tiny_models.llama())
     expected = profile(model, text_batches(2))
@@ -48,7 +48,7 @@ def test_no_copies_are_made_for_several_devices(profile: Any, monkeypatch: pytes
     assert profile(nn.DataParallel(model), text_batches(2)) == expected
 
 
-def test_a_loss_that_needs_a_wrapper_may_have_one() -> None:
+def test_names_contain_the_prefix_of_a_custom_wrapper() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
