@@ -87,7 +87,7 @@ def gradients() -> dict[str, Array]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_spectra_are_those_of_float64(device: str, checkpointing: bool, gradients: Any) -> None:
+def test_gradient_spectra_equal_those_of_float64(device: str, checkpointing: bool, gradients: Any) -> None:
     model = profiled_llama(device, checkpointing)
     report = lorank.profile_gradients(model, text_batches_on(device), sketch=None, progress=False)
     assert len(report) == 14
@@ -98,7 +98,7 @@ def test_gradient_spectra_are_those_of_float64(device: str, checkpointing: bool,
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.01)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_spectra_under_autocast(
+def test_gradient_spectra_under_autocast_are_close_to_float64(
     device: str, dtype: torch.dtype, tolerance: float, checkpointing: bool, gradients: Any
 ) -> None:
     def loss(model: Any, batch: Any) -> Any:
@@ -113,7 +113,7 @@ def test_gradient_spectra_under_autocast(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_sketches_are_the_same_on_every_device(device: str, gradients: Any) -> None:
+def test_sketches_are_equal_on_every_device(device: str, gradients: Any) -> None:
     """The same projections of the true gradients, wherever the model and its batches are."""
     model = profiled_llama(device)
     report = lorank.profile_gradients(model, text_batches_on("cpu"), sketch=8, seed=3, progress=False)
@@ -132,7 +132,7 @@ def test_sketches_are_the_same_on_every_device(device: str, gradients: Any) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_tasks_are_those_of_float64(device: str) -> None:
+def test_tasks_equal_those_of_float64(device: str) -> None:
     model = profiled_llama(device)
     report = lorank.profile_tasks(model, text_batches_on("cpu"), progress=False)
     assert len(report) == 14
@@ -170,7 +170,7 @@ def adamw(model: Any, kind: str) -> Any:
 
 
 @pytest.mark.parametrize(("device", "kind", "dtype"), LOOPS)
-def test_ranks_move_under_mixed_precision(device: str, kind: str, dtype: torch.dtype) -> None:
+def test_ranks_change_under_mixed_precision(device: str, kind: str, dtype: torch.dtype) -> None:
     model, optimizer, updates = mixed_precision_loop(device, kind, dtype)
     assert [update.step for update in updates] == [6, 12, 18]
     assert moved(updates)
@@ -200,7 +200,7 @@ def test_two_loops_are_identical(device: str, kind: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_ranks_move_under_data_parallelism(device: str, tmp_path: Path) -> None:
+def test_ranks_change_under_data_parallelism(device: str, tmp_path: Path) -> None:
     """The wrapper sees the new shapes; alone in its group, it changes no gradient."""
     backend = "nccl" if device == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -218,7 +218,7 @@ def test_ranks_move_under_data_parallelism(device: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_growing_changes_no_output_and_shrinking_is_certified(device: str) -> None:
+def test_growing_keeps_outputs_and_shrinking_has_the_stated_errors(device: str) -> None:
     model = llama().to(device)
     optimizer = adamw(model, "fused")
     kinds, updates = set(), []
@@ -269,7 +269,7 @@ def device_trainer(
 
 
 @pytest.mark.parametrize(("device", "precision"), PRECISIONS)
-def test_trainer_moves_ranks_and_resumes(device: str, precision: str, tmp_path: Path) -> None:
+def test_trainer_changes_ranks_and_resumes(device: str, precision: str, tmp_path: Path) -> None:
     model, gard = llama(), GardCallback(**OPTIONS)
     whole = device_trainer(model, device, precision, tmp_path, gard, save_strategy="steps", save_steps=5)
     whole.train()
@@ -302,7 +302,7 @@ def test_trainer_moves_ranks_and_resumes(device: str, precision: str, tmp_path: 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_resizing(device: str) -> None:
+def test_resizing_keeps_the_device_and_truncates_exactly(device: str) -> None:
     model = mixed().to(device)
     ids = MIXED_IDS.to(device)
     before = outputs(model, ids)
@@ -322,7 +322,7 @@ def test_resizing(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_spectra_and_ranks_of_a_live_model(device: str) -> None:
+def test_spectra_and_ranks_of_a_live_model_equal_those_of_its_weights(device: str) -> None:
     model = tiny_models.llama()
     weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     model.to(device)
@@ -340,7 +340,7 @@ def test_spectra_and_ranks_of_a_live_model(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_adapter_is_taken_compressed_and_put_back(device: str) -> None:
+def test_adapter_is_read_compressed_and_inserted(device: str) -> None:
     model = llama().eval()
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():

@@ -107,7 +107,7 @@ def test_every_module_imports_or_lacks_an_extra(scripts: Path, tmp_path: Path) -
     assert set(found["lacking"].values()) <= {"torch", "transformers"}
 
 
-def test_commands_on_a_model(scripts: Path, tmp_path: Path) -> None:
+def test_commands_on_a_model_work(scripts: Path, tmp_path: Path) -> None:
     weight = np.random.default_rng(0).standard_normal((24, 32)).astype(np.float32)
     names = [f"model.layers.0.self_attn.{role}_proj" for role in "qv"]
     save_file(
@@ -124,7 +124,7 @@ def test_commands_on_a_model(scripts: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ranks").exists()
 
 
-def test_commands_on_an_adapter(scripts: Path, tmp_path: Path) -> None:
+def test_commands_on_an_adapter_work(scripts: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     factors = {"A.weight": (8, 32), "B.weight": (24, 8)}

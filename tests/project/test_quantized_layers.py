@@ -62,7 +62,7 @@ def dequantized(model: Any) -> Any:
 
 
 @every_case
-def test_spectra_are_those_of_what_the_bits_stand_for(device: str, kind: str) -> None:
+def test_spectra_equal_those_of_dequantized_weights(device: str, kind: str) -> None:
     model = quantized(tiny_models.llama(), kind, device)
     weights = dict(dequantized(model).named_parameters())
     report = lorank.analyze(model, keep_eigenvalues=True, progress=False)
@@ -73,7 +73,7 @@ def test_spectra_are_those_of_what_the_bits_stand_for(device: str, kind: str) ->
 
 
 @every_case
-def test_gradients_are_those_of_what_the_bits_stand_for(device: str, kind: str) -> None:
+def test_gradients_equal_those_of_dequantized_weights(device: str, kind: str) -> None:
     model = quantized(tiny_models.llama(), kind, device)
     gradients = true_gradients(dequantized(model).double(), text_batches_on("cpu"))
     report = lorank.profile_gradients(model, text_batches_on(device), sketch=None, progress=False)
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_what_the_bits_stand_for(device: str, kind: str) 
 
 
 @every_case
-def test_tasks_of_few_bits(device: str, kind: str) -> None:
+def test_tasks_equal_those_of_dequantized_weights(device: str, kind: str) -> None:
     model = quantized(tiny_models.llama(), kind, device)
     plain = lorank.profile_tasks(dequantized(model), text_batches_on("cpu"), progress=False)
     report = lorank.profile_tasks(model, text_batches_on("cpu"), progress=False)
@@ -95,7 +95,7 @@ def test_tasks_of_few_bits(device: str, kind: str) -> None:
 
 
 @every_case
-def test_ranks_move_over_few_bits(device: str, kind: str) -> None:
+def test_ranks_change_over_quantized_weights(device: str, kind: str) -> None:
     model = llama(prepared=lambda base: quantized(base, kind, device))
     assert all("bnb" in type(layer).__module__ for layer in layers(model).values())
     updates = trained(model, loss_of=lambda model, step: loss_on(device, model, step))
@@ -107,7 +107,7 @@ def test_ranks_move_over_few_bits(device: str, kind: str) -> None:
 
 
 @every_case
-def test_resizing_and_compressing_over_few_bits(device: str, kind: str) -> None:
+def test_adapters_over_quantized_weights_are_resized_and_compressed(device: str, kind: str) -> None:
     torch.manual_seed(2)
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     # Not for inference: on a CPU bitsandbytes would pack weights for a kernel that these are too small for.
