@@ -32,7 +32,7 @@ def test_reports_are_equal_by_value() -> None:
     assert lorank.GradientReport([]) != lorank.TaskReport([])
 
 
-def test_profiles_are_kept_as_json(tmp_path: Path) -> None:
+def test_profiles_are_saved_as_json_only(tmp_path: Path) -> None:
     for report in (lorank.GradientReport([gradient_row("a", (4, 4), 2)]), lorank.TaskReport([])):
         with pytest.raises(ValueError, match=r"x\.parquet: a \w+Report is kept as JSON"):
             report.save(tmp_path / "x.parquet")
@@ -40,7 +40,7 @@ def test_profiles_are_kept_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sketch", [None, 8])
-def test_gradient_reports_come_back_from_files(sketch: int | None, tmp_path: Path) -> None:
+def test_gradient_reports_survive_saving(sketch: int | None, tmp_path: Path) -> None:
     report = lorank.profile_gradients(tiny_models.mixtral(), text_batches(3), sketch=sketch, energy=0.8)
     report.save(tmp_path / "g.json")
     again = lorank.GradientReport.load(tmp_path / "g.json")
@@ -51,7 +51,7 @@ def test_gradient_reports_come_back_from_files(sketch: int | None, tmp_path: Pat
     assert ranks[0] == ranks[1]
 
 
-def test_task_reports_come_back_from_files(tmp_path: Path) -> None:
+def test_task_reports_survive_saving(tmp_path: Path) -> None:
     model = nn.ModuleDict({"used": nn.Linear(8, 3), "unused": nn.Linear(8, 3)})
     report = lorank.profile_tasks(model, vectors(), loss=lambda m, x: m["used"](x).square().sum(), folds=2)
     report.save(tmp_path / "t.json")
@@ -63,7 +63,7 @@ def test_task_reports_come_back_from_files(tmp_path: Path) -> None:
     assert lorank.TaskReport.load(tmp_path / "o.json") == odd
 
 
-def test_files_that_are_no_such_report(tmp_path: Path) -> None:
+def test_files_of_another_kind_raise(tmp_path: Path) -> None:
     gradients = lorank.GradientReport([gradient_row("a", (4, 4), 2)])
     tasks = lorank.TaskReport([task_row("a", 1, 1)])
     spectra = lorank.analyze({"a.weight": np.eye(4, dtype=np.float32)}, progress=False)
@@ -90,13 +90,13 @@ def test_files_that_are_no_such_report(tmp_path: Path) -> None:
             lorank.TaskReport.load(tmp_path / f"{name}.json")
 
 
-def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+def test_numpy_integers_are_saved(tmp_path: Path) -> None:
     report = lorank.profile_gradients(Readers(), vectors(), loss=called, sketch=np.int64(4))  # type: ignore[arg-type]
     report.save(tmp_path / "report.json")
     assert lorank.GradientReport.load(tmp_path / "report.json").sketch == 4
 
 
-def test_data_frames() -> None:
+def test_data_frames_have_a_row_per_module() -> None:
     report = lorank.profile_gradients(tiny_models.llama(), text_batches(3))
     frame = report.to_pandas()
     assert list(frame.columns) == ["name", "kind", "out", "in", "effective_rank", "mean_square", "flags"]
@@ -109,7 +109,7 @@ def test_data_frames() -> None:
     assert list(frame["flags"]) == ["one; two", ""]
 
 
-def test_rows_by_name() -> None:
+def test_rows_are_found_by_name_or_ending() -> None:
     report = lorank.profile_gradients(tiny_models.llama(), text_batches(2))
     assert report[QUERY] is report["layers.0.self_attn.q_proj"] is report.modules[0]
     for name, message in (("q_proj", "2 modules end with 'q_proj'"), ("proj", "no module is named 'proj'")):
@@ -117,7 +117,7 @@ def test_rows_by_name() -> None:
             report[name]
 
 
-def test_another_energy_of_the_same_spectra() -> None:
+def test_with_energy_equals_a_profile_with_that_energy() -> None:
     model = tiny_models.llama()
     report = lorank.profile_gradients(model, text_batches())
     for energy in (0.3, 0.6, 1.0):
