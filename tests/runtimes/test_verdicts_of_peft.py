@@ -174,7 +174,7 @@ def test_verdicts_on_adalora_agree_with_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq"])
-def test_initialisations_that_files_cannot_repeat(init: str, tmp_path: Path) -> None:
+def test_initialisations_that_need_data_are_refused(init: str, tmp_path: Path) -> None:
     live = random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["q_proj"]))
     folder = configured(saved(live, tmp_path), init_lora_weights=init)
     (verdict,) = lorank.check(folder, ["peft"])
@@ -185,7 +185,7 @@ def test_initialisations_that_files_cannot_repeat(init: str, tmp_path: Path) -> 
         lorank.LoraAdapter.load(folder)
 
 
-def test_settings_that_do_not_go_with_parameters(tmp_path: Path) -> None:
+def test_settings_incompatible_with_parameters_are_refused(tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     folder = saved(random_adapter(tiny_models.mixtral(), config), tmp_path)
     assert lorank.check(folder, ["peft"])[0].status == "right"
@@ -198,7 +198,7 @@ def test_settings_that_do_not_go_with_parameters(tmp_path: Path) -> None:
             loaded(tiny_models.mixtral(), folder)
 
 
-def test_a_tensor_with_infinite_values_is_named(tmp_path: Path) -> None:
+def test_tensor_with_infinite_values_is_named(tmp_path: Path) -> None:
     folder = saved(random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"])), tmp_path)
     spoiled(float("-inf"))(folder)
     verdicts = [verdict for verdict in lorank.check(folder) if verdict.reads_format]
@@ -237,7 +237,7 @@ class Attending(torch.nn.Module):
 
 
 @pytest.mark.parametrize("pattern", [{}, {"attention": 2}])
-def test_attention_of_torch_has_one_rank(pattern: dict[str, int], tmp_path: Path) -> None:
+def test_attention_of_torch_needs_one_rank(pattern: dict[str, int], tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["attention"], rank_pattern=pattern)
     live = random_adapter(Attending(), config)
     folder = saved(live, tmp_path / "a")
@@ -254,7 +254,7 @@ def test_attention_of_torch_has_one_rank(pattern: dict[str, int], tmp_path: Path
 
 @pytest.mark.parametrize("shape", [(7, 262147), (262147, 3), (524288,), (1, 131072), ()])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
-def test_values_are_searched_to_the_last(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
+def test_last_value_is_searched_for_nan(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
     folder = saved(random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"])), tmp_path)
 
     def edit(tensors: dict[str, Any]) -> None:
@@ -272,7 +272,7 @@ def test_values_are_searched_to_the_last(shape: tuple[int, ...], dtype: str, tmp
     assert "model.norm.weight holds NaN" in verdict.reason
 
 
-def test_pickled_adapters_are_searched_too(tmp_path: Path) -> None:
+def test_pickled_adapters_are_searched_for_nan(tmp_path: Path) -> None:
     folder = saved(random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"])), tmp_path)
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors[f"{PREFIX}model.layers.1.self_attn.v_proj.lora_A.weight"][2, 3] = float("inf")
