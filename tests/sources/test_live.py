@@ -107,7 +107,7 @@ def effect(layer: Any) -> Array:
 
 
 @every_model
-def test_every_parameter_has_a_row_with_the_singular_values_of_numpy_or_a_reason(build: Build) -> None:
+def test_every_parameter_has_an_exact_row_or_a_reason(build: Build) -> None:
     model = build()
     assert sum(p.numel() * p.element_size() for p in model.parameters()) < 2**20
     report, expected = analyze(model), expected_rows(model)
@@ -127,7 +127,7 @@ def test_every_parameter_has_a_row_with_the_singular_values_of_numpy_or_a_reason
 
 
 @every_model
-def test_a_saved_model_has_the_same_rows(build: Build, tmp_path: Path) -> None:
+def test_saved_model_has_the_same_rows(build: Build, tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path)
     live, disk = analyze(model), {row.name: row for row in analyze(tmp_path)}
@@ -153,7 +153,7 @@ def test_a_saved_model_has_the_same_rows(build: Build, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.gpt2, tiny_models.gpt_oss])
-def test_element_types(build: Build, dtype: Any, tmp_path: Path) -> None:
+def test_rows_follow_element_types(build: Build, dtype: Any, tmp_path: Path) -> None:
     model = build().to(dtype)
     report, expected = analyze(model), expected_rows(model)
     assert [row.name for row in report] == list(expected)
@@ -181,7 +181,7 @@ def test_tied_weights_count_once(name: str, owner: str, tied: list[str]) -> None
     assert report[owner].kind == "embedding"
 
 
-def test_a_shared_module_counts_once() -> None:
+def test_shared_module_counts_once() -> None:
     layer = nn.Linear(8, 8)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     assert ([row.name for row in analyze(model)], analyze(model).num_parameters) == (["0"], 72)
@@ -201,7 +201,7 @@ def test_weights_on_the_meta_device_are_skipped() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_flagged(value: float) -> None:
+def test_nan_and_infinite_weights_are_flagged(value: float) -> None:
     model, names = tiny_models.gpt_oss(), {"lm_head", "model.layers.1.mlp.experts.down_proj[2]"}
     with torch.no_grad():
         model.lm_head.weight[3, 5] = value
@@ -216,7 +216,7 @@ def test_weights_that_are_not_finite_are_flagged(value: float) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @every_model
-def test_the_model_is_left_as_it_was(build: Build, training: bool) -> None:
+def test_model_stays_unchanged(build: Build, training: bool) -> None:
     model = build().train(training)
     for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(number % 2 == 0)
@@ -236,7 +236,7 @@ def test_the_model_is_left_as_it_was(build: Build, training: bool) -> None:
 
 @pytest.mark.parametrize("state", ["built", "quantized", "used"])
 @pytest.mark.parametrize(("layer", "options"), LAYERS.values(), ids=LAYERS)
-def test_bitsandbytes(layer: str, options: dict[str, Any], state: str) -> None:
+def test_bitsandbytes_layers_are_dequantized(layer: str, options: dict[str, Any], state: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), getattr(bitsandbytes.nn, layer)(64, 128, **options))
@@ -317,7 +317,7 @@ def test_peft_models_are_reported_as_their_base_models(
         assert_same_numbers(row, expected[row.name])
 
 
-def test_wrappers_of_torch_leave_no_trace_in_names() -> None:
+def test_wrappers_of_torch_do_not_change_names() -> None:
     checkpoint_wrapper = torch.distributed.algorithms._checkpoint.checkpoint_wrapper.checkpoint_wrapper
     model = tiny_models.llama()
     plain = lorank.analyze(model, progress=False)
@@ -327,7 +327,7 @@ def test_wrappers_of_torch_leave_no_trace_in_names() -> None:
         assert list(lorank.analyze(one, progress=False)) == list(plain)
 
 
-def test_training_is_there_after_a_plain_import() -> None:
+def test_training_is_available_after_import_lorank() -> None:
     code = """
 import sys, lorank
 assert "torch" not in sys.modules
