@@ -17,13 +17,13 @@ from tests.support.task_samples import assert_same, sampled
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_narrow_types_are_read_exactly(dtype: Any) -> None:
+def test_small_float_types_are_read_exactly(dtype: Any) -> None:
     X, Y, _ = sampled([2.0, 1.0], 70, 0.1, 5, 4, 3)
     X, Y = X.astype(dtype), Y.astype(dtype)
     assert_same(task_spectrum(X, Y), task_spectrum(X.astype(np.float64), Y.astype(np.float64)), 0)
 
 
-def test_tensors_are_read_whatever_they_hold() -> None:
+def test_tensors_of_any_type_are_read() -> None:
     X, Y, _ = sampled([2.0, 1.0], 70, 0.1, 5, 4, 3)
     x, y = torch.from_numpy(X).bfloat16(), torch.from_numpy(Y).float().requires_grad_()
     expected = task_spectrum(x.double().numpy(), y.detach().double().numpy())
@@ -45,7 +45,7 @@ def test_tensors_are_read_whatever_they_hold() -> None:
     ],
     ids=["meta", "sparse", "list of bfloat16", "ragged"],
 )
-def test_what_holds_no_values_is_refused_by_name(unreadable: Any) -> None:
+def test_unreadable_arguments_raise_with_their_name(unreadable: Any) -> None:
     for name, pair in (("X", (unreadable, np.ones(4))), ("Y", (np.ones((4, 2)), unreadable))):
         with pytest.raises(ValueError, match=f"^{name} cannot be read as one array of real numbers: "):
             TaskSpectrum().update(*pair)
@@ -59,7 +59,7 @@ def test_arrays_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_results_cannot_be_written_to() -> None:
+def test_results_are_read_only() -> None:
     X, Y, _ = sampled([2.0, 1.0], 40, 0.1, 8, 4, 3)
     found = task_spectrum(X, Y)
     with pytest.raises(ValueError, match="read-only"):
@@ -88,7 +88,7 @@ GOOD = np.ones((4, 2))
         (GOOD[:0], GOOD[:0], "no samples"),
     ],
 )
-def test_malformed_arrays_are_refused(X: Any, Y: Any, message: str) -> None:
+def test_malformed_arrays_raise(X: Any, Y: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task_spectrum(X, Y)
 
@@ -106,12 +106,12 @@ def test_malformed_arrays_are_refused(X: Any, Y: Any, message: str) -> None:
         ({"folds": True}, "folds must be an integer"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task_spectrum(GOOD, GOOD, **options)
 
 
-def test_numpy_is_all_that_is_imported() -> None:
+def test_module_imports_only_numpy() -> None:
     script = (
         "import sys, lorank.task_spectra; "
         "print([name for name in ('torch', 'scipy', 'sklearn') if name in sys.modules])"

@@ -35,7 +35,7 @@ def brute_force_starts(logs: Array) -> tuple[int, ...]:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(3, 16), st.integers(0, 2**32 - 1), st.sampled_from([1e-30, 1.0, 1e30]))
-def test_breakpoints_are_those_of_the_best_score(count: int, seed: int, unit: float) -> None:
+def test_breakpoints_have_the_best_score(count: int, seed: int, unit: float) -> None:
     rng = np.random.default_rng(seed)
     steps = np.where(rng.random(count) < 0.2, 2.0, 0.1) * rng.random(count)
     values = np.exp(-np.cumsum(steps))
@@ -45,7 +45,7 @@ def test_breakpoints_are_those_of_the_best_score(count: int, seed: int, unit: fl
     assert 1 <= found.k_star <= count
 
 
-def test_pieces_of_exact_spectra() -> None:
+def test_pieces_of_exact_spectra_are_found() -> None:
     values = np.concatenate([np.full(5, 8.0), 0.5 ** np.arange(6.0)])
     found = piecewise_decay(values, len(values), 0.02)
     assert found.breakpoints == (5,)
@@ -57,7 +57,7 @@ def test_pieces_of_exact_spectra() -> None:
     assert piecewise_decay(np.full(4, 2.0), 4, 1.0).k_star == 4
 
 
-def test_equal_values_are_flagged_and_all_count() -> None:
+def test_equal_values_are_flagged_and_counted() -> None:
     X = np.linalg.qr(np.random.default_rng(0).standard_normal((50, 4)))[0]
     found = task_spectrum(X, X, noise=1e-3)
     assert found.k_star == 4

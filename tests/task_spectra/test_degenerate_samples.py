@@ -16,7 +16,7 @@ from tests.support.task_samples import Array, refitted_r2, sampled
 
 @settings(deadline=None, max_examples=30)
 @given(st.floats(-30, 30), st.floats(-30, 30), st.sampled_from(["weights", "prediction"]))
-def test_units_change_units_only(of_x: float, of_y: float, space: Any) -> None:
+def test_results_scale_with_units(of_x: float, of_y: float, space: Any) -> None:
     X, Y, _ = sampled(1.4 ** -np.arange(6), 80, 0.05, 7, 8, 6)
     plain = task_spectrum(X, Y, space=space)
     scaled = task_spectrum(X * 10**of_x, Y * 10**of_y, space=space)
@@ -31,7 +31,7 @@ def test_units_change_units_only(of_x: float, of_y: float, space: Any) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e9, 1e30])
-def test_the_unit_of_the_targets_leaves_k_star_alone(scale: float) -> None:
+def test_unit_of_targets_does_not_change_k_star(scale: float) -> None:
     X, Y, _ = sampled(1.4 ** -np.arange(6), 80, 0.05, 7, 8, 6)
     plain, scaled = task_spectrum(X, Y), task_spectrum(X, scale * Y)
     assert scaled.k_star == plain.k_star
@@ -41,7 +41,7 @@ def test_the_unit_of_the_targets_leaves_k_star_alone(scale: float) -> None:
     assert scaled.rho == pytest.approx(plain.rho, rel=1e-9)
 
 
-def test_columns_in_different_units_all_count() -> None:
+def test_columns_in_different_units_are_used() -> None:
     X, Y, _ = sampled([2.0, 1.0, 0.5], 100, 0.1, 5, 6, 3)
     units = np.array([1e-30, 1e-12, 1.0, 1e3, 1e12, 1e30])
     plain, mixed = task_spectrum(X, Y), task_spectrum(X * units, Y)
@@ -52,7 +52,7 @@ def test_columns_in_different_units_all_count() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 12])
-def test_fewer_samples_than_inputs(n: int) -> None:
+def test_fewer_samples_than_inputs_give_the_smallest_norm(n: int) -> None:
     X, Y, _ = sampled([2.0, 1.0, 0.5], n, 0.1, 2, 12, 4)
     X = X * np.geomspace(1, 30, 12)
     found = task_spectrum(X, Y)
@@ -101,7 +101,7 @@ def deficient(kind: str) -> Array:
     "kind",
     ["zero column", "duplicates", "scaled duplicate", "combination", "two constants", "repeated rows"],
 )
-def test_inputs_that_lack_rank(kind: str) -> None:
+def test_rank_deficient_inputs_are_flagged(kind: str) -> None:
     X = deficient(kind)
     rng = np.random.default_rng(7)
     Y = X @ rng.standard_normal((X.shape[1], 4)) + 0.1 * rng.standard_normal((60, 4))
@@ -117,7 +117,7 @@ def test_inputs_that_lack_rank(kind: str) -> None:
     assert len(edge.singular_values) == min(X.shape[1], 4)
 
 
-def test_a_column_of_one_fold_only() -> None:
+def test_column_nonzero_in_one_fold_is_handled() -> None:
     X, Y, _ = sampled([2.0, 1.0], 40, 0.1, 8, 4, 3)
     X[:, 3] = 0.0
     X[10, 3] = 5.0
@@ -125,7 +125,7 @@ def test_a_column_of_one_fold_only() -> None:
     np.testing.assert_allclose(found.predicted_r2, refitted_r2(X, Y, 10), rtol=1e-9)
 
 
-def test_targets_without_variation() -> None:
+def test_constant_targets_are_flagged() -> None:
     X, Y, _ = sampled([2.0, 1.0], 40, 0.1, 8, 4, 3)
     zero = task_spectrum(X, np.zeros((40, 3)))
     assert (zero.k_star, zero.predicted_rank, zero.noise, zero.tau) == (1, 1, 0.0, 0.0)
@@ -139,7 +139,7 @@ def test_targets_without_variation() -> None:
     assert partly.predicted_r2[-1] == pytest.approx(task_spectrum(X, Y[:, [0, 2]]).predicted_r2[-1])
 
 
-def test_targets_without_noise() -> None:
+def test_noiseless_targets_are_flagged() -> None:
     X, Y, _ = sampled([2.0, 1.0, 0.5], 90, 0.0, 8, 7, 5)
     found = task_spectrum(X, Y)
     assert any("rounding level" in flag for flag in found.flags)
@@ -151,7 +151,7 @@ def test_targets_without_noise() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_single_sample_and_single_numbers(scale: float) -> None:
+def test_single_sample_is_flagged(scale: float) -> None:
     found = task_spectrum([[2.0 * scale]], [3.0 * scale])
     assert found.singular_values == pytest.approx([1.5])
     assert (found.k_star, found.predicted_rank, found.num_samples) == (1, 1, 1)

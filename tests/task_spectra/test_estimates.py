@@ -14,7 +14,7 @@ from tests.support.task_samples import refitted_r2, sampled
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(12, 7), (7, 12), (9, 9), (1, 5), (5, 1), (1, 1)])
-def test_every_number_is_that_of_least_squares_on_the_rows(d_in: int, d_out: int) -> None:
+def test_estimates_equal_those_of_least_squares(d_in: int, d_out: int) -> None:
     X, Y, _ = sampled(1.5 ** -np.arange(min(d_in, d_out)), 90, 0.02, 3, d_in, d_out)
     found = task_spectrum(X, Y)
     W = LinearRegression(fit_intercept=False).fit(X, Y).coef_.T.reshape(d_in, d_out)
@@ -48,9 +48,7 @@ def test_every_number_is_that_of_least_squares_on_the_rows(d_in: int, d_out: int
         (2, 1, 1, 10),
     ],
 )
-def test_the_predicted_curve_is_that_of_refits_fold_by_fold(
-    n: int, d_in: int, d_out: int, folds: int
-) -> None:
+def test_predicted_curve_equals_refits_fold_by_fold(n: int, d_in: int, d_out: int, folds: int) -> None:
     X, Y, _ = sampled(0.6 ** np.arange(min(d_in, d_out)), n, 0.1, 1, d_in, d_out)
     Y = Y + np.linspace(0, 3, d_out)  # A mean that no intercept takes up.
     found = task_spectrum(X, Y, folds=folds)
@@ -61,7 +59,7 @@ def test_the_predicted_curve_is_that_of_refits_fold_by_fold(
         assert found.predicted_rank == smallest
 
 
-def test_a_full_rank_that_predicts_nothing_is_flagged() -> None:
+def test_useless_full_rank_fit_is_flagged() -> None:
     X, Y, _ = sampled([1.0], 80, 1.0, 0)
     found = task_spectrum(X, Y)
     assert found.predicted_r2[-1] < 0
@@ -71,7 +69,7 @@ def test_a_full_rank_that_predicts_nothing_is_flagged() -> None:
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(12, 7), (7, 12)])
-def test_prediction_space_is_the_projected_targets_spectrum(d_in: int, d_out: int) -> None:
+def test_prediction_space_has_the_spectrum_of_projected_targets(d_in: int, d_out: int) -> None:
     X, Y, _ = sampled(2.0 ** -np.arange(7), 200, 0.05, 4, d_in, d_out)
     X = X @ np.diag(np.geomspace(1, 1e-3, d_in))
     found = task_spectrum(X, Y, space="prediction", noise=0.05)
@@ -81,7 +79,7 @@ def test_prediction_space_is_the_projected_targets_spectrum(d_in: int, d_out: in
     assert found.num_above == int(np.sum(values > found.tau))
 
 
-def test_noise_alone_stays_below_the_edge_of_prediction_space() -> None:
+def test_pure_noise_stays_below_the_edge_of_prediction_space() -> None:
     counts = []
     for seed in range(20):
         X, Y, _ = sampled([0.0], 300, 0.7, seed)
@@ -116,7 +114,7 @@ PAPER_TASKS = [
 
 
 @pytest.mark.parametrize(("name", "rho", "n", "noise", "k_star", "tolerance"), PAPER_TASKS)
-def test_the_ten_tasks_of_the_paper(
+def test_k_star_of_the_ten_tasks_of_the_paper(
     name: str, rho: float, n: int, noise: float, k_star: int, tolerance: int
 ) -> None:
     found = []
@@ -139,7 +137,7 @@ SHAPED = {
 
 
 @pytest.mark.parametrize("name", SHAPED)
-def test_shaped_spectra(name: str) -> None:
+def test_estimators_on_spectra_with_plateaus_and_bends(name: str) -> None:
     """Best rank on fresh samples: the predicted one is closer. Values above the noise: the pieces are."""
     plain_misses, predicted_misses, plain_counts, piecewise_counts = [], [], [], []
     for seed in range(3):
@@ -168,7 +166,7 @@ def test_shaped_spectra(name: str) -> None:
         assert np.mean(piecewise_counts) < np.mean(plain_counts)
 
 
-def test_a_quotient_of_whole_steps_is_not_rounded_up() -> None:
+def test_whole_quotient_is_not_rounded_up() -> None:
     X = np.linalg.qr(np.random.default_rng(0).standard_normal((80, 8)))[0]
     Y = X @ np.diag(0.5 ** np.arange(8.0))
     noise = 2.0**-5 / (1 + math.sqrt(8 / 80))

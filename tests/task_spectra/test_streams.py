@@ -15,7 +15,7 @@ from tests.support.task_samples import assert_same, refitted_r2, sampled
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 60), max_size=6), st.integers(2, 9), st.integers(0, 2**32 - 1))
-def test_how_rows_are_cut_into_batches_does_not_matter(cuts: list[int], folds: int, seed: int) -> None:
+def test_estimate_does_not_depend_on_batches(cuts: list[int], folds: int, seed: int) -> None:
     X, Y, _ = sampled([2.0, 1.0, 0.5], 60, 0.1, seed, 6, 4)
     stream = TaskSpectrum(folds=folds)
     bounds = sorted({0, 60, *cuts})
@@ -27,7 +27,7 @@ def test_how_rows_are_cut_into_batches_does_not_matter(cuts: list[int], folds: i
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 50), st.integers(2, 9), st.integers(0, 2**32 - 1))
-def test_merging_is_concatenation(cut: int, folds: int, seed: int) -> None:
+def test_merging_equals_concatenation(cut: int, folds: int, seed: int) -> None:
     X, Y, _ = sampled([2.0, 1.0, 0.5], 50, 0.1, seed, 5, 4)
     first, second = TaskSpectrum(folds=folds), TaskSpectrum(folds=folds)
     if cut:
@@ -38,13 +38,13 @@ def test_merging_is_concatenation(cut: int, folds: int, seed: int) -> None:
     assert_same(first.estimate(), task_spectrum(X, Y, folds=folds))
 
 
-def test_more_rows_than_are_converted_at_a_time() -> None:
+def test_rows_beyond_one_conversion_are_used() -> None:
     X, Y, _ = sampled([2.0, 1.0], 20_000, 0.1, 0, 3, 2)
     found = task_spectrum(X, Y)
     np.testing.assert_allclose(found.predicted_r2, refitted_r2(X, Y, 10), rtol=1e-9)
 
 
-def test_tasks_of_shared_inputs_are_those_of_their_own() -> None:
+def test_tasks_with_shared_inputs_equal_separate_tasks() -> None:
     X, Y, _ = sampled([2.0, 1.0, 0.5], 75, 0.1, 9, 6, 5)
     other = Y[:, :2] - 3 * X[:, 2:4] ** 2
     inputs = InputMoments(folds=5)
@@ -75,7 +75,7 @@ def test_shared_inputs_merge_once() -> None:
         tasks[0].merge(TaskSpectrum())
 
 
-def test_a_refused_batch_leaves_no_trace() -> None:
+def test_refused_batch_changes_nothing() -> None:
     X, Y, _ = sampled([2.0, 1.0], 40, 0.1, 8, 4, 3)
     stream = TaskSpectrum()
     stream.update(X, Y)
