@@ -81,7 +81,7 @@ def test_gradients_are_divided_by_the_scale() -> None:
     np.testing.assert_allclose(spectra(updates[0]), spectra(expected[0]), rtol=0.02, atol=1e-4)
 
 
-def test_steps_that_overflow_are_left_out() -> None:
+def test_overflowing_steps_are_excluded() -> None:
     model, updates, scales = scaled(torch.amp.GradScaler("cpu", init_scale=8.0), (3, 8, 9, 10, 11))
     assert min(scales) < 8
     # Of the second window nothing is left: there is nothing to go by.
@@ -90,7 +90,7 @@ def test_steps_that_overflow_are_left_out() -> None:
     assert ranks(model) == updates[-1].ranks
 
 
-def test_a_loop_goes_on_from_its_state(tmp_path: Path) -> None:
+def test_loop_resumes_from_saved_state(tmp_path: Path) -> None:
     """Inside a window, at a change, and between windows."""
 
     def loop(model: Any, optimizer: Any, dynamic: Any, start: int, stop: int) -> list[Any]:
@@ -128,7 +128,7 @@ def test_a_loop_goes_on_from_its_state(tmp_path: Path) -> None:
         assert_same_weights(again, whole)
 
 
-def test_an_open_window_goes_on_where_its_modules_are() -> None:
+def test_restored_sketches_lie_on_the_devices_of_their_modules() -> None:
     """Models can lie on several devices; here one of them is without values."""
     model = llama()
     optimizer = adamw(model)

@@ -45,7 +45,7 @@ class Loop:
 
 
 @only_new_tensors()
-def test_memory_of_open_and_closed_windows() -> None:
+def test_memory_holds_sketches_of_the_open_window_only() -> None:
     loop = Loop()
     sketches, projections = expected_numbers(loop.model, 16)
     # What one batch adds to a plain pass: the inputs of all modules, projected, and the outputs of the first
@@ -66,7 +66,7 @@ def test_memory_of_open_and_closed_windows() -> None:
 
 
 @only_new_tensors()
-def test_memory_of_an_interrupted_training() -> None:
+def test_interrupted_training_keeps_only_the_sketches_of_its_window() -> None:
     loop = Loop()
     sketches, _ = expected_numbers(loop.model, 16)
     loop.step()

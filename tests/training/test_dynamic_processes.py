@@ -87,9 +87,7 @@ def train_together(process: int, folder: str, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_processes_that_train_together_have_the_same_ranks(
-    full_run: tuple[Run, Path], tmp_path: Path
-) -> None:
+def test_distributed_processes_choose_equal_ranks(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

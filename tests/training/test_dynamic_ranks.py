@@ -47,7 +47,7 @@ def exact_gradients(model: Any, step: int) -> dict[str, Any]:
     return {name: weight.grad.double().flatten().numpy() for name, weight in weights.items()}
 
 
-def test_ranks_are_those_of_exact_gradients() -> None:
+def test_ranks_equal_those_from_exact_gradients() -> None:
     model = llama()
     seen: list[dict[str, Any]] = []
     before: dict[int, dict[str, int]] = {}
@@ -124,7 +124,7 @@ def test_budget_bounds_and_largest_change_hold_at_every_step(max_change: int | N
             assert not free or update.num_parameters + cost > 2800
 
 
-def test_a_share_of_the_base_model_as_budget_and_what_the_adapter_has_as_default() -> None:
+def test_budget_is_a_share_of_the_base_model_or_the_size_of_the_adapter() -> None:
     base = sum(p.numel() for p in tiny_models.llama().parameters())
     model = llama()
     updates = trained(model, 6, budget="20%")
@@ -136,7 +136,7 @@ def test_a_share_of_the_base_model_as_budget_and_what_the_adapter_has_as_default
     assert all(update.num_parameters <= size for update in updates)
 
 
-def test_nothing_changes_in_the_warmup_nor_after_the_freeze() -> None:
+def test_ranks_stay_during_warmup_and_after_freeze() -> None:
     hooks: dict[int, int] = {}
     model = llama()
     updates = trained(
@@ -174,7 +174,7 @@ def dense_loss(model: Any, updates: dict[str, Any]) -> tuple[float, dict[str, fl
     return float(loss), {name: float(weight.grad.norm()) for name, weight in weights.items()}
 
 
-def test_growing_changes_nothing_and_shrinking_what_the_certificate_says() -> None:
+def test_growing_keeps_outputs_and_shrinking_changes_them_by_the_stated_errors() -> None:
     """The loss on a fixed batch, right before and right after every change."""
     model = llama()
     optimizer = adamw(model)
@@ -219,7 +219,7 @@ def test_growing_changes_nothing_and_shrinking_what_the_certificate_says() -> No
     assert kinds == {"as it was", "grown", "shrunk"}
 
 
-def test_passes_between_steps_leave_no_trace() -> None:
+def test_passes_between_steps_do_not_affect_training() -> None:
     def between(model: Any, step: int) -> None:
         evaluated(model)
         model.eval()
@@ -234,7 +234,7 @@ def test_passes_between_steps_leave_no_trace() -> None:
     assert_same_weights(quiet, disturbed)
 
 
-def test_hooks_are_gone_after_the_block_and_after_an_error_in_it() -> None:
+def test_hooks_are_removed_after_the_block_and_after_an_error() -> None:
     model = llama()
     optimizer = adamw(model)
     options = OPTIONS | {"interval": 4}
@@ -274,7 +274,7 @@ class Pictures(torch.nn.Module):
 
 
 @pytest.mark.parametrize("bits", [32, 4])
-def test_other_kinds_of_layers(bits: int) -> None:
+def test_convolutions_and_four_bit_layers_change_ranks(bits: int) -> None:
     linear: Any = torch.nn.Linear
     if bits == 4:
         linear = pytest.importorskip("bitsandbytes").nn.Linear4bit
@@ -299,7 +299,7 @@ def test_other_kinds_of_layers(bits: int) -> None:
     assert max(ranks(model).values()) > 4
 
 
-def test_windows_without_any_gradient_change_nothing() -> None:
+def test_windows_without_gradients_keep_ranks_and_warn() -> None:
     """As where compiled code passes the hooks by: ranks would become uniform."""
     silent = 2 * INTERVAL
 
@@ -338,7 +338,7 @@ def test_no_rank_exceeds_a_side_of_its_matrix() -> None:
     assert ranks(model) == {name: min(64, side) for name, side in narrow.items()}
 
 
-def test_orthogonal_adapters_train_on_as_the_message_says(tmp_path: Path) -> None:
+def test_orthogonal_adapters_train_after_their_initialisation_is_reset(tmp_path: Path) -> None:
     model = llama(init_lora_weights="orthogonal")
     DynamicRanks(model, adamw(model), **OPTIONS | {"r_min": 4, "r_max": 4})  # No other rank can come up.
     model.peft_config["default"].init_lora_weights = True

@@ -38,7 +38,7 @@ from tests.support.optimizers import UnknownState, adamw, trainable
         ({"n_gpu": 2}, r"2 devices in one process: .*torchrun --nproc-per-node=2.*CUDA_VISIBLE_DEVICES=0"),
     ],
 )
-def test_training_that_remembers_shapes_is_refused(settings: Any, message: str, tmp_path: Path) -> None:
+def test_trainer_arguments_with_fixed_shapes_are_refused(settings: Any, message: str, tmp_path: Path) -> None:
     nothing: dict[str, Any] = {"fsdp": [], "deepspeed": None, "torch_compile": False, "n_gpu": 1}
     arguments = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, **nothing | settings)
     state = SimpleNamespace(global_step=0, is_world_process_zero=True)
@@ -49,7 +49,7 @@ def test_training_that_remembers_shapes_is_refused(settings: Any, message: str, 
     assert num_hooks(model) == 0
 
 
-def test_trainer_itself_with_torch_compile_is_refused(tmp_path: Path) -> None:
+def test_trainer_with_torch_compile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match=r"under torch\.compile"):
         trainer(llama(), tmp_path, GardCallback(**OPTIONS), torch_compile=True).train()
 
@@ -92,7 +92,7 @@ def test_compiled_models_are_refused(wrap: Any, message: str) -> None:
             DynamicRanks(compiled, adamw(model), **OPTIONS)
 
 
-def test_a_compiled_model_that_is_gone_is_no_hindrance() -> None:
+def test_deleted_compiled_model_does_not_block_training() -> None:
     model = llama()
     compiled = eager(model)
     circle = [compiled]
@@ -108,7 +108,7 @@ def test_a_compiled_model_that_is_gone_is_no_hindrance() -> None:
     del other
 
 
-def test_copies_on_several_devices_are_refused() -> None:
+def test_data_parallel_copies_are_refused() -> None:
     model = llama()
     parallel = torch.nn.DataParallel(model)
     DynamicRanks(model, adamw(model), **OPTIONS)  # On one device it makes no copies.
@@ -118,7 +118,7 @@ def test_copies_on_several_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"static_graph": True}, {}])
-def test_wrappers_that_remember_shapes_are_refused_at_once(settings: Any, tmp_path: Path) -> None:
+def test_distributed_wrappers_with_fixed_shapes_are_refused(settings: Any, tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = llama()
@@ -139,7 +139,7 @@ def test_wrappers_that_remember_shapes_are_refused_at_once(settings: Any, tmp_pa
         (lambda ps: UnknownState(ps, lr=0.1), "the state 'curvature' of UnknownState cannot be carried over"),
     ],
 )
-def test_an_unknown_optimizer_is_refused_after_the_first_step(optim: Any, message: str) -> None:
+def test_unknown_optimizer_state_is_refused_after_the_first_step(optim: Any, message: str) -> None:
     model = llama()
     optimizer = optim(trainable(model))
     with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:
@@ -150,7 +150,7 @@ def test_an_unknown_optimizer_is_refused_after_the_first_step(optim: Any, messag
     assert num_hooks(model) == 0
 
 
-def test_an_unknown_optimizer_is_refused_as_soon_as_it_remembers_something() -> None:
+def test_unknown_optimizer_state_is_refused_when_it_appears() -> None:
     """A gradient scaler may skip the first steps."""
     model = llama()
     optimizer = UnknownState(trainable(model), lr=0.1)
@@ -165,7 +165,7 @@ def test_an_unknown_optimizer_is_refused_as_soon_as_it_remembers_something() -> 
             dynamic.step()
 
 
-def test_adafactor_is_refused_by_trainer_after_the_first_step(tmp_path: Path) -> None:
+def test_trainer_with_adafactor_is_refused_after_the_first_step(tmp_path: Path) -> None:
     run = trainer(llama(), tmp_path, GardCallback(**OPTIONS), optim="adafactor")
     with pytest.raises(NotImplementedError, match="'exp_avg_sq_row' of Adafactor cannot be carried over"):
         run.train()
@@ -194,7 +194,7 @@ def test_adafactor_is_refused_by_trainer_after_the_first_step(tmp_path: Path) ->
         ({"adapter_name": "other"}, "no adapter 'other' in the model: it has default"),
     ],
 )
-def test_bad_options(options: Any, message: str) -> None:
+def test_invalid_options_raise(options: Any, message: str) -> None:
     model = llama()
     with pytest.raises(ValueError, match=message):
         DynamicRanks(model, adamw(model), **OPTIONS | options)
@@ -204,7 +204,7 @@ def test_bad_options(options: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("freeze_after", "warmup", "is_told"), [(6, 0, False), (5, 0, True), (12, 6, False), (11, 6, True)]
 )
-def test_ranks_that_can_never_change_are_told(freeze_after: int, warmup: int, is_told: bool) -> None:
+def test_options_without_any_change_warn(freeze_after: int, warmup: int, is_told: bool) -> None:
     model = llama()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -212,7 +212,7 @@ def test_ranks_that_can_never_change_are_told(freeze_after: int, warmup: int, is
     assert [("ranks will never change" in str(warning.message)) for warning in told] == [True] * is_told
 
 
-def test_an_adapter_that_is_not_trained_is_refused() -> None:
+def test_inactive_frozen_and_disabled_adapters_are_refused() -> None:
     model = llama()
     optimizer = adamw(model)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
@@ -233,7 +233,7 @@ def test_an_adapter_that_is_not_trained_is_refused() -> None:
     assert num_hooks(model) == num_hooks(frozen) == 0
 
 
-def test_what_is_no_model_or_no_optimizer_is_refused() -> None:
+def test_wrong_types_of_model_and_optimizer_raise() -> None:
     model = llama()
     with pytest.raises(TypeError, match="model must be a PEFT model, not str"):
         DynamicRanks("model", adamw(model), **OPTIONS)
@@ -247,7 +247,7 @@ def test_what_is_no_model_or_no_optimizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{"r_min": 0}, {"r_min": -1}, {"r_min": 1.5}, {"r_max": 12.5}])
-def test_bounds_that_no_rank_can_have(options: Any) -> None:
+def test_invalid_rank_bounds_raise(options: Any) -> None:
     """Before training, not at the first change."""
     model = llama()
     with pytest.raises(ValueError, match="r_m"):
@@ -262,14 +262,14 @@ def test_bounds_that_no_rank_can_have(options: Any) -> None:
         ({"init_lora_weights": "orthogonal"}, "PEFT loads even ranks only. Set init_lora_weights to True"),
     ],
 )
-def test_adapters_that_cannot_be_resized_are_refused_at_once(settings: Any, message: str) -> None:
+def test_unresizable_adapters_are_refused_before_training(settings: Any, message: str) -> None:
     """Not at the first change, when a hundred steps are done."""
     model = llama(**settings)
     with pytest.raises((NotImplementedError, ValueError), match=message):
         DynamicRanks(model, adamw(model), **OPTIONS)
 
 
-def test_sharded_models_are_refused_at_once(tmp_path: Path) -> None:
+def test_sharded_models_are_refused(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = llama()
@@ -280,19 +280,19 @@ def test_sharded_models_are_refused_at_once(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_a_model_without_weights_is_refused() -> None:
+def test_modules_on_the_meta_device_are_refused() -> None:
     model = llama()
     model.get_base_model().model.layers[1].mlp.to("meta")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\..*is on the meta device: load"):
         DynamicRanks(model, adamw(model), **OPTIONS)
 
 
-def test_a_model_without_a_gradient_to_look_at_is_refused() -> None:
+def test_adapters_without_a_sketchable_module_are_refused() -> None:
     model = llama(targets=["embed_tokens"])
     with pytest.raises(ValueError, match="adapter 'default' has no module whose gradient can be sketched"):
         DynamicRanks(model, adamw(model))
 
 
-def test_options_are_refused_before_training_begins() -> None:
+def test_callback_checks_options_at_construction() -> None:
     with pytest.raises(ValueError, match="window 9 is longer than interval 6: pass window=6 or less"):
         GardCallback(**OPTIONS | {"window": 9})

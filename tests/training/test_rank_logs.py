@@ -28,7 +28,7 @@ class Reporter(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
-def test_ranks_are_logged_where_trainer_logs(
+def test_ranks_appear_in_every_log_of_trainer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], disable_tqdm: bool
 ) -> None:
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda _: [Reporter])
@@ -75,9 +75,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_table_holds_every_change_and_nothing_of_an_earlier_run(
-    full_run: tuple[Run, Path], tmp_path: Path
-) -> None:
+def test_csv_lists_every_change_of_the_current_run_only(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     run, folder = full_run
     expected = [
         {

@@ -52,7 +52,7 @@ def extended(key: str, value: torch.Tensor, axis: int, options: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS, ids=lambda value: getattr(value, "__name__", ""))
-def test_the_optimizer_goes_on_as_one_with_the_carried_state(kind: Any, options: dict[str, Any]) -> None:
+def test_optimizer_state_is_transformed_with_the_factors(kind: Any, options: dict[str, Any]) -> None:
     model = linear()
     optimizer = kind(trainable(model), lr=0.01, **options)
     step(model, optimizer, 0)
@@ -117,7 +117,7 @@ def steps_of_new_ranks(model: Any, optimizer: Any, old: int, count: int) -> tupl
 @pytest.mark.parametrize(
     ("kind", "options", "rates"), [(torch.optim.AdamW, {}, 1.1), (torch.optim.RMSprop, {"alpha": 0.999}, 3)]
 )
-def test_new_ranks_step_as_far_as_old_ones(kind: Any, options: dict[str, Any], rates: float) -> None:
+def test_new_ranks_take_steps_as_large_as_old_ones(kind: Any, options: dict[str, Any], rates: float) -> None:
     """Adam counts on with the steps of the old ones, which makes up for no second moment any more."""
     model = linear()
     optimizer = kind(trainable(model), lr=1e-3, **options)
@@ -140,7 +140,7 @@ def test_new_ranks_step_as_far_as_old_ones(kind: Any, options: dict[str, Any], r
     assert old == pytest.approx(alone, rel=0.5)
 
 
-def test_ranks_that_begin_anew_while_a_module_shrinks_are_new_ranks() -> None:
+def test_restarted_ranks_of_a_shrunk_module_get_the_state_of_new_ranks() -> None:
     """A module with more ranks than inputs has no more directions to keep."""
     model = get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(2, 7).double()), LoraConfig(r=6, target_modules=["0"])
@@ -158,7 +158,7 @@ def test_ranks_that_begin_anew_while_a_module_shrinks_are_new_ranks() -> None:
         torch.testing.assert_close(second[2:], second[:2].mean(0).expand(2, -1))
 
 
-def test_first_moments_follow_gradients_exactly() -> None:
+def test_carried_gradients_equal_recomputed_gradients() -> None:
     """Without truncation error, a gradient taken before shrinking is the gradient after it."""
     model = linear()
     resize_lora(model, {"0": 6})
@@ -173,7 +173,7 @@ def test_first_moments_follow_gradients_exactly() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_backward_passes_after_a_resize_with_the_last_loss_alive(checkpointing: bool) -> None:
+def test_backward_works_after_a_resize_while_the_last_loss_is_alive(checkpointing: bool) -> None:
     model = trained(tiny_models.llama(), LoraConfig(r=4, target_modules=LLAMA)).train()
     if checkpointing:
         model.enable_input_require_grads()
@@ -201,7 +201,7 @@ def test_backward_passes_after_a_resize_with_the_last_loss_alive(checkpointing: 
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_the_gradient_scaler_goes_on() -> None:
+def test_gradient_scaler_works_across_resizes() -> None:
     model = linear().float()
     optimizer = torch.optim.AdamW(trainable(model), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -219,7 +219,7 @@ def test_the_gradient_scaler_goes_on() -> None:
     assert {int(state["step"]) for state in optimizer.state.values()} == {6}
 
 
-def test_scheduler_clipping_and_accelerates_wrapper_go_on() -> None:
+def test_scheduler_clipping_and_wrapper_of_accelerate_work_across_resizes() -> None:
     model = linear()
     inner = torch.optim.AdamW(trainable(model), lr=0.01)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # Of a Trainer on a GPU.

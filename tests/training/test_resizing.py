@@ -40,7 +40,7 @@ def test_every_kind_of_layer_grows_and_shrinks_back(rank_stabilized: bool) -> No
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
-def test_shrinking_is_the_best_approximation_and_says_what_it_lost(rank_stabilized: bool) -> None:
+def test_shrinking_is_the_best_approximation_and_reports_its_error(rank_stabilized: bool) -> None:
     model = mixed(use_rslora=rank_stabilized)
     updates, scales = updates_of(model), scalings(model)
     wanted = {"table": 1, "kernel": 2, "first": 3, "last": 2}
@@ -56,7 +56,7 @@ def test_shrinking_is_the_best_approximation_and_says_what_it_lost(rank_stabiliz
         assert changes[name].spectral_error == changes[name].dropped[0]
 
 
-def test_gpt2_conv1d_layers() -> None:
+def test_conv1d_layers_of_gpt2_are_resized() -> None:
     model = trained(
         tiny_models.gpt2(), LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     )
@@ -70,7 +70,7 @@ def test_gpt2_conv1d_layers() -> None:
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("rank_stabilized", [False, True])
-def test_a_resized_model_is_saved_and_loaded(tmp_path: Path, rank_stabilized: bool) -> None:
+def test_resized_model_is_saved_and_loaded(tmp_path: Path, rank_stabilized: bool) -> None:
     base = tiny_models.llama()
     config = LoraConfig(r=4, lora_alpha=6, target_modules=LLAMA, use_rslora=rank_stabilized)
     model = trained(base, config)
@@ -99,7 +99,7 @@ def test_one_rank_for_all_needs_no_patterns() -> None:
     assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (8, 12, {}, {})
 
 
-def test_names_that_end_with_other_names_keep_their_own_rank(tmp_path: Path) -> None:
+def test_module_whose_name_ends_another_keeps_its_own_rank(tmp_path: Path) -> None:
     class Nested(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -139,14 +139,14 @@ def test_mixtral_stacks_keep_their_rank_beside_resized_modules(tmp_path: Path) -
         resize_lora(model, {"0.mlp.experts.down_proj": 2})
 
 
-def test_adapters_without_a_wrapper() -> None:
+def test_injected_adapters_are_resized() -> None:
     bare = inject_adapter_in_model(LoraConfig(r=4, target_modules=["query"]), tiny_models.bert())
     changes = resize_lora(bare, {"encoder.layer.0.attention.self.query": 2})
     assert [c.new_rank for c in changes.values()] == [2]
     assert list(bare.peft_config["default"].rank_pattern.values()) == [2, 4]
 
 
-def test_growth_is_random_as_in_peft_and_the_same_for_a_seed() -> None:
+def test_new_rows_follow_the_initialisation_of_peft_and_the_seed() -> None:
     def grown(seed: int, names: list[str], rank: int = 200) -> dict[str, torch.Tensor]:
         model = mixed()
         resize_lora(model, dict.fromkeys(names, rank), seed=seed)
@@ -168,7 +168,7 @@ def test_growth_is_random_as_in_peft_and_the_same_for_a_seed() -> None:
     assert not torch.equal(rows[0], rows[1])
 
 
-def test_new_columns_are_zero_and_given_directions_are_taken() -> None:
+def test_new_columns_are_zero_and_given_directions_become_rows() -> None:
     model = mixed()
     directions = {
         "first": np.arange(21.0).reshape(3, 7),
@@ -189,7 +189,7 @@ def test_new_columns_are_zero_and_given_directions_are_taken() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_factors_keep_their_type_and_whether_they_are_trained(dtype: torch.dtype) -> None:
+def test_factors_keep_dtype_and_requires_grad(dtype: torch.dtype) -> None:
     model = mixed().to(dtype)
     layer = layers(model)["first"]
     layer.lora_A["default"].weight.requires_grad = False
@@ -208,7 +208,9 @@ def test_factors_keep_their_type_and_whether_they_are_trained(dtype: torch.dtype
 
 @settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32))
-def test_any_shape_and_any_deficiency(out: int, fan_in: int, old: int, new: int, seed: int) -> None:
+def test_resizing_is_exact_for_any_shape_and_rank_deficiency(
+    out: int, fan_in: int, old: int, new: int, seed: int
+) -> None:
     """Also more ranks than dimensions, zero factors and equal rows; what is kept stays trainable."""
     rng = np.random.default_rng(seed)
     model = get_peft_model(
@@ -231,7 +233,7 @@ def test_any_shape_and_any_deficiency(out: int, fan_in: int, old: int, new: int,
         assert alive[old:].all() if new > old else alive.any()
 
 
-def test_four_bit_layers() -> None:
+def test_four_bit_layers_are_resized() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     base = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
     model = trained(base, LoraConfig(r=4, target_modules=["0"]))
@@ -244,7 +246,7 @@ def test_four_bit_layers() -> None:
     model(x).sum().backward()
 
 
-def test_a_scaling_that_was_changed_for_a_while_stays_and_is_not_saved() -> None:
+def test_temporary_scaling_survives_resizing() -> None:
     model = mixed()
     layer = layers(model)["first"]
     layer.set_scale("default", 0.5)
@@ -255,7 +257,7 @@ def test_a_scaling_that_was_changed_for_a_while_stays_and_is_not_saved() -> None
     assert layer.scaling["default"] == 1.5
 
 
-def test_other_adapters_stay_as_they_are() -> None:
+def test_other_adapters_stay_unchanged() -> None:
     model = mixed()
     model.add_adapter("other", LoraConfig(r=3, target_modules=["first"]))
     other = copy.deepcopy(layers(model)["first"].lora_A["other"].state_dict())
@@ -268,7 +270,7 @@ def test_other_adapters_stay_as_they_are() -> None:
     assert model.peft_config["other"].r == 5
 
 
-def test_names_of_checkpoints_and_of_peft_are_understood() -> None:
+def test_names_of_checkpoints_and_of_peft_are_accepted() -> None:
     model = trained(tiny_models.bert(), LoraConfig(r=4, target_modules=["query"]))
     changes = resize_lora(
         model,

@@ -30,7 +30,7 @@ from tests.support.resizable_models import LLAMA, Mixed, assert_untouched, linea
         ({"0.self_attn.q_proj": True}, "must be an integer, not True"),
     ],
 )
-def test_what_is_wrong_with_ranks(wanted: dict[str, Any], message: str) -> None:
+def test_invalid_ranks_raise(wanted: dict[str, Any], message: str) -> None:
     model = trained(tiny_models.llama(), LoraConfig(r=4, target_modules=LLAMA))
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
@@ -38,7 +38,7 @@ def test_what_is_wrong_with_ranks(wanted: dict[str, Any], message: str) -> None:
     assert_untouched(model, before)
 
 
-def test_what_cannot_be_resized_is_refused_by_name_and_left_alone() -> None:
+def test_unresizable_modules_are_refused_by_name_and_stay_unchanged() -> None:
     def refused(
         model: Any, error: type[Exception], message: str, name: str = "first", **options: Any
     ) -> None:
@@ -106,7 +106,7 @@ def test_tied_adapters_are_refused() -> None:
         (lambda ps: UnknownState(ps, lr=0.1), r"module '0': the state 'curvature' of UnknownState"),
     ],
 )
-def test_state_that_cannot_be_carried_over_is_refused(make: Any, message: str) -> None:
+def test_unknown_optimizer_state_is_refused(make: Any, message: str) -> None:
     model = linear()
     optimizer = make(trainable(model))
     resize_lora(model, {"0": 5}, optimizer=optimizer)  # before the first step there is nothing to carry
@@ -128,7 +128,7 @@ def test_8_bit_state_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit", "fp8"])
-def test_state_of_fewer_bits_is_refused_before_anything_changes(kind: str) -> None:
+def test_quantized_state_is_refused_before_any_change(kind: str) -> None:
     """It has the shape of the factors, and a known name, but cannot be cut along an axis."""
     states = pytest.importorskip("torchao.optim.subclass_" + kind)
     zeros = getattr(states, f"OptimState{kind.capitalize()}").zeros
@@ -145,7 +145,7 @@ def test_state_of_fewer_bits_is_refused_before_anything_changes(kind: str) -> No
     assert_untouched(model, before)
 
 
-def test_an_optimizer_of_another_model_is_refused() -> None:
+def test_optimizer_of_another_model_is_refused() -> None:
     model = linear()
     optimizer = torch.optim.SGD(trainable(linear()), lr=0.1)
     with pytest.raises(ValueError, match="module '2': SGD does not hold its factors"):

@@ -62,7 +62,7 @@ def trainer(model: Any, folder: Path, callbacks: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
-def test_a_resumed_training_ends_with_the_weights_of_one_that_never_stopped(
+def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, rank_stabilized: bool
 ) -> None:
     model = adapted_llama(use_rslora=rank_stabilized)
@@ -85,7 +85,7 @@ def test_a_resumed_training_ends_with_the_weights_of_one_that_never_stopped(
     assert not torch.equal(outputs(fresh), outputs(model))
 
 
-def test_scalings_of_another_kind_of_config_are_restored(tmp_path: Path) -> None:
+def test_scalings_of_a_rank_stabilized_config_are_restored(tmp_path: Path) -> None:
     model = trained(tiny_models.llama(), LoraConfig(r=2, lora_alpha=3, target_modules=LLAMA, use_rslora=True))
     resize_lora(model, RESIZED)
     model.save_pretrained(tmp_path)
@@ -99,7 +99,7 @@ def test_scalings_of_another_kind_of_config_are_restored(tmp_path: Path) -> None
     torch.testing.assert_close(outputs(again), outputs(model))
 
 
-def test_an_adapter_in_a_subfolder_of_its_name(tmp_path: Path) -> None:
+def test_ranks_of_an_adapter_in_its_subfolder_are_restored(tmp_path: Path) -> None:
     model = trained(tiny_models.llama(), LoraConfig(r=4, target_modules=LLAMA))
     model.add_adapter("second", LoraConfig(r=3, target_modules=LLAMA))
     resize_lora(model, {"0.mlp.up_proj": 6}, adapter_name="second")
@@ -109,7 +109,7 @@ def test_an_adapter_in_a_subfolder_of_its_name(tmp_path: Path) -> None:
     assert changes["model.layers.0.mlp.up_proj"].new_rank == 6
 
 
-def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+def test_unfitting_checkpoints_raise(tmp_path: Path) -> None:
     model = adapted_llama()
     with pytest.raises(FileNotFoundError, match="no such folder"):
         restore_ranks(model, tmp_path / "none")
@@ -155,7 +155,7 @@ def train_with_resizes(model: Any, forward: Any) -> None:
         optimizer.step()
 
 
-def test_processes_that_train_together_go_on_together(tmp_path: Path) -> None:
+def test_distributed_processes_stay_equal_across_resizes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_together, (str(tmp_path),), nprocs=2)
     alone = linear()
     train_with_resizes(alone, alone)

@@ -36,7 +36,7 @@ from tests.support.lora_layers import ranks
 from tests.support.optimizers import adamw
 
 
-def test_ranks_move_and_training_goes_on(full_run: tuple[Run, Path], tmp_path: Path) -> None:
+def test_ranks_change_and_the_loss_falls(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     run, _ = full_run
     assert [update.step for update in run.updates] == [6, 12, 18]
     assert moved(run.updates)
@@ -55,7 +55,7 @@ def test_two_runs_with_one_seed_are_identical(full_run: tuple[Run, Path], tmp_pa
         assert_same_updates(other.updates, full_run[0].updates)
 
 
-def test_accumulated_batches_see_what_one_large_batch_sees(
+def test_accumulated_batches_give_the_spectra_of_one_large_batch(
     full_run: tuple[Run, Path], tmp_path: Path
 ) -> None:
     run = Run(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
@@ -98,7 +98,7 @@ def test_fp16_gradients_are_divided_by_the_scale_of_trainers_optimizer(tmp_path:
     np.testing.assert_allclose(spectra(updates[0]), spectra(expected[0]), rtol=0.02, atol=1e-4)
 
 
-def test_trainer_hands_over_accelerates_optimizer(tmp_path: Path) -> None:
+def test_trainer_passes_the_optimizer_of_accelerate(tmp_path: Path) -> None:
     """The one that has the scaler."""
     seen = []
 
@@ -147,7 +147,7 @@ def test_checkpointed_blocks_count_once(full_run: tuple[Run, Path], tmp_path: Pa
     assert run.losses == pytest.approx(full_run[0].losses, rel=1e-4)
 
 
-def test_bfloat16(full_run: tuple[Run, Path], tmp_path: Path) -> None:
+def test_bfloat16_training_changes_ranks(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     run = Run(tmp_path, bf16=True)
     assert moved(run.updates)
     one, other = spectra(run.updates[0]), spectra(full_run[0].updates[0])
@@ -156,7 +156,7 @@ def test_bfloat16(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     assert run.losses == pytest.approx(full_run[0].losses, rel=0.1)
 
 
-def test_a_schedule_goes_on(tmp_path: Path) -> None:
+def test_learning_rate_schedule_is_unaffected(tmp_path: Path) -> None:
     run = Run(tmp_path, lr_scheduler_type="cosine", warmup_steps=3)
     assert moved(run.updates)
     rates = [entry["learning_rate"] for entry in run.trainer.state.log_history if "learning_rate" in entry]
@@ -168,7 +168,7 @@ def test_a_schedule_goes_on(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.01 * rate for rate in expected], abs=1e-9)
 
 
-def test_the_trained_adapter_is_saved_and_loaded(full_run: tuple[Run, Path], tmp_path: Path) -> None:
+def test_trained_adapter_is_saved_and_loaded(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     model = full_run[0].model
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama().unload(), tmp_path)
@@ -181,7 +181,7 @@ def test_the_trained_adapter_is_saved_and_loaded(full_run: tuple[Run, Path], tmp
     assert adapter.ranks == full_run[0].updates[0].ranks
 
 
-def test_evaluations_leave_no_trace(full_run: tuple[Run, Path], tmp_path: Path) -> None:
+def test_evaluations_do_not_affect_training(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     run = Run(tmp_path, eval_strategy="steps", eval_steps=1)
     assert sum("eval_loss" in entry for entry in run.trainer.state.log_history) == TRAINED
     assert_same_updates(run.updates, full_run[0].updates)
@@ -199,7 +199,7 @@ class Failing(transformers.TrainerCallback):
             raise RuntimeError("out of luck")
 
 
-def test_a_training_after_one_that_failed_leaves_no_hooks(tmp_path: Path) -> None:
+def test_training_after_a_failed_one_leaves_no_hooks(tmp_path: Path) -> None:
     model, gard = llama(), GardCallback(**OPTIONS)
     run = trainer(model, tmp_path, gard, Failing())
     with pytest.raises(RuntimeError, match="out of luck"):
@@ -209,7 +209,7 @@ def test_a_training_after_one_that_failed_leaves_no_hooks(tmp_path: Path) -> Non
     assert [update.step for update in gard.history] == [6, 12, 18]
 
 
-def test_the_best_checkpoint_cannot_be_loaded_at_the_end(tmp_path: Path) -> None:
+def test_load_best_model_at_end_is_refused(tmp_path: Path) -> None:
     """Its ranks are others than the last: said before training, not after it."""
     settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
     run = trainer(llama(), tmp_path, GardCallback(**OPTIONS), load_best_model_at_end=True, **settings)
@@ -218,7 +218,7 @@ def test_the_best_checkpoint_cannot_be_loaded_at_the_end(tmp_path: Path) -> None
     assert run.state.global_step == 0
 
 
-def test_a_training_that_ends_before_the_first_change_is_told(tmp_path: Path) -> None:
+def test_training_without_any_change_warns(tmp_path: Path) -> None:
     callback = GardCallback(**OPTIONS)
     with pytest.warns(
         UserWarning, match="training ends at step 5, and the first change would be after step 6"
@@ -228,9 +228,7 @@ def test_a_training_that_ends_before_the_first_change_is_told(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("freeze_after", "steps"), [(None, [6, 12]), (6, [6]), (18, [6, 12])])
-def test_nothing_changes_after_the_last_step(
-    tmp_path: Path, freeze_after: int | None, steps: list[int]
-) -> None:
+def test_ranks_stay_at_the_last_step(tmp_path: Path, freeze_after: int | None, steps: list[int]) -> None:
     """New ranks would never be trained."""
     run = Run(tmp_path, options={"freeze_after": freeze_after}, max_steps=18)
     assert [update.step for update in run.updates] == steps
@@ -240,7 +238,7 @@ def test_nothing_changes_after_the_last_step(
         assert not Run(tmp_path, max_steps=6).updates
 
 
-def test_numbers_of_numpy_are_numbers(full_run: tuple[Run, Path], tmp_path: Path) -> None:
+def test_numpy_integers_are_accepted_as_options(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     options = {name: np.int64(OPTIONS[name]) for name in ("budget", "interval", "window", "r_max", "sketch")}
     run = Run(tmp_path, options=options, save_strategy="steps", save_steps=6)
     assert_same_updates(run.updates, full_run[0].updates)

@@ -28,7 +28,7 @@ from tests.support.optimizers import adamw
 
 # Within the first window, right at a change, between windows, within a later one, right at the next.
 @pytest.mark.parametrize("step", [4, 6, 7, 11, 12])
-def test_a_resumed_run_equals_one_that_never_stopped(
+def test_resumed_run_equals_an_uninterrupted_one(
     full_run: tuple[Run, Path], tmp_path: Path, step: int
 ) -> None:
     run, folder = full_run
@@ -52,7 +52,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert (tmp_path / "lora_ranks.csv").read_bytes() == (folder / "lora_ranks.csv").read_bytes()
 
 
-def test_a_run_resumes_from_a_checkpoint_elsewhere(full_run: tuple[Run, Path], tmp_path: Path) -> None:
+def test_run_resumes_from_a_checkpoint_in_another_folder(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     run, folder = full_run
     checkpoint = folder / "checkpoint-10"
     model, gard = llama(), GardCallback(**OPTIONS, checkpoint=checkpoint)
@@ -69,9 +69,7 @@ def test_a_run_resumes_from_a_checkpoint_elsewhere(full_run: tuple[Run, Path], t
     assert num_hooks(model) == 0
 
 
-def test_a_run_that_is_resumed_with_other_ranks_is_refused(
-    full_run: tuple[Run, Path], tmp_path: Path
-) -> None:
+def test_resuming_with_other_ranks_raises(full_run: tuple[Run, Path], tmp_path: Path) -> None:
     checkpoint = full_run[1] / "checkpoint-7"
     with pytest.raises(RuntimeError, match="size mismatch"):
         trainer(llama(), tmp_path, GardCallback(**OPTIONS)).train(resume_from_checkpoint=str(checkpoint))
@@ -120,7 +118,7 @@ def rewritten(path: Path, change: Any) -> None:
         "another shape",
     ],
 )
-def test_a_damaged_state_is_refused(full_run: tuple[Run, Path], tmp_path: Path, damage: Any) -> None:
+def test_damaged_state_raises(full_run: tuple[Run, Path], tmp_path: Path, damage: Any) -> None:
     checkpoint = tmp_path / "checkpoint-10"
     shutil.copytree(full_run[1] / "checkpoint-10", checkpoint)
     damage(checkpoint / "lorank_gard.safetensors")
@@ -134,7 +132,7 @@ def test_a_damaged_state_is_refused(full_run: tuple[Run, Path], tmp_path: Path, 
     assert num_hooks(model) == 0
 
 
-def test_an_open_window_does_not_go_on_with_sketches_of_another_size(
+def test_resuming_an_open_window_with_another_sketch_size_raises(
     full_run: tuple[Run, Path], tmp_path: Path
 ) -> None:
     checkpoint = full_run[1] / "checkpoint-10"
@@ -146,7 +144,7 @@ def test_an_open_window_does_not_go_on_with_sketches_of_another_size(
     assert run.state.global_step == 10  # Before any further step.
 
 
-def test_a_resumed_run_keeps_the_budget_that_it_began_with(tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_initial_budget(tmp_path: Path) -> None:
     """Which by default is what the adapter had then, not what it has now."""
     options = OPTIONS | {"budget": None}
     run = Run(tmp_path, options=options, save_strategy="steps", save_steps=12)
