@@ -1,4 +1,4 @@
-"""AdaLoRA adapters whose training masked ranks away: PEFT's own scale, whatever rank is left."""
+"""AdaLoRA adapters with masked ranks keep PEFT's scale at any remaining rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
 
 def masked(folder: Path, kept: dict[str, int], **settings: Any) -> Path:
-    """A trained-looking adapter; of every module in `kept` only so many ranks are left."""
+    """Save an AdaLoRA adapter with random values and the given number of ranks for modules in `kept`."""
     config = AdaLoraConfig(
         target_modules=["q_proj", "up_proj"], init_r=INIT_RANK, total_step=10, **{"lora_alpha": 5, **settings}
     )
@@ -29,7 +29,7 @@ def masked(folder: Path, kept: dict[str, int], **settings: Any) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    # As the rank allocator leaves it at the end of training.
+    # The state of PEFT's rank allocator at the end of training.
     model.peft_config["default"].rank_pattern = {
         f"{module}.lora_E": [i < rank for i in range(INIT_RANK)] for module, rank in kept.items()
     }

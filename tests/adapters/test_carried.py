@@ -1,4 +1,4 @@
-"""What a module has beside its factors outlives them: DoRA magnitudes and the biases of `lora_bias`."""
+"""DoRA magnitudes and biases of `lora_bias` are kept for modules without rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
 def by_hand(peft_model: Any, small: lorank.LoraAdapter) -> Any:
-    """The base model with the truncated updates, and with the magnitudes or biases of the trained one."""
+    """Return the base model with truncated updates and the magnitudes or biases of the trained model."""
     model = copy.deepcopy(tiny_models.llama())
     modules, layers = dict(model.named_modules()), dict(peft_model.base_model.model.named_modules())
     for name, update in dense(small).items():

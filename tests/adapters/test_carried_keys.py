@@ -110,7 +110,7 @@ def test_peft_loads_biases_inside_stacks_that_lose_a_wrapper(weak: str, tmp_path
 
 
 class Mixed(torch.nn.Module):
-    """A weight of its own and a layer inside: PEFT's layer round the first is in the other's name."""
+    """A module with a weight and a layer inside; PEFT's layer around the weight appears in the inner name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def test_peft_loads_resized_tables_of_modules_without_rank(target: str, profile:
     small = lorank.compress(tmp_path / "a", energy=ALMOST_ALL, progress=False)
     assert 0 in small.ranks.values()
     small.save(tmp_path / "b", profile)
-    # Engines that pass over a base model's table know it by this key alone.
+    # Engines that ignore the table of the base model look for this key only.
     keys = load_file(tmp_path / "b" / "adapter_model.safetensors").keys()
     assert any(key.endswith(f"{target}.base_layer.weight") for key in keys)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_merging_adds_a_layer_round_a_trained_bias(weight: float, turned: bool, 
         base.experts.down += weight * other.experts.get_delta_weight("default")
     expected = outputs(biased)
     torch.testing.assert_close(outputs(loaded(net(), tmp_path / "m")), expected, rtol=1e-4, atol=1e-4)
-    # Compressing the sum takes the layers off again.
+    # Compressing the sum removes the layers.
     lorank.compress(merged, energy=0.3, progress=False).save(tmp_path / "s")
     one = loaded(net(), tmp_path / "s").base_model.model
     bias = getattr(one.second, "base_layer", one.second).bias

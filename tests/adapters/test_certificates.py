@@ -1,4 +1,4 @@
-"""Certificates and ranks that a file states of its adapter: kept, or ignored where they do not fit."""
+"""Certificates and ranks in files: kept, or ignored if they do not fit the adapter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_certificate_survives_saving_in_another_profile(profile: Any, dtype: Any
         assert "compress, avg_rank=1" in card
         assert "- the eldest note" in card
         assert "It holds more than factors" not in card
-        # Whatever is rounded a second time is added to the first.
+        # The second rounding error is added to the first.
         assert (certificate.rounding_error or 0) >= (again.certificate.rounding_error or 0)
         assert (certificate.rounding_error is None) == (dtype is None)
     fresh = lorank.compress(again, rank_ratio=1.0, progress=False).certificate

@@ -1,4 +1,4 @@
-"""Adapters of stacked experts: both of PEFT's layouts, bare names, and what PEFT computes with each."""
+"""Adapters of stacked experts: both layouts of PEFT, bare names, and the outputs of PEFT with each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def experts(model: Any, folder: Path, *targets: str, **config: Any) -> Path:
 
 
 def laid_out_as_before_019(folder: Path, copies: int, version: str | None = "0.18.1") -> Path:
-    """Rewrite an adapter as PEFT 0.18 wrote it: A and B change places, expert by expert."""
+    """Rewrite an adapter in the layout of PEFT 0.18, which exchanges A and B of every expert."""
 
     def turn(tensors: dict[str, Any]) -> None:
         for key in [key for key in tensors if ".experts." in key and ".lora_A" in key]:
@@ -205,7 +205,7 @@ def test_compressed_bare_names_load_with_the_certified_error(name: str, tmp_path
 
 
 def separate(folder: Path, rank: Callable[[int, str], int], **config: Any) -> tuple[Path, torch.Tensor]:
-    """Write an adapter of experts one by one, as transformers 4 had them; return it with its logits."""
+    """Write an adapter of separate experts, as in transformers 4; return its folder and logits."""
     from safetensors.numpy import save_file
 
     model, generator = tiny_models.qwen3_moe(), np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Image adapters' files beyond factors: alphas, settings in the metadata, certificates, cards."""
+"""Files of image adapters: alphas, settings in the metadata, certificates, cards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def header(path: Path) -> dict[str, str]:
 
 
 def diffusers_file(path: Path, settings: dict[str, Any], rank: int = 6, **more: Any) -> dict[str, Any]:
-    """A file as diffusers saves it, without alphas, of modules of two parts; its plain products."""
+    """Write a file as saved by diffusers, for modules of two parts without alphas; return the products."""
     tensors, products = {}, {}
     for part in ("transformer", "text_encoder"):
         for name, (out, fan_in) in SIZES.items():
@@ -71,7 +71,7 @@ class Block(torch.nn.Module):
 
 
 def as_diffusers_loads(path: Path, part: str) -> dict[str, Any]:
-    """The updates of one part of a pipeline: its settings and tensors, prefix taken off, through PEFT."""
+    """Return the updates of one part of a pipeline by loading its settings and tensors in PEFT."""
     content = json.loads(header(path)[METADATA])
     settings = {key.removeprefix(f"{part}."): x for key, x in content.items() if key.startswith(f"{part}.")}
     state = {
@@ -235,6 +235,6 @@ def test_unfitting_certificate_in_a_file_is_ignored(tmp_path: Path) -> None:
     adapter = lorank.LoraAdapter.load(path)
     assert adapter.certificate is None
     assert any("lorank.certificate was ignored, as it is damaged" in note for note in adapter.notes)
-    # What is trained on from it and saved again tells nothing of the earlier one.
+    # Overwriting a file removes its earlier certificate.
     lorank.LoraAdapter.load(tmp_path / "a.safetensors").save(path, overwrite=True)
     assert "lorank.certificate" not in header(path)

@@ -1,4 +1,4 @@
-"""Image files: spellings of alphas, biases, magnitudes and adapters' names, and tensors beside factors."""
+"""Keys of image files: alphas, biases, magnitudes, adapter names, and tensors beside factors."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_alphas_under_any_name_are_applied(style: str, alpha: str, tmp_path: Pat
     assert [note for note in adapter.notes if alpha in note] or alpha == f"{name}.alpha"
     lorank.compress(adapter, avg_rank=2, progress=False).save(tmp_path / "b.safetensors")
     written = load_file(tmp_path / "b.safetensors")
-    # Everything is in the factors: a name that not all programs know is not written again.
+    # The factors contain the scale: names that not all programs read are not written.
     scale = written.get(f"{name}.alpha", 2.0) / 2
     assert sum("alpha" in key for key in written) == (alpha == f"{name}.alpha")
     exact = dense(lorank.compress(adapter, avg_rank=2, progress=False))[name]
@@ -158,7 +158,7 @@ def test_unfitting_biases_raise(more: dict[str, Any], reason: str, tmp_path: Pat
 
 
 def outputs(path: Path, name: str, up: str, down: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the outputs that a module adds in programs that scale factors and bias by alpha / rank."""
+    """Return the added outputs of a module in programs that scale factors and bias by alpha / rank."""
     tensors = {key: value.astype(np.float64) for key, value in load_file(path).items()}
     a, b = tensors[down], tensors[up]
     bias = tensors[up.removesuffix(".weight") + ".bias"]
@@ -180,7 +180,7 @@ def test_biases_are_scaled_as_factors_are(style: str, profile: Any, tmp_path: Pa
     expected = outputs(path, name, up, down, x)
     lorank.compress(adapter, energy=1.0, progress=False).save(tmp_path / "b.safetensors", profile)
     assert np.allclose(outputs(tmp_path / "b.safetensors", name, up, down, x), expected, rtol=1e-4, atol=1e-4)
-    # Without any rank, the bias alone is left.
+    # A module without rank keeps only its bias.
     weak = loaded(path, tensors | {down: tensors[down] * np.float32(1e-6)})
     small = lorank.compress(weak, energy=1 - 1e-6, progress=False)
     assert small.ranks[name] == 0
@@ -253,7 +253,7 @@ def test_full_differences_are_kept_and_summed(tmp_path: Path) -> None:
         assert np.allclose(written[key], 0.5 * first[key] - 2.0 * second[key], atol=1e-6)
     assert np.allclose(written[f"{prefix}.a.diff"], 0.5 * first[f"{prefix}.a.diff"], atol=1e-6)
     assert np.allclose(written[f"{prefix}.b.diff"], -2.0 * second[f"{prefix}.b.diff"], atol=1e-6)
-    # A weight that replaces another is not a difference.
+    # A replaced weight is not a difference.
     assert np.array_equal(written[f"{prefix}.norm.set_weight"], first[f"{prefix}.norm.set_weight"])
     assert "4 full differences (.diff, .diff_b) were added up" in merged.notes
 

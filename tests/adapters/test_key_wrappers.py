@@ -1,4 +1,4 @@
-"""Keys with the names of wrappers: read without them, reported, and written clean."""
+"""Keys with names of wrappers: read and written without these names, and reported."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_convolutions_with_and_without_mid_kernels_are_read(tmp_path: Path) -> N
     flat = up.reshape(out, rank).astype(np.float64)
     expected = {
         "lora_unet_conv": 0.5 * flat @ down.reshape(rank, -1),
-        # As a convolution is applied: down, then mid, then up.
+        # A convolution applies down, then mid, then up.
         "lora_unet_cp": np.einsum("or,rskl,si->oikl", flat, mid, narrow[:, :, 0, 0]).reshape(out, -1),
         "lora_unet_one": flat @ narrow.reshape(rank, -1),
     }

@@ -1,4 +1,4 @@
-"""Adapters of live PEFT models: out, compressed, and in again; and the SVD of a product alone."""
+"""Adapters of live PEFT models, read, compressed and inserted; the SVD of a product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters in live models: injected, wrapped, beside others, in any mode; all else stays unchanged."""
+"""Adapters in live models: injected, wrapped, beside others, in any mode; the rest stays unchanged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def halved(adapter: lorank.LoraAdapter) -> lorank.LoraAdapter:
 
 
 def check_both_ways(model: Any, inputs: torch.Tensor, base: Any, folder: Path) -> None:
-    """Read an adapter, put half of it in, then all, in place and under another name; compare outputs."""
+    """Insert half of an adapter's ranks, then all, in place and under another name; compare outputs."""
     before = outputs(model, inputs)
     adapter = lorank.LoraAdapter.from_model(model)
     small = halved(adapter)
@@ -68,7 +68,7 @@ def test_adapter_injected_into_a_plain_module_is_replaced(tmp_path: Path) -> Non
 def test_adapter_injected_by_transformers_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Releases of PEFT and transformers follow each other: the tested behaviour is the same in both.
+    # Transformers may require another release of PEFT; the tested behaviour is equal in both.
     monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
     model = tiny_models.llama()
     model.add_adapter(LoraConfig(**QV, init_lora_weights=False))

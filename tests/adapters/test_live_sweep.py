@@ -1,4 +1,4 @@
-"""Every kind of layer with every option of LoRA: read from a live model, put back, and saved by PEFT."""
+"""Every kind of layer with every option of LoRA: read from a live model, inserted, and saved by PEFT."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_modules_without_rank_have_no_update(model: str, ratio: float, tmp_path:
 
 
 def assert_ties(base: Any, adapted: Any) -> None:
-    """Check that the tables share a parameter as before, and so do the factors of tied layers."""
+    """Check that tied tables still share a parameter and tied layers their factors."""
     if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
         return
     table, head = adapted.get_base_model().get_input_embeddings(), adapted.get_base_model().lm_head

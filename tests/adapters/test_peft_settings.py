@@ -1,4 +1,4 @@
-"""Settings and tensors of PEFT's files that say something else than LoRA, or contradict each other."""
+"""PEFT files whose settings and tensors describe other methods than LoRA or contradict each other."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_activated_lora_is_kept_and_noted(tmp_path: Path) -> None:
 
 
 def test_every_variant_of_peft_is_classified() -> None:
-    """A variant that this program has not heard of must not be read as plain LoRA."""
+    """Variants that are unknown to lorank must not be read as plain LoRA."""
     variants = {f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")}
     known = {"use_dora", "use_qalora", "use_bdlora", "kasa_config"}
     plain_at_inference = {"velora_config", "alora_invocation_tokens", "arrow_config", "monteclora_config"}

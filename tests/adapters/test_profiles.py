@@ -62,7 +62,7 @@ def test_compressed_model_differs_by_the_certified_error(name: str, profile: Any
     small.save(tmp_path / "after", profile)
     reread = lorank.LoraAdapter.load(tmp_path / "after")
     assert distance({n: after[n] for n in reread.modules}, dense(reread)) <= 1e-6 * norm(before)
-    # The live model: base weights plus the truncated update, added densely.
+    # The live model equals the base weights plus the dense truncated update.
     peft_model = loaded(model, tmp_path / "after")
     merged = peft_model.merge_and_unload()
     target = dict(model.named_parameters())

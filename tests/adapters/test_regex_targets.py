@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Nested(nn.Module):
-    """Full names of modules are ends of others' names, in blocks and outside of them."""
+    """A model in which names of modules are ends of other names, inside and outside blocks."""
 
     def __init__(self, depth: int = 1) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def adapted(model: Any) -> dict[str, int]:
 
 
 def trained(how: dict[str, Any], silent: str = "") -> Any:
-    """Return a model with random factors; those of modules whose name matches are zero and lose rank."""
+    """Return a model with random factors, which are zero for modules whose name matches."""
     model = get_peft_model(net(), LoraConfig(r=4, lora_alpha=6, **how)).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name and not (silent and silent in name):
@@ -75,7 +75,7 @@ def trained(how: dict[str, Any], silent: str = "") -> Any:
 
 
 def assert_same(folder: Path, model: Any, left_out: str = "") -> None:
-    """Compare the adapted modules, and the outputs."""
+    """Compare the adapted modules and the outputs."""
     found = PeftModel.from_pretrained(net(), folder).eval()
     assert set(adapted(found)) == {n for n in adapted(model) if not (left_out and left_out in n)}
     x = torch.randn(5, 8)
@@ -124,7 +124,7 @@ def test_merged_adapter_adapts_the_modules_of_both(tmp_path: Path) -> None:
 
 
 def test_list_of_targets_stays_a_list(tmp_path: Path) -> None:
-    """Engines that require a list can load the adapter, whatever form its targets had."""
+    """Engines that require a list of targets can load the written adapter."""
     trained(HOW[0]).save_pretrained(tmp_path / "in")
     lorank.compress(tmp_path / "in", avg_rank=2, progress=False).save(tmp_path / "out", "portable")
     (verdict,) = lorank.check(tmp_path / "out", ["sglang"])
@@ -144,7 +144,7 @@ def test_allocation_adapts_the_modules_that_it_lists(targets: Any, knows: str) -
     found = adapted(get_peft_model(net(), config))
     expected = dict(allocation.ranks)
     if knows == "names of targets" and "inner.proj_out" not in expected:
-        # `inner.` could be a prefix that the live model's names have.
+        # `inner.` may be a prefix of names in the live model.
         found.pop("inner.proj_out", None)
     assert found == expected
 

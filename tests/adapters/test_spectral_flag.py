@@ -1,4 +1,4 @@
-"""Files that say of their factors that they are in spectral form: believed after a look."""
+"""Files that declare their factors to be in spectral form, which is verified on loading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ B_KEY = KEY.replace("lora_A", "lora_B")
 
 
 def flagged(folder: Path, edit: Callable[[dict[str, Any]], object]) -> lorank.LoraAdapter:
-    """An elastic adapter whose tensors somebody has edited: the flag is still there."""
+    """Save an elastic adapter and edit its tensors, keeping the flag."""
     model, config = case("patterns")
     lorank.elastic(saved(trained(model, config), folder / "plain"), progress=False).save(folder / "elastic")
     path = folder / "elastic" / "adapter_model.safetensors"
@@ -73,7 +73,7 @@ def test_certificate_is_true_despite_a_wrong_flag(edit: Any, dtype: Any, tmp_pat
 def test_flag_of_unedited_files_is_trusted(
     dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values that span six decades, rounded: no decomposition on loading."""
+    """Rounded values over six decades need no decomposition on loading."""
     rng = np.random.default_rng(0)
     values = np.geomspace(1, 1e-6, 16)
     basis = [np.linalg.qr(rng.standard_normal((n, 16)))[0] for n in (200, 300)]

@@ -107,7 +107,7 @@ def test_rounding_without_a_certificate_is_noted(tmp_path: Path) -> None:
         assert added > 0
         (note,) = [note for note in written.notes if "rounding" in note]
         assert f"{added:.3g} of " in note
-    # Doubling is exact, and a second writing rounds nothing.
+    # Doubling is exact, and the second save has no rounding error.
     again = lorank.LoraAdapter.load(tmp_path / "compact")
     assert not write_adapter(again, tmp_path / "again", "compact", None, overwrite=False).notes
     text = run("check", tmp_path / "a", "--for", "llama.cpp", "--fix", tmp_path / "fixed").stderr

@@ -1,4 +1,4 @@
-"""Settings as they are written, in the hands of PEFT: targets, patterns and scales, and once around."""
+"""Written settings loaded by PEFT: targets, patterns and scales, and saved again."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_peft_applies_and_saves_written_settings(profile: Any, tmp_path: Path) -
     for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules"):
         assert again[key] == written[key], key
     assert sorted(again["target_modules"]) == sorted(written["target_modules"])
-    # By PEFT's own file, whose metadata tell nothing of padding.
+    # The metadata of PEFT's own file do not state the padding.
     reread = dense(lorank.LoraAdapter.load(tmp_path / "c"))
     kept = {name: update for name, update in dense(small).items() if name in reread}
     assert distance(kept, reread) <= 1e-6 * norm(kept)
