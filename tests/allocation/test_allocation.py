@@ -1,4 +1,4 @@
-"""From a source to ranks under a budget, and the file that keeps them."""
+"""Allocations from a source to ranks under a budget, and their files."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_placement_adapts_its_modules_only(report: lorank.SpectralReport) -> Non
         wanted = {f"model.layers.{i}.{name}" for i in range(3) for name in names}
         found = lorank.allocate(report, r_min=1, avg_rank=6, placement=placement)  # type: ignore[arg-type]
         assert set(found.ranks) == set(found.scores) == wanted
-        # The order is the model's, and the budget that of the adapted modules.
+        # Modules keep the order of the model; the budget covers the adapted modules.
         assert list(found.ranks) == [row.name for row in report if row.name in wanted]
         assert sum(found.ranks.values()) == 6 * len(wanted)
         assert set(found.other_modules) == {row.name for row in report} - wanted
@@ -102,7 +102,7 @@ def test_placement_adapts_its_modules_only(report: lorank.SpectralReport) -> Non
         spent = lorank.allocate(report, r_min=1, budget=budget, placement=placement)  # type: ignore[arg-type]
         assert 0 <= budget - spent.num_parameters < max(sum(SHAPES[name]) for name in names)
     assert lorank.allocate(report, placement="all").ranks == lorank.allocate(report).ranks
-    # Scores are normalised among the adapted modules alone: as if the others had been left out by name.
+    # Scores are normalised over adapted modules only, as if the others were excluded by name.
     attention = lorank.allocate(report, placement="attention")
     assert attention == lorank.allocate(report, targets=["q_proj", "k_proj"])
 
@@ -131,7 +131,7 @@ def test_unusual_names_need_roles_only_if_roles_are_used() -> None:
     for placement, name in (("attention", "mix_in"), ("feed-forward", "widen")):
         found = lorank.allocate(weights, "uniform", placement=placement, roles=roles)  # type: ignore[arg-type]
         assert list(found.ranks) == [f"model.layers.{i}.mixer.{name}" for i in range(2)]
-    # The method reads the same roles.
+    # The method uses the same roles.
     heavy = lorank.allocate(
         weights, "attention-heavy", r_min=1, r_max=8, targets=["mix_in", "widen"], roles=roles
     )

@@ -76,7 +76,7 @@ def reference(
     budget: int,
     bounds: list[tuple[int, int]] | None = None,
 ) -> list[int]:
-    """The definition in exact fractions: the largest `c` is one of those at which a rank steps up."""
+    """Return ranks by the definition in exact fractions, where the largest `c` lies at a step of a rank."""
     bounds = bounds or [(r_min, r_max)] * len(scores)
 
     def ranks_at(c: Fraction) -> list[int]:
@@ -86,8 +86,8 @@ def reference(
     steps = {Fraction(0)} | {
         (Fraction(r) - r_min - Fraction(1, 2)) / s for s in scores if s for r in range(r_min + 1, r_max + 1)
     }
-    # Between two steps nothing changes, so the largest c lies just below the first step that is too
-    # dear: its remainders are those of that step.
+    # Ranks are constant between two steps, so the largest c lies just below the first step that exceeds
+    # the budget: its remainders are those of that step.
     too_dear = [c for c in sorted(steps) if price(ranks_at(c), costs) > budget]
     limit = too_dear[0] if too_dear else 2 * max(steps) + 1
     ranks = ranks_at(max(c for c in steps if c < limit))
@@ -118,7 +118,7 @@ def test_ranks_equal_the_definition(
     budget = least + int(share * (most - least))
     if not any(scores):
         scores = [1] * len(scores)
-    # Scores are powers of two, so that float64 products and remainders are those of the fractions.
+    # Scores are powers of two, so that float64 products and remainders are exact.
     got = lorank.fit_ranks(scores, costs, r_min, r_max, budget).tolist()
     want = reference(scores, costs, r_min, r_max, budget)
     assert got == want
@@ -149,7 +149,7 @@ def test_narrower_bounds_hold_and_the_budget_is_used_up(
     left = budget - price(ranks, costs)
     assert left >= 0
     assert all(cost > left for cost, rank, most in zip(costs, ranks, high, strict=True) if rank < most)
-    # At equal cost and bounds the score decides.
+    # Ranks follow scores at equal cost and bounds.
     for i in range(len(scores)):
         for j in range(i + 1, len(scores)):
             if (costs[i], low[i], high[i]) == (costs[j], low[j], high[j]):
@@ -353,7 +353,7 @@ def test_average_rank_becomes_a_budget() -> None:
 
 @st.composite
 def bounded_problems(draw: st.DrawFn) -> tuple[list[float], list[int], list[int], list[int], int]:
-    """Modules with ranks of their own, how far they may move, and a budget that holds the ranks."""
+    """Generate modules with ranks, bounds around these ranks, and a budget that covers them."""
     count = draw(st.integers(1, 8))
     scores = draw(st.lists(st.floats(0, 100), min_size=count, max_size=count))
     costs = draw(st.lists(st.integers(1, 50), min_size=count, max_size=count))

@@ -110,7 +110,7 @@ def test_modules_without_spike_counts_do_not_affect_others() -> None:
         found = htsr(broken, names, 2, 10, scale=scale)
         assert found.scores.tolist() == expected.scores.tolist()
         assert list(found.flags) == ["layers.3.proj"]
-    # Of a stack, the experts that could be analysed count.
+    # The analysed experts of a stack are averaged.
     stack = [replace(row, module="experts") for row in rows[:2]]
     failed = replace(ModuleSpectrum.failed(info, "holds NaN or infinite values"), module="experts")
     names = [AdaptedModule("experts", "expert", (64, 64)), *names[2:3]]

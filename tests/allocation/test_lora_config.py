@@ -26,7 +26,7 @@ SCALES = {
 
 
 def various_ranks(allocation: lorank.RankAllocation, seed: int = 0) -> lorank.RankAllocation:
-    """The same modules with ranks from 1 to 6, so that a mistaken name cannot go unseen."""
+    """Return an allocation of the same modules with ranks from 1 to 6, so that confused names differ."""
     rng = np.random.default_rng(seed)
     ranks = {name: int(rng.integers(1, 7)) for name in allocation.ranks}
     return lorank.RankAllocation(
@@ -35,7 +35,7 @@ def various_ranks(allocation: lorank.RankAllocation, seed: int = 0) -> lorank.Ra
 
 
 def adapted(model: torch.nn.Module) -> dict[str, tuple[int, float]]:
-    """Rank and scale of every module of a PEFT model by the base model's own name."""
+    """Return rank and scale of every module of a PEFT model by its name in the base model."""
     found = {}
     for name, layer in model.named_modules():
         if not getattr(layer, "r", None) or "default" not in layer.r:
@@ -50,7 +50,7 @@ def adapted(model: torch.nn.Module) -> dict[str, tuple[int, float]]:
 
 def apply(model: torch.nn.Module, config: LoraConfig) -> dict[str, tuple[int, float]]:
     with warnings.catch_warnings():
-        # PEFT reports a rank_pattern key that it did not use.
+        # PEFT warns about an unused rank_pattern key.
         warnings.filterwarnings("error", message=r".*(rank_pattern|alpha_pattern|target_parameters).*")
         return adapted(get_peft_model(copy.deepcopy(model), config))
 
@@ -126,7 +126,7 @@ def test_ranks_from_a_saved_model_fit_the_loaded_one(tmp_path: Path) -> None:
 
 
 class Nested(torch.nn.Module):
-    """Names that end with each other, and with those of modules that nobody chose."""
+    """Modules whose names end with each other, and with those of modules outside the targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_config_survives_saving(tmp_path: Path, rule: Any) -> None:
     config.save_pretrained(tmp_path)
     again = LoraConfig.from_pretrained(tmp_path)
     assert apply(model, again) == apply(model, config)
-    # The whole adapter too: PEFT sorts the patterns' keys when it saves.
+    # The saved adapter keeps its ranks, too: PEFT sorts pattern keys when saving.
     peft_model = get_peft_model(copy.deepcopy(model), config)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:

@@ -29,7 +29,7 @@ def test_ranks_are_proportional_to_effective_ranks() -> None:
     assert list(allocation.scores.values()) == pytest.approx([1 / 6.5, 2 / 6.5, 3.5 / 6.5, 0])
     cost = sum((2 + n) * sum(shape) for n, shape in zip((10, 20, 35, 0), shapes, strict=True))
     assert lorank.allocate(report, "gard", r_min=2, r_max=100, budget=cost).ranks == allocation.ranks
-    # Scores are shares of the modules that are adapted.
+    # Scores are shares of the adapted modules.
     some = lorank.allocate(report, "gard", r_min=1, r_max=50, targets=["0", "1"], avg_rank=16)
     assert list(some.ranks.values()) == [11, 21]
     assert sum(some.scores.values()) == pytest.approx(1)
@@ -102,7 +102,7 @@ def test_method_with_the_wrong_report_raises(tmp_path: Path) -> None:
         lorank.allocate(gradients, "gard")
     with pytest.raises(ValueError, match="'gard' has no option 'energy'"):
         lorank.allocate(gradients, "gard", avg_rank=4, energy=0.5)
-    # Shapes are all that these need.
+    # The method "uniform" needs only shapes.
     for report in (gradients, tasks):
         assert lorank.allocate(report, "uniform", r_max=4).ranks == {"a": 4}
 

@@ -55,7 +55,7 @@ def ranks_of(method: str, modules: list[AdaptedModule], **options: Any) -> dict[
 
 
 def by_block(ranks: Mapping[str, int]) -> list[int]:
-    """The rank of every block of GPT-2, which must be one for its four layers."""
+    """Return the rank of every block of GPT-2, checking that its four layers have equal ranks."""
     blocks: dict[int, set[int]] = {}
     for name, rank in ranks.items():
         blocks.setdefault(int(name.split(".")[2]), set()).add(rank)
@@ -74,11 +74,11 @@ def test_uniform_baselines_of_the_paper_are_reproduced() -> None:
 
 def test_linear_decay_of_gpt2_medium_follows_the_formula() -> None:
     ranks = ranks_of("linear-decay", GPT2_MEDIUM, **PAPER)
-    # 16 - 12 i / 23, rounded half up, written out.
+    # 16 - 12 i / 23, rounded half up.
     assert by_block(ranks) == (
         [16, 15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4]
     )
-    # 240 ranks of all four layers: the paper's table has uniform 16's count here, which is 384.
+    # The four layers have 240 ranks in sum; the table of the paper has 384, the count of uniform 16.
     assert num_parameters(ranks) == 240 * 16 * D
 
 
@@ -97,7 +97,7 @@ def test_attention_heavy_schedule_of_gpt2_medium_follows_the_paper() -> None:
 
 
 def test_rounding_and_thresholds_are_exact() -> None:
-    # At 0.3 L = 3 and at 0.7 L = 7 the next part begins.
+    # The next part begins at 0.3 L = 3 and at 0.7 L = 7.
     assert by_block(ranks_of("empirical", stack_of(10), r_base=10)) == [6] * 3 + [12] * 4 + [10] * 3
     # 5 - i / 2 at r_min 4, and 9 / 2: rounded up, not to even.
     assert by_block(ranks_of("linear-decay", stack_of(3), r_base=5)) == [5, 5, 4]
@@ -144,7 +144,7 @@ def test_encoder_and_decoder_have_separate_depths() -> None:
 def test_depth_counts_all_blocks_of_the_model() -> None:
     layers = ("self_attn.q_proj", "mlp.up_proj")
     names = [f"layers.{i}.{layer}" for i in range(24) for layer in layers]
-    # A name that cannot be read is nobody's concern where it is not adapted, and a head is no block.
+    # Unreadable names of modules that are not adapted are ignored, and a head is not a block.
     names += ["x.7.y", "head"]
     model = {f"model.{name}.weight": np.ones((24, 24), dtype=np.float32) for name in names}
     every = {"r_min": 1, "r_max": 24}
@@ -153,7 +153,7 @@ def test_depth_counts_all_blocks_of_the_model() -> None:
         assert list(late.ranks.values()) == [4, 4, 3, 3, 2, 2, 1, 1]
         middle = lorank.allocate(source, "empirical", targets=["layers.8.mlp.up_proj"], r_base=10, **every)
         assert list(middle.ranks.values()) == [12]
-        # Attention in every fourth block only, as in hybrid models.
+        # Attention is in every fourth block only, as in hybrid models.
         few = lorank.allocate(
             source, "linear-decay", targets=r"model\.layers\.(3|7|11|15|19|23)\.self_attn.*", **every
         )
