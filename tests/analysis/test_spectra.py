@@ -51,7 +51,7 @@ matrices = st.builds(gaussian, sizes, sizes, st.integers(0, 2**32 - 1))
 
 
 def check_spectrum(W, reference=None):
-    """Compare with the SVD; return both."""
+    """Compare eigenvalues with the SVD; return both."""
     reference = np.asarray(W if reference is None else reference, np.float64)
     wanted = np.linalg.svd(reference, compute_uv=False)[::-1] ** 2
     found = lorank.spectrum(W)
@@ -99,7 +99,7 @@ def test_element_types_are_read_exactly(shape, dtype):
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_all_16_and_8_bit_numbers_are_converted_exactly(dtype):
-    """Normal, subnormal, zero or not finite: a 1x1 matrix shows its entry's square without rounding."""
+    """Read every number as a 1x1 matrix, whose spectrum is the exact square: normal, subnormal, zero, not finite."""
     bits = np.dtype(NARROW[dtype][0]).itemsize * 8
     step = 1 if bits == 8 else 61
     values = np.arange(0, 2**bits, step).astype(f"uint{bits}").view(NARROW[dtype][0])
@@ -133,7 +133,7 @@ def test_other_byte_order_is_read(dtype):
     check_spectrum(W.astype(W.dtype.newbyteorder()), W)
 
 
-# Inputs that no spectrum has
+# Inputs without a spectrum
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -251,7 +251,7 @@ def test_alpha_hill_of_equal_and_few_values(convention):
 
 @cache
 def unit_median(aspect):
-    """Median of the law of mean 1, by its cumulative density in u = sqrt(x)."""
+    """Return the median of the law of mean 1 from its cumulative distribution in u = sqrt(x)."""
     y = 1 / aspect
     low, high = 1 - math.sqrt(y), 1 + math.sqrt(y)
 
@@ -301,7 +301,7 @@ def test_planted_spikes_exceed_the_gaussian_bulk(aspect):
 
 
 def power_laws(values):
-    """(distance, alpha, xmin) for every xmin, the best first."""
+    """Return (distance, alpha, xmin) for every xmin, the best first."""
     x = nonzero(values)
     fits = []
     for xmin in np.unique(x)[:-1]:
@@ -336,7 +336,7 @@ def oracle(values, shape):
 def check_metrics(found, values, shape):
     for name, value in oracle(values, shape).items():
         assert found[name] == pytest.approx(value, rel=1e-8, abs=1e-300, nan_ok=True), name
-    # Of float64 arithmetic; that of float32 has tests of its own.
+    # Tolerance of float64 arithmetic; float32 has its own tests.
     assert 0 <= found["eigenvalue_error"] <= (8 + max(shape)) * EPS * values.max(), found["eigenvalue_error"]
     assert np.isfinite(found["alpha_hill_error"]) == np.isfinite(found["alpha_hill"])
     assert found["mp_spikes"] == np.sum(nonzero(values) > found["mp_edge"])
@@ -347,7 +347,7 @@ def check_metrics(found, values, shape):
         assert np.isnan([*power_law, found["alpha_weighted"]]).all()
         return
     assert power_law[0] == pytest.approx(fits[0][0], abs=1e-9)
-    # Several tails may be equally far from their laws, up to rounding: any of them is right.
+    # Several tails may have equal distances up to rounding: any of them is correct.
     close = [fit for fit in fits if fit[0] < fits[0][0] + 1e-8 and fit[2] == power_law[2]]
     assert power_law == pytest.approx(close[0], rel=1e-7, abs=1e-9)
     assert found["alpha_weighted"] == pytest.approx(power_law[1] * math.log10(values.max()), rel=1e-12)
@@ -404,7 +404,7 @@ def test_only_large_matrices_are_sampled():
     report = lorank.analyze(weights, accuracy="sampled", progress=False)
     assert [row.accuracy for row in report] == ["sampled", "fast"]
     one, other = exact["large"], report["large"]
-    # An error bar that says something is a few per cent of alpha long; which ones, the random vectors decide.
+    # Useful error bars are a few per cent of alpha; the random vectors determine their exact size.
     assert 0 < abs(one.alpha_hill - other.alpha_hill) <= other.alpha_hill_error < 0.1
     assert abs(one.mp_spikes - other.mp_spikes) <= other.mp_spikes_error
     assert other.frobenius_norm == pytest.approx(one.frobenius_norm, rel=1e-12)
@@ -441,7 +441,7 @@ def test_spectra_and_metrics_scale_with_the_matrix(W, exponent, factor):
     after = _core.spectral_metrics(eigenvalues * 10.0**exponent, W.shape)
     for name in METRICS:
         unit = {"frobenius_norm": 0.5, "spectral_norm": 0.5, "mp_edge": 1, "mp_edge_median": 1}.get(name, 0)
-        # Of tails that are equally far from their laws, rounding chooses.
+        # Rounding chooses among tails with equal distances.
         if name not in ("powerlaw_alpha", "powerlaw_xmin", "alpha_weighted"):
             wanted = before[name] * 10.0 ** (exponent * unit)
             assert after[name] == pytest.approx(wanted, rel=1e-8, abs=0, nan_ok=True), name
@@ -460,7 +460,7 @@ def test_transposition_keeps_spectra_and_metrics(W):
 
 # Threads and processes
 
-# Large enough that all threads work on it together.
+# Large enough for all threads.
 TOGETHER = (500, 32000)
 
 
@@ -521,7 +521,7 @@ def test_ctrl_c_interrupts_the_computation():
     try:
         assert child.stdout.readline() == "ready\n"
         with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(1)  # Until it is in the middle of its work.
+            child.wait(1)  # The child is computing by then.
         child.send_signal(signal.SIGINT)
         output, errors = child.communicate(timeout=5)
     finally:
