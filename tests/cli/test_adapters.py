@@ -1,4 +1,4 @@
-"""The adapter commands as their users see them."""
+"""The adapter commands: output, files and exit status."""
 
 from __future__ import annotations
 

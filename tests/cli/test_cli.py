@@ -1,4 +1,4 @@
-"""The command line as its users see it: output, files, exit status."""
+"""The commands analyze, allocate and report: output, files, exit status."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_narrow_terminal_names_hidden_columns(
 ) -> None:
     ok("analyze", checkpoint, "-o", tmp_path / "report.json")
     terminal, inside = os.openpty()
-    # What it prints fits into the terminal's buffer.
+    # The output fits into the buffer of the terminal.
     subprocess.run(
         [str(EXECUTABLE), "report", str(tmp_path / "report.json"), "--top", "1"],
         stdout=inside,
@@ -260,7 +260,7 @@ def test_matrix_without_a_spectrum_fails_the_run_and_keeps_other_rows(tmp_path: 
     assert result.returncode == 1
     assert "1 of 2 matrices have no spectrum, the first is b" in result.stderr
     row = next(line for line in result.stdout.splitlines() if line.split()[:1] == ["b"])
-    assert row.split()[2:9] == ["-"] * 7  # Counts, too: none of them is zero.
+    assert row.split()[2:9] == ["-"] * 7  # Counts are missing, too, instead of zero.
     report = lorank.SpectralReport.load(saved)
     assert report["a"].spectral_norm == pytest.approx(4.0)
     assert "NaN" in report["b"].flags[0]
@@ -270,7 +270,7 @@ def test_resume_continues_from_the_journal(checkpoint: Path, tmp_path: Path) -> 
     journal = tmp_path / "journal.jsonl"
     first = ok("analyze", checkpoint, "--resume", journal, "--json")
     assert ok("analyze", checkpoint, "--resume", journal, "--json") == first
-    assert len(journal.read_text().splitlines()) == 14  # a header and 13 matrices, once
+    assert len(journal.read_text().splitlines()) == 14  # a header and 13 matrices
 
 
 def test_report_becomes_a_self_contained_page(checkpoint: Path, tmp_path: Path) -> None:

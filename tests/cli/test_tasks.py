@@ -37,7 +37,7 @@ NAMES = [
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads on matrices this small, beside other busy ones, do little but wait for each other."""
+    """Use one thread, as threads on small matrices mostly wait for each other."""
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
 
 
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 
 def run(*arguments: object) -> Result:
-    """The command's entry point within this process: without the start of Python."""
+    """Run the entry point of the command in this process, which saves the start of Python."""
     out, err = io.StringIO(), io.StringIO()
     status: object = 0
     command = ["lorank", *map(str, arguments)]
@@ -68,7 +68,7 @@ def ok(*arguments: object) -> str:
 
 
 def samples(rows: int = 600, noise: float = 0.1) -> tuple[Array, Array]:
-    """Inputs of unit variance, targets of six singular values 4, 2, 1, ..."""
+    """Return inputs of unit variance and targets with six singular values 4, 2, 1, ..."""
     rng = np.random.default_rng(0)
     left = np.linalg.qr(rng.standard_normal((24, 6)))[0]
     right = np.linalg.qr(rng.standard_normal((40, 6)))[0]
@@ -166,7 +166,7 @@ def test_chart_has_a_bar_per_value_and_a_line_at_the_threshold(archive: Path) ->
     tops = [
         next(i for i, row in enumerate(picture) if row[2 * bar : 2 * bar + 1].strip()) for bar in range(6)
     ]
-    # Every value is half the one before: equal steps on a logarithmic scale.
+    # Each value is half the previous one, which gives equal steps on a logarithmic scale.
     assert tops[0] == 0
     assert np.ptp(np.diff(tops)) <= 1
     assert "\x1b" not in text
@@ -226,7 +226,7 @@ lorank.cli.main()
 def test_npy_files_are_not_loaded_into_memory(tmp_path: Path) -> None:
     paths = [tmp_path / "X.npy", tmp_path / "Y.npy"]
     for path in paths:
-        # Of zeros that take no space: 384 MB each.
+        # Sparse files of zeros, 384 MB each.
         np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(1_500_000, 32))
     result = subprocess.run(
         [sys.executable, "-c", LIMITED, "task", *map(str, paths), "--json"],
@@ -266,7 +266,7 @@ def test_terminal_without_unicode_gets_ascii(archive: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of files that hold no task."""
+    """Return a folder of files without a task."""
     folder = tmp_path_factory.mktemp("bad")
     X, Y = samples(50)
     np.savez(folder / "whole.npz", X=X, Y=Y)
@@ -496,7 +496,7 @@ def test_help_describes_every_method() -> None:
         method = signals.find(name)
         assert f"{name}: {method.summary}" in shown
         assert f"Options: {', '.join(method.options)}." in shown or not method.options
-        # What the command line lists, the library's documentation lists.
+        # The documentation of the library lists the same options.
         entry = str(lorank.allocate.__doc__).partition(f'- ``"{name}"``: ')[2].partition("- ``")[0]
         assert all(f"`{option}`" in entry or f"{option}=" in entry for option in method.options)
         assert entry

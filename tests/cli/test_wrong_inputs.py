@@ -1,4 +1,4 @@
-"""Commands about models refuse adapters, and commands about adapters refuse models."""
+"""Commands on models refuse adapters, and commands on adapters refuse models."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def sharded(path: Path) -> Path:
 
 
 def linked(path: Path) -> Path:
-    """Link a folder's files as the hub's cache does."""
+    """Link the files of a folder as in the hub's cache."""
     folder = model_folder(path.parent / "blobs")
     path.mkdir()
     for file in folder.iterdir():
@@ -235,7 +235,7 @@ def test_base_weights_of_a_saved_peft_model_are_analysed(of: str, tmp_path: Path
     source: Any = model.state_dict()
     if of == "file":
         source = tmp_path / "model.safetensors"
-        # A copy of its own for every tensor, as the file wants.
+        # Every tensor is copied, as safetensors requires.
         save_file({name: value.numpy().copy() for name, value in model.state_dict().items()}, source)
     if of == "pickle":
         source = tmp_path / "model.bin"
