@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 
 def tuned_copy(model: Any, *, scale: float = 0.05, rank: int = 3) -> Any:
-    """The model after a change of low rank plus a little noise in every weight."""
+    """Return a copy of the model with a low-rank change plus small noise in every weight."""
     changed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for parameter in changed.parameters():
@@ -44,7 +44,7 @@ def test_adapter_turns_the_base_into_the_fine_tune(name: str, tmp_path: Path) ->
     exclude = r"(.*\.)?(router|gate|classifier|relative_attention_bias)"
     adapter = lorank.extract(model, after, exclude=exclude, energy=1.0, max_rank=200, progress=False)
     adapter.save(tmp_path / "a")
-    # PEFT merges the update of a shared weight once for each module that shares it.
+    # PEFT merges the update of a shared weight once per module that shares it.
     untied = copy.deepcopy(model)
     for module in untied.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -211,7 +211,7 @@ def test_tied_head_stored_as_a_copy_is_extracted_once(tmp_path: Path) -> None:
     adapter = lorank.extract(*paths, avg_rank=2, progress=False)
     assert [name for name in adapter.modules if "embed" in name or "head" in name] == ["model.embed_tokens"]
     assert any("lm_head is model.embed_tokens" in note for note in adapter.notes)
-    # A head of its own is one, even where the shapes are those of the embedding.
+    # A separate head is extracted even if it has the shape of the embedding.
     state = load_file(paths[1])
     state["lm_head.weight"] = state["lm_head.weight"] + 0.5
     save_file(state, paths[1])

@@ -1,4 +1,4 @@
-"""Fisher importance on tiny models: which adapters it takes, and what it calls them."""
+"""Fisher importance on tiny models: adapter names and adapters that raise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCHES = [{"input_ids": (ids := torch.arange(1, 9)[None] + k), "labels": ids} f
 
 
 def live(adapter_name: str = "default", **settings: Any) -> tuple[Any, lorank.LoraAdapter]:
-    """A model that holds an elastic adapter under that name."""
+    """Return a model with an elastic adapter of the given name, and the adapter."""
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"], **settings})
     model = trained(tiny_models.llama(), config)
     parent = lorank.elastic(lorank.LoraAdapter.from_model(model), progress=False)

@@ -1,4 +1,4 @@
-"""What adapters hold beside factors, merged: all of it, whichever of them has it."""
+"""Merged adapters keep the settings and tensors beside factors of every adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOTH_WAYS = pytest.mark.parametrize("turned", [False, True])
 
 
 def merged(folder: Path, turned: bool, *settings: dict[str, Any], model: Any = None) -> lorank.LoraAdapter:
-    """Adapters of a classifier, merged; the paths that are left for the test are `folder`'s."""
+    """Merge adapters with the given settings; save them and the result in `folder`."""
     base = model or tiny_models.bert_classifier()
     parts = []
     for k, more in enumerate(settings):

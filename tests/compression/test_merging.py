@@ -131,7 +131,7 @@ def test_names_that_differ_by_a_prefix_raise(adapters: list[lorank.LoraAdapter])
             ValueError, match=f"adapts 'tower.{name}', but plain adapts '{name}'.*save it again"
         ):
             lorank.merge(pair, rank_ratio=1.0, progress=False)
-    # One model may have both names: an adapter that holds both says so.
+    # An adapter with both names shows that the model has both modules.
     both = replace(short, modules={**short.modules, **long.modules})
     merged = lorank.merge([both, short], rank_ratio=1.0, progress=False)
     assert set(merged.modules) == set(both.modules)
@@ -181,7 +181,7 @@ def test_merged_adapter_has_the_ties_of_all(tmp_path: Path) -> None:
     for k, more in enumerate(settings):
         live = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, **more))
         for name, parameter in live.named_parameters():
-            if "lora_" in name:  # In place, as ties are views of one another.
+            if "lora_" in name:  # In place, as tied tensors are views of one another.
                 parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
         parts.append(saved(live, tmp_path / f"{k}"))
     for pair in (parts[:2], parts[1::-1]):

@@ -1,4 +1,4 @@
-"""Modules that PEFT holds at one rank: found, selected, written and loaded as one."""
+"""Groups of modules that need one rank in PEFT: found, selected, written and loaded together."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def tied() -> tuple[Any, LoraConfig, torch.Tensor]:
 def test_peft_loads_every_ratio(case: Any, profile: Any, tmp_path: Path) -> None:
     base, config, inputs = case()
     live = trained(base, config)
-    if case is tied:  # Random values must be one update again.
+    if case is tied:  # The random factors of tied modules must describe one update.
         head, table = live.base_model.model.lm_head, live.base_model.model.model.embed_tokens
         head.lora_A.default.weight.data = table.lora_embedding_B.default.data.t()
         head.lora_B.default.weight.data = table.lora_embedding_A.default.data.t()
@@ -108,9 +108,9 @@ def test_peft_loads_every_ratio(case: Any, profile: Any, tmp_path: Path) -> None
 
 
 def by_peft(base: Any, config: LoraConfig, adapter: lorank.LoraAdapter) -> Any:
-    """Return PEFT's model with the updates as NumPy factorises them.
+    """Return PEFT's model with updates factorised by NumPy.
 
-    The updates are not added to weights here: PEFT 0.21 adds that of an attention's output twice.
+    Updates are not merged into weights, as PEFT 0.21 adds the update of an attention output twice.
     """
     live = get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).eval()
     for name, update in dense(adapter).items():

@@ -18,7 +18,7 @@ from tests.support.adapter_files import dense, distance, loaded, norm
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> lorank.LoraAdapter:
-    """Briefly trained: a minute is not needed to have real spectra."""
+    """Train an adapter briefly, which suffices for real spectra."""
     folder = tmp_path_factory.mktemp("adapter")
     reviews.train(384, 1).save_pretrained(folder)
     return lorank.LoraAdapter.load(folder)
@@ -36,7 +36,7 @@ def test_compressed_model_equals_the_base_plus_truncated_updates(
     modules = dict(by_hand.named_modules())
     for name, update in dense(small).items():
         modules[name].weight.data += torch.from_numpy(update).float()
-    # The head was trained in full: it lies beside the factors, untouched.
+    # The fully trained head is saved beside the factors.
     head = compressed.base_model.model.classifier.modules_to_save.default
     by_hand.classifier.load_state_dict(head.state_dict())
     (batch,) = reviews.batches(4000, 32)
@@ -62,7 +62,7 @@ def test_fisher_importance_follows_gradients(adapter: lorank.LoraAdapter, tmp_pa
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     data = reviews.batches(4000, 64)
     scores = lorank.fisher_scores(model, data)
-    # By hand for one module: gradients through an ordinary backward pass.
+    # The reference for one module: gradients from an ordinary backward pass.
     name = "bert.encoder.layer.3.attention.self.value"
     layer = dict(model.base_model.model.named_modules())[name]
     a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
@@ -104,7 +104,7 @@ def test_extraction_from_a_real_fine_tune_equals_the_dense_svd(tmp_path: Path) -
 
 
 def test_compressed_adapter_replaces_the_live_one(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
-    """With a trained head beside it, which PEFT's own deletion of a last adapter trips over."""
+    """The model has a trained head, with which PEFT cannot delete its last adapter."""
     adapter.save(tmp_path / "trained")
     (batch,) = reviews.batches(4000, 32)
     model = PeftModel.from_pretrained(reviews.base_model(), tmp_path / "trained").eval()

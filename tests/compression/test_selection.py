@@ -1,4 +1,4 @@
-"""Which values stay: every knob against its definition, over modules of mixed shapes."""
+"""Selected values: every knob against its definition, over modules of mixed shapes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_scores_replace_values() -> None:
     scores = {"a": [0.0, 0.0, 5.0], "b": [7.0, 6.0, 9.0]}
     masks = select(forms, Knobs(avg_rank=1.5, scores=scores))
     assert [m.tolist() for m in masks] == [[False, False, True], [True, True, False]]
-    # A score of zero still is a score; a value of zero is never kept.
+    # A score of zero may be kept; a value of zero is never kept.
     assert ranks(forms, rank_ratio=1.0, scores={"a": [0.0] * 3, "b": [0.0] * 3}) == [3, 2]
     with pytest.raises(ValueError, match="no scores for module 'b'"):
         ranks(forms, avg_rank=1, scores={"a": [1.0, 2.0, 3.0]})
