@@ -1,4 +1,4 @@
-"""Names select what PEFT's own matching selects, and sort as people read them."""
+"""Names select the modules that PEFT's matching selects, and sort by their numbers."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ CLIP: dict[str, Any] = {
     "projection_dim": 16,
 }
 
-# Model, configuration, stacks with their depths. With transformers' own names, whatever the release.
+# Model, configuration, stacks with their depths, by names in any release of transformers.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
     "bert": ("BertForSequenceClassification", "BertConfig", TEXT, {"bert.encoder.layer": 3}),
     "bert-decoder": (
@@ -191,14 +191,14 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
 
 
 def built(name: str) -> Any:
-    """The architecture without weights: names and classes are all that is asked."""
+    """Return the architecture on the meta device, as only names and classes are used."""
     model, config, settings, _ = ARCHITECTURES[name]
     with torch.device("meta"):
         return getattr(tf, model)(getattr(tf, config)(**settings))
 
 
 def adaptable(model: Any) -> Iterator[str]:
-    """Linear layers, transformers' own Conv1D, routers, and stacked experts by their parameters."""
+    """Yield names of linear layers, Conv1D, routers, and parameters of stacked experts."""
     for name, module in model.named_modules():
         if re.search("Linear$|^Conv1D$|Router$", type(module).__name__):
             yield name
@@ -208,7 +208,7 @@ def adaptable(model: Any) -> Iterator[str]:
 
 
 def classes_inside(model: Any, name: str, stack: str) -> str:
-    """The classes of the modules between a module's block and itself, in one string."""
+    """Return the classes of the modules between a block and a module in it, in one string."""
     modules = dict(model.named_modules())
     parts = name.split(".")
     below = range(len(stack.split(".")) + 2, len(parts) + 1)
@@ -277,7 +277,7 @@ def test_state_space_model_has_blocks_but_no_roles() -> None:
     assert mixers == ["attention"] * (len(names) - 1) + [None]
 
 
-# Names of checkpoints and other libraries, where no installed class can be asked.
+# Names of checkpoints and other libraries, for which no class is installed.
 @pytest.mark.parametrize(
     ("name", "block", "role"),
     [

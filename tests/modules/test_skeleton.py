@@ -1,4 +1,4 @@
-"""Names, kinds, orientations and ties that a model's code decides."""
+"""Names, kinds, orientations and ties that follow from a model's code."""
 
 from __future__ import annotations
 
@@ -371,7 +371,7 @@ class Reading(nn.Module):
         self.conv = nn.Conv2d(4, 6, 3)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        # Not read: self.typed.weight
+        # Not a read of the weight: self.typed.weight
         assert isinstance(self.typed.weight, nn.Parameter)
         return self.table.weight[rows].to(self.typed.weight.dtype) + self.typed(rows)
 

@@ -1,4 +1,4 @@
-"""Skeletons of diffusers' models and of transformers before 5, and what tensors are loaded into."""
+"""Skeletons of models from diffusers and transformers before 5, and the places of loaded tensors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_other_classes_of_diffusers_are_not_built(tmp_path: Path) -> None:
 
 @pytest.fixture
 def older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide what transformers 5 brought."""
+    """Hide the interfaces that are new in transformers 5."""
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
 
