@@ -1,4 +1,4 @@
-"""Fixture of profiles: one thread."""
+"""Fixture for profiles: one thread."""
 
 from __future__ import annotations
 

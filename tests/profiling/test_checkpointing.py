@@ -41,7 +41,7 @@ def test_checkpointed_tokens_count_once(make: Callable[[], Any], reentrant: bool
 
 
 class Checkpointed(nn.Module):
-    """Blocks of a model that does not say what its input embeddings are, and changes its inputs in place."""
+    """A checkpointed model without known input embeddings that changes its inputs in place."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_checkpointing_works_without_known_embeddings(reentrant: bool, wrap: Any
 
 
 def test_checkpointing_works_inside_a_wrapper() -> None:
-    """Its inputs are integers: only its embeddings can ask."""
+    """Integer inputs cannot require gradients, so the outputs of embeddings must."""
     model = tiny_models.llama().train()
     plain = lorank.profile_gradients(model, text_batches(2))
     model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -126,7 +126,7 @@ def texts() -> list[Any]:
 
 
 def embedded(requires_grad: bool) -> list[Any]:
-    """The same texts as vectors; those that require a gradient come from a model of the caller's."""
+    """Return the same texts as vectors; vectors that require gradients come from another model."""
     table = tiny_models.llama().get_input_embeddings()
     made = []
     for batch in texts():
@@ -193,7 +193,7 @@ def test_input_vectors_get_no_gradients() -> None:
 
 
 class Blocks(nn.Module):
-    """A user's model, whose blocks take tensors without gradients and change them in place."""
+    """A custom model whose blocks take tensors without gradients and change them in place."""
 
     def __init__(self, reentrant: bool | None) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ def test_effective_rank_is_the_fewest_eigenvalues_that_hold_the_energy(
         return
     ordered = np.sort(np.array(values) / max(values))[::-1]
     held = [float(np.sum(ordered[:k])) for k in range(len(values) + 1)]
-    # What lies nearer than rounding may fall either way.
+    # Sums within rounding errors of the threshold may fall on either side.
     assert held[found] >= energy * held[-1] * (1 - 2e-12)
     assert held[found - 1] < energy * held[-1] * (1 + 1e-13)
     assert 1 <= found <= len(values)

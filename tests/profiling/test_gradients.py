@@ -70,7 +70,7 @@ CASES = {
 def test_exact_spectra_equal_those_of_autograd(name: str) -> None:
     case = CASES[name]
     model, batches = case.make(), case.batches()
-    torch.manual_seed(5)  # Of dropout.
+    torch.manual_seed(5)  # Seeds dropout.
     report = lorank.profile_gradients(model, batches, sketch=None, targets=case.targets, loss=case.loss)
     torch.manual_seed(5)
     gradients = true_gradients(model, batches, case.loss)
@@ -166,7 +166,7 @@ def test_weights_of_peft_adapters_are_excluded() -> None:
     plain = lorank.profile_gradients(tiny_models.bert_classifier(), label_batches(2))
     assert [row.name for row in report] == [row.name for row in plain]
     assert report.num_parameters == plain.num_parameters
-    # B is zero: nothing else has changed.
+    # B is zero, so outputs are unchanged.
     assert same_spectra(report, plain, 1e-5)
 
 
@@ -226,5 +226,5 @@ def test_iterators_stop_after_max_batches(profile: Any) -> None:
         assert report.num_batches == 3
         assert all(len(row.eigenvalues) == 3 for row in report)
     else:
-        # No token follows the last of a sequence: its outputs count for nothing.
+        # The last token of a sequence has no successor, so its outputs do not affect the loss.
         assert report.num_samples == sum(batch["input_ids"][:, 1:].numel() for batch in batches[:3])

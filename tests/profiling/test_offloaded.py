@@ -49,7 +49,7 @@ def dispatched(model: Any, folder: Path) -> Any:
 
 
 def whole_blocks(model: Any, _folder: Path) -> Any:
-    """One hook of a block moves the weights of all modules within it."""
+    """Offload a model whose blocks have one hook for the weights of all modules within."""
     return accelerate.cpu_offload(model, CPU, preload_module_classes=["LlamaDecoderLayer"])
 
 
@@ -135,7 +135,7 @@ def test_ranks_of_an_offloaded_base_follow_its_gradients() -> None:
 
 
 class Packed(nn.Module):
-    """A quantized layer whose codes nothing here can read."""
+    """A quantized layer whose codes lorank cannot read."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -137,7 +137,7 @@ def test_invalid_task_options_raise() -> None:
 
 
 def root_of_zero(model: Any, x: torch.Tensor) -> Any:
-    """Zero has a root, whose slope is infinite."""
+    """Return a loss with a root of zero, whose slope is infinite."""
     used, other = model["used"](x), model["other"](x)
     return used.sum().square() + (other.sum() * x.sum()).abs().sqrt()
 

@@ -36,7 +36,7 @@ def test_sketch_as_large_as_the_module_is_exact(size: int) -> None:
 def test_sketches_keep_inner_products_on_average(out: int, fan_in: int, size: int) -> None:
     targets = find_targets(nn.Sequential(nn.Linear(fan_in, out)), None).chosen
     rows = [torch.randn(6, fan_in + out, generator=seeded(i)) for i in range(3)]
-    # Rows whose gradient is symmetric where it can be: equal projections of both sides would show.
+    # A symmetric gradient for square matrices would reveal equal projections of both sides.
     rows[0][:, fan_in : 2 * fan_in] = rows[0][:, : min(fan_in, out)] if out == fan_in else 1.0
     rows[1] = rows[0] + rows[1]
     split = [(row[:, :fan_in], row[:, fan_in:]) for row in rows]
@@ -112,7 +112,7 @@ def test_every_module_has_its_own_projections() -> None:
 
 @only_new_tensors()
 def test_memory_grows_by_the_sketches_only() -> None:
-    """`modules * M * k^2` numbers and the projections, when no batch is on its way."""
+    """Between batches, `modules * M * k^2` numbers and the projections are live."""
     model, k = tiny_models.llama(), 16
     shapes = [target.info.shape for target in find_targets(model, None).chosen]
     sketches = sum(min(out, k) * min(fan_in, k) for out, fan_in in shapes)
@@ -125,7 +125,7 @@ def test_memory_grows_by_the_sketches_only() -> None:
             yield batch
 
     lorank.profile_gradients(model, drawn(), sketch=k)
-    # The batches and what they are made of: a few rows of tokens.
+    # Batches of a few tokens are live, too.
     few = 100 * COUNT
     for count, numbers in enumerate(seen):
         assert abs(numbers - seen[0] - count * sketches - min(count, 1) * projections) <= few < sketches

@@ -67,7 +67,7 @@ def test_tasks_of_an_adapted_model_equal_those_of_its_base_modules() -> None:
 
 
 def patches(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Rows of `in * kh * kw` inputs, a row per position, for layers without dilation."""
+    """Return rows of `in * kh * kw` inputs, one per position, for layers without dilation."""
     (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
     windows = nn.functional.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw)
     return windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, layer.in_channels * kh * kw)
@@ -101,8 +101,8 @@ def test_padding_does_not_change_tasks(make: Callable[[], Any]) -> None:
     assert report.num_samples == plain.num_samples
     for row, expected in zip(report, plain, strict=True):
         assert (row.k_star, row.predicted_rank) == (expected.k_star, expected.predicted_rank)
-        # A causal model's first token attends to itself alone: the gradient of its query is rounding,
-        # which is zero, and so no sample, in one of the two and not in the other.
+        # The first token of a causal model attends only to itself, so the gradient of its query is a
+        # rounding error. One of the two runs may round it to zero and drop the sample.
         assert row.noise == pytest.approx(expected.noise, rel=1e-2)
         np.testing.assert_allclose(
             row.singular_values, expected.singular_values, rtol=1e-2, atol=1e-2 * expected.singular_values[0]
@@ -110,7 +110,7 @@ def test_padding_does_not_change_tasks(make: Callable[[], Any]) -> None:
 
 
 def test_modules_with_a_shared_input_and_different_rows_are_separated() -> None:
-    # In the second batch, no gradient comes to one row of `b`.
+    # In the second batch, one row of `b` has no gradient.
     model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(8, 4)})
 
     def loss(model: Any, x: torch.Tensor) -> Any:
@@ -121,7 +121,7 @@ def test_modules_with_a_shared_input_and_different_rows_are_separated() -> None:
     tape = recorded(model, vectors(), ["a", "b"], loss)
     assert len(tape.rows("b")[0]) == len(tape.rows("a")[0]) - 1
     sums = 32 * 8 * 8 + 2 * 16 * 8 * 4
-    # Without memory for inputs of its own, `b` takes another pass.
+    # Without memory for separate inputs, `b` needs another pass.
     for memory, passes in ((sums + 32 * 8 * 8, 1), (sums, 2)):
         counted = Counted(loss)
         report = lorank.profile_tasks(model, vectors(), loss=counted, folds=2, memory=memory)

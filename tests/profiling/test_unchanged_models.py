@@ -39,7 +39,7 @@ def interrupted(batches: Batches) -> Iterator[Any]:
 
 
 def explode(model: Any, batch: Any) -> Any:
-    """Fails in the middle of a backward pass."""
+    """Return a loss that raises during the backward pass."""
     loss = model(**batch).loss
     if batch["input_ids"].shape[1] == 11:
         loss.register_hook(lambda _gradient: 1 / 0)

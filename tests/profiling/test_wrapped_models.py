@@ -26,7 +26,7 @@ def test_profiles_enable_gradients(profile: Any, mode: Any) -> None:
 
 
 def placed(model: Any) -> Any:
-    """Where DataParallel takes a model to: a GPU, if there is one."""
+    """Move a model to a GPU if there is one, as DataParallel expects."""
     return model.cuda() if torch.cuda.is_available() else model
 
 
@@ -41,7 +41,7 @@ def test_profiles_of_wrapped_models_have_plain_names(profile: Any) -> None:
 
 @pytest.mark.parametrize("profile", [run_gradients, run_tasks])
 def test_data_parallel_models_are_not_copied(profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would share the hooks of the model, on other devices and at the same time."""
+    """Copies would share the hooks of the model while running at the same time on other devices."""
     model = placed(tiny_models.llama())
     expected = profile(model, text_batches(2))
     monkeypatch.setattr(nn.DataParallel, "forward", lambda *_, **__: pytest.fail("the wrapper was called"))
