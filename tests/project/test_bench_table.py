@@ -1,4 +1,4 @@
-"""The guard of the benches: ratios that fell are warned of, times and small differences are not."""
+"""The table of benches warns of lower ratios, but not of times and small differences."""
 
 from __future__ import annotations
 

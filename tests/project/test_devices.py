@@ -1,6 +1,6 @@
-"""The same on every device that there is: profiles, ranks that move, Trainer, resizing, adapters.
+"""Equal results on every available device: profiles, dynamic ranks, Trainer, resizing, adapters.
 
-On a machine without a GPU these run on the CPU alone, through the same code.
+On a machine without a GPU these tests run the same code on the CPU.
 """
 
 from __future__ import annotations
@@ -46,21 +46,23 @@ from tests.support.task_oracle import assert_task, recorded
 
 # Trainer refuses float16 on a CPU.
 PRECISIONS = [("cpu", "bf16"), *([("cuda", "bf16"), ("cuda", "fp16")] if HAS_GPU else [])]
-# Both count steps where the parameters are; AdamW refuses capturable ones on a CPU.
+# Both keep step counts on the device of the parameters; AdamW refuses capturable steps on a CPU.
 OPTIMIZERS = [(device, "fused") for device in DEVICES] + ([("cuda", "capturable")] if HAS_GPU else [])
 LOOPS = [(*optimizer, dtype) for optimizer in OPTIMIZERS for dtype in (torch.float16, torch.bfloat16)]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _reproducible() -> Iterator[None]:
-    """One thread, sums in one order, and no products of shortened float32 numbers (TF32)."""
+    """Use one thread, deterministic algorithms, and no TF32 products."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Or torch refuses products on a GPU.
+        patch.setenv(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # Required by torch for deterministic products on a GPU.
         torch.use_deterministic_algorithms(True)
         yield
         torch.use_deterministic_algorithms(is_deterministic)
@@ -81,7 +83,7 @@ def profiled_llama(device: str, checkpointing: bool = False) -> Any:
 
 @pytest.fixture(scope="module")
 def gradients() -> dict[str, Array]:
-    """In float64, by autograd, on the CPU."""
+    """Return gradients in float64 by autograd on the CPU."""
     return true_gradients(tiny_models.llama().double(), text_batches_on("cpu"))
 
 
@@ -108,13 +110,13 @@ def test_gradient_spectra_under_autocast_are_close_to_float64(
     model = profiled_llama(device, checkpointing)
     report = lorank.profile_gradients(model, text_batches_on(device), sketch=None, loss=loss, progress=False)
     assert_true(report, gradients, tolerance)
-    with pytest.raises(AssertionError):  # Products were rounded.
+    with pytest.raises(AssertionError):  # Products are rounded.
         assert_true(report, gradients)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_sketches_are_equal_on_every_device(device: str, gradients: Any) -> None:
-    """The same projections of the true gradients, wherever the model and its batches are."""
+    """Sketches are projections of the true gradients, on any device of model and batches."""
     model = profiled_llama(device)
     report = lorank.profile_gradients(model, text_batches_on("cpu"), sketch=8, seed=3, progress=False)
     targets = find_targets(tiny_models.llama(), None).chosen
@@ -141,18 +143,18 @@ def test_tasks_equal_those_of_float64(device: str) -> None:
         assert_task(row, *tape.rows(row.name), folds=5, space="prediction")
 
 
-# Ranks that move in a loop of one's own.
+# Dynamic ranks in a loop without Trainer.
 
 
 def mixed_precision_loop(device: str, kind: str, dtype: torch.dtype) -> tuple[Any, Any, list[Any]]:
-    """float16 with a gradient scaler, or bfloat16 without; the model, the optimizer and its updates."""
+    """Train in float16 with a gradient scaler or in bfloat16; return the model, optimizer and updates."""
     model = llama().to(device)
     optimizer = adamw(model, kind)
     is_scaled = dtype == torch.float16
     scaler = torch.amp.GradScaler(device, init_scale=8.0, growth_interval=3, enabled=is_scaled)
     updates = []
     with DynamicRanks(model, optimizer, scaler=scaler if is_scaled else None, **OPTIONS) as dynamic:
-        # One more than the last change: the optimizer goes on after each.
+        # One step after the last change, so that the optimizer steps after each.
         for step in range(STEPS + 1):
             with torch.autocast(device, dtype):
                 loss = loss_on(device, model, step)
@@ -201,7 +203,7 @@ def test_two_loops_are_identical(device: str, kind: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_ranks_change_under_data_parallelism(device: str, tmp_path: Path) -> None:
-    """The wrapper sees the new shapes; alone in its group, it changes no gradient."""
+    """The wrapper sees the new shapes; in a group of one process it does not change gradients."""
     backend = "nccl" if device == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -241,7 +243,7 @@ def test_growing_keeps_outputs_and_shrinking_has_the_stated_errors(device: str) 
                 error, scale = np.linalg.norm(new[name] - old[name]), np.linalg.norm(old[name])
                 assert error == pytest.approx(change.error, rel=1e-4, abs=1e-6 * scale)
     assert kinds == {"as it was", "grown", "shrunk"}
-    # A loop on the CPU with an optimizer that is not fused goes the same way.
+    # A loop on the CPU with a plain optimizer gives the same ranks.
     expected = trained(llama())
     assert [update.ranks for update in updates] == [update.ranks for update in expected]
     for one, other in zip(expected, updates, strict=True):
@@ -280,7 +282,7 @@ def test_trainer_changes_ranks_and_resumes(device: str, precision: str, tmp_path
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
     assert np.isfinite(losses).all()
 
-    # Within a window, with sketches that go back to where the model is.
+    # Resume within a window: its sketches return to the device of the model.
     again, resumed_gard = llama().to(device), GardCallback(**OPTIONS)
     checkpoint = tmp_path / "checkpoint-10"
     restore_ranks(again, checkpoint)
@@ -349,7 +351,7 @@ def test_adapter_is_read_compressed_and_inserted(device: str) -> None:
     updates = updates_of(model)
     model.to(device)
     small = lorank.compress(lorank.LoraAdapter.from_model(model), rank_ratio=0.5, progress=False)
-    # Half of all singular values, the largest.
+    # The largest half of all singular values.
     values = {name: np.linalg.svd(update, compute_uv=False)[:4] for name, update in updates.items()}
     least = np.sort(np.concatenate([*values.values()]))[::-1][2 * len(updates) - 1]
     assert small.ranks == {name: int((some >= least).sum()) for name, some in values.items()}

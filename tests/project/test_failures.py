@@ -1,4 +1,4 @@
-"""A lack of memory or threads and a defect of lorank end a run with an error; only the numbers flag a row."""
+"""Lack of memory or threads and defects of lorank end a run with an error; only numbers flag a row."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in its own process."""
-    # Each arena of glibc would reserve 128 MiB of addresses.
+    # Each arena of glibc reserves 128 MiB of addresses.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"}
     line = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
 
 
 def limited(spare: int, *arguments: object) -> str:
-    """Return the one line of a command that fails because the memory of the core is limited."""
+    """Return the error line of a command that fails because the memory of the core is limited."""
     result = run(LIMITED.replace("{spare}", str(spare)), *arguments)
     assert result.returncode == 1, result
     (line,) = result.stderr.splitlines()

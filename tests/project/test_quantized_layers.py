@@ -1,4 +1,4 @@
-"""Weights of four and eight bits on every device that there is: spectra, profiles, ranks that move."""
+"""Weights of four and eight bits on every available device: spectra, profiles, dynamic ranks."""
 
 from __future__ import annotations
 
@@ -25,26 +25,29 @@ from tests.support.spectrum_oracle import assert_spectrum
 
 bnb = pytest.importorskip("bitsandbytes.nn")
 
-# Products with eight bits round what goes in, too; those with four do not.
+# Products with 8-bit weights round their inputs, too; those with 4-bit weights do not.
 TOLERANCE = {"8bit": 0.05, "fp4": 1e-5, "nf4": 1e-5}
 CASES = [(device, kind) for device in DEVICES for kind in TOLERANCE]
 every_case = pytest.mark.parametrize(("device", "kind"), CASES)
 
 
 def quantized(model: Any, kind: str, device: str) -> Any:
-    """The model on a device, all but its head in few bits, as they are made on the way to a device."""
+    """Quantize all linear layers but the head; return the model on a device."""
     layer, options = LAYERS[kind]
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and name != "lm_head":
             small = getattr(bnb, layer)(linear.in_features, linear.out_features, bias=False, **options)
             small.load_state_dict(linear.state_dict())
             model.set_submodule(name, small)
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "8bit", kind != "8bit"  # As PEFT asks.
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = (
+        kind == "8bit",
+        kind != "8bit",
+    )  # PEFT reads these attributes.
     return model.to(device)
 
 
 def dequantized(model: Any) -> Any:
-    """The same on the CPU, with the weights that few bits stand for, by bitsandbytes' own word."""
+    """Return the model on the CPU with weights dequantized by bitsandbytes."""
     from bitsandbytes import functional
 
     plain = copy.deepcopy(model)
@@ -110,7 +113,7 @@ def test_ranks_change_over_quantized_weights(device: str, kind: str) -> None:
 def test_adapters_over_quantized_weights_are_resized_and_compressed(device: str, kind: str) -> None:
     torch.manual_seed(2)
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
-    # Not for inference: on a CPU bitsandbytes would pack weights for a kernel that these are too small for.
+    # In training mode, as bitsandbytes packs weights for CPU inference, for which these are too small.
     model = get_peft_model(quantized(tiny_models.llama(), kind, device), config).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
