@@ -1,4 +1,4 @@
-"""Reports and journals on disk: nothing is lost, and other files are told apart."""
+"""Reports and journals on disk: nothing is lost, and other files raise."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_interrupted_analysis_resumes_from_its_journal(checkpoint: Path, tmp_pat
     whole = lorank.analyze(checkpoint, resume=journal, threads=1)
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 7
-    # What the first rows say is taken as it is: a number that no analysis gives must come through.
+    # Rows of the journal are used without recomputation: a changed number must appear in the report.
     marked = lines[1].replace(b'"num_nonzero": ', b'"num_nonzero": 1')
     journal.write_bytes(lines[0] + marked + lines[2] + lines[3][:cut])
     resumed = lorank.analyze(checkpoint, resume=journal, threads=1)
