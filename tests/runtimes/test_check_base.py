@@ -151,7 +151,7 @@ def test_every_runtime_has_a_rule_for_unknown_names() -> None:
 
 
 def test_experts_under_names_of_files_belong_to_their_model(tmp_path: Path) -> None:
-    """Mixtral's files and adapters of transformers 4 call the loaded model's `mlp` `block_sparse_moe`."""
+    """Files of Mixtral and adapters of transformers 4 name the loaded `mlp` `block_sparse_moe`."""
     model = tiny("MixtralForCausalLM", layers=1)
     assert model is not None
     folder = adapter_of(model, tmp_path / "a", target_modules=["q_proj"])

@@ -1,4 +1,4 @@
-"""Every profile under every runtime's own formula, and what `check` says of everything else."""
+"""Verdicts of `check` against the formulas of runtimes, for every profile and unsupported adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ READ_FOLDERS = [name for name, runtime in RUNTIMES.items() if runtime.reads == "
 
 
 def updates(folder: Path, runtime: str) -> dict[str, Any] | None:
-    """The updates that a runtime applies, by its formula, straight from the files; None if it refuses."""
+    """Return the updates that a runtime's formula gives for the files; None if the runtime refuses them."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     factors = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in tensors}
@@ -210,9 +210,9 @@ def test_lorax_drops_small_ranks(tmp_path: Path) -> None:
 
 
 def taken(key: str, runtime: str) -> bool | None:
-    """Whether a runtime that raises at tensors it does not know takes one; None if it leaves it out."""
+    """Return True if a runtime that raises at unknown tensors accepts a tensor; None if it ignores it."""
     if key.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")):
-        return True  # The base's own weight: nothing is lost.
+        return True  # The weight of the base model is redundant.
     name, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
     if factor == "magnitude_vector":
         return None if runtime == "tensorrt-llm" else False
@@ -306,7 +306,7 @@ def test_hotswap_agrees_with_check(name: str, tmp_path: Path) -> None:
     build, more = SWAPPED[name]
     folders = []
     for k in (0, 1):
-        # Two adapters of one kind whose patterns differ, as they do after compressing.
+        # Two adapters of one kind with different patterns, as after compression.
         more = {**more, "alpha_pattern": {"q_proj": 3 + k}} if name == "alphas" else more
         model = trained(build(), LoraConfig(**{"r": 4, "target_modules": ALL, **more}), seed=k)
         folders.append(saved(model, tmp_path / str(k)))
@@ -340,7 +340,7 @@ def test_targets_that_select_half_of_the_modules_are_wrong(tmp_path: Path) -> No
 
 
 def test_ranks_that_contradict_the_settings_are_fixed(tmp_path: Path) -> None:
-    """As PEFT's `add_weighted_adapter` leaves them: the layers in memory have the settings' scale."""
+    """`add_weighted_adapter` creates such adapters: layers in memory have the scale of the settings."""
     folder = saved(trained(tiny_models.llama(), LoraConfig(**CONFIGS["ranks"])), tmp_path / "a")
     configured(folder, rank_pattern={}, r=8, lora_alpha=8)
     found = verdicts(folder)

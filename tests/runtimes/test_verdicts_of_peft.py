@@ -1,4 +1,4 @@
-"""Verdicts of `check` on PEFT and transformers, compared with what these compute from the same files."""
+"""Verdicts of `check` on PEFT and transformers, compared with their outputs for the same files."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_saved_modules_are_searched_for_nan(tmp_path: Path) -> None:
 
 
 class Attending(torch.nn.Module):
-    """torch's own attention, whose input and output projections PEFT adapts under one name."""
+    """A module with torch's attention, whose input and output projections PEFT adapts under one name."""
 
     def __init__(self) -> None:
         super().__init__()
