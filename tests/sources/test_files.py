@@ -1,4 +1,4 @@
-"""Sources on disk: every format gives the same rows, and hostile files give a clear error."""
+"""Sources on disk: every format gives the same rows, and hostile files raise clear errors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def pickled_shards(folder: Path) -> Path:
 
 
 def hub_cache(folder: Path, make: Callable[[Path], object] = shards) -> Path:
-    """The layout of a hub cache: links into a folder of blobs."""
+    """Return a hub cache, which links files into a folder of blobs."""
     repo = folder / "models--acme--tiny"
     snapshot, blobs = repo / "snapshots" / "abc123", repo / "blobs"
     for path in (snapshot, blobs, repo / "refs"):
@@ -136,7 +136,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def refused(result: subprocess.CompletedProcess[str], *parts: str, free_of: tuple[str, ...] = ()) -> None:
-    """What the command line owes a user: status 1 and one line that says what is wrong."""
+    """Check for status 1 and one line with the given parts of the error."""
     assert "Traceback" not in result.stderr
     assert "panicked" not in result.stderr
     assert result.returncode == 1
@@ -172,7 +172,7 @@ def test_hub_id_missing_from_the_cache_is_one_line(tmp_path: Path, monkeypatch: 
 
 
 class Malicious:
-    """Unpickled by an ordinary reader, it would make a folder."""
+    """An object that creates a folder when an ordinary reader unpickles it."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -280,7 +280,7 @@ def test_conv1d_convolutions_and_experts_have_their_kinds(tmp_path: Path) -> Non
     [
         ({"model_type": "gpt2"}, (8, 24), (24, 8)),
         ({"model_type": "llama"}, (8, 24), (8, 24)),
-        (None, (8, 24), (24, 8)),  # three times as wide as high: that is how Conv1D looks
+        (None, (8, 24), (24, 8)),  # three times as many columns as rows: the shape of Conv1D
         (None, (24, 8), (24, 8)),
     ],
 )
@@ -333,7 +333,7 @@ def test_tied_arrays_count_once() -> None:
 
 
 def raw(path: Path, tensors: dict[str, Any], data: bytes = b"\0" * 256, header: bytes | None = None) -> Path:
-    """A file with any header: a tensor is its type and shape, and offsets if they are not in order."""
+    """Write a file with any header; a tensor has a type, a shape, and offsets if they are not consecutive."""
     entries, offset = {}, 0
     for name, (dtype, shape, *offsets) in tensors.items():
         size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(dtype, 1) * int(np.prod(shape))

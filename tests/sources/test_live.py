@@ -1,7 +1,7 @@
-"""Live models: what is a row and what is skipped, against NumPy, saved files and the layers themselves.
+"""Live models: rows and skipped parameters against NumPy, saved files and the outputs of layers.
 
-Transformers renames modules and splits stacks of experts on saving, for the checkpoints of the hub:
-`RENAMED` and `GATE_UP` say how. Quantized weights are checked against what their layers make of unit
+Transformers renames modules and splits stacks of experts on saving, as in checkpoints of the hub:
+`RENAMED` and `GATE_UP` hold the rules. Quantized weights are checked against the outputs for unit
 vectors.
 """
 
@@ -58,7 +58,7 @@ def analyze(model: Any) -> SpectralReport:
 
 
 def expected_rows(model: Any) -> dict[str, tuple[str, str, Array]]:
-    """Kind, module and (out, in) matrix of every row, by PyTorch alone; tied weights once."""
+    """Return kind, module and (out, in) matrix of every row from PyTorch; tied weights once."""
     rows: dict[str, tuple[str, str, Array]] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -77,7 +77,7 @@ def expected_rows(model: Any) -> dict[str, tuple[str, str, Array]]:
             elif local == "weight" and isinstance(module, nn.Linear):
                 rows[module_name] = ("linear", module_name, values)
             elif local == "weight" and "Router" in type(module).__name__:
-                # PEFT has no layer of the class: it adapts the parameter by its own name.
+                # PEFT has no layer for this class and adapts the parameter by its name.
                 rows[module_name] = ("linear", f"{module_name}.weight", values)
             elif local == "weight" and isinstance(module, Conv1D):
                 rows[module_name] = ("linear", module_name, values.T)
@@ -93,14 +93,14 @@ def assert_same_numbers(row: ModuleSpectrum, other: ModuleSpectrum) -> None:
 
 
 def assert_skipped(model: Any, module: str, word: str) -> None:
-    """The report names the module, or what it holds, and says why it has no row."""
+    """Check that the module or its parameters are skipped with a reason that contains a word."""
     reasons = [s.reason for s in open_source(model).skipped if f"{s.name}.".startswith(f"{module}.")]
     assert reasons, f"{module} has neither a row nor a reason why not"
     assert any(word in reason for reason in reasons), reasons
 
 
 def effect(layer: Any) -> Array:
-    """The weight that a linear layer uses, from its outputs for unit vectors."""
+    """Return the weight that a linear layer applies, from its outputs for unit vectors."""
     with torch.no_grad():
         outputs = layer(torch.eye(layer.in_features))
         return (outputs - (0 if layer.bias is None else layer.bias)).T.double().numpy()
@@ -145,7 +145,7 @@ def test_saved_model_has_the_same_rows(build: Build, tmp_path: Path) -> None:
         for pattern, replacement in RENAMED.items() if name not in disk else ():
             name = re.sub(pattern, replacement, name)
         assert_same_numbers(row, disk[name])
-        # An expert that is a module of its own on disk is an ordinary linear layer there.
+        # On disk, a separate expert is an ordinary linear layer.
         assert disk[name].kind == ("linear" if row.kind == "expert" and name != row.name else row.kind)
         met.add(name)
     assert met == set(disk)

@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> Any:
 
 
 def weight(*shape: int) -> Any:
-    """Return a weight whose blocks differ in size, so that a scale in the wrong place shows."""
+    """Return a weight whose blocks differ in size, so that misplaced scales change the spectrum."""
     sizes = torch.rand(*(-(-size // 16) for size in shape), generator=generator(1)) * 8 + 0.1
     for dimension, size in enumerate(shape):
         sizes = sizes.repeat_interleave(16, dim=dimension).narrow(dimension, 0, size)
@@ -176,7 +176,9 @@ def test_experts_of_four_bit_floats_are_dequantized() -> None:
 def test_row_scales_of_fbgemm_and_compressed_tensors_are_applied() -> None:
     fbgemm = pytest.importorskip("transformers.integrations.fbgemm_fp8")
     compressed = pytest.importorskip("transformers.integrations.compressed_tensors")
-    codes, scales, true = float8(weight(64, 64), 1, 64)  # Square: the shape does not show the side.
+    codes, scales, true = float8(
+        weight(64, 64), 1, 64
+    )  # For square weights, shapes do not determine the side of the scales.
     one = filled(fbgemm.FbgemmFp8Linear(64, 64, bias=False), weight=codes, weight_scale=scales)
     other = filled(compressed.CompressedTensorsFP8Linear(64, 64), weight=codes, weight_scale=scales.T.clone())
     report = analyzed(model_of(one=one, other=other))
@@ -426,7 +428,7 @@ def test_experts_in_kernel_order_are_skipped_and_counted() -> None:
     assert "experts.gate_up_proj" in unloaded.unknown_parameters
     for name in ("gate_up_proj", "down_proj"):
         del module._parameters[name]
-        setattr(module, name, object())  # A kernel's own tensor.
+        setattr(module, name, object())  # A tensor in the layout of a kernel.
     report = analyzed(model_of(experts=module, other=nn.Linear(4, 4)))
     assert [row.name for row in report] == ["other"]
     assert report.num_parameters == 3 * 3 * 64 * 32 + biases + 20

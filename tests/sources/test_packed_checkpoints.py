@@ -1,4 +1,4 @@
-"""Packed checkpoints: no code and no scale is analysed, and budgets in % are of the true size."""
+"""Packed checkpoints: codes and scales are skipped, and budgets in % refer to the true size."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_pickle_equals_the_safetensors_file(tmp_path: Path, name: str) -> None:
     found = open_source(tmp_path)
     assert found.num_parameters == expected.num_parameters
     assert [m.info.name for m in found.matrices] == [m.info.name for m in expected.matrices]
-    if checkpoint.scheme:  # Without one, the reason spells the element type as the format does.
+    if checkpoint.scheme:  # Without a scheme, the reason has the element type in the spelling of the format.
         assert {s.name: s.reason for s in found.skipped} == {s.name: s.reason for s in expected.skipped}
 
 
@@ -160,7 +160,7 @@ def test_reason_of_a_scale_names_the_weight_and_the_scheme(tmp_path: Path) -> No
 
 
 def test_file_of_packed_weights_only_has_no_rows(tmp_path: Path) -> None:
-    # Without a single `.weight`, 2-D scales would be taken for weights by their own names.
+    # If no name ends with `.weight`, 2-D scales could be mistaken for weights.
     path = write(tmp_path / "a.safetensors", CHECKPOINTS["int4 pack-quantized"].tensors)
     with pytest.raises(ValueError, match="holds no weight matrix"):
         lorank.analyze(path)
