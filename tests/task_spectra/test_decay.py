@@ -28,7 +28,7 @@ def brute_force_starts(logs: Array) -> tuple[int, ...]:
             if any(b - a < 3 for a, b in itertools.pairwise(bounds)) and pieces > 1:
                 continue
             total = sum(misfit(a, b) for a, b in itertools.pairwise(bounds))
-            # Below the finest deviation that counts, scores are equal: the smaller misfit then decides.
+            # Scores are equal below the smallest relevant deviation; the smaller misfit is then chosen.
             scores[starts] = (m * math.log(max(total / m, 1e-4)) + 3 * pieces * math.log(m), total)
     return min(scores, key=lambda starts: scores[starts])
 

@@ -20,7 +20,7 @@ def test_results_scale_with_units(of_x: float, of_y: float, space: Any) -> None:
     X, Y, _ = sampled(1.4 ** -np.arange(6), 80, 0.05, 7, 8, 6)
     plain = task_spectrum(X, Y, space=space)
     scaled = task_spectrum(X * 10**of_x, Y * 10**of_y, space=space)
-    # Of the weights; Q^T Y does not know the unit of X. tau has the unit of Y by definition.
+    # Weights scale by Y / X. Q^T Y does not depend on the unit of X; tau has the unit of Y by definition.
     factor = 10 ** (of_y - of_x) if space == "weights" else 10**of_y
     np.testing.assert_allclose(scaled.singular_values, factor * plain.singular_values, rtol=1e-9)
     assert scaled.tau == pytest.approx(10**of_y * plain.tau, rel=1e-9)
@@ -72,7 +72,7 @@ def test_fewer_samples_than_inputs_give_the_smallest_norm(n: int) -> None:
 
 
 def task_error(X: Array, Y: Array, rank: int) -> float:
-    """Mean squared error of refits at one rank, ten folds."""
+    """Return the mean squared error of refits at one rank in ten folds."""
     total = 0.0
     for fold in range(10):
         held_out = np.arange(len(X)) % 10 == fold
@@ -134,7 +134,7 @@ def test_constant_targets_are_flagged() -> None:
     assert any("no output varies" in flag for flag in zero.flags)
     Y[:, 1] = 0.1
     partly = task_spectrum(X, Y)
-    # The fit still has the constant output; the mean over outputs has not.
+    # The fit includes the constant output; the mean over outputs excludes it.
     assert any("left out" in flag for flag in partly.flags)
     assert partly.predicted_r2[-1] == pytest.approx(task_spectrum(X, Y[:, [0, 2]]).predicted_r2[-1])
 
@@ -146,7 +146,7 @@ def test_noiseless_targets_are_flagged() -> None:
     assert 0 < found.noise < 1e-6
     assert found.num_above == 3
     assert found.predicted_r2[3] == pytest.approx(1.0, abs=1e-12)
-    # Even a given noise of next to nothing does not make values of rounding.
+    # Rounding errors do not count as values, even if the given noise is below them.
     assert task_spectrum(X, Y, noise=1e-200).num_above == 3
 
 

@@ -50,7 +50,7 @@ def test_estimates_equal_those_of_least_squares(d_in: int, d_out: int) -> None:
 )
 def test_predicted_curve_equals_refits_fold_by_fold(n: int, d_in: int, d_out: int, folds: int) -> None:
     X, Y, _ = sampled(0.6 ** np.arange(min(d_in, d_out)), n, 0.1, 1, d_in, d_out)
-    Y = Y + np.linspace(0, 3, d_out)  # A mean that no intercept takes up.
+    Y = Y + np.linspace(0, 3, d_out)  # Targets with a mean, as no intercept is fitted.
     found = task_spectrum(X, Y, folds=folds)
     expected = refitted_r2(X, Y, folds)
     np.testing.assert_allclose(found.predicted_r2, expected, rtol=1e-8, atol=1e-8)
@@ -85,7 +85,7 @@ def test_pure_noise_stays_below_the_edge_of_prediction_space() -> None:
         X, Y, _ = sampled([0.0], 300, 0.7, seed)
         X = X @ np.diag(np.geomspace(1, 1e-3, 64))
         counts.append(task_spectrum(X, Y, space="prediction").num_above)
-    # The edge is the limit: the largest value fluctuates about it, mostly below.
+    # The edge is asymptotic: the largest value fluctuates about it, mostly below.
     assert np.mean(counts) <= 0.3
 
 
@@ -138,7 +138,7 @@ SHAPED = {
 
 @pytest.mark.parametrize("name", SHAPED)
 def test_estimators_on_spectra_with_plateaus_and_bends(name: str) -> None:
-    """Best rank on fresh samples: the predicted one is closer. Values above the noise: the pieces are."""
+    """The predicted rank is near the best rank on fresh samples, the pieces near the values above noise."""
     plain_misses, predicted_misses, plain_counts, piecewise_counts = [], [], [], []
     for seed in range(3):
         X, Y, W = sampled(SHAPED[name], 500, 0.1, seed)
@@ -156,7 +156,7 @@ def test_estimators_on_spectra_with_plateaus_and_bends(name: str) -> None:
         predicted_misses.append(abs(found.predicted_rank - best))
         plain_counts.append(abs(found.k_star - above))
         piecewise_counts.append(abs(found.piecewise.k_star - above))
-    # One off at most, where the curve is flat: on a fast decay that turns slow in three draws of ten.
+    # The error is at most one, where the curve is flat (a fast decay that turns slow, in three draws of ten).
     assert max(predicted_misses) <= 1
     assert np.mean(predicted_misses) <= 0.4
     assert np.mean(predicted_misses) < np.mean(plain_misses)

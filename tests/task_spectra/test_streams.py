@@ -53,7 +53,7 @@ def test_tasks_with_shared_inputs_equal_separate_tasks() -> None:
         inputs.update(X[rows])
         for task, target in zip(tasks, (Y, other), strict=True):
             task.update(X[rows], target[rows])
-        tasks[0].estimate()  # What is kept for the next task must not outlive new rows.
+        tasks[0].estimate()  # Cached results must not outlive new rows.
     assert_same(tasks[0].estimate(), task_spectrum(X, Y, folds=5))
     assert_same(tasks[1].estimate(), task_spectrum(X, other, folds=5))
     inputs.update(X[:1])
