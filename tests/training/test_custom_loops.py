@@ -47,7 +47,7 @@ def test_micro_batches_count_as_one_batch() -> None:
 
 
 def scaled(scaler: Any, overflows: tuple[int, ...] = ()) -> tuple[Any, list[Any], list[float]]:
-    """Training with float16 and a gradient scaler; in some steps the loss overflows."""
+    """Train with float16 and a gradient scaler; the loss of the given steps overflows."""
     model = llama()
     optimizer = adamw(model)
     updates, scales = [], []
@@ -84,14 +84,14 @@ def test_gradients_are_divided_by_the_scale() -> None:
 def test_overflowing_steps_are_excluded() -> None:
     model, updates, scales = scaled(torch.amp.GradScaler("cpu", init_scale=8.0), (3, 8, 9, 10, 11))
     assert min(scales) < 8
-    # Of the second window nothing is left: there is nothing to go by.
+    # The second window has no gradients, so ranks do not change.
     assert [(update.step, update.report.num_batches) for update in updates] == [(6, 3), (18, 4)]
     assert np.isfinite([spectra(update).max() for update in updates]).all()
     assert ranks(model) == updates[-1].ranks
 
 
 def test_loop_resumes_from_saved_state(tmp_path: Path) -> None:
-    """Inside a window, at a change, and between windows."""
+    """Interrupt inside a window, at a change, and between windows."""
 
     def loop(model: Any, optimizer: Any, dynamic: Any, start: int, stop: int) -> list[Any]:
         updates = []
@@ -129,7 +129,7 @@ def test_loop_resumes_from_saved_state(tmp_path: Path) -> None:
 
 
 def test_restored_sketches_lie_on_the_devices_of_their_modules() -> None:
-    """Models can lie on several devices; here one of them is without values."""
+    """Restore a state while one module lies on the meta device."""
     model = llama()
     optimizer = adamw(model)
     with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:

@@ -13,21 +13,21 @@ from tests.support.optimizers import adamw
 
 
 def expected_numbers(model: Any, sketch: int) -> tuple[int, int]:
-    """Of one step's sketches, and of the projections: sides up to the sketch's size need none."""
+    """Return the numbers in one step's sketches and in all projections (none for small sides)."""
     shapes = [layer.get_base_layer().weight.shape for layer in layers(model).values()]
     sketches = sum(math.prod(min(side, sketch) for side in shape) for shape in shapes)
     return sketches, sum(sketch * side for shape in shapes for side in shape if side > sketch)
 
 
 class Loop:
-    """A training that counts the numbers alive within and after its steps."""
+    """A training that counts live numbers within and after its steps."""
 
     def __init__(self) -> None:
         self.model = llama()
         self.optimizer = adamw(self.model)
 
     def step(self, dynamic: Any = None) -> tuple[int, int]:
-        """The numbers alive between forward and backward pass, and after the step."""
+        """Return the live numbers between forward and backward pass, and after the step."""
         loss = self.model(**batch(0)).loss
         within = live_numbers()
         loss.backward()
@@ -40,7 +40,7 @@ class Loop:
 
     @property
     def state(self) -> int:
-        """Of the factors and their two moments."""
+        """Numbers in the factors and their two moments."""
         return 3 * size_of(self.model)
 
 
@@ -48,8 +48,8 @@ class Loop:
 def test_memory_holds_sketches_of_the_open_window_only() -> None:
     loop = Loop()
     sketches, projections = expected_numbers(loop.model, 16)
-    # What one batch adds to a plain pass: the inputs of all modules, projected, and the outputs of the first
-    # ones (queries, keys, values), before which nothing asks for a gradient.
+    # One batch adds the projected inputs of all modules, and the outputs of the first ones (queries, keys,
+    # values), whose inputs require no gradient in a plain pass.
     one_batch = 20 * (14 * 16 + 32 + 16 + 16)
     dynamic = DynamicRanks(loop.model, loop.optimizer, **OPTIONS | {"freeze_after": 2 * INTERVAL})
     loop.step()
@@ -76,5 +76,5 @@ def test_interrupted_training_keeps_only_the_sketches_of_its_window() -> None:
             loop.step(dynamic)
         loop.model(**batch(0)).loss.backward()
         loop.optimizer.zero_grad()
-    # What an open window has seen is part of the state; projections are drawn again.
+    # Sketches of an open window are part of the state; projections are drawn again.
     assert live_numbers() - plain == (WINDOW - 1) * sketches

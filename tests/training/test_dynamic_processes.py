@@ -27,9 +27,9 @@ from tests.support.optimizers import adamw
 
 
 def train_together(process: int, folder: str, port: int) -> None:
-    """One of two processes, by hand and with Trainer."""
+    """Train as one of two processes, in a loop and with Trainer."""
     torch.set_num_threads(1)
-    # Some versions of Trainer resume on "cpu:0", of which torch does not know that it is the CPU.
+    # Some versions of Trainer resume on "cpu:0", which torch does not accept as the CPU.
     torch.serialization.register_package(
         0, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None
     )
@@ -40,7 +40,7 @@ def train_together(process: int, folder: str, port: int) -> None:
             ("WORLD_SIZE", 2),
             ("MASTER_ADDR", "127.0.0.1"),
             ("MASTER_PORT", port),
-            ("OMP_NUM_THREADS", 1),  # Accelerate would take all cores for each.
+            ("OMP_NUM_THREADS", 1),  # Otherwise Accelerate uses all cores in each process.
         ):
             patch.setenv(name, str(value))
         model, gard = llama(), GardCallback(**OPTIONS)
@@ -73,7 +73,7 @@ def train_together(process: int, folder: str, port: int) -> None:
 
         updates = trained(model, loss_of=loss_of)
         result["by hand"] = (model.state_dict(), updates)
-        # The second process computes something else: no processors are alike to the last bit.
+        # The second process computes other values, as processors may differ in the last bits.
         model = llama()
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         row_of, fit = dynamic_ranks.gradient_row, dynamic_ranks.fit_ranks
@@ -103,7 +103,7 @@ def test_distributed_processes_choose_equal_ranks(full_run: tuple[Run, Path], tm
     assert [u.ranks for u in first["by hand"][1]] == [u.ranks for u in first["with other last bits"][1]]
     for one, other in zip(*(result["with other last bits"][1] for result in (first, second)), strict=True):
         assert [row.effective_rank for row in one.report] == [row.effective_rank for row in other.report]
-    # Together they see what one process sees that has the full batch.
+    # The gradients of both equal those of one process with the full batch.
     alone = llama()
     updates = trained(alone)
     assert [u.ranks for u in first["by hand"][1]] == [u.ranks for u in updates]

@@ -36,7 +36,7 @@ from tests.support.optimizers import adamw
 
 
 def exact_gradients(model: Any, step: int) -> dict[str, Any]:
-    """Of the base model's weights, by autograd, in a copy where they are trained."""
+    """Return the gradients of base weights by autograd in a copy of the model that trains them."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         module._forward_hooks.clear()
@@ -94,7 +94,7 @@ def test_ranks_equal_those_from_exact_gradients() -> None:
 @pytest.mark.parametrize(("max_change", "r_min"), [(1, 1), (3, 3), (None, 1)])
 def test_budget_bounds_and_largest_change_hold_at_every_step(max_change: int | None, r_min: int) -> None:
     model = llama(targets=["q_proj", "v_proj", "up_proj", "down_proj", "embed_tokens"])
-    # An embedding has no gradient from inputs and outputs: it keeps its rank, and its share of the budget.
+    # The gradient of an embedding cannot be sketched: it keeps its rank and its share of the budget.
     embedding = model.get_base_model().model.embed_tokens
     history = [ranks(model)]
 
@@ -149,7 +149,7 @@ def test_ranks_stay_during_warmup_and_after_freeze() -> None:
     )
     assert [update.step for update in updates] == [18, 24]
     assert moved(updates)
-    # The model is watched in windows that end in a change, and at no other time.
+    # Hooks exist only in windows that end in a change.
     watched = [step + 1 for step, count in hooks.items() if count]
     assert watched == [15, 16, 17, 18, 21, 22, 23, 24]
     assert {count for count in hooks.values() if count} == {14}
@@ -159,7 +159,7 @@ def test_ranks_stay_during_warmup_and_after_freeze() -> None:
 
 
 def dense_loss(model: Any, updates: dict[str, Any]) -> tuple[float, dict[str, float]]:
-    """The loss with given updates in place of the adapter, and the norms of its gradients by module."""
+    """Return the loss with given updates in place of the adapter, and its gradient norms by module."""
     twin = copy.deepcopy(model).eval()
     for module in twin.modules():
         module._forward_hooks.clear()
@@ -175,7 +175,7 @@ def dense_loss(model: Any, updates: dict[str, Any]) -> tuple[float, dict[str, fl
 
 
 def test_growing_keeps_outputs_and_shrinking_changes_them_by_the_stated_errors() -> None:
-    """The loss on a fixed batch, right before and right after every change."""
+    """Compare the loss on a fixed batch immediately before and after every change."""
     model = llama()
     optimizer = adamw(model)
     kinds = set()
@@ -187,7 +187,7 @@ def test_growing_keeps_outputs_and_shrinking_changes_them_by_the_stated_errors()
             old, (logits, loss) = updates_of(model), evaluated(model)
             state = torch.get_rng_state()
             update = dynamic.step()
-            assert torch.equal(torch.get_rng_state(), state)  # Dropout goes on as it would have.
+            assert torch.equal(torch.get_rng_state(), state)  # The random state of dropout is unchanged.
             new, (new_logits, new_loss) = updates_of(model), evaluated(model)
             if update is None or not any(change.error for change in update.changes.values()):
                 torch.testing.assert_close(new_logits, logits, rtol=0, atol=1e-6)
@@ -210,7 +210,7 @@ def test_growing_keeps_outputs_and_shrinking_changes_them_by_the_stated_errors()
                 )
             errors = {name: change.error for name, change in update.changes.items()}
             assert new_loss == pytest.approx(dense_loss(model, new)[0], abs=1e-5)
-            # By the mean value theorem and Cauchy and Schwarz, the loss moves by no more than this.
+            # The mean value theorem and the Cauchy-Schwarz inequality bound the change of the loss.
             path = np.linspace(0, 1, 5)
             between = [{name: old[name] + t * (new[name] - old[name]) for name in old} for t in path]
             norms = [dense_loss(model, updates)[1] for updates in between]
@@ -260,7 +260,7 @@ def test_hooks_are_removed_after_the_block_and_after_an_error() -> None:
 
 
 class Pictures(torch.nn.Module):
-    """A convolution, a layer that no gradient reaches, and weights in four bits if they are wanted."""
+    """A convolution, a layer without gradient, and linear layers of a given class."""
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ def test_convolutions_and_four_bit_layers_change_ranks(bits: int) -> None:
     )
     assert [update.step for update in updates] == [6, 12, 18]
     assert updates[-1].ranks == ranks(model)
-    # What no gradient reaches gives its ranks to the others.
+    # The layer without gradient loses ranks to the others.
     rows = {row.module: row for row in updates[-1].report}
     assert rows["aside"].flags == ("no gradient reached it",)
     assert ranks(model)["aside"] <= 2
@@ -300,7 +300,7 @@ def test_convolutions_and_four_bit_layers_change_ranks(bits: int) -> None:
 
 
 def test_windows_without_gradients_keep_ranks_and_warn() -> None:
-    """As where compiled code passes the hooks by: ranks would become uniform."""
+    """Train without base gradients, as if compiled code skipped the hooks."""
     silent = 2 * INTERVAL
 
     def loss_of(model: Any, step: int) -> Any:
@@ -315,7 +315,7 @@ def test_windows_without_gradients_keep_ranks_and_warn() -> None:
     assert sum("no gradient" in str(warning.message) for warning in told) == 1
     assert {rank for found in seen[:silent] for rank in found.values()} == {2}
     assert [update.step for update in updates] == [18]
-    # What was not seen is not smoothed with what is.
+    # Windows without gradients are excluded from smoothing.
     assert all(row.effective_rank.is_integer() and row.effective_rank > 0 for row in updates[0].report)
 
 
@@ -340,7 +340,9 @@ def test_no_rank_exceeds_a_side_of_its_matrix() -> None:
 
 def test_orthogonal_adapters_train_after_their_initialisation_is_reset(tmp_path: Path) -> None:
     model = llama(init_lora_weights="orthogonal")
-    DynamicRanks(model, adamw(model), **OPTIONS | {"r_min": 4, "r_max": 4})  # No other rank can come up.
+    DynamicRanks(
+        model, adamw(model), **OPTIONS | {"r_min": 4, "r_max": 4}
+    )  # The bounds exclude every other rank.
     model.peft_config["default"].init_lora_weights = True
     updates = trained(model)
     assert any(rank % 2 for rank in updates[-1].ranks.values())

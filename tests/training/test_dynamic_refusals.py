@@ -79,7 +79,7 @@ def compile_blocks(model: Any) -> None:
     ids=["whole", "in place", "a block in place", "a block", "around it", "blocks within"],
 )
 def test_compiled_models_are_refused(wrap: Any, message: str) -> None:
-    """Whichever handle of the model is given: compiled code passes its hooks by."""
+    """Pass the model or its compiled wrapper: compiled code skips hooks in both cases."""
     model = llama()
     compiled = wrap(model)
     with pytest.raises(NotImplementedError, match=message):
@@ -99,7 +99,7 @@ def test_deleted_compiled_model_does_not_block_training() -> None:
     circle.append(circle)
     gc.disable()
     try:
-        del compiled, circle  # Garbage that has not been collected yet.
+        del compiled, circle  # Both are garbage that is not collected yet.
         DynamicRanks(model, adamw(model), **OPTIONS)
     finally:
         gc.enable()
@@ -151,7 +151,7 @@ def test_unknown_optimizer_state_is_refused_after_the_first_step(optim: Any, mes
 
 
 def test_unknown_optimizer_state_is_refused_when_it_appears() -> None:
-    """A gradient scaler may skip the first steps."""
+    """Train two steps without the optimizer, as a gradient scaler may do."""
     model = llama()
     optimizer = UnknownState(trainable(model), lr=0.1)
     with DynamicRanks(model, optimizer, **OPTIONS) as dynamic:
@@ -248,7 +248,7 @@ def test_wrong_types_of_model_and_optimizer_raise() -> None:
 
 @pytest.mark.parametrize("options", [{"r_min": 0}, {"r_min": -1}, {"r_min": 1.5}, {"r_max": 12.5}])
 def test_invalid_rank_bounds_raise(options: Any) -> None:
-    """Before training, not at the first change."""
+    """Check bounds before training instead of at the first change."""
     model = llama()
     with pytest.raises(ValueError, match="r_m"):
         DynamicRanks(model, adamw(model), **OPTIONS | options)
@@ -263,7 +263,7 @@ def test_invalid_rank_bounds_raise(options: Any) -> None:
     ],
 )
 def test_unresizable_adapters_are_refused_before_training(settings: Any, message: str) -> None:
-    """Not at the first change, when a hundred steps are done."""
+    """Check adapters before training instead of at the first change."""
     model = llama(**settings)
     with pytest.raises((NotImplementedError, ValueError), match=message):
         DynamicRanks(model, adamw(model), **OPTIONS)

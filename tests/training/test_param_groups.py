@@ -1,4 +1,4 @@
-"""Parameter groups: every trainable parameter once, at the learning rate that the rule says."""
+"""Parameter groups: every trainable parameter once, at the learning rate of its rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def adapted(**settings: Any) -> Any:
 
 
 def rates(model: Any, groups: list[dict[str, Any]]) -> dict[str, float]:
-    """Learning rate by parameter; every trainable parameter is in exactly one group."""
+    """Return the learning rate by parameter, checking that every trainable parameter is in one group."""
     names = {id(p): name for name, p in model.named_parameters()}
     result: dict[str, float] = {}
     for group in groups:

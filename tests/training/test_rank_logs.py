@@ -16,7 +16,7 @@ from tests.support.lora_layers import ranks
 
 
 class Reporter(transformers.TrainerCallback):
-    """Comes before all other callbacks, as those of TensorBoard and its like do."""
+    """Records logs before all other callbacks, as TensorBoard's callback does."""
 
     seen: list[tuple[int, dict[str, Any]]]
 
@@ -52,7 +52,9 @@ def test_ranks_appear_in_every_log_of_trainer(
     names = [type(callback).__name__ for callback in run.callback_handler.callbacks]
     assert names.index("Reporter") < names.index("GardCallback")
     run.train()
-    assert len(Reporter.seen) == TRAINED + 3 + 1  # Steps, evaluations (of the last, too), and the summary.
+    assert (
+        len(Reporter.seen) == TRAINED + 3 + 1
+    )  # Steps, evaluations (including one after the last step), and the summary.
     assert len({size["lora_parameters"] for size in sizes.values()}) > 1
     for step, logs in Reporter.seen:
         assert {key: logs[key] for key in sizes[step]} == sizes[step]
@@ -90,7 +92,7 @@ def test_csv_lists_every_change_of_the_current_run_only(full_run: tuple[Run, Pat
     ]
     assert len(expected) == 3 * 14
     assert table(folder) == expected
-    # The same folder, shorter, then longer.
+    # Shorter, then longer runs in the same folder.
     shutil.copy(folder / "lora_ranks.csv", tmp_path)
     Run(tmp_path, max_steps=7)
     assert table(tmp_path) == expected[:14]

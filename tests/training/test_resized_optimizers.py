@@ -35,14 +35,14 @@ MEANS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta"}
 
 
 def basis(old: list[torch.Tensor], new: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """By least squares: coefficients of values and of gradients, for A and for B with the rank first."""
+    """Return least-squares coefficients of values and of gradients, for A and for B, rank first."""
     T_a = torch.linalg.lstsq(old[0].T, new[0].T).solution.T
     T_b = torch.linalg.lstsq(old[1], new[1]).solution
     return [(T_a, T_b.T), (T_b.T, T_a)]
 
 
 def extended(key: str, value: torch.Tensor, axis: int, options: dict[str, Any]) -> torch.Tensor:
-    """With two new ranks: averages of squares are as those of the others, Adagrad's sums at their start."""
+    """Append two ranks: averages of squares get the mean of the others, Adagrad's sums the initial value."""
     new = torch.zeros_like(value.narrow(axis, 0, 2))
     if key in MEANS:
         new += value.mean(axis, keepdim=True)
@@ -102,7 +102,7 @@ def test_optimizer_state_is_transformed_with_the_factors(kind: Any, options: dic
 
 
 def steps_of_new_ranks(model: Any, optimizer: Any, old: int, count: int) -> tuple[list[float], list[float]]:
-    """Root mean squares of the steps of B's new columns, and of its old ones."""
+    """Return root mean squares of the steps of B's new columns, and of its old ones."""
     found: tuple[list[float], list[float]] = ([], [])
     Bs = [factors(layer)[1] for layer in layers(model).values()]
     for seed in range(1000, 1000 + count):
@@ -118,7 +118,7 @@ def steps_of_new_ranks(model: Any, optimizer: Any, old: int, count: int) -> tupl
     ("kind", "options", "rates"), [(torch.optim.AdamW, {}, 1.1), (torch.optim.RMSprop, {"alpha": 0.999}, 3)]
 )
 def test_new_ranks_take_steps_as_large_as_old_ones(kind: Any, options: dict[str, Any], rates: float) -> None:
-    """Adam counts on with the steps of the old ones, which makes up for no second moment any more."""
+    """Compare step sizes: Adam's step count continues, so its bias correction does not cover new ranks."""
     model = linear()
     optimizer = kind(trainable(model), lr=1e-3, **options)
     for seed in range(200):
@@ -135,13 +135,13 @@ def test_new_ranks_take_steps_as_large_as_old_ones(kind: Any, options: dict[str,
     _, alone = steps_of_new_ranks(twin, reference, 4, 50)
     assert 1e-5 < max(new) <= rates * 1e-3
     assert max(new) < 1.5 * max(old)
-    # The old ranks see what the new ones do to the loss, and nothing else.
+    # The new ranks affect the old ones only through the loss.
     assert old[0] == pytest.approx(alone[0], rel=1e-9)
     assert old == pytest.approx(alone, rel=0.5)
 
 
 def test_restarted_ranks_of_a_shrunk_module_get_the_state_of_new_ranks() -> None:
-    """A module with more ranks than inputs has no more directions to keep."""
+    """Shrink a module with more ranks than inputs, whose surplus ranks have no directions to keep."""
     model = get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(2, 7).double()), LoraConfig(r=6, target_modules=["0"])
     )
@@ -159,7 +159,7 @@ def test_restarted_ranks_of_a_shrunk_module_get_the_state_of_new_ranks() -> None
 
 
 def test_carried_gradients_equal_recomputed_gradients() -> None:
-    """Without truncation error, a gradient taken before shrinking is the gradient after it."""
+    """Without truncation error, a gradient carried over equals the gradient computed after shrinking."""
     model = linear()
     resize_lora(model, {"0": 6})
     x = torch.randn(6, 7).double()
@@ -191,7 +191,7 @@ def test_backward_works_after_a_resize_while_the_last_loss_is_alive(checkpointin
         kept.append(loss)
         assert all(q.grad.shape == q.shape for q in model.parameters() if q.requires_grad)
     assert seen == [torch.Size(shape) for shape in shapes]
-    # The last pass alone, against a model that never had another rank.
+    # The last pass against a model that never had another rank.
     model.zero_grad()
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     twin = copy.deepcopy(model)
@@ -222,7 +222,9 @@ def test_gradient_scaler_works_across_resizes() -> None:
 def test_scheduler_clipping_and_wrapper_of_accelerate_work_across_resizes() -> None:
     model = linear()
     inner = torch.optim.AdamW(trainable(model), lr=0.01)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # Of a Trainer on a GPU.
+    accelerate.state.AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # A Trainer on a GPU leaves its state.
     optimizer = accelerate.Accelerator(cpu=True).prepare_optimizer(inner)
     assert optimizer is not inner
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, 0.5)

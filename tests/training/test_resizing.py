@@ -85,7 +85,7 @@ def test_resized_model_is_saved_and_loaded(tmp_path: Path, rank_stabilized: bool
     assert written["lora_alpha"] == 6
     assert len(written["rank_pattern"]) == 3
     assert written["use_rslora"] is rank_stabilized
-    # What lorank's own reader makes of the files.
+    # LoraAdapter.load reads the same ranks and scalings.
     adapter = lorank.LoraAdapter.load(tmp_path)
     assert adapter.ranks == ranks(model)
     for name, module in adapter.modules.items():
@@ -211,7 +211,7 @@ def test_factors_keep_dtype_and_requires_grad(dtype: torch.dtype) -> None:
 def test_resizing_is_exact_for_any_shape_and_rank_deficiency(
     out: int, fan_in: int, old: int, new: int, seed: int
 ) -> None:
-    """Also more ranks than dimensions, zero factors and equal rows; what is kept stays trainable."""
+    """Include more ranks than dimensions, zero factors and equal rows; kept ranks stay trainable."""
     rng = np.random.default_rng(seed)
     model = get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(fan_in, out).double()), LoraConfig(r=old, target_modules=["0"])
@@ -228,7 +228,7 @@ def test_resizing_is_exact_for_any_shape_and_rank_deficiency(
     np.testing.assert_allclose(after, truncated(before, new), atol=1e-12 * size)
     assert change.error == pytest.approx(np.linalg.norm(after - before), abs=1e-12 * size)
     if new != old and a.data.any() and len(change.dropped) == 0:
-        # Every rank can learn: no row of A is zero where the column of B is.
+        # Every rank is trainable: a row of A and its column of B are not both zero.
         alive = (a.data.abs().sum(1) > 0) | (b.data.abs().sum(0) > 0)
         assert alive[old:].all() if new > old else alive.any()
 

@@ -129,7 +129,7 @@ def test_8_bit_state_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit", "fp8"])
 def test_quantized_state_is_refused_before_any_change(kind: str) -> None:
-    """It has the shape of the factors, and a known name, but cannot be cut along an axis."""
+    """The state has the shape of the factors and a known name, but cannot be sliced along an axis."""
     states = pytest.importorskip("torchao.optim.subclass_" + kind)
     zeros = getattr(states, f"OptimState{kind.capitalize()}").zeros
     model = trained(torch.nn.Sequential(torch.nn.Linear(64, 64)), LoraConfig(r=4, target_modules=["0"]))

@@ -33,7 +33,7 @@ RESIZED = {"0.self_attn.q_proj": 7, "0.mlp.up_proj": 1, "1.mlp.up_proj": 2}
 
 
 class Resizing(transformers.TrainerCallback):
-    """Changes ranks after the third step."""
+    """A callback that changes ranks after the third step."""
 
     def on_step_end(self, _: Any, state: Any, *__: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
@@ -126,7 +126,7 @@ def test_unfitting_checkpoints_raise(tmp_path: Path) -> None:
 
 
 def train_together(process: int, folder: str) -> None:
-    """One of two processes; each sees half of every batch."""
+    """Train as one of two processes, each with half of every batch."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=process, world_size=2)
     model = linear()

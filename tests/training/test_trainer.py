@@ -67,9 +67,9 @@ def test_accumulated_batches_give_the_spectra_of_one_large_batch(
 
 
 def fp16(folder: Path, scaler: Any) -> tuple[list[Any], list[float]]:
-    """What Trainer does under fp16, which it refuses on a CPU: Accelerate's optimizer has the scaler."""
+    """Imitate Trainer under fp16, which it refuses on a CPU: Accelerate's optimizer holds the scaler."""
     model, gard = llama(), GardCallback(**OPTIONS)
-    arguments = trainer(model, folder).args  # Accelerate has a state from then on.
+    arguments = trainer(model, folder).args  # This initialises the state of Accelerate.
     optimizer = AcceleratedOptimizer(adamw(model), scaler=scaler)
     state = transformers.TrainerState(max_steps=TRAINED)
     gard.on_train_begin(arguments, state, None, model=model, optimizer=optimizer)
@@ -99,7 +99,7 @@ def test_fp16_gradients_are_divided_by_the_scale_of_trainers_optimizer(tmp_path:
 
 
 def test_trainer_passes_the_optimizer_of_accelerate(tmp_path: Path) -> None:
-    """The one that has the scaler."""
+    """Accelerate's optimizer holds the gradient scaler."""
     seen = []
 
     class Seen(transformers.TrainerCallback):
@@ -112,7 +112,7 @@ def test_trainer_passes_the_optimizer_of_accelerate(tmp_path: Path) -> None:
 
 
 class Norms(transformers.TrainerCallback):
-    """What the optimizer gets: the norm of all gradients, and of those of new ranks."""
+    """Records the norm and the number of all gradients before each optimizer step."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -160,7 +160,7 @@ def test_learning_rate_schedule_is_unaffected(tmp_path: Path) -> None:
     run = Run(tmp_path, lr_scheduler_type="cosine", warmup_steps=3)
     assert moved(run.updates)
     rates = [entry["learning_rate"] for entry in run.trainer.state.log_history if "learning_rate" in entry]
-    # What is logged at a step is the rate of that step.
+    # Each log has the rate of its step.
     expected = [
         step / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / (TRAINED - 3))) / 2
         for step in range(TRAINED)
@@ -176,7 +176,7 @@ def test_trained_adapter_is_saved_and_loaded(full_run: tuple[Run, Path], tmp_pat
     assert len(set(ranks(again).values())) > 1
     torch.testing.assert_close(evaluated(again)[0], evaluated(model)[0], rtol=0, atol=1e-6)
     assert lorank.LoraAdapter.load(tmp_path).ranks == ranks(model)
-    # So are the checkpoints of the run, each with the ranks of its step.
+    # Each checkpoint of the run has the ranks of its step.
     adapter = lorank.LoraAdapter.load(full_run[1] / "checkpoint-7")
     assert adapter.ranks == full_run[0].updates[0].ranks
 
@@ -189,7 +189,7 @@ def test_evaluations_do_not_affect_training(full_run: tuple[Run, Path], tmp_path
 
 
 class Failing(transformers.TrainerCallback):
-    """Fails once, while the model is watched."""
+    """Raises once, inside a window."""
 
     failed = False
 
@@ -210,7 +210,7 @@ def test_training_after_a_failed_one_leaves_no_hooks(tmp_path: Path) -> None:
 
 
 def test_load_best_model_at_end_is_refused(tmp_path: Path) -> None:
-    """Its ranks are others than the last: said before training, not after it."""
+    """The best checkpoint has other ranks than the last one, so Trainer is stopped before training."""
     settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
     run = trainer(llama(), tmp_path, GardCallback(**OPTIONS), load_best_model_at_end=True, **settings)
     with pytest.raises(NotImplementedError, match="load_best_model_at_end"):
@@ -229,7 +229,7 @@ def test_training_without_any_change_warns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("freeze_after", "steps"), [(None, [6, 12]), (6, [6]), (18, [6, 12])])
 def test_ranks_stay_at_the_last_step(tmp_path: Path, freeze_after: int | None, steps: list[int]) -> None:
-    """New ranks would never be trained."""
+    """Ranks that are new at the last step would never be trained."""
     run = Run(tmp_path, options={"freeze_after": freeze_after}, max_steps=18)
     assert [update.step for update in run.updates] == steps
     with pytest.warns(

@@ -26,7 +26,7 @@ from tests.support.dynamic_training import (
 from tests.support.optimizers import adamw
 
 
-# Within the first window, right at a change, between windows, within a later one, right at the next.
+# Within the first window, at a change, between windows, within a later window, at the next change.
 @pytest.mark.parametrize("step", [4, 6, 7, 11, 12])
 def test_resumed_run_equals_an_uninterrupted_one(
     full_run: tuple[Run, Path], tmp_path: Path, step: int
@@ -34,7 +34,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     run, folder = full_run
     checkpoint = tmp_path / f"checkpoint-{step}"
     shutil.copytree(folder / checkpoint.name, checkpoint)
-    # The run went on after its last checkpoint, and was cut off then.
+    # The run was interrupted after its last checkpoint.
     shutil.copy(folder / "lora_ranks.csv", tmp_path)
     model, gard = llama(), GardCallback(**OPTIONS)
     restore_ranks(model, checkpoint)
@@ -141,11 +141,11 @@ def test_resuming_an_open_window_with_another_sketch_size_raises(
     run = trainer(model, tmp_path, GardCallback(**OPTIONS | {"sketch": 8, "checkpoint": checkpoint}))
     with pytest.raises(ValueError, match="sketch"):
         run.train(resume_from_checkpoint=str(checkpoint))
-    assert run.state.global_step == 10  # Before any further step.
+    assert run.state.global_step == 10  # No further step was made.
 
 
 def test_resumed_run_keeps_its_initial_budget(tmp_path: Path) -> None:
-    """Which by default is what the adapter had then, not what it has now."""
+    """The default budget is the size of the adapter at the start of the first run."""
     options = OPTIONS | {"budget": None}
     run = Run(tmp_path, options=options, save_strategy="steps", save_steps=12)
     assert run.updates[1].num_parameters < 3712
