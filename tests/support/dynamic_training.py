@@ -16,10 +16,10 @@ from tests.support.devices import on
 from tests.support.lora_layers import layers
 from tests.support.optimizers import adamw
 
-# Between changes, gradients pass by that do not count: 1 and 2, 7 and 8, 13 and 14, ...
+# The gradients of steps 1 and 2, 7 and 8, 13 and 14, ... lie outside the windows and do not count.
 INTERVAL, WINDOW, STEPS = 6, 4, 18
 TRAINED = STEPS + 1
-"""Steps of Trainer, which changes nothing after its last."""
+"""Number of steps of Trainer, where ranks stay after the last step."""
 BUDGET = 5000
 OPTIONS: dict[str, Any] = {
     "budget": BUDGET,
@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def llama(r: int = 4, targets: Any = "all-linear", prepared: Any = lambda base: base, **settings: Any) -> Any:
-    """Weights as large as trained ones: modules see gradients of different ranks."""
+    """Return a PEFT model with weights as large as trained ones, so that gradients have different ranks."""
     base = tiny_models.llama()
     for parameter in base.parameters():
         if parameter.ndim == 2:
@@ -45,7 +45,7 @@ def llama(r: int = 4, targets: Any = "all-linear", prepared: Any = lambda base: 
 
 
 def text(seed: int) -> torch.Tensor:
-    """Every text counts on, from its own start with its own stride."""
+    """Return ten token ids that count up from a start and by a stride of the seed."""
     start = torch.randint(0, 64, (1,), generator=torch.Generator().manual_seed(seed))
     return (start + (seed % 5 + 1) * torch.arange(10)) % 64
 
@@ -77,7 +77,7 @@ def num_hooks(model: Any) -> int:
 
 
 def evaluated(model: Any) -> tuple[Any, float]:
-    """Logits and loss of a text that training does not see."""
+    """Return logits and loss of texts that training does not use."""
     model.eval()
     with torch.no_grad():
         result = model(**batch(1000, 4))
@@ -93,7 +93,7 @@ def trained(
     between: Any = lambda _model, _step: None,
     **options: Any,
 ) -> list[Any]:
-    """A loop of one's own; the updates that it saw."""
+    """Train in a loop with DynamicRanks; return its updates."""
     optimizer = adamw(model)
     updates = []
     with DynamicRanks(model, optimizer, **OPTIONS | options) as dynamic:
@@ -111,7 +111,7 @@ def spectra(update: Any) -> Any:
 
 
 def moved(updates: list[Any]) -> bool:
-    """Whether some grew and some shrank, after the budget was first used up."""
+    """Return True if some modules grew and some shrank after the first update."""
     changes = [change for update in updates[1:] for change in update.changes.values()]
     return any(c.new_rank > c.old_rank for c in changes) and any(c.new_rank < c.old_rank for c in changes)
 
@@ -150,7 +150,7 @@ def trainer(model: Any, folder: Path, *callbacks: Any, **settings: Any) -> Any:
 
 
 class Run:
-    """A training that is over."""
+    """A finished training of `llama` with Trainer and GardCallback."""
 
     def __init__(self, folder: Path, *callbacks: Any, options: Any = None, **settings: Any) -> None:
         self.model, self.gard = llama(), GardCallback(**OPTIONS | (options or {}))

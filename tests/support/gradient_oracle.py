@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float64]
 
 
 def base_weights(model: Any) -> dict[str, Any]:
-    """The parameters of the base model, under the names that they have without PEFT."""
+    """Return the parameters of the base model by their names without PEFT."""
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
@@ -27,7 +27,7 @@ def base_weights(model: Any) -> dict[str, Any]:
 
 
 def true_gradients(model: Any, batches: Batches, loss: Any = None) -> dict[str, Array]:
-    """Flat gradients of every base weight that is trained, a row per batch."""
+    """Return flat gradients of every base weight, a row per batch."""
     model = copy.deepcopy(model).requires_grad_(True)
     weights = base_weights(model)
     found: dict[str, list[Array]] = {name: [] for name in weights}

@@ -24,7 +24,7 @@ def factors(out: int, rank: int, fan_in: int) -> tuple[Any, Any]:
 
 
 def write_image_adapter(path: Path, style: str, alpha: float | None = 3.0) -> dict[str, Any]:
-    """A file of two modules, and their dense updates."""
+    """Write a file with two modules; return their dense updates."""
     template, (up, down) = STYLES[style]
     tensors, updates = {}, {}
     for name, (out, rank, fan_in) in {"to_q": (24, 6, 16), "to_k": (12, 4, 16)}.items():

@@ -35,7 +35,7 @@ class Tables(nn.Module):
 
 
 class Kernels(nn.Module):
-    """A convolution in so many dimensions."""
+    """A convolution in 1, 2 or 3 dimensions, and a head."""
 
     def __init__(self, dimensions: int, groups: int = 1) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def _floats(*shape: int) -> torch.Tensor:
 
 IDS = torch.arange(8)[None]
 
-# The model, its input and what is targeted in it.
+# Model, inputs and settings of its targets.
 MODELS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any]]] = {
     "perceptron": (Perceptron, _floats(2, 8), {"target_modules": ["first", "second"]}),
     "tables": (Tables, IDS, {"target_modules": ["table", "dense"], "fan_in_fan_out": True}),

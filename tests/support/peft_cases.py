@@ -70,7 +70,7 @@ CASES = [
 
 
 def compressed_adapter(folder: Path, **knobs: Any) -> lorank.LoraAdapter:
-    """A compressed adapter of mixed ranks, one of them 0."""
+    """Return a compressed adapter of mixed ranks, one of them 0."""
     model, config = case("patterns")
     small = lorank.compress(
         saved(trained(model, config), folder), progress=False, **(knobs or {"avg_rank": 1})

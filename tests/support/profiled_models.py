@@ -25,7 +25,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def text_batches(count: int = COUNT, length: int = 10, labels: int | None = None) -> Batches:
-    """Batches whose lengths differ."""
+    """Return batches of texts of different lengths."""
     made = []
     for seed in range(count):
         ids = torch.randint(1, 64, (3, length + seed % 3), generator=seeded(seed))
@@ -58,7 +58,7 @@ def vectors(count: int = COUNT, rows: int = 5, width: int = 8) -> Batches:
 
 
 def called(model: Any, batch: Any) -> Any:
-    """The loss of models that return it."""
+    """Return the loss of a model that computes it."""
     return model(batch)
 
 
@@ -104,7 +104,7 @@ class Recurrent(nn.Module):
 
 
 class Readers(nn.Module):
-    """Two modules that read one input, or each its copy; a third that reads what they make."""
+    """Two modules that read one input, or a copy each, and a third that reads the output of the first."""
 
     def __init__(self, copies: bool = False, first_counts: bool = True) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def t5() -> Any:
 
 
 def adapted() -> Any:
-    """A PEFT model whose adapter does something."""
+    """Return a PEFT model whose adapter has a nonzero update."""
     model = get_peft_model(tiny_models.llama(), LoraConfig(r=2, target_modules="all-linear"))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def adapted() -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its batches, and how many modules a profile of it has."""
+    """A model, its batches, and the number of modules in its profile."""
 
     make: Callable[[], Any]
     count: int

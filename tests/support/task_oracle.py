@@ -17,7 +17,7 @@ from tests.support.profiled_models import Batches
 
 
 class Tape:
-    """What goes into modules, and the gradients of what comes out, in the order of backward passes."""
+    """Records inputs of modules and gradients of their outputs, in the order of backward passes."""
 
     def __init__(self, model: Any, names: list[str]) -> None:
         self.x: dict[str, list[Array]] = {name: [] for name in names}
@@ -44,7 +44,7 @@ class Tape:
 
 
 def that_count(X: Array, Y: Array) -> tuple[Array, Array]:
-    """Rows to which a gradient came back, not only what rounding leaves of zeros."""
+    """Return the rows with a gradient above rounding errors."""
     sizes = np.abs(Y).max(1)
     counts = sizes > 1e-6 * sizes.max()
     return X[counts], Y[counts]

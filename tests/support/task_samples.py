@@ -15,7 +15,7 @@ Array = npt.NDArray[np.float64]
 def sampled(
     values: npt.ArrayLike, n: int, noise: float, seed: int, d_in: int = 64, d_out: int = 32
 ) -> tuple[Array, Array, Array]:
-    """`X`, `Y` and the weights behind them: singular values as given, random bases."""
+    """Return `X`, `Y` and their weights, which have the given singular values and random bases."""
     rng = np.random.default_rng(seed)
     spectrum = np.zeros(min(d_in, d_out))
     spectrum[: len(np.atleast_1d(values))] = values
@@ -27,7 +27,7 @@ def sampled(
 
 
 def refitted_r2(X: Array, Y: Array, folds: int) -> Array:
-    """R^2 of held-out predictions for the ranks 0 to p, every fold refitted from its rows."""
+    """Return R^2 of held-out predictions for ranks 0 to p, refitting every fold."""
     p = min(X.shape[1], Y.shape[1])
     predictions = np.zeros((p + 1, *Y.shape))
     for fold in range(folds):
