@@ -1,8 +1,8 @@
-"""How much faster two threads are than one, beside a product's own ratio: ``python -m benches.threads``.
+"""Speed of two threads against one, beside the ratio of a product: ``python -m benches.threads``.
 
-All eigenvalues of a large matrix, the spectra of a model, and the compression of an adapter, each in turns
-with one thread and with several. The product is torch's, float64, of two square matrices. Every run is a
-process of its own.
+The works are all eigenvalues of a large matrix, the spectra of a model, and the compression of an adapter,
+each in turns with one thread and with several. The product is one of square float64 matrices in torch.
+Every run is a new process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a module has beside its factors outlives them: DoRA magnitudes and the biases of `lora_bias`."""
+"""DoRA magnitudes and biases of `lora_bias` are kept for modules without rank."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
 import lorank
-from tests.adapters.test_adapters import PROFILES, output
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, loaded, saved, trained
+from tests.support.outputs import outputs
+from tests.support.peft_cases import PROFILES
 
 LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
 def by_hand(peft_model: Any, small: lorank.LoraAdapter) -> Any:
-    """The base model with the truncated updates, and with the magnitudes or biases of the trained one."""
+    """Return the base model with truncated updates and the magnitudes or biases of the trained model."""
     model = copy.deepcopy(tiny_models.llama())
     modules, layers = dict(model.named_modules()), dict(peft_model.base_model.model.named_modules())
     for name, update in dense(small).items():
@@ -38,7 +39,7 @@ def by_hand(peft_model: Any, small: lorank.LoraAdapter) -> Any:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
-def test_modules_without_rank_keep_what_else_they_have(variant: str, profile: Any, tmp_path: Path) -> None:
+def test_modules_without_rank_keep_magnitudes_and_biases(variant: str, profile: Any, tmp_path: Path) -> None:
     settings = {"r": 6, "lora_alpha": 9, "target_modules": LINEAR, "alpha_pattern": {"q_proj": 40}}
     config = LoraConfig(**settings, **{variant: True})
     peft_model = trained(tiny_models.llama(), config)
@@ -49,17 +50,19 @@ def test_modules_without_rank_keep_what_else_they_have(variant: str, profile: An
     small = lorank.compress(adapter, avg_rank=1, progress=False)
     assert list(small.ranks.values()).count(0) > 1, "the hard case: modules without any rank"
     small.save(tmp_path / "b", profile)
-    got = output(loaded(tiny_models.llama(), tmp_path / "b"))
-    torch.testing.assert_close(got, output(by_hand(peft_model, small)), rtol=1e-4, atol=1e-5)
+    got = outputs(loaded(tiny_models.llama(), tmp_path / "b"))
+    torch.testing.assert_close(got, outputs(by_hand(peft_model, small)), rtol=1e-4, atol=1e-5)
     assert "It holds more than factors" in (tmp_path / "b" / "README.md").read_text()
     again = lorank.LoraAdapter.load(tmp_path / "b")
     assert again.ranks == small.ranks
     assert again.certificate == small.certificate
     again.save(tmp_path / "c", "tensor-rank")
-    torch.testing.assert_close(output(loaded(tiny_models.llama(), tmp_path / "c")), got, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        outputs(loaded(tiny_models.llama(), tmp_path / "c")), got, rtol=1e-4, atol=1e-5
+    )
 
 
-def test_image_adapters_keep_their_magnitudes_too(tmp_path: Path) -> None:
+def test_image_adapters_keep_their_magnitudes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tensors = {}
     for name, size in (("strong", 1.0), ("weak", 1e-3)):

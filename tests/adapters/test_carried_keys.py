@@ -11,9 +11,9 @@ from peft import LoraConfig
 from safetensors.numpy import load_file
 
 import lorank
-from tests.adapters.test_adapters import PROFILES
 from tests.support import tiny_models
 from tests.support.adapter_files import edited, loaded, saved, trained
+from tests.support.peft_cases import PROFILES
 
 ALMOST_ALL = 1 - 1e-9
 WEAK = 1e-5
@@ -77,7 +77,7 @@ def outputs(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
-def test_biases_of_modules_without_rank(bias: Any, profile: Any, tmp_path: Path) -> None:
+def test_peft_loads_biases_of_modules_without_rank(bias: Any, profile: Any, tmp_path: Path) -> None:
     config = LoraConfig(r=3, target_modules=["first", "second"], bias=bias)
     live = made(net(), tmp_path / "a", config, weak=("second",))
     small = lorank.compress(tmp_path / "a", energy=ALMOST_ALL, progress=False)
@@ -93,7 +93,7 @@ def test_biases_of_modules_without_rank(bias: Any, profile: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("weak", ["gate", "down", "both"])
-def test_biases_inside_stacks_that_lose_a_wrapper(weak: str, tmp_path: Path) -> None:
+def test_peft_loads_biases_inside_stacks_that_lose_a_wrapper(weak: str, tmp_path: Path) -> None:
     config = LoraConfig(
         r=2, target_modules=["first"], target_parameters=["experts.gate", "experts.down"], bias="all"
     )
@@ -110,7 +110,7 @@ def test_biases_inside_stacks_that_lose_a_wrapper(weak: str, tmp_path: Path) -> 
 
 
 class Mixed(torch.nn.Module):
-    """A weight of its own and a layer inside: PEFT's layer round the first is in the other's name."""
+    """A module with a weight and a layer inside; PEFT's layer around the weight appears in the inner name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Mixed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("weak", ["experts.lora", "inner.lora"])
-def test_layers_inside_a_layer_without_rank(weak: str, tmp_path: Path) -> None:
+def test_peft_loads_layers_inside_a_layer_without_rank(weak: str, tmp_path: Path) -> None:
     def mixed() -> Any:
         model = net()
         model.experts = Mixed()  # type: ignore[assignment]
@@ -141,7 +141,7 @@ def test_layers_inside_a_layer_without_rank(weak: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_resized_tables_of_modules_without_rank(target: str, profile: Any, tmp_path: Path) -> None:
+def test_peft_loads_resized_tables_of_modules_without_rank(target: str, profile: Any, tmp_path: Path) -> None:
     def resized() -> Any:
         model = tiny_models.llama()
         torch.manual_seed(1)
@@ -162,7 +162,7 @@ def test_resized_tables_of_modules_without_rank(target: str, profile: Any, tmp_p
     small = lorank.compress(tmp_path / "a", energy=ALMOST_ALL, progress=False)
     assert 0 in small.ranks.values()
     small.save(tmp_path / "b", profile)
-    # Engines that pass over a base model's table know it by this key alone.
+    # Engines that ignore the table of the base model look for this key only.
     keys = load_file(tmp_path / "b" / "adapter_model.safetensors").keys()
     assert any(key.endswith(f"{target}.base_layer.weight") for key in keys)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_merging_adds_a_layer_round_a_trained_bias(weight: float, turned: bool, 
         base.experts.down += weight * other.experts.get_delta_weight("default")
     expected = outputs(biased)
     torch.testing.assert_close(outputs(loaded(net(), tmp_path / "m")), expected, rtol=1e-4, atol=1e-4)
-    # Compressing the sum takes the layers off again.
+    # Compressing the sum removes the layers.
     lorank.compress(merged, energy=0.3, progress=False).save(tmp_path / "s")
     one = loaded(net(), tmp_path / "s").base_model.model
     bias = getattr(one.second, "base_layer", one.second).bias
@@ -207,7 +207,7 @@ def test_merging_refuses_a_layer_round_an_adapted_module(tmp_path: Path) -> None
         lorank.merge([tmp_path / "a", tmp_path / "b"], rank_ratio=1.0, progress=False)
 
 
-def test_an_adapter_of_weight_zero_gives_no_tensors(tmp_path: Path) -> None:
+def test_adapter_of_weight_zero_gives_no_tensors(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         config = LoraConfig(r=2, target_modules=["first"], modules_to_save=["last"])
         made(net(), tmp_path / name, config, seed=seed)
@@ -218,7 +218,7 @@ def test_an_adapter_of_weight_zero_gives_no_tensors(tmp_path: Path) -> None:
         torch.testing.assert_close(outputs(loaded(net(), tmp_path / "m")), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_bias_of_factors_without_rank_is_merged(tmp_path: Path) -> None:
+def test_bias_of_factors_without_rank_is_merged(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["first", "second"], lora_bias=True, bias="none")
     live = made(net(), tmp_path / "a", config, weak=("second.lora_A", "second.lora_B.default.weight"))
     small = lorank.compress(tmp_path / "a", energy=ALMOST_ALL, progress=False)
@@ -230,14 +230,14 @@ def test_a_bias_of_factors_without_rank_is_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "whole", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [3]}}]
 )
-def test_factors_and_a_whole_module_of_one_name_are_refused(whole: dict[str, Any], tmp_path: Path) -> None:
+def test_factors_and_a_saved_module_of_one_name_raise(whole: dict[str, Any], tmp_path: Path) -> None:
     saved(trained(tiny_models.llama(), LoraConfig(r=2, target_modules=["q_proj"], **whole)), tmp_path / "a")
     saved(trained(tiny_models.llama(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"])), tmp_path / "b")
     with pytest.raises(ValueError, match="'lm_head' has factors in one adapter, but another trains it"):
         lorank.merge([tmp_path / "a", tmp_path / "b"], rank_ratio=1.0, progress=False)
 
 
-def test_keys_of_a_live_model_are_refused(tmp_path: Path) -> None:
+def test_keys_of_a_live_model_raise(tmp_path: Path) -> None:
     made(net(), tmp_path / "a", LoraConfig(r=2, target_modules=["first", "second"]))
 
     def rename(tensors: dict[str, Any]) -> None:

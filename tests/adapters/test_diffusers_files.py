@@ -152,7 +152,7 @@ def flat(prefix: str) -> Callable[[str], str]:
 
 
 def of_sd(alpha: float | None) -> dict[str, torch.Tensor]:
-    """Write a file for a UNet and its text encoder, with the names of kohya's scripts."""
+    """Write a file for a UNet and its text encoder with the key names of kohya's scripts."""
     layers = factors(unet(), flat("lora_unet_"), lambda n: ".attn" in n or ".ff." in n, UPS, alpha)
     names = [name for name, _ in text_encoder().named_modules()]
     prefix = "lora_te_" if any(name.startswith("text_model") for name in names) else "lora_te_text_model_"
@@ -164,7 +164,7 @@ def in_blocks(name: str) -> bool:
 
 
 def of_flux(name: str) -> bool:
-    # Alphas of `proj_out` are those of all names that end so, unless it is the first of the file.
+    # An alpha of `proj_out` applies to all names with this ending, unless it is the first of the file.
     return in_blocks(name) or name in (
         "time_text_embed.timestep_embedder.linear_1",
         "context_embedder",
@@ -222,7 +222,7 @@ CASES: dict[str, Callable[[], Any]] = {
         for alpha in (2.0, None)
     },
     "flux, xlabs": lambda: transformer_case("FluxPipeline", flux, of_xlabs()),
-    # Diffusers before 0.42 drops alphas of these keys: one that is not the rank means two things.
+    # Diffusers before 0.42 drops alphas of these keys, so an alpha other than the rank is ambiguous.
     "qwen, alpha 4": lambda: transformer_case(
         "QwenImagePipeline", qwen, factors(qwen(), str, in_blocks, LETTERS, 4.0)
     ),
@@ -245,7 +245,7 @@ CASES: dict[str, Callable[[], Any]] = {
 
 
 def loaded(pipe: Any, path: Path) -> dict[str, tuple[torch.Tensor, Any]]:
-    """Return every adapted layer's update, and the difference of its bias."""
+    """Return the update of every adapted layer and the difference of its bias."""
     pipe.load_lora_weights(str(path))
     found = {}
     for part in ("unet", "transformer", "text_encoder"):
@@ -294,7 +294,7 @@ def test_xlabs_file_of_double_blocks_alone_is_read(tmp_path: Path) -> None:
 
 
 def as_by_rank(path: Path) -> dict[str, float]:
-    """Return a random projection of every update in programs that scale by alpha / rank, or else by 1."""
+    """Return a random projection of every update, scaled by alpha / rank, or by 1 without an alpha."""
     tensors = {key: x.double().numpy() for key, x in load_file(path).items()}
     found = {}
     for key, a in tensors.items():
@@ -307,7 +307,7 @@ def as_by_rank(path: Path) -> dict[str, float]:
     return {module: value for module, value in found.items() if abs(value) > 1e-3}
 
 
-def test_text_encoders_beside_flux_get_their_ranks_as_alphas(tmp_path: Path) -> None:
+def test_text_encoders_of_flux_get_their_ranks_as_alphas(tmp_path: Path) -> None:
     names = {"lora_te1_text_model_encoder_layers_0_mlp_fc1": 1, "lora_unet_final_layer_linear": 3}
     tensors = {}
     for name, rank in names.items():

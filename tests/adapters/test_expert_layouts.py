@@ -1,4 +1,4 @@
-"""Adapters of stacked experts: both of PEFT's layouts, bare names, and what PEFT computes with each."""
+"""Adapters of stacked experts: both layouts of PEFT, bare names, and the outputs of PEFT with each."""
 
 from __future__ import annotations
 
@@ -15,17 +15,12 @@ from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file
 
 import lorank
-from tests.cli.test_cli import run
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, dense, edited, loaded, saved, trained
+from tests.support.command_line import run
+from tests.support.outputs import outputs
 
-IDS = torch.arange(1, 9)[None]
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def experts(model: Any, folder: Path, *targets: str, **config: Any) -> Path:
@@ -34,7 +29,7 @@ def experts(model: Any, folder: Path, *targets: str, **config: Any) -> Path:
 
 
 def laid_out_as_before_019(folder: Path, copies: int, version: str | None = "0.18.1") -> Path:
-    """Rewrite an adapter as PEFT 0.18 wrote it: A and B change places, expert by expert."""
+    """Rewrite an adapter in the layout of PEFT 0.18, which exchanges A and B of every expert."""
 
     def turn(tensors: dict[str, Any]) -> None:
         for key in [key for key in tensors if ".experts." in key and ".lora_A" in key]:
@@ -52,10 +47,10 @@ def laid_out_as_before_019(folder: Path, copies: int, version: str | None = "0.1
 def assert_read_and_rewritten(model: Any, folder: Path, expected: torch.Tensor, after: Path) -> None:
     adapter = lorank.LoraAdapter.load(folder)
     lorank.compress(adapter, rank_ratio=1.0, progress=False).save(after / "compressed")
-    torch.testing.assert_close(logits(loaded(model, after / "compressed")), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(loaded(model, after / "compressed")), expected, rtol=1e-4, atol=1e-5)
     fixed = run("check", folder, "--for", "peft,transformers", "--fix", after / "fixed")
     assert fixed.returncode == 0, fixed.stderr
-    torch.testing.assert_close(logits(loaded(model, after / "fixed")), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(loaded(model, after / "fixed")), expected, rtol=1e-4, atol=1e-5)
     assert lorank.check(after / "fixed", ["peft"])[0].status == "right"
 
 
@@ -69,11 +64,11 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_layout_before_019_is_read_and_rewritten(name: str, tmp_path: Path) -> None:
+def test_layout_before_019_is_read_and_rewritten(name: str, tmp_path: Path) -> None:
     targets, more = TARGETS[name]
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", *targets, **more)
-    expected, updates = logits(loaded(model, today)), dense(lorank.LoraAdapter.load(today))
+    expected, updates = outputs(loaded(model, today)), dense(lorank.LoraAdapter.load(today))
     before = laid_out_as_before_019(today, copies=4)
     found = dense(lorank.LoraAdapter.load(before))
     assert set(found) == set(updates)
@@ -86,21 +81,21 @@ def test_the_layout_before_019_is_read_and_rewritten(name: str, tmp_path: Path) 
     assert_read_and_rewritten(model, before, expected, tmp_path)
 
 
-def test_square_factors_of_the_earlier_layout_load_wrong(tmp_path: Path) -> None:
+def test_square_factors_of_the_earlier_layout_load_wrongly(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe(moe_intermediate_size=16)
     today = experts(model, tmp_path / "today", GATE_UP)
-    expected = logits(loaded(model, today))
+    expected = outputs(loaded(model, today))
     before = laid_out_as_before_019(today, copies=4)
     (verdict,) = lorank.check(before, ["peft"])
     assert (verdict.status, "swapped" in verdict.reason) == ("wrong", True)
-    assert not torch.allclose(logits(loaded(model, before)), expected, atol=1e-3)
+    assert not torch.allclose(outputs(loaded(model, before)), expected, atol=1e-3)
     assert_read_and_rewritten(model, before, expected, tmp_path)
 
 
-def test_shapes_count_more_than_the_version(tmp_path: Path) -> None:
+def test_shapes_take_precedence_over_the_version(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", GATE_UP, DOWN)
-    expected = logits(loaded(model, today))
+    expected = outputs(loaded(model, today))
     configured(today, peft_version="0.18.1")
     assert lorank.check(today, ["peft"])[0].status == "right"
     for version in ("0.21.2", None):
@@ -113,19 +108,19 @@ def test_shapes_count_more_than_the_version(tmp_path: Path) -> None:
         assert_read_and_rewritten(model, before, expected, tmp_path / str(version))
 
 
-def test_the_width_of_the_model_tells_the_layout_of_one_parameter(tmp_path: Path) -> None:
+def test_width_of_the_model_determines_the_layout_of_one_parameter(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", DOWN, target_modules=["q_proj"])
-    expected = logits(loaded(model, today))
+    expected = outputs(loaded(model, today))
     before = laid_out_as_before_019(today, copies=4, version=None)
     assert lorank.check(before, ["peft"])[0].status == "refuses"
     assert_read_and_rewritten(model, before, expected, tmp_path)
 
 
-def test_stacks_that_are_declared_transposed_are_the_same_in_every_release(tmp_path: Path) -> None:
+def test_stacks_declared_transposed_have_one_layout_in_all_releases(tmp_path: Path) -> None:
     model = tiny_models.gpt_oss()
     folder = configured(experts(model, tmp_path / "a", GATE_UP, DOWN), peft_version="0.18.1")
-    expected = logits(loaded(model, folder))
+    expected = outputs(loaded(model, folder))
     assert lorank.check(folder, ["peft"])[0].status == "right"
     assert_read_and_rewritten(model, folder, expected, tmp_path)
     one = experts(model, tmp_path / "one", DOWN)
@@ -133,7 +128,7 @@ def test_stacks_that_are_declared_transposed_are_the_same_in_every_release(tmp_p
     assert lorank.check(one, ["peft"])[0].status == "right"
 
 
-def test_what_is_written_names_the_release_of_its_layout(tmp_path: Path) -> None:
+def test_written_files_name_the_release_of_their_layout(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe(moe_intermediate_size=16)
     before = laid_out_as_before_019(experts(model, tmp_path / "a", GATE_UP), 4, "0.17.0")
     adapter = lorank.LoraAdapter.load(before)
@@ -176,8 +171,8 @@ def test_bare_names_of_parameters_are_read(name: str, tmp_path: Path) -> None:
     folder = saved(live, tmp_path / "a")
     written = json.loads((folder / "adapter_config.json").read_text())
     assert not all("experts" in target for target in written["target_parameters"])
-    expected = logits(live)
-    torch.testing.assert_close(logits(loaded(model, folder)), expected, rtol=1e-4, atol=1e-5)
+    expected = outputs(live)
+    torch.testing.assert_close(outputs(loaded(model, folder)), expected, rtol=1e-4, atol=1e-5)
     adapter = lorank.LoraAdapter.load(folder)
     stacks = {key.rpartition(".")[2] for key, module in adapter.modules.items() if module.copies == 4}
     assert stacks == {t for t in written["target_parameters"] if "." not in t}
@@ -185,11 +180,11 @@ def test_bare_names_of_parameters_are_read(name: str, tmp_path: Path) -> None:
     assert_read_and_rewritten(model, folder, expected, tmp_path)
     portable = run("check", folder, "--for", "peft,peft-hotswap", "--fix", tmp_path / "portable")
     assert portable.returncode == 0, portable.stderr
-    torch.testing.assert_close(logits(loaded(model, tmp_path / "portable")), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(loaded(model, tmp_path / "portable")), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BARE)
-def test_compressing_bare_names_computes_what_the_certificate_says(name: str, tmp_path: Path) -> None:
+def test_compressed_bare_names_load_with_the_certified_error(name: str, tmp_path: Path) -> None:
     build, config = BARE[name]
     model = build()
     live = trained(model, LoraConfig(**{"r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM", **config}))
@@ -210,7 +205,7 @@ def test_compressing_bare_names_computes_what_the_certificate_says(name: str, tm
 
 
 def separate(folder: Path, rank: Callable[[int, str], int], **config: Any) -> tuple[Path, torch.Tensor]:
-    """Write an adapter of experts one by one, as transformers 4 had them; return it with its logits."""
+    """Write an adapter of separate experts, as in transformers 4; return its folder and logits."""
     from safetensors.numpy import save_file
 
     model, generator = tiny_models.qwen3_moe(), np.random.default_rng(0)
@@ -234,7 +229,7 @@ def separate(folder: Path, rank: Callable[[int, str], int], **config: Any) -> tu
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["gate_proj", "up_proj", "down_proj"], **config}
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **settings}))
-    return folder, logits(model)
+    return folder, outputs(model)
 
 
 SEPARATE: dict[str, tuple[Callable[[int, str], int], dict[str, Any], bool]] = {
@@ -253,13 +248,13 @@ SEPARATE: dict[str, tuple[Callable[[int, str], int], dict[str, Any], bool]] = {
 
 
 @pytest.mark.parametrize("name", SEPARATE)
-def test_experts_one_by_one_load_where_they_fit_into_a_stack(name: str, tmp_path: Path) -> None:
+def test_separate_experts_load_if_they_fit_into_a_stack(name: str, tmp_path: Path) -> None:
     rank, config, fits = SEPARATE[name]
     folder, expected = separate(tmp_path / "a", rank, **config)
     for verdict in lorank.check(folder, ["peft", "transformers"]):
         assert verdict.status == ("right" if fits else "refuses"), verdict
     try:
-        got = logits(PeftModel.from_pretrained(tiny_models.qwen3_moe(), folder).eval())
+        got = outputs(PeftModel.from_pretrained(tiny_models.qwen3_moe(), folder).eval())
     except (RuntimeError, ValueError):
         assert not fits
     else:
@@ -268,12 +263,12 @@ def test_experts_one_by_one_load_where_they_fit_into_a_stack(name: str, tmp_path
     fixed = run("check", folder, "--for", "peft,llama.cpp", "--fix", tmp_path / "b")
     assert fixed.returncode == 0, fixed.stdout + fixed.stderr
     torch.testing.assert_close(
-        logits(loaded(tiny_models.qwen3_moe(), tmp_path / "b")), expected, rtol=1e-4, atol=1e-5
+        outputs(loaded(tiny_models.qwen3_moe(), tmp_path / "b")), expected, rtol=1e-4, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("profile", ["compact", "portable", "tensor-rank"])
-def test_compressed_experts_one_by_one_load_with_the_certified_error(profile: Any, tmp_path: Path) -> None:
+def test_compressed_separate_experts_load_with_the_certified_error(profile: Any, tmp_path: Path) -> None:
     folder, _ = separate(tmp_path / "a", lambda *_: 4)
 
     def weaken(tensors: dict[str, Any]) -> None:
@@ -298,7 +293,7 @@ def test_compressed_experts_one_by_one_load_with_the_certified_error(profile: An
         assert verdict.status == "right", verdict
 
 
-def test_experts_of_a_family_that_peft_does_not_stack_are_left_out(tmp_path: Path) -> None:
+def test_experts_of_families_not_stacked_by_peft_are_excluded(tmp_path: Path) -> None:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     folder, _ = separate(tmp_path / "a", lambda *_: 4)
@@ -307,12 +302,12 @@ def test_experts_of_a_family_that_peft_does_not_stack_are_left_out(tmp_path: Pat
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 40}
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **heads, **experts)).eval()
     (verdict,) = lorank.check(folder, ["peft"], base=model)
-    expected = logits(model)
-    same = torch.equal(logits(PeftModel.from_pretrained(model, folder).eval()), expected)
+    expected = outputs(model)
+    same = torch.equal(outputs(PeftModel.from_pretrained(model, folder).eval()), expected)
     assert (verdict.status, verdict.factors == (0, 0)) == (("wrong", True) if same else ("right", False))
 
 
-def test_gate_without_up_is_refused(tmp_path: Path) -> None:
+def test_gate_without_up_raises(tmp_path: Path) -> None:
     folder, _ = separate(tmp_path / "a", lambda *_: 4, target_modules=["gate_proj", "down_proj"])
     edited(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "up_proj" in key])
     (verdict,) = lorank.check(folder, ["peft"])
@@ -321,7 +316,7 @@ def test_gate_without_up_is_refused(tmp_path: Path) -> None:
         loaded(tiny_models.qwen3_moe(), folder)
 
 
-def test_factors_deeper_than_their_parameters_are_refused(tmp_path: Path) -> None:
+def test_factors_deeper_than_their_parameters_raise(tmp_path: Path) -> None:
     folder = experts(tiny_models.mixtral(), tmp_path / "a", GATE_UP, DOWN)
     configured(folder, target_parameters=[GATE_UP])
     with pytest.raises(lorank.FormatError, match="target_parameters names 1 of its 2 adapted parameters"):
@@ -346,7 +341,9 @@ def test_factors_deeper_than_their_parameters_are_refused(tmp_path: Path) -> Non
         ({"peft_version": {"a": 1}}, None),
     ],
 )
-def test_hostile_settings_of_experts(config: dict[str, Any], message: str | None, tmp_path: Path) -> None:
+def test_hostile_settings_of_experts_raise(
+    config: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
     folder = experts(tiny_models.mixtral(), tmp_path / "a", "gate_up_proj", "down_proj")
     configured(folder, **config)
     if message is None:

@@ -1,4 +1,4 @@
-"""Image adapters' files beyond factors: alphas, settings in the metadata, certificates, cards."""
+"""Files of image adapters: alphas, settings in the metadata, certificates, cards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import lorank
 from lorank.adapters.writing import write_adapter
-from tests.adapters.test_kohya import write
 from tests.support.adapter_files import dense, distance, norm
+from tests.support.image_files import write_image_adapter
 
 RNG = np.random.default_rng(0)
 SIZES = {"to_q": (24, 16), "to_k": (12, 16)}
@@ -31,7 +31,7 @@ def header(path: Path) -> dict[str, str]:
 
 
 def diffusers_file(path: Path, settings: dict[str, Any], rank: int = 6, **more: Any) -> dict[str, Any]:
-    """A file as diffusers saves it, without alphas, of modules of two parts; its plain products."""
+    """Write a file as saved by diffusers, for modules of two parts without alphas; return the products."""
     tensors, products = {}, {}
     for part in ("transformer", "text_encoder"):
         for name, (out, fan_in) in SIZES.items():
@@ -71,7 +71,7 @@ class Block(torch.nn.Module):
 
 
 def as_diffusers_loads(path: Path, part: str) -> dict[str, Any]:
-    """The updates of one part of a pipeline: its settings and tensors, prefix taken off, through PEFT."""
+    """Return the updates of one part of a pipeline by loading its settings and tensors in PEFT."""
     content = json.loads(header(path)[METADATA])
     settings = {key.removeprefix(f"{part}."): x for key, x in content.items() if key.startswith(f"{part}.")}
     state = {
@@ -117,7 +117,7 @@ def test_settings_of_diffusers_are_read_and_written_again(tmp_path: Path) -> Non
     assert distance(again, target_sum) <= 1e-6 * norm(target_sum)
 
 
-def test_an_alpha_beside_the_settings_wins(tmp_path: Path) -> None:
+def test_alpha_tensors_take_precedence_over_settings(tmp_path: Path) -> None:
     alpha = {"transformer.blocks.0.to_q.alpha": np.array(3.0, np.float32)}
     diffusers_file(tmp_path / "a.safetensors", SETTINGS, **alpha)
     modules = lorank.LoraAdapter.load(tmp_path / "a.safetensors").modules
@@ -135,7 +135,7 @@ def test_an_alpha_beside_the_settings_wins(tmp_path: Path) -> None:
         ("[" * 100_000, "nested too deeply"),
     ],
 )
-def test_settings_that_are_none_are_named(text: str, reason: str, tmp_path: Path) -> None:
+def test_malformed_settings_raise(text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     diffusers_file(path, SETTINGS)
     save_file(load_file(path), path, {METADATA: text})
@@ -145,9 +145,9 @@ def test_settings_that_are_none_are_named(text: str, reason: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.float64, np.float16])
-def test_alphas_of_any_type_of_number(dtype: Any, tmp_path: Path) -> None:
+def test_alphas_of_any_number_type_are_read(dtype: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    write(path, "kohya")
+    write_image_adapter(path, "kohya")
     tensors = load_file(path)
     alphas = {key: np.array(3, dtype) for key in tensors if key.endswith(".alpha")}
     assert len(alphas) == 2
@@ -159,7 +159,7 @@ def test_alphas_of_any_type_of_number(dtype: Any, tmp_path: Path) -> None:
         lorank.LoraAdapter.load(path)
 
 
-def test_ranks_that_narrow_types_do_not_hold(tmp_path: Path) -> None:
+def test_ranks_beyond_the_precision_of_alphas_are_kept(tmp_path: Path) -> None:
     tensors = {
         "m.lora_up.weight": RNG.standard_normal((400, 301)).astype(ml_dtypes.bfloat16),
         "m.lora_down.weight": RNG.standard_normal((301, 350)).astype(ml_dtypes.bfloat16),
@@ -172,7 +172,7 @@ def test_ranks_that_narrow_types_do_not_hold(tmp_path: Path) -> None:
     assert (again.rank, again.dtype, again.scaling) == (301, "bfloat16", 1.0)
 
 
-def test_names_that_only_look_like_other_methods(tmp_path: Path) -> None:
+def test_names_resembling_other_methods_are_read(tmp_path: Path) -> None:
     names = ("unet.model.diffusion_model.soft_gate", "unet.model.diffusion_model.b1")
     tensors = {
         f"{name}.{key}": np.ones(shape, np.float32)
@@ -190,7 +190,7 @@ def test_names_that_only_look_like_other_methods(tmp_path: Path) -> None:
     assert not any("not factors" in note for note in adapter.notes)
 
 
-def test_factors_that_are_there_twice(tmp_path: Path) -> None:
+def test_duplicate_factors_raise(tmp_path: Path) -> None:
     tensors = {
         "m.lora_up.weight": np.ones((6, 3), np.float32),
         "m.lora_B.weight": np.ones((6, 3), np.float32),
@@ -203,8 +203,8 @@ def test_factors_that_are_there_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("profile", ["compact", "portable"])
-def test_certificates_and_what_rounding_adds(profile: Any, dtype: Any, tmp_path: Path) -> None:
-    write(tmp_path / "a.safetensors", "kohya")
+def test_certificates_state_the_rounding_error(profile: Any, dtype: Any, tmp_path: Path) -> None:
+    write_image_adapter(tmp_path / "a.safetensors", "kohya")
     small = lorank.compress(tmp_path / "a.safetensors", avg_rank=3, progress=False)
     assert small.certificate is not None
     for target in (tmp_path / "b.safetensors", tmp_path / "folder"):
@@ -227,14 +227,14 @@ def test_certificates_and_what_rounding_adds(profile: Any, dtype: Any, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "folder"]
 
 
-def test_a_certificate_in_a_file_that_does_not_fit_is_ignored(tmp_path: Path) -> None:
-    write(tmp_path / "a.safetensors", "kohya")
+def test_unfitting_certificate_in_a_file_is_ignored(tmp_path: Path) -> None:
+    write_image_adapter(tmp_path / "a.safetensors", "kohya")
     path = tmp_path / "b.safetensors"
     lorank.compress(tmp_path / "a.safetensors", avg_rank=3, progress=False).save(path)
     save_file(load_file(path), path, {**header(path), "lorank.certificate": "{"})
     adapter = lorank.LoraAdapter.load(path)
     assert adapter.certificate is None
     assert any("lorank.certificate was ignored, as it is damaged" in note for note in adapter.notes)
-    # What is trained on from it and saved again tells nothing of the earlier one.
+    # Overwriting a file removes its earlier certificate.
     lorank.LoraAdapter.load(tmp_path / "a.safetensors").save(path, overwrite=True)
     assert "lorank.certificate" not in header(path)

@@ -1,4 +1,4 @@
-"""Image files: spellings of alphas, biases, magnitudes and adapters' names, and tensors beside factors."""
+"""Keys of image files: alphas, biases, magnitudes, adapter names, and tensors beside factors."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_spellings_of_factors_are_read_and_kept(style: str, tmp_path: Path) -> N
         ("mochi", "blocks.0.x.alpha"),
     ],
 )
-def test_alphas_by_any_name_are_applied(style: str, alpha: str, tmp_path: Path) -> None:
+def test_alphas_under_any_name_are_applied(style: str, alpha: str, tmp_path: Path) -> None:
     name, up, down = FACTORS[style]
     tensors = pair(up, down)
     adapter = loaded(tmp_path / "a.safetensors", tensors | {alpha: np.array(3.0, np.float32)})
@@ -104,14 +104,14 @@ def test_alphas_by_any_name_are_applied(style: str, alpha: str, tmp_path: Path) 
     assert [note for note in adapter.notes if alpha in note] or alpha == f"{name}.alpha"
     lorank.compress(adapter, avg_rank=2, progress=False).save(tmp_path / "b.safetensors")
     written = load_file(tmp_path / "b.safetensors")
-    # Everything is in the factors: a name that not all programs know is not written again.
+    # The factors contain the scale: names that not all programs read are not written.
     scale = written.get(f"{name}.alpha", 2.0) / 2
     assert sum("alpha" in key for key in written) == (alpha == f"{name}.alpha")
     exact = dense(lorank.compress(adapter, avg_rank=2, progress=False))[name]
     assert np.allclose(scale * written[up].astype(np.float64) @ written[down], exact, atol=1e-5)
 
 
-def test_an_alpha_without_factors_is_kept_and_named(tmp_path: Path) -> None:
+def test_alpha_without_factors_is_kept_and_noted(tmp_path: Path) -> None:
     _, up, down = FACTORS["kohya"]
     alone = {"lora_unet_gone.alpha": np.array(3.0, np.float32)}
     adapter = loaded(tmp_path / "a.safetensors", pair(up, down) | alone)
@@ -122,7 +122,7 @@ def test_an_alpha_without_factors_is_kept_and_named(tmp_path: Path) -> None:
     assert load_file(tmp_path / "b.safetensors")["lora_unet_gone.alpha"] == 3
 
 
-def test_two_alphas_of_one_module_are_refused(tmp_path: Path) -> None:
+def test_two_alphas_of_one_module_raise(tmp_path: Path) -> None:
     _, up, down = FACTORS["kohya"]
     twice = {f"lora_unet_x.{word}": np.array(3.0, np.float32) for word in ("alpha", "network_alpha")}
     with pytest.raises(lorank.FormatError, match=r"x\.network_alpha' are the same thing twice"):
@@ -130,14 +130,14 @@ def test_two_alphas_of_one_module_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "is_told"), [("1.0", True), ("4", False), ("4.0", False), ("none", True)])
-def test_an_alpha_in_the_metadata_alone_is_noted(value: str, is_told: bool, tmp_path: Path) -> None:
+def test_alpha_in_the_metadata_only_is_noted(value: str, is_told: bool, tmp_path: Path) -> None:
     _, up, down = FACTORS["kohya"]
     adapter = loaded(tmp_path / "a.safetensors", pair(up, down), {"ss_network_alpha": value})
     assert adapter.modules["lora_unet_x"].scaling == 1
     assert any(f"metadata name ss_network_alpha = {value}" in note for note in adapter.notes) == is_told
 
 
-def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+def test_two_adapters_in_one_file_raise(tmp_path: Path) -> None:
     tensors = pair("x.lora_B.first.weight", "x.lora_A.first.weight")
     tensors |= pair("x.lora_B.second.weight", "x.lora_A.second.weight")
     with pytest.raises(lorank.FormatError, match="'x': has tensors of two adapters, 'first' and 'second'"):
@@ -152,13 +152,13 @@ def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
         ({"y.lora_B.bias": floats(OUT)}, "'y.lora_B.bias': its module has no factors"),
     ],
 )
-def test_biases_that_do_not_fit_are_refused(more: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_unfitting_biases_raise(more: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(lorank.FormatError, match=reason):
         loaded(tmp_path / "a.safetensors", pair("x.lora_B.weight", "x.lora_A.weight") | more)
 
 
 def outputs(path: Path, name: str, up: str, down: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the outputs that a module adds in programs that scale factors and bias by alpha / rank."""
+    """Return the added outputs of a module in programs that scale factors and bias by alpha / rank."""
     tensors = {key: value.astype(np.float64) for key, value in load_file(path).items()}
     a, b = tensors[down], tensors[up]
     bias = tensors[up.removesuffix(".weight") + ".bias"]
@@ -180,7 +180,7 @@ def test_biases_are_scaled_as_factors_are(style: str, profile: Any, tmp_path: Pa
     expected = outputs(path, name, up, down, x)
     lorank.compress(adapter, energy=1.0, progress=False).save(tmp_path / "b.safetensors", profile)
     assert np.allclose(outputs(tmp_path / "b.safetensors", name, up, down, x), expected, rtol=1e-4, atol=1e-4)
-    # Without any rank, the bias alone is left.
+    # A module without rank keeps only its bias.
     weak = loaded(path, tensors | {down: tensors[down] * np.float32(1e-6)})
     small = lorank.compress(weak, energy=1 - 1e-6, progress=False)
     assert small.ranks[name] == 0
@@ -205,7 +205,7 @@ def test_biases_are_scaled_as_factors_are(style: str, profile: Any, tmp_path: Pa
         "magnitude",
     ],
 )
-def test_magnitudes_by_any_name_are_magnitudes(ending: str, tmp_path: Path) -> None:
+def test_magnitudes_under_any_name_are_read(ending: str, tmp_path: Path) -> None:
     strong = pair("x.lora_B.weight", "x.lora_A.weight")
     weak = pair("y.lora_B.weight", "y.lora_A.weight")
     weak["y.lora_B.weight"] *= np.float32(1e-4)
@@ -222,13 +222,13 @@ def test_magnitudes_by_any_name_are_magnitudes(ending: str, tmp_path: Path) -> N
         lorank.merge([adapter, adapter], progress=False, rank_ratio=1.0)
 
 
-def test_a_module_called_magnitude_has_none(tmp_path: Path) -> None:
+def test_module_named_magnitude_is_not_a_magnitude(tmp_path: Path) -> None:
     plain = pair("x.lora_B.weight", "x.lora_A.weight")
     adapter = loaded(tmp_path / "a.safetensors", plain | {"head.magnitude.weight": floats(3, 3)})
     assert list(adapter.notes) == ["1 tensors that are not factors are kept as they are"]
 
 
-def test_full_differences_are_kept_and_added_up(tmp_path: Path) -> None:
+def test_full_differences_are_kept_and_summed(tmp_path: Path) -> None:
     prefix = "diffusion_model.blocks.0"
     parts = []
     for name, kind in (("a", np.float32), ("b", np.float32)):
@@ -253,7 +253,7 @@ def test_full_differences_are_kept_and_added_up(tmp_path: Path) -> None:
         assert np.allclose(written[key], 0.5 * first[key] - 2.0 * second[key], atol=1e-6)
     assert np.allclose(written[f"{prefix}.a.diff"], 0.5 * first[f"{prefix}.a.diff"], atol=1e-6)
     assert np.allclose(written[f"{prefix}.b.diff"], -2.0 * second[f"{prefix}.b.diff"], atol=1e-6)
-    # A weight that replaces another is not a difference.
+    # A replaced weight is not a difference.
     assert np.array_equal(written[f"{prefix}.norm.set_weight"], first[f"{prefix}.norm.set_weight"])
     assert "4 full differences (.diff, .diff_b) were added up" in merged.notes
 
@@ -274,7 +274,7 @@ def test_differences_keep_their_type_and_need_one_shape(tmp_path: Path) -> None:
         lorank.merge([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], progress=False, rank_ratio=1.0)
 
 
-def test_metadata_of_the_old_bytes_and_ranks_are_left_out(tmp_path: Path) -> None:
+def test_metadata_about_old_bytes_and_ranks_are_dropped(tmp_path: Path) -> None:
     stale = {
         "sshs_model_hash": "a",
         "sshs_legacy_hash": "b",
@@ -308,7 +308,7 @@ def test_tensors_of_other_kinds_are_kept(tmp_path: Path) -> None:
         "diffusion_model.layers.0.attention.qkv",
     ],
 )
-def test_blocks_that_diffusers_reads_as_a_whole_stay_whole(name: str, tmp_path: Path) -> None:
+def test_blocks_that_diffusers_reads_together_stay_complete(name: str, tmp_path: Path) -> None:
     strong = pair(f"{name}.lora_up.weight", f"{name}.lora_down.weight")
     weak = pair("other.lora_up.weight", "other.lora_down.weight")
     weak["other.lora_up.weight"] *= np.float32(1e-6)

@@ -1,4 +1,4 @@
-"""Keys with the names of wrappers: read without them, reported, and written clean."""
+"""Keys with names of wrappers: read and written without these names, and reported."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from safetensors.numpy import load_file
 import lorank
 from lorank.adapters.formats.key_wrappers import ANYWHERE
 from lorank.runtimes import RUNTIMES
-from tests.cli.test_cli import run
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, edited, loaded, saved, trained
+from tests.support.command_line import run
+from tests.support.outputs import outputs
 
 PREFIX = "base_model.model."
-IDS = torch.arange(1, 9)[None]
 CONFIG: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 
 WRAPPED: dict[str, Callable[[str], str]] = {
@@ -43,17 +43,12 @@ def rename(folder: Path, change: Callable[[str], str]) -> Path:
     return edited(folder, edit)
 
 
-def logits(model: Any, folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        return loaded(model, folder)(IDS).logits
-
-
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrappers_are_left_out_and_reported(name: str, tmp_path: Path) -> None:
+def test_wrapper_names_are_removed_and_reported(name: str, tmp_path: Path) -> None:
     model = tiny_models.llama()
     live = trained(model, LoraConfig(**CONFIG, modules_to_save=["lm_head"]))
     clean = saved(live, tmp_path / "clean")
-    keys, expected = set(load_file(clean / "adapter_model.safetensors")), logits(model, clean)
+    keys, expected = set(load_file(clean / "adapter_model.safetensors")), outputs(loaded(model, clean))
     wrapped = rename(saved(live, tmp_path / "wrapped"), WRAPPED[name])
     adapter = lorank.LoraAdapter.load(wrapped)
     assert set(adapter.modules) == set(lorank.LoraAdapter.load(clean).modules)
@@ -63,10 +58,10 @@ def test_wrappers_are_left_out_and_reported(name: str, tmp_path: Path) -> None:
     fixed = run("check", wrapped, "--for", "peft", "--fix", tmp_path / "fixed")
     assert fixed.returncode == 0, fixed.stderr
     assert set(load_file(tmp_path / "fixed" / "adapter_model.safetensors")) == keys
-    torch.testing.assert_close(logits(model, tmp_path / "fixed"), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(loaded(model, tmp_path / "fixed")), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_runtime_that_looks_at_the_end_of_keys_finds_wrapped_models(tmp_path: Path) -> None:
+def test_runtimes_that_match_ends_of_keys_find_wrapped_models(tmp_path: Path) -> None:
     live = trained(tiny_models.llama(), LoraConfig(**CONFIG))
     front = rename(saved(live, tmp_path / "a"), WRAPPED["_orig_mod in front"])
     assert lorank.check(front, ["exllamav3"])[0].status == "right"
@@ -85,7 +80,7 @@ def test_every_reason_names_the_wrapper(tmp_path: Path) -> None:
             assert "keys hold _checkpoint_wrapped_module" in verdict.reason
 
 
-def test_a_module_of_that_name_stays(tmp_path: Path) -> None:
+def test_module_with_the_name_of_a_wrapper_is_kept(tmp_path: Path) -> None:
     live = trained(tiny_models.llama(), LoraConfig(**CONFIG))
     one = rename(saved(live, tmp_path / "one"), lambda key: key.replace("layers.0.", "layers.0.module."))
     assert "model.layers.0.module.self_attn.q_proj" in lorank.LoraAdapter.load(one).modules
@@ -101,7 +96,7 @@ def test_a_module_of_that_name_stays(tmp_path: Path) -> None:
     assert lorank.check(own, ["peft"])[0].status == "right"
 
 
-def test_keys_that_are_the_same_without_wrappers_are_refused(tmp_path: Path) -> None:
+def test_keys_equal_without_wrappers_raise(tmp_path: Path) -> None:
     folder = saved(trained(tiny_models.llama(), LoraConfig(**CONFIG)), tmp_path)
 
     def double(tensors: dict[str, Any]) -> None:

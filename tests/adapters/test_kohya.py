@@ -1,4 +1,4 @@
-"""Image adapters: the keys of kohya's scripts and of diffusers, in and out."""
+"""Image adapters with the keys of kohya's scripts and of diffusers, read and written."""
 
 from __future__ import annotations
 
@@ -12,42 +12,13 @@ from safetensors.numpy import load_file, save_file
 
 import lorank
 from tests.support.adapter_files import dense, distance, norm
-
-RNG = np.random.default_rng(0)
-STYLES = {
-    "kohya": ("lora_unet_down_0_attn1_{}.lora_{}.weight", ("up", "down")),
-    "diffusers": ("unet.down_blocks.0.attn1.{}.lora.{}.weight", ("up", "down")),
-    "processor": ("unet.down_blocks.0.processor.{}_lora.{}.weight", ("up", "down")),
-    "linear_layer": ("text_encoder.layers.0.{}.lora_linear_layer.{}.weight", ("up", "down")),
-    "peft_keys": ("transformer.blocks.0.{}.lora_{}.weight", ("B", "A")),
-}
-
-
-def factors(out: int, rank: int, fan_in: int) -> tuple[Any, Any]:
-    decay = np.geomspace(1, 0.05, rank)
-    return RNG.standard_normal((out, rank)) * decay, RNG.standard_normal((rank, fan_in))
-
-
-def write(path: Path, style: str, alpha: float | None = 3.0) -> dict[str, Any]:
-    """A file of two modules, and their dense updates."""
-    template, (up, down) = STYLES[style]
-    tensors, updates = {}, {}
-    for name, (out, rank, fan_in) in {"to_q": (24, 6, 16), "to_k": (12, 4, 16)}.items():
-        b, a = (x.astype(np.float32) for x in factors(out, rank, fan_in))
-        tensors |= {template.format(name, up): b, template.format(name, down): a}
-        module = template.format(name, up).rpartition(".lora_")[0]
-        module = module or template.format(name, up).split("_lora.")[0].split(".lora.")[0]
-        if alpha is not None:
-            tensors[f"{module}.alpha"] = np.array(alpha, dtype=np.float32)
-        updates[module] = (alpha if alpha is not None else rank) / rank * (b.astype(np.float64) @ a)
-    save_file(tensors, path, metadata={"ss_base_model_version": "sdxl", "ss_network_dim": "6"})
-    return updates
+from tests.support.image_files import RNG, STYLES, write_image_adapter
 
 
 @pytest.mark.parametrize("alpha", [3.0, None])
 @pytest.mark.parametrize("style", STYLES)
 def test_keys_and_scales_survive(style: str, alpha: float | None, tmp_path: Path) -> None:
-    updates = write(tmp_path / "a.safetensors", style, alpha)
+    updates = write_image_adapter(tmp_path / "a.safetensors", style, alpha)
     adapter = lorank.LoraAdapter.load(tmp_path / "a.safetensors")
     assert distance(dense(adapter), updates) <= 1e-12 * norm(updates)
     for profile in ("compact", "portable", "tensor-rank"):
@@ -67,8 +38,8 @@ def test_keys_and_scales_survive(style: str, alpha: float | None, tmp_path: Path
             assert "ss_network_dim" not in file.metadata()
 
 
-def test_padding_is_taken_off_and_forgotten(tmp_path: Path) -> None:
-    write(tmp_path / "a.safetensors", "kohya")
+def test_padding_is_removed_with_its_metadata(tmp_path: Path) -> None:
+    write_image_adapter(tmp_path / "a.safetensors", "kohya")
     small = lorank.compress(tmp_path / "a.safetensors", rank_ratio=0.5, progress=False)
     assert len(set(small.ranks.values())) > 1
     small.save(tmp_path / "b.safetensors", "portable")
@@ -81,7 +52,7 @@ def test_padding_is_taken_off_and_forgotten(tmp_path: Path) -> None:
     assert merged.ranks == small.ranks
 
 
-def test_convolutions_with_and_without_mid_kernels(tmp_path: Path) -> None:
+def test_convolutions_with_and_without_mid_kernels_are_read(tmp_path: Path) -> None:
     out, rank, fan_in = 10, 4, 6
     up = RNG.standard_normal((out, rank, 1, 1)).astype(np.float32)
     down = RNG.standard_normal((rank, fan_in, 3, 3)).astype(np.float32)
@@ -101,7 +72,7 @@ def test_convolutions_with_and_without_mid_kernels(tmp_path: Path) -> None:
     flat = up.reshape(out, rank).astype(np.float64)
     expected = {
         "lora_unet_conv": 0.5 * flat @ down.reshape(rank, -1),
-        # As a convolution is applied: down, then mid, then up.
+        # A convolution applies down, then mid, then up.
         "lora_unet_cp": np.einsum("or,rskl,si->oikl", flat, mid, narrow[:, :, 0, 0]).reshape(out, -1),
         "lora_unet_one": flat @ narrow.reshape(rank, -1),
     }
@@ -121,9 +92,9 @@ def test_convolutions_with_and_without_mid_kernels(tmp_path: Path) -> None:
     )
 
 
-def test_merging_image_adapters(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.safetensors", "kohya", 3.0)
-    second = write(tmp_path / "b.safetensors", "kohya", None)
+def test_image_adapters_are_merged(tmp_path: Path) -> None:
+    first = write_image_adapter(tmp_path / "a.safetensors", "kohya", 3.0)
+    second = write_image_adapter(tmp_path / "b.safetensors", "kohya", None)
     loaded = [lorank.LoraAdapter.load(tmp_path / f"{name}.safetensors") for name in "ab"]
     merged = lorank.merge(loaded, [0.5, -2.0], rank_ratio=1.0, progress=False)
     merged.save(tmp_path / "c.safetensors")
@@ -142,7 +113,7 @@ def test_merging_image_adapters(tmp_path: Path) -> None:
         ("lora_unet_a.a1.weight", "GLoRA"),
     ],
 )
-def test_other_methods_are_refused_by_name(key: str, method: str, tmp_path: Path) -> None:
+def test_other_methods_raise_with_their_name(key: str, method: str, tmp_path: Path) -> None:
     save_file({key: np.ones((2, 2), np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(lorank.FormatError, match=rf"'{key}' belongs to {method}"):
         lorank.LoraAdapter.load(tmp_path / "a.safetensors")
@@ -157,7 +128,7 @@ def test_other_methods_are_refused_by_name(key: str, method: str, tmp_path: Path
         ({"m.lora_mid.weight": np.ones((2, 2), np.float32)}, "do not fit each other"),
     ],
 )
-def test_damaged_files(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_damaged_files_raise(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
     tensors = {
         "m.lora_up.weight": np.ones((6, 3), np.float32),
         "m.lora_down.weight": np.ones((3, 4), np.float32),
@@ -168,7 +139,7 @@ def test_damaged_files(change: dict[str, Any], reason: str, tmp_path: Path) -> N
         lorank.LoraAdapter.load(tmp_path / "a.safetensors")
 
 
-def test_files_without_factors(tmp_path: Path) -> None:
+def test_files_without_factors_raise(tmp_path: Path) -> None:
     save_file({"a.weight": np.ones((2, 2), np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(lorank.FormatError, match="holds the weights of a model, not an adapter"):
         lorank.LoraAdapter.load(tmp_path / "a.safetensors")

@@ -1,10 +1,9 @@
-"""Adapters of live PEFT models: out, compressed, and in again; and the SVD of a product alone."""
+"""Adapters of live PEFT models, read, compressed and inserted; the SVD of a product."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,24 +16,20 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 import lorank
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, loaded, norm, saved, trained
+from tests.support.outputs import outputs
 
 IDS = torch.arange(8)[None]
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_a_live_adapter_is_compressed_and_put_back(name: str) -> None:
+def test_live_adapter_is_compressed_and_inserted(name: str) -> None:
     base = getattr(tiny_models, name)()
     config = lorank.allocate(base, "uniform", r_max=6).to_lora_config(base, lora_alpha=9)
     model = trained(base, config)
-    before = logits(model)
+    before = outputs(model, IDS)
     adapter = lorank.LoraAdapter.from_model(model)
     lorank.compress(adapter, rank_ratio=1.0, progress=False).into_model(model)
-    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model, IDS), before, rtol=1e-4, atol=1e-5)
     small = lorank.compress(adapter, avg_rank=2, progress=False)
     small.into_model(model)
     assert not model.training
@@ -49,27 +44,27 @@ def test_a_live_adapter_is_compressed_and_put_back(name: str) -> None:
         parameter = parameters.get(f"{module}.weight", parameters.get(module))
         assert parameter is not None
         parameter.data += torch.from_numpy(update.T if name == "gpt2" else update).float()
-    torch.testing.assert_close(logits(merged), logits(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(merged, IDS), outputs(expected, IDS), rtol=1e-4, atol=1e-5)
 
 
-def test_one_of_several_adapters() -> None:
+def test_one_of_several_adapters_is_read_and_replaced() -> None:
     model = trained(tiny_models.llama(), LoraConfig(r=4, target_modules=["q_proj"]))
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
     other = lorank.LoraAdapter.from_model(model, "other")
     assert all(name.endswith("v_proj") for name in other.modules)
     default = lorank.LoraAdapter.from_model(model)
-    before = logits(model)
+    before = outputs(model, IDS)
     lorank.compress(default, avg_rank=1, progress=False).into_model(model, "small")
     assert set(model.peft_config) == {"default", "other", "small"}
     assert model.active_adapters == ["default"]
-    torch.testing.assert_close(logits(model), before)
+    torch.testing.assert_close(outputs(model, IDS), before)
     with pytest.raises(ValueError, match=r"no adapter 'none' in the model: it has default, other, small"):
         lorank.LoraAdapter.from_model(model, "none")
     with pytest.raises(ValueError, match="it has none"):
         lorank.LoraAdapter.from_model(tiny_models.llama())
 
 
-def test_training_goes_on_after_putting_back() -> None:
+def test_training_works_after_insertion() -> None:
     model = trained(tiny_models.llama(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     model.train()
     lorank.compress(lorank.LoraAdapter.from_model(model), avg_rank=2, progress=False).into_model(model)
@@ -83,7 +78,7 @@ def test_training_goes_on_after_putting_back() -> None:
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**32))
-def test_the_svd_of_a_product(out: int, fan_in: int, rank: int, seed: int) -> None:
+def test_svd_of_a_product_equals_the_dense_svd(out: int, fan_in: int, rank: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     B, A = rng.standard_normal((out, rank)), rng.standard_normal((rank, fan_in))
     U, s, Vt = lorank.product_svd(B, A)
@@ -97,7 +92,7 @@ def test_the_svd_of_a_product(out: int, fan_in: int, rank: int, seed: int) -> No
     np.testing.assert_allclose(U.T @ U, np.eye(k), atol=1e-8)
 
 
-def test_products_that_hurt() -> None:
+def test_product_svd_of_extreme_and_deficient_factors() -> None:
     rng = np.random.default_rng(0)
     B, A = rng.standard_normal((9, 3)), rng.standard_normal((3, 7))
     for size in (1e-30, 1e30):
@@ -118,7 +113,7 @@ def test_products_that_hurt() -> None:
         lorank.product_svd(B, rng.standard_normal((4, 7)))
 
 
-def test_sets_in_the_settings_are_saved(tmp_path: Path) -> None:
+def test_sets_in_settings_are_saved(tmp_path: Path) -> None:
     config = LoraConfig(
         r=4, target_modules=["q_proj", "v_proj"], exclude_modules=["layers.1.self_attn.q_proj"]
     )
@@ -134,7 +129,7 @@ def test_sets_in_the_settings_are_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_layers_that_were_scaled_by_hand_keep_their_scale(name: str, tmp_path: Path) -> None:
+def test_layers_scaled_by_hand_keep_their_scale(name: str, tmp_path: Path) -> None:
     base = getattr(tiny_models, name)()
     config = lorank.allocate(base, "uniform", r_max=6).to_lora_config(base, lora_alpha=9)
     model = trained(base, config)
@@ -147,7 +142,9 @@ def test_layers_that_were_scaled_by_hand_keep_their_scale(name: str, tmp_path: P
     ratios = {n: adapter.modules[n].scaling / plain.modules[n].scaling for n in plain.modules}
     assert sorted(ratios.values()) == pytest.approx([1.0] * (len(ratios) - 1) + [2.0])
     lorank.compress(adapter, rank_ratio=1.0, progress=False).save(tmp_path / "a")
-    torch.testing.assert_close(logits(loaded(base, tmp_path / "a")), logits(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        outputs(loaded(base, tmp_path / "a"), IDS), outputs(model, IDS), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_adalora_layers_keep_their_scale() -> None:
@@ -159,7 +156,7 @@ def test_adalora_layers_keep_their_scale() -> None:
 
 
 @pytest.mark.parametrize("inference", [True, False])
-def test_what_was_frozen_stays_frozen(inference: bool, tmp_path: Path) -> None:
+def test_insertion_keeps_requires_grad(inference: bool, tmp_path: Path) -> None:
     saved(trained(tiny_models.llama(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"])), tmp_path / "a")
     model = PeftModel.from_pretrained(tiny_models.llama(), tmp_path / "a", is_trainable=not inference)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
@@ -170,7 +167,7 @@ def test_what_was_frozen_stays_frozen(inference: bool, tmp_path: Path) -> None:
     assert model.peft_config["default"].inference_mode == inference
 
 
-def test_a_model_without_peft_is_refused_by_name() -> None:
+def test_model_without_peft_raises_with_its_class() -> None:
     adapter = lorank.LoraAdapter.from_model(
         trained(tiny_models.llama(), LoraConfig(target_modules=["q_proj"]))
     )

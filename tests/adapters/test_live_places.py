@@ -1,4 +1,4 @@
-"""Adapters in live models: injected, wrapped, beside others, in any mode; all else stays unchanged."""
+"""Adapters in live models: injected, wrapped, beside others, in any mode; the rest stays unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from torch import nn
 import lorank
 from tests.support import tiny_models
 from tests.support.adapter_files import loaded
-from tests.support.live_models import IDS, MODELS, Perceptron, assert_same, outputs, randomised
+from tests.support.live_models import IDS, MODELS, Perceptron, assert_same, randomised
+from tests.support.outputs import outputs
 
 QV = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 
@@ -40,7 +41,7 @@ def halved(adapter: lorank.LoraAdapter) -> lorank.LoraAdapter:
 
 
 def check_both_ways(model: Any, inputs: torch.Tensor, base: Any, folder: Path) -> None:
-    """Read an adapter, put half of it in, then all, in place and under another name; compare outputs."""
+    """Insert half of an adapter's ranks, then all, in place and under another name; compare outputs."""
     before = outputs(model, inputs)
     adapter = lorank.LoraAdapter.from_model(model)
     small = halved(adapter)
@@ -56,7 +57,7 @@ def check_both_ways(model: Any, inputs: torch.Tensor, base: Any, folder: Path) -
     assert {name: rank for name, rank in small.ranks.items() if rank} == again.ranks
 
 
-def test_injected_into_a_plain_module(tmp_path: Path) -> None:
+def test_adapter_injected_into_a_plain_module_is_replaced(tmp_path: Path) -> None:
     inputs = MODELS["perceptron"][1]
     base = Perceptron().eval()
     config = LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=False)
@@ -64,8 +65,10 @@ def test_injected_into_a_plain_module(tmp_path: Path) -> None:
     check_both_ways(model, inputs, base, tmp_path / "a")
 
 
-def test_injected_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Releases of PEFT and transformers follow each other: the tested behaviour is the same in both.
+def test_adapter_injected_by_transformers_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Transformers may require another release of PEFT; the tested behaviour is equal in both.
     monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
     model = tiny_models.llama()
     model.add_adapter(LoraConfig(**QV, init_lora_weights=False))
@@ -77,7 +80,7 @@ def test_injected_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert_same(outputs(again.eval(), IDS), expected)
 
 
-def test_injected_by_diffusers() -> None:
+def test_adapter_injected_by_diffusers_is_replaced() -> None:
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -105,7 +108,7 @@ def test_injected_by_diffusers() -> None:
     assert_same(computed(), before)
 
 
-def test_without_any_config() -> None:
+def test_adapter_without_config_is_replaced() -> None:
     inputs = MODELS["perceptron"][1]
     config = LoraConfig(r=4, target_modules=["first"], init_lora_weights=False, use_rslora=True)
     model = inject_adapter_in_model(config, Perceptron()).eval()
@@ -118,7 +121,7 @@ def test_without_any_config() -> None:
 
 
 @pytest.mark.parametrize("wrapped", ["outside", "inside", "method", "data_parallel"])
-def test_under_wrappers_of_torch(wrapped: str, tmp_path: Path) -> None:
+def test_adapter_under_wrappers_of_torch_is_replaced(wrapped: str, tmp_path: Path) -> None:
     base = tiny_models.llama()
     inner = torch.compile(tiny_models.llama(), backend="eager") if wrapped == "inside" else None
     model = live(inner)
@@ -139,7 +142,7 @@ def test_under_wrappers_of_torch(wrapped: str, tmp_path: Path) -> None:
     assert_same(outputs(model, IDS), before)
 
 
-def test_adapters_named_like_parts_of_the_model() -> None:
+def test_adapter_names_may_equal_parts_of_the_model() -> None:
     model = live(bias="lora_only")
     for name in ("q_proj", "weight", "lora_A", "layers"):
         model.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
@@ -153,7 +156,7 @@ def test_adapters_named_like_parts_of_the_model() -> None:
         assert_same(outputs(model, IDS), expected)
 
 
-def test_other_adapters_and_modes_stay_as_they_are() -> None:
+def test_other_adapters_and_modes_stay_unchanged() -> None:
     model = live(tiny_models.llama().to(torch.bfloat16), lora_dropout=0.1)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
     model.train()
@@ -184,7 +187,7 @@ def test_other_adapters_and_modes_stay_as_they_are() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_modules_that_the_live_adapter_lacks_are_added(tmp_path: Path) -> None:
+def test_modules_missing_from_the_live_adapter_are_added(tmp_path: Path) -> None:
     wide = live(target_modules=["q_proj", "up_proj", "lm_head"], r=3)
     expected = outputs(wide, IDS)
     model = live(target_modules=["q_proj"])
@@ -209,7 +212,7 @@ SAVED_BESIDE = [
 
 
 @pytest.mark.parametrize("settings", SAVED_BESIDE, ids=str)
-def test_tensors_beside_factors_are_replaced(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_carried_tensors_are_replaced(settings: dict[str, Any], tmp_path: Path) -> None:
     base = tiny_models.llama_tied()
     model = live(copy.deepcopy(base), task_type="CAUSAL_LM", **copy.deepcopy(settings))
     before = outputs(model, IDS)
@@ -237,7 +240,7 @@ def test_tensors_beside_factors_are_replaced(settings: dict[str, Any], tmp_path:
             small.into_model(live(copy.deepcopy(base)))
 
 
-def test_a_saved_module_never_overwrites_the_base_model() -> None:
+def test_saved_module_never_overwrites_the_base_model() -> None:
     adapter = lorank.LoraAdapter.from_model(live(modules_to_save=["lm_head"]))
     model = live()
     with pytest.raises(
@@ -255,7 +258,7 @@ class Convolved(nn.Module):
         return self.dense(self.conv(x).mean((2, 3)))
 
 
-def test_adalora_of_a_convolution(tmp_path: Path) -> None:
+def test_adalora_of_a_convolution_becomes_lora(tmp_path: Path) -> None:
     base, inputs = Convolved().eval(), torch.randn(2, 3, 6, 6)
     config = AdaLoraConfig(init_r=4, target_modules=["conv", "dense"], total_step=10)
     model = get_peft_model(copy.deepcopy(base), config).eval()
@@ -272,7 +275,7 @@ def test_adalora_of_a_convolution(tmp_path: Path) -> None:
         adapter.into_model(model)
 
 
-def test_models_without_a_readable_adapter_are_refused() -> None:
+def test_models_without_a_readable_adapter_raise() -> None:
     adapter = lorank.LoraAdapter.from_model(live())
     with pytest.raises(TypeError, match="Module, not a str"):
         lorank.LoraAdapter.from_model("model")
@@ -299,7 +302,7 @@ def test_models_without_a_readable_adapter_are_refused() -> None:
         lorank.LoraAdapter.from_model(get_peft_model(empty, LoraConfig(**QV), low_cpu_mem_usage=True))
 
 
-def test_an_adapter_that_does_not_fit_changes_nothing() -> None:
+def test_unfitting_adapter_changes_nothing() -> None:
     adapter = lorank.LoraAdapter.from_model(live())
     wide = tiny_models.llama()
     wide.model.layers[0].self_attn.q_proj = nn.Linear(32, 40, bias=False)
@@ -328,7 +331,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing() -> None:
         assert model.peft_config == config
 
 
-def test_a_model_of_mixed_adapters() -> None:
+def test_model_of_mixed_adapters_is_read() -> None:
     model = randomised(PeftMixedModel(tiny_models.llama(), LoraConfig(**QV), "default").eval())
     before = outputs(model, IDS)
     adapter = lorank.LoraAdapter.from_model(model)
@@ -337,7 +340,7 @@ def test_a_model_of_mixed_adapters() -> None:
     assert_same(outputs(model, IDS), before)
 
 
-def test_an_adapter_of_a_classifier(tmp_path: Path) -> None:
+def test_adapter_of_a_classifier_is_replaced(tmp_path: Path) -> None:
     base = tiny_models.bert_classifier()
     config = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
     model = randomised(get_peft_model(copy.deepcopy(base), config).eval())
@@ -345,7 +348,7 @@ def test_an_adapter_of_a_classifier(tmp_path: Path) -> None:
     check_both_ways(model, IDS, base, tmp_path / "a")
 
 
-def test_data_parallel_processes_are_refused(tmp_path: Path) -> None:
+def test_data_parallel_processes_raise(tmp_path: Path) -> None:
     model = live()
     adapter = lorank.LoraAdapter.from_model(model)
     torch.distributed.init_process_group(

@@ -1,4 +1,4 @@
-"""Every kind of layer with every option of LoRA: read from a live model, put back, and saved by PEFT."""
+"""Every kind of layer with every option of LoRA: read from a live model, inserted, and saved by PEFT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import lorank
 from tests.support.adapter_files import loaded
-from tests.support.live_models import MODELS, assert_same, outputs, randomised
+from tests.support.live_models import MODELS, assert_same, randomised
+from tests.support.outputs import outputs
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,7 +50,7 @@ def built(model: str, option: str) -> tuple[Any, Any, torch.Tensor]:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("model", MODELS)
-def test_an_adapter_is_read_and_put_back(model: str, option: str, tmp_path: Path) -> None:
+def test_adapter_is_read_and_inserted(model: str, option: str, tmp_path: Path) -> None:
     base, adapted, inputs = built(model, option)
     before = outputs(adapted, inputs)
     assert (before - outputs(base, inputs)).abs().max() > 1e-3
@@ -81,7 +82,7 @@ def test_an_adapter_is_read_and_put_back(model: str, option: str, tmp_path: Path
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "groups"])
-def test_an_adapter_is_added_under_another_name(model: str, option: str) -> None:
+def test_adapter_is_added_under_another_name(model: str, option: str) -> None:
     base, adapted, inputs = built(model, option)
     before = outputs(adapted, inputs)
     cut = lorank.compress(
@@ -106,7 +107,7 @@ def test_an_adapter_is_added_under_another_name(model: str, option: str) -> None
 
 @pytest.mark.parametrize("ratio", [0.2, 0.35])
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "groups"])
-def test_modules_that_lose_all_rank(model: str, ratio: float, tmp_path: Path) -> None:
+def test_modules_without_rank_have_no_update(model: str, ratio: float, tmp_path: Path) -> None:
     base, adapted, inputs = built(model, "plain")
     before = outputs(adapted, inputs)
     adapter = lorank.LoraAdapter.from_model(adapted)
@@ -124,7 +125,7 @@ def test_modules_that_lose_all_rank(model: str, ratio: float, tmp_path: Path) ->
 
 
 def assert_ties(base: Any, adapted: Any) -> None:
-    """Check that the tables share a parameter as before, and so do the factors of tied layers."""
+    """Check that tied tables still share a parameter and tied layers their factors."""
     if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
         return
     table, head = adapted.get_base_model().get_input_embeddings(), adapted.get_base_model().lm_head

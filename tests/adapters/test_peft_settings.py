@@ -1,4 +1,4 @@
-"""Settings and tensors of PEFT's files that say something else than LoRA, or contradict each other."""
+"""PEFT files whose settings and tensors describe other methods than LoRA or contradict each other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from safetensors.numpy import load_file
 
 import lorank
-from tests.adapters.test_adapters import output
-from tests.cli.test_cli import run
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, dense, edited, loaded, saved, trained
+from tests.support.command_line import run
+from tests.support.outputs import outputs
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -36,7 +36,7 @@ def plain(folder: Path, **settings: Any) -> Path:
         ({"use_bdlora": BdLoraConfig(target_modules_bd_a=LINEAR, nblocks=2)}, "BD-LoRA"),
     ],
 )
-def test_variants_with_another_update_are_refused_by_name(
+def test_variants_with_another_update_raise_with_their_name(
     settings: dict[str, Any], method: str, tmp_path: Path
 ) -> None:
     folder = plain(tmp_path / "a", **settings)
@@ -44,7 +44,7 @@ def test_variants_with_another_update_are_refused_by_name(
         lorank.LoraAdapter.load(folder)
 
 
-def test_variants_of_other_layers_are_refused_by_name(tmp_path: Path) -> None:
+def test_variants_of_other_layers_raise_with_their_name(tmp_path: Path) -> None:
     folder = configured(plain(tmp_path / "a"), use_qalora=True)
     with pytest.raises(lorank.FormatError, match="is a QALoRA adapter"):
         lorank.LoraAdapter.load(folder)
@@ -56,7 +56,7 @@ class Grouped(torch.nn.Module):
         self.conv = torch.nn.Conv2d(8, 8, 3, groups=4)
 
 
-def test_grouped_convolutions_are_refused_by_name(tmp_path: Path) -> None:
+def test_grouped_convolutions_raise_with_their_name(tmp_path: Path) -> None:
     folder = saved(trained(Grouped(), LoraConfig(r=4, target_modules=["conv"])), tmp_path / "a")
     with pytest.raises(lorank.FormatError, match="'conv': is a convolution in 4 groups"):
         lorank.LoraAdapter.load(folder)
@@ -74,14 +74,14 @@ def test_grouped_convolutions_are_refused_by_name(tmp_path: Path) -> None:
         ("base_model.model.elsewhere.lora_B.bias", "'base_model.model.elsewhere.lora_B.bias': its module"),
     ],
 )
-def test_tensors_that_contradict_are_named(key: str, reason: str, tmp_path: Path) -> None:
+def test_contradicting_tensors_raise_with_their_name(key: str, reason: str, tmp_path: Path) -> None:
     folder = edited(plain(tmp_path / "a"), lambda tensors: tensors.update({key: tensors[KEY].copy()}))
     with pytest.raises(lorank.FormatError, match=reason) as error:
         lorank.LoraAdapter.load(folder)
     assert str(folder) in str(error.value)
 
 
-def test_biases_of_another_length_are_refused(tmp_path: Path) -> None:
+def test_biases_of_another_length_raise(tmp_path: Path) -> None:
     key = f"base_model.model.{MODULE}.lora_B.bias"
     folder = plain(tmp_path / "a", lora_bias=True)
     edited(folder, lambda tensors: tensors.update({key: tensors[key][:-1].copy()}))
@@ -91,7 +91,7 @@ def test_biases_of_another_length_are_refused(tmp_path: Path) -> None:
         lorank.LoraAdapter.load(folder)
 
 
-def test_factors_of_two_kinds_of_layers_are_refused(tmp_path: Path) -> None:
+def test_factors_of_two_kinds_of_layers_raise(tmp_path: Path) -> None:
     def rename(tensors: dict[str, Any]) -> None:
         tensors[f"base_model.model.{MODULE}.lora_embedding_A"] = tensors.pop(KEY)
 
@@ -123,7 +123,7 @@ DEEP = "(" * 5000 + ")" * 5000
         ("base_model_name_or_path", ["a"]),
     ],
 )
-def test_hostile_settings_are_one_clear_line(key: str, value: Any, tmp_path: Path) -> None:
+def test_hostile_settings_raise_with_one_line(key: str, value: Any, tmp_path: Path) -> None:
     folder = configured(plain(tmp_path / "a"), **{key: value})
     with pytest.raises(lorank.FormatError) as error:
         lorank.LoraAdapter.load(folder)
@@ -140,7 +140,7 @@ def test_hostile_settings_are_one_clear_line(key: str, value: Any, tmp_path: Pat
         assert (failed.returncode, failed.stderr.count("\n")) == (1, 1), failed.stderr
 
 
-def test_what_only_trains_is_left_out_and_noted(tmp_path: Path) -> None:
+def test_settings_for_training_only_are_dropped_and_noted(tmp_path: Path) -> None:
     folder = plain(tmp_path / "a", monteclora_config=MontecloraConfig())
     adapter = lorank.LoraAdapter.load(folder)
     assert any("MonteCLoRA" in note for note in adapter.notes)
@@ -153,11 +153,11 @@ def test_what_only_trains_is_left_out_and_noted(tmp_path: Path) -> None:
     for name, update in dense(small).items():
         parameters[f"{name}.weight"].data += torch.from_numpy(update).float()
     torch.testing.assert_close(
-        output(loaded(tiny_models.llama(), tmp_path / "b")), output(expected), rtol=1e-4, atol=1e-5
+        outputs(loaded(tiny_models.llama(), tmp_path / "b")), outputs(expected), rtol=1e-4, atol=1e-5
     )
 
 
-def test_activated_lora_stays_activated_and_is_noted(tmp_path: Path) -> None:
+def test_activated_lora_is_kept_and_noted(tmp_path: Path) -> None:
     folder = plain(tmp_path / "a", alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM")
     small = lorank.compress(folder, rank_ratio=0.5, progress=False)
     assert any("aLoRA" in note for note in small.notes)
@@ -165,8 +165,8 @@ def test_activated_lora_stays_activated_and_is_noted(tmp_path: Path) -> None:
     assert LoraConfig.from_pretrained(tmp_path / "b").alora_invocation_tokens == [3, 4]
 
 
-def test_every_variant_of_peft_is_known() -> None:
-    """A variant that this program has not heard of must not be read as plain LoRA."""
+def test_every_variant_of_peft_is_classified() -> None:
+    """Variants that are unknown to lorank must not be read as plain LoRA."""
     variants = {f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")}
     known = {"use_dora", "use_qalora", "use_bdlora", "kasa_config"}
     plain_at_inference = {"velora_config", "alora_invocation_tokens", "arrow_config", "monteclora_config"}

@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Nested(nn.Module):
-    """Full names of modules are ends of others' names, in blocks and outside of them."""
+    """A model in which names of modules are ends of other names, inside and outside blocks."""
 
     def __init__(self, depth: int = 1) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def adapted(model: Any) -> dict[str, int]:
 
 
 def trained(how: dict[str, Any], silent: str = "") -> Any:
-    """Return a model with random factors; those of modules whose name matches are zero and lose rank."""
+    """Return a model with random factors, which are zero for modules whose name matches."""
     model = get_peft_model(net(), LoraConfig(r=4, lora_alpha=6, **how)).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name and not (silent and silent in name):
@@ -75,7 +75,7 @@ def trained(how: dict[str, Any], silent: str = "") -> Any:
 
 
 def assert_same(folder: Path, model: Any, left_out: str = "") -> None:
-    """Compare the adapted modules, and the outputs."""
+    """Compare the adapted modules and the outputs."""
     found = PeftModel.from_pretrained(net(), folder).eval()
     assert set(adapted(found)) == {n for n in adapted(model) if not (left_out and left_out in n)}
     x = torch.randn(5, 8)
@@ -84,7 +84,7 @@ def assert_same(folder: Path, model: Any, left_out: str = "") -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("how", HOW, ids=str)
-def test_a_compressed_adapter_adapts_the_modules_of_the_whole_one(
+def test_compressed_adapter_adapts_the_modules_of_the_original(
     how: dict[str, Any], profile: Any, tmp_path: Path
 ) -> None:
     model = trained(how)
@@ -105,9 +105,7 @@ def test_a_compressed_adapter_adapts_the_modules_of_the_whole_one(
 
 @pytest.mark.parametrize("silent", ["blocks.1.", "inner."])
 @pytest.mark.parametrize("how", HOW, ids=str)
-def test_modules_that_lose_all_rank_are_not_adapted_again(
-    how: dict[str, Any], silent: str, tmp_path: Path
-) -> None:
+def test_modules_without_rank_are_not_adapted_again(how: dict[str, Any], silent: str, tmp_path: Path) -> None:
     model = trained(how, silent)
     if all(silent in name for name in adapted(model)):
         pytest.skip("nothing would be left")
@@ -116,7 +114,7 @@ def test_modules_that_lose_all_rank_are_not_adapted_again(
     assert_same(tmp_path / "out", model, silent)
 
 
-def test_a_sum_adapts_the_modules_of_both(tmp_path: Path) -> None:
+def test_merged_adapter_adapts_the_modules_of_both(tmp_path: Path) -> None:
     for name, targets in (("a", "blocks.1.proj_out"), ("b", "blocks.2.proj_in")):
         trained({"target_modules": targets}).save_pretrained(tmp_path / name)
     merged = lorank.merge([tmp_path / "a", tmp_path / "b"], energy=1.0, force=True, progress=False)
@@ -125,8 +123,8 @@ def test_a_sum_adapts_the_modules_of_both(tmp_path: Path) -> None:
     assert set(found) == {"blocks.1.proj_out", "blocks.2.proj_in"}
 
 
-def test_a_written_list_of_targets_stays_a_list(tmp_path: Path) -> None:
-    """Engines that require a list can load the adapter, whatever form its targets had."""
+def test_list_of_targets_stays_a_list(tmp_path: Path) -> None:
+    """Engines that require a list of targets can load the written adapter."""
     trained(HOW[0]).save_pretrained(tmp_path / "in")
     lorank.compress(tmp_path / "in", avg_rank=2, progress=False).save(tmp_path / "out", "portable")
     (verdict,) = lorank.check(tmp_path / "out", ["sglang"])
@@ -135,7 +133,7 @@ def test_a_written_list_of_targets_stays_a_list(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", ["proj_out", r".*\.0\.proj_out|proj_out", r"inner\..*", ["0.proj_in"]])
 @pytest.mark.parametrize("knows", ["the model", "all names", "names of targets"])
-def test_an_allocation_adapts_the_modules_that_it_lists(targets: Any, knows: str) -> None:
+def test_allocation_adapts_the_modules_that_it_lists(targets: Any, knows: str) -> None:
     model = net()
     if knows == "names of targets":
         source: Any = lorank.analyze(model, include=targets, progress=False)
@@ -146,12 +144,12 @@ def test_an_allocation_adapts_the_modules_that_it_lists(targets: Any, knows: str
     found = adapted(get_peft_model(net(), config))
     expected = dict(allocation.ranks)
     if knows == "names of targets" and "inner.proj_out" not in expected:
-        # `inner.` could be a prefix that the live model's names have.
+        # `inner.` may be a prefix of names in the live model.
         found.pop("inner.proj_out", None)
     assert found == expected
 
 
-def test_names_outside_of_blocks_fit_a_model_with_a_prefix() -> None:
+def test_names_outside_blocks_fit_a_model_with_a_prefix() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Files that say of their factors that they are in spectral form: believed after a look."""
+"""Files that declare their factors to be in spectral form, which is verified on loading."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from safetensors.numpy import load_file, save_file
 import lorank
 from lorank import _core
 from lorank.compression.orthogonality import are_orthogonal
-from tests.adapters.test_adapters import KEY, case
 from tests.support.adapter_files import configured, dense, distance, norm, saved, trained
+from tests.support.peft_cases import KEY, case
 
 B_KEY = KEY.replace("lora_A", "lora_B")
 
 
 def flagged(folder: Path, edit: Callable[[dict[str, Any]], object]) -> lorank.LoraAdapter:
-    """An elastic adapter whose tensors somebody has edited: the flag is still there."""
+    """Save an elastic adapter and edit its tensors, keeping the flag."""
     model, config = case("patterns")
     lorank.elastic(saved(trained(model, config), folder / "plain"), progress=False).save(folder / "elastic")
     path = folder / "elastic" / "adapter_model.safetensors"
@@ -54,7 +54,7 @@ def one_side(tensors: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("edit", [random_ones, one_side, shuffled, lambda _: None])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_the_certificate_is_true_whatever_the_flag_says(edit: Any, dtype: Any, tmp_path: Path) -> None:
+def test_certificate_is_true_despite_a_wrong_flag(edit: Any, dtype: Any, tmp_path: Path) -> None:
     def edit_and_round(tensors: dict[str, Any]) -> None:
         edit(tensors)
         tensors.update({key: value.astype(dtype) for key, value in tensors.items()})
@@ -70,10 +70,10 @@ def test_the_certificate_is_true_whatever_the_flag_says(edit: Any, dtype: Any, t
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_was_written_elastic_is_believed(
+def test_flag_of_unedited_files_is_trusted(
     dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values that span six decades, rounded: no decomposition on loading."""
+    """Rounded values over six decades need no decomposition on loading."""
     rng = np.random.default_rng(0)
     values = np.geomspace(1, 1e-6, 16)
     basis = [np.linalg.qr(rng.standard_normal((n, 16)))[0] for n in (200, 300)]
@@ -95,7 +95,7 @@ def test_what_was_written_elastic_is_believed(
     assert cut.ranks == {"m": 4}
 
 
-def test_negative_scales_under_the_flag(tmp_path: Path) -> None:
+def test_negative_scales_under_the_flag_are_handled(tmp_path: Path) -> None:
     flagged(tmp_path, lambda _: None)
     adapter = lorank.LoraAdapter.load(configured(tmp_path / "elastic", lora_alpha=-3, alpha_pattern={}))
     before = dense(adapter)
@@ -103,13 +103,13 @@ def test_negative_scales_under_the_flag(tmp_path: Path) -> None:
     assert distance(before, dense(whole)) <= 1e-6 * norm(before)
 
 
-def test_nan_under_the_flag_is_named(tmp_path: Path) -> None:
+def test_nan_under_the_flag_raises(tmp_path: Path) -> None:
     adapter = flagged(tmp_path, lambda tensors: tensors[KEY].__setitem__((0, 0), np.nan))
     with pytest.raises(lorank.NumericalError, match=r"layers\.0\.self_attn\.q_proj.*NaN"):
         lorank.compress(adapter, avg_rank=1, progress=False)
 
 
-def test_orthogonality_is_a_matter_of_the_type() -> None:
+def test_tolerance_of_orthogonality_depends_on_the_dtype() -> None:
     e = np.eye(4)[:3]
     assert are_orthogonal(e, "float32")
     assert are_orthogonal(np.zeros((3, 4)), "float32")

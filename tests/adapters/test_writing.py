@@ -1,10 +1,11 @@
-"""Saves that succeed as a whole or leave everything as it was, and what they say of themselves."""
+"""Saves that succeed completely or change nothing, and their reports of rounding and padding."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from lorank import _core
 from lorank._internal import atomic
 from lorank.adapters.writing import write_adapter
 from lorank.cli import adapters as commands
-from tests.adapters.test_adapters import PROFILES, small_one
-from tests.cli.test_cli import ok, run
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, saved, trained
+from tests.support.command_line import ok, run
+from tests.support.peft_cases import PROFILES, case, compressed_adapter
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -29,8 +30,8 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("at", ["adapter_config.json", "lorank.json", "README.md"])
-def test_a_full_disk_leaves_all_as_it_was(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = small_one(tmp_path / "a")
+def test_full_disk_changes_no_file(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = compressed_adapter(tmp_path / "a")
     small.save(tmp_path / "old")
     other = lorank.compress(small, rank_ratio=0.5, progress=False)
     before = everything(tmp_path)
@@ -52,8 +53,8 @@ def test_a_full_disk_leaves_all_as_it_was(at: str, tmp_path: Path, monkeypatch: 
     assert lorank.LoraAdapter.load(tmp_path / "old").certificate == small.certificate
 
 
-def test_weights_that_do_not_fit_leave_all_as_it_was(tmp_path: Path) -> None:
-    small = small_one(tmp_path / "a")
+def test_overflowing_weights_change_no_file(tmp_path: Path) -> None:
+    small = compressed_adapter(tmp_path / "a")
     small.save(tmp_path / "old")
     before = everything(tmp_path)
     huge = lorank.merge([small], [1e14], rank_ratio=1.0, progress=False)
@@ -65,8 +66,8 @@ def test_weights_that_do_not_fit_leave_all_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_new_folders_and_files_are_as_open_as_others(mask: int, tmp_path: Path) -> None:
-    small = small_one(tmp_path / "a")
+def test_new_folders_and_files_follow_the_umask(mask: int, tmp_path: Path) -> None:
+    small = compressed_adapter(tmp_path / "a")
     before = os.umask(mask)
     try:
         small.save(tmp_path / "b")
@@ -83,7 +84,7 @@ def test_new_folders_and_files_are_as_open_as_others(mask: int, tmp_path: Path) 
     assert (tmp_path / "c").stat().st_ino == inode, "an existing folder, even an empty one, stays the same"
 
 
-def test_stale_files_go_last_and_others_stay(tmp_path: Path) -> None:
+def test_stale_files_are_removed_last_and_others_stay(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
     for name in ("kept", "stale", "both"):
@@ -99,7 +100,7 @@ def narrow(folder: Path, dtype: Any) -> lorank.LoraAdapter:
     return lorank.LoraAdapter.load(saved(trained(tiny_models.llama(), config).to(dtype), folder))
 
 
-def test_rounding_is_told_where_no_certificate_can(tmp_path: Path) -> None:
+def test_rounding_without_a_certificate_is_noted(tmp_path: Path) -> None:
     adapter = narrow(tmp_path / "a", torch.bfloat16)
     for profile in PROFILES:
         written = write_adapter(adapter, tmp_path / profile, profile, None, overwrite=False)
@@ -107,7 +108,7 @@ def test_rounding_is_told_where_no_certificate_can(tmp_path: Path) -> None:
         assert added > 0
         (note,) = [note for note in written.notes if "rounding" in note]
         assert f"{added:.3g} of " in note
-    # Doubling is exact, and a second writing rounds nothing.
+    # Doubling is exact, and the second save has no rounding error.
     again = lorank.LoraAdapter.load(tmp_path / "compact")
     assert not write_adapter(again, tmp_path / "again", "compact", None, overwrite=False).notes
     text = run("check", tmp_path / "a", "--for", "llama.cpp", "--fix", tmp_path / "fixed").stderr
@@ -115,13 +116,13 @@ def test_rounding_is_told_where_no_certificate_can(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", None])
-def test_what_is_not_rounded_is_not_told(dtype: Any, tmp_path: Path) -> None:
+def test_exact_conversion_has_no_note(dtype: Any, tmp_path: Path) -> None:
     adapter = narrow(tmp_path / "a", torch.float32)
     assert not write_adapter(adapter, tmp_path / "b", "compact", dtype, overwrite=False).notes
 
 
-def test_padded_ranks_are_counted_where_they_are_stored(tmp_path: Path) -> None:
-    small = small_one(tmp_path / "a")
+def test_stored_padding_is_counted(tmp_path: Path) -> None:
+    small = compressed_adapter(tmp_path / "a")
     written = write_adapter(small, tmp_path / "b", "portable", None, overwrite=False)
     stored = sum(x.size for x in load_file(tmp_path / "b" / "adapter_model.safetensors").values())
     assert written.stored_parameters == stored > small.num_parameters
@@ -139,8 +140,8 @@ def test_padded_ranks_are_counted_where_they_are_stored(tmp_path: Path) -> None:
     assert "--max-rank bounds" in run("compress", *to, tmp_path / "g", "--rank-ratio", 0.95).stderr
 
 
-def test_no_more_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = small_one(tmp_path / "source")
+def test_saving_uses_the_given_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = compressed_adapter(tmp_path / "source")
     asked: list[int] = []
     write = _core.write_safetensors
 
@@ -159,11 +160,75 @@ def test_no_more_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "none").exists()
 
 
-def test_a_peft_adapter_is_no_file(tmp_path: Path) -> None:
-    small = small_one(tmp_path / "source")
+def test_saving_a_peft_adapter_as_a_file_raises(tmp_path: Path) -> None:
+    small = compressed_adapter(tmp_path / "source")
     target = tmp_path / "small.safetensors"
     with pytest.raises(ValueError, match=r"small\.safetensors: a PEFT adapter is a folder"):
         small.save(target)
     assert not target.exists()
     assert "name a folder" in run("compress", tmp_path / "source", "-o", target, "--avg-rank", 2).stderr
     assert not target.exists()
+
+
+def test_failed_writes_leave_no_empty_folders(tmp_path: Path) -> None:
+    small = compressed_adapter(tmp_path / "a")
+    name = small.adapted[0].name
+    huge = replace(small.modules[name], scaling=1e9)
+    adapter = replace(small, modules={**small.modules, name: huge})
+    (tmp_path / "mine").mkdir()
+    for target in (tmp_path / "b" / "c", tmp_path / "mine" / "c", tmp_path / "mine"):
+        with pytest.raises(lorank.NumericalError):
+            adapter.save(target, dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "mine"]
+    assert not any((tmp_path / "mine").iterdir())
+
+
+def test_overwriting_removes_files_of_the_earlier_adapter(tmp_path: Path) -> None:
+    model, config = case("llama")
+    adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "a"))
+    small = lorank.compress(adapter, avg_rank=2, progress=False)
+    folder = tmp_path / "b"
+    small.save(folder)
+    (folder / "adapter_model.bin").write_bytes(b"old")
+    (folder / "precious").write_text("")
+    adapter.save(folder, overwrite=True)
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "precious",
+    }
+    assert "energy retained" not in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("Mine")
+    small.save(folder, overwrite=True)
+    assert (folder / "README.md").read_text() == "Mine"
+
+
+def test_torch_dtypes_are_accepted_and_repr_is_short(tmp_path: Path) -> None:
+    small = compressed_adapter(tmp_path / "a")
+    small.save(tmp_path / "b", dtype=torch.bfloat16)
+    again = lorank.LoraAdapter.load(tmp_path / "b")
+    assert {module.dtype for module in again.modules.values()} == {"bfloat16"}
+    assert repr(again) == (
+        f"LoraAdapter('{tmp_path / 'b'}', peft, {len(again.modules)} modules, ranks 1 to "
+        f"{max(again.ranks.values())}, {again.num_parameters:,} parameters)"
+    )
+    assert repr(again.certificate).startswith(
+        "Certificate('compress, avg_rank=1, global scope', 12 modules, "
+    )
+    assert len(repr(again.certificate)) < 200
+
+
+def test_existing_folders_are_not_overwritten(tmp_path: Path) -> None:
+    model, config = case("llama")
+    adapter = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "precious").write_text("")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        adapter.save(tmp_path / "b")
+    adapter.save(tmp_path / "b", overwrite=True)
+    assert (tmp_path / "b" / "precious").exists()
+    with pytest.raises(ValueError, match="profile must be one of"):
+        adapter.save(tmp_path / "c", "tiny")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dtype must be"):
+        adapter.save(tmp_path / "c", dtype="int8")  # type: ignore[arg-type]

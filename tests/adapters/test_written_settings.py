@@ -1,4 +1,4 @@
-"""Settings as they are written, in the hands of PEFT: targets, patterns and scales, and once around."""
+"""Written settings loaded by PEFT: targets, patterns and scales, and saved again."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from peft import LoraConfig
 
 import lorank
-from tests.adapters.test_adapters import PROFILES
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, loaded, norm, saved, trained
+from tests.support.peft_cases import PROFILES
 
 LINEAR = ["q_proj", "v_proj", "up_proj"]
 
@@ -23,7 +23,7 @@ def live_layers(peft_model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("layers", [[1], 0])
-def test_a_choice_of_layers_stays_one(layers: Any, profile: Any, tmp_path: Path) -> None:
+def test_choice_of_layers_is_kept(layers: Any, profile: Any, tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=LINEAR, layers_to_transform=layers, layers_pattern="layers")
     adapter = lorank.LoraAdapter.load(saved(trained(tiny_models.llama(), config), tmp_path / "a"))
     adapter.save(tmp_path / "b", profile)
@@ -32,7 +32,7 @@ def test_a_choice_of_layers_stays_one(layers: Any, profile: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_peft_applies_and_saves_what_was_written(profile: Any, tmp_path: Path) -> None:
+def test_peft_applies_and_saves_written_settings(profile: Any, tmp_path: Path) -> None:
     settings = {"r": 6, "lora_alpha": 9, "target_modules": LINEAR, "alpha_pattern": {"q_proj": 40}}
     folder = saved(trained(tiny_models.llama(), LoraConfig(**settings)), tmp_path / "a")
     small = lorank.compress(folder, avg_rank=2, progress=False)
@@ -49,7 +49,7 @@ def test_peft_applies_and_saves_what_was_written(profile: Any, tmp_path: Path) -
     for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules"):
         assert again[key] == written[key], key
     assert sorted(again["target_modules"]) == sorted(written["target_modules"])
-    # By PEFT's own file, whose metadata tell nothing of padding.
+    # The metadata of PEFT's own file do not state the padding.
     reread = dense(lorank.LoraAdapter.load(tmp_path / "c"))
     kept = {name: update for name, update in dense(small).items() if name in reread}
     assert distance(kept, reread) <= 1e-6 * norm(kept)

@@ -1,4 +1,4 @@
-"""From a source to ranks under a budget, and the file that keeps them."""
+"""Allocations from a source to ranks under a budget, and their files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def price(allocation: lorank.RankAllocation) -> int:
     return sum(rank * sum(SHAPES[name.rpartition(".")[2]]) for name, rank in allocation.ranks.items())
 
 
-def test_a_budget_in_parameters_and_as_a_share(report: lorank.SpectralReport) -> None:
+def test_budget_is_a_number_of_parameters_or_a_share(report: lorank.SpectralReport) -> None:
     base = 3 * sum(out * fan_in for out, fan_in in SHAPES.values()) + 2 * 50 * 32
     assert report.num_parameters == base
     for budget, limit in ((9_000, 9_000), ("9k", 9_000), ("20%", base // 5)):
@@ -49,13 +49,13 @@ def test_a_budget_in_parameters_and_as_a_share(report: lorank.SpectralReport) ->
         assert len(set(allocation.ranks.values())) > 1
 
 
-def test_an_average_rank(report: lorank.SpectralReport) -> None:
+def test_average_rank_is_reached_exactly(report: lorank.SpectralReport) -> None:
     allocation = lorank.allocate(report, r_min=1, r_max=30, avg_rank=7.5)
     assert sum(allocation.ranks.values()) == 90
     assert allocation.average_rank == 7.5
 
 
-def test_heads_embeddings_and_routers_are_left_out_unless_named(report: lorank.SpectralReport) -> None:
+def test_heads_embeddings_and_routers_are_excluded_unless_named(report: lorank.SpectralReport) -> None:
     allocation = lorank.allocate(report)
     assert len(allocation.ranks) == 12
     assert sorted(allocation.other_modules) == ["lm_head", "model.embed_tokens"]
@@ -68,7 +68,7 @@ def test_heads_embeddings_and_routers_are_left_out_unless_named(report: lorank.S
     ]
 
 
-def test_a_source_gives_what_its_report_gives(
+def test_source_and_its_report_give_equal_ranks(
     weights: dict[str, np.ndarray], report: lorank.SpectralReport
 ) -> None:
     direct = lorank.allocate(weights, budget=9_000, r_min=2, progress=False)
@@ -83,7 +83,7 @@ def test_uniform_needs_no_spectra(weights: dict[str, np.ndarray]) -> None:
     assert max(under.ranks.values()) - min(under.ranks.values()) <= 1
 
 
-def test_a_placement_adapts_its_modules_alone(report: lorank.SpectralReport) -> None:
+def test_placement_adapts_its_modules_only(report: lorank.SpectralReport) -> None:
     parts = {
         "attention": ["q_proj", "k_proj"],
         "feed-forward": ["up_proj", "down_proj"],
@@ -93,7 +93,7 @@ def test_a_placement_adapts_its_modules_alone(report: lorank.SpectralReport) -> 
         wanted = {f"model.layers.{i}.{name}" for i in range(3) for name in names}
         found = lorank.allocate(report, r_min=1, avg_rank=6, placement=placement)  # type: ignore[arg-type]
         assert set(found.ranks) == set(found.scores) == wanted
-        # The order is the model's, and the budget that of the adapted modules.
+        # Modules keep the order of the model; the budget covers the adapted modules.
         assert list(found.ranks) == [row.name for row in report if row.name in wanted]
         assert sum(found.ranks.values()) == 6 * len(wanted)
         assert set(found.other_modules) == {row.name for row in report} - wanted
@@ -102,12 +102,12 @@ def test_a_placement_adapts_its_modules_alone(report: lorank.SpectralReport) -> 
         spent = lorank.allocate(report, r_min=1, budget=budget, placement=placement)  # type: ignore[arg-type]
         assert 0 <= budget - spent.num_parameters < max(sum(SHAPES[name]) for name in names)
     assert lorank.allocate(report, placement="all").ranks == lorank.allocate(report).ranks
-    # Scores are normalised among the adapted modules alone: as if the others had been left out by name.
+    # Scores are normalised over adapted modules only, as if the others were excluded by name.
     attention = lorank.allocate(report, placement="attention")
     assert attention == lorank.allocate(report, targets=["q_proj", "k_proj"])
 
 
-def test_placements_choose_among_the_targets(report: lorank.SpectralReport) -> None:
+def test_placements_select_from_the_targets(report: lorank.SpectralReport) -> None:
     found = lorank.allocate(report, targets=["q_proj", "up_proj", "lm_head"], placement="attention")
     assert list(found.ranks) == [f"model.layers.{i}.q_proj" for i in range(3)]
     with pytest.raises(ValueError, match="placement 'feed-forward' selects none of the 3 modules"):
@@ -118,7 +118,7 @@ def test_placements_choose_among_the_targets(report: lorank.SpectralReport) -> N
         lorank.allocate(report, placement="mlp")  # type: ignore[arg-type]
 
 
-def test_unusual_names_need_roles_only_where_roles_matter() -> None:
+def test_unusual_names_need_roles_only_if_roles_are_used() -> None:
     weights = {
         f"model.layers.{i}.mixer.{name}.weight": RNG.standard_normal((16, 16)).astype(np.float32)
         for i in range(2)
@@ -131,7 +131,7 @@ def test_unusual_names_need_roles_only_where_roles_matter() -> None:
     for placement, name in (("attention", "mix_in"), ("feed-forward", "widen")):
         found = lorank.allocate(weights, "uniform", placement=placement, roles=roles)  # type: ignore[arg-type]
         assert list(found.ranks) == [f"model.layers.{i}.mixer.{name}" for i in range(2)]
-    # The method reads the same roles.
+    # The method uses the same roles.
     heavy = lorank.allocate(
         weights, "attention-heavy", r_min=1, r_max=8, targets=["mix_in", "widen"], roles=roles
     )
@@ -141,7 +141,7 @@ def test_unusual_names_need_roles_only_where_roles_matter() -> None:
         lorank.allocate(weights, "uniform", placement="attention", roles=bad)
 
 
-def test_save_and_load(report: lorank.SpectralReport, tmp_path: Path) -> None:
+def test_allocations_survive_saving(report: lorank.SpectralReport, tmp_path: Path) -> None:
     allocation = lorank.allocate(report, budget=9_000, r_min=2)
     allocation.save(tmp_path / "a.json")
     loaded = lorank.RankAllocation.load(tmp_path / "a.json")
@@ -150,7 +150,7 @@ def test_save_and_load(report: lorank.SpectralReport, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "other"}', '{"format": null, "modules": 3}'])
-def test_files_that_are_no_allocation(content: str, tmp_path: Path) -> None:
+def test_other_files_raise(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(lorank.FormatError, match=r"a\.json: is no rank allocation"):
@@ -169,14 +169,14 @@ def test_files_that_are_no_allocation(content: str, tmp_path: Path) -> None:
         ((True, 8), "r_min must be an integer, not True"),
     ],
 )
-def test_bounds_that_are_none(
+def test_invalid_bounds_raise(
     report: lorank.SpectralReport, method: str, options: dict[str, Any], bounds: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         lorank.allocate(report, method, r_min=bounds[0], r_max=bounds[1], **options)
 
 
-def test_bounds_may_be_integers_of_numpy(report: lorank.SpectralReport) -> None:
+def test_numpy_integers_are_accepted_as_bounds(report: lorank.SpectralReport) -> None:
     low: Any = np.int64(2)
     found = lorank.allocate(report, "uniform", r_min=low, r_max=np.int32(6), r_base=np.int64(5))  # type: ignore[arg-type]
     assert set(found.ranks.values()) == {5}
@@ -199,7 +199,7 @@ def test_no_rank_exceeds_a_side_of_its_matrix(report: lorank.SpectralReport) -> 
         lorank.allocate(report, "uniform", r_min=1, r_max=20, budget=most + 1)
 
 
-def test_a_side_below_r_min_bounds_the_rank(report: lorank.SpectralReport) -> None:
+def test_side_below_r_min_bounds_the_rank(report: lorank.SpectralReport) -> None:
     for options in ({}, {"avg_rank": 12}, {"budget": "50%"}):
         found = lorank.allocate(report, r_min=12, r_max=20, **options)  # type: ignore[arg-type]
         narrow = {name: rank for name, rank in found.ranks.items() if name.endswith("k_proj")}
@@ -208,7 +208,7 @@ def test_a_side_below_r_min_bounds_the_rank(report: lorank.SpectralReport) -> No
         assert min(rank for name, rank in found.ranks.items() if name not in narrow) >= 12
 
 
-def test_schedules_want_blocks_and_roles_and_roles_want_modules() -> None:
+def test_schedules_without_blocks_and_roles_without_modules_raise() -> None:
     plain = {f"{name}.weight": np.ones((8, 8), dtype=np.float32) for name in ("first", "second")}
     for method, message in (
         ("linear-decay", r"none of 2 modules \(first, \.\.\.\) is in a numbered block: give blocks"),
@@ -225,7 +225,7 @@ def test_schedules_want_blocks_and_roles_and_roles_want_modules() -> None:
         lorank.allocate(plain, "linear-decay", blocks=["first"])
 
 
-def test_errors_say_what_to_do(report: lorank.SpectralReport) -> None:
+def test_errors_state_what_to_do(report: lorank.SpectralReport) -> None:
     with pytest.raises(ValueError, match="either budget or avg_rank"):
         lorank.allocate(report, budget=100, avg_rank=3)
     with pytest.raises(ValueError, match=r"no method 'magic': choose one of .*htsr.*uniform"):
@@ -240,7 +240,7 @@ def test_errors_say_what_to_do(report: lorank.SpectralReport) -> None:
         lorank.allocate(Path("nowhere"))
 
 
-def test_placement_adapts_one_role_alone() -> None:
+def test_placement_adapts_one_role_only() -> None:
     model = tiny_models.llama()
     attention = lorank.allocate(model, "uniform", placement="attention", r_max=8)
     forward = lorank.allocate(model, "uniform", placement="feed-forward", r_max=8)

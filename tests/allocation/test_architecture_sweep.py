@@ -44,7 +44,7 @@ def all_linear_works(folder: Path, model_class: Any) -> bool:
 
 
 def allocated(folder: Path, model_class: Any) -> str:
-    """Return "right", or the difference between an allocation and what PEFT makes of it."""
+    """Return "right", or the difference between an allocation and the ranks in PEFT."""
     allocation = lorank.allocate(str(folder), "uniform", r_min=1, r_max=8, avg_rank=RANK, progress=False)
     if allocation.facts.are_guessed:
         return f"guessed: {allocation.facts.remark}"
@@ -59,7 +59,7 @@ def allocated(folder: Path, model_class: Any) -> str:
 
 
 def sorted_out(name: str, folder: Path) -> str:
-    """Return what happened to one architecture."""
+    """Return the outcome of one architecture."""
     model = tiny(name)
     if model is None:
         return "no tiny model"
@@ -80,7 +80,7 @@ def sorted_out(name: str, folder: Path) -> str:
     )
 
 
-def test_an_allocation_from_a_folder_adapts_its_modules(tmp_path: Path) -> None:
+def test_allocation_from_a_folder_adapts_its_modules(tmp_path: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     outcomes: dict[str, str] = {}
     for _, name in architectures():

@@ -43,7 +43,7 @@ def test_ranks_are_bounded_affordable_and_maximal(
 
 
 @given(problems())
-def test_at_equal_cost_the_score_decides(problem: tuple[list[float], list[int], int, int, int]) -> None:
+def test_ranks_follow_scores_at_equal_cost(problem: tuple[list[float], list[int], int, int, int]) -> None:
     scores, costs, r_min, r_max, budget = problem
     ranks = lorank.fit_ranks(scores, costs, r_min, r_max, budget)
     for i in range(len(scores)):
@@ -58,7 +58,7 @@ def test_at_equal_cost_the_score_decides(problem: tuple[list[float], list[int], 
 
 
 @given(problems(), st.integers(-80, 80))
-def test_the_unit_of_the_scores_does_not_matter(
+def test_ranks_ignore_the_unit_of_scores(
     problem: tuple[list[float], list[int], int, int, int], exponent: int
 ) -> None:
     scores, costs, r_min, r_max, budget = problem
@@ -76,7 +76,7 @@ def reference(
     budget: int,
     bounds: list[tuple[int, int]] | None = None,
 ) -> list[int]:
-    """The definition in exact fractions: the largest `c` is one of those at which a rank steps up."""
+    """Return ranks by the definition in exact fractions, where the largest `c` lies at a step of a rank."""
     bounds = bounds or [(r_min, r_max)] * len(scores)
 
     def ranks_at(c: Fraction) -> list[int]:
@@ -86,8 +86,8 @@ def reference(
     steps = {Fraction(0)} | {
         (Fraction(r) - r_min - Fraction(1, 2)) / s for s in scores if s for r in range(r_min + 1, r_max + 1)
     }
-    # Between two steps nothing changes, so the largest c lies just below the first step that is too
-    # dear: its remainders are those of that step.
+    # Ranks are constant between two steps, so the largest c lies just below the first step that exceeds
+    # the budget: its remainders are those of that step.
     too_dear = [c for c in sorted(steps) if price(ranks_at(c), costs) > budget]
     limit = too_dear[0] if too_dear else 2 * max(steps) + 1
     ranks = ranks_at(max(c for c in steps if c < limit))
@@ -118,7 +118,7 @@ def test_ranks_equal_the_definition(
     budget = least + int(share * (most - least))
     if not any(scores):
         scores = [1] * len(scores)
-    # Scores are powers of two, so that float64 products and remainders are those of the fractions.
+    # Scores are powers of two, so that float64 products and remainders are exact.
     got = lorank.fit_ranks(scores, costs, r_min, r_max, budget).tolist()
     want = reference(scores, costs, r_min, r_max, budget)
     assert got == want
@@ -139,7 +139,7 @@ def price(ranks: Iterable[int], costs: list[int]) -> int:
 
 
 @given(narrowed_problems())
-def test_narrower_bounds_are_kept_within_the_budget_and_used_up(
+def test_narrower_bounds_hold_and_the_budget_is_used_up(
     problem: tuple[list[float], list[int], int, int, int, list[int], list[int]],
 ) -> None:
     scores, costs, r_min, r_max, budget, low, high = problem
@@ -149,7 +149,7 @@ def test_narrower_bounds_are_kept_within_the_budget_and_used_up(
     left = budget - price(ranks, costs)
     assert left >= 0
     assert all(cost > left for cost, rank, most in zip(costs, ranks, high, strict=True) if rank < most)
-    # At equal cost and bounds the score decides.
+    # Ranks follow scores at equal cost and bounds.
     for i in range(len(scores)):
         for j in range(i + 1, len(scores)):
             if (costs[i], low[i], high[i]) == (costs[j], low[j], high[j]):
@@ -160,7 +160,7 @@ def test_narrower_bounds_are_kept_within_the_budget_and_used_up(
 
 
 @given(narrowed_problems(), st.integers(0, 4), st.data())
-def test_a_step_from_ranks_that_the_budget_covers_is_always_found(
+def test_ranks_within_a_step_of_affordable_ranks_are_found(
     problem: tuple[list[float], list[int], int, int, int, list[int], list[int]],
     step: int,
     data: st.DataObject,
@@ -208,7 +208,7 @@ def test_bounded_ranks_equal_the_definition(
     ),
     st.floats(0, 1),
 )
-def test_a_bound_below_r_min_prevails(modules: list[tuple[int, int, int]], share: float) -> None:
+def test_bound_below_r_min_takes_precedence(modules: list[tuple[int, int, int]], share: float) -> None:
     scores, costs, most = ([module[i] for module in modules] for i in range(3))
     bounds = [(min(3, bound), bound) for bound in most]
     least = price([low for low, _ in bounds], costs)
@@ -221,7 +221,7 @@ def test_a_bound_below_r_min_prevails(modules: list[tuple[int, int, int]], share
         lorank.fit_ranks(scores, costs, 3, 12, least - 1, at_most=most)
 
 
-def test_bounds_hold_back_and_push_on() -> None:
+def test_bounds_limit_single_modules() -> None:
     scores, costs = [1.0, 2.0, 3.0, 4.0], [1, 1, 1, 1]
     assert lorank.fit_ranks(scores, costs, 0, 100, 100, at_most=[100, 100, 100, 10]).tolist() == [
         15,
@@ -251,26 +251,26 @@ def test_bounds_hold_back_and_push_on() -> None:
         (None, [2, 3, 4], "budget 100 is not feasible.*cost 30 to 90"),
     ],
 )
-def test_malformed_bounds(at_least: Any, at_most: Any, message: str) -> None:
+def test_malformed_bounds_raise(at_least: Any, at_most: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lorank.fit_ranks([1.0, 2.0, 3.0], [10, 10, 10], 1, 8, 100, at_least=at_least, at_most=at_most)
 
 
-def test_proportional_to_the_score() -> None:
+def test_ranks_are_proportional_to_scores() -> None:
     ranks = lorank.fit_ranks([1.0, 2.0, 3.0, 4.0], [1, 1, 1, 1], 0, 100, 100)
     assert ranks.tolist() == [10, 20, 30, 40]
 
 
-def test_scores_of_zero_share_alike() -> None:
+def test_zero_scores_give_equal_ranks() -> None:
     assert lorank.fit_ranks([0.0] * 3, [5, 5, 5], 1, 8, 70).tolist() == [5, 5, 4]
 
 
-def test_no_modules() -> None:
+def test_no_modules_give_no_ranks() -> None:
     assert lorank.fit_ranks([], [], 1, 8, 0).tolist() == []
 
 
 @pytest.mark.parametrize(("budget", "what"), [(29, "lower r_min .* fewer"), (241, "raise r_max .* more")])
-def test_an_infeasible_budget_states_the_range_and_what_to_do(budget: int, what: str) -> None:
+def test_infeasible_budget_raises_with_the_feasible_range(budget: int, what: str) -> None:
     with pytest.raises(ValueError, match=f"budget {budget} is not feasible.*cost 30 to 240; {what} modules"):
         lorank.fit_ranks([1.0, 2.0, 3.0], [10, 10, 10], 1, 8, budget)
 
@@ -289,7 +289,7 @@ def test_an_infeasible_budget_states_the_range_and_what_to_do(budget: int, what:
         ([1.0], [1], -1, 2, "0 <= r_min"),
     ],
 )
-def test_malformed_arguments(
+def test_malformed_arguments_raise(
     scores: list[float], costs: list[float], r_min: int, r_max: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -297,12 +297,12 @@ def test_malformed_arguments(
 
 
 @pytest.mark.parametrize("budget", [2.5, "2", True, None])
-def test_a_budget_that_is_no_integer(budget: Any) -> None:
+def test_non_integer_budget_raises(budget: Any) -> None:
     with pytest.raises(ValueError, match="budget must be an integer"):
         lorank.fit_ranks([1.0], [1], 1, 2, budget)
 
 
-def test_narrow_integers_do_not_overflow() -> None:
+def test_small_integer_types_do_not_overflow() -> None:
     low: Any = np.int8(1)
     ranks = lorank.fit_ranks([1.0, 2.0], np.array([200, 200], np.uint8), low, np.int8(127), np.int32(50_800))  # type: ignore[arg-type]
     assert ranks.tolist() == [127, 127]
@@ -324,22 +324,22 @@ def test_narrow_integers_do_not_overflow() -> None:
         (" 100 % ", 10_000),
     ],
 )
-def test_budgets(budget: int | str, parameters: int) -> None:
+def test_budgets_are_parsed(budget: int | str, parameters: int) -> None:
     assert parse_budget(budget, 10_000) == parameters
 
 
 @pytest.mark.parametrize("budget", [-1, "-3", "many", "5x", "%", "-1%", "nan%", "inf%", 0.5, True, ""])
-def test_no_budgets(budget: object) -> None:
+def test_invalid_budgets_raise(budget: object) -> None:
     with pytest.raises(ValueError, match=r"budget|percentage"):
         parse_budget(budget, 10_000)  # type: ignore[arg-type]
 
 
-def test_a_share_of_the_unknown() -> None:
+def test_share_of_an_unknown_size_raises() -> None:
     with pytest.raises(ValueError, match="unknown number of parameters"):
         parse_budget("1%", None)
 
 
-def test_average_ranks() -> None:
+def test_average_rank_becomes_a_budget() -> None:
     assert average_rank_budget(0.1, [0] * 30, 0, 4) == 3
     assert average_rank_budget(4.5, [0] * 3, 4, 32) == 13
     for bad in (-1.0, 3.9, 32.1, float("nan"), float("inf")):
@@ -353,7 +353,7 @@ def test_average_ranks() -> None:
 
 @st.composite
 def bounded_problems(draw: st.DrawFn) -> tuple[list[float], list[int], list[int], list[int], int]:
-    """Modules with ranks of their own, how far they may move, and a budget that holds the ranks."""
+    """Generate modules with ranks, bounds around these ranks, and a budget that covers them."""
     count = draw(st.integers(1, 8))
     scores = draw(st.lists(st.floats(0, 100), min_size=count, max_size=count))
     costs = draw(st.lists(st.integers(1, 50), min_size=count, max_size=count))
@@ -367,7 +367,7 @@ def bounded_problems(draw: st.DrawFn) -> tuple[list[float], list[int], list[int]
 
 
 @given(bounded_problems())
-def test_bounds_of_single_modules(
+def test_bounds_hold_and_the_budget_is_used_up(
     problem: tuple[list[float], list[int], list[int], list[int], int],
 ) -> None:
     scores, costs, low, high, budget = problem
@@ -380,7 +380,7 @@ def test_bounds_of_single_modules(
 
 
 @given(bounded_problems())
-def test_bounds_that_say_nothing_change_nothing(
+def test_widest_bounds_change_nothing(
     problem: tuple[list[float], list[int], list[int], list[int], int],
 ) -> None:
     scores, costs, _, _, budget = problem
@@ -389,7 +389,7 @@ def test_bounds_that_say_nothing_change_nothing(
     assert bounded.tolist() == lorank.fit_ranks(scores, costs, 1, 12, budget).tolist()
 
 
-def test_bounds_that_cannot_be() -> None:
+def test_impossible_bounds_raise() -> None:
     for options, reason in (
         ({"at_least": [1]}, "one integer per module"),
         ({"at_most": [1.5, 2.0]}, "one integer per module"),

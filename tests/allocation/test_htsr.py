@@ -68,14 +68,14 @@ def test_ranks_follow_the_equations(values: list[tuple[float, int]], r_min: int,
     assert np.all((signal.scores >= 0) & (signal.scores <= 1))
 
 
-def test_more_alpha_and_fewer_spikes_mean_more_rank() -> None:
+def test_larger_alpha_and_fewer_spikes_raise_the_rank() -> None:
     ranks = lorank.allocate(report_of([2.0, 3.0, 4.0], [5, 5, 5]), r_min=2, r_max=10).ranks
     assert list(ranks.values()) == [2, 6, 10]
     ranks = lorank.allocate(report_of([2.0, 2.0, 2.0], [9, 5, 1]), r_min=2, r_max=10).ranks
     assert list(ranks.values()) == [2, 6, 10]
 
 
-def test_options_of_the_studies() -> None:
+def test_direction_and_weights_are_options() -> None:
     report = report_of([2.0, 3.0, 4.0], [5, 5, 5])
     lower = lorank.allocate(report, r_min=2, r_max=10, more_for="lower")
     assert list(lower.ranks.values()) == [10, 6, 2]
@@ -92,14 +92,14 @@ def test_blocks_share_a_rank() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_exponent_that_is_not_finite_is_clipped_and_flagged(bad: float) -> None:
+def test_infinite_exponent_is_clipped_and_flagged(bad: float) -> None:
     allocation = lorank.allocate(report_of([2.0, bad, 4.0], [5, 5, 5]), r_min=2, r_max=10)
     assert list(allocation.ranks.values()) == [2, 10, 10]
     assert list(allocation.flags) == ["layers.1.proj"]
     assert "not finite" in allocation.flags["layers.1.proj"]
 
 
-def test_spikes_that_were_not_counted_leave_the_others_as_they_are() -> None:
+def test_modules_without_spike_counts_do_not_affect_others() -> None:
     whole = report_of([2.0, 3.0, 4.0, 4.0], [5, 9, 7, 5])
     rows = list(whole)
     info = MatrixInfo("layers.3.proj", "layers.3.proj", "linear", (64, 64), "float32")
@@ -110,7 +110,7 @@ def test_spikes_that_were_not_counted_leave_the_others_as_they_are() -> None:
         found = htsr(broken, names, 2, 10, scale=scale)
         assert found.scores.tolist() == expected.scores.tolist()
         assert list(found.flags) == ["layers.3.proj"]
-    # Of a stack, the experts that could be analysed count.
+    # The analysed experts of a stack are averaged.
     stack = [replace(row, module="experts") for row in rows[:2]]
     failed = replace(ModuleSpectrum.failed(info, "holds NaN or infinite values"), module="experts")
     names = [AdaptedModule("experts", "expert", (64, 64)), *names[2:3]]
@@ -121,13 +121,13 @@ def test_spikes_that_were_not_counted_leave_the_others_as_they_are() -> None:
     assert with_and_without[0] == with_and_without[1]
 
 
-def test_no_exponent_at_all() -> None:
+def test_report_without_exponents_gives_r_min() -> None:
     allocation = lorank.allocate(report_of([np.nan] * 2, [5, 5]), r_min=2, r_max=10)
     assert list(allocation.ranks.values()) == [2, 2]
     assert len(allocation.flags) == 2
 
 
-def test_experts_count_by_their_mean() -> None:
+def test_experts_are_averaged() -> None:
     rng = np.random.default_rng(0)
     weights = {
         "layers.0.mlp.experts.gate_up_proj": rng.standard_normal((4, 16, 32)),
@@ -152,12 +152,12 @@ def test_experts_count_by_their_mean() -> None:
 @pytest.mark.parametrize(
     "option", [{"more_for": "most"}, {"granularity": "row"}, {"convention": "x"}, {"scale": "x"}]
 )
-def test_unknown_choices(option: dict[str, str]) -> None:
+def test_unknown_choices_raise(option: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be one of"):
         lorank.allocate(report_of([1.0, 2.0], [1, 1]), **option)
 
 
-def test_weights_are_numbers_that_are_not_negative() -> None:
+def test_invalid_weights_raise() -> None:
     narrow: dict[str, Any] = {"weight_alpha": np.float32(0.7), "weight_spikes": np.int64(1)}
     assert lorank.allocate(report_of([1.0, 2.0], [1, 1]), **narrow).ranks
     for bad in (-1, np.nan, np.inf, "1", True, None):

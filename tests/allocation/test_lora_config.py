@@ -26,7 +26,7 @@ SCALES = {
 
 
 def various_ranks(allocation: lorank.RankAllocation, seed: int = 0) -> lorank.RankAllocation:
-    """The same modules with ranks from 1 to 6, so that a mistaken name cannot go unseen."""
+    """Return an allocation of the same modules with ranks from 1 to 6, so that confused names differ."""
     rng = np.random.default_rng(seed)
     ranks = {name: int(rng.integers(1, 7)) for name in allocation.ranks}
     return lorank.RankAllocation(
@@ -35,7 +35,7 @@ def various_ranks(allocation: lorank.RankAllocation, seed: int = 0) -> lorank.Ra
 
 
 def adapted(model: torch.nn.Module) -> dict[str, tuple[int, float]]:
-    """Rank and scale of every module of a PEFT model by the base model's own name."""
+    """Return rank and scale of every module of a PEFT model by its name in the base model."""
     found = {}
     for name, layer in model.named_modules():
         if not getattr(layer, "r", None) or "default" not in layer.r:
@@ -50,7 +50,7 @@ def adapted(model: torch.nn.Module) -> dict[str, tuple[int, float]]:
 
 def apply(model: torch.nn.Module, config: LoraConfig) -> dict[str, tuple[int, float]]:
     with warnings.catch_warnings():
-        # PEFT reports a rank_pattern key that it did not use.
+        # PEFT warns about an unused rank_pattern key.
         warnings.filterwarnings("error", message=r".*(rank_pattern|alpha_pattern|target_parameters).*")
         return adapted(get_peft_model(copy.deepcopy(model), config))
 
@@ -67,7 +67,7 @@ BUILDERS: list[Callable[[], torch.nn.Module]] = [
 
 @pytest.mark.parametrize("rule", list(SCALES))
 @pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
-def test_every_layer_has_its_rank_and_scale(build: Callable[[], torch.nn.Module], rule: Any) -> None:
+def test_every_adapter_layer_has_its_rank_and_scale(build: Callable[[], torch.nn.Module], rule: Any) -> None:
     model = build()
     allocation = various_ranks(lorank.allocate(model, "uniform"))
     config = allocation.to_lora_config(model, scale_rule=rule, lora_alpha=12)
@@ -80,7 +80,7 @@ def test_every_layer_has_its_rank_and_scale(build: Callable[[], torch.nn.Module]
 @pytest.mark.parametrize(
     "build", [tiny_models.mixtral, tiny_models.gpt_oss], ids=lambda build: build.__name__
 )
-def test_stacked_experts_are_target_parameters(build: Callable[[], torch.nn.Module]) -> None:
+def test_stacked_experts_become_target_parameters(build: Callable[[], torch.nn.Module]) -> None:
     model = build()
     allocation = lorank.allocate(model, "uniform")
     stacks = [module for module in allocation.modules if module.kind == "expert"]
@@ -126,7 +126,7 @@ def test_ranks_from_a_saved_model_fit_the_loaded_one(tmp_path: Path) -> None:
 
 
 class Nested(torch.nn.Module):
-    """Names that end with each other, and with those of modules that nobody chose."""
+    """Modules whose names end with each other, and with those of modules outside the targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Nested(torch.nn.Module):
 
 
 @pytest.mark.parametrize("targets", [None, ["proj"], r"proj", r"a\.proj", r"(a\.)?proj|w1", r"inner.*|w10"])
-def test_names_that_end_with_each_other(targets: Any) -> None:
+def test_names_ending_with_each_other_get_their_own_ranks(targets: Any) -> None:
     model = Nested()
     allocation = lorank.allocate(model, "uniform", targets=targets)
     for seed in range(4):
@@ -150,7 +150,7 @@ def test_names_that_end_with_each_other(targets: Any) -> None:
             assert {name: rank for name, (rank, _) in found.items()} == ranked.ranks
 
 
-def test_rank_zero_leaves_a_module_out() -> None:
+def test_rank_zero_excludes_a_module() -> None:
     model = tiny_models.llama()
     allocation = lorank.allocate(model, "uniform", r_min=0, r_max=4)
     dropped = list(allocation.ranks)[::3]
@@ -167,14 +167,14 @@ def test_rank_zero_leaves_a_module_out() -> None:
 
 
 @pytest.mark.parametrize("rule", list(SCALES))
-def test_a_config_survives_saving(tmp_path: Path, rule: Any) -> None:
+def test_config_survives_saving(tmp_path: Path, rule: Any) -> None:
     model = tiny_models.llama()
     allocation = various_ranks(lorank.allocate(model, "uniform"))
     config = allocation.to_lora_config(model, scale_rule=rule, task_type="CAUSAL_LM", lora_alpha=16)
     config.save_pretrained(tmp_path)
     again = LoraConfig.from_pretrained(tmp_path)
     assert apply(model, again) == apply(model, config)
-    # The whole adapter too: PEFT sorts the patterns' keys when it saves.
+    # The saved adapter keeps its ranks, too: PEFT sorts pattern keys when saving.
     peft_model = get_peft_model(copy.deepcopy(model), config)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
@@ -189,7 +189,7 @@ def test_a_config_survives_saving(tmp_path: Path, rule: Any) -> None:
         torch.testing.assert_close(loaded(ids).logits, peft_model(ids).logits, rtol=0, atol=0)
 
 
-def test_settings_are_plain_json_and_few_keys() -> None:
+def test_settings_are_plain_json_with_few_keys() -> None:
     allocation = various_ranks(lorank.allocate(tiny_models.llama(), "uniform"))
     settings = allocation.lora_settings(scale_rule="rank-stabilized")
     assert json.loads(json.dumps(settings)) == settings
@@ -197,7 +197,7 @@ def test_settings_are_plain_json_and_few_keys() -> None:
     assert len(settings["rank_pattern"]) <= 6, "one key a rank, not one a module"
 
 
-def test_uniform_ranks_are_plain_lora() -> None:
+def test_uniform_ranks_need_no_patterns() -> None:
     model = tiny_models.llama()
     settings = lorank.allocate(model, "uniform", r_max=8).lora_settings(model, lora_alpha=32)
     assert (settings["r"], settings["lora_alpha"]) == (8, 32)
@@ -216,19 +216,19 @@ def test_uniform_ranks_are_plain_lora() -> None:
         "use_rslora",
     ],
 )
-def test_what_the_ranks_decide_cannot_be_passed(name: str) -> None:
+def test_settings_decided_by_the_allocation_raise(name: str) -> None:
     allocation = lorank.allocate({"a.weight": np.eye(3)}, "uniform")
     with pytest.raises(ValueError, match=f"{name}: decided by the allocation"):
         allocation.to_lora_config(**{name: None})
 
 
-def test_an_unknown_scale_rule() -> None:
+def test_unknown_scale_rule_raises() -> None:
     allocation = lorank.allocate({"a.weight": np.eye(3)}, "uniform")
     with pytest.raises(ValueError, match="scale_rule must be"):
         allocation.to_lora_config(scale_rule="wild")  # type: ignore[arg-type]
 
 
-def test_names_that_do_not_fit_the_model(tmp_path: Path) -> None:
+def test_names_missing_from_the_model_raise(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     save_file({"elsewhere.weight": rng.standard_normal((4, 4))}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="'elsewhere' fits none of its modules"):

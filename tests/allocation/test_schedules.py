@@ -56,7 +56,7 @@ def ranks_of(method: str, modules: list[AdaptedModule], **options: Any) -> dict[
 
 
 def by_block(ranks: Mapping[str, int]) -> list[int]:
-    """The rank of every block of GPT-2, which must be one for its four layers."""
+    """Return the rank of every block of GPT-2, checking that its four layers have equal ranks."""
     blocks: dict[int, set[int]] = {}
     for name, rank in ranks.items():
         blocks.setdefault(int(name.split(".")[2]), set()).add(rank)
@@ -68,29 +68,29 @@ def num_parameters(ranks: Mapping[str, int]) -> int:
     return sum(rank * sum(GPT2_LAYERS[name.split(".", 3)[3]]) for name, rank in ranks.items())
 
 
-def test_the_papers_uniform_baselines() -> None:
+def test_uniform_baselines_of_the_paper_are_reproduced() -> None:
     for rank, parameters in ((8, 3_145_728), (16, 6_291_456)):
         assert num_parameters(ranks_of("uniform", GPT2_MEDIUM, r_base=rank)) == parameters
 
 
-def test_linear_decay_on_gpt2_medium() -> None:
+def test_linear_decay_of_gpt2_medium_follows_the_formula() -> None:
     ranks = ranks_of("linear-decay", GPT2_MEDIUM, **PAPER)
-    # 16 - 12 i / 23, rounded half up, written out.
+    # 16 - 12 i / 23, rounded half up.
     assert by_block(ranks) == (
         [16, 15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4]
     )
-    # 240 ranks of all four layers: the paper's table has uniform 16's count here, which is 384.
+    # The four layers have 240 ranks in sum; the table of the paper has 384, the count of uniform 16.
     assert num_parameters(ranks) == 240 * 16 * D
 
 
-def test_empirical_on_gpt2_medium() -> None:
+def test_empirical_schedule_of_gpt2_medium_follows_the_paper() -> None:
     ranks = ranks_of("empirical", GPT2_MEDIUM, **PAPER)
     # 0.3 L = 7.2 and 0.7 L = 16.8; 9.6, 19.2 and 16.
     assert by_block(ranks) == [10] * 8 + [19] * 9 + [16] * 7
     assert num_parameters(ranks) == (80 + 171 + 112) * 16 * D
 
 
-def test_attention_heavy_on_gpt2_medium() -> None:
+def test_attention_heavy_schedule_of_gpt2_medium_follows_the_paper() -> None:
     ranks = ranks_of("attention-heavy", GPT2_MEDIUM, **PAPER)
     assert {rank for name, rank in ranks.items() if ".attn." in name} == {16}
     assert {rank for name, rank in ranks.items() if ".mlp." in name} == {8}
@@ -98,7 +98,7 @@ def test_attention_heavy_on_gpt2_medium() -> None:
 
 
 def test_rounding_and_thresholds_are_exact() -> None:
-    # At 0.3 L = 3 and at 0.7 L = 7 the next part begins.
+    # The next part begins at 0.3 L = 3 and at 0.7 L = 7.
     assert by_block(ranks_of("empirical", stack_of(10), r_base=10)) == [6] * 3 + [12] * 4 + [10] * 3
     # 5 - i / 2 at r_min 4, and 9 / 2: rounded up, not to even.
     assert by_block(ranks_of("linear-decay", stack_of(3), r_base=5)) == [5, 5, 4]
@@ -106,12 +106,12 @@ def test_rounding_and_thresholds_are_exact() -> None:
     assert halves["transformer.h.0.mlp.c_fc"] == 5
 
 
-def test_one_block_gets_the_base() -> None:
+def test_single_block_gets_r_base() -> None:
     for method in ("linear-decay", "empirical"):
         assert by_block(ranks_of(method, stack_of(1), r_base=16)) == [16]
 
 
-def test_bounds_hold_and_the_base_is_r_max_by_default() -> None:
+def test_bounds_hold_and_r_base_defaults_to_r_max() -> None:
     assert by_block(ranks_of("linear-decay", stack_of(5), r_min=8, r_max=32)) == [32, 26, 20, 14, 8]
     assert by_block(ranks_of("linear-decay", stack_of(5), r_min=8, r_max=24, r_base=32)) == (
         [24, 24, 20, 14, 8]
@@ -121,7 +121,7 @@ def test_bounds_hold_and_the_base_is_r_max_by_default() -> None:
         assert set(ranks_of(method, stack_of(3), r_min=6, r_max=9, r_base=2).values()) == {6}
 
 
-def test_what_r_max_cuts_is_flagged() -> None:
+def test_ranks_cut_by_r_max_are_flagged() -> None:
     cut = "the schedule gives more than r_max"
     flags = signal_of("empirical", stack_of(10, {"attn": (8, 8)}), r_max=10).flags
     assert flags == {f"transformer.h.{i}.attn": cut for i in (3, 4, 5, 6)}
@@ -134,7 +134,7 @@ def test_what_r_max_cuts_is_flagged() -> None:
     }
 
 
-def test_an_encoder_and_a_decoder_have_depths_of_their_own() -> None:
+def test_encoder_and_decoder_have_separate_depths() -> None:
     layers = {"self_attn.q_proj": (8, 8), "fc1": (8, 8)}
     modules = stack_of(2, layers, "encoder.layers") + stack_of(4, layers, "decoder.layers")
     ranks = ranks_of("linear-decay", modules, r_min=1, r_max=10)
@@ -142,10 +142,10 @@ def test_an_encoder_and_a_decoder_have_depths_of_their_own() -> None:
     assert [ranks[f"decoder.layers.{i}.fc1"] for i in range(4)] == [10, 7, 4, 1]
 
 
-def test_depth_counts_the_blocks_of_the_model_whichever_are_adapted() -> None:
+def test_depth_counts_all_blocks_of_the_model() -> None:
     layers = ("self_attn.q_proj", "mlp.up_proj")
     names = [f"layers.{i}.{layer}" for i in range(24) for layer in layers]
-    # A name that cannot be read is nobody's concern where it is not adapted, and a head is no block.
+    # Unreadable names of modules that are not adapted are ignored, and a head is not a block.
     names += ["x.7.y", "head"]
     model = {f"model.{name}.weight": np.ones((24, 24), dtype=np.float32) for name in names}
     every = {"r_min": 1, "r_max": 24}
@@ -154,7 +154,7 @@ def test_depth_counts_the_blocks_of_the_model_whichever_are_adapted() -> None:
         assert list(late.ranks.values()) == [4, 4, 3, 3, 2, 2, 1, 1]
         middle = lorank.allocate(source, "empirical", targets=["layers.8.mlp.up_proj"], r_base=10, **every)
         assert list(middle.ranks.values()) == [12]
-        # Attention in every fourth block only, as in hybrid models.
+        # Attention is in every fourth block only, as in hybrid models.
         few = lorank.allocate(
             source, "linear-decay", targets=r"model\.layers\.(3|7|11|15|19|23)\.self_attn.*", **every
         )
@@ -163,12 +163,12 @@ def test_depth_counts_the_blocks_of_the_model_whichever_are_adapted() -> None:
         lorank.allocate(model, "linear-decay", targets=["y", "mlp.up_proj"], **every)
 
 
-def test_without_a_source_depth_counts_the_blocks_that_are_given() -> None:
+def test_depth_without_a_source_counts_the_given_blocks() -> None:
     late = stack_of(24)[12 * 4 :]
     assert by_block(ranks_of("linear-decay", late, r_min=1, r_max=12)) == list(range(12, 0, -1))
 
 
-def test_modules_in_no_block_get_the_base_and_are_flagged() -> None:
+def test_modules_outside_blocks_get_r_base_and_are_flagged() -> None:
     pooler = AdaptedModule("bert.pooler.dense", "linear", (8, 8))
     for method in ("linear-decay", "empirical", "attention-heavy"):
         signal = signal_of(method, [*stack_of(3), pooler], r_base=16)
@@ -180,7 +180,7 @@ def test_modules_in_no_block_get_the_base_and_are_flagged() -> None:
     assert not signal_of("uniform", [pooler]).flags
 
 
-def test_names_are_read_only_where_they_are_needed() -> None:
+def test_unreadable_names_raise_only_if_they_are_used() -> None:
     mixer = [AdaptedModule(f"layers.{i}.mixer.in_proj", "linear", (8, 8)) for i in range(2)]
     unit = [AdaptedModule(f"units.{i}.attn.q_proj", "linear", (8, 8)) for i in range(2)]
     assert list(ranks_of("linear-decay", mixer).values()) == [32, 4]
@@ -193,7 +193,7 @@ def test_names_are_read_only_where_they_are_needed() -> None:
             signal_of(method, unit)
 
 
-def test_names_that_the_user_explains() -> None:
+def test_blocks_and_roles_are_options() -> None:
     model = {f"units.{i}.mixer.in_proj.weight": np.ones((4, 4), dtype=np.float32) for i in range(3)}
     deep = lorank.allocate(model, "linear-decay", r_min=1, r_max=3, blocks=r"units\.(\d+)")
     assert list(deep.ranks.values()) == [3, 2, 1]
@@ -203,7 +203,7 @@ def test_names_that_the_user_explains() -> None:
 
 @pytest.mark.parametrize("method", SCHEDULES)
 @pytest.mark.parametrize("r_base", [-1, 2.5, "8", True])
-def test_a_base_that_is_no_rank(method: str, r_base: Any) -> None:
+def test_invalid_r_base_raises(method: str, r_base: Any) -> None:
     with pytest.raises(ValueError, match="r_base must be a rank"):
         signal_of(method, stack_of(2), r_base=r_base)
 
@@ -234,7 +234,7 @@ def bounds(draw: st.DrawFn) -> dict[str, int]:
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(1, 40), bounds())
-def test_ranks_are_bounded_and_scores_are_what_exceeds_r_min(
+def test_ranks_are_bounded_and_scores_equal_the_excess_over_r_min(
     method: str, count: int, given_bounds: dict[str, int]
 ) -> None:
     signal = signal_of(method, stack_of(count, LAYERS), **given_bounds)
@@ -280,7 +280,7 @@ def test_budgets_are_kept_and_used_up(
             assert np.all(np.diff([allocation.ranks[f"layers.{i}.{name}"] for i in range(count)]) <= 0)
 
 
-def test_a_schedule_without_differences_is_uniform_under_a_budget() -> None:
+def test_constant_schedule_is_uniform_under_a_budget() -> None:
     model = {f"layers.{i}.q_proj.weight": np.zeros((8, 8), dtype=np.float32) for i in range(4)}
     flat = lorank.allocate(model, "linear-decay", r_min=2, r_max=9, r_base=2, budget=5 * 4 * 16 + 16)
     assert list(flat.scores.values()) == [0.0] * 4

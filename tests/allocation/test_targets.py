@@ -20,7 +20,7 @@ def allocated(folder: Path, targets: Any) -> lorank.RankAllocation:
     return lorank.allocate(str(folder), "uniform", r_min=1, r_max=4, targets=targets, progress=False)
 
 
-def test_a_head_tied_to_the_embedding_is_named_with_its_owner(tmp_path: Path) -> None:
+def test_tied_head_is_named_with_its_embedding(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -37,7 +37,7 @@ def test_a_head_tied_to_the_embedding_is_named_with_its_owner(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("targets", [["down_proj"], r".*\.down_proj"])
-def test_a_module_adapted_by_its_parameter_is_selected_by_its_own_name(targets: Any, tmp_path: Path) -> None:
+def test_module_adapted_by_its_parameter_is_selected_by_its_name(targets: Any, tmp_path: Path) -> None:
     model = tiny("DeepseekV3ForCausalLM")
     assert model is not None
     model.save_pretrained(tmp_path)
@@ -49,7 +49,7 @@ def test_a_module_adapted_by_its_parameter_is_selected_by_its_own_name(targets: 
     assert number == allocation.num_parameters
 
 
-def test_a_pipeline_is_refused_with_the_names_of_its_models(tmp_path: Path) -> None:
+def test_pipeline_raises_with_the_names_of_its_models(tmp_path: Path) -> None:
     model = tiny("LlamaForCausalLM")
     assert model is not None
     model.save_pretrained(tmp_path / "text_encoder")

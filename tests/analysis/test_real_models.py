@@ -42,13 +42,15 @@ def test_every_matrix_matches_a_float64_svd(model: str, request: pytest.FixtureR
         assert row.mp_spikes == spikes(oracle, row.shape), row.name
         upper = len(oracle) // 2
         np.testing.assert_allclose(row.eigenvalues[upper:], oracle[upper:], rtol=1e-9, err_msg=row.name)
-        # A pairwise sum: BLAS adds 28 million squares up with an error of 1e-12 on some machines.
+        # A pairwise sum, as BLAS sums 28 million squares with an error of 1e-12 on some machines.
         assert row.frobenius_norm == pytest.approx(np.sqrt(np.sum(weight**2)), rel=1e-12)
     assert report.num_parameters == sum(w.size for w in weights.values() if w.dtype == np.float32)
 
 
 @pytest.mark.parametrize("model", ["minilm", "smollm2"])
-def test_fast_exponents_and_spikes(model: str, request: pytest.FixtureRequest) -> None:
+def test_fast_exponents_and_spikes_are_within_their_errors(
+    model: str, request: pytest.FixtureRequest
+) -> None:
     folder: Path = request.getfixturevalue(model)
     exact = lorank.analyze(folder, progress=False)
     fast = lorank.analyze(folder, accuracy="fast", progress=False)
@@ -59,14 +61,14 @@ def test_fast_exponents_and_spikes(model: str, request: pytest.FixtureRequest) -
         assert abs(a.alpha_hill - b.alpha_hill) <= min(1e-3, b.alpha_hill_error), a.name
         assert abs(a.mp_spikes - b.mp_spikes) <= min(1, b.mp_spikes_error), a.name
         assert a.num_nonzero <= b.num_nonzero <= a.num_nonzero + b.num_unresolved, a.name
-    # Nearly all of them are done in float32, but for tables of embeddings and what is small anyway.
+    # Nearly all matrices are computed in float32, except for embeddings and small matrices.
     usual = [row for row in fast if min(row.shape) >= 128 and max(row.shape) <= 32 * min(row.shape)]
     assert len(usual) >= len(fast) - 3
     assert sum(row.accuracy == "exact" for row in usual) <= 0.05 * len(usual)
 
 
-def test_error_bars_of_estimates_cover_what_is_true(minilm: Path, smollm2: Path) -> None:
-    """Matrices that are small enough to know, sampled as large ones are."""
+def test_error_bars_cover_the_true_values(minilm: Path, smollm2: Path) -> None:
+    """Sample matrices that are small enough for exact spectra."""
     exponents, counts, bars = [], [], []
     for folder in (minilm, smollm2):
         exact = lorank.analyze(folder, progress=False)
@@ -98,7 +100,7 @@ def test_gaussian_noise_has_almost_no_spikes(ratio: int) -> None:
 
 @pytest.mark.parametrize("shape", [(256, 256), (256, 1024), (1024, 256), (512, 2048)])
 @pytest.mark.parametrize("planted", [1, 3, 5])
-def test_planted_directions_are_all_counted(shape: tuple[int, int], planted: int) -> None:
+def test_planted_directions_are_counted(shape: tuple[int, int], planted: int) -> None:
     out, fan_in = shape
     rng = np.random.default_rng(planted)
     sigma = 0.02

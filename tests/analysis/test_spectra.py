@@ -51,7 +51,7 @@ matrices = st.builds(gaussian, sizes, sizes, st.integers(0, 2**32 - 1))
 
 
 def check_spectrum(W, reference=None):
-    """Compare with the SVD; return both."""
+    """Compare eigenvalues with the SVD; return both."""
     reference = np.asarray(W if reference is None else reference, np.float64)
     wanted = np.linalg.svd(reference, compute_uv=False)[::-1] ** 2
     found = lorank.spectrum(W)
@@ -77,7 +77,7 @@ def test_spectrum_is_the_squared_singular_values(shape, norm):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_special_matrices(shape):
+def test_spectra_of_zero_constant_deficient_and_identity_matrices(shape):
     np.testing.assert_array_equal(lorank.spectrum(np.zeros(shape)), np.zeros(min(shape)))
     check_spectrum(np.full(shape, -0.3))
     rank = max(1, min(shape) // 3)
@@ -89,7 +89,7 @@ def test_special_matrices(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 7), (5, 200), (130, 257)])
-def test_types_are_read_exactly(shape, dtype):
+def test_element_types_are_read_exactly(shape, dtype):
     W = gaussian(*shape).astype(DTYPES[dtype][0])
     check_spectrum(W, W.astype(np.float64))
     tensor = torch.from_numpy(gaussian(*shape)).to(DTYPES[dtype][1])
@@ -98,8 +98,8 @@ def test_types_are_read_exactly(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_every_kind_of_narrow_number(dtype):
-    """Normal, subnormal, zero or not finite: a 1x1 matrix shows its entry's square without rounding."""
+def test_all_16_and_8_bit_numbers_are_converted_exactly(dtype):
+    """Read every number, subnormal and infinite ones too, as a 1x1 matrix: its spectrum is the exact square."""
     bits = np.dtype(NARROW[dtype][0]).itemsize * 8
     step = 1 if bits == 8 else 61
     values = np.arange(0, 2**bits, step).astype(f"uint{bits}").view(NARROW[dtype][0])
@@ -113,7 +113,7 @@ def test_every_kind_of_narrow_number(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts(dtype):
+def test_memory_layouts_are_read(dtype):
     base = gaussian(24, 40).astype(DTYPES[dtype][0])
     unaligned = np.frombuffer(b"x" + base.tobytes(), dtype=base.dtype, offset=1).reshape(base.shape)
     records = np.zeros(base.shape, [("pad", "u1"), ("w", base.dtype)])
@@ -128,17 +128,17 @@ def test_layouts(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
-def test_other_byte_order(dtype):
+def test_other_byte_order_is_read(dtype):
     W = gaussian(6, 9).astype(dtype)
     check_spectrum(W.astype(W.dtype.newbyteorder()), W)
 
 
-# Inputs that no spectrum has
+# Inputs without a spectrum
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e5m2"])
-def test_not_finite(dtype, bad):
+def test_nan_and_infinite_values_raise(dtype, bad):
     W = gaussian(12, 20)
     W[7, 13] = bad
     for value in (W.astype(DTYPES[dtype][0]), torch.from_numpy(W).to(DTYPES[dtype][1])):
@@ -147,13 +147,13 @@ def test_not_finite(dtype, bad):
 
 
 @pytest.mark.parametrize("size", [1e200, 1e-200])
-def test_squares_that_leave_float64(size):
+def test_squares_outside_float64_raise(size):
     with pytest.raises(lorank.NumericalError, match="leave the range of float64"):
         lorank.spectrum(np.full((3, 3), size))
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0)])
-def test_empty(shape):
+def test_empty_matrix_has_no_eigenvalues(shape):
     for W in (np.zeros(shape), torch.zeros(shape)):
         assert lorank.spectrum(W).shape == (0,)
 
@@ -175,7 +175,7 @@ def test_empty(shape):
         ([[1.0], [2.0, 3.0]], ValueError, "inhomogeneous"),
     ],
 )
-def test_no_matrix(W, error, message):
+def test_other_objects_raise(W, error, message):
     with pytest.raises(error, match=message):
         lorank.spectrum(W)
 
@@ -189,13 +189,13 @@ def test_no_matrix(W, error, message):
         (lambda: lorank.marchenko_pastur([1.0], (1, 1), scale="mode"), r"scale.*'mean'.*'median'.*mode"),
     ],
 )
-def test_unknown_options(call, message):
+def test_unknown_options_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
-def test_no_eigenvalues(bad):
+def test_invalid_eigenvalues_raise(bad):
     for values in ([1.0, bad], [bad, 1.0]):
         with pytest.raises(ValueError, match="eigenvalue"):
             lorank.alpha_hill(values)
@@ -204,7 +204,7 @@ def test_no_eigenvalues(bad):
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (2, 3), (3, 0), (-3, 3)])
-def test_shape_must_fit_the_eigenvalues(shape):
+def test_shape_that_contradicts_the_eigenvalues_raises(shape):
     with pytest.raises(ValueError, match=r"matrix|shape"):
         lorank.marchenko_pastur([1.0, 2.0, 3.0], shape)
 
@@ -231,7 +231,7 @@ def hill(values, convention):
 @pytest.mark.parametrize("convention", ["median", "xmin_mid"])
 @quick
 @given(values=spectra, unit=st.sampled_from([1e-60, 1.0, 1e60]), zeros=st.integers(0, 3))
-def test_alpha_hill(convention, values, unit, zeros):
+def test_alpha_hill_equals_the_formula(convention, values, unit, zeros):
     padded = np.concatenate([values * unit, np.zeros(zeros), [values.max() * unit * 1e-17][:zeros]])
     found = lorank.alpha_hill(padded, convention=convention)
     assert found == pytest.approx(hill(padded, convention), rel=1e-8, nan_ok=True)
@@ -239,7 +239,7 @@ def test_alpha_hill(convention, values, unit, zeros):
 
 
 @pytest.mark.parametrize("convention", ["median", "xmin_mid"])
-def test_alpha_hill_at_its_limits(convention):
+def test_alpha_hill_of_equal_and_few_values(convention):
     for equal in ([2.0] * 5, [1e-3, 1e-2, 7.0, 7.0, 7.0, 7.0, 7.0], [0.0, 3.0, 3.0, 3.0]):
         assert lorank.alpha_hill(equal, convention=convention) == math.inf
     for few in ([], [1.0], [0.0, 0.0], [0.0, 1.0]):
@@ -251,7 +251,7 @@ def test_alpha_hill_at_its_limits(convention):
 
 @cache
 def unit_median(aspect):
-    """Median of the law of mean 1, by its cumulative density in u = sqrt(x)."""
+    """Return the median of the law of mean 1 from its cumulative distribution in u = sqrt(x)."""
     y = 1 / aspect
     low, high = 1 - math.sqrt(y), 1 + math.sqrt(y)
 
@@ -266,14 +266,14 @@ def unit_median(aspect):
 
 
 @pytest.mark.parametrize("aspect", [*ASPECTS, 1.37, 1000])
-def test_median_of_the_law(aspect):
+def test_median_of_the_law_equals_its_distribution(aspect):
     assert _core.marchenko_pastur_median(1 / aspect) == pytest.approx(unit_median(aspect), rel=1e-8)
 
 
 @pytest.mark.parametrize("scale", ["mean", "median"])
 @quick
 @given(values=spectra, aspect=st.sampled_from([1, 2, 3, 16]), tall=st.booleans())
-def test_edge_and_spikes(scale, values, aspect, tall):
+def test_edge_and_spikes_equal_the_formulas(scale, values, aspect, tall):
     p = len(values)
     variance = values.mean() if scale == "mean" else np.median(values) / unit_median(aspect)
     edge = variance * (1 + 1 / math.sqrt(aspect)) ** 2
@@ -284,7 +284,7 @@ def test_edge_and_spikes(scale, values, aspect, tall):
 
 
 @pytest.mark.parametrize("aspect", ASPECTS)
-def test_gaussian_bulk_and_planted_spikes(aspect):
+def test_planted_spikes_exceed_the_gaussian_bulk(aspect):
     p = 256
     shape = (p * aspect, p)
     W = gaussian(*shape, seed=aspect).astype(np.float32)
@@ -301,7 +301,7 @@ def test_gaussian_bulk_and_planted_spikes(aspect):
 
 
 def power_laws(values):
-    """(distance, alpha, xmin) for every xmin, the best first."""
+    """Return (distance, alpha, xmin) for every xmin, the best first."""
     x = nonzero(values)
     fits = []
     for xmin in np.unique(x)[:-1]:
@@ -336,7 +336,7 @@ def oracle(values, shape):
 def check_metrics(found, values, shape):
     for name, value in oracle(values, shape).items():
         assert found[name] == pytest.approx(value, rel=1e-8, abs=1e-300, nan_ok=True), name
-    # Of float64 arithmetic; that of float32 has tests of its own.
+    # Tolerance of float64 arithmetic; float32 has its own tests.
     assert 0 <= found["eigenvalue_error"] <= (8 + max(shape)) * EPS * values.max(), found["eigenvalue_error"]
     assert np.isfinite(found["alpha_hill_error"]) == np.isfinite(found["alpha_hill"])
     assert found["mp_spikes"] == np.sum(nonzero(values) > found["mp_edge"])
@@ -347,7 +347,7 @@ def check_metrics(found, values, shape):
         assert np.isnan([*power_law, found["alpha_weighted"]]).all()
         return
     assert power_law[0] == pytest.approx(fits[0][0], abs=1e-9)
-    # Several tails may be equally far from their laws, up to rounding: any of them is right.
+    # Several tails may have equal distances up to rounding: any of them is correct.
     close = [fit for fit in fits if fit[0] < fits[0][0] + 1e-8 and fit[2] == power_law[2]]
     assert power_law == pytest.approx(close[0], rel=1e-7, abs=1e-9)
     assert found["alpha_weighted"] == pytest.approx(power_law[1] * math.log10(values.max()), rel=1e-12)
@@ -355,7 +355,7 @@ def check_metrics(found, values, shape):
 
 @quick
 @given(values=spectra, aspect=st.sampled_from([1, 3, 16]), zeros=st.integers(0, 3))
-def test_metrics_of_any_spectrum(values, aspect, zeros):
+def test_metrics_of_any_spectrum_equal_the_formulas(values, aspect, zeros):
     values = np.concatenate([values, np.zeros(zeros)])
     shape = (len(values), len(values) * aspect)
     check_metrics(_core.spectral_metrics(values, shape), values, shape)
@@ -363,7 +363,7 @@ def test_metrics_of_any_spectrum(values, aspect, zeros):
 
 @pytest.mark.parametrize("unit", [1e-20, 1.0, 1e20])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_metrics_of_a_report(shape, unit):
+def test_report_has_the_metrics_of_its_spectra(shape, unit):
     heavy = gaussian(*shape) * np.random.default_rng(3).pareto(2.5, shape[1]) * unit
     low_rank = gaussian(shape[0], 2, 1) @ gaussian(2, shape[1], 2) * unit
     weights = {"heavy": heavy, "low_rank": low_rank}
@@ -398,13 +398,13 @@ def test_fast_rows_are_near_exact_ones_or_exact():
     )
 
 
-def test_large_matrices_alone_are_sampled():
+def test_only_large_matrices_are_sampled():
     weights = {"large": gaussian(2048, 2100).astype(np.float32), "middle": gaussian(300, 300)}
     exact = lorank.analyze(weights, progress=False)
     report = lorank.analyze(weights, accuracy="sampled", progress=False)
     assert [row.accuracy for row in report] == ["sampled", "fast"]
     one, other = exact["large"], report["large"]
-    # An error bar that says something is a few per cent of alpha long; which ones, the random vectors decide.
+    # Useful error bars are a few per cent of alpha; the random vectors determine their exact size.
     assert 0 < abs(one.alpha_hill - other.alpha_hill) <= other.alpha_hill_error < 0.1
     assert abs(one.mp_spikes - other.mp_spikes) <= other.mp_spikes_error
     assert other.frobenius_norm == pytest.approx(one.frobenius_norm, rel=1e-12)
@@ -413,7 +413,7 @@ def test_large_matrices_alone_are_sampled():
         lorank.spectrum(weights["middle"], accuracy="sampled")
 
 
-def test_rows_without_numbers():
+def test_nan_and_zero_matrices_are_flagged():
     bad = gaussian(4, 5)
     bad[0, 0] = np.nan
     weights = {"bad": bad, "zero": np.zeros((4, 5)), "good": gaussian(4, 5)}
@@ -432,7 +432,7 @@ def test_rows_without_numbers():
 
 @quick
 @given(W=matrices, exponent=st.integers(-150, 150), factor=st.floats(0.1, 10))
-def test_scaling(W, exponent, factor):
+def test_spectra_and_metrics_scale_with_the_matrix(W, exponent, factor):
     eigenvalues = lorank.spectrum(W)
     np.testing.assert_array_equal(lorank.spectrum(W * 2.0**exponent), eigenvalues * 4.0**exponent)
     scaled = lorank.spectrum(-factor * W)
@@ -441,7 +441,7 @@ def test_scaling(W, exponent, factor):
     after = _core.spectral_metrics(eigenvalues * 10.0**exponent, W.shape)
     for name in METRICS:
         unit = {"frobenius_norm": 0.5, "spectral_norm": 0.5, "mp_edge": 1, "mp_edge_median": 1}.get(name, 0)
-        # Of tails that are equally far from their laws, rounding chooses.
+        # Rounding chooses among tails with equal distances.
         if name not in ("powerlaw_alpha", "powerlaw_xmin", "alpha_weighted"):
             wanted = before[name] * 10.0 ** (exponent * unit)
             assert after[name] == pytest.approx(wanted, rel=1e-8, abs=0, nan_ok=True), name
@@ -449,7 +449,7 @@ def test_scaling(W, exponent, factor):
 
 @quick
 @given(W=matrices)
-def test_transposition(W):
+def test_transposition_keeps_spectra_and_metrics(W):
     eigenvalues, transposed = lorank.spectrum(W), lorank.spectrum(W.T)
     np.testing.assert_allclose(transposed, eigenvalues, rtol=0, atol=1e-13 * eigenvalues[-1])
     rows = [lorank.analyze({"w": m}, progress=False)["w"] for m in (W, W.T)]
@@ -460,11 +460,11 @@ def test_transposition(W):
 
 # Threads and processes
 
-# Large enough that all threads work on it together.
+# Large enough for all threads.
 TOGETHER = (500, 32000)
 
 
-def test_threads_do_not_change_a_bit():
+def test_number_of_threads_does_not_change_bits():
     shapes = [*SHAPES, (300, 700), (700, 300), TOGETHER, (2000, 2000)]
     weights = {f"layer{i}": gaussian(*s, seed=i).astype(np.float32) for i, s in enumerate(shapes)}
     one, *others = (
@@ -484,7 +484,7 @@ def _send_spectrum(connection, W):
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 @pytest.mark.parametrize("shape", [(40, 60), TOGETHER])
-def test_a_forked_child_computes_too(shape):
+def test_forked_child_computes(shape):
     W = gaussian(*shape).astype(np.float32)
     wanted = lorank.spectrum(W, threads=2)
     context = multiprocessing.get_context("fork")
@@ -514,14 +514,14 @@ print("finished", flush=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as on POSIX")
-def test_ctrl_c():
+def test_ctrl_c_interrupts_the_computation():
     child = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert child.stdout.readline() == "ready\n"
         with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(1)  # Until it is in the middle of its work.
+            child.wait(1)  # The child is computing by then.
         child.send_signal(signal.SIGINT)
         output, errors = child.communicate(timeout=5)
     finally:

@@ -1,4 +1,4 @@
-"""The adapter commands as their users see them."""
+"""The adapter commands: output, files and exit status."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.numpy import save_file
 
 import lorank
-from tests.cli.test_cli import ok, run
 from tests.support import tiny_models
 from tests.support.adapter_files import saved, trained
+from tests.support.command_line import ok, run
 
 MODEL = tiny_models.llama()
 
@@ -24,7 +24,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(trained(MODEL, config), tmp_path_factory.mktemp("adapter"))
 
 
-def test_compress_says_what_it_did_and_peft_loads_it(adapter: Path, tmp_path: Path) -> None:
+def test_compress_reports_its_result_and_peft_loads_it(adapter: Path, tmp_path: Path) -> None:
     text = ok("compress", adapter, "-o", tmp_path / "out", "--rank-ratio", 0.25)
     for word in (
         "parameters before",
@@ -40,7 +40,7 @@ def test_compress_says_what_it_did_and_peft_loads_it(adapter: Path, tmp_path: Pa
     assert "rank_ratio=0.25" in card
 
 
-def test_every_module_is_listed_before_and_after(adapter: Path, tmp_path: Path) -> None:
+def test_compress_lists_every_module_before_and_after(adapter: Path, tmp_path: Path) -> None:
     text = ok("compress", adapter, "-o", tmp_path / "out", "--rank-ratio", 0.25, "--modules")
     small = lorank.LoraAdapter.load(tmp_path / "out")
     for name in lorank.LoraAdapter.load(adapter).modules:
@@ -50,7 +50,7 @@ def test_every_module_is_listed_before_and_after(adapter: Path, tmp_path: Path) 
     assert "8 -> " not in ok("compress", adapter, "-o", tmp_path / "quiet", "--rank-ratio", 0.25)
 
 
-def test_image_adapters_have_a_map_by_block(tmp_path: Path) -> None:
+def test_compress_maps_image_adapters_by_block(tmp_path: Path) -> None:
     tensors = {}
     for block in range(3):
         for role in ("img_attn_qkv", "txt_mlp_0"):
@@ -74,7 +74,7 @@ def test_image_adapters_have_a_map_by_block(tmp_path: Path) -> None:
         ("--avg-rank", 3, "--scope", "module"),
     ],
 )
-def test_every_knob_of_compress(adapter: Path, tmp_path: Path, knob: tuple[object, ...]) -> None:
+def test_compress_accepts_every_knob(adapter: Path, tmp_path: Path, knob: tuple[object, ...]) -> None:
     content = json.loads(ok("compress", adapter, "-o", tmp_path / "out", *knob, "--max-rank", 6, "--json"))
     assert 0 < content["num_parameters"] < content["certificate"]["parameters_before"]
     assert max(module["rank"] for module in content["modules"]) <= 6
@@ -82,7 +82,7 @@ def test_every_knob_of_compress(adapter: Path, tmp_path: Path, knob: tuple[objec
         assert content["num_parameters"] <= 1000
 
 
-def test_a_family_and_its_elastic_parent(adapter: Path, tmp_path: Path) -> None:
+def test_family_writes_members_and_an_elastic_parent(adapter: Path, tmp_path: Path) -> None:
     text = ok("family", adapter, "-o", tmp_path / "out", "--avg-ranks", "1,2,4")
     for name in ("elastic", "rank-1", "rank-2", "rank-4"):
         assert name in text
@@ -92,7 +92,7 @@ def test_a_family_and_its_elastic_parent(adapter: Path, tmp_path: Path) -> None:
     assert {n: r for n, r in cut.ranks.items() if r} == child.ranks
 
 
-def test_merge_with_and_without_weights(adapter: Path, tmp_path: Path) -> None:
+def test_merge_accepts_weights(adapter: Path, tmp_path: Path) -> None:
     ok("merge", f"{adapter}:0.7", f"{adapter}:0.3", "-o", tmp_path / "a", "--avg-rank", 8)
     ok("merge", adapter, adapter, "-o", tmp_path / "b", "--avg-rank", 8)
     for name in "ab":
@@ -100,7 +100,7 @@ def test_merge_with_and_without_weights(adapter: Path, tmp_path: Path) -> None:
         assert merged.ranks == lorank.LoraAdapter.load(adapter).ranks
 
 
-def test_extract(tmp_path: Path) -> None:
+def test_extract_writes_an_adapter(tmp_path: Path) -> None:
     MODEL.save_pretrained(tmp_path / "base")
     tuned = trained(MODEL, LoraConfig(r=2, target_modules=["q_proj"])).merge_and_unload()
     tuned.save_pretrained(tmp_path / "tuned")
@@ -121,7 +121,7 @@ def test_extract(tmp_path: Path) -> None:
     }
 
 
-def test_check_has_an_exit_status_and_mends(adapter: Path, tmp_path: Path) -> None:
+def test_check_sets_the_exit_status_and_fixes_adapters(adapter: Path, tmp_path: Path) -> None:
     assert "vLLM" in ok("check", adapter, "--for", "peft,vllm")
     ok("compress", adapter, "-o", tmp_path / "mixed", "--avg-rank", 3)
     failing = run("check", tmp_path / "mixed")
@@ -134,7 +134,7 @@ def test_check_has_an_exit_status_and_mends(adapter: Path, tmp_path: Path) -> No
     assert {verdict["status"] for verdict in verdicts} == {"right", "wrong", "refuses"}
 
 
-def test_info(adapter: Path) -> None:
+def test_info_shows_ranks(adapter: Path) -> None:
     text = ok("info", adapter, "--modules")
     assert "ranks 8 to 8" in text
     assert "model.layers.1.self_attn.q_proj" in text
@@ -177,7 +177,7 @@ USAGE = {
 
 
 @pytest.mark.parametrize("name", USAGE)
-def test_bad_usage_is_found_before_a_file_is_read(name: str, tmp_path: Path) -> None:
+def test_bad_usage_is_reported_before_files_are_read(name: str, tmp_path: Path) -> None:
     message, arguments = USAGE[name]
     (tmp_path / "A").mkdir()
     (tmp_path / "A" / "adapter_config.json").write_text("no JSON: whoever reads it fails in another way")
@@ -188,7 +188,7 @@ def test_bad_usage_is_found_before_a_file_is_read(name: str, tmp_path: Path) -> 
     assert not (tmp_path / "O").exists()
 
 
-def test_errors(adapter: Path, tmp_path: Path) -> None:
+def test_errors_exit_with_status_one(adapter: Path, tmp_path: Path) -> None:
     output = ("-o", tmp_path / "o")
     cases = [
         ("no module has any rank left: ask for", ("compress", adapter, *output, "--avg-rank", 0.01)),
@@ -205,7 +205,7 @@ def test_errors(adapter: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
-def test_errors_of_the_system_name_the_file_first(adapter: Path, tmp_path: Path) -> None:
+def test_system_errors_begin_with_the_file(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").mkdir()
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(
@@ -215,7 +215,7 @@ def test_errors_of_the_system_name_the_file_first(adapter: Path, tmp_path: Path)
     assert result.stderr == f"lorank: {tmp_path / 'a' / 'adapter_config.json'}: is a directory\n"
 
 
-def test_extract_says_what_its_filters_did_not_find(tmp_path: Path) -> None:
+def test_extract_reports_filters_without_matches(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("base", "tuned"):
         weights = {f"{m}.weight": rng.standard_normal((8, 8)) for m in ("q", "k")}
@@ -261,7 +261,7 @@ def test_foreign_cards_are_kept(adapter: Path, tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "My notes"
 
 
-def test_an_overwritten_family_has_no_members_of_another(adapter: Path, tmp_path: Path) -> None:
+def test_overwritten_family_has_no_members_of_another(adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "family"
     ok("family", adapter, "-o", out, "--avg-ranks", "1,2,3")
     (out / "rank-3" / "notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""The command line as its users see it: output, files, exit status."""
+"""The commands analyze, allocate and report: output, files, exit status."""
 
 from __future__ import annotations
 
@@ -13,20 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lorank
-
-EXECUTABLE = Path(sys.executable).with_name("lorank")
-
-
-def run(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(EXECUTABLE), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=folder
-    )
-
-
-def ok(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+from tests.support.command_line import EXECUTABLE, ok, run
 
 
 @pytest.fixture
@@ -39,7 +26,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_analyze_prints_every_module_and_what_was_skipped(checkpoint: Path) -> None:
+def test_analyze_prints_every_module_and_skipped_tensors(checkpoint: Path) -> None:
     text = ok("analyze", checkpoint)
     for name in ("model.layers.0.self_attn.q_proj", "lm_head", "24x32", "1 tensors skipped: 1 1-D tensor"):
         assert name in text
@@ -69,13 +56,13 @@ def test_analyze_sorts_filters_and_limits(checkpoint: Path) -> None:
     assert len(top["modules"]) == 2
 
 
-def test_json_holds_the_numbers_of_the_library(checkpoint: Path) -> None:
+def test_json_equals_the_numbers_of_the_library(checkpoint: Path) -> None:
     content = json.loads(ok("analyze", checkpoint, "--json"))
     report = lorank.analyze(checkpoint)
     assert [row["alpha_hill"] for row in content["modules"]] == [row.alpha_hill for row in report]
 
 
-def test_analyze_in_float32(checkpoint: Path) -> None:
+def test_analyze_accepts_an_accuracy(checkpoint: Path) -> None:
     save_file({"w.weight": np.random.default_rng(0).standard_normal((150, 200))}, checkpoint)
     for accuracy in ("fast", "exact"):
         content = json.loads(ok("analyze", checkpoint, "--accuracy", accuracy, "--json"))
@@ -84,7 +71,7 @@ def test_analyze_in_float32(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
-def test_a_saved_report_is_shown_and_allocated_from(checkpoint: Path, tmp_path: Path, ending: str) -> None:
+def test_saved_report_is_shown_and_used_for_allocation(checkpoint: Path, tmp_path: Path, ending: str) -> None:
     saved = tmp_path / f"report.{ending}"
     ok("analyze", checkpoint, "-o", saved)
     direct = json.loads(ok("analyze", checkpoint, "--json"))["modules"]
@@ -95,7 +82,7 @@ def test_a_saved_report_is_shown_and_allocated_from(checkpoint: Path, tmp_path: 
     assert from_report == from_weights
 
 
-def test_existing_output_is_kept_unless_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_existing_output_is_kept_without_overwrite(checkpoint: Path, tmp_path: Path) -> None:
     saved = tmp_path / "report.json"
     saved.write_text("precious")
     refused = run("analyze", checkpoint, "-o", saved)
@@ -111,7 +98,7 @@ def test_existing_output_is_kept_unless_told(checkpoint: Path, tmp_path: Path) -
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
 
 
-def test_allocate_writes_what_peft_loads(checkpoint: Path, tmp_path: Path) -> None:
+def test_allocate_writes_a_config_for_peft(checkpoint: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     folder = tmp_path / "adapter"
     text = ok(
@@ -150,7 +137,9 @@ def test_allocate_writes_what_peft_loads(checkpoint: Path, tmp_path: Path) -> No
         (("--option", "granularity=block", "--r-max", "8"), {"modules": 12}),
     ],
 )
-def test_allocate_options(checkpoint: Path, options: tuple[str, ...], expected: dict[str, object]) -> None:
+def test_allocate_follows_its_options(
+    checkpoint: Path, options: tuple[str, ...], expected: dict[str, object]
+) -> None:
     content = json.loads(ok("allocate", checkpoint, *options, "--json"))
     ranks = [module["rank"] for module in content["modules"]]
     found = {"modules": len(ranks), "average": content["average_rank"], "ranks": set(ranks)}
@@ -219,7 +208,7 @@ def test_bad_usage_is_status_two(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_output_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+def test_unwritable_output_is_reported_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run("analyze", tmp_path / "missing", "-o", tmp_path / "file" / "report.json")
     assert result.returncode == 1
@@ -236,12 +225,12 @@ def test_every_column_is_readable_on_a_narrow_terminal(checkpoint: Path, tmp_pat
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
 @pytest.mark.parametrize(("width", "is_told"), [(80, True), (130, False)])
-def test_a_narrow_terminal_is_told_which_columns_it_does_not_see(
+def test_narrow_terminal_names_hidden_columns(
     checkpoint: Path, tmp_path: Path, width: int, is_told: bool
 ) -> None:
     ok("analyze", checkpoint, "-o", tmp_path / "report.json")
     terminal, inside = os.openpty()
-    # What it prints fits into the terminal's buffer.
+    # The output fits into the buffer of the terminal.
     subprocess.run(
         [str(EXECUTABLE), "report", str(tmp_path / "report.json"), "--top", "1"],
         stdout=inside,
@@ -261,7 +250,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in run("--debug", "analyze", tmp_path / "missing.safetensors").stderr
 
 
-def test_a_matrix_without_a_spectrum_fails_the_run_but_keeps_the_rest(tmp_path: Path) -> None:
+def test_matrix_without_a_spectrum_fails_the_run_and_keeps_other_rows(tmp_path: Path) -> None:
     bad = np.ones((4, 4), dtype=np.float32)
     bad[1, 2] = np.nan
     good = np.eye(4, dtype=np.float32) * np.arange(1, 5, dtype=np.float32)
@@ -271,20 +260,20 @@ def test_a_matrix_without_a_spectrum_fails_the_run_but_keeps_the_rest(tmp_path: 
     assert result.returncode == 1
     assert "1 of 2 matrices have no spectrum, the first is b" in result.stderr
     row = next(line for line in result.stdout.splitlines() if line.split()[:1] == ["b"])
-    assert row.split()[2:9] == ["-"] * 7  # Counts, too: none of them is zero.
+    assert row.split()[2:9] == ["-"] * 7  # Counts are missing, too, instead of zero.
     report = lorank.SpectralReport.load(saved)
     assert report["a"].spectral_norm == pytest.approx(4.0)
     assert "NaN" in report["b"].flags[0]
 
 
-def test_resume_goes_on_from_the_journal(checkpoint: Path, tmp_path: Path) -> None:
+def test_resume_continues_from_the_journal(checkpoint: Path, tmp_path: Path) -> None:
     journal = tmp_path / "journal.jsonl"
     first = ok("analyze", checkpoint, "--resume", journal, "--json")
     assert ok("analyze", checkpoint, "--resume", journal, "--json") == first
-    assert len(journal.read_text().splitlines()) == 14  # a header and 13 matrices, once
+    assert len(journal.read_text().splitlines()) == 14  # a header and 13 matrices
 
 
-def test_a_report_becomes_a_page_that_needs_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
+def test_report_becomes_a_self_contained_page(checkpoint: Path, tmp_path: Path) -> None:
     saved, page = tmp_path / "report.parquet", tmp_path / "report.html"
     ok("analyze", checkpoint, "--keep-eigenvalues", "-o", saved)
     ok("report", saved, "--html", page)
@@ -295,5 +284,5 @@ def test_a_report_becomes_a_page_that_needs_nothing_else(checkpoint: Path, tmp_p
     assert run("report", saved, "--html", page).returncode == 2
 
 
-def test_version() -> None:
+def test_version_is_printed() -> None:
     assert ok("--version").strip() == f"lorank {lorank.__version__}"

@@ -24,8 +24,8 @@ from lorank.report.gradients import GradientReport, ModuleGradients, effective_r
 from lorank.report.loading import load_report
 from lorank.report.tasks import ModuleTask, TaskReport
 from lorank.sources.base import Skipped
-from tests.cli.test_cli import EXECUTABLE
-from tests.cli.test_cli import ok as started_ok
+from tests.support.command_line import EXECUTABLE
+from tests.support.command_line import ok as started_ok
 
 Array = npt.NDArray[np.float64]
 
@@ -38,7 +38,7 @@ NAMES = [
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads on matrices this small, beside other busy ones, do little but wait for each other."""
+    """Use one thread, as threads on small matrices mostly wait for each other."""
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
 
 
@@ -49,7 +49,7 @@ class Result(NamedTuple):
 
 
 def run(*arguments: object) -> Result:
-    """The command's entry point within this process: without the start of Python."""
+    """Run the entry point of the command in this process, which saves the start of Python."""
     out, err = io.StringIO(), io.StringIO()
     status: object = 0
     command = ["lorank", *map(str, arguments)]
@@ -69,7 +69,7 @@ def ok(*arguments: object) -> str:
 
 
 def samples(rows: int = 600, noise: float = 0.1) -> tuple[Array, Array]:
-    """Inputs of unit variance, targets of six singular values 4, 2, 1, ..."""
+    """Return inputs of unit variance and targets with six singular values 4, 2, 1, ..."""
     rng = np.random.default_rng(0)
     left = np.linalg.qr(rng.standard_normal((24, 6)))[0]
     right = np.linalg.qr(rng.standard_normal((40, 6)))[0]
@@ -156,7 +156,7 @@ def test_task_prints_the_numbers_of_the_library(archive: Path) -> None:
     assert ["samples", "600"] in lines
 
 
-def test_the_picture_has_a_bar_per_value_and_a_line_at_the_threshold(archive: Path) -> None:
+def test_chart_has_a_bar_per_value_and_a_line_at_the_threshold(archive: Path) -> None:
     found = lorank.task_spectrum(*samples())
     text = started_ok("task", archive)
     assert max(map(len, text.splitlines())) <= 80
@@ -167,13 +167,13 @@ def test_the_picture_has_a_bar_per_value_and_a_line_at_the_threshold(archive: Pa
     tops = [
         next(i for i, row in enumerate(picture) if row[2 * bar : 2 * bar + 1].strip()) for bar in range(6)
     ]
-    # Every value is half the one before: equal steps on a logarithmic scale.
+    # Each value is half the previous one, which gives equal steps on a logarithmic scale.
     assert tops[0] == 0
     assert np.ptp(np.diff(tops)) <= 1
     assert "\x1b" not in text
 
 
-def test_the_curve_is_short_and_names_its_ranks(tmp_path: Path) -> None:
+def test_curve_is_short_and_names_its_ranks(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     X = rng.standard_normal((400, 100))
     np.savez(tmp_path / "wide.npz", x=X, y=X @ rng.standard_normal((100, 100)))
@@ -188,7 +188,7 @@ def test_the_curve_is_short_and_names_its_ranks(tmp_path: Path) -> None:
     assert "a bar is the largest of" in text
 
 
-def test_task_options(archive: Path) -> None:
+def test_task_follows_its_options(archive: Path) -> None:
     X, Y = samples()
     options = ("--noise", 0.5, "--leading", 3, "--space", "prediction", "--folds", 4, "-q")
     content = json.loads(ok("task", archive, *options, "--json"))
@@ -197,7 +197,7 @@ def test_task_options(archive: Path) -> None:
     assert content["predicted_r2"] == found.predicted_r2.tolist()
 
 
-def test_arrays_by_other_names_and_files(archive: Path, tmp_path: Path) -> None:
+def test_arrays_are_read_under_other_names_and_from_other_files(archive: Path, tmp_path: Path) -> None:
     X, Y = samples()
     expected = json.loads(ok("task", archive, "--json"))
     np.savez_compressed(tmp_path / "b.npz", x=X, Labels=Y, y=Y[:5])
@@ -224,10 +224,10 @@ lorank.cli.main()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits anonymous memory")
-def test_npy_files_are_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+def test_npy_files_are_not_loaded_into_memory(tmp_path: Path) -> None:
     paths = [tmp_path / "X.npy", tmp_path / "Y.npy"]
     for path in paths:
-        # Of zeros that take no space: 384 MB each.
+        # Sparse files of zeros, 384 MB each.
         np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(1_500_000, 32))
     result = subprocess.run(
         [sys.executable, "-c", LIMITED, "task", *map(str, paths), "--json"],
@@ -239,7 +239,7 @@ def test_npy_files_are_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["num_samples"] == 1_500_000
 
 
-def test_a_spectrum_without_values_above_the_noise(tmp_path: Path) -> None:
+def test_spectrum_without_values_above_the_noise_is_shown(tmp_path: Path) -> None:
     X, Y = samples(noise=100.0)
     np.savez(tmp_path / "noise.npz", X=X, Y=Y)
     np.savez(tmp_path / "zero.npz", X=X, Y=0 * Y)
@@ -252,7 +252,7 @@ def test_a_spectrum_without_values_above_the_noise(tmp_path: Path) -> None:
     assert "predicted R2 by rank" not in text
 
 
-def test_a_terminal_without_unicode(archive: Path) -> None:
+def test_terminal_without_unicode_gets_ascii(archive: Path) -> None:
     result = subprocess.run(
         [str(EXECUTABLE), "task", str(archive)],
         capture_output=True,
@@ -267,7 +267,7 @@ def test_a_terminal_without_unicode(archive: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of files that hold no task."""
+    """Return a folder of files without a task."""
     folder = tmp_path_factory.mktemp("bad")
     X, Y = samples(50)
     np.savez(folder / "whole.npz", X=X, Y=Y)
@@ -328,7 +328,7 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (".", ".: is a folder: give one .npz file"),
     ],
 )
-def test_files_that_hold_no_task(
+def test_files_without_a_task_fail(
     bad_files: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
 ) -> None:
     monkeypatch.chdir(bad_files)
@@ -353,14 +353,14 @@ def test_files_that_hold_no_task(
         ("a.npz --folds 1", "--folds"),
     ],
 )
-def test_bad_usage_of_task_is_told_before_any_file_is_read(arguments: str, message: str) -> None:
+def test_bad_usage_of_task_is_reported_before_files_are_read(arguments: str, message: str) -> None:
     result = run("task", *arguments.split())
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_load_report_returns_the_class_that_was_saved(
+def test_load_report_returns_the_saved_class(
     checkpoint: Path, gradients: Path, tasks: Path, tmp_path: Path
 ) -> None:
     spectra = lorank.analyze(checkpoint, progress=False)
@@ -371,7 +371,7 @@ def test_load_report_returns_the_class_that_was_saved(
     assert isinstance(load_report(str(tasks)), TaskReport)
 
 
-def test_load_report_refuses_what_is_none(checkpoint: Path, gradients: Path, tmp_path: Path) -> None:
+def test_load_report_of_other_files_raises(checkpoint: Path, gradients: Path, tmp_path: Path) -> None:
     lorank.allocate(checkpoint, "uniform").save(tmp_path / "allocation.json")
     with pytest.raises(lorank.FormatError, match=r"allocation\.json: .* it is a lorank.RankAllocation"):
         load_report(tmp_path / "allocation.json")
@@ -423,7 +423,7 @@ def test_report_of_tasks_sorts_filters_and_limits(tasks: Path) -> None:
     assert "tau" not in text
 
 
-def test_what_a_report_of_gradients_has_not_is_bad_usage(gradients: Path, tmp_path: Path) -> None:
+def test_unknown_columns_of_gradient_reports_are_bad_usage(gradients: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     for arguments, message in (
         (("--sort", "alpha_hill"), "--sort must be one of name, effective_rank, mean_square"),
@@ -452,7 +452,9 @@ def test_allocate_from_saved_profiles(gradients: Path, tasks: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", ["gard", "task"])
-def test_profiles_are_not_made_from_checkpoints(checkpoint: Path, gradients: Path, method: str) -> None:
+def test_methods_that_need_profiles_refuse_checkpoints(
+    checkpoint: Path, gradients: Path, method: str
+) -> None:
     for source in (checkpoint, "organisation/name"):
         result = run("allocate", source, "-m", method, "--avg-rank", 8)
         assert result.returncode == 2
@@ -464,7 +466,7 @@ def test_profiles_are_not_made_from_checkpoints(checkpoint: Path, gradients: Pat
     assert "missing.json: no such file" in missing.stderr
 
 
-def test_a_report_of_another_kind_is_refused(gradients: Path, tasks: Path) -> None:
+def test_report_of_another_kind_fails(gradients: Path, tasks: Path) -> None:
     for source, method, message in (
         (tasks, "gard", "needs a report of gradients, and {} is one of tasks"),
         (gradients, "htsr", "needs a report of spectra, and {} is one of gradients"),
@@ -485,17 +487,17 @@ def help_of(command: str) -> str:
     ).stdout
 
 
-def test_help_of_task_speaks_of_the_intercept() -> None:
+def test_help_of_task_mentions_the_intercept() -> None:
     assert "without an intercept: centre X and Y first" in help_of("task")
 
 
-def test_help_names_every_method() -> None:
+def test_help_describes_every_method() -> None:
     shown = help_of("allocate")
     for name in ("htsr", "uniform", "linear-decay", "attention-heavy", "empirical", "gard", "task"):
         method = signals.find(name)
         assert f"{name}: {method.summary}" in shown
         assert f"Options: {', '.join(method.options)}." in shown or not method.options
-        # What the command line lists, the library's documentation lists.
+        # The documentation of the library lists the same options.
         entry = str(lorank.allocate.__doc__).partition(f'- ``"{name}"``: ')[2].partition("- ``")[0]
         assert all(f"`{option}`" in entry or f"{option}=" in entry for option in method.options)
         assert entry
@@ -506,7 +508,7 @@ def ranks(*arguments: object) -> dict[str, int]:
     return {row["name"]: row["rank"] for row in json.loads(ok("allocate", *arguments, "--json"))["modules"]}
 
 
-def test_placement(checkpoint: Path) -> None:
+def test_placement_selects_a_role(checkpoint: Path) -> None:
     attention = ranks(checkpoint, "-m", "uniform", "--placement", "attention")
     feed_forward = ranks(checkpoint, "-m", "uniform", "--placement", "feed-forward")
     assert set(attention) == {name for name in NAMES if "attn" in name}
@@ -519,7 +521,7 @@ def test_placement(checkpoint: Path) -> None:
     assert "placement 'feed-forward' selects none of the 4 modules" in nothing.stderr
 
 
-def test_options_of_schedules(tmp_path: Path) -> None:
+def test_options_of_schedules_are_passed_on(tmp_path: Path) -> None:
     names = [f"net.units.{i}.{m}" for i in range(3) for m in ("mixer", "widen")]
     weights = {f"{name}.weight": np.ones((32, 32), dtype=np.float32) for name in names}
     save_file(weights, tmp_path / "model.safetensors")

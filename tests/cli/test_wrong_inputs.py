@@ -1,4 +1,4 @@
-"""Commands about models refuse adapters, and commands about adapters refuse models."""
+"""Commands on models refuse adapters, and commands on adapters refuse models."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_commands_on_models_refuse_adapters(kind: str, tmp_path: Path) -> None:
     assert "not a model" in refused("allocate", path, "--budget", "50%", "--r-min", "1")
 
 
-def test_the_base_model_of_an_adapter_is_named(tmp_path: Path) -> None:
+def test_error_names_the_base_model_of_an_adapter(tmp_path: Path) -> None:
     peft_folder(tmp_path / "a")
     settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
     settings["base_model_name_or_path"] = "acme/base"
@@ -156,7 +156,7 @@ def sharded(path: Path) -> Path:
 
 
 def linked(path: Path) -> Path:
-    """Link a folder's files as the hub's cache does."""
+    """Link the files of a folder as in the hub's cache."""
     folder = model_folder(path.parent / "blobs")
     path.mkdir()
     for file in folder.iterdir():
@@ -218,7 +218,7 @@ def test_commands_on_adapters_refuse_models(make: Callable[[Path], Path], tmp_pa
     assert lorank.analyze(path, progress=False).modules
 
 
-def test_a_model_beside_an_adapter_is_analysed(tmp_path: Path) -> None:
+def test_model_beside_an_adapter_is_analysed(tmp_path: Path) -> None:
     plain = lorank.analyze(model_folder(tmp_path / "plain"), progress=False)
     both = peft_folder(model_folder(tmp_path / "both"))
     assert lorank.analyze(both, progress=False).modules == plain.modules
@@ -228,14 +228,14 @@ def test_a_model_beside_an_adapter_is_analysed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("of", ["file", "mapping", "pickle"])
-def test_base_weights_of_a_whole_peft_model_are_analysed(of: str, tmp_path: Path) -> None:
+def test_base_weights_of_a_saved_peft_model_are_analysed(of: str, tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"])
     model = trained(tiny_models.llama(), config)
     plain = lorank.analyze(tiny_models.llama(), progress=False)
     source: Any = model.state_dict()
     if of == "file":
         source = tmp_path / "model.safetensors"
-        # A copy of its own for every tensor, as the file wants.
+        # Every tensor is copied, as safetensors requires.
         save_file({name: value.numpy().copy() for name, value in model.state_dict().items()}, source)
     if of == "pickle":
         source = tmp_path / "model.bin"
@@ -268,7 +268,7 @@ def test_folders_without_weights_are_refused(files: list[str], reason: str, tmp_
         assert lacks in str(error.value)
 
 
-def test_the_state_of_an_optimizer_is_refused(tmp_path: Path) -> None:
+def test_optimizer_state_is_refused(tmp_path: Path) -> None:
     model = tiny_models.llama()
     optimizer = torch.optim.AdamW(model.parameters())
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")

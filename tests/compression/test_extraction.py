@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 
 def tuned_copy(model: Any, *, scale: float = 0.05, rank: int = 3) -> Any:
-    """The model after a change of low rank plus a little noise in every weight."""
+    """Return a copy of the model with a low-rank change plus small noise in every weight."""
     changed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for parameter in changed.parameters():
@@ -38,13 +38,13 @@ BUILDERS = ["llama", "gpt2", "mixtral", "gpt_oss", "bert", "vit"]
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_the_adapter_turns_the_base_into_the_fine_tune(name: str, tmp_path: Path) -> None:
+def test_adapter_turns_the_base_into_the_fine_tune(name: str, tmp_path: Path) -> None:
     model = getattr(tiny_models, name)()
     after = tuned_copy(model)
     exclude = r"(.*\.)?(router|gate|classifier|relative_attention_bias)"
     adapter = lorank.extract(model, after, exclude=exclude, energy=1.0, max_rank=200, progress=False)
     adapter.save(tmp_path / "a")
-    # PEFT merges the update of a shared weight once for each module that shares it.
+    # PEFT merges the update of a shared weight once per module that shares it.
     untied = copy.deepcopy(model)
     for module in untied.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -59,7 +59,7 @@ def test_the_adapter_turns_the_base_into_the_fine_tune(name: str, tmp_path: Path
     assert checked == len(adapter.modules) > 0
 
 
-def test_ranks_and_energy_are_those_of_the_dense_difference() -> None:
+def test_ranks_and_energy_equal_those_of_the_dense_difference() -> None:
     model = tiny_models.llama()
     after = tuned_copy(model)
     adapter = lorank.extract(model, after, include=["q_proj", "up_proj"], avg_rank=3, progress=False)
@@ -82,7 +82,7 @@ def test_ranks_and_energy_are_those_of_the_dense_difference() -> None:
         assert entry.parameters_before == differences[name].size
 
 
-def test_wide_differences_are_truncated_while_they_are_computed() -> None:
+def test_wide_differences_are_truncated_during_computation() -> None:
     base = RNG.standard_normal((700, 600)).astype(np.float32)
     left, right = RNG.standard_normal((700, 20)), RNG.standard_normal((20, 600))
     change = (left * np.geomspace(1, 0.05, 20)) @ right + 0.01 * RNG.standard_normal((700, 600))
@@ -96,9 +96,7 @@ def test_wide_differences_are_truncated_while_they_are_computed() -> None:
 
 @pytest.mark.parametrize("rank", [5, 2])
 @pytest.mark.parametrize(("shape", "lowest"), [((40, 30), 1 - 1e-6), ((700, 600), 0.9)])
-def test_the_spectral_error_counts_what_was_not_computed(
-    shape: tuple[int, int], lowest: float, rank: int
-) -> None:
+def test_spectral_error_includes_uncomputed_values(shape: tuple[int, int], lowest: float, rank: int) -> None:
     base = RNG.standard_normal(shape)
     change = RNG.standard_normal(shape) + 20 * np.outer(*(RNG.standard_normal(n) / n**0.5 for n in shape))
     models = {"w.weight": base}, {"w.weight": base + change}
@@ -109,7 +107,7 @@ def test_the_spectral_error_counts_what_was_not_computed(
     assert lowest * true <= adapter.certificate.spectral_error <= true * (1 + 1e-6)
 
 
-def test_the_automatic_threshold_finds_the_planted_rank() -> None:
+def test_automatic_threshold_finds_the_planted_rank() -> None:
     base = RNG.standard_normal((300, 200))
     change = 0.5 * RNG.standard_normal((300, 4)) @ RNG.standard_normal((4, 200))
     tuned = base + change + 0.01 * RNG.standard_normal(base.shape)
@@ -117,7 +115,7 @@ def test_the_automatic_threshold_finds_the_planted_rank() -> None:
     assert adapter.ranks == {"w": 4}
 
 
-def test_files_are_read_shard_by_shard_and_notes_name_what_is_left(tmp_path: Path) -> None:
+def test_shards_are_read_and_skipped_tensors_noted(tmp_path: Path) -> None:
     model = tiny_models.llama_tied()
     after = tuned_copy(model)
     after.model.norm.weight.data += 1.0
@@ -147,7 +145,7 @@ def changed_names(note: str) -> list[str]:
     return note.partition("no adapter holds: ")[2].split(", ")
 
 
-def test_whatever_changed_and_is_no_matrix_of_a_module_is_named(tmp_path: Path) -> None:
+def test_changed_tensors_outside_module_matrices_are_noted(tmp_path: Path) -> None:
     same = {"a.weight": np.eye(4), "nan.bias": np.array([np.nan, 1.0])}
     base = {
         **same,
@@ -183,7 +181,7 @@ def test_whatever_changed_and_is_no_matrix_of_a_module_is_named(tmp_path: Path) 
             assert any("1 tensors that are no matrices are in" in n and n.endswith(name) for n in notes)
 
 
-def test_parameters_of_live_models_are_compared_too() -> None:
+def test_parameters_of_live_models_are_compared() -> None:
     model = tiny_models.vit()
     after = tuned_copy(model)
     after.vit.embeddings.position_embeddings.data += 1.0
@@ -192,7 +190,7 @@ def test_parameters_of_live_models_are_compared_too() -> None:
     assert any("1 tensors changed" in n and "position_embeddings" in n for n in notes), notes
 
 
-def test_an_excluded_head_gets_no_update_of_the_table_that_it_shares() -> None:
+def test_excluded_tied_head_gets_no_update() -> None:
     model = tiny_models.llama_tied()
     adapter = lorank.extract(model, tuned_copy(model), exclude=["lm_head"], avg_rank=2, progress=False)
     assert "model.embed_tokens" in adapter.modules
@@ -202,7 +200,7 @@ def test_an_excluded_head_gets_no_update_of_the_table_that_it_shares() -> None:
     assert not any("matches no module" in note for note in adapter.notes)
 
 
-def test_a_head_that_is_stored_as_a_copy_is_extracted_once(tmp_path: Path) -> None:
+def test_tied_head_stored_as_a_copy_is_extracted_once(tmp_path: Path) -> None:
     model = tiny_models.llama_tied()
     after = tuned_copy(model)
     for name, part in (("base", model), ("tuned", after)):
@@ -213,14 +211,14 @@ def test_a_head_that_is_stored_as_a_copy_is_extracted_once(tmp_path: Path) -> No
     adapter = lorank.extract(*paths, avg_rank=2, progress=False)
     assert [name for name in adapter.modules if "embed" in name or "head" in name] == ["model.embed_tokens"]
     assert any("lm_head is model.embed_tokens" in note for note in adapter.notes)
-    # A head of its own is one, even where the shapes are those of the embedding.
+    # A separate head is extracted even if it has the shape of the embedding.
     state = load_file(paths[1])
     state["lm_head.weight"] = state["lm_head.weight"] + 0.5
     save_file(state, paths[1])
     assert "lm_head" in lorank.extract(*paths, avg_rank=2, progress=False).modules
 
 
-def test_a_share_of_the_base_model_is_a_budget() -> None:
+def test_share_of_the_base_model_is_a_budget() -> None:
     model = tiny_models.llama()
     after = tuned_copy(model)
     whole = sum(p.numel() for p in model.parameters())
@@ -231,7 +229,7 @@ def test_a_share_of_the_base_model_is_a_budget() -> None:
         lorank.extract(model, after, budget="x%")
 
 
-def test_the_base_model_is_named_only_where_it_has_a_name(tmp_path: Path) -> None:
+def test_base_model_is_named_only_if_it_has_a_path(tmp_path: Path) -> None:
     model = tiny_models.llama()
     after = tuned_copy(model)
     knobs: dict[str, Any] = {"include": ["q_proj"], "avg_rank": 1, "progress": False}
@@ -244,7 +242,7 @@ def test_the_base_model_is_named_only_where_it_has_a_name(tmp_path: Path) -> Non
     assert lorank.extract(again, after, **knobs).base_model == str(tmp_path / "base")
 
 
-def test_a_prefix_makes_names_fit_a_model_around_the_checkpoint(tmp_path: Path) -> None:
+def test_prefix_makes_names_fit_a_wrapped_model(tmp_path: Path) -> None:
     classifier = tiny_models.bert_classifier()
     inner, after = classifier.bert, tuned_copy(classifier.bert)
     inner.save_pretrained(tmp_path / "base")
@@ -268,7 +266,7 @@ def test_a_prefix_makes_names_fit_a_model_around_the_checkpoint(tmp_path: Path) 
         np.testing.assert_allclose(change.detach().numpy(), update, atol=2e-6)
 
 
-def test_what_cannot_be_extracted() -> None:
+def test_invalid_extractions_raise() -> None:
     base = {"a.weight": np.eye(4), "b.weight": np.eye(3)}
     with pytest.raises(ValueError, match="rank_ratio has no meaning"):
         lorank.extract(base, base, rank_ratio=0.5)

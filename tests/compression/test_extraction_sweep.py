@@ -1,4 +1,4 @@
-"""Extraction of a perturbed tiny model of many architectures: PEFT's outputs are the tuned model's."""
+"""Extraction from perturbed tiny models of many architectures: PEFT reproduces the tuned outputs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def without_left_out(base: Any, tuned: Any, adapted: Collection[str]) -> list[str]:
-    """Give the tuned model the base model's values where the adapter holds nothing; return the names."""
+    """Reset parameters of the tuned model that the adapter does not hold; return their names."""
     left_out = []
     before = dict(base.named_parameters())
     for name, parameter in tuned.named_parameters():

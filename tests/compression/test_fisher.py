@@ -1,4 +1,4 @@
-"""Fisher importance on tiny models: which adapters it takes, and what it calls them."""
+"""Fisher importance on tiny models: adapter names and adapters that raise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCHES = [{"input_ids": (ids := torch.arange(1, 9)[None] + k), "labels": ids} f
 
 
 def live(adapter_name: str = "default", **settings: Any) -> tuple[Any, lorank.LoraAdapter]:
-    """A model that holds an elastic adapter under that name."""
+    """Return a model with an elastic adapter of the given name, and the adapter."""
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"], **settings})
     model = trained(tiny_models.llama(), config)
     parent = lorank.elastic(lorank.LoraAdapter.from_model(model), progress=False)
@@ -26,7 +26,7 @@ def live(adapter_name: str = "default", **settings: Any) -> tuple[Any, lorank.Lo
 
 
 @pytest.mark.parametrize("name", ["default", "model", "self_attn", "lora_A"])
-def test_any_name_of_an_adapter_will_do(name: str) -> None:
+def test_any_adapter_name_is_accepted(name: str) -> None:
     model, parent = live(name)
     scores = lorank.fisher_scores(model, BATCHES, adapter_name=name)
     assert {key: len(value) for key, value in scores.items()} == parent.ranks
@@ -35,7 +35,7 @@ def test_any_name_of_an_adapter_will_do(name: str) -> None:
     assert all(scores[key] == pytest.approx(expected[key], rel=1e-5) for key in expected)
 
 
-def test_columns_that_are_no_singular_vectors_have_no_importance() -> None:
+def test_adapters_not_in_spectral_form_raise() -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
     model = trained(tiny_models.llama(), config)
     with pytest.raises(ValueError, match=r"module .*: .* lorank\.elastic"):

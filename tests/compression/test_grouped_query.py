@@ -21,14 +21,14 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def adapter(smollm2: Path) -> lorank.LoraAdapter:
-    """SmolLM2 (9 query heads, 3 of keys and values) with rank 8 on all linear layers, a few steps in."""
+    """Return an adapter of SmolLM2 (9 query heads, 3 key-value heads) of rank 8 after a few steps."""
     model = AutoModelForCausalLM.from_pretrained(smollm2)
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     torch.manual_seed(0)
     peft_model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).train()
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-3)
     for step in range(4):
-        # Bytes will do as tokens: what is learned does not matter.
+        # Bytes serve as tokens, as the learned content is irrelevant.
         ids = torch.tensor([list(TEXT[step % 2].encode())])
         peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -37,7 +37,7 @@ def adapter(smollm2: Path) -> lorank.LoraAdapter:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.25, 0.125])
-def test_a_budget_holds_strictly_more_than_the_largest_values(
+def test_budget_retains_more_energy_than_a_ratio_of_its_cost(
     adapter: lorank.LoraAdapter, ratio: float
 ) -> None:
     widths = {module.shape[0] for module in adapter.modules.values() if "self_attn" in module.name}
@@ -47,7 +47,7 @@ def test_a_budget_holds_strictly_more_than_the_largest_values(
     assert budget.num_parameters <= largest.num_parameters
     assert largest.certificate is not None
     assert budget.certificate is not None
-    # By the certificates, and by the factors themselves.
+    # Compare the certificates and the factors.
     assert budget.certificate.error < 0.995 * largest.certificate.error
     energies = [
         sum(np.linalg.norm(module.B.astype(float) @ module.A) ** 2 for module in small.adapted)

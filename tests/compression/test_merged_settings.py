@@ -1,4 +1,4 @@
-"""What adapters hold beside factors, merged: all of it, whichever of them has it."""
+"""Merged adapters keep the settings and tensors beside factors of every adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOTH_WAYS = pytest.mark.parametrize("turned", [False, True])
 
 
 def merged(folder: Path, turned: bool, *settings: dict[str, Any], model: Any = None) -> lorank.LoraAdapter:
-    """Adapters of a classifier, merged; the paths that are left for the test are `folder`'s."""
+    """Merge adapters with the given settings; save them and the result in `folder`."""
     base = model or tiny_models.bert_classifier()
     parts = []
     for k, more in enumerate(settings):
@@ -33,7 +33,7 @@ def merged(folder: Path, turned: bool, *settings: dict[str, Any], model: Any = N
 
 
 @BOTH_WAYS
-def test_modules_to_save_of_either(turned: bool, tmp_path: Path) -> None:
+def test_saved_modules_of_either_adapter_are_merged(turned: bool, tmp_path: Path) -> None:
     merged(tmp_path, turned, {}, {"modules_to_save": ["classifier"]})
     with_head = loaded(tiny_models.bert_classifier(), tmp_path / "1")
     got = loaded(tiny_models.bert_classifier(), tmp_path / "merged")
@@ -46,7 +46,7 @@ def test_modules_to_save_of_either(turned: bool, tmp_path: Path) -> None:
 
 
 @BOTH_WAYS
-def test_task_types_of_either(turned: bool, tmp_path: Path) -> None:
+def test_task_type_of_either_adapter_is_kept(turned: bool, tmp_path: Path) -> None:
     result = merged(tmp_path, turned, {"task_type": None}, {"task_type": "SEQ_CLS"})
     assert result.config["task_type"] == "SEQ_CLS"
     got = loaded(tiny_models.bert_classifier(), tmp_path / "merged")
@@ -54,7 +54,7 @@ def test_task_types_of_either(turned: bool, tmp_path: Path) -> None:
 
 
 @BOTH_WAYS
-def test_biases_of_either(turned: bool, tmp_path: Path) -> None:
+def test_biases_of_either_adapter_are_merged(turned: bool, tmp_path: Path) -> None:
     result = merged(tmp_path, turned, {}, {"bias": "all"})
     assert result.config["bias"] == "all"
     settings = LoraConfig.from_pretrained(tmp_path / "merged")
@@ -62,7 +62,7 @@ def test_biases_of_either(turned: bool, tmp_path: Path) -> None:
 
 
 @BOTH_WAYS
-def test_lora_biases_of_either(turned: bool, tmp_path: Path) -> None:
+def test_lora_biases_of_either_adapter_are_merged(turned: bool, tmp_path: Path) -> None:
     merged(tmp_path, turned, {}, {"lora_bias": True})
     theirs = PeftModel.from_pretrained(tiny_models.bert_classifier(), tmp_path / "1")
     ours = PeftModel.from_pretrained(tiny_models.bert_classifier(), tmp_path / "merged")
@@ -74,7 +74,7 @@ def test_lora_biases_of_either(turned: bool, tmp_path: Path) -> None:
 
 
 @BOTH_WAYS
-def test_trained_tokens_of_either(turned: bool, tmp_path: Path) -> None:
+def test_trained_tokens_of_either_adapter_are_merged(turned: bool, tmp_path: Path) -> None:
     settings = {"target_modules": ["q_proj"]}
     tokens = {**settings, "trainable_token_indices": [3, 5]}
     merged(tmp_path, turned, settings, tokens, model=tiny_models.llama())
@@ -88,7 +88,7 @@ def test_trained_tokens_of_either(turned: bool, tmp_path: Path) -> None:
 
 
 @BOTH_WAYS
-def test_exclusions_of_one_do_not_hide_the_other(turned: bool, tmp_path: Path) -> None:
+def test_exclusions_of_one_adapter_do_not_hide_modules_of_the_other(turned: bool, tmp_path: Path) -> None:
     exclusion = {"exclude_modules": ["layer.0.attention.self.query"]}
     result = merged(tmp_path, turned, exclusion, {})
     got = lorank.LoraAdapter.from_model(loaded(tiny_models.bert_classifier(), tmp_path / "merged"))
@@ -105,7 +105,7 @@ def test_exclusions_of_one_do_not_hide_the_other(turned: bool, tmp_path: Path) -
         ("layer_replication", [None, [[0, 2], [1, 2]]]),
     ],
 )
-def test_settings_that_contradict_are_refused_by_name(key: str, values: list[Any], tmp_path: Path) -> None:
+def test_contradicting_settings_raise_with_their_name(key: str, values: list[Any], tmp_path: Path) -> None:
     parts = []
     for k, value in enumerate(values):
         live = trained(tiny_models.bert_classifier(), LoraConfig(**PLAIN), seed=k)
@@ -114,7 +114,7 @@ def test_settings_that_contradict_are_refused_by_name(key: str, values: list[Any
         lorank.merge(parts, rank_ratio=1.0, progress=False)
 
 
-def test_other_base_models_are_refused_or_noted(tmp_path: Path) -> None:
+def test_other_base_models_raise_or_are_noted(tmp_path: Path) -> None:
     parts = []
     for k, base in enumerate(["org/base", None, "./base"]):
         live = trained(tiny_models.bert_classifier(), LoraConfig(**PLAIN), seed=k)

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lorank
-from tests.cli.test_cli import ok, run
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, loaded, norm, saved, trained
+from tests.support.command_line import ok, run
 
 SETTINGS: list[dict[str, Any]] = [
     {"r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "up_proj"]},
@@ -44,7 +44,7 @@ def expected(adapters: list[lorank.LoraAdapter], weights: list[float]) -> dict[s
 
 
 @pytest.mark.parametrize("weights", [[0.7, 0.3, 0.1], [1.0, -0.5, 2.0], [1.0, 0.0, 0.0], [1e-20, 1.0, 1e10]])
-def test_the_whole_merge_is_the_weighted_sum(
+def test_full_rank_merge_equals_the_weighted_sum(
     adapters: list[lorank.LoraAdapter], weights: list[float]
 ) -> None:
     merged = lorank.merge(adapters, weights, rank_ratio=1.0, progress=False)
@@ -53,7 +53,7 @@ def test_the_whole_merge_is_the_weighted_sum(
     assert all(module.scaling == 1.0 for module in merged.modules.values())
 
 
-def test_a_truncated_merge_is_the_best_of_its_ranks(adapters: list[lorank.LoraAdapter]) -> None:
+def test_truncated_merge_is_the_best_approximation(adapters: list[lorank.LoraAdapter]) -> None:
     weights = [0.7, 0.3, -0.2]
     merged = lorank.merge(adapters, weights, avg_rank=3, progress=False)
     target = expected(adapters, weights)
@@ -65,7 +65,7 @@ def test_a_truncated_merge_is_the_best_of_its_ranks(adapters: list[lorank.LoraAd
         assert np.abs(best - dense(merged)[name]).max() <= 1e-6 * max(norm(target), 1)
 
 
-def test_equal_weights_by_default(adapters: list[lorank.LoraAdapter]) -> None:
+def test_weights_are_equal_by_default(adapters: list[lorank.LoraAdapter]) -> None:
     merged = lorank.merge(adapters, rank_ratio=1.0, progress=False)
     target = expected(adapters, [1 / 3] * 3)
     assert distance(dense(merged), target) <= 1e-6 * norm(target)
@@ -90,7 +90,7 @@ def test_peft_computes_the_sum(adapters: list[lorank.LoraAdapter], tmp_path: Pat
         )
 
 
-def test_stacked_experts(tmp_path: Path) -> None:
+def test_stacked_experts_are_merged(tmp_path: Path) -> None:
     model = tiny_models.mixtral()
     config = lorank.allocate(model, "uniform", r_max=4).to_lora_config(model, lora_alpha=6)
     parts = [
@@ -101,7 +101,7 @@ def test_stacked_experts(tmp_path: Path) -> None:
     assert distance(dense(merged), target) <= 1e-6 * norm(target)
 
 
-def test_what_cannot_be_merged(adapters: list[lorank.LoraAdapter]) -> None:
+def test_invalid_merges_raise(adapters: list[lorank.LoraAdapter]) -> None:
     for weights in ([1.0], [1.0, np.nan, 1.0], [1.0, np.inf, 1.0]):
         with pytest.raises(ValueError, match="need as many finite weights"):
             lorank.merge(adapters, weights, rank_ratio=1.0, progress=False)
@@ -123,7 +123,7 @@ def renamed(adapter: lorank.LoraAdapter, prefix: str) -> lorank.LoraAdapter:
     return replace(adapter, modules=modules, label=prefix or "plain")
 
 
-def test_names_that_differ_by_a_prefix_are_refused(adapters: list[lorank.LoraAdapter]) -> None:
+def test_names_that_differ_by_a_prefix_raise(adapters: list[lorank.LoraAdapter]) -> None:
     long, short = renamed(adapters[0], "tower."), renamed(adapters[0], "")
     name = next(iter(short.modules))
     for pair in ([long, short], [short, long]):
@@ -131,14 +131,14 @@ def test_names_that_differ_by_a_prefix_are_refused(adapters: list[lorank.LoraAda
             ValueError, match=f"adapts 'tower.{name}', but plain adapts '{name}'.*save it again"
         ):
             lorank.merge(pair, rank_ratio=1.0, progress=False)
-    # One model may have both names: an adapter that holds both says so.
+    # An adapter with both names shows that the model has both modules.
     both = replace(short, modules={**short.modules, **long.modules})
     merged = lorank.merge([both, short], rank_ratio=1.0, progress=False)
     assert set(merged.modules) == set(both.modules)
     lorank.merge([both, long], rank_ratio=1.0, progress=False)
 
 
-def test_adapters_without_a_module_in_common_are_refused(tmp_path: Path) -> None:
+def test_adapters_without_a_common_module_raise(tmp_path: Path) -> None:
     model = tiny_models.llama()
     paths = [
         saved(trained(model, LoraConfig(r=2, target_modules=[target]), seed=k), tmp_path / target)
@@ -158,7 +158,7 @@ def test_adapters_without_a_module_in_common_are_refused(tmp_path: Path) -> None
     assert set(lorank.LoraAdapter.load(output).ranks) == set(merged.ranks)
 
 
-def test_single_experts_and_their_stack_are_refused(tmp_path: Path) -> None:
+def test_single_experts_and_their_stack_raise(tmp_path: Path) -> None:
     model = tiny_models.mixtral()
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
     stacked = lorank.LoraAdapter.load(saved(trained(model, config), tmp_path / "stacked"))
@@ -170,7 +170,7 @@ def test_single_experts_and_their_stack_are_refused(tmp_path: Path) -> None:
             lorank.merge(pair, force=True, rank_ratio=1.0, progress=False)
 
 
-def test_ties_are_those_of_all_adapters(tmp_path: Path) -> None:
+def test_merged_adapter_has_the_ties_of_all(tmp_path: Path) -> None:
     base = tiny_models.llama_tied()
     settings: list[dict[str, Any]] = [
         {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
@@ -181,7 +181,7 @@ def test_ties_are_those_of_all_adapters(tmp_path: Path) -> None:
     for k, more in enumerate(settings):
         live = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, **more))
         for name, parameter in live.named_parameters():
-            if "lora_" in name:  # In place, as ties are views of one another.
+            if "lora_" in name:  # In place, as tied tensors are views of one another.
                 parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
         parts.append(saved(live, tmp_path / f"{k}"))
     for pair in (parts[:2], parts[1::-1]):

@@ -1,4 +1,4 @@
-"""Modules that PEFT holds at one rank: found, selected, written and loaded as one."""
+"""Groups of modules that need one rank in PEFT: found, selected, written and loaded together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lorank.peft_format.rank_groups import group_indices, rank_groups, rank_owne
 from lorank.sources.base import Kind
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, loaded, norm, saved, trained
-from tests.support.live_models import IDS, Attention, outputs
+from tests.support.live_models import IDS, Attention
+from tests.support.outputs import outputs
 
 RATIOS = [0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0]
 
@@ -28,7 +29,7 @@ def module(name: str, kind: Kind = "linear", shape: tuple[int, int] = (8, 8)) ->
     return LoraModule(name, kind, shape, 4, 1.0, "float32", list)
 
 
-def test_groups_by_name_and_settings() -> None:
+def test_groups_follow_names_and_settings() -> None:
     modules = [
         module("model.embed", "embedding", (8, 64)),
         module("block.attn"),
@@ -52,7 +53,7 @@ def test_groups_by_name_and_settings() -> None:
     assert rank_owner("block.out_proj") == "block.out_proj"
 
 
-def test_groups_as_positions() -> None:
+def test_groups_are_given_as_positions() -> None:
     assert group_indices(["a", "b", "c"], []) == [[0], [1], [2]]
     assert group_indices(["a", "b", "c"], [["c", "a", "gone"]]) == [[1], [2, 0]]
 
@@ -84,7 +85,7 @@ def tied() -> tuple[Any, LoraConfig, torch.Tensor]:
 def test_peft_loads_every_ratio(case: Any, profile: Any, tmp_path: Path) -> None:
     base, config, inputs = case()
     live = trained(base, config)
-    if case is tied:  # Random values must be one update again.
+    if case is tied:  # The random factors of tied modules must describe one update.
         head, table = live.base_model.model.lm_head, live.base_model.model.model.embed_tokens
         head.lora_A.default.weight.data = table.lora_embedding_B.default.data.t()
         head.lora_B.default.weight.data = table.lora_embedding_A.default.data.t()
@@ -107,9 +108,9 @@ def test_peft_loads_every_ratio(case: Any, profile: Any, tmp_path: Path) -> None
 
 
 def by_peft(base: Any, config: LoraConfig, adapter: lorank.LoraAdapter) -> Any:
-    """Return PEFT's model with the updates as NumPy factorises them.
+    """Return PEFT's model with updates factorised by NumPy.
 
-    The updates are not added to weights here: PEFT 0.21 adds that of an attention's output twice.
+    Updates are not merged into weights, as PEFT 0.21 adds the update of an attention output twice.
     """
     live = get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).eval()
     for name, update in dense(adapter).items():
@@ -139,7 +140,7 @@ def test_unequal_ranks_of_a_file_are_padded(tmp_path: Path) -> None:
     assert lorank.LoraAdapter.load(tmp_path / "b").ranks == unequal.ranks
 
 
-def test_a_budget_pays_for_all_members(tmp_path: Path) -> None:
+def test_budget_includes_all_members_of_a_group(tmp_path: Path) -> None:
     base, config, _ = attentions()
     adapter = lorank.LoraAdapter.load(saved(trained(base, config), tmp_path / "a"))
     groups = rank_groups(adapter.modules.values(), adapter.config)
@@ -157,7 +158,7 @@ def test_a_budget_pays_for_all_members(tmp_path: Path) -> None:
             assert budget < 3 * cheapest + sum(m.cost for m in adapter.modules.values())
 
 
-def test_a_group_competes_by_the_energy_of_all_members(tmp_path: Path) -> None:
+def test_groups_are_ranked_by_the_energy_of_all_members(tmp_path: Path) -> None:
     base, config, _ = attentions()
     adapter = lorank.LoraAdapter.load(saved(trained(base, config), tmp_path / "a"))
     values = {name: np.linalg.svd(x, compute_uv=False) for name, x in dense(adapter).items()}
@@ -186,7 +187,7 @@ def test_merges_and_families_keep_groups_together(tmp_path: Path) -> None:
         torch.testing.assert_close(found, outputs(by_peft(base, config, small), inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_ranks_inside_attention_are_those_of_its_name(tmp_path: Path) -> None:
+def test_ranks_inside_attention_follow_its_name(tmp_path: Path) -> None:
     base, _, inputs = attentions()
     config = LoraConfig(
         r=4,
@@ -202,7 +203,7 @@ def test_ranks_inside_attention_are_those_of_its_name(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(by_peft(base, config, adapter), inputs), outputs(live, inputs))
 
 
-def test_a_live_tied_adapter_stays_loadable(tmp_path: Path) -> None:
+def test_live_tied_adapter_stays_loadable(tmp_path: Path) -> None:
     base, config, inputs = tied()
     live = get_peft_model(copy.deepcopy(base), config).eval()
     generator = torch.Generator().manual_seed(0)

@@ -18,19 +18,14 @@ from tests.support.adapter_files import dense, distance, loaded, norm
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> lorank.LoraAdapter:
-    """Briefly trained: a minute is not needed to have real spectra."""
+    """Train an adapter briefly, which suffices for real spectra."""
     folder = tmp_path_factory.mktemp("adapter")
     reviews.train(384, 1).save_pretrained(folder)
     return lorank.LoraAdapter.load(folder)
 
 
-def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-
 @pytest.mark.parametrize("profile", ["compact", "portable", "tensor-rank"])
-def test_the_compressed_model_is_the_base_plus_the_truncated_update(
+def test_compressed_model_equals_the_base_plus_truncated_updates(
     adapter: lorank.LoraAdapter, profile: Any, tmp_path: Path
 ) -> None:
     small = lorank.compress(adapter, rank_ratio=0.25, progress=False)
@@ -41,31 +36,33 @@ def test_the_compressed_model_is_the_base_plus_the_truncated_update(
     modules = dict(by_hand.named_modules())
     for name, update in dense(small).items():
         modules[name].weight.data += torch.from_numpy(update).float()
-    # The head was trained in full: it lies beside the factors, untouched.
+    # The fully trained head is saved beside the factors.
     head = compressed.base_model.model.classifier.modules_to_save.default
     by_hand.classifier.load_state_dict(head.state_dict())
     (batch,) = reviews.batches(4000, 32)
-    torch.testing.assert_close(logits(compressed, batch), logits(by_hand, batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        reviews.logits(compressed, batch), reviews.logits(by_hand, batch), rtol=1e-4, atol=1e-5
+    )
     before = dense(adapter)
     assert small.certificate is not None
     assert small.certificate.error == pytest.approx(distance(before, dense(small)), abs=1e-6 * norm(before))
 
 
-def test_values_are_those_of_the_dense_update(adapter: lorank.LoraAdapter) -> None:
+def test_singular_values_equal_those_of_dense_updates(adapter: lorank.LoraAdapter) -> None:
     for name, update in dense(adapter).items():
         expected = np.linalg.svd(update, compute_uv=False)[:16]
         found = adapter.modules[name].singular_values
         assert np.abs(found - expected).max() <= 1e-6 * expected[0]
 
 
-def test_fisher_importance_chooses_by_gradients(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
+def test_fisher_importance_follows_gradients(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
     parent = lorank.elastic(adapter, progress=False)
     parent.save(tmp_path / "parent")
     model = loaded(reviews.base_model(), tmp_path / "parent")
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     data = reviews.batches(4000, 64)
     scores = lorank.fisher_scores(model, data)
-    # By hand for one module: gradients through an ordinary backward pass.
+    # The reference for one module: gradients from an ordinary backward pass.
     name = "bert.encoder.layer.3.attention.self.value"
     layer = dict(model.base_model.model.named_modules())[name]
     a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
@@ -88,7 +85,7 @@ def test_fisher_importance_chooses_by_gradients(adapter: lorank.LoraAdapter, tmp
         lorank.fisher_scores(model, [])
 
 
-def test_extraction_from_a_real_fine_tune_keeps_what_a_dense_svd_keeps(tmp_path: Path) -> None:
+def test_extraction_from_a_real_fine_tune_equals_the_dense_svd(tmp_path: Path) -> None:
     base, tuned = material.minilm(), material.minilm_tuned()
     adapter = lorank.extract(base, tuned, exclude=r"embeddings\..*", avg_rank=8, progress=False)
     before = dict(reviews.AutoModelForSequenceClassification.from_pretrained(base).bert.named_parameters())
@@ -106,10 +103,8 @@ def test_extraction_from_a_real_fine_tune_keeps_what_a_dense_svd_keeps(tmp_path:
     assert loaded(reviews.base_model().bert, tmp_path / "a") is not None
 
 
-def test_a_compressed_adapter_takes_the_place_of_the_live_one(
-    adapter: lorank.LoraAdapter, tmp_path: Path
-) -> None:
-    """With a trained head beside it, which PEFT's own deletion of a last adapter trips over."""
+def test_compressed_adapter_replaces_the_live_one(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
+    """The model has a trained head, with which PEFT cannot delete its last adapter."""
     adapter.save(tmp_path / "trained")
     (batch,) = reviews.batches(4000, 32)
     model = PeftModel.from_pretrained(reviews.base_model(), tmp_path / "trained").eval()
@@ -122,7 +117,7 @@ def test_a_compressed_adapter_takes_the_place_of_the_live_one(
         assert not torch.allclose(model(**batch).logits, before, atol=1e-3)
 
 
-def test_weights_without_their_settings_are_refused(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
+def test_weights_without_settings_raise(adapter: lorank.LoraAdapter, tmp_path: Path) -> None:
     adapter.save(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):

@@ -1,4 +1,4 @@
-"""Which values stay: every knob against its definition, over modules of mixed shapes."""
+"""Selected values: every knob against its definition, over modules of mixed shapes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ spectra = st.lists(
 
 
 @given(spectra, st.floats(0, 1))
-def test_a_ratio_keeps_exactly_its_count_of_the_largest(forms: list[SpectralForm], ratio: float) -> None:
+def test_ratio_keeps_exactly_its_count_of_largest_values(forms: list[SpectralForm], ratio: float) -> None:
     masks = select(forms, Knobs(rank_ratio=ratio))
     everything = np.concatenate([f.values for f in forms])
     kept = np.concatenate([f.values[m] for f, m in zip(forms, masks, strict=True)])
@@ -58,7 +58,7 @@ def test_a_ratio_keeps_exactly_its_count_of_the_largest(forms: list[SpectralForm
 
 
 @given(spectra, st.floats(0, 1, allow_subnormal=False))
-def test_an_energy_keeps_the_fewest_that_reach_it(forms: list[SpectralForm], energy: float) -> None:
+def test_energy_keeps_the_fewest_values_that_reach_it(forms: list[SpectralForm], energy: float) -> None:
     everything = np.sort(np.concatenate([f.values for f in forms]))[::-1]
     sums = np.concatenate([[0.0], np.cumsum(everything**2)])
     count = sum(ranks(forms, energy=energy))
@@ -68,7 +68,9 @@ def test_an_energy_keeps_the_fewest_that_reach_it(forms: list[SpectralForm], ene
 
 
 @given(spectra, st.floats(0, 1))
-def test_a_budget_never_holds_less_than_a_ratio_of_its_cost(forms: list[SpectralForm], ratio: float) -> None:
+def test_budget_retains_at_least_the_energy_of_a_ratio_of_its_cost(
+    forms: list[SpectralForm], ratio: float
+) -> None:
     def energy(masks: list[Any]) -> float:
         return sum(float(np.square(f.values[m]).sum()) for f, m in zip(forms, masks, strict=True))
 
@@ -85,16 +87,14 @@ def test_a_budget_never_holds_less_than_a_ratio_of_its_cost(forms: list[Spectral
 
 
 @given(spectra, st.floats(0, 6), st.integers(0, 4), st.sampled_from(["largest", "smallest"]))
-def test_no_module_exceeds_the_largest_rank(
-    forms: list[SpectralForm], average: float, most: int, keep: Any
-) -> None:
+def test_no_module_exceeds_max_rank(forms: list[SpectralForm], average: float, most: int, keep: Any) -> None:
     found = ranks(forms, avg_rank=average, max_rank=most, keep=keep)
     assert max(found) <= most
     available = sum(min(most, int((f.values > 0).sum())) for f in forms)
     assert sum(found) == min(math.floor(average * len(forms) + 0.5), available)
 
 
-def test_scopes() -> None:
+def test_global_and_module_scopes_differ() -> None:
     forms = [form([9.0, 8.0, 7.0, 6.0]), form([4.0, 3.0, 2.0, 1.0])]
     assert ranks(forms, rank_ratio=0.5) == [4, 0]
     assert ranks(forms, rank_ratio=0.5, scope="module") == [2, 2]
@@ -105,12 +105,12 @@ def test_scopes() -> None:
     assert kept[1].tolist() == [False, False, True, True]
 
 
-def test_scores_take_the_place_of_values() -> None:
+def test_scores_replace_values() -> None:
     forms = [form([9.0, 8.0, 7.0], name="a"), form([4.0, 3.0, 0.0], name="b")]
     scores = {"a": [0.0, 0.0, 5.0], "b": [7.0, 6.0, 9.0]}
     masks = select(forms, Knobs(avg_rank=1.5, scores=scores))
     assert [m.tolist() for m in masks] == [[False, False, True], [True, True, False]]
-    # A score of zero still is a score; a value of zero is never kept.
+    # A score of zero may be kept; a value of zero is never kept.
     assert ranks(forms, rank_ratio=1.0, scores={"a": [0.0] * 3, "b": [0.0] * 3}) == [3, 2]
     with pytest.raises(ValueError, match="no scores for module 'b'"):
         ranks(forms, avg_rank=1, scores={"a": [1.0, 2.0, 3.0]})
@@ -118,13 +118,13 @@ def test_scores_take_the_place_of_values() -> None:
         ranks(forms, avg_rank=1, scores={"a": [1.0] * 3, "b": [1.0] * 2})
 
 
-def test_the_automatic_threshold_of_an_adapter() -> None:
+def test_automatic_threshold_of_an_adapter_finds_the_signal() -> None:
     values = [10.0, 9.0, 1.2, 1.1, 1.0, 0.9, 0.8]
     assert ranks([form(values), form([0.0, 0.0])], auto=True) == [2, 0]
     assert 2.858 * np.median(values) < 9
 
 
-def test_the_automatic_threshold_of_a_difference_is_the_noise_edge() -> None:
+def test_automatic_threshold_of_a_difference_is_the_noise_edge() -> None:
     rng = np.random.default_rng(0)
     out, fan_in, planted = 300, 200, 3
     noise = rng.standard_normal((out, fan_in))
@@ -139,7 +139,7 @@ def test_the_automatic_threshold_of_a_difference_is_the_noise_edge() -> None:
     ]
 
 
-def test_an_energy_beyond_the_computed_values() -> None:
+def test_energy_beyond_the_computed_values_raises() -> None:
     forms = [form([3.0, 1.0], unseen=10.0, dense=True)]
     assert ranks(forms, energy=0.45) == [1]
     assert ranks(forms, energy=0.499) == [2]
@@ -147,7 +147,7 @@ def test_an_energy_beyond_the_computed_values() -> None:
         ranks(forms, energy=0.6)
 
 
-def test_a_bound_on_ranks_does_not_lower_the_energy_that_is_wanted() -> None:
+def test_max_rank_does_not_lower_the_required_energy() -> None:
     forms = [form([3.0] + [1.0] * 9)]
     assert ranks(forms, energy=0.6) == [3]
     assert ranks(forms, energy=0.6, max_rank=5) == [3]
@@ -158,7 +158,7 @@ def test_a_bound_on_ranks_does_not_lower_the_energy_that_is_wanted() -> None:
 
 
 @given(spectra, st.floats(0, 1, allow_subnormal=False), st.integers(1, 6))
-def test_an_energy_under_a_bound_keeps_the_fewest_or_says_so(
+def test_energy_under_max_rank_keeps_the_fewest_values_or_raises(
     forms: list[SpectralForm], energy: float, most: int
 ) -> None:
     everything = np.concatenate([f.values for f in forms])
@@ -176,7 +176,7 @@ def test_an_energy_under_a_bound_keeps_the_fewest_or_says_so(
 
 
 @pytest.mark.parametrize("score", [-1.0, math.nan, math.inf])
-def test_scores_that_are_none_are_named(score: float) -> None:
+def test_invalid_scores_raise_with_their_module(score: float) -> None:
     with pytest.raises(ValueError, match=rf"module 'b': score 1 is {score}: .* finite .* 0 or above"):
         ranks(
             [form([2.0], name="a"), form([2.0, 1.0], name="b")],
@@ -185,7 +185,7 @@ def test_scores_that_are_none_are_named(score: float) -> None:
         )
 
 
-def test_modules_of_one_or_two_values_have_no_noise_to_judge_by() -> None:
+def test_automatic_threshold_keeps_modules_of_two_values() -> None:
     forms = [form([5.0]), form([5.0, 4.0]), form([5.0, 4.0, 0.0, 0.0]), form([5.0, 1.0, 1.0])]
     assert ranks(forms, auto=True) == [1, 2, 2, 1]
     assert ranks(forms, auto=True, max_rank=1) == [1, 1, 1, 1]
@@ -213,19 +213,19 @@ def test_modules_of_one_or_two_values_have_no_noise_to_judge_by() -> None:
         ({"budget": 9, "scores": {}}, "rank_ratio or avg_rank only"),
     ],
 )
-def test_knobs_that_make_no_sense(knobs: dict[str, Any], message: str) -> None:
+def test_invalid_knobs_raise(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Knobs(**knobs)
 
 
-def test_signatures_tell_all_knobs() -> None:
+def test_signatures_list_all_knobs() -> None:
     arguments = {name: hint.__forward_arg__ for name, hint in KnobArguments.__annotations__.items()}
     assert arguments == Knobs.__annotations__
     for function in (lorank.compress, lorank.merge, lorank.extract, lorank.LoraAdapter.load):
         assert "KnobArguments" in str(inspect.signature(function))
 
 
-def test_knobs_that_there_are_not() -> None:
+def test_unknown_knob_raises() -> None:
     with pytest.raises(TypeError, match=r"no knob 'rank': choose among rank_ratio, avg_rank"):
         checked_knobs({"rank": 3})
 
@@ -244,14 +244,14 @@ NAN = np.array([1.0, np.nan])
         lambda: _core.select_budget(np.array([1.0, 2.0]), [2], [1], 1),
     ],
 )
-def test_values_that_are_none(choose: Callable[[], Any]) -> None:
+def test_invalid_values_raise(choose: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=r"value 1|value 0|descending"):
         choose()
 
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0.01, 0.9999))
-def test_millions_of_values_with_ties(seed: int, share: float) -> None:
+def test_millions_of_tied_values_are_selected_exactly(seed: int, share: float) -> None:
     values = np.random.default_rng(seed).integers(0, 50_000, 1_000_000).astype(np.float64)
     order = np.argsort(-values, kind="stable")
     count = int(share * len(values))
@@ -263,7 +263,7 @@ def test_millions_of_values_with_ties(seed: int, share: float) -> None:
     assert int(_core.select_energy(values, share).sum()) == needed
 
 
-def test_values_need_not_lie_side_by_side() -> None:
+def test_strided_and_unaligned_values_are_selected() -> None:
     values = np.array([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0])
     shifted = np.frombuffer(b"\0" + values.tobytes(), dtype=np.uint8)[1:].view(np.float64)
     for placed in (values, np.repeat(values, 3)[::3], values[::-1].copy()[::-1], shifted):

@@ -1,4 +1,4 @@
-"""Names select what PEFT's own matching selects, and sort as people read them."""
+"""Names select the modules that PEFT's matching selects, and sort by their numbers."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def test_strings_match_as_peft_does(name: str, targets: str) -> None:
     assert naming.matcher(targets)(name) == expected
 
 
-def test_a_broken_expression() -> None:
+def test_invalid_expression_raises() -> None:
     with pytest.raises(ValueError, match="no regular expression"):
         naming.matcher("(")
 
 
-def test_include_and_exclude() -> None:
+def test_include_and_exclude_select_names() -> None:
     names = ["a.q_proj", "b.q_proj", "b.k_proj"]
     assert naming.filtered(names, None, None) == names
     assert naming.filtered(names, ["q_proj"], None) == ["a.q_proj", "b.q_proj"]
     assert naming.filtered(names, ["q_proj"], r"b\..*") == ["a.q_proj"]
 
 
-def test_natural_order() -> None:
+def test_names_sort_by_their_numbers() -> None:
     names = [f"layers.{i}.w" for i in (10, 2, 1, 0)]
     assert sorted(names, key=naming.natural_key) == [f"layers.{i}.w" for i in (0, 1, 2, 10)]
 
@@ -52,11 +52,11 @@ def test_natural_order() -> None:
         ("pooler.dense", "pooler.dense"),
     ],
 )
-def test_blocks(name: str, block: str) -> None:
+def test_block_of_a_name_is_found(name: str, block: str) -> None:
     assert naming.block_of(name) == block
 
 
-def test_roles() -> None:
+def test_embeddings_heads_and_routers_are_recognised() -> None:
     assert naming.is_embedding("bert.embeddings.word_embeddings")
     assert naming.is_embedding("transformer.wte")
     assert not naming.is_embedding("model.layers.0.embed_proj")

@@ -70,7 +70,7 @@ CLIP: dict[str, Any] = {
     "projection_dim": 16,
 }
 
-# Model, configuration, stacks with their depths. With transformers' own names, whatever the release.
+# Model, configuration, stacks with their depths, by names in any release of transformers.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
     "bert": ("BertForSequenceClassification", "BertConfig", TEXT, {"bert.encoder.layer": 3}),
     "bert-decoder": (
@@ -191,14 +191,14 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
 
 
 def built(name: str) -> Any:
-    """The architecture without weights: names and classes are all that is asked."""
+    """Return the architecture on the meta device, as only names and classes are used."""
     model, config, settings, _ = ARCHITECTURES[name]
     with torch.device("meta"):
         return getattr(tf, model)(getattr(tf, config)(**settings))
 
 
 def adaptable(model: Any) -> Iterator[str]:
-    """Linear layers, transformers' own Conv1D, routers, and stacked experts by their parameters."""
+    """Yield names of linear layers, Conv1D, routers, and parameters of stacked experts."""
     for name, module in model.named_modules():
         if re.search("Linear$|^Conv1D$|Router$", type(module).__name__):
             yield name
@@ -208,7 +208,7 @@ def adaptable(model: Any) -> Iterator[str]:
 
 
 def classes_inside(model: Any, name: str, stack: str) -> str:
-    """The classes of the modules between a module's block and itself, in one string."""
+    """Return the classes of the modules between a block and a module in it, in one string."""
     modules = dict(model.named_modules())
     parts = name.split(".")
     below = range(len(stack.split(".")) + 2, len(parts) + 1)
@@ -223,7 +223,7 @@ def expected_role(classes: str) -> str | None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_linear_layer_of_every_block(name: str) -> None:
+def test_every_linear_layer_has_its_role_and_depth(name: str) -> None:
     model, stacks = built(name), ARCHITECTURES[name][3]
     names = list(adaptable(model))
     depths, found = roles.depths_of(names), roles.roles_of(names)
@@ -243,7 +243,7 @@ def test_every_linear_layer_of_every_block(name: str) -> None:
     assert all(count >= 4 * stacks[stack] for stack, count in seen.items())
 
 
-def test_stages_are_counted_through() -> None:
+def test_stages_are_numbered_consecutively() -> None:
     config = tf.SwinConfig(embed_dim=16, depths=[2, 3], num_heads=[2, 4], image_size=32, patch_size=4)
     with torch.device("meta"):
         model = tf.SwinForImageClassification(config)
@@ -257,7 +257,7 @@ def test_stages_are_counted_through() -> None:
     assert "swin.encoder.layers.0.downsample.reduction" in names
 
 
-def test_albert_shares_one_block() -> None:
+def test_albert_has_one_shared_block() -> None:
     with torch.device("meta"):
         model = tf.AlbertForSequenceClassification(tf.AlbertConfig(**TEXT, embedding_size=16))
     names = [name for name in adaptable(model) if "albert_layers" in name]
@@ -266,7 +266,7 @@ def test_albert_shares_one_block() -> None:
     assert roles.roles_of(names) == ["attention"] * 4 + ["feed-forward"] * 2
 
 
-def test_a_state_space_model_has_blocks_but_no_roles() -> None:
+def test_state_space_model_has_blocks_but_no_roles() -> None:
     config = tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
     with torch.device("meta"):
         names = list(adaptable(tf.MambaForCausalLM(config)))
@@ -277,7 +277,7 @@ def test_a_state_space_model_has_blocks_but_no_roles() -> None:
     assert mixers == ["attention"] * (len(names) - 1) + [None]
 
 
-# Names of checkpoints and other libraries, where no installed class can be asked.
+# Names of checkpoints and other libraries, for which no class is installed.
 @pytest.mark.parametrize(
     ("name", "block", "role"),
     [
@@ -305,12 +305,14 @@ def test_a_state_space_model_has_blocks_but_no_roles() -> None:
         ("q_proj", None, "attention"),
     ],
 )
-def test_other_names(name: str, block: tuple[str, int] | None, role: str | None) -> None:
+def test_names_of_other_libraries_have_blocks_and_roles(
+    name: str, block: tuple[str, int] | None, role: str | None
+) -> None:
     assert roles.block_of(name) == (None if block is None else Block(block[0], (block[1],)))
     assert roles.roles_of([name]) == [role]
 
 
-def test_the_innermost_part_tells_the_role() -> None:
+def test_innermost_part_of_a_name_determines_the_role() -> None:
     unet = "down_blocks.0.attentions.1.transformer_blocks.0"
     names = [f"{unet}.attn1.to_q", f"{unet}.attn1.to_out.0", f"{unet}.ff.net.2", "attention_moe.experts.0.w1"]
     assert roles.roles_of(names) == ["attention", "attention", "feed-forward", "feed-forward"]
@@ -325,7 +327,7 @@ def test_the_innermost_part_tells_the_role() -> None:
         ("layers.12.downsample.reduction", None),
     ],
 )
-def test_stages(name: str, number: tuple[int, ...] | None) -> None:
+def test_stages_are_parts_of_the_block_number(name: str, number: tuple[int, ...] | None) -> None:
     block = roles.block_of(name)
     assert (block and block.number) == number
 
@@ -333,19 +335,19 @@ def test_stages(name: str, number: tuple[int, ...] | None) -> None:
 @pytest.mark.parametrize(
     "name", ["backbone.units.3.attn.q", "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q", "2"]
 )
-def test_an_unknown_list_is_no_guess(name: str) -> None:
+def test_unknown_lists_raise(name: str) -> None:
     with pytest.raises(ValueError, match=rf"the block of '{re.escape(name)}'.*blocks=r'"):
         roles.depths_of(["layers.0.q_proj", name])
 
 
-def test_the_advice_of_the_error_works() -> None:
+def test_option_suggested_by_the_error_works() -> None:
     with pytest.raises(ValueError, match="give blocks") as error:
         roles.block_of("backbone.units.3.attn.q")
     advice = str(error.value).split("blocks=r'")[1].rstrip("'")
     assert roles.block_of("backbone.units.3.attn.q", advice) == Block("backbone.units", (3,))
 
 
-def test_blocks_of_ones_own() -> None:
+def test_custom_blocks_determine_depths() -> None:
     names = ["a.units.0.x", "a.units.5.x", "b.units.5.y", "a.units.5.y", "a.layers.1.x"]
     assert roles.depths_of(names, r"units\.(\d+)") == [
         Depth(0, 2),
@@ -368,12 +370,12 @@ def test_blocks_of_ones_own() -> None:
         (3, "must be a regular expression, not 3"),
     ],
 )
-def test_malformed_blocks(blocks: Any, message: str) -> None:
+def test_malformed_blocks_raise(blocks: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roles.depths_of(["layers.0.q_proj"], blocks)
 
 
-def test_roles_of_ones_own_come_first_and_match_whole_parts() -> None:
+def test_custom_roles_take_precedence_and_match_complete_parts() -> None:
     names = ["layers.0.mixer.in_proj", "layers.0.premixer.q_proj", "layers.0.mlp.up_proj"]
     assert roles.roles_of(names, {"mixer": "feed-forward"}) == ["feed-forward", "attention", "feed-forward"]
     own: roles.Roles = {r"mixer\.(in|out)_proj": None, "mlp": "attention", r"layers\.\d+": "feed-forward"}
@@ -388,12 +390,12 @@ def test_roles_of_ones_own_come_first_and_match_whole_parts() -> None:
         ("mixer", "must map"),
     ],
 )
-def test_malformed_roles(own: Any, message: str) -> None:
+def test_malformed_roles_raise(own: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roles.roles_of(["q_proj"], own)
 
 
-def test_placements() -> None:
+def test_placements_select_roles() -> None:
     names = ["h.0.attn.c_attn", "h.0.mlp.c_fc", "pooler.dense", "h.0.mlp.gate"]
     assert roles.in_placement(names, "attention") == [True, False, False, False]
     assert roles.in_placement(names, "feed-forward") == [False, True, False, False]
@@ -407,13 +409,13 @@ def test_placements() -> None:
 
 
 @given(st.sets(st.integers(0, 200), min_size=1))
-def test_depths_count_the_blocks_that_are_there_in_the_order_of_their_numbers(numbers: set[int]) -> None:
+def test_depths_count_existing_blocks_in_numeric_order(numbers: set[int]) -> None:
     depths = roles.depths_of([f"layers.{number}.q_proj" for number in numbers])
     order = sorted(numbers)
     assert depths == [Depth(order.index(number), len(order)) for number in numbers]
 
 
-def test_depths_count_what_else_the_model_has() -> None:
+def test_depths_count_blocks_of_other_modules() -> None:
     others = [f"layers.{number}.norm" for number in range(4)] + ["parts.9.x", "decoder.layers.7.norm", "head"]
     assert roles.depths_of(["layers.2.q_proj", "head"], others=others) == [Depth(2, 4), None]
     assert roles.depths_of(["u.1.x"], r"u\.(\w+)", ["u.0.y", "u.out.z", "v.5.x"]) == [Depth(1, 2)]

@@ -1,4 +1,4 @@
-"""Names, kinds, orientations and ties that a model's code decides."""
+"""Names, kinds, orientations and ties that follow from a model's code."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Net(nn.Module):
         self.head.weight = self.table.weight
 
 
-def test_a_class_decides_kind_orientation_and_whether_peft_adapts_it() -> None:
+def test_classes_determine_kind_orientation_and_adaptability() -> None:
     weights = Skeleton.of_model(Net()).weights
     kinds = {name: weight.kind for name, weight in weights.items() if weight.kind}
     assert kinds == {
@@ -102,7 +102,7 @@ def test_a_class_decides_kind_orientation_and_whether_peft_adapts_it() -> None:
     assert refused == {"depthwise", "back", "shifted", "attention.out_proj"}
 
 
-def test_a_matrix_of_an_unknown_class_is_adapted_by_its_parameter() -> None:
+def test_matrix_of_an_unknown_class_is_adapted_by_its_parameter() -> None:
     weights = Skeleton.of_model(Net()).weights
     assert weights["router.weight"].module == "router.weight"
     assert weights["linear.weight"].module == "linear"
@@ -141,7 +141,7 @@ def saved(name: str, folder: Path) -> Any:
         "DecisionTransformerModel",
     ],
 )
-def test_a_folder_has_the_rows_of_the_loaded_model(name: str, tmp_path: Path) -> None:
+def test_folder_has_the_rows_of_the_loaded_model(name: str, tmp_path: Path) -> None:
     live = lorank.analyze(saved(name, tmp_path), progress=False)
     stored = lorank.analyze(tmp_path, progress=False)
     assert stored.facts.class_name == live.facts.class_name
@@ -156,7 +156,7 @@ def test_a_folder_has_the_rows_of_the_loaded_model(name: str, tmp_path: Path) ->
         assert other.alpha_hill == pytest.approx(row.alpha_hill, rel=1e-9, nan_ok=True)
 
 
-def test_experts_stored_one_by_one_are_rows_of_the_stack(tmp_path: Path) -> None:
+def test_experts_stored_separately_are_rows_of_the_stack(tmp_path: Path) -> None:
     saved("Qwen2MoeForCausalLM", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     at = "model.layers.0.mlp.experts"
@@ -168,7 +168,7 @@ def test_experts_stored_one_by_one_are_rows_of_the_stack(tmp_path: Path) -> None
     assert matrices[f"{at}.gate_up_proj[3]"].info.module == f"{at}.gate_up_proj"
 
 
-def test_an_incomplete_stack_of_experts_is_skipped_with_the_reason(tmp_path: Path) -> None:
+def test_incomplete_stack_of_experts_is_skipped_with_a_reason(tmp_path: Path) -> None:
     saved("Qwen2MoeForCausalLM", tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = {name: value for name, value in load_file(file).items() if ".experts.3." not in name}
@@ -194,7 +194,7 @@ def tied_llama(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_a_tie_stored_as_a_copy_is_one_table(tmp_path: Path) -> None:
+def test_tied_tables_stored_twice_are_one_row(tmp_path: Path) -> None:
     tensors = tied_llama(tmp_path)
     alone = open_source(tmp_path)
     copy = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
@@ -216,14 +216,14 @@ def test_stored_tables_that_differ_are_not_tied(tmp_path: Path) -> None:
     assert "lm_head" in {matrix.info.module for matrix in source.matrices}
 
 
-def test_a_config_that_asks_for_more_layers_than_the_files_hold_is_not_built() -> None:
+def test_config_with_more_layers_than_the_files_is_not_built() -> None:
     found = build(Path("nowhere"), {"model_type": "llama", "num_hidden_layers": 10**9}, ["a"] * 12)
     assert isinstance(found, Unknown)
     assert found.is_foreign
     assert "num_hidden_layers=1000000000" in found.reason
 
 
-def test_remote_code_is_not_run(tmp_path: Path) -> None:
+def test_remote_code_is_not_executed(tmp_path: Path) -> None:
     trap = tmp_path / "ran"
     (tmp_path / "modeling_trap.py").write_text(f"open({str(trap)!r}, 'w')\n")
     config = {
@@ -239,7 +239,7 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     assert "'trap'" in report.facts.remark
 
 
-def test_a_config_of_another_model_is_not_believed(tmp_path: Path) -> None:
+def test_config_of_another_model_is_ignored(tmp_path: Path) -> None:
     tied_llama(tmp_path)
     save_file({f"other.{i}.weight": torch.randn(4, 4) for i in range(5)}, tmp_path / "model.safetensors")
     facts = open_source(tmp_path).facts
@@ -261,7 +261,7 @@ def run_without_transformers(*arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_without_transformers_a_folder_is_analysed_and_the_report_says_guessed(tmp_path: Path) -> None:
+def test_folder_without_transformers_gives_a_report_marked_guessed(tmp_path: Path) -> None:
     tied_llama(tmp_path)
     done = run_without_transformers("analyze", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -285,7 +285,7 @@ def test_warnings_of_libraries_do_not_reach_the_terminal(tmp_path: Path) -> None
         ({"layers.0.experts.up_proj": (4, 8, 8)}, "square"),
     ],
 )
-def test_writing_from_doubtful_guesses_needs_guess(
+def test_writing_from_uncertain_guesses_needs_guess(
     tensors: dict[str, tuple[int, ...]], word: str, tmp_path: Path
 ) -> None:
     every = {name: torch.randn(shape) for name, shape in tensors.items()}
@@ -308,7 +308,7 @@ def test_writing_from_doubtful_guesses_needs_guess(
     assert lorank.extract(*sources, avg_rank=1, guess=True, progress=False).adapted
 
 
-def test_facts_survive_saving_a_report_and_an_allocation(tmp_path: Path) -> None:
+def test_facts_survive_saving_reports_and_allocations(tmp_path: Path) -> None:
     report = lorank.analyze(Net(), progress=False)
     for name in ("report.json", "report.parquet"):
         report.save(tmp_path / name)
@@ -318,7 +318,7 @@ def test_facts_survive_saving_a_report_and_an_allocation(tmp_path: Path) -> None
     assert lorank.RankAllocation.load(tmp_path / "allocation.json").facts == report.facts
 
 
-def test_an_allocation_leaves_out_and_flags_modules_that_peft_refuses() -> None:
+def test_allocation_excludes_and_flags_modules_refused_by_peft() -> None:
     allocation = lorank.allocate(Net(), "uniform", r_min=1, avg_rank=2, targets=".*", progress=False)
     assert "depthwise" not in allocation.ranks
     assert "8 groups" in allocation.flags["depthwise"]
@@ -326,7 +326,7 @@ def test_an_allocation_leaves_out_and_flags_modules_that_peft_refuses() -> None:
         lorank.allocate(Net(), "uniform", r_min=1, avg_rank=2, targets=["depthwise"], progress=False)
 
 
-def test_a_layer_whose_settings_or_weight_the_model_reads_is_refused() -> None:
+def test_layers_whose_settings_or_weight_are_read_are_refused() -> None:
     model = transformers.WhisperForConditionalGeneration(
         transformers.WhisperConfig(
             vocab_size=64,
@@ -371,18 +371,18 @@ class Reading(nn.Module):
         self.conv = nn.Conv2d(4, 6, 3)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        # Not read: self.typed.weight
+        # Not a read of the weight: self.typed.weight
         assert isinstance(self.typed.weight, nn.Parameter)
         return self.table.weight[rows].to(self.typed.weight.dtype) + self.typed(rows)
 
 
-def test_a_convolution_of_another_forward_is_refused_and_one_that_is_only_called_is_not() -> None:
+def test_only_convolutions_with_another_forward_are_refused() -> None:
     net = nn.Sequential(SamePadding(4, 6, 3), Reading())
     refused = {name for name, weight in Skeleton.of_model(net).weights.items() if weight.refused}
     assert refused == {"0.weight", "1.table.weight"}
 
 
-def test_a_vocabulary_resized_without_its_config_counts_as_stored(tmp_path: Path) -> None:
+def test_vocabulary_resized_without_its_config_has_its_stored_size(tmp_path: Path) -> None:
     model = saved("LlamaForCausalLM", tmp_path)
     model.resize_token_embeddings(model.config.vocab_size + 6)
     settings = (tmp_path / "config.json").read_text()
@@ -393,7 +393,7 @@ def test_a_vocabulary_resized_without_its_config_counts_as_stored(tmp_path: Path
     assert source.num_parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_a_model_of_many_buffers_is_recognised(tmp_path: Path) -> None:
+def test_model_with_many_buffers_is_recognised(tmp_path: Path) -> None:
     saved("IBertForMaskedLM", tmp_path)
     assert open_source(str(tmp_path)).facts.class_name == "IBertForMaskedLM"
 
@@ -407,7 +407,7 @@ def test_a_model_of_many_buffers_is_recognised(tmp_path: Path) -> None:
         ({"num_attention_heads": 10**8}, "num_attention_heads=100000000"),
     ],
 )
-def test_settings_that_fit_no_model_leave_names_to_be_guessed(
+def test_settings_without_a_model_lead_to_guessed_names(
     settings: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     saved("LlamaForCausalLM", tmp_path)
@@ -431,7 +431,7 @@ class Decoder(nn.Module):
         return self.slow_forward(rows)
 
 
-def test_a_table_tied_to_a_head_that_is_read_directly_is_left_out_of_an_extraction() -> None:
+def test_extraction_excludes_tables_tied_to_a_directly_read_head() -> None:
     base, tuned = nn.Sequential(Decoder()), nn.Sequential(Decoder())
     tuned.load_state_dict(base.state_dict())
     with torch.no_grad():
@@ -442,7 +442,7 @@ def test_a_table_tied_to_a_head_that_is_read_directly_is_left_out_of_an_extracti
     assert any("reads the weight of head itself" in note for note in adapter.notes)
 
 
-def test_a_router_that_returns_more_than_logits_is_adapted_by_its_weight(tmp_path: Path) -> None:
+def test_router_with_several_outputs_is_adapted_by_its_weight(tmp_path: Path) -> None:
     model = saved("Llama4ForCausalLM", tmp_path)
     allocation = lorank.allocate(
         str(tmp_path), "uniform", r_min=1, r_max=2, targets=["router"], progress=False

@@ -1,4 +1,4 @@
-"""Skeletons of diffusers' models and of transformers before 5, and what tensors are loaded into."""
+"""Skeletons of models from diffusers and transformers before 5, and the places of loaded tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.architectures import tiny
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_a_model_of_diffusers_decides_names(tmp_path: Path) -> None:
+def test_names_follow_the_model_of_diffusers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -40,7 +40,7 @@ def test_a_model_of_diffusers_decides_names(tmp_path: Path) -> None:
     assert {(row.name, row.kind) for row in stored.modules} == {(row.name, row.kind) for row in live.modules}
 
 
-def test_a_class_of_diffusers_that_is_not_a_model_is_not_built(tmp_path: Path) -> None:
+def test_other_classes_of_diffusers_are_not_built(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     (tmp_path / "config.json").write_text('{"_class_name": "DDPMScheduler"}')
     torch.save({"a.weight": torch.randn(4, 4)}, tmp_path / "pytorch_model.bin")
@@ -51,7 +51,7 @@ def test_a_class_of_diffusers_that_is_not_a_model_is_not_built(tmp_path: Path) -
 
 @pytest.fixture
 def older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide what transformers 5 brought."""
+    """Hide the interfaces that are new in transformers 5."""
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
 
@@ -63,7 +63,7 @@ def model_of(name: str) -> Any:
 
 
 @pytest.mark.usefixtures("older_transformers")
-def test_before_transformers_5_the_base_models_prefix_comes_and_goes() -> None:
+def test_base_model_prefix_is_optional_before_transformers_5() -> None:
     bert = model_of("BertForMaskedLM")
     skeleton = Skeleton.of_model(bert)
     at = "encoder.layer.0.attention.self.query.weight"
@@ -79,7 +79,7 @@ def test_before_transformers_5_the_base_models_prefix_comes_and_goes() -> None:
 
 
 @pytest.mark.usefixtures("older_transformers")
-def test_before_transformers_5_a_class_renames_by_its_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_rename_by_their_own_table_before_transformers_5(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = model_of("LlamaForCausalLM")
     table = {r"^language_model\.(layers)": r"model.\1"}
     monkeypatch.setattr(type(llama), "_checkpoint_conversion_mapping", table, raising=False)
@@ -88,7 +88,7 @@ def test_before_transformers_5_a_class_renames_by_its_own_table(monkeypatch: pyt
     assert found.renamed == {name: "model.layers.0.self_attn.q_proj.weight"}
 
 
-def test_a_base_model_takes_the_names_of_a_model_with_a_head(tmp_path: Path) -> None:
+def test_base_model_accepts_names_of_a_model_with_a_head(tmp_path: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     model = model_of("BertForMaskedLM")
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Gradients of losses that hold gradients themselves, against autograd with trained weights."""
+"""Gradients of losses that contain gradients, against autograd with trained weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 class Potential(nn.Module):
-    """An energy of positions; one layer is called twice."""
+    """Energies of positions; one layer is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Potential(nn.Module):
 
 
 class Critic(nn.Module):
-    """A score of pictures, with padding, stride and dilation; rectified in place."""
+    """Scores of images by convolutions with padding, stride and dilation, rectified in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def pictures(count: int = 4) -> list[Any]:
 
 
 def forces(model: Any, batch: Any) -> Any:
-    """Energies and forces, as potentials are trained."""
+    """Return a loss of energies and forces, as for trained potentials."""
     x = batch.clone().requires_grad_()
     energy = model(x)
     (slope,) = grad(energy.sum(), x, create_graph=True)
@@ -73,14 +73,14 @@ def forces(model: Any, batch: Any) -> Any:
 
 
 def penalty_alone(model: Any, batch: Any) -> Any:
-    """A loss that depends on the model by gradients only."""
+    """Return a loss that depends on the model through gradients only."""
     x = batch.clone().requires_grad_()
     (slope,) = grad(model(x).sum(), x, create_graph=True)
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
 def curvature(model: Any, batch: Any) -> Any:
-    """Third derivatives: the gradient of a squared gradient, squared."""
+    """Return a loss of third derivatives: the squared gradient of a squared gradient."""
     x = batch.clone().requires_grad_()
     (slope,) = grad(model(x).sum(), x, create_graph=True)
     (bend,) = grad(slope.square().sum(), x, create_graph=True)
@@ -89,31 +89,31 @@ def curvature(model: Any, batch: Any) -> Any:
 
 
 def adversarial(model: Any, batch: Any) -> Any:
-    """A step along a gradient through which nothing is differentiated."""
+    """Return the loss after a step along a gradient that is not differentiated."""
     x = batch.clone().requires_grad_()
     (slope,) = grad(model(x).square().sum(), x, retain_graph=True)
     return model(batch + 0.1 * slope.sign()).square().mean() + model(x).mean()
 
 
 def backward_within(model: Any, batch: Any) -> Any:
-    """The same loss by `backward`, as older code finds the gradient of its inputs."""
+    """Return the same loss with input gradients from `backward`, as in older code."""
     x = batch.clone().requires_grad_()
     model(x).square().sum().backward()
     assert x.grad is not None
     moved = batch + 0.1 * x.grad.sign()
-    # The gradients that trained weights took are not part of the loss's gradient.
+    # Gradients accumulated in trained weights are not part of the gradient of the loss.
     model.zero_grad()
     return model(moved).square().mean()
 
 
 def functional(model: Any, batch: Any) -> Any:
-    """Per-sample gradients by `torch.func`."""
+    """Return a loss of per-sample gradients by `torch.func`."""
     slope = torch.func.vmap(torch.func.grad(lambda x: model(x[None]).sum()))(batch)
     return (slope - 1).square().mean() + model(batch).mean()
 
 
 def nested_functional(model: Any, batch: Any) -> Any:
-    """A Laplacian, from gradients of gradients by `torch.func`."""
+    """Return a loss of a Laplacian from gradients of gradients by `torch.func`."""
 
     def along(x: torch.Tensor) -> torch.Tensor:
         return torch.func.grad(lambda y: model(y[None]).sum())(x).square().sum()
@@ -122,13 +122,13 @@ def nested_functional(model: Any, batch: Any) -> Any:
 
 
 def forward_mode(model: Any, batch: Any) -> Any:
-    """A directional derivative, found forward."""
+    """Return a loss of a directional derivative in forward mode."""
     value, slope = torch.func.jvp(model, (batch,), (torch.cos(batch),))
     return value.mean() + slope.square().mean()
 
 
 def checkpointed(model: Any, batch: Any) -> Any:
-    """Forces through a block that is computed twice."""
+    """Return a loss of forces through a checkpointed block."""
     x = batch.clone().requires_grad_()
     energy = checkpoint(model, x, use_reentrant=False)
     (slope,) = grad(energy.sum(), x, create_graph=True)
@@ -136,7 +136,7 @@ def checkpointed(model: Any, batch: Any) -> Any:
 
 
 def forces_within_a_checkpoint(model: Any, batch: Any) -> Any:
-    """The inner gradient is itself computed twice, the second time during the outer backward pass."""
+    """Return a loss whose inner gradient is recomputed during the outer backward pass."""
     return checkpoint(forces, model, batch, use_reentrant=False)
 
 
@@ -155,7 +155,7 @@ LOSSES = [
 
 
 def spectra(model: nn.Module, batches: list[Any], loss: Loss) -> dict[str, Any]:
-    """Eigenvalues of the Gram matrix of real gradients: every weight trained, in float64."""
+    """Return eigenvalues of the Gram matrix of gradients by autograd, with all weights trained in float64."""
     model = copy.deepcopy(model).double()
     rows: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
@@ -187,18 +187,18 @@ def assert_spectra(report: Any, expected: dict[str, Any], tolerance: float = 2e-
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
-def test_gradients_of_a_potential_are_those_of_trained_weights(loss: Loss) -> None:
+def test_gradients_of_a_potential_equal_those_of_trained_weights(loss: Loss) -> None:
     expected = spectra(Potential(), points(), loss)
     assert_spectra(profiled(Potential(), points(), loss), expected)
 
 
 @pytest.mark.parametrize("loss", [forces, penalty_alone, functional, adversarial], ids=lambda x: x.__name__)
-def test_gradients_of_a_critic_are_those_of_trained_weights(loss: Loss) -> None:
+def test_gradients_of_a_critic_equal_those_of_trained_weights(loss: Loss) -> None:
     expected = spectra(Critic(), pictures(), loss)
     assert_spectra(profiled(Critic(), pictures(), loss), expected)
 
 
-def test_base_weights_under_adapters_are_profiled_alike() -> None:
+def test_base_weights_under_adapters_have_the_same_gradients() -> None:
     model = get_peft_model(Potential(), LoraConfig(r=2, target_modules=["enter", "twice"]))
     report = lorank.profile_gradients(
         model, points(), loss=forces, targets=["enter", "twice"], sketch=None, progress=False
@@ -208,7 +208,7 @@ def test_base_weights_under_adapters_are_profiled_alike() -> None:
     assert_spectra(report, expected)
 
 
-def test_a_linear_potential_has_forces_that_depend_on_its_weight_alone() -> None:
+def test_forces_of_a_linear_potential_depend_on_its_weight_only() -> None:
     def loss(model: Any, batch: Any) -> Any:
         x = batch.clone().requires_grad_()
         (slope,) = grad(model(x).sum(), x, create_graph=True)
@@ -218,7 +218,7 @@ def test_a_linear_potential_has_forces_that_depend_on_its_weight_alone() -> None
     assert_spectra(profiled(model, points(), loss), spectra(model, points(), loss))
 
 
-def test_nothing_remains_on_the_model_or_the_batches() -> None:
+def test_models_and_batches_stay_unchanged() -> None:
     model = Potential()
     batch = {"x": torch.randn(5, 6, requires_grad=True), "y": torch.randn(5)}
 
@@ -244,7 +244,7 @@ def test_gradients_of_parameters_within_the_loss_are_refused() -> None:
         profiled(Potential(), points(), loss)
 
 
-def test_tasks_have_the_rows_of_the_outer_backward_pass_and_flag_the_inner_one() -> None:
+def test_tasks_have_rows_of_the_outer_backward_pass_and_flag_the_inner_one() -> None:
     def value(model: Any, batch: Any) -> Any:
         return model(batch).square().mean()
 
@@ -263,7 +263,7 @@ def test_tasks_have_the_rows_of_the_outer_backward_pass_and_flag_the_inner_one()
 
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("loss", [forces, adversarial, functional], ids=lambda loss: loss.__name__)
-def test_training_counts_backward_passes_that_train(loss: Loss, create_graph: bool) -> None:
+def test_dynamic_ranks_count_only_backward_passes_that_train(loss: Loss, create_graph: bool) -> None:
     model = get_peft_model(Potential(), LoraConfig(r=2, target_modules=["enter", "twice"]))
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     batches = points(3)
@@ -280,7 +280,7 @@ def test_training_counts_backward_passes_that_train(loss: Loss, create_graph: bo
 
 
 def test_training_by_gradients_of_single_parameters_warns() -> None:
-    """Such a pass does not reach the base weights, so no gradient can be measured."""
+    """Such a backward pass does not reach base weights, so their gradients cannot be measured."""
     model = get_peft_model(Potential(), LoraConfig(r=2, target_modules=["enter", "twice"]))
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -49,7 +49,7 @@ def dispatched(model: Any, folder: Path) -> Any:
 
 
 def whole_blocks(model: Any, _folder: Path) -> Any:
-    """One hook of a block moves the weights of all modules within it."""
+    """Offload a model whose blocks have one hook for the weights of all modules within."""
     return accelerate.cpu_offload(model, CPU, preload_module_classes=["LlamaDecoderLayer"])
 
 
@@ -65,7 +65,7 @@ Way = Callable[[Any, Path], Any]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_offloaded_modules_have_the_rows_of_plain_ones(way: Way, tmp_path: Path) -> None:
+def test_profiles_of_offloaded_models_equal_those_of_plain_ones(way: Way, tmp_path: Path) -> None:
     model = way(tiny_models.llama(), tmp_path)
     projection = model.get_submodule(f"{BLOCK}.mlp.up_proj")
     assert projection.weight.is_meta
@@ -79,21 +79,21 @@ def test_offloaded_modules_have_the_rows_of_plain_ones(way: Way, tmp_path: Path)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_spectra_of_offloaded_weights_are_those_of_plain_ones(way: Way, tmp_path: Path) -> None:
+def test_spectra_of_offloaded_weights_equal_those_of_plain_ones(way: Way, tmp_path: Path) -> None:
     plain = lorank.analyze(tiny_models.llama(), progress=False)
     found = lorank.analyze(way(tiny_models.llama(), tmp_path), progress=False)
     assert found.modules == plain.modules
 
 
 @pytest.mark.parametrize("way", [everything_on_cpu, everything_on_disk], ids=lambda way: way.__name__)
-def test_tied_weights_count_once_wherever_they_are(way: Way, tmp_path: Path) -> None:
+def test_offloaded_tied_weights_count_once(way: Way, tmp_path: Path) -> None:
     plain, found = open_source(tiny_models.llama_tied()), open_source(way(tiny_models.llama_tied(), tmp_path))
     assert found.num_parameters == plain.num_parameters
     assert [m.info for m in found.matrices] == [m.info for m in plain.matrices]
     assert [(s.name, s.reason) for s in found.skipped] == [(s.name, s.reason) for s in plain.skipped]
 
 
-def test_a_frozen_offloaded_weight_stays_frozen() -> None:
+def test_frozen_offloaded_weight_stays_frozen() -> None:
     model = accelerate.cpu_offload(tiny_models.llama(), CPU)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -101,7 +101,7 @@ def test_a_frozen_offloaded_weight_stays_frozen() -> None:
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
 
 
-def test_a_weight_without_values_anywhere_is_refused() -> None:
+def test_weight_without_values_raises() -> None:
     model = tiny_models.llama()
     accelerate.cpu_offload(model.model.layers[0], CPU)
     model.model.layers[1].mlp.up_proj.to("meta")
@@ -135,7 +135,7 @@ def test_ranks_of_an_offloaded_base_follow_its_gradients() -> None:
 
 
 class Packed(nn.Module):
-    """A quantized layer whose codes nothing here can read."""
+    """A quantized layer whose codes lorank cannot read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Packed(nn.Module):
         return x * 2
 
 
-def test_layers_that_cannot_be_read_are_named_with_the_reason() -> None:
+def test_unreadable_layers_are_named_with_a_reason() -> None:
     model = nn.Sequential()
     model.first, model.packed, model.last = nn.Linear(8, 8), Packed(), nn.Linear(8, 1)
     options: dict[str, Any] = {"loss": lambda m, x: m(x).square().mean(), "progress": False}

@@ -8,9 +8,9 @@ import lorank
 from tests.support import reviews
 
 
-def test_sketched_effective_ranks_are_those_of_whole_gradients() -> None:
+def test_sketched_effective_ranks_equal_those_of_full_gradients() -> None:
     model = reviews.base_model()
-    # A quarter of each batch: the time is that of the passes.
+    # A quarter of each batch, as backward passes dominate the time.
     batches = [{k: v[:8] for k, v in batch.items()} for batch in reviews.batches(0, 16 * reviews.BATCH)]
     assert len(batches) == 16
     exact = lorank.profile_gradients(model, batches, sketch=None)

@@ -1,4 +1,4 @@
-"""The guard of the benches: ratios that fell are warned of, times and small differences are not."""
+"""The table of benches warns of lower ratios, but not of times and small differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(folder: Path, table: Path, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_only_ratios_that_fell_far_are_warned_of(tmp_path: Path) -> None:
+def test_only_ratios_that_fell_far_warn(tmp_path: Path) -> None:
     table = tmp_path / "table.py"
     table.write_text(TABLE.read_text())
     folder = tmp_path / "run"

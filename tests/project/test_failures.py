@@ -1,4 +1,4 @@
-"""A lack of memory or threads and a defect of lorank end a run with an error; only the numbers flag a row."""
+"""Lack of memory or threads and defects of lorank end a run with an error; only numbers flag a row."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in its own process."""
-    # Each arena of glibc would reserve 128 MiB of addresses.
+    # Each arena of glibc reserves 128 MiB of addresses.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"}
     line = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
 
 
 def limited(spare: int, *arguments: object) -> str:
-    """Return the one line of a command that fails because the memory of the core is limited."""
+    """Return the error line of a command that fails because the memory of the core is limited."""
     result = run(LIMITED.replace("{spare}", str(spare)), *arguments)
     assert result.returncode == 1, result
     (line,) = result.stderr.splitlines()
@@ -112,7 +112,7 @@ def rows(journal: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("spare", "purpose"), [(12, "tensor `.*up_proj.weight` of .*model.safetensors"), (24, "a decomposition")]
 )
-def test_a_matrix_without_memory_is_tried_again(
+def test_matrix_without_memory_is_tried_again(
     spare: int, purpose: str, checkpoint: Path, clean: lorank.SpectralReport, tmp_path: Path
 ) -> None:
     journal = tmp_path / "journal"
@@ -128,13 +128,13 @@ def test_a_matrix_without_memory_is_tried_again(
 
 
 @needs_proc
-def test_a_lack_of_memory_without_a_journal_ends_the_run(checkpoint: Path) -> None:
+def test_lack_of_memory_without_a_journal_ends_the_run(checkpoint: Path) -> None:
     line = limited(12 * MEBIBYTE, "analyze", checkpoint, "--threads", 1)
     assert re.fullmatch(rf"lorank: module '{LARGE}': no memory for the \d+ bytes of .*", line)
 
 
 @needs_proc
-def test_a_lack_of_memory_in_commands_on_updates(checkpoint: Path, tmp_path: Path) -> None:
+def test_lack_of_memory_ends_commands_on_updates(checkpoint: Path, tmp_path: Path) -> None:
     save_file(
         weights(1024, 4096) | {f"{SMALL[0]}.weight": np.eye(16, dtype=np.float32)}, tmp_path / "b.safetensors"
     )
@@ -151,7 +151,7 @@ def test_a_lack_of_memory_in_commands_on_updates(checkpoint: Path, tmp_path: Pat
 
 
 @needs_proc
-def test_a_lack_of_threads_is_an_error_of_the_system(small: Path, tmp_path: Path) -> None:
+def test_lack_of_threads_is_a_system_error(small: Path, tmp_path: Path) -> None:
     # Each thread takes 2 MiB of addresses for its stack.
     journal = tmp_path / "journal"
     line = limited(64 * MEBIBYTE, "analyze", small, "--threads", 200, "--resume", journal)
@@ -189,16 +189,16 @@ def with_defects(path: Path, *names: str) -> Callable[[object], Source]:
 REPORTED = r"internal error: a defect, in two lines at \S+\.rs:\d+:\d+ \(.*please report this line.*\)"
 
 
-def test_a_defect_is_an_error_with_a_request_to_report_it(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_defect_raises_with_a_request_to_report_it(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrices, "open_source", with_defects(small, SMALL[1]))
     with pytest.raises(lorank.LorankError, match=f"^module '{SMALL[1]}': {REPORTED}$") as error:
         lorank.analyze(small)
     assert type(error.value) is lorank.LorankError
 
 
-def test_a_defect_is_never_journalled(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defect_is_not_written_to_the_journal(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal = tmp_path / "journal"
     with monkeypatch.context() as patched:
         patched.setattr(matrices, "open_source", with_defects(small, LARGE, SMALL[1]))
@@ -208,7 +208,7 @@ def test_a_defect_is_never_journalled(small: Path, tmp_path: Path, monkeypatch: 
     assert lorank.analyze(small, resume=journal) == lorank.analyze(small)
 
 
-def test_a_defect_is_one_line_of_the_command(small: Path) -> None:
+def test_defect_of_a_command_is_one_line(small: Path) -> None:
     result = run(DEFECTIVE, "analyze", small)
     assert result.returncode == 1
     assert re.fullmatch(f"lorank: module '{LARGE}': {REPORTED}\n", result.stderr)
@@ -233,7 +233,7 @@ def test_defects_of_updates_name_their_module(
             operation()
 
 
-def test_a_name_goes_before_the_message_of_any_class() -> None:
+def test_name_is_prepended_to_messages_of_any_class() -> None:
     braces = "a.{b}"
     for error in (MemoryError("none"), OSError("none"), lorank.LorankError("none"), ValueError("none")):
         found = core_calls.named(error, braces)
@@ -248,7 +248,7 @@ def test_a_name_goes_before_the_message_of_any_class() -> None:
 
 
 @pytest.mark.parametrize("kind", [MemoryError, lorank.LorankError, lorank.NumericalError])
-def test_errors_of_writing_name_the_file_as_it_would_be_called(kind: type[Exception], tmp_path: Path) -> None:
+def test_write_errors_name_the_final_file(kind: type[Exception], tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     with pytest.raises(kind, match=f"^the 8 bytes of {folder}/a$"), staged_folder(folder) as staging:
         raise kind(f"the 8 bytes of {staging}/a")

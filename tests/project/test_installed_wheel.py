@@ -1,4 +1,4 @@
-"""The wheel, installed with its dependencies alone into the oldest and the newest CPython of the machine."""
+"""The wheel, installed with its dependencies only into the oldest and the newest CPython of the machine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("cargo") is None:
         pytest.skip("building the wheel needs cargo")
     folder = tmp_path_factory.mktemp("wheel")
-    # The build of the environment is used again: only packing takes time.
+    # The build of the environment is reused, so only packing takes time.
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True)
     (path,) = folder.glob("lorank-*.whl")
@@ -77,7 +77,7 @@ def scripts(
         pytest.skip(f"no CPython {OLDEST[0]}.{OLDEST[1]} on the path or under pyenv")
     version = OLDEST if request.param == "oldest" else max(available)
     environment = tmp_path_factory.mktemp(f"python{version[0]}.{version[1]}")
-    # A pip of its own, and the bytecode of all files, would take most of the time.
+    # Installing pip and compiling bytecode would take most of the time.
     subprocess.run([str(available[version]), "-m", "venv", "--without-pip", str(environment)], check=True)
     folder = environment / ("Scripts" if sys.platform == "win32" else "bin")
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "python"), "install", "--quiet"]
@@ -91,7 +91,7 @@ def scripts(
 
 
 def ok(command: Path, *arguments: object, folder: Path) -> str:
-    # A Python path of the tests would hide what the environment holds.
+    # PYTHONPATH would hide the packages of the environment.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     line = [str(command), *map(str, arguments)]
     result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=folder, env=environment)
@@ -107,7 +107,7 @@ def test_every_module_imports_or_lacks_an_extra(scripts: Path, tmp_path: Path) -
     assert set(found["lacking"].values()) <= {"torch", "transformers"}
 
 
-def test_commands_on_a_model(scripts: Path, tmp_path: Path) -> None:
+def test_commands_on_a_model_work(scripts: Path, tmp_path: Path) -> None:
     weight = np.random.default_rng(0).standard_normal((24, 32)).astype(np.float32)
     names = [f"model.layers.0.self_attn.{role}_proj" for role in "qv"]
     save_file(
@@ -124,7 +124,7 @@ def test_commands_on_a_model(scripts: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ranks").exists()
 
 
-def test_commands_on_an_adapter(scripts: Path, tmp_path: Path) -> None:
+def test_commands_on_an_adapter_work(scripts: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     factors = {"A.weight": (8, 32), "B.weight": (24, 8)}

@@ -1,4 +1,4 @@
-"""Memory follows the largest matrices, not the checkpoint."""
+"""Peak memory depends on the largest matrices, not on the size of the checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXTRACT = "lorank.extract(*sys.argv[1:], avg_rank=2, max_rank=4, threads=2, prog
 
 
 def peak(call: str, *paths: Path) -> int:
-    """Peak resident memory of a call in a process of its own, in KiB."""
+    """Return the peak resident memory of a call in a new process, in KiB."""
     command = [sys.executable, "-c", PROGRAM.format(call=call), *map(str, paths)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -43,7 +43,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> 
         save_file(weights, path)
         peaks[layers] = peak(ANALYZE, path)
     assert peaks[20] <= 1.15 * peaks[5], peaks
-    # The file of 20 layers alone has 335 MB: holding it would show.
+    # The file of 20 layers has 335 MB: keeping it in memory would exceed the limit.
     assert peaks[20] * 1024 < 20 * 1024 * 4096 * 4
 
 
@@ -66,5 +66,5 @@ def test_extraction_holds_a_few_matrices_of_two_sharded_checkpoints(
             (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
         peaks.append(peak(EXTRACT, *folders))
     assert peaks[1] <= 1.25 * peaks[0], peaks
-    # Holding either checkpoint would show: it grows by this much.
+    # Keeping either checkpoint in memory would exceed this growth.
     assert (peaks[1] - peaks[0]) * 1024 < 0.4 * (layers[1] - layers[0]) * np.prod(shape) * 4

@@ -1,4 +1,4 @@
-"""Reports and journals on disk: nothing is lost, and other files are told apart."""
+"""Reports and journals on disk: nothing is lost, and other files raise."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_rows_equal(a: lorank.SpectralReport, b: lorank.SpectralReport, *, eig
 
 
 @pytest.mark.parametrize("ending", [".json", ".parquet"])
-def test_everything_survives(report: lorank.SpectralReport, tmp_path: Path, ending: str) -> None:
+def test_reports_survive_saving(report: lorank.SpectralReport, tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"report{ending}"
     report.save(path)
     loaded = lorank.SpectralReport.load(path)
@@ -61,13 +61,13 @@ def test_csv_keeps_the_rows(report: lorank.SpectralReport, tmp_path: Path) -> No
         lorank.allocate(loaded, budget="5%")
 
 
-def test_a_data_frame(report: lorank.SpectralReport) -> None:
+def test_data_frame_has_a_row_per_matrix(report: lorank.SpectralReport) -> None:
     frame = report.to_pandas()
     assert list(frame["name"]) == [row.name for row in report]
     assert frame["alpha_hill"].isna().tolist() == [bool(np.isnan(row.alpha_hill)) for row in report]
 
 
-def test_counts_of_what_has_no_spectrum_are_no_zeros(report: lorank.SpectralReport, tmp_path: Path) -> None:
+def test_rows_without_a_spectrum_have_no_counts(report: lorank.SpectralReport, tmp_path: Path) -> None:
     counts = [name for name in METRICS if name.startswith(("num_", "mp_spikes"))]
     assert len(counts) == 5
     report.save(tmp_path / "report.json")
@@ -83,7 +83,7 @@ def test_counts_of_what_has_no_spectrum_are_no_zeros(report: lorank.SpectralRepo
     assert {rows["layers.3.w"][name] for name in counts} == {""}
 
 
-def test_a_page(report: lorank.SpectralReport, tmp_path: Path) -> None:
+def test_page_needs_no_other_file(report: lorank.SpectralReport, tmp_path: Path) -> None:
     report.to_html(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "layers.0.w" in text
@@ -102,14 +102,14 @@ def test_rows_are_found_by_name_or_ending(report: lorank.SpectralReport) -> None
 
 @pytest.mark.parametrize("ending", [".json", ".csv", ".parquet"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"a,b\n1,2\n", b"\xff\x00PAR1"])
-def test_files_that_are_no_report(tmp_path: Path, ending: str, content: bytes) -> None:
+def test_other_files_raise(tmp_path: Path, ending: str, content: bytes) -> None:
     path = tmp_path / f"report{ending}"
     path.write_bytes(content)
     with pytest.raises(lorank.FormatError, match=rf"report\{ending}: is no lorank report"):
         lorank.SpectralReport.load(path)
 
 
-def test_other_endings_and_paths(report: lorank.SpectralReport, tmp_path: Path) -> None:
+def test_unknown_endings_and_missing_files_raise(report: lorank.SpectralReport, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reports end with"):
         report.save(tmp_path / "report.txt")
     with pytest.raises(FileNotFoundError):
@@ -118,7 +118,7 @@ def test_other_endings_and_paths(report: lorank.SpectralReport, tmp_path: Path) 
 
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ""])
 @pytest.mark.parametrize("kind", [lorank.GradientReport, lorank.TaskReport])
-def test_profiles_have_one_ending(
+def test_profiles_with_another_ending_raise(
     kind: type[lorank.GradientReport | lorank.TaskReport], ending: str, tmp_path: Path
 ) -> None:
     kind([]).save(tmp_path / "report.json")
@@ -137,12 +137,12 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("cut", [0, 7], ids=["between lines", "within a line"])
-def test_a_cut_off_run_goes_on(checkpoint: Path, tmp_path: Path, cut: int) -> None:
+def test_interrupted_analysis_resumes_from_its_journal(checkpoint: Path, tmp_path: Path, cut: int) -> None:
     journal = tmp_path / "journal"
     whole = lorank.analyze(checkpoint, resume=journal, threads=1)
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 7
-    # What the first rows say is taken as it is: a number that no analysis gives must come through.
+    # Rows of the journal are used without recomputation: a changed number must appear in the report.
     marked = lines[1].replace(b'"num_nonzero": ', b'"num_nonzero": 1')
     journal.write_bytes(lines[0] + marked + lines[2] + lines[3][:cut])
     resumed = lorank.analyze(checkpoint, resume=journal, threads=1)
@@ -153,7 +153,7 @@ def test_a_cut_off_run_goes_on(checkpoint: Path, tmp_path: Path, cut: int) -> No
     assert len(journal.read_bytes().splitlines()) == 7
 
 
-def test_a_journal_belongs_to_one_run(checkpoint: Path, tmp_path: Path) -> None:
+def test_journal_of_another_run_raises(checkpoint: Path, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     lorank.analyze(checkpoint, resume=journal)
     with pytest.raises(ValueError, match="different keep_eigenvalues"):
@@ -168,6 +168,6 @@ def test_a_journal_belongs_to_one_run(checkpoint: Path, tmp_path: Path) -> None:
         lorank.analyze({"a": np.eye(3)}, resume=tmp_path / "other")
 
 
-def test_an_opened_source_can_be_passed_on(checkpoint: Path) -> None:
+def test_opened_source_is_accepted(checkpoint: Path) -> None:
     opened = open_source(checkpoint)
     assert len(lorank.analyze(opened)) == len(opened.matrices) == 6

@@ -16,7 +16,7 @@ def printed(ranks: dict[str, int], width: int) -> str:
     return captured.get()
 
 
-def test_a_map_that_is_too_wide_lists_ranks_by_block() -> None:
+def test_wide_map_lists_ranks_by_block() -> None:
     ranks = {f"layers.{i}.attention.projection_{j}": i + j for i in range(2) for j in range(9)}
     wide, narrow = printed(ranks, 200), printed(ranks, 80)
     assert "projection_8 9" not in wide
@@ -25,18 +25,18 @@ def test_a_map_that_is_too_wide_lists_ranks_by_block() -> None:
     assert "…" not in narrow
 
 
-def test_experts_that_are_modules_share_a_column() -> None:
+def test_experts_as_modules_share_a_column() -> None:
     ranks = {f"layers.0.mlp.experts.{e}.up_proj": 2 + e for e in range(64)}
     text = printed({**ranks, "layers.0.q_proj": 4}, 80)
     assert "2-65" in text
     assert "63" not in text
 
 
-def test_a_router_parameter_is_named_with_its_module() -> None:
+def test_router_parameter_is_named_with_its_module() -> None:
     assert "gate" in printed({"layers.0.mlp.gate.weight": 2, "layers.0.q_proj": 4}, 80)
 
 
-def test_reasons_that_differ_in_a_name_are_counted_together() -> None:
+def test_reasons_with_different_names_are_counted_together() -> None:
     skipped = [Skipped(f"{i}.scale", (1,), f"scale of the packed weight {i}.weight (GPTQ)") for i in range(9)]
     assert (
         skipped_summary(SpectralReport([], skipped)) == "9 tensors skipped: 9 scale of a packed weight (GPTQ)"

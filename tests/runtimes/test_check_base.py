@@ -39,14 +39,14 @@ def llama() -> Any:
     return model
 
 
-def test_an_adapter_of_its_base_model_is_right(tmp_path: Path) -> None:
+def test_adapter_of_its_base_model_is_right(tmp_path: Path) -> None:
     folder = adapter_of(llama(), tmp_path / "a", target_modules=["q_proj", "down_proj"])
     (verdict,) = lorank.check(folder, ["peft"], base=llama())
     assert verdict.status == "right"
 
 
 @pytest.mark.parametrize("base", ["folder", "config.json", "live"])
-def test_names_that_match_nothing_are_found_in_every_runtime(base: str, tmp_path: Path) -> None:
+def test_unmatched_names_are_reported_for_every_runtime(base: str, tmp_path: Path) -> None:
     config = llama().config
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path / "base")
@@ -61,7 +61,7 @@ def test_names_that_match_nothing_are_found_in_every_runtime(base: str, tmp_path
     assert torch.equal(loaded(IDS).logits, llama()(IDS).logits)
 
 
-def test_the_closest_name_of_the_model_is_given(tmp_path: Path) -> None:
+def test_closest_name_of_the_model_is_suggested(tmp_path: Path) -> None:
     classifier = transformers.BertForSequenceClassification(
         transformers.BertConfig(
             vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
@@ -74,7 +74,7 @@ def test_the_closest_name_of_the_model_is_given(tmp_path: Path) -> None:
     assert "it has bert.encoder.layer.0.attention.self.query" in verdict.reason
 
 
-def test_shapes_that_do_not_fit_are_refused_as_peft_refuses_them(tmp_path: Path) -> None:
+def test_unfitting_shapes_are_refused_as_in_peft(tmp_path: Path) -> None:
     config = llama().config
     config.intermediate_size = 40
     wider = transformers.LlamaForCausalLM(config)
@@ -103,7 +103,7 @@ def test_modules_that_peft_cannot_adapt_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_base_model_settles_what_llama_cpp_does_with_tables(tied: bool, tmp_path: Path) -> None:
+def test_tied_base_model_determines_how_llama_cpp_treats_tables(tied: bool, tmp_path: Path) -> None:
     config = llama().config
     config.tie_word_embeddings = tied
     model = transformers.LlamaForCausalLM(config)
@@ -127,7 +127,7 @@ def test_experts_of_either_layout_belong_to_their_model(stacked: bool, tmp_path:
     assert other.status != "right"
 
 
-def test_a_base_without_config_and_weights_is_an_error(tmp_path: Path) -> None:
+def test_base_without_config_and_weights_raises(tmp_path: Path) -> None:
     folder = adapter_of(llama(), tmp_path / "a", target_modules=["q_proj"])
     (tmp_path / "empty").mkdir()
     with pytest.raises((ValueError, lorank.FormatError), match=r"no weights to read names from"):
@@ -136,7 +136,7 @@ def test_a_base_without_config_and_weights_is_an_error(tmp_path: Path) -> None:
         lorank.check(folder, base=tmp_path / "nowhere")
 
 
-def test_an_embedding_fits_a_base_model_whose_names_are_guessed(tmp_path: Path) -> None:
+def test_embedding_fits_a_base_model_with_guessed_names(tmp_path: Path) -> None:
     save_file(
         {name: value.clone() for name, value in llama().state_dict().items()},
         tmp_path / "model.safetensors",
@@ -150,8 +150,8 @@ def test_every_runtime_has_a_rule_for_unknown_names() -> None:
     assert {runtime.unknown for runtime in RUNTIMES.values()} <= {"ignores", "refuses"}
 
 
-def test_experts_under_the_names_of_files_belong_to_their_model(tmp_path: Path) -> None:
-    """Mixtral's files and adapters of transformers 4 call the loaded model's `mlp` `block_sparse_moe`."""
+def test_experts_under_names_of_files_belong_to_their_model(tmp_path: Path) -> None:
+    """Files of Mixtral and adapters of transformers 4 name the loaded `mlp` `block_sparse_moe`."""
     model = tiny("MixtralForCausalLM", layers=1)
     assert model is not None
     folder = adapter_of(model, tmp_path / "a", target_modules=["q_proj"])

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 import lorank
 from lorank.runtimes import RUNTIMES, right_profile
-from tests.cli.test_cli import run
 from tests.support.adapter_files import configured
+from tests.support.command_line import run
 
 PREFIX = "base_model.model."
 LAYERS = [f"model.layers.{i}" for i in range(2)]
@@ -158,7 +158,7 @@ RULES: list[Rule] = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule[0]}-{rule[3]}-{rule[4]}")
-def test_each_rule(rule: Rule, tmp_path: Path) -> None:
+def test_each_rule_gives_its_verdict(rule: Rule, tmp_path: Path) -> None:
     runtime, tensors, config, status, reason = rule
     (verdict,) = lorank.check(write(tmp_path, tensors, **config), [runtime])
     assert verdict.status == status, verdict
@@ -167,7 +167,7 @@ def test_each_rule(rule: Rule, tmp_path: Path) -> None:
         assert not verdict.reason
 
 
-def test_padding_counts_for_the_largest_rank(tmp_path: Path) -> None:
+def test_padding_counts_towards_the_largest_rank(tmp_path: Path) -> None:
     folder = write(
         tmp_path / "a",
         {**factors(QV[:2], 40), **factors(QV[2:], 8)},
@@ -206,7 +206,7 @@ def test_runtimes_of_another_format_do_not_fail_a_check(tmp_path: Path) -> None:
         (["diffusers", "comfyui"], "compact"),
     ],
 )
-def test_the_first_profile_that_all_runtimes_load_is_chosen(runtimes: list[str] | None, profile: str) -> None:
+def test_first_profile_that_all_runtimes_load_is_chosen(runtimes: list[str] | None, profile: str) -> None:
     assert right_profile(runtimes) == profile
 
 

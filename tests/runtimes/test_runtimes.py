@@ -1,4 +1,4 @@
-"""Every profile under every runtime's own formula, and what `check` says of everything else."""
+"""Verdicts of `check` against the formulas of runtimes, for every profile and unsupported adapters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 
 import lorank
 from lorank.runtimes import RUNTIMES
-from tests.cli.test_cli import run
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, loaded, saved, trained
+from tests.support.command_line import run
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROFILES = ("compact", "portable", "tensor-rank")
@@ -29,7 +29,7 @@ READ_FOLDERS = [name for name, runtime in RUNTIMES.items() if runtime.reads == "
 
 
 def updates(folder: Path, runtime: str) -> dict[str, Any] | None:
-    """The updates that a runtime applies, by its formula, straight from the files; None if it refuses."""
+    """Return the updates that a runtime's formula gives for the files; None if the runtime refuses them."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     factors = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in tensors}
@@ -90,7 +90,7 @@ def agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("runtime", READ_FOLDERS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_check_says_what_the_formulas_give(name: str, runtime: str, tmp_path: Path) -> None:
+def test_check_agrees_with_the_formulas_of_runtimes(name: str, runtime: str, tmp_path: Path) -> None:
     before = original(name, tmp_path / "before")
     folders = [before]
     small = lorank.compress(lorank.LoraAdapter.load(before), avg_rank=2, progress=False)
@@ -122,7 +122,7 @@ PROMISES = {
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_profiles_keep_their_promises(name: str, profile: Any, tmp_path: Path) -> None:
+def test_profiles_load_in_their_runtimes(name: str, profile: Any, tmp_path: Path) -> None:
     adapter = lorank.LoraAdapter.load(original(name, tmp_path / "before"))
     small = lorank.compress(adapter, avg_rank=1.5, progress=False)
     assert len(set(small.ranks.values())) > 1
@@ -175,7 +175,7 @@ def of(folder: Path, base: Any = None, **config: Any) -> dict[str, Any]:
     return verdicts(saved(trained(base or tiny_models.llama(), LoraConfig(**settings)), folder))
 
 
-def test_attention_and_targets(tmp_path: Path) -> None:
+def test_sglang_checks_targets(tmp_path: Path) -> None:
     some = of(tmp_path / "some", target_modules=["q_proj", "v_proj"])
     assert some["sglang"].status == "right"
     up = of(tmp_path / "up", target_modules=["up_proj", "down_proj"])
@@ -195,7 +195,7 @@ def test_attention_and_targets(tmp_path: Path) -> None:
         (["layers.0.self_attn.q_proj", "v_proj"], {}, "wrong"),
     ],
 )
-def test_lorax_wants_a_type_of_modules_in_every_block(
+def test_lorax_needs_a_module_type_in_every_block(
     targets: list[str], more: dict[str, Any], status: str, tmp_path: Path
 ) -> None:
     verdict = of(tmp_path, target_modules=targets, **more)["lorax"]
@@ -204,15 +204,15 @@ def test_lorax_wants_a_type_of_modules_in_every_block(
     assert wanted in verdict.reason
 
 
-def test_lorax_forgets_small_ranks(tmp_path: Path) -> None:
+def test_lorax_drops_small_ranks(tmp_path: Path) -> None:
     assert "pads ranks to 8" in of(tmp_path / "a", r=4)["lorax"].reason
     assert "pads ranks" not in of(tmp_path / "b", r=8)["lorax"].reason
 
 
 def taken(key: str, runtime: str) -> bool | None:
-    """Whether a runtime that raises at tensors it does not know takes one; None if it leaves it out."""
+    """Return True if a runtime that raises at unknown tensors accepts a tensor; None if it ignores it."""
     if key.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")):
-        return True  # The base's own weight: nothing is lost.
+        return True  # The weight of the base model is redundant.
     name, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
     if factor == "magnitude_vector":
         return None if runtime == "tensorrt-llm" else False
@@ -242,7 +242,7 @@ BESIDE_FACTORS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", BESIDE_FACTORS)
-def test_who_takes_nothing_but_factors_refuses_the_rest(name: str, tmp_path: Path) -> None:
+def test_runtimes_for_factors_only_refuse_other_tensors(name: str, tmp_path: Path) -> None:
     found = of(tmp_path, **BESIDE_FACTORS[name])
     keys = load_file(tmp_path / "adapter_model.safetensors")
     for runtime in ("vllm", "vllm-old", "llama.cpp", "tensorrt-llm"):
@@ -258,7 +258,7 @@ def test_who_takes_nothing_but_factors_refuses_the_rest(name: str, tmp_path: Pat
         assert found[runtime].status == expected, (runtime, found[runtime])
 
 
-def test_biases_and_experts(tmp_path: Path) -> None:
+def test_biases_and_experts_are_refused(tmp_path: Path) -> None:
     bert = tiny_models.bert_classifier()
     biases = of(tmp_path / "bias", bert, target_modules=["query"], bias="all")
     assert "bias='all'" in biases["vllm"].reason
@@ -268,7 +268,7 @@ def test_biases_and_experts(tmp_path: Path) -> None:
     assert {stacks[name].status for name in ("sglang", "lorax", "llama.cpp", "tensorrt-llm")} == {"refuses"}
 
 
-def test_adalora(tmp_path: Path) -> None:
+def test_adalora_is_right_only_through_peft(tmp_path: Path) -> None:
     config = AdaLoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_r=4, total_step=10)
     model = get_peft_model(copy.deepcopy(tiny_models.llama()), config)
     found = verdicts(saved(model, tmp_path / "a"))
@@ -302,11 +302,11 @@ SWAPPED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", SWAPPED)
-def test_hotswap_does_what_check_says(name: str, tmp_path: Path) -> None:
+def test_hotswap_agrees_with_check(name: str, tmp_path: Path) -> None:
     build, more = SWAPPED[name]
     folders = []
     for k in (0, 1):
-        # Two adapters of one kind whose patterns differ, as they do after compressing.
+        # Two adapters of one kind with different patterns, as after compression.
         more = {**more, "alpha_pattern": {"q_proj": 3 + k}} if name == "alphas" else more
         model = trained(build(), LoraConfig(**{"r": 4, "target_modules": ALL, **more}), seed=k)
         folders.append(saved(model, tmp_path / str(k)))
@@ -326,7 +326,7 @@ def test_hotswap_does_what_check_says(name: str, tmp_path: Path) -> None:
         assert f"use_rslora={name == 'rslora'}, use_dora=False and lora_dropout=0.0" in verdict.reason
 
 
-def test_targets_that_select_half(tmp_path: Path) -> None:
+def test_targets_that_select_half_of_the_modules_are_wrong(tmp_path: Path) -> None:
     of(tmp_path, target_modules=["q_proj", "v_proj"])
     for targets in (["q_proj"], r".*\.q_proj"):
         configured(tmp_path, target_modules=targets)
@@ -339,8 +339,8 @@ def test_targets_that_select_half(tmp_path: Path) -> None:
     assert "adapts 2 of 4 modules" in verdicts(tmp_path)["peft"].reason
 
 
-def test_ranks_that_contradict_the_settings_are_mended(tmp_path: Path) -> None:
-    """As PEFT's `add_weighted_adapter` leaves them: the layers in memory have the settings' scale."""
+def test_ranks_that_contradict_the_settings_are_fixed(tmp_path: Path) -> None:
+    """`add_weighted_adapter` creates such adapters: layers in memory have the scale of the settings."""
     folder = saved(trained(tiny_models.llama(), LoraConfig(**CONFIGS["ranks"])), tmp_path / "a")
     configured(folder, rank_pattern={}, r=8, lora_alpha=8)
     found = verdicts(folder)
@@ -361,7 +361,7 @@ def test_ranks_that_contradict_the_settings_are_mended(tmp_path: Path) -> None:
     assert "the settings' scale was kept" in (tmp_path / "b" / "README.md").read_text()
 
 
-def test_questions_that_make_no_sense(tmp_path: Path) -> None:
+def test_unknown_runtime_and_missing_adapter_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no runtime 'nobody': choose among"):
         lorank.check(tmp_path, ["nobody"])
     with pytest.raises(FileNotFoundError):

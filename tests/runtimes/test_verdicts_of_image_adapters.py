@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import lorank
 from lorank.runtimes import RUNTIMES
-from tests.cli.test_cli import run
+from tests.support.command_line import run
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -131,7 +131,7 @@ def transformer_file(
 FOUR = np.array(4.0, dtype=np.float32)
 
 
-def test_alphas_beside_diffusers_own_keys(tmp_path: Path) -> None:
+def test_alphas_beside_keys_of_diffusers_are_refused_outside_flux(tmp_path: Path) -> None:
     sd3, flux = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q"
     plain = transformer_file(tmp_path / "plain.safetensors", {sd3: 2})
     assert {v.status for v in lorank.check(plain, ["diffusers", "comfyui"])} == {"right"}
@@ -169,7 +169,7 @@ def magnitudes(tensors: dict[str, Any]) -> None:
     ("edit", "runtimes", "reason"),
     [(spoil, ("diffusers", "comfyui"), "holds NaN"), (magnitudes, ("diffusers",), "dora_scale")],
 )
-def test_spoiled_files_of_kohya_are_wrong(
+def test_damaged_files_of_kohya_are_wrong(
     edit: Callable[[dict[str, Any]], None], runtimes: tuple[str, ...], reason: str, tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file

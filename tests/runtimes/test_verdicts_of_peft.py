@@ -1,4 +1,4 @@
-"""Verdicts of `check` on PEFT and transformers, compared with what these compute from the same files."""
+"""Verdicts of `check` on PEFT and transformers, compared with their outputs for the same files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,11 @@ from safetensors.torch import load_file
 import lorank
 from tests.support import tiny_models
 from tests.support.adapter_files import configured, edited, loaded, saved
+from tests.support.outputs import outputs
 
-IDS = torch.arange(1, 9)[None]
 PREFIX = "base_model.model."
 
 Edit = Callable[[Path], object]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def random_adapter(model: Any, config: Any) -> Any:
@@ -57,7 +52,7 @@ LOADERS = {"peft": loaded, "transformers": through_transformers}
 def seen(model: Any, folder: Path, expected: torch.Tensor, runtime: str) -> str:
     """Load an adapter in a runtime and compare its logits; return the true status."""
     try:
-        got = logits(LOADERS[runtime](model, folder))
+        got = outputs(LOADERS[runtime](model, folder).eval())
     except (RuntimeError, ValueError):
         return "refuses"
     return "right" if torch.allclose(got, expected, rtol=1e-4, atol=1e-5) else "wrong"
@@ -162,7 +157,7 @@ def test_verdicts_agree_with_peft_and_transformers(name: str, tmp_path: Path) ->
     model = build()
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **config}
     live = random_adapter(model, LoraConfig(**settings))
-    expected = logits(live)
+    expected = outputs(live.eval())
     folder = saved(live, tmp_path)
     edit(folder)
     for verdict, runtime in zip(lorank.check(folder, list(LOADERS)), LOADERS, strict=True):
@@ -175,11 +170,11 @@ def test_verdicts_on_adalora_agree_with_peft(tmp_path: Path) -> None:
     live = random_adapter(model, config)
     folder = saved(live, tmp_path)
     for verdict, runtime in zip(lorank.check(folder, list(LOADERS)), LOADERS, strict=True):
-        assert verdict.status == seen(model, folder, logits(live), runtime) == "right"
+        assert verdict.status == seen(model, folder, outputs(live.eval()), runtime) == "right"
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq"])
-def test_initialisations_that_files_cannot_repeat(init: str, tmp_path: Path) -> None:
+def test_initialisations_that_need_data_are_refused(init: str, tmp_path: Path) -> None:
     live = random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["q_proj"]))
     folder = configured(saved(live, tmp_path), init_lora_weights=init)
     (verdict,) = lorank.check(folder, ["peft"])
@@ -190,7 +185,7 @@ def test_initialisations_that_files_cannot_repeat(init: str, tmp_path: Path) -> 
         lorank.LoraAdapter.load(folder)
 
 
-def test_settings_that_do_not_go_with_parameters(tmp_path: Path) -> None:
+def test_settings_incompatible_with_parameters_are_refused(tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     folder = saved(random_adapter(tiny_models.mixtral(), config), tmp_path)
     assert lorank.check(folder, ["peft"])[0].status == "right"
@@ -203,7 +198,7 @@ def test_settings_that_do_not_go_with_parameters(tmp_path: Path) -> None:
             loaded(tiny_models.mixtral(), folder)
 
 
-def test_a_tensor_with_infinite_values_is_named(tmp_path: Path) -> None:
+def test_tensor_with_infinite_values_is_named(tmp_path: Path) -> None:
     folder = saved(random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"])), tmp_path)
     spoiled(float("-inf"))(folder)
     verdicts = [verdict for verdict in lorank.check(folder) if verdict.reads_format]
@@ -228,7 +223,7 @@ def test_saved_modules_are_searched_for_nan(tmp_path: Path) -> None:
 
 
 class Attending(torch.nn.Module):
-    """torch's own attention, whose input and output projections PEFT adapts under one name."""
+    """A module with torch's attention, whose input and output projections PEFT adapts under one name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,24 +237,24 @@ class Attending(torch.nn.Module):
 
 
 @pytest.mark.parametrize("pattern", [{}, {"attention": 2}])
-def test_attention_of_torch_has_one_rank(pattern: dict[str, int], tmp_path: Path) -> None:
+def test_attention_of_torch_needs_one_rank(pattern: dict[str, int], tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["attention"], rank_pattern=pattern)
     live = random_adapter(Attending(), config)
     folder = saved(live, tmp_path / "a")
     ranks = lorank.LoraAdapter.load(folder).ranks
     assert ranks == dict.fromkeys(("attention", "attention.base_layer.out_proj"), pattern.get("attention", 4))
     assert lorank.check(folder, ["peft"])[0].status == "right"
-    assert seen(Attending(), folder, logits(live), "peft") == "right"
+    assert seen(Attending(), folder, outputs(live.eval()), "peft") == "right"
     rank_of(folder, r"attention.base_layer.out_proj", 1)
     configured(folder, rank_pattern={**pattern, r"attention\.base_layer\.out_proj": 1})
     (verdict,) = lorank.check(folder, ["peft"])
     assert (verdict.status, "out_proj has rank 1" in verdict.reason) == ("refuses", True)
-    assert seen(Attending(), folder, logits(live), "peft") == "refuses"
+    assert seen(Attending(), folder, outputs(live.eval()), "peft") == "refuses"
 
 
 @pytest.mark.parametrize("shape", [(7, 262147), (262147, 3), (524288,), (1, 131072), ()])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
-def test_values_are_searched_to_the_last(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
+def test_last_value_is_searched_for_nan(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
     folder = saved(random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"])), tmp_path)
 
     def edit(tensors: dict[str, Any]) -> None:
@@ -277,7 +272,7 @@ def test_values_are_searched_to_the_last(shape: tuple[int, ...], dtype: str, tmp
     assert "model.norm.weight holds NaN" in verdict.reason
 
 
-def test_pickled_adapters_are_searched_too(tmp_path: Path) -> None:
+def test_pickled_adapters_are_searched_for_nan(tmp_path: Path) -> None:
     folder = saved(random_adapter(LLAMA(), LoraConfig(r=4, target_modules=["v_proj"])), tmp_path)
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors[f"{PREFIX}model.layers.1.self_attn.v_proj.lora_A.weight"][2, 3] = float("inf")

@@ -1,4 +1,4 @@
-"""Sources on disk: every format gives the same rows, and hostile files give a clear error."""
+"""Sources on disk: every format gives the same rows, and hostile files raise clear errors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def pickled_shards(folder: Path) -> Path:
 
 
 def hub_cache(folder: Path, make: Callable[[Path], object] = shards) -> Path:
-    """The layout of a hub cache: links into a folder of blobs."""
+    """Return a hub cache, which links files into a folder of blobs."""
     repo = folder / "models--acme--tiny"
     snapshot, blobs = repo / "snapshots" / "abc123", repo / "blobs"
     for path in (snapshot, blobs, repo / "refs"):
@@ -117,7 +117,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, make: Callable[[Path],
     assert report.num_parameters == sum(w.size for w in WEIGHTS.values() if w.dtype == np.float32)
 
 
-def test_blocks_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_blocks_are_sorted_by_number(tmp_path: Path) -> None:
     names = [row.name for row in lorank.analyze(shards(tmp_path))]
     assert [n for n in names if "q_proj" in n] == [f"model.layers.{i}.q_proj" for i in (0, 1, 2, 10)]
 
@@ -136,7 +136,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def refused(result: subprocess.CompletedProcess[str], *parts: str, free_of: tuple[str, ...] = ()) -> None:
-    """What the command line owes a user: status 1 and one line that says what is wrong."""
+    """Check for status 1 and one line with the given parts of the error."""
     assert "Traceback" not in result.stderr
     assert "panicked" not in result.stderr
     assert result.returncode == 1
@@ -149,7 +149,7 @@ def refused(result: subprocess.CompletedProcess[str], *parts: str, free_of: tupl
 
 
 @pytest.mark.parametrize("make", [shards, single, pickled], ids=lambda make: make.__name__)
-def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+def test_hub_id_is_found_in_the_cache(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     hub_cache(tmp_path, make)
     code = "import lorank; print(len(lorank.analyze({!r})))"
     for name in ("acme/tiny", "acme/tiny@main"):
@@ -159,22 +159,20 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, make: Callable[[Path], P
     assert "FileNotFoundError: acme/other: no such file or folder, and as a hub id" in result.stderr
 
 
-def test_a_hub_id_is_found_under_the_home_of_the_hub(tmp_path: Path) -> None:
+def test_hub_id_is_found_under_hf_home(tmp_path: Path) -> None:
     hub_cache(tmp_path / "hub")
     result = offline("import lorank; print(len(lorank.analyze('acme/tiny')))", HF_HOME=tmp_path)
     assert result.stdout.strip() == "13", result.stderr
 
 
-def test_a_hub_id_that_is_not_in_the_cache_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_id_missing_from_the_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(command("analyze", "acme/other"), "acme/other", "neither in the local cache nor")
 
 
 class Malicious:
-    """Unpickled by an ordinary reader, it would make a folder."""
+    """An object that creates a folder when an ordinary reader unpickles it."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -184,7 +182,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("save_as", ["zip", "legacy", "plain"])
-def test_a_pickle_never_runs_code(tmp_path: Path, save_as: str) -> None:
+def test_pickles_never_execute_code(tmp_path: Path, save_as: str) -> None:
     path, marker = tmp_path / "model.bin", tmp_path / "marker"
     content = {"a.weight": torch.eye(3), "b": Malicious(marker)}
     if save_as == "plain":
@@ -196,7 +194,7 @@ def test_a_pickle_never_runs_code(tmp_path: Path, save_as: str) -> None:
     assert not marker.exists()
 
 
-def test_a_malicious_shard_is_refused_by_the_command_line(tmp_path: Path) -> None:
+def test_malicious_shard_fails_the_command_line(tmp_path: Path) -> None:
     folder, marker = pickled_shards(tmp_path), tmp_path / "marker"
     torch.save({"a.weight": Malicious(marker)}, folder / "pytorch_model-00002-of-00002.bin")
     refused(
@@ -210,7 +208,7 @@ def test_a_malicious_shard_is_refused_by_the_command_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
-def test_truncated_pickles(tmp_path: Path, keep: float) -> None:
+def test_truncated_pickles_raise(tmp_path: Path, keep: float) -> None:
     path = pickled(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
@@ -219,7 +217,7 @@ def test_truncated_pickles(tmp_path: Path, keep: float) -> None:
 
 
 @pytest.mark.parametrize("layout", ["sparse", "compressed"])
-def test_a_sparse_tensor_is_skipped_or_refused(tmp_path: Path, layout: str) -> None:
+def test_sparse_tensor_is_skipped_or_refused(tmp_path: Path, layout: str) -> None:
     path, weight = tmp_path / "model.pt", torch.eye(3)
     tensor = weight.to_sparse() if layout == "sparse" else weight.to_sparse_csr()
     torch.save({"a.weight": tensor, "b.weight": torch.ones(2, 2)}, path)
@@ -233,7 +231,7 @@ def test_a_sparse_tensor_is_skipped_or_refused(tmp_path: Path, layout: str) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", [1, 2], {"a": {"b": 1}, "c": 2}, {1: torch.eye(2)}])
-def test_other_pickles(tmp_path: Path, content: Any) -> None:
+def test_other_pickles_raise(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "model.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -247,7 +245,7 @@ def test_other_pickles(tmp_path: Path, content: Any) -> None:
     "dtype",
     [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2],
 )
-def test_narrow_types_are_upcast_exactly(tmp_path: Path, dtype: Any) -> None:
+def test_small_float_types_are_converted_exactly(tmp_path: Path, dtype: Any) -> None:
     weight = RNG.standard_normal((12, 20)).astype(dtype)
     path = tmp_path / "a.safetensors"
     names = {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
@@ -258,7 +256,7 @@ def test_narrow_types_are_upcast_exactly(tmp_path: Path, dtype: Any) -> None:
     np.testing.assert_allclose(row.eigenvalues, expected, rtol=1e-10, atol=1e-12 * expected[-1])
 
 
-def test_conv1d_convolutions_and_experts(tmp_path: Path) -> None:
+def test_conv1d_convolutions_and_experts_have_their_kinds(tmp_path: Path) -> None:
     weights = {
         "h.0.attn.c_attn.weight": RNG.standard_normal((8, 24)),
         "conv.weight": RNG.standard_normal((6, 3, 2, 2)),
@@ -282,11 +280,11 @@ def test_conv1d_convolutions_and_experts(tmp_path: Path) -> None:
     [
         ({"model_type": "gpt2"}, (8, 24), (24, 8)),
         ({"model_type": "llama"}, (8, 24), (8, 24)),
-        (None, (8, 24), (24, 8)),  # three times as wide as high: that is how Conv1D looks
+        (None, (8, 24), (24, 8)),  # three times as many columns as rows: the shape of Conv1D
         (None, (24, 8), (24, 8)),
     ],
 )
-def test_conv1d_and_linear_layers(
+def test_conv1d_and_linear_layers_are_distinguished(
     tmp_path: Path, config: dict[str, str] | None, stored: tuple[int, int], shape: tuple[int, int]
 ) -> None:
     weights = {
@@ -306,7 +304,7 @@ def test_conv1d_and_linear_layers(
     ["[1]", "junk", "\0", '{"model_type": ["gpt2"]}', '{"text_config": {"model_type": {}}}', "[" * 100_000],
     ids=["list", "junk", "nul", "type is a list", "nested type is an object", "deep"],
 )
-def test_a_damaged_configuration_does_no_harm(tmp_path: Path, config: str) -> None:
+def test_damaged_configuration_is_ignored(tmp_path: Path, config: str) -> None:
     single(tmp_path)
     (tmp_path / "config.json").write_text(config)
     try:
@@ -335,7 +333,7 @@ def test_tied_arrays_count_once() -> None:
 
 
 def raw(path: Path, tensors: dict[str, Any], data: bytes = b"\0" * 256, header: bytes | None = None) -> Path:
-    """A file with any header: a tensor is its type and shape, and offsets if they are not in order."""
+    """Write a file with any header; a tensor has a type, a shape, and offsets if they are not consecutive."""
     entries, offset = {}, 0
     for name, (dtype, shape, *offsets) in tensors.items():
         size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(dtype, 1) * int(np.prod(shape))
@@ -393,7 +391,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files(tmp_path: Path, case: str) -> None:
+def test_hostile_files_raise(tmp_path: Path, case: str) -> None:
     write, reason = HOSTILE[case]
     path = tmp_path / "bad.safetensors"
     write(path)
@@ -403,7 +401,7 @@ def test_hostile_files(tmp_path: Path, case: str) -> None:
     assert reason in str(error.value)
 
 
-def test_an_unknown_type_is_listed(tmp_path: Path) -> None:
+def test_tensor_of_an_unknown_type_is_skipped(tmp_path: Path) -> None:
     path = raw(tmp_path / "a.safetensors", {"a.weight": ("F7", [2, 2]), "b.weight": ("F32", [2, 2])})
     report = lorank.analyze(path)
     assert [row.name for row in report] == ["b"]
@@ -412,7 +410,7 @@ def test_an_unknown_type_is_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_bytes_that_belong_to_no_tensor_change_nothing(tmp_path: Path) -> None:
+def test_unused_bytes_are_ignored(tmp_path: Path) -> None:
     # The format's own library refuses such files; this reader takes them (rust/lorank/tests/files).
     a, b = (RNG.standard_normal((2, 3)) for _ in range(2))
     tensors = {"a.weight": ("F64", [2, 3], (8, 56)), "b.weight": ("F64", [2, 3], (64, 112))}
@@ -437,7 +435,7 @@ def test_bytes_that_belong_to_no_tensor_change_nothing(tmp_path: Path) -> None:
         ('{"weight_map": {"a": "model.safetensors"}}', "tensor `a`: the index says it lies in"),
     ],
 )
-def test_hostile_indices(tmp_path: Path, index: str, reason: str) -> None:
+def test_hostile_indices_raise(tmp_path: Path, index: str, reason: str) -> None:
     single(tmp_path)
     single(tmp_path.parent).rename(tmp_path.parent / "outside.safetensors")
     path = tmp_path / "model.safetensors.index.json"
@@ -463,7 +461,7 @@ def test_hostile_indices(tmp_path: Path, index: str, reason: str) -> None:
     ],
     ids=["empty", "junk", "list", "no map", "deep", "number", "outside", "absolute", "no shard", "no tensor"],
 )
-def test_hostile_indices_of_pickles(tmp_path: Path, index: str, reason: str) -> None:
+def test_hostile_indices_of_pickles_raise(tmp_path: Path, index: str, reason: str) -> None:
     pickled(tmp_path)
     (tmp_path / "pytorch_model.bin.index.json").write_text(index)
     with pytest.raises((lorank.FormatError, FileNotFoundError)) as error:
@@ -472,7 +470,7 @@ def test_hostile_indices_of_pickles(tmp_path: Path, index: str, reason: str) -> 
     assert str(tmp_path) in str(error.value)
 
 
-def test_paths_without_weights(tmp_path: Path) -> None:
+def test_paths_without_weights_raise(tmp_path: Path) -> None:
     with pytest.raises(lorank.FormatError, match=r"holds no \.safetensors or \.bin file"):
         lorank.analyze(tmp_path)
     (tmp_path / "notes.txt").write_text("")
@@ -485,7 +483,7 @@ def test_paths_without_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_no_numbers_flag_their_row(tmp_path: Path, bad: float) -> None:
+def test_nan_and_infinite_values_flag_their_row(tmp_path: Path, bad: float) -> None:
     broken = WEIGHTS["model.layers.1.q_proj.weight"].copy()
     broken[3, 4] = bad
     save_file({**WEIGHTS, "model.layers.1.q_proj.weight": broken}, tmp_path / "model.safetensors")
@@ -500,7 +498,7 @@ def test_values_that_are_no_numbers_flag_their_row(tmp_path: Path, bad: float) -
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_no_numbers_fail_the_command_line(tmp_path: Path, bad: float) -> None:
+def test_nan_and_infinite_values_fail_the_command_line(tmp_path: Path, bad: float) -> None:
     broken = np.full((3, 4), bad, dtype=np.float32)
     save_file({**WEIGHTS, "model.layers.1.q_proj.weight": broken}, tmp_path / "model.safetensors")
     result = command("analyze", tmp_path)
@@ -508,7 +506,7 @@ def test_values_that_are_no_numbers_fail_the_command_line(tmp_path: Path, bad: f
     assert "model.layers.10.q_proj" in result.stdout
 
 
-def test_an_empty_tensor_is_skipped(tmp_path: Path) -> None:
+def test_empty_tensor_is_skipped(tmp_path: Path) -> None:
     weight = RNG.standard_normal((2, 2))
     tensors = {"a.weight": ("F64", [0, 4]), "b.weight": ("F64", [2, 2])}
     path = raw(tmp_path / "a.safetensors", tensors, weight.tobytes())
@@ -524,14 +522,14 @@ def test_an_empty_tensor_is_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "case", ["empty file", "absurd length", "truncated header", "truncated data", "no json", "overlap"]
 )
-def test_the_command_line_says_it_in_one_line(tmp_path: Path, case: str) -> None:
+def test_hostile_files_fail_the_command_line_with_one_line(tmp_path: Path, case: str) -> None:
     write, reason = HOSTILE[case]
     write(tmp_path / "bad.safetensors")
     refused(command("analyze", tmp_path / "bad.safetensors"), "bad.safetensors", reason)
 
 
 @pytest.mark.parametrize("name", ["", "missing", "missing.safetensors", "missing.bin"])
-def test_the_command_line_without_weights(tmp_path: Path, name: str) -> None:
+def test_paths_without_weights_fail_the_command_line(tmp_path: Path, name: str) -> None:
     refused(command("analyze", tmp_path / name), str(tmp_path / name))
 
 
@@ -545,7 +543,7 @@ VALID = save({name: WEIGHTS[name] for name in list(WEIGHTS)[:3]})
     ),
     st.one_of(st.none(), st.integers(0, len(VALID))),
 )
-def test_damage_is_an_error_or_goes_unseen_but_never_a_crash(
+def test_damaged_files_never_crash(
     tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]], cut: int | None
 ) -> None:
     content = bytearray(VALID)

@@ -1,7 +1,7 @@
-"""Live models: what is a row and what is skipped, against NumPy, saved files and the layers themselves.
+"""Live models: rows and skipped parameters against NumPy, saved files and the outputs of layers.
 
-Transformers renames modules and splits stacks of experts on saving, for the checkpoints of the hub:
-`RENAMED` and `GATE_UP` say how. Quantized weights are checked against what their layers make of unit
+Transformers renames modules and splits stacks of experts on saving, as in checkpoints of the hub:
+`RENAMED` and `GATE_UP` hold the rules. Quantized weights are checked against the outputs for unit
 vectors.
 """
 
@@ -22,6 +22,8 @@ from safetensors.numpy import load_file
 import lorank
 from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
 from lorank.sources import open_source
+from tests.support.bitsandbytes_layers import LAYERS
+from tests.support.spectrum_oracle import assert_spectrum
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
@@ -56,7 +58,7 @@ def analyze(model: Any) -> SpectralReport:
 
 
 def expected_rows(model: Any) -> dict[str, tuple[str, str, Array]]:
-    """Kind, module and (out, in) matrix of every row, by PyTorch alone; tied weights once."""
+    """Return kind, module and (out, in) matrix of every row from PyTorch; tied weights once."""
     rows: dict[str, tuple[str, str, Array]] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -75,19 +77,11 @@ def expected_rows(model: Any) -> dict[str, tuple[str, str, Array]]:
             elif local == "weight" and isinstance(module, nn.Linear):
                 rows[module_name] = ("linear", module_name, values)
             elif local == "weight" and "Router" in type(module).__name__:
-                # PEFT has no layer of the class: it adapts the parameter by its own name.
+                # PEFT has no layer for this class and adapts the parameter by its name.
                 rows[module_name] = ("linear", f"{module_name}.weight", values)
             elif local == "weight" and isinstance(module, Conv1D):
                 rows[module_name] = ("linear", module_name, values.T)
     return rows
-
-
-def assert_spectrum(row: ModuleSpectrum, matrix: Array, rtol: float = 1e-9) -> None:
-    oracle = np.sort(np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)) ** 2
-    assert row.shape == matrix.shape, row.name
-    assert row.eigenvalues is not None, row.name
-    atol = rtol * 1e-3 * oracle[-1]
-    np.testing.assert_allclose(row.eigenvalues, oracle, rtol=rtol, atol=atol, err_msg=row.name)
 
 
 def assert_same_numbers(row: ModuleSpectrum, other: ModuleSpectrum) -> None:
@@ -99,21 +93,21 @@ def assert_same_numbers(row: ModuleSpectrum, other: ModuleSpectrum) -> None:
 
 
 def assert_skipped(model: Any, module: str, word: str) -> None:
-    """The report names the module, or what it holds, and says why it has no row."""
+    """Check that the module or its parameters are skipped with a reason that contains a word."""
     reasons = [s.reason for s in open_source(model).skipped if f"{s.name}.".startswith(f"{module}.")]
     assert reasons, f"{module} has neither a row nor a reason why not"
     assert any(word in reason for reason in reasons), reasons
 
 
 def effect(layer: Any) -> Array:
-    """The weight that a linear layer uses, from its outputs for unit vectors."""
+    """Return the weight that a linear layer applies, from its outputs for unit vectors."""
     with torch.no_grad():
         outputs = layer(torch.eye(layer.in_features))
         return (outputs - (0 if layer.bias is None else layer.bias)).T.double().numpy()
 
 
 @every_model
-def test_every_parameter_has_a_row_with_the_singular_values_of_numpy_or_a_reason(build: Build) -> None:
+def test_every_parameter_has_an_exact_row_or_a_reason(build: Build) -> None:
     model = build()
     assert sum(p.numel() * p.element_size() for p in model.parameters()) < 2**20
     report, expected = analyze(model), expected_rows(model)
@@ -133,7 +127,7 @@ def test_every_parameter_has_a_row_with_the_singular_values_of_numpy_or_a_reason
 
 
 @every_model
-def test_a_saved_model_has_the_same_rows(build: Build, tmp_path: Path) -> None:
+def test_saved_model_has_the_same_rows(build: Build, tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path)
     live, disk = analyze(model), {row.name: row for row in analyze(tmp_path)}
@@ -151,7 +145,7 @@ def test_a_saved_model_has_the_same_rows(build: Build, tmp_path: Path) -> None:
         for pattern, replacement in RENAMED.items() if name not in disk else ():
             name = re.sub(pattern, replacement, name)
         assert_same_numbers(row, disk[name])
-        # An expert that is a module of its own on disk is an ordinary linear layer there.
+        # On disk, a separate expert is an ordinary linear layer.
         assert disk[name].kind == ("linear" if row.kind == "expert" and name != row.name else row.kind)
         met.add(name)
     assert met == set(disk)
@@ -159,7 +153,7 @@ def test_a_saved_model_has_the_same_rows(build: Build, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.gpt2, tiny_models.gpt_oss])
-def test_element_types(build: Build, dtype: Any, tmp_path: Path) -> None:
+def test_rows_follow_element_types(build: Build, dtype: Any, tmp_path: Path) -> None:
     model = build().to(dtype)
     report, expected = analyze(model), expected_rows(model)
     assert [row.name for row in report] == list(expected)
@@ -187,7 +181,7 @@ def test_tied_weights_count_once(name: str, owner: str, tied: list[str]) -> None
     assert report[owner].kind == "embedding"
 
 
-def test_a_shared_module_counts_once() -> None:
+def test_shared_module_counts_once() -> None:
     layer = nn.Linear(8, 8)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     assert ([row.name for row in analyze(model)], analyze(model).num_parameters) == (["0"], 72)
@@ -207,7 +201,7 @@ def test_weights_on_the_meta_device_are_skipped() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_flagged(value: float) -> None:
+def test_nan_and_infinite_weights_are_flagged(value: float) -> None:
     model, names = tiny_models.gpt_oss(), {"lm_head", "model.layers.1.mlp.experts.down_proj[2]"}
     with torch.no_grad():
         model.lm_head.weight[3, 5] = value
@@ -222,7 +216,7 @@ def test_weights_that_are_not_finite_are_flagged(value: float) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @every_model
-def test_the_model_is_left_as_it_was(build: Build, training: bool) -> None:
+def test_model_stays_unchanged(build: Build, training: bool) -> None:
     model = build().train(training)
     for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(number % 2 == 0)
@@ -240,17 +234,9 @@ def test_the_model_is_left_as_it_was(build: Build, training: bool) -> None:
     assert {module.training for module in model.modules()} == {training}
 
 
-LAYERS = {
-    "8bit": ("Linear8bitLt", {"has_fp16_weights": False}),
-    "fp4": ("Linear4bit", {"quant_type": "fp4"}),
-    "nf4": ("Linear4bit", {"quant_type": "nf4"}),
-    "nf4-plain-statistics": ("Linear4bit", {"quant_type": "nf4", "compress_statistics": False}),
-}
-
-
 @pytest.mark.parametrize("state", ["built", "quantized", "used"])
 @pytest.mark.parametrize(("layer", "options"), LAYERS.values(), ids=LAYERS)
-def test_bitsandbytes(layer: str, options: dict[str, Any], state: str) -> None:
+def test_bitsandbytes_layers_are_dequantized(layer: str, options: dict[str, Any], state: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), getattr(bitsandbytes.nn, layer)(64, 128, **options))
@@ -331,7 +317,7 @@ def test_peft_models_are_reported_as_their_base_models(
         assert_same_numbers(row, expected[row.name])
 
 
-def test_wrappers_of_torch_leave_no_trace_in_names() -> None:
+def test_wrappers_of_torch_do_not_change_names() -> None:
     checkpoint_wrapper = torch.distributed.algorithms._checkpoint.checkpoint_wrapper.checkpoint_wrapper
     model = tiny_models.llama()
     plain = lorank.analyze(model, progress=False)
@@ -341,7 +327,7 @@ def test_wrappers_of_torch_leave_no_trace_in_names() -> None:
         assert list(lorank.analyze(one, progress=False)) == list(plain)
 
 
-def test_training_is_there_after_a_plain_import() -> None:
+def test_training_is_available_after_import_lorank() -> None:
     code = """
 import sys, lorank
 assert "torch" not in sys.modules

@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> Any:
 
 
 def weight(*shape: int) -> Any:
-    """Return a weight whose blocks differ in size, so that a scale in the wrong place shows."""
+    """Return a weight whose blocks differ in size, so that misplaced scales change the spectrum."""
     sizes = torch.rand(*(-(-size // 16) for size in shape), generator=generator(1)) * 8 + 0.1
     for dimension, size in enumerate(shape):
         sizes = sizes.repeat_interleave(16, dim=dimension).narrow(dimension, 0, size)
@@ -100,7 +100,7 @@ def parts_of(model: Any) -> set[str]:
         ((96, 64), None, "float"),
     ],
 )
-def test_float8_linear_layers(
+def test_float8_linear_layers_are_dequantized(
     shape: tuple[int, int], blocks: tuple[int, int] | None, scale_format: str
 ) -> None:
     codes, scales, true = float8(weight(*shape), *(blocks or shape))
@@ -118,7 +118,7 @@ def test_float8_linear_layers(
     assert parts_of(model) == {"q_proj.weight_scale_inv"}
 
 
-def test_the_values_are_those_of_the_librarys_own_dequantization() -> None:
+def test_values_equal_the_dequantization_of_the_library() -> None:
     codes, scales, _ = float8(weight(256, 128), 128, 128)
     layer = filled(
         finegrained.FP8Linear(128, 256, block_size=(128, 128)), weight=codes, weight_scale_inv=scales
@@ -127,7 +127,7 @@ def test_the_values_are_those_of_the_librarys_own_dequantization() -> None:
     assert_values(analyzed(model_of(q_proj=layer)), "q_proj", own.numpy())
 
 
-def test_a_float8_embedding() -> None:
+def test_float8_embedding_is_dequantized() -> None:
     codes, scales, true = float8(weight(64, 32), 64, 32)
     layer = filled(finegrained.FP8Embedding(64, 32), weight=codes, weight_scale=scales.reshape(1))
     report = analyzed(model_of(table=layer))
@@ -151,7 +151,7 @@ def assert_experts(module: Any, truth: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("blocks", [(32, 32), (128, 128)])
-def test_float8_experts(blocks: tuple[int, int]) -> None:
+def test_float8_experts_are_dequantized(blocks: tuple[int, int]) -> None:
     module, truth = experts(block_size=blocks), {}
     for name in ("gate_up_proj", "down_proj"):
         shape = tuple(getattr(module, name).shape)
@@ -162,7 +162,7 @@ def test_float8_experts(blocks: tuple[int, int]) -> None:
     assert_experts(module, truth)
 
 
-def test_experts_of_four_bit_floats() -> None:
+def test_experts_of_four_bit_floats_are_dequantized() -> None:
     module, truth = experts(expert_dtype="fp4"), {}
     for name in ("gate_up_proj", "down_proj"):
         shape = tuple(getattr(module, name).shape)
@@ -173,10 +173,12 @@ def test_experts_of_four_bit_floats() -> None:
     assert_experts(module, truth)
 
 
-def test_scales_of_rows_as_fbgemm_and_compressed_tensors_keep_them() -> None:
+def test_row_scales_of_fbgemm_and_compressed_tensors_are_applied() -> None:
     fbgemm = pytest.importorskip("transformers.integrations.fbgemm_fp8")
     compressed = pytest.importorskip("transformers.integrations.compressed_tensors")
-    codes, scales, true = float8(weight(64, 64), 1, 64)  # Square: the shape does not show the side.
+    codes, scales, true = float8(
+        weight(64, 64), 1, 64
+    )  # For square weights, shapes do not determine the side of the scales.
     one = filled(fbgemm.FbgemmFp8Linear(64, 64, bias=False), weight=codes, weight_scale=scales)
     other = filled(compressed.CompressedTensorsFP8Linear(64, 64), weight=codes, weight_scale=scales.T.clone())
     report = analyzed(model_of(one=one, other=other))
@@ -185,7 +187,7 @@ def test_scales_of_rows_as_fbgemm_and_compressed_tensors_keep_them() -> None:
     assert report.num_parameters == 2 * 64 * 64
 
 
-def test_experts_of_fbgemm_have_a_scale_an_output() -> None:
+def test_experts_of_fbgemm_have_a_scale_per_output() -> None:
     fbgemm = pytest.importorskip("transformers.integrations.fbgemm_fp8")
     config = transformers.Llama4TextConfig(hidden_size=64, intermediate_size=64, num_local_experts=2)
     module, truth = fbgemm.FbgemmFp8Llama4TextExperts(config), {}
@@ -210,7 +212,7 @@ def random_bytes(*shape: int) -> Any:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator())
 
 
-def test_mxfp4_experts_of_gpt_oss() -> None:
+def test_mxfp4_experts_of_gpt_oss_are_dequantized() -> None:
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
     blocks, scales = random_bytes(3, 96, 2, 16), random_bytes(3, 96, 2) // 32 + 120
     model = model_of(experts=module_of(gate_up_proj_blocks=blocks, gate_up_proj_scales=scales))
@@ -248,7 +250,7 @@ def packed_words(codes: Array, bits: int) -> Any:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("is_symmetric", [True, False])
 @pytest.mark.parametrize("is_ordered", [True, False])
-def test_integers_packed_in_words(bits: int, is_symmetric: bool, is_ordered: bool) -> None:
+def test_integers_packed_in_32_bits_are_dequantized(bits: int, is_symmetric: bool, is_ordered: bool) -> None:
     rng, half = np.random.default_rng(0), 2 ** (bits - 1)
     codes, zeros = rng.integers(0, 2 * half, (24, 64)), rng.integers(0, 2 * half, (24, 2))
     scales = rng.random((24, 2)).astype(np.float32) + 0.1
@@ -269,7 +271,7 @@ def test_integers_packed_in_words(bits: int, is_symmetric: bool, is_ordered: boo
     assert report.num_parameters == 24 * 64
 
 
-def test_integers_of_eight_bits_with_scales_and_zero_points() -> None:
+def test_8_bit_integers_with_scales_and_zero_points_are_dequantized() -> None:
     rng = np.random.default_rng(0)
     codes, zeros = rng.integers(-128, 128, (24, 32)), rng.integers(-9, 9, (24, 1))
     scales = rng.random((24, 1)).astype(np.float32) + 0.1
@@ -284,7 +286,7 @@ def test_integers_of_eight_bits_with_scales_and_zero_points() -> None:
     assert_values(report, "shifted", (codes - zeros) * scales.astype(np.float64))
 
 
-def test_ternary_layers_of_bitnet() -> None:
+def test_ternary_layers_of_bitnet_are_dequantized() -> None:
     bitnet = pytest.importorskip("transformers.integrations.bitnet")
     codes = torch.randint(-1, 2, (32, 24), generator=generator()).float()
     layer = bitnet.BitLinear(24, 32, bias=False, dtype=torch.float32)
@@ -294,7 +296,7 @@ def test_ternary_layers_of_bitnet() -> None:
     assert report.num_parameters == 32 * 24
 
 
-def test_integer_layers_of_gemma() -> None:
+def test_integer_layers_of_gemma_are_dequantized() -> None:
     gemma = pytest.importorskip("transformers.integrations.gemma_quant")
     layers = {f"bits{bits}": gemma.QuantizedLinear(32, 16, num_bits=bits) for bits in (2, 4, 8)}
     for layer in layers.values():
@@ -320,7 +322,7 @@ class HQQLinear(nn.Module):
         return self.true["weight"]
 
 
-def test_hqq_layers() -> None:
+def test_hqq_layers_are_dequantized() -> None:
     true = weight(32, 24)
     report = analyzed(model_of(proj=HQQLinear(true), other=nn.Linear(4, 4)))
     assert [row.name for row in report] == ["proj", "other"]
@@ -345,7 +347,7 @@ class TorchQuantLinear(nn.Module):
         return self.true["weight"].T
 
 
-def test_gptq_layers_that_offer_a_way_back_and_those_that_do_not() -> None:
+def test_gptq_layers_need_a_dequantizing_method() -> None:
     true = weight(32, 24)
     model = model_of(one=TorchQuantLinear(true, True), other=TorchQuantLinear(true, False))
     report = analyzed(model)
@@ -367,7 +369,7 @@ def test_gptq_layers_that_offer_a_way_back_and_those_that_do_not() -> None:
     ],
     ids=["unknown scales", "scales that do not fit", "ternary of another library", "EETQ"],
 )
-def test_codes_without_a_way_back_are_skipped_and_counted(tensors: dict[str, Any]) -> None:
+def test_codes_that_cannot_be_dequantized_are_skipped_and_counted(tensors: dict[str, Any]) -> None:
     model = model_of(proj=module_of(**tensors), other=nn.Linear(4, 4))
     report = analyzed(model)
     assert [row.name for row in report] == ["other"]
@@ -377,7 +379,7 @@ def test_codes_without_a_way_back_are_skipped_and_counted(tensors: dict[str, Any
     assert not any("analyse it live" in reason for reason in reasons.values())
 
 
-def test_a_share_of_a_base_of_unknown_size_is_refused() -> None:
+def test_share_of_a_base_of_unknown_size_raises() -> None:
     words = torch.zeros(32, 24, dtype=torch.int32)
     model = model_of(
         proj=module_of(weight_packed=words, weight_scale=torch.ones(32, 2)), other=nn.Linear(4, 4)
@@ -416,7 +418,7 @@ def test_ranks_of_a_plain_checkpoint_fit_its_packed_model() -> None:
         allocation.lora_settings(other)
 
 
-def test_experts_in_a_kernels_order_are_skipped_and_counted() -> None:
+def test_experts_in_kernel_order_are_skipped_and_counted() -> None:
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
     config = transformers.GptOssConfig(hidden_size=64, intermediate_size=32, num_local_experts=3)
     module = mxfp4.Mxfp4GptOssExperts(config)
@@ -426,7 +428,7 @@ def test_experts_in_a_kernels_order_are_skipped_and_counted() -> None:
     assert "experts.gate_up_proj" in unloaded.unknown_parameters
     for name in ("gate_up_proj", "down_proj"):
         del module._parameters[name]
-        setattr(module, name, object())  # A kernel's own tensor.
+        setattr(module, name, object())  # A tensor in the layout of a kernel.
     report = analyzed(model_of(experts=module, other=nn.Linear(4, 4)))
     assert [row.name for row in report] == ["other"]
     assert report.num_parameters == 3 * 3 * 64 * 32 + biases + 20
@@ -435,13 +437,13 @@ def test_experts_in_a_kernels_order_are_skipped_and_counted() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_weights_behind_a_method_are_counted() -> None:
+def test_weights_behind_methods_are_counted() -> None:
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Embedding(16, 8))
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     assert open_source(model).num_parameters == 2 * 16 * 8
 
 
-def test_parametrized_weights_are_not_taken_for_quantized_ones() -> None:
+def test_parametrized_weights_are_not_mistaken_for_quantized_ones() -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3))
     source = open_source(model_of(conv=layer, other=nn.Linear(4, 4)))
     assert source.num_parameters == sum(parameter.numel() for parameter in layer.parameters()) + 20

@@ -1,4 +1,4 @@
-"""Packed checkpoints: no code and no scale is analysed, and budgets in % are of the true size."""
+"""Packed checkpoints: codes and scales are skipped, and budgets in % refer to the true size."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def is_about_a_part(reason: str) -> bool:
 
 
 @every_checkpoint
-def test_codes_and_scales_are_skipped_by_the_scheme(tmp_path: Path, name: str) -> None:
+def test_codes_and_scales_are_skipped_with_their_scheme(tmp_path: Path, name: str) -> None:
     checkpoint = CHECKPOINTS[name]
     folder = folder_of(tmp_path, checkpoint)
     report = lorank.analyze(folder, progress=False)
@@ -95,7 +95,7 @@ def test_codes_and_scales_are_skipped_by_the_scheme(tmp_path: Path, name: str) -
 
 
 @every_checkpoint
-def test_parameters_are_those_of_the_weight_or_unknown(tmp_path: Path, name: str) -> None:
+def test_parameters_equal_those_of_the_weight_or_are_unknown(tmp_path: Path, name: str) -> None:
     checkpoint = CHECKPOINTS[name]
     folder = folder_of(tmp_path, checkpoint)
     source = open_source(folder)
@@ -120,7 +120,7 @@ def test_parameters_are_those_of_the_weight_or_unknown(tmp_path: Path, name: str
 
 
 @every_checkpoint
-def test_a_pickle_is_read_as_the_safetensors_file(tmp_path: Path, name: str) -> None:
+def test_pickle_equals_the_safetensors_file(tmp_path: Path, name: str) -> None:
     checkpoint = CHECKPOINTS[name]
     expected = open_source(folder_of(tmp_path, checkpoint))
     tensors = {}
@@ -133,11 +133,11 @@ def test_a_pickle_is_read_as_the_safetensors_file(tmp_path: Path, name: str) -> 
     found = open_source(tmp_path)
     assert found.num_parameters == expected.num_parameters
     assert [m.info.name for m in found.matrices] == [m.info.name for m in expected.matrices]
-    if checkpoint.scheme:  # Without one, the reason spells the element type as the format does.
+    if checkpoint.scheme:  # Without a scheme, the reason has the element type in the spelling of the format.
         assert {s.name: s.reason for s in found.skipped} == {s.name: s.reason for s in expected.skipped}
 
 
-def test_reasons_name_the_live_model_only_where_it_can_be_read(tmp_path: Path) -> None:
+def test_reasons_suggest_the_live_model_only_if_it_is_readable(tmp_path: Path) -> None:
     promises = {}
     for number, (name, checkpoint) in enumerate(CHECKPOINTS.items()):
         folder = tmp_path / str(number)
@@ -150,7 +150,7 @@ def test_reasons_name_the_live_model_only_where_it_can_be_read(tmp_path: Path) -
     assert not promises["AQLM"]
 
 
-def test_the_reason_of_a_scale_names_the_weight_and_the_scheme(tmp_path: Path) -> None:
+def test_reason_of_a_scale_names_the_weight_and_the_scheme(tmp_path: Path) -> None:
     found = reasons(folder_of(tmp_path, CHECKPOINTS["fp8 blocks (DeepSeek-V3)"]))
     assert found[f"{P}.weight"] == (
         "packed (fp8 with block scales): its values cannot be read from disk yet; "
@@ -159,15 +159,15 @@ def test_the_reason_of_a_scale_names_the_weight_and_the_scheme(tmp_path: Path) -
     assert found[f"{P}.weight_scale_inv"] == f"scale of the packed weight {P}.weight (fp8 with block scales)"
 
 
-def test_a_file_of_packed_weights_alone_has_no_rows(tmp_path: Path) -> None:
-    # Without a single `.weight`, 2-D scales would be taken for weights by their own names.
+def test_file_of_packed_weights_only_has_no_rows(tmp_path: Path) -> None:
+    # If no name ends with `.weight`, 2-D scales could be mistaken for weights.
     path = write(tmp_path / "a.safetensors", CHECKPOINTS["int4 pack-quantized"].tensors)
     with pytest.raises(ValueError, match="holds no weight matrix"):
         lorank.analyze(path)
     assert open_source(path).num_parameters == FULL
 
 
-def test_scales_in_another_file_than_the_codes(tmp_path: Path) -> None:
+def test_scales_in_another_file_than_codes_are_found(tmp_path: Path) -> None:
     settings = {"quantization_config": {"quant_method": "fp8"}}
     scales: dict[str, Tensor] = {
         f"{P}.weight_scale_inv": ("F32", (2, 1)),
@@ -182,7 +182,7 @@ def test_scales_in_another_file_than_the_codes(tmp_path: Path) -> None:
     assert {found[name] for name in scales} == {"scale of packed weights (fp8)"}
 
 
-def test_a_packed_weight_without_a_module(tmp_path: Path) -> None:
+def test_packed_weight_at_the_root_is_skipped(tmp_path: Path) -> None:
     for scale in ("scale", "weight_scale_inv"):
         tensors: dict[str, Tensor] = {"weight": ("F8_E4M3", (8, 8)), scale: ("F32", (2, 2))}
         source = open_source(write(tmp_path / "a.safetensors", tensors))
@@ -198,9 +198,7 @@ def test_float8_without_scales_and_settings_is_analysed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"quantization_config": {"quant_method": "fp8"}}])
-def test_plain_tensors_that_are_called_scale_are_not_skipped(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_plain_tensors_named_scale_are_not_skipped(tmp_path: Path, settings: dict[str, Any]) -> None:
     innocent: dict[str, Tensor] = {
         "model.scale.weight": ("F32", (8, 6)),
         "model.scales.weight": ("F32", (8, 6)),
@@ -220,13 +218,13 @@ def test_plain_tensors_that_are_called_scale_are_not_skipped(
     assert report.num_parameters == PLAIN_PARAMETERS + floats
 
 
-def test_scales_by_their_own_names_are_analysed_where_nothing_is_packed() -> None:
+def test_scales_are_analysed_if_nothing_is_packed() -> None:
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal((8, 6)) for name in ("scale", "scales", "x.weight_scale", "x.qzeros")}
     assert {row.name for row in lorank.analyze(arrays, progress=False)} == arrays.keys()
 
 
-def test_torchao_checkpoints(tmp_path: Path) -> None:
+def test_torchao_checkpoints_are_recognised(tmp_path: Path) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
     from safetensors.torch import save_file
@@ -249,7 +247,7 @@ def test_torchao_checkpoints(tmp_path: Path) -> None:
         assert is_about_a_part(found["1._weight_scale"])
 
 
-def test_torchao_weights_of_four_bits_state_their_shape_in_the_metadata(tmp_path: Path) -> None:
+def test_shapes_of_4_bit_torchao_weights_come_from_metadata(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {
         "proj._weight_qdata": ("I8", (OUT, IN // 2)),
         "proj._weight_scale": ("BF16", (IN // 32, OUT)),
@@ -262,7 +260,7 @@ def test_torchao_weights_of_four_bits_state_their_shape_in_the_metadata(tmp_path
     assert open_source(path).num_parameters is None
 
 
-def test_a_state_dict_of_torchao_tensors_is_dequantized() -> None:
+def test_state_dict_of_torchao_tensors_is_dequantized() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Linear(64, 32))
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
@@ -274,7 +272,7 @@ def test_a_state_dict_of_torchao_tensors_is_dequantized() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "8bit"])
-def test_checkpoints_that_bitsandbytes_wrote(tmp_path: Path, kind: str) -> None:
+def test_checkpoints_of_bitsandbytes_are_recognised(tmp_path: Path, kind: str) -> None:
     bnb = pytest.importorskip("bitsandbytes.nn")
     from safetensors.torch import save_file
 
@@ -295,7 +293,7 @@ def test_checkpoints_that_bitsandbytes_wrote(tmp_path: Path, kind: str) -> None:
     assert reasons(tmp_path)["proj.weight"].startswith("packed (bitsandbytes")
 
 
-def test_the_command_line_refuses_a_share_of_an_unknown_size_in_one_line(tmp_path: Path) -> None:
+def test_share_of_an_unknown_size_fails_the_command_line_with_one_line(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, CHECKPOINTS["GPTQ of unknown bits"])
     executable = str(Path(sys.executable).with_name("lorank"))
     command = [executable, "allocate", str(folder), "--budget", "1%"]
@@ -308,7 +306,7 @@ def test_the_command_line_refuses_a_share_of_an_unknown_size_in_one_line(tmp_pat
 
 
 @pytest.mark.parametrize("ending", [".json", ".parquet"])
-def test_a_saved_report_keeps_why_the_size_is_unknown(tmp_path: Path, ending: str) -> None:
+def test_saved_report_keeps_the_reason_of_an_unknown_size(tmp_path: Path, ending: str) -> None:
     report = lorank.analyze(folder_of(tmp_path, CHECKPOINTS["SpQR"]), progress=False)
     assert "SpQR" in report.unknown_parameters
     path = tmp_path / f"report{ending}"
@@ -319,7 +317,7 @@ def test_a_saved_report_keeps_why_the_size_is_unknown(tmp_path: Path, ending: st
         lorank.allocate(loaded, budget="1%")
 
 
-def test_an_allocation_of_packed_layers_alone_names_them(tmp_path: Path) -> None:
+def test_allocation_of_packed_layers_only_raises_with_their_names(tmp_path: Path) -> None:
     tensors = {
         "model.layers.0.mlp.up_proj.qweight": np.ones((8, 32), np.int32),
         "model.layers.0.mlp.up_proj.qzeros": np.ones((1, 4), np.int32),
@@ -331,13 +329,13 @@ def test_an_allocation_of_packed_layers_alone_names_them(tmp_path: Path) -> None
         lorank.allocate(tmp_path / "model.safetensors", "uniform", avg_rank=4, progress=False)
 
 
-def test_a_share_of_an_unknown_base_is_refused_by_extract(tmp_path: Path) -> None:
+def test_extract_with_a_share_of_an_unknown_size_raises(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, CHECKPOINTS["SpQR"])
     with pytest.raises(ValueError, match=r"SpQR.*give the budget as a number"):
         lorank.extract(folder, folder, budget="1%")
 
 
-def test_sizes_in_a_checkpoint_that_cannot_be_true_are_not_believed(tmp_path: Path) -> None:
+def test_impossible_sizes_in_a_checkpoint_are_ignored(tmp_path: Path) -> None:
     for shape in (integers(OUT, 0), integers(OUT, -IN), integers(OUT, 33 * IN), integers(OUT)):
         tensors: dict[str, Tensor] = {
             f"{P}.weight_packed": ("I32", (OUT, IN // 8)),
@@ -368,7 +366,7 @@ TYPES = ["F8_E4M3", "U8", "I8", "I32", "I16", "U32", "F16", "BF16", "F8_E8M0", "
     st.sampled_from([None, 0, 2, 3, 4, 8, -1, "4", True]),
     st.binary(max_size=16),
 )
-def test_any_tensors_are_packed_or_plain_and_never_an_error(
+def test_any_tensors_are_read_as_packed_or_plain(
     weight: str, tensors: dict[str, Any], method: str, bits: object, content: bytes
 ) -> None:
     named = {name_of(template, weight): (t, tuple(shape)) for template, (t, shape) in tensors.items()}
@@ -394,7 +392,7 @@ def quantization_config(kind: str) -> Any:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["fp4", "nf4 twice", "8bit", "torchao"])
-def test_models_that_transformers_saves(tmp_path: Path, kind: str) -> None:
+def test_quantized_models_saved_by_transformers_are_recognised(tmp_path: Path, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     tiny_models = pytest.importorskip("tests.support.tiny_models")
     plain = tiny_models.llama()

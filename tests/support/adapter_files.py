@@ -1,4 +1,4 @@
-"""Trained-looking adapters of tiny models on disk, and what they multiply to."""
+"""Adapters of tiny models on disk with values like trained ones, and their dense updates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import lorank
 
 
 def trained(model: Any, config: Any, seed: int = 0) -> Any:
-    """A PEFT model whose factors are random, with values that decay as trained ones do."""
+    """Return a PEFT model with random factors whose singular values decay as those of trained ones."""
     peft_model = get_peft_model(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in peft_model.named_parameters():
@@ -39,7 +39,7 @@ def saved(peft_model: Any, folder: Path) -> Path:
 
 
 def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    """The folder with other tensors."""
+    """Edit the tensors of an adapter; return its folder."""
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     edit(tensors)
@@ -48,7 +48,7 @@ def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def configured(folder: Path, **settings: Any) -> Path:
-    """The folder with other settings."""
+    """Change settings of an adapter; return its folder."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     return folder
@@ -59,7 +59,7 @@ def loaded(model: Any, folder: Path) -> Any:
 
 
 def dense(adapter: lorank.LoraAdapter) -> dict[str, np.ndarray[Any, Any]]:
-    """Every update in float64, ``(out, in)`` or ``(copies, out, in)``."""
+    """Return every update in float64, ``(out, in)`` or ``(copies, out, in)``."""
     return {
         name: module.scaling * (module.B.astype(np.float64) @ module.A.astype(np.float64))
         if module.rank
@@ -69,7 +69,7 @@ def dense(adapter: lorank.LoraAdapter) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """The Frobenius norm of the difference of all updates."""
+    """Return the Frobenius norm of the difference of all updates."""
     assert set(a) == set(b)
     return float(np.sqrt(sum(np.square(a[name] - b[name]).sum() for name in a)))
 

@@ -1,6 +1,6 @@
 """Tiny models of every architecture that the installed transformers builds from a config of its own.
 
-Sizes are shrunk by the names of settings; what does not build so is tried with its own widths and one layer.
+Sizes are reduced by names of settings; models that then fail are tried with their own widths and one layer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TASKS = {
 }
 MOST_PARAMETERS = 40_000_000
 
-# The errors of transformers and of PEFT for models and settings that they do not take.
+# Errors that transformers and PEFT raise for unsupported models and settings.
 MISFITS = (
     ArithmeticError,
     AssertionError,
@@ -42,7 +42,7 @@ MISFITS = (
     ValueError,
 )
 
-# Settings by name: how many of something there are, and how wide something is.
+# Settings by name: counts and widths.
 _LAYERS = re.compile(
     r"(?:num_(?:hidden_|encoder_|decoder_)?layers|n_layers?|num_(?:en|de)coder_layers|(?:en|de)coder_layers|"
     r"depth|num_blocks|n_block|num_hidden_groups|layers)"
@@ -152,7 +152,7 @@ def _shrunk(config: Any, widths: dict[str, int], layers: int) -> Any:
 
 
 def _varied(types: list[Any], layers: int) -> list[Any]:
-    """Return so many layer types, different ones first."""
+    """Return a number of layer types, different ones first."""
     return [*dict.fromkeys(types), *types][:layers]
 
 

@@ -35,7 +35,7 @@ class Tables(nn.Module):
 
 
 class Kernels(nn.Module):
-    """A convolution in so many dimensions."""
+    """A convolution in 1, 2 or 3 dimensions, and a head."""
 
     def __init__(self, dimensions: int, groups: int = 1) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def _floats(*shape: int) -> torch.Tensor:
 
 IDS = torch.arange(8)[None]
 
-# The model, its input and what is targeted in it.
+# Model, inputs and settings of its targets.
 MODELS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any]]] = {
     "perceptron": (Perceptron, _floats(2, 8), {"target_modules": ["first", "second"]}),
     "tables": (Tables, IDS, {"target_modules": ["table", "dense"], "fan_in_fan_out": True}),
@@ -126,13 +126,6 @@ MODELS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any]]] = {
         {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]},
     ),
 }
-
-
-def outputs(model: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Return the outputs of a model: its tensor, or its logits."""
-    with torch.no_grad():
-        found = model(inputs)
-    return found if isinstance(found, torch.Tensor) else found.logits
 
 
 def randomised(adapted: Any) -> Any:

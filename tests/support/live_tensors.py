@@ -1,4 +1,4 @@
-"""What torch tensors hold at this moment: for tests of memory that no allocator's noise disturbs."""
+"""Numbers in live torch tensors: a measure of memory without the noise of allocators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def only_new_tensors() -> Iterator[None]:
-    """Within the block, `live_numbers` does not see what was there before, garbage included."""
+    """Exclude tensors that exist before the block from `live_numbers`, including garbage."""
     gc.collect()
     gc.freeze()
     try:
@@ -21,7 +21,7 @@ def only_new_tensors() -> Iterator[None]:
 
 
 def live_numbers() -> int:
-    """Float32 numbers in all tensors that Python knows of, shared storage once."""
+    """Return the number of float32 numbers in all tensors tracked by Python, shared storage once."""
     found = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
     plain = [tensor for tensor in found if tensor.layout == torch.strided and not tensor.is_meta]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}

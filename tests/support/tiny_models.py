@@ -1,4 +1,4 @@
-"""Real architectures with tiny, seeded weights: what adapters and sources meet, in milliseconds."""
+"""Real architectures with tiny, seeded weights, built in milliseconds."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ def _built(model: type[Any], config: Any) -> Any:
 
 
 def bert() -> Any:
-    """A bare encoder: module names without a prefix."""
+    """Return a bare encoder, whose module names have no prefix."""
     return _built(transformers.BertModel, transformers.BertConfig(**_SIZES))
 
 
 def bert_classifier() -> Any:
-    """The same encoder under a classification head: names begin with `bert.`."""
+    """Return the same encoder under a classification head, whose module names begin with `bert.`."""
     return _built(transformers.BertForSequenceClassification, transformers.BertConfig(**_SIZES))
 
 
 def llama() -> Any:
-    """Grouped-query attention: key and value projections are narrower."""
+    """Return a decoder with grouped-query attention, whose key and value projections have fewer outputs."""
     config = transformers.LlamaConfig(**_SIZES, num_key_value_heads=2, tie_word_embeddings=False)
     return _built(transformers.LlamaForCausalLM, config)
 
 
 def llama_tied() -> Any:
-    """Input and output embeddings are one parameter."""
+    """Return a decoder whose input and output embeddings are one parameter."""
     config = transformers.LlamaConfig(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True)
     return _built(transformers.LlamaForCausalLM, config)
 
 
 def gpt2() -> Any:
-    """Conv1D layers: weights are stored (in, out)."""
+    """Return a decoder of Conv1D layers, which store weights as (in, out)."""
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)
     return _built(transformers.GPT2LMHeadModel, config)
 
 
 def mixtral() -> Any:
-    """Stacked experts under routers."""
+    """Return a decoder with stacked experts under routers."""
     config = transformers.MixtralConfig(**_SIZES, num_key_value_heads=2, num_local_experts=4)
     return _built(transformers.MixtralForCausalLM, config)
 
 
 def qwen3_moe(**sizes: int) -> Any:
-    """Many small experts, whose width is not the dense layers'."""
+    """Return a decoder with experts whose width differs from that of dense layers."""
     config = transformers.Qwen3MoeConfig(
         **_SIZES,
         **{"moe_intermediate_size": 24, **sizes},
@@ -71,7 +71,7 @@ def qwen3_moe(**sizes: int) -> Any:
 
 
 def gpt_oss() -> Any:
-    """Stacked experts that are stored (in, out)."""
+    """Return a decoder with stacked experts stored as (in, out)."""
     config = transformers.GptOssConfig(
         **_SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2
     )
@@ -79,13 +79,13 @@ def gpt_oss() -> Any:
 
 
 def t5() -> Any:
-    """Encoder and decoder with shared embeddings."""
+    """Return an encoder and decoder with shared embeddings."""
     config = transformers.T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=64)
     return _built(transformers.T5ForConditionalGeneration, config)
 
 
 def vit() -> Any:
-    """Patches enter through a convolution."""
+    """Return a vision model whose patches enter through a convolution."""
     sizes = {
         key: value for key, value in _SIZES.items() if key not in ("vocab_size", "max_position_embeddings")
     }

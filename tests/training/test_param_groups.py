@@ -1,4 +1,4 @@
-"""Parameter groups: every trainable parameter once, at the learning rate that the rule says."""
+"""Parameter groups: every trainable parameter once, at the learning rate of its rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def adapted(**settings: Any) -> Any:
 
 
 def rates(model: Any, groups: list[dict[str, Any]]) -> dict[str, float]:
-    """Learning rate by parameter; every trainable parameter is in exactly one group."""
+    """Return the learning rate by parameter, checking that every trainable parameter is in one group."""
     names = {id(p): name for name, p in model.named_parameters()}
     result: dict[str, float] = {}
     for group in groups:
@@ -43,7 +43,9 @@ def rates(model: Any, groups: list[dict[str, Any]]) -> dict[str, float]:
     ],
 )
 @pytest.mark.parametrize("ratio", [None, 16.0])
-def test_rates_by_rule(rule: Any, multipliers: dict[int, float], ratio: float | None) -> None:
+def test_learning_rates_follow_the_rule(
+    rule: Any, multipliers: dict[int, float], ratio: float | None
+) -> None:
     model = adapted()
     groups = param_groups(model, 1e-3, rule=rule, lora_plus_ratio=ratio, weight_decay=0.1)
     for name, rate in rates(model, groups).items():
@@ -57,7 +59,7 @@ def test_rates_by_rule(rule: Any, multipliers: dict[int, float], ratio: float | 
     torch.optim.AdamW(groups)
 
 
-def test_everything_else_that_is_trained_has_the_base_rate() -> None:
+def test_other_trained_parameters_have_the_base_rate() -> None:
     config = LoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"], bias="lora_only")
     model = get_peft_model(tiny_models.bert_classifier(), config)
     groups = param_groups(model, 1e-3, rule="rank", lora_plus_ratio=4, weight_decay=0.1)
@@ -71,7 +73,7 @@ def test_everything_else_that_is_trained_has_the_base_rate() -> None:
         assert decays[id(parameter)] == (0.1 if parameter.ndim > 1 else 0.0)
 
 
-def test_embeddings_are_left_out_of_lora_plus() -> None:
+def test_lora_plus_excludes_embeddings() -> None:
     model = get_peft_model(tiny_models.llama(), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
     found = rates(model, param_groups(model, 1e-3, lora_plus_ratio=16))
     assert {name.split("lora_")[1][:11]: rate for name, rate in found.items()} == {
@@ -123,7 +125,7 @@ def test_first_steps_of_adam_are_equally_large_for_all_ranks(rule: Any, scaling:
         ({"lr": 1, "adapter_name": "other"}, "no adapter 'other' in the model"),
     ],
 )
-def test_what_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         param_groups(adapted(), **arguments)
 
@@ -143,7 +145,7 @@ def test_scalings_are_read_from_the_model() -> None:
         param_groups(model, 1e-3, rule="scale")
 
 
-def test_equal_products_are_one_group_and_close_rates_have_names_of_their_own() -> None:
+def test_equal_rates_share_a_group_and_close_rates_have_distinct_names() -> None:
     # One alpha for all ranks: 2 / 3 * 3 and 2 / 49 * 49 differ in the last bit.
     config = LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 49})
     groups = param_groups(get_peft_model(tiny_models.llama(), config), 1e-3, rule="scale")
@@ -155,7 +157,7 @@ def test_equal_products_are_one_group_and_close_rates_have_names_of_their_own() 
     assert len({group["name"] for group in groups}) == len(groups) == 2
 
 
-def test_a_resumed_optimizer_finds_the_groups_that_were_built_before_ranks_are_restored() -> None:
+def test_groups_built_before_restoring_ranks_fit_a_resumed_optimizer() -> None:
     model = adapted()
     optimizer = torch.optim.AdamW(param_groups(model, 1e-3, rule="scale"))
     resize_lora(model, {"0.self_attn.q_proj": 4, "1.self_attn.v_proj": 2}, optimizer=optimizer)
@@ -175,6 +177,6 @@ def test_a_resumed_optimizer_finds_the_groups_that_were_built_before_ranks_are_r
         too_late.load_state_dict(optimizer.state_dict())
 
 
-def test_a_frozen_model_has_nothing_to_train() -> None:
+def test_frozen_model_raises() -> None:
     with pytest.raises(ValueError, match="no parameter of the model is trainable"):
         param_groups(adapted().requires_grad_(False), 1e-3)

@@ -1,4 +1,4 @@
-"""Profiles of models that compute blocks twice, whatever they do with their inputs' gradients."""
+"""Profiles of models that compute blocks twice, with and without gradients of their inputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,68 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import lorank
 from tests.support import tiny_models
+from tests.support.gradient_oracle import assert_true, same_spectra, true_gradients
+from tests.support.profiled_models import adapted, called, hooks, label_batches, t5, text_batches, vectors
+
+
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.bert_classifier, t5, adapted])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_tokens_count_once(make: Callable[[], Any], reentrant: bool) -> None:
+    model = make().train()
+    batches = label_batches() if make is tiny_models.bert_classifier else text_batches()
+    torch.manual_seed(3)
+    plain = lorank.profile_gradients(model, batches, sketch=None)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(3)
+    again = lorank.profile_gradients(model, batches, sketch=None)
+    assert all(row.eigenvalues[0] > 0 for row in plain)
+    assert same_spectra(plain, again, 1e-5)
+    torch.manual_seed(3)
+    tasks = lorank.profile_tasks(model, batches, folds=2)
+    model.gradient_checkpointing_disable()
+    torch.manual_seed(3)
+    plain_tasks = lorank.profile_tasks(model, batches, folds=2)
+    for one, other in zip(tasks, plain_tasks, strict=True):
+        scale = other.singular_values[0]
+        np.testing.assert_allclose(one.singular_values, other.singular_values, rtol=0, atol=1e-4 * scale)
+
+
+class Checkpointed(nn.Module):
+    """A checkpointed model without known input embeddings that changes its inputs in place."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Linear(4, 4)
+        self.gradient_checkpointing = True
+        self.reentrant = reentrant
+
+    def get_input_embeddings(self) -> Any:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        run: Any = torch.utils.checkpoint.checkpoint(self.block, x.mul_(2), use_reentrant=self.reentrant)
+        return run.square().sum()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_works_without_known_embeddings(reentrant: bool, wrap: Any) -> None:
+    model = Checkpointed(reentrant)
+    report = lorank.profile_gradients(wrap(model), vectors(3, 2, 4), sketch=None, loss=called)
+    assert_true(report, true_gradients(Checkpointed(False), vectors(3, 2, 4), called))
+    assert not any(hooks(model))
+
+
+def test_checkpointing_works_inside_a_wrapper() -> None:
+    """Integer inputs cannot require gradients, so the outputs of embeddings must."""
+    model = tiny_models.llama().train()
+    plain = lorank.profile_gradients(model, text_batches(2))
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert same_spectra(plain, lorank.profile_gradients(nn.DataParallel(model), text_batches(2)), 1e-5)
+
 
 KINDS = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
-
 _SPEECH: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -67,7 +126,7 @@ def texts() -> list[Any]:
 
 
 def embedded(requires_grad: bool) -> list[Any]:
-    """The same texts as vectors; those that require a gradient come from a model of the caller's."""
+    """Return the same texts as vectors; vectors that require gradients come from another model."""
     table = tiny_models.llama().get_input_embeddings()
     made = []
     for batch in texts():
@@ -92,7 +151,7 @@ def profiled(model: Any, batches: list[Any]) -> Any:
 
 @KINDS
 @pytest.mark.parametrize("name", ["Wav2Vec2", "Hubert", "WavLM", "UniSpeechSat"])
-def test_speech_models_that_mark_their_inputs(name: str, reentrant: bool) -> None:
+def test_speech_models_count_checkpointed_blocks_once(name: str, reentrant: bool) -> None:
     model = speech(name)
     expected = profiled(model, sounds())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -124,7 +183,7 @@ def test_tokens_count_once_whatever_requires_a_gradient(
     assert_alike(profiled(model, batches()), expected)
 
 
-def test_vectors_that_require_a_gradient_are_left_as_they_were() -> None:
+def test_input_vectors_get_no_gradients() -> None:
     batches = embedded(False)
     for batch in batches:
         batch["inputs_embeds"].requires_grad_()
@@ -134,7 +193,7 @@ def test_vectors_that_require_a_gradient_are_left_as_they_were() -> None:
 
 
 class Blocks(nn.Module):
-    """A user's model, whose blocks take tensors without gradients and change them in place."""
+    """A custom model whose blocks take tensors without gradients and change them in place."""
 
     def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
@@ -157,7 +216,7 @@ class Blocks(nn.Module):
 
 
 @KINDS
-def test_blocks_of_a_model_of_ones_own(reentrant: bool) -> None:
+def test_blocks_of_a_custom_model_count_once(reentrant: bool) -> None:
     def loss(model: Any, batch: Any) -> Any:
         return model(batch.clone())
 
@@ -167,7 +226,7 @@ def test_blocks_of_a_model_of_ones_own(reentrant: bool) -> None:
     assert_alike(lorank.profile_gradients(Blocks(reentrant), batches, **options), expected)
 
 
-def test_torch_is_left_as_it_was() -> None:
+def test_checkpoint_function_of_torch_is_restored() -> None:
     before = CheckpointFunction.apply
 
     def loss(_model: Any, _batch: Any) -> Any:
