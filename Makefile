@@ -5,10 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := build-demo
 FIGURES := build-bench
+COVERAGE := build-coverage
 
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
-.PHONY: help demo test test-rust test-python sweep bench lint format clean
+.PHONY: help demo test test-rust test-python coverage sweep bench picture lint format clean
 
 help: ## Show the verbs.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -30,6 +31,9 @@ test-rust:
 
 test-python: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+
+coverage: $(VENV)/installed ## Run the Python tests with branch coverage (about 15 minutes); see build-coverage.
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term --cov-report html:$(COVERAGE)
 
 sweep: $(VENV)/installed ## Allocate for and extract from every architecture of transformers (about 3 minutes).
 	$(BIN)/pytest -m slow -s
@@ -54,12 +58,17 @@ bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two
 	$(BIN)/python -m benches.schedules
 	$(BIN)/python -m benches.methods
 
+picture: $(VENV)/installed ## Draw the picture of the README.
+	$(BIN)/python docs/pictures/ranks.py $$($(BIN)/python -m tests.support.material smollm2) \
+		"SmolLM2-135M: a LoRA rank for every layer" docs/pictures/ranks.svg
+
 lint: $(VENV)/installed ## Check format, lints, types and stubs.
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' cargo doc --release --package lorank --no-deps
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell benches docs examples python rust tests *.md
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.13
 	$(BIN)/python -m mypy.stubtest lorank._core
@@ -70,4 +79,4 @@ format: $(VENV)/installed ## Rewrite files in the house format.
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove everything that the other verbs made.
-	rm -rf $(VENV) target $(DEMO) $(FIGURES) dist
+	rm -rf $(VENV) target $(DEMO) $(FIGURES) $(COVERAGE) dist
