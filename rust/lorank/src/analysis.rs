@@ -1,17 +1,17 @@
 //! Many matrices, one after the other and side by side, in bounded memory.
 
 use crate::Result;
-use crate::cancel::CancelToken;
+use crate::eigen::sampled::sampled_spectrum;
 use crate::eigen::{Accuracy, spectrum_in_pool};
-use crate::hill::{Convention, alpha_hill, alpha_hill_spread};
-use crate::marchenko_pastur::{Scale, marchenko_pastur};
+use crate::exec::cancel::CancelToken;
+use crate::exec::parallel::{Strategy, guarded, pool, side_by_side};
+use crate::exec::scratch::Workspace;
 use crate::matrix::MatrixView;
-use crate::metrics::SpectralMetrics;
-use crate::parallel::{Strategy, guarded, pool, side_by_side};
-use crate::sampled::sampled_spectrum;
-use crate::source::StoredMatrix;
-use crate::spectrum::Spectrum;
-use crate::workspace::Workspace;
+use crate::statistics::hill::{Convention, alpha_hill, alpha_hill_spread};
+use crate::statistics::marchenko_pastur::{Scale, marchenko_pastur};
+use crate::statistics::metrics::SpectralMetrics;
+use crate::statistics::spectrum::Spectrum;
+use crate::storage::source::StoredMatrix;
 
 /// What is known of a matrix after its analysis.
 #[derive(Clone, Debug)]
@@ -152,7 +152,7 @@ mod tests {
 
     use super::*;
     use crate::Error;
-    use crate::dtype::DType;
+    use crate::matrix::dtype::DType;
 
     /// Bytes whose owner panics the second time that they are asked for.
     struct Vanishing(std::sync::atomic::AtomicBool);

@@ -1,0 +1,7 @@
+//! Views of stored matrices: bytes, element type, shape and strides.
+
+pub mod dtype;
+pub(crate) mod stacked;
+mod view;
+
+pub use view::MatrixView;
