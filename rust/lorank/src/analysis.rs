@@ -5,13 +5,13 @@ use crate::eigen::sampled::sampled_spectrum;
 use crate::eigen::{Accuracy, spectrum_in_pool};
 use crate::exec::cancel::CancelToken;
 use crate::exec::parallel::{Strategy, guarded, pool, side_by_side};
-use crate::exec::scratch::Workspace;
+use crate::exec::scratch::Scratch;
 use crate::matrix::MatrixView;
 use crate::statistics::hill::{Convention, alpha_hill, alpha_hill_spread};
 use crate::statistics::marchenko_pastur::{Scale, marchenko_pastur};
 use crate::statistics::metrics::SpectralMetrics;
 use crate::statistics::spectrum::Spectrum;
-use crate::storage::source::StoredMatrix;
+use crate::storage::source::{Buffer, StoredMatrix};
 
 /// What is known of a matrix after its analysis.
 #[derive(Clone, Debug)]
@@ -29,6 +29,15 @@ const ALPHA_TOLERANCE: f64 = 1e-3;
 const SPIKES_TOLERANCE: usize = 1;
 /// One of so many eigenvalues may be too small to be told from zero; square weights of full rank have such.
 const UNRESOLVED: usize = 32;
+
+/// Memory that a worker keeps from one matrix to the next.
+#[derive(Default)]
+struct Workspace {
+    /// The values of a matrix that is not in memory.
+    buffer: Buffer,
+    /// Temporaries of its decomposition.
+    scratch: Scratch,
+}
 
 /// Analyses every matrix with up to `threads` threads and hands each result to `emit` with the
 /// index of its matrix, in the order in which they finish; `emit` is called from several threads.

@@ -1,4 +1,4 @@
-//! Symmetric band matrices: how they are stored, and the reduction of a dense matrix to one.
+//! Reduction of a dense symmetric matrix to a band.
 //!
 //! `A = Q B Q^T` with `B` of half-bandwidth `w` ([`WIDTH`]), by blocked Householder reflections. A panel of
 //! `w` columns is factored below its diagonal block, `P = (I - V T V^T) R`; the rest becomes
@@ -21,18 +21,12 @@ use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
+use crate::eigen::band_layout::{WIDTH, position};
 use crate::eigen::panel_qr::{factor_panel, factor_panel_scratch};
 use crate::exec::parallel::Strategy;
 use crate::exec::strips::{STRIP, each_column_strip, each_row_strip};
 use crate::kernels::number::{Number, padded};
 use crate::kernels::simd::LINE;
-
-/// Half-bandwidth. More makes the dense reduction's products a little faster, and the reduction of the
-/// band slower in proportion: measured best from 500 to 4096.
-pub const WIDTH: usize = 32;
-
-/// Numbers stored of a column: `WIDTH` above the diagonal, `2 * WIDTH` from it on, where bulges need room.
-pub const COLUMN: usize = 3 * WIDTH;
 
 /// Strips that share the sums of their products at least, and groups of such strips at most. Both depend on
 /// shapes alone, and so do the bits of a result.
@@ -42,18 +36,6 @@ const MOST_GROUPS: usize = 16;
 /// Rows of a strip up to which it pays to copy what its block on the diagonal holds twice: in tall matrices every
 /// column is in a page of its own.
 const SHORT: usize = 1536;
-
-/// Where entry `(i, j)` of a band is stored, for `-WIDTH <= i - j < 2 * WIDTH`.
-#[must_use]
-pub const fn position(i: usize, j: usize) -> usize {
-    j * COLUMN + WIDTH + i - j
-}
-
-/// Numbers that a band of order `n` is stored in: blocks that reach beyond the matrix find zeros there.
-#[must_use]
-pub const fn storage(n: usize) -> usize {
-    (n + WIDTH) * COLUMN
-}
 
 /// Groups that the strips of `columns` columns are dealt to.
 fn groups(columns: usize) -> usize {
@@ -71,7 +53,7 @@ pub fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
 }
 
 /// Reduces the symmetric matrix in the lower triangle of `a`, `(n, n)`, and writes `band`, of
-/// [`storage`]`(n)` numbers. What `a` held is lost.
+/// [`storage(n)`](crate::eigen::band_layout::storage) numbers. What `a` held is lost.
 ///
 /// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
 pub fn reduce_to_band<T: Number>(
@@ -321,6 +303,7 @@ mod tests {
     use proptest::prelude::{ProptestConfig, proptest};
 
     use super::*;
+    use crate::eigen::band_layout::storage;
     use crate::exec::parallel;
     use crate::exec::scratch::Scratch;
 

@@ -20,7 +20,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::eigen::band::{COLUMN, WIDTH, position};
+use crate::eigen::band_layout::{COLUMN, WIDTH, position};
 use crate::exec::parallel::Strategy;
 use crate::kernels::number::Number;
 use crate::kernels::simd::dispatch_halved;
@@ -295,7 +295,7 @@ fn subtract<T: Number, S: Simd, const VECTORS: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eigen::band::storage;
+    use crate::eigen::band_layout::storage;
     use crate::exec::parallel;
     use crate::kernels::simd::tests::on_every_path;
 

@@ -9,6 +9,7 @@
 //! `1e-6 lambda_max` is lost, and the error bound says so.
 
 pub mod band;
+pub mod band_layout;
 pub mod bulge;
 pub mod gram;
 mod gram_product;
@@ -19,6 +20,7 @@ pub mod root_free_ql;
 pub mod sampled;
 pub(crate) mod selected;
 pub mod tridiag;
+pub mod tridiagonal;
 mod twisted;
 
 use faer::MatMut;

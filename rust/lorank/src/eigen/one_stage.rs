@@ -19,7 +19,7 @@ use faer::dyn_stack::{MemStack, StackReq};
 use pulp::{Simd, WithSimd};
 
 use crate::eigen::panel_qr::{Reflection, dot, subtract};
-use crate::eigen::tridiag::Tridiagonal;
+use crate::eigen::tridiagonal::Tridiagonal;
 use crate::kernels::number::{Number, padded};
 use crate::kernels::simd::{LINE, dispatch};
 

@@ -21,7 +21,7 @@ use faer::dyn_stack::{MemStack, StackReq};
 use faer::prelude::{Reborrow, ReborrowMut};
 use pulp::{Simd, WithSimd};
 
-use crate::eigen::band::WIDTH;
+use crate::eigen::band_layout::WIDTH;
 use crate::kernels::number::{Number, padded};
 use crate::kernels::simd::{LINE, dispatch};
 use crate::kernels::thin_gram::{SumsOfRows, sums_of_rows};

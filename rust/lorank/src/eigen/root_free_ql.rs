@@ -21,7 +21,7 @@
 //! ([`ql_pipeline`](crate::eigen::ql_pipeline)): a third more steps, each in a quarter of the time.
 
 use crate::eigen::ql_pipeline::{LARGE, SMALL, SWEEPS, Sweeps};
-use crate::eigen::tridiag::Tridiagonal;
+use crate::eigen::tridiagonal::Tridiagonal;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::kernels::simd::dispatch;
 use crate::{Error, Result};

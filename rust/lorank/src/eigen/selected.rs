@@ -16,7 +16,7 @@ use faer::{Mat, Par};
 use crate::Result;
 use crate::eigen::one_stage::{Reflections, one_stage_scratch, reduce_in_one_stage};
 use crate::eigen::root_free_ql::tridiagonal_eigenvalues;
-use crate::eigen::tridiag::Tridiagonal;
+use crate::eigen::tridiagonal::Tridiagonal;
 use crate::eigen::twisted::tridiagonal_eigenvectors;
 use crate::kernels::dense::{cholesky, product};
 use crate::kernels::number::padded;

@@ -7,21 +7,14 @@ use faer::dyn_stack::{MemStack, StackReq};
 use faer::prelude::Reborrow;
 use faer::{MatMut, MatRef};
 
-use crate::eigen::band::{position, reduce_to_band, reduce_to_band_scratch, storage};
+use crate::eigen::band::{reduce_to_band, reduce_to_band_scratch};
+use crate::eigen::band_layout::{position, storage};
 use crate::eigen::bulge::reduce_to_tridiagonal;
 use crate::eigen::one_stage::{one_stage_scratch, reduce_in_one_stage};
+use crate::eigen::tridiagonal::Tridiagonal;
 use crate::exec::parallel::Strategy;
 use crate::kernels::number::{Number, padded};
 use crate::kernels::simd::LINE;
-
-/// A symmetric tridiagonal matrix.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Tridiagonal {
-    /// The `n` diagonal entries.
-    pub diagonal: Vec<f64>,
-    /// The `n - 1` entries beside the diagonal.
-    pub off_diagonal: Vec<f64>,
-}
 
 /// Order from which two stages are faster than one, as measured: a cache holds more numbers of float32.
 const fn two_stages_from<T: Number>() -> usize {

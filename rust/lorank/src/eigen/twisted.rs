@@ -18,7 +18,7 @@
 
 use faer::{ColMut, Mat};
 
-use crate::eigen::tridiag::Tridiagonal;
+use crate::eigen::tridiagonal::Tridiagonal;
 
 /// Eigenvalues worked on at a time: their chains of divisions do not wait for each other.
 const LANES: usize = 8;

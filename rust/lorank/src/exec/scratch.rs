@@ -8,17 +8,7 @@ use faer::dyn_stack::{MemBuffer, MemStack, StackReq};
 
 use crate::exec::aligned_bytes::AlignedBytes;
 use crate::kernels::number::Number;
-use crate::storage::source::Buffer;
 use crate::{Error, Result};
-
-/// The buffers of one worker.
-#[derive(Default)]
-pub struct Workspace {
-    /// The matrix at hand.
-    pub buffer: Buffer,
-    /// What its decomposition needs.
-    pub scratch: Scratch,
-}
 
 /// Memory for the matrices and the temporaries of a decomposition.
 #[derive(Default)]

@@ -12,8 +12,6 @@ use faer::traits::RealField;
 use pulp::Simd;
 use pulp::bytemuck::Pod;
 
-use crate::matrix::dtype::DType;
-
 /// A real number with vectors of its kind.
 pub trait Number:
     RealField
@@ -32,8 +30,6 @@ pub trait Number:
     /// A vector of them.
     type Vector<S: Simd>: Copy;
 
-    /// How it is stored.
-    const DTYPE: DType;
     /// The distance from 1 to the next number.
     const EPSILON: f64;
     /// The smallest normal number.
@@ -95,13 +91,12 @@ pub(crate) const fn spaced<T: Number>(rows: usize) -> usize {
 
 macro_rules! number {
     (
-        $number:ident, $dtype:ident, $vector:ident, $lanes:ident, $splat:ident, $mul_add:ident, $add:ident, $mul:ident, $sum:ident,
+        $number:ident, $vector:ident, $lanes:ident, $splat:ident, $mul_add:ident, $add:ident, $mul:ident, $sum:ident,
         $vectors:ident, $vectors_mut:ident
     ) => {
         impl Number for $number {
             type Vector<S: Simd> = S::$vector;
 
-            const DTYPE: DType = DType::$dtype;
             const EPSILON: f64 = $number::EPSILON as f64;
             const SMALLEST: Self = $number::MIN_POSITIVE;
             const WIDEST: usize = 64 / size_of::<$number>();
@@ -170,7 +165,6 @@ macro_rules! number {
 
 number!(
     f64,
-    F64,
     f64s,
     F64_LANES,
     splat_f64s,
@@ -183,7 +177,6 @@ number!(
 );
 number!(
     f32,
-    F32,
     f32s,
     F32_LANES,
     splat_f32s,

@@ -15,12 +15,11 @@ use faer::{Mat, MatRef, Par};
 
 use crate::Result;
 use crate::exec::cancel::CancelToken;
-use crate::exec::scratch::Scratch;
 use crate::kernels::dense::{cholesky, product};
 use crate::kernels::thin_gram::SUMMANDS;
-use crate::low_rank::{Side, Term};
+use crate::low_rank::terms::{Side, Term};
 use crate::matrix::stacked::{Gram, gram_scratch};
-use crate::storage::source::Buffer;
+use crate::storage::source::Parts;
 
 /// The arithmetic of a Gram matrix, and of products with what follows from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,10 +81,10 @@ impl Triangular {
         &mut self,
         terms: &[Term],
         side: Side,
-        (factors, gram, scratch): (&mut Vec<Buffer>, &mut Gram, &mut Scratch),
+        (Parts { buffers, scratch }, gram): (&mut Parts, &mut Gram),
         cancel: &CancelToken,
     ) -> Result<bool> {
-        let stacked = side.stacked(terms, factors, cancel)?;
+        let stacked = side.stacked(terms, buffers, cancel)?;
         let (rank, length) = (stacked.rank(), stacked.length());
         if !(1..=length).contains(&rank) {
             return Ok(false);

@@ -25,10 +25,13 @@ use crate::exec::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::kernels::dense::{scale_columns, scale_rows};
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::basis::Basis;
+use crate::low_rank::cholesky_qr::Triangular;
 use crate::low_rank::core_svd::{CoreSvd, core_svd_scratch};
-use crate::low_rank::{Buffers, Side, Term, Values, checked_shape, weights_of_rows};
+use crate::low_rank::terms::{Side, Term, checked_shape, weights_of_rows};
+use crate::low_rank::triplets::Values;
 use crate::matrix::dtype::DType;
-use crate::storage::source::{Buffer, StoredMatrix};
+use crate::matrix::stacked::Gram;
+use crate::storage::source::{Buffer, Parts, StoredMatrix};
 use crate::svd::dense_svd;
 use crate::svd::qr::HouseholderQr;
 
@@ -50,6 +53,17 @@ pub(crate) enum Form {
     /// The balanced columns themselves, one after the other, `(k, out)` and `(k, in)`: as wide as they are
     /// written.
     Explicit { b: Arc<Values>, a: Arc<Values> },
+}
+
+/// Memory that one update after the other uses.
+#[derive(Default)]
+pub struct Buffers {
+    /// The factors at hand, a buffer for each term, and what products with them need.
+    parts: Parts,
+    /// The products of a side's rows with each other.
+    gram: Gram,
+    /// What the sides of `B` and of `A` become.
+    sides: [Triangular; 2],
 }
 
 /// Decomposes every update with up to `threads` threads and hands each result to `emit` with the
@@ -92,7 +106,7 @@ pub fn decompose(update: &[Term], buffers: &mut Buffers, cancel: &CancelToken) -
     if let Some(fast) = by_gram(update, shape, buffers, cancel)? {
         return Ok(fast);
     }
-    by_reflections(update, shape, buffers, cancel)
+    by_reflections(update, shape, &mut buffers.parts, cancel)
 }
 
 /// `None` where the Gram matrices cannot be trusted.
@@ -105,15 +119,15 @@ fn by_gram(
     if update.iter().any(is_wide) {
         return Ok(None);
     }
-    let Buffers { factors, scratch, gram, sides: [b, a] } = buffers;
-    if !b.find(update, Side::B, (&mut *factors, &mut *gram, &mut *scratch), cancel)?
-        || !a.find(update, Side::A, (factors, gram, &mut *scratch), cancel)?
+    let Buffers { parts, gram, sides: [b, a] } = buffers;
+    if !b.find(update, Side::B, (&mut *parts, &mut *gram), cancel)?
+        || !a.find(update, Side::A, (&mut *parts, gram), cancel)?
     {
         return Ok(None);
     }
     let mut weighted = b.factor.clone();
     scale_rows(&mut weighted, &weights_of_rows(update));
-    let stack = scratch.stack(core_svd_scratch(rank))?;
+    let stack = parts.scratch.stack(core_svd_scratch(rank))?;
     let CoreSvd { singular_values, vectors } = CoreSvd::of(weighted.transpose(), a.factor.as_ref(), stack)?;
     let norm = weighted.norm_l2() * a.factor.norm_l2();
     let singular_values = without_noise(singular_values, rank, norm);
@@ -134,10 +148,9 @@ fn without_noise(values: Vec<f64>, rank: usize, norm: f64) -> Vec<f64> {
 pub(crate) fn by_reflections(
     update: &[Term],
     (out, fan_in, rank): (usize, usize, usize),
-    buffers: &mut Buffers,
+    Parts { buffers, .. }: &mut Parts,
     cancel: &CancelToken,
 ) -> Result<Decomposition> {
-    let buffers = &mut buffers.factors;
     buffers.resize_with(buffers.len().max(1), Buffer::default);
     let buffer = &mut buffers[0];
     let scales = Scales::of(update, buffer, cancel)?;
@@ -369,7 +382,8 @@ mod tests {
                         check(&update, if way == 0 { 1e-6 } else { 2e-7 });
                     }
                     let (cancel, mut buffers) = (CancelToken::default(), Buffers::default());
-                    let exact = by_reflections(&update, (out, fan_in, r), &mut buffers, &cancel).unwrap();
+                    let exact =
+                        by_reflections(&update, (out, fan_in, r), &mut buffers.parts, &cancel).unwrap();
                     let tolerance = [5e-7, 1e-10, 0.0][way] * exact.singular_values[0];
                     for (mine, theirs) in
                         decomposed(&update).singular_values.iter().zip(&exact.singular_values)

@@ -15,7 +15,7 @@ use crate::exec::cancel::CancelToken;
 use crate::exec::parallel::{costliest_first, guarded, pool, side_by_side};
 use crate::kernels::dense::product;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
-use crate::low_rank::{Triplets, balanced};
+use crate::low_rank::triplets::{Triplets, balanced};
 use crate::storage::source::{Buffer, StoredMatrix};
 use crate::svd::qr::HouseholderQr;
 use crate::svd::{SvdSpace, ThinSvd, dense_svd};
@@ -207,7 +207,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::low_rank::Values;
+    use crate::low_rank::triplets::Values;
     use crate::matrix::dtype::DType;
 
     fn stored(matrix: &Mat<f64>) -> StoredMatrix {

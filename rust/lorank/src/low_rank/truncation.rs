@@ -14,10 +14,11 @@ use crate::kernels::dense::scale_columns;
 use crate::kernels::number::Number;
 use crate::low_rank::cholesky_qr::Precision;
 use crate::low_rank::decompose::{Decomposition, Form, by_reflections};
-use crate::low_rank::{Buffers, Side, Term, Values, weights_of_rows};
+use crate::low_rank::terms::{Side, Term, weights_of_rows};
+use crate::low_rank::triplets::Values;
 use crate::matrix::dtype::DType;
 use crate::matrix::stacked::product_scratch;
-use crate::storage::source::{Computed, StoredMatrix};
+use crate::storage::source::{Computed, Parts, StoredMatrix};
 use crate::{Error, Result};
 
 /// A truncation that is wanted: of which decomposition, and which values are kept.
@@ -51,15 +52,15 @@ pub fn rebuild_all(
 ) -> Result<()> {
     let order = costliest_first(truncations.iter().map(|t| t.decomposition.cost()));
     pool(threads)?.install(|| {
-        side_by_side(&order, threads, cancel, &|i, buffers: &mut Buffers| {
-            emit(i, guarded(|| truncations[i].rebuild(buffers, cancel)));
+        side_by_side(&order, threads, cancel, &|i, parts: &mut Parts| {
+            emit(i, guarded(|| truncations[i].rebuild(parts, cancel)));
         });
         cancel.check()
     })
 }
 
 impl Truncation {
-    fn rebuild(&self, buffers: &mut Buffers, cancel: &CancelToken) -> Result<Factors> {
+    fn rebuild(&self, parts: &mut Parts, cancel: &CancelToken) -> Result<Factors> {
         let factors = self.factors(cancel)?;
         if !self.decomposition.reads_memory() {
             return Ok(factors);
@@ -70,7 +71,7 @@ impl Truncation {
             bytes.try_reserve_exact(size).map_err(|_| Error::no_memory(size, "truncated factors"))?;
             bytes.resize(size, 0);
             if let Some(values) = matrix.computation() {
-                values.compute(&mut bytes, buffers, cancel)?;
+                values.compute(&mut bytes, parts, cancel)?;
             }
             let (rows, cols) = matrix.shape();
             StoredMatrix::in_memory(Arc::new(bytes), matrix.dtype(), (rows, cols), (cols, 1))
@@ -122,7 +123,7 @@ impl Truncation {
     fn by_reflections(&self, terms: &[Term], cancel: &CancelToken) -> Result<Factors> {
         let Self { decomposition, keep } = self;
         let ((out, fan_in), rank) = (decomposition.shape, keep.len());
-        let again = by_reflections(terms, (out, fan_in, rank), &mut Buffers::default(), cancel)?;
+        let again = by_reflections(terms, (out, fan_in, rank), &mut Parts::default(), cancel)?;
         Self { decomposition: Arc::new(again), keep: keep.clone() }.factors(cancel)
     }
 }
@@ -162,7 +163,7 @@ enum Source {
 }
 
 impl Computed for Factor {
-    fn compute(&self, out: &mut [u8], parts: &mut Buffers, cancel: &CancelToken) -> Result<()> {
+    fn compute(&self, out: &mut [u8], parts: &mut Parts, cancel: &CancelToken) -> Result<()> {
         match &self.source {
             Source::Columns { of, kept } => match self.side {
                 Side::B => of.put_columns(kept, self.length, out),
@@ -185,10 +186,10 @@ impl Factor {
         terms: &[Term],
         by: MatRef<'_, f64>,
         out: &mut [u8],
-        Buffers { factors, scratch, .. }: &mut Buffers,
+        Parts { buffers, scratch }: &mut Parts,
         cancel: &CancelToken,
     ) -> Result<()> {
-        let stacked = self.side.stacked(terms, factors, cancel)?;
+        let stacked = self.side.stacked(terms, buffers, cancel)?;
         let stack = scratch.stack(product_scratch::<T>(by.nrows(), by.ncols()))?;
         match self.side {
             Side::B => stacked.transposed_times::<T>(by, out, stack, cancel),
@@ -200,7 +201,7 @@ impl Factor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::low_rank::decompose::decompose;
+    use crate::low_rank::decompose::{Buffers, decompose};
     use crate::storage::source::Buffer;
 
     fn stored(rows: usize, cols: usize, seed: usize) -> StoredMatrix {

@@ -187,7 +187,8 @@ impl<'a> MatrixView<'a> {
     /// kind and rows are contiguous; the next row begins a row's stride further.
     #[must_use]
     pub(crate) fn in_place<T: Number>(&self, row: usize, col: usize) -> Option<(&'a [T], usize)> {
-        let is_native = cfg!(target_endian = "little") && self.dtype == T::DTYPE && self.col_stride == 1;
+        let is_native =
+            cfg!(target_endian = "little") && self.dtype == DType::of::<T>() && self.col_stride == 1;
         let start = (row * self.row_stride + col) * self.dtype.size();
         let bytes = self.bytes.get(start..).filter(|_| is_native)?;
         // Misaligned memory, as a file's may be, is not numbers.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::exec::aligned_bytes::AlignedBytes;
 use crate::exec::cancel::CancelToken;
-use crate::low_rank::Buffers;
+use crate::exec::scratch::Scratch;
 use crate::matrix::MatrixView;
 use crate::matrix::dtype::DType;
 use crate::storage::checkpoint::StoredTensor;
@@ -31,7 +31,16 @@ enum Storage {
 pub struct Buffer {
     pub(crate) bytes: AlignedBytes,
     /// What a matrix is computed of.
-    pub(crate) parts: Buffers,
+    pub(crate) parts: Parts,
+}
+
+/// Memory that a computed matrix is computed in.
+#[derive(Default)]
+pub struct Parts {
+    /// One buffer per matrix that the computation reads.
+    pub(crate) buffers: Vec<Buffer>,
+    /// Temporaries of the computation.
+    pub(crate) scratch: Scratch,
 }
 
 /// Values that are computed whenever they are needed.
@@ -41,7 +50,7 @@ pub trait Computed: Send + Sync {
     ///
     /// # Errors
     /// Those of the computation, and of reading what it needs.
-    fn compute(&self, out: &mut [u8], parts: &mut Buffers, cancel: &CancelToken) -> Result<()>;
+    fn compute(&self, out: &mut [u8], parts: &mut Parts, cancel: &CancelToken) -> Result<()>;
 }
 
 /// A matrix that becomes a [`MatrixView`] when it is needed.

@@ -345,10 +345,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::low_rank::Buffers;
     use crate::storage::checkpoint::Checkpoint;
     use crate::storage::safetensors::SafetensorsFile;
-    use crate::storage::source::Computed;
+    use crate::storage::source::{Computed, Parts};
 
     fn stored(values: &[f32]) -> StoredMatrix {
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -510,7 +509,7 @@ mod tests {
     struct Threes(f32);
 
     impl Computed for Threes {
-        fn compute(&self, out: &mut [u8], _: &mut Buffers, cancel: &CancelToken) -> Result<()> {
+        fn compute(&self, out: &mut [u8], _: &mut Parts, cancel: &CancelToken) -> Result<()> {
             cancel.check()?;
             let (last, others) = out.as_chunks_mut().0.split_last_mut().unwrap();
             others.fill(3f32.to_le_bytes());

@@ -5,7 +5,7 @@
 
 use faer::{Mat, MatMut};
 
-use crate::svd::ThinSvd;
+use crate::svd::thin_svd::ThinSvd;
 use crate::{Error, Result};
 
 /// Sweeps after which the iteration is given up; ten are plenty for any finite matrix.

@@ -6,6 +6,7 @@
 
 mod jacobi;
 pub mod qr;
+mod thin_svd;
 
 use faer::diag::Diag;
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
@@ -19,16 +20,7 @@ use crate::svd::jacobi::jacobi_svd;
 use crate::svd::qr::thin_qr;
 use crate::{Error, Result};
 
-/// `A = U diag(s) V^T`.
-#[derive(Clone, Debug)]
-pub struct ThinSvd {
-    /// `(m, k)`, orthonormal columns.
-    pub u: Mat<f64>,
-    /// The `k = min(m, n)` singular values, descending.
-    pub singular_values: Vec<f64>,
-    /// `(n, k)`, orthonormal columns.
-    pub v: Mat<f64>,
-}
+pub use thin_svd::ThinSvd;
 
 /// The singular values of a matrix, descending, without squaring it: small ones keep the absolute
 /// accuracy `eps * s_1`, where the square root of an eigenvalue keeps only `sqrt(eps) * s_1`.
@@ -73,7 +65,7 @@ pub fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
     decomposed(&(matrix * faer::Scale(power_of_two(-exponent))), power_of_two(exponent))
 }
 
-/// Memory that one thin decomposition after the other uses: see [`Workspace`](crate::exec::scratch::Workspace).
+/// Memory that one thin decomposition after the other uses.
 #[derive(Default)]
 pub struct SvdSpace {
     u: Vec<f64>,
