@@ -10,6 +10,7 @@
 
 pub mod band;
 pub mod band_layout;
+mod band_updates;
 pub mod bulge;
 pub mod gram;
 mod gram_product;
