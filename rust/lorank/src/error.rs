@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 /// [`Numerical`](Self::Numerical) and [`NoConvergence`](Self::NoConvergence) are properties of the values: the same
 /// input fails again. [`OutOfMemory`](Self::OutOfMemory) and [`NoThreads`](Self::NoThreads) are properties of the
 /// machine at that moment, and [`Internal`](Self::Internal) is a defect of this crate.
+///
+/// Variants may be added, each with one of the kinds of [`ErrorKind`]: match on [`kind`](Self::kind) to cover all.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The operating system refused to open or read a file.
     #[error("{}: {source}", path.display())]
@@ -60,10 +63,46 @@ pub enum Error {
     Cancelled,
 }
 
+/// The kind of an [`Error`]: a closed set, which callers can match without a wildcard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// A file cannot be opened, read or written.
+    Io,
+    /// The contents of a file violate its format.
+    Format,
+    /// The arguments of a call do not fit together.
+    InvalidInput,
+    /// The values of a matrix have no spectrum, or an iteration over them does not converge.
+    Numerical,
+    /// The system did not provide memory.
+    OutOfMemory,
+    /// The system did not start threads.
+    NoThreads,
+    /// A defect of this crate.
+    Internal,
+    /// The caller cancelled the work.
+    Cancelled,
+}
+
 /// `Result` with the crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// Returns the kind of the error.
+    #[must_use]
+    pub const fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Io { .. } => ErrorKind::Io,
+            Self::Format { .. } => ErrorKind::Format,
+            Self::InvalidInput(_) => ErrorKind::InvalidInput,
+            Self::Numerical(_) | Self::NoConvergence(_) => ErrorKind::Numerical,
+            Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
+            Self::NoThreads { .. } => ErrorKind::NoThreads,
+            Self::Internal(_) => ErrorKind::Internal,
+            Self::Cancelled => ErrorKind::Cancelled,
+        }
+    }
+
     pub(crate) fn no_memory(bytes: usize, what: impl Into<String>) -> Self {
         Self::OutOfMemory { what: what.into(), bytes }
     }

@@ -19,6 +19,9 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod analysis;
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 pub mod eigen;
 pub mod error;
 mod exec;
@@ -29,16 +32,15 @@ mod statistics;
 mod storage;
 pub mod svd;
 
-pub use eigen::{band, bulge, gram, root_free_ql, sampled, tridiag};
+pub use eigen::sampled;
 pub use exec::{cancel, panics, parallel, scratch as workspace};
-pub use kernels::number;
 pub use low_rank::{decompose as product_svd, difference as difference_svd, select, truncation};
 pub use matrix::dtype;
 pub use statistics::{effective_rank, hill, marchenko_pastur, metrics, powerlaw, spectrum};
 pub use storage::{checkpoint, safetensors, source, writer as safetensors_writer};
 pub use svd::qr;
 
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};
 
 /// Runs the README's example as a test.
 #[cfg(doctest)]

@@ -8,20 +8,20 @@
 //! nine or more correct digits. In float32 the Gram matrix squares the condition number: what lies below
 //! `1e-6 lambda_max` is lost, and the error bound says so.
 
-pub mod band;
-pub mod band_layout;
+pub(crate) mod band;
+pub(crate) mod band_layout;
 mod band_updates;
-pub mod bulge;
-pub mod gram;
+pub(crate) mod bulge;
+pub(crate) mod gram;
 mod gram_product;
 mod one_stage;
 mod panel_qr;
 mod ql_pipeline;
-pub mod root_free_ql;
+pub(crate) mod root_free_ql;
 pub mod sampled;
 pub(crate) mod selected;
-pub mod tridiag;
-pub mod tridiagonal;
+pub(crate) mod tridiag;
+pub(crate) mod tridiagonal;
 mod twisted;
 
 use faer::MatMut;

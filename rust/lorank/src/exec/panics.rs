@@ -31,8 +31,7 @@ pub fn locate_panics() {
 }
 
 /// The message of a panic.
-#[must_use]
-pub fn panic_message(panic: &(dyn Any + Send)) -> String {
+fn panic_message(panic: &(dyn Any + Send)) -> String {
     panic
         .downcast_ref::<&str>()
         .map(ToString::to_string)

@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
 use crate::exec::cancel::CancelToken;
-pub use crate::exec::panics::{guarded, panic_message};
 use crate::{Error, Result};
 
 /// How threads are spent on one matrix.
@@ -72,7 +71,7 @@ fn pool_built(
 
 /// Does `work` for every index of `order`, in that order, side by side within the current pool of
 /// `threads` threads. Each worker keeps one workspace from one index to the next.
-pub fn side_by_side<W: Default>(
+pub(crate) fn side_by_side<W: Default>(
     order: &[usize],
     threads: usize,
     cancel: &CancelToken,
@@ -94,7 +93,7 @@ pub fn side_by_side<W: Default>(
 }
 
 /// The indices of pieces of work, costliest first, so that none is left alone at the end.
-pub fn costliest_first(costs: impl Iterator<Item = u128>) -> Vec<usize> {
+pub(crate) fn costliest_first(costs: impl Iterator<Item = u128>) -> Vec<usize> {
     let costs: Vec<u128> = costs.collect();
     let mut order: Vec<usize> = (0..costs.len()).collect();
     order.sort_by_key(|&i| std::cmp::Reverse(costs[i]));

@@ -22,7 +22,7 @@ impl Scratch {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
-    pub fn stack(&mut self, request: StackReq) -> Result<&mut MemStack> {
+    pub(crate) fn stack(&mut self, request: StackReq) -> Result<&mut MemStack> {
         stack(&mut self.memory, request)
     }
 
@@ -31,7 +31,7 @@ impl Scratch {
     ///
     /// # Errors
     /// As [`stack`](Self::stack).
-    pub fn numbers<T: Number>(
+    pub(crate) fn numbers<T: Number>(
         &mut self,
         count: usize,
         request: StackReq,

@@ -2,7 +2,7 @@
 
 pub(crate) mod dense;
 pub(crate) mod exponent;
-pub mod number;
+pub(crate) mod number;
 pub(crate) mod simd;
 pub(crate) mod thin_gram;
 pub(crate) mod thin_product;

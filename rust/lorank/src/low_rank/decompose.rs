@@ -21,7 +21,8 @@ use faer::{Mat, MatMut, MatRef};
 
 use crate::Result;
 use crate::exec::cancel::CancelToken;
-use crate::exec::parallel::{costliest_first, guarded, pool, side_by_side};
+use crate::exec::panics::guarded;
+use crate::exec::parallel::{costliest_first, pool, side_by_side};
 use crate::kernels::dense::{scale_columns, scale_rows};
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::basis::Basis;

@@ -12,7 +12,8 @@
 use faer::{Mat, MatRef};
 
 use crate::exec::cancel::CancelToken;
-use crate::exec::parallel::{costliest_first, guarded, pool, side_by_side};
+use crate::exec::panics::guarded;
+use crate::exec::parallel::{costliest_first, pool, side_by_side};
 use crate::kernels::dense::product;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::triplets::{Triplets, balanced};

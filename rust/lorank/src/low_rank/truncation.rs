@@ -9,7 +9,8 @@ use std::sync::Arc;
 use faer::{Mat, MatRef};
 
 use crate::exec::cancel::CancelToken;
-use crate::exec::parallel::{costliest_first, guarded, pool, side_by_side};
+use crate::exec::panics::guarded;
+use crate::exec::parallel::{costliest_first, pool, side_by_side};
 use crate::kernels::dense::scale_columns;
 use crate::kernels::number::Number;
 use crate::low_rank::cholesky_qr::Precision;

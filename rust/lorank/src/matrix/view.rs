@@ -129,7 +129,7 @@ impl<'a> MatrixView<'a> {
     ///
     /// # Panics
     /// If `out` has another shape, or the block leaves the matrix.
-    pub fn upcast<T: Number>(
+    pub(crate) fn upcast<T: Number>(
         &self,
         rows: Range<usize>,
         cols: Range<usize>,
@@ -169,7 +169,7 @@ impl<'a> MatrixView<'a> {
     ///
     /// # Panics
     /// If `out` has another length, or the rows leave the matrix.
-    pub fn upcast_rows<T: Number>(&self, rows: Range<usize>, scale: f64, out: &mut [T]) {
+    pub(crate) fn upcast_rows<T: Number>(&self, rows: Range<usize>, scale: f64, out: &mut [T]) {
         let count = rows.len();
         let out = MatMut::from_row_major_slice_mut(out, count, self.cols);
         self.upcast(rows, 0..self.cols, scale, out);

@@ -53,7 +53,7 @@ pub fn thin_svd(view: &MatrixView<'_>) -> Result<ThinSvd> {
 ///
 /// # Errors
 /// As [`thin_svd`].
-pub fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
+pub(crate) fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
     if !matrix.is_all_finite() {
         return Err(Error::Numerical("holds NaN or infinite values".into()));
     }
@@ -67,7 +67,7 @@ pub fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
 
 /// Memory that one thin decomposition after the other uses.
 #[derive(Default)]
-pub struct SvdSpace {
+pub(crate) struct SvdSpace {
     u: Vec<f64>,
     v: Vec<f64>,
     scratch: Scratch,
@@ -79,7 +79,7 @@ impl SvdSpace {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::NoConvergence`].
-    pub fn decompose(
+    pub(crate) fn decompose(
         &mut self,
         matrix: MatRef<'_, f64>,
     ) -> Result<(Vec<f64>, MatRef<'_, f64>, MatRef<'_, f64>)> {

@@ -30,7 +30,7 @@ pub fn thin_qr(a: MatRef<'_, f64>) -> ThinQr {
 /// A QR decomposition whose `Q` stays a product of reflections: to multiply with it costs less than
 /// to form it first.
 #[derive(Clone, Debug)]
-pub struct HouseholderQr {
+pub(crate) struct HouseholderQr {
     factors: Mat<f64>,
     reflections: Mat<f64>,
 }
@@ -38,7 +38,7 @@ pub struct HouseholderQr {
 impl HouseholderQr {
     /// Factors a matrix `(m, n)` in its own memory, on the calling thread.
     #[must_use]
-    pub fn new(mut a: Mat<f64>) -> Self {
+    pub(crate) fn new(mut a: Mat<f64>) -> Self {
         let (m, n) = (a.nrows(), a.ncols());
         let block = recommended_block_size::<f64>(m, n);
         let mut reflections = Mat::zeros(block, m.min(n));
@@ -51,13 +51,13 @@ impl HouseholderQr {
 
     /// `k = min(m, n)`, the number of columns of `Q`.
     #[must_use]
-    pub fn rank_bound(&self) -> usize {
+    pub(crate) fn rank_bound(&self) -> usize {
         self.reflections.ncols()
     }
 
     /// `R`, `(k, n)`.
     #[must_use]
-    pub fn r(&self) -> Mat<f64> {
+    pub(crate) fn r(&self) -> Mat<f64> {
         let at = |i, j| if i <= j { self.factors[(i, j)] } else { 0.0 };
         Mat::from_fn(self.rank_bound(), self.factors.ncols(), at)
     }
@@ -67,7 +67,7 @@ impl HouseholderQr {
     ///
     /// # Panics
     /// If `x` has another number of rows than the factored matrix.
-    pub fn apply(&self, x: MatMut<'_, f64>) {
+    pub(crate) fn apply(&self, x: MatMut<'_, f64>) {
         let (m, block) = (self.factors.nrows(), self.reflections.nrows());
         assert_eq!(x.nrows(), m, "as many rows as the factored matrix");
         let mut memory = MemBuffer::new(apply_scratch::<f64>(m, block, x.ncols()));

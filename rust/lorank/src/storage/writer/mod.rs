@@ -14,7 +14,8 @@ use std::sync::{Mutex, PoisonError};
 use faer::MatMut;
 
 use crate::exec::cancel::CancelToken;
-use crate::exec::parallel::{guarded, pool, side_by_side};
+use crate::exec::panics::guarded;
+use crate::exec::parallel::{pool, side_by_side};
 use crate::matrix::MatrixView;
 use crate::matrix::dtype::DType;
 use crate::storage::atomic_file::{Pending, Sink, WholeFile};
