@@ -27,7 +27,7 @@ create_exception!(
 /// Returns the exception for an error of the core.
 pub fn to_py(error: Error) -> PyErr {
     match error.kind() {
-        ErrorKind::Io => io_error(&error),
+        ErrorKind::Io => io_error(error),
         ErrorKind::Format => FormatError::new_err(error.to_string()),
         ErrorKind::InvalidInput => PyValueError::new_err(error.to_string()),
         ErrorKind::Numerical => NumericalError::new_err(error.to_string()),
@@ -44,13 +44,16 @@ pub fn to_py(error: Error) -> PyErr {
 
 /// Returns an `OSError` with the error number of the system, from which Python derives
 /// `FileNotFoundError`, `PermissionError` and the like.
-fn io_error(error: &Error) -> PyErr {
-    if let Error::Io { path, source } = error
-        && let Some(code) = source.raw_os_error()
-    {
-        let reason = std::io::Error::from_raw_os_error(code).to_string();
-        let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
-        return PyOSError::new_err((code, reason, path.clone()));
+fn io_error(error: Error) -> PyErr {
+    match error {
+        Error::Io { path, source } => match source.raw_os_error() {
+            Some(code) => {
+                let reason = std::io::Error::from_raw_os_error(code).to_string();
+                let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
+                PyOSError::new_err((code, reason, path))
+            }
+            None => PyOSError::new_err(format!("{}: {source}", path.display())),
+        },
+        other => PyOSError::new_err(other.to_string()),
     }
-    PyOSError::new_err(error.to_string())
 }

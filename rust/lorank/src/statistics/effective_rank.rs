@@ -1,16 +1,18 @@
-//! How many directions a spectrum really uses, in three ways. All are scale-free, lie between 1
-//! and `p`, equal `r` for `r` equal non-zero eigenvalues, and are `NaN` for a zero matrix.
+//! Three effective ranks: the number of directions that carry a spectrum.
+//!
+//! All three are scale-free, lie between 1 and `p`, equal `r` for `r` equal non-zero eigenvalues, and are
+//! `NaN` for a zero matrix.
 
 use crate::statistics::spectrum::Spectrum;
 
-/// `||W||_F^2 / ||W||_2^2 = sum(lambda) / lambda_max`.
+/// Returns the stable rank `||W||_F^2 / ||W||_2^2 = sum(lambda) / lambda_max`.
 #[must_use]
 pub fn stable_rank(spectrum: &Spectrum) -> f64 {
     spectrum.sum() / spectrum.largest()
 }
 
-/// The exponential of the entropy of the normalised eigenvalues (Roy and Vetterli, 2007, on
-/// eigenvalues).
+/// Returns the exponential of the entropy of the normalised eigenvalues: \[ERANK\], of eigenvalues instead of
+/// singular values.
 #[must_use]
 pub fn effective_rank(spectrum: &Spectrum) -> f64 {
     if spectrum.largest() == 0.0 {
@@ -20,7 +22,7 @@ pub fn effective_rank(spectrum: &Spectrum) -> f64 {
     entropy.exp()
 }
 
-/// `(sum lambda)^2 / sum lambda^2`.
+/// Returns the participation ratio `(sum lambda)^2 / sum lambda^2`.
 #[must_use]
 pub fn participation_ratio(spectrum: &Spectrum) -> f64 {
     if spectrum.largest() == 0.0 {
@@ -29,9 +31,9 @@ pub fn participation_ratio(spectrum: &Spectrum) -> f64 {
     shares(spectrum).map(|q| q * q).sum::<f64>().recip()
 }
 
-/// The positive eigenvalues as shares of their sum: no square of theirs can overflow.
+/// Returns the positive eigenvalues as shares of their sum, so that their squares cannot overflow.
 fn shares(spectrum: &Spectrum) -> impl Iterator<Item = f64> {
-    // Of the values as they are: these must add up to 1.
+    // The sum of the values themselves, as the shares must add up to 1.
     let sum: f64 = spectrum.eigenvalues().iter().sum();
     spectrum.eigenvalues().iter().map(move |x| x / sum).filter(|&q| q > 0.0)
 }
@@ -44,7 +46,7 @@ mod tests {
     const ALL: [fn(&Spectrum) -> f64; 3] = [stable_rank, effective_rank, participation_ratio];
 
     #[test]
-    fn equal_values_count_themselves() {
+    fn rank_of_equal_values_is_their_number() {
         for unit in [1e-60, 1.0, 1e60] {
             let spectrum = Spectrum::new([vec![unit; 5], vec![0.0; 3]].concat()).unwrap();
             for metric in ALL {
@@ -63,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn zero_has_none() {
+    fn zero_spectrum_is_nan() {
         let zero = Spectrum::new(vec![0.0; 4]).unwrap();
         assert!(ALL.iter().all(|metric| metric(&zero).is_nan()));
     }

@@ -1,25 +1,35 @@
 //! `PL_Alpha_Hill`: the Hill estimator of the power-law exponent of a spectrum's tail.
 //!
-//! Source: *Fine-Tuning Large Language Models using `LoRA` with Adaptive Rank Allocation Based on
-//! Spectral Analysis*, equation 2.
+//! Source: \[HTSR-LORA\], equation 2; the estimator: \[HILL\].
 
 use crate::statistics::spectrum::Spectrum;
 
-/// Where the tail begins.
+/// The definition of the tail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Convention {
-    /// The upper `k = ceil(n/2)` eigenvalues over `lambda_{n-k}` (1-based, ascending).
+    /// The largest `k = ceil(n/2)` eigenvalues, with the threshold `lambda_{n-k}` (1-based, ascending).
     Median,
-    /// Threshold `lambda[n // 2]` (0-based, ascending), itself part of the tail: that of the
-    /// published `AlphaPruning` and `TempBalance` code.
+    /// The eigenvalues from `lambda[n // 2]` on (0-based, ascending), with the first of them as threshold.
+    /// The published code of \[ALPHAPRUNING\] and \[TEMPBALANCE\] uses this definition.
     XminMid,
 }
 
-/// `1 + k / sum ln(lambda_i / threshold)` over the tail, from the numerically non-zero eigenvalues.
+/// Returns `1 + k / sum ln(lambda_i / threshold)` over the tail of the numerically non-zero eigenvalues.
 ///
-/// Scale-free. `NaN` with fewer than two non-zero eigenvalues (three for [`Convention::XminMid`],
-/// whose tail would be its threshold alone); `+inf` if the tail is all equal to within the
-/// precision of the eigenvalues.
+/// The exponent is scale-free. It is `NaN` with fewer than two non-zero eigenvalues (three for
+/// [`Convention::XminMid`], whose tail would be its threshold alone), and `+inf` if the eigenvalues of the
+/// tail are equal within their precision.
+///
+/// # Examples
+/// ```
+/// use lorank::hill::{Convention, alpha_hill};
+/// use lorank::spectrum::Spectrum;
+///
+/// let spectrum = Spectrum::new(vec![1.0, 2.0, 4.0, 16.0]).unwrap();
+/// // n = 4: k = 2, threshold 2, tail 4 and 16.
+/// let alpha = alpha_hill(&spectrum, Convention::Median);
+/// assert!((alpha - (1.0 + 2.0 / 16f64.ln())).abs() < 1e-15);
+/// ```
 #[must_use]
 pub fn alpha_hill(spectrum: &Spectrum, convention: Convention) -> f64 {
     let Some((threshold, tail)) = cut(spectrum.nonzero(), convention) else { return f64::NAN };
@@ -29,8 +39,8 @@ pub fn alpha_hill(spectrum: &Spectrum, convention: Convention) -> f64 {
     from_logarithms(tail.len(), tail.iter().map(|x| (x / threshold).ln()).sum())
 }
 
-/// What [`alpha_hill`] may be off by: [`alpha_hill_spread`], and what it makes whether eigenvalues that
-/// cannot be told from zero count. `NaN` where the exponent is not finite.
+/// Returns a bound on the error of [`alpha_hill`]: [`alpha_hill_spread`], plus the effect of counting or not
+/// counting the eigenvalues that are indistinguishable from zero. `NaN` where the exponent is not finite.
 #[must_use]
 pub fn alpha_hill_error(spectrum: &Spectrum, convention: Convention) -> f64 {
     let alpha = alpha_hill(spectrum, convention);
@@ -43,8 +53,9 @@ pub fn alpha_hill_error(spectrum: &Spectrum, convention: Convention) -> f64 {
     alpha_hill_spread(spectrum, convention) + (other - alpha).abs()
 }
 
-/// What [`alpha_hill`] may be off by as each eigenvalue may be off by [`Spectrum::error`], if those that
-/// count are the right ones. Infinite if the threshold cannot be told from zero, or there is none.
+/// Returns a bound on the error of [`alpha_hill`] if every eigenvalue has the error [`Spectrum::error`] and
+/// the set of non-zero eigenvalues is right. Infinite if the threshold is indistinguishable from zero, or
+/// undefined.
 #[must_use]
 pub fn alpha_hill_spread(spectrum: &Spectrum, convention: Convention) -> f64 {
     let error = spectrum.error();
@@ -56,7 +67,7 @@ pub fn alpha_hill_spread(spectrum: &Spectrum, convention: Convention) -> f64 {
     from_logarithms(tail.len(), least) - from_logarithms(tail.len(), most)
 }
 
-/// The threshold and the tail of ascending values.
+/// Returns the threshold and the tail of ascending values.
 fn cut(values: &[f64], convention: Convention) -> Option<(f64, &[f64])> {
     let n = values.len();
     match convention {
@@ -89,7 +100,7 @@ mod tests {
         assert!((alpha(&four, Convention::Median) - (1.0 + 2.0 / (4.0 * 2f64.ln()))).abs() < 1e-15);
         // i = 2, threshold 4, tail 4, 16: 0 + ln 4.
         assert!((alpha(&four, Convention::XminMid) - (1.0 + 2.0 / 4f64.ln())).abs() < 1e-15);
-        // n = 5: k = 3, threshold 2; tail 4, 8, 16. A zero does not count.
+        // n = 5: k = 3, threshold 2; tail 4, 8, 16. The zero is not counted.
         let five = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0];
         assert!((alpha(&five, Convention::Median) - (1.0 + 3.0 / (6.0 * 2f64.ln()))).abs() < 1e-15);
         // i = 5 // 2 = 2, threshold 4; tail 4, 8, 16.
@@ -110,15 +121,15 @@ mod tests {
     }
 
     #[test]
-    fn error_of_unresolved_counts() {
-        // Four values above 1; two that may be zero, and count: n = 6 or n = 4.
+    fn error_covers_unresolved_eigenvalues() {
+        // Four values above 1, and two that may be zero but are counted: n = 6 or n = 4.
         let values = vec![1e-9, 2e-9, 1.0, 2.0, 4.0, 16.0];
         let spectrum = Spectrum::new(values.clone()).unwrap().with_error(1e-8).with_unresolved();
         let (with, without) = (alpha(&values, Convention::Median), alpha(&values[2..], Convention::Median));
         assert!((with - without).abs() > 0.1);
         let found = alpha_hill_error(&spectrum, Convention::Median);
         assert!((found - (with - without).abs()).abs() < 1e-6, "{found}");
-        // A threshold that may be zero.
+        // The threshold may be zero.
         let spectrum = Spectrum::new(values).unwrap().with_error(1.5).with_unresolved();
         assert!(alpha_hill_error(&spectrum, Convention::Median).is_infinite());
         assert!(alpha_hill_error(&Spectrum::new(vec![3.0]).unwrap(), Convention::Median).is_nan());

@@ -1,40 +1,50 @@
-//! The Marchenko-Pastur edge of a spectrum and the eigenvalues ("spikes") beyond it.
+//! The Marchenko-Pastur edge of a spectrum, and the number of eigenvalues beyond it ("spikes").
 //!
-//! Source: *Fine-Tuning Large Language Models using `LoRA` with Adaptive Rank Allocation Based on
-//! Spectral Analysis*, equations 3 and 4, with `Q = max(out, in) / min(out, in)`: only the larger
-//! over the smaller makes the edge right for the `p = min(out, in)` eigenvalues.
+//! Source: \[HTSR-LORA\], equations 3 and 4, with `Q = max(out, in) / min(out, in)`: only this `Q` gives the
+//! edge of the `p = min(out, in)` eigenvalues. The law: \[MP\].
 
 use std::f64::consts::PI;
 
 use crate::statistics::spectrum::Spectrum;
 use crate::{Error, Result};
 
-/// What the variance `sigma^2` of the bulk is estimated from.
+/// The estimator of the variance `sigma^2` of the bulk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scale {
     /// The mean of the `p` eigenvalues.
     Mean,
-    /// The median eigenvalue over the median of the unit law, so that spikes do not raise their
-    /// own threshold.
+    /// The median of the eigenvalues divided by the median of the unit law. Spikes do not raise this
+    /// estimate.
     Median,
 }
 
-/// The edge of the bulk and what lies beyond.
+/// The edge of the bulk, and the number of eigenvalues beyond it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MarchenkoPastur {
     /// `sigma^2 (1 + 1/sqrt(Q))^2`, in units of the eigenvalues.
     pub edge: f64,
-    /// The number of eigenvalues above the edge. Those that are zero up to rounding never count, even
-    /// where the median of a rank-deficient matrix puts the edge among them.
+    /// The number of eigenvalues above the edge. Eigenvalues that are zero up to rounding are never counted,
+    /// even if the median of a rank-deficient matrix puts the edge among them.
     pub spikes: usize,
-    /// What the number of spikes may be off by, as each eigenvalue may be off by [`Spectrum::error`].
+    /// The error of the number of spikes if every eigenvalue has the error [`Spectrum::error`].
     pub spikes_error: usize,
 }
 
-/// The edge for the spectrum of an `(rows, cols)` matrix.
+/// Returns the edge and the spikes of the spectrum of a `(rows, cols)` matrix.
 ///
 /// # Errors
 /// [`Error::InvalidInput`] unless there are exactly `min(rows, cols) >= 1` eigenvalues.
+///
+/// # Examples
+/// ```
+/// use lorank::marchenko_pastur::{Scale, marchenko_pastur};
+/// use lorank::spectrum::Spectrum;
+///
+/// let spectrum = Spectrum::new(vec![1.0, 1.0, 1.0, 9.0]).unwrap();
+/// let found = marchenko_pastur(&spectrum, (4, 16), Scale::Mean).unwrap();
+/// assert_eq!(found.edge, 6.75); // mean 3, Q = 4: 3 (1 + 1/2)^2
+/// assert_eq!(found.spikes, 1);
+/// ```
 pub fn marchenko_pastur(
     spectrum: &Spectrum,
     (rows, cols): (usize, usize),
@@ -63,15 +73,15 @@ pub fn marchenko_pastur(
     Ok(MarchenkoPastur { edge, spikes, spikes_error })
 }
 
-/// The median of the Marchenko-Pastur law of mean 1 and ratio `y = 1/Q`, `0 < y <= 1`.
+/// Returns the median of the Marchenko-Pastur law of mean 1 and ratio `y = 1/Q`, `0 < y <= 1`.
 ///
-/// With `x = 1 + y - 2 sqrt(y) cos t`, `t` in `[0, pi]`, the law's density becomes
-/// `g(t) = (2/pi) sin^2 t / x(t)`, which is smooth: Simpson's rule is accurate to about 1e-13.
+/// With `x = 1 + y - 2 sqrt(y) cos t`, `t` in `[0, pi]`, the density of the law becomes `g(t) = (2/pi) sin^2
+/// t / x(t)`. This function is smooth: Simpson's rule is accurate to about 1e-13.
 #[must_use]
 pub fn unit_median(y: f64) -> f64 {
     const INTERVALS: usize = 2048;
     let x = |t: f64| 1.0 + y - 2.0 * y.sqrt() * t.cos();
-    // At y = 1, t = 0 the quotient is 0/0; (1 + cos t)/2 is its limit for y = 1, and 0 otherwise.
+    // At y = 1, t = 0 the quotient is 0/0; its limit is (1 + cos t)/2 for y = 1, and 0 otherwise.
     let density = |t: f64| {
         if t == 0.0 { if y < 1.0 { 0.0 } else { 2.0 / PI } } else { 2.0 / PI * t.sin().powi(2) / x(t) }
     };
@@ -106,7 +116,7 @@ mod tests {
 
     #[test]
     fn worked_by_hand() {
-        // Mean 3, Q = 4: edge 3 (1 + 1/2)^2 = 6.75; orientation does not matter.
+        // Mean 3, Q = 4: edge 3 (1 + 1/2)^2 = 6.75, in both orientations.
         for shape in [(4, 16), (16, 4)] {
             let found = law(&[1.0, 1.0, 1.0, 9.0], shape, Scale::Mean);
             assert!((found.edge - 6.75).abs() < 1e-15);
@@ -115,8 +125,8 @@ mod tests {
     }
 
     #[test]
-    fn spikes_that_may_be_none() {
-        // Edge 6.75; an error of 0.1 moves it by up to 0.225, and the eigenvalue by 0.1.
+    fn error_of_the_number_of_spikes() {
+        // Edge 6.75; an error of 0.1 moves the edge by up to 0.225, and the eigenvalue by 0.1.
         for (top, expected) in [(6.5, 1), (6.3, 0), (7.0, 1), (7.2, 0)] {
             let low = (12.0 - top) / 3.0;
             let spectrum = Spectrum::new(vec![low, low, low, top]).unwrap().with_error(0.1);
@@ -134,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn median_scale_ignores_large_spikes() {
+    fn median_scale_is_independent_of_large_spikes() {
         let mut values: Vec<f64> = (1..=99).map(|i| f64::from(i) / 50.0).collect();
         let plain = law(&values, (99, 99), Scale::Median).edge;
         values[98] = 1e6;
@@ -153,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_number_of_eigenvalues() {
+    fn wrong_number_of_eigenvalues_is_an_error() {
         let spectrum = Spectrum::new(vec![1.0; 3]).unwrap();
         assert!(marchenko_pastur(&spectrum, (4, 4), Scale::Mean).is_err());
         let empty = Spectrum::new(vec![]).unwrap();

@@ -1,4 +1,4 @@
-//! Every per-module number of a spectral report.
+//! All metrics of one matrix in a spectral report.
 
 use crate::Result;
 use crate::statistics::effective_rank::{effective_rank, participation_ratio, stable_rank};
@@ -7,37 +7,37 @@ use crate::statistics::marchenko_pastur::{Scale, marchenko_pastur};
 use crate::statistics::powerlaw::fit_power_law;
 use crate::statistics::spectrum::Spectrum;
 
-/// The metrics of one matrix. What is undefined is `NaN`: everything scale-free for a zero matrix,
-/// exponents with too few eigenvalues.
+/// The metrics of one matrix. Undefined metrics are `NaN`: all scale-free metrics of a zero matrix, and
+/// exponents of too few eigenvalues.
 #[derive(Clone, Copy, Debug)]
 pub struct SpectralMetrics {
-    /// `n`: eigenvalues above `p * eps * lambda_max`.
+    /// Number of eigenvalues above `p * eps * lambda_max`.
     pub num_nonzero: usize,
-    /// [`Spectrum::error`].
+    /// Error of every eigenvalue: [`Spectrum::error`].
     pub eigenvalue_error: f64,
-    /// [`Spectrum::num_unresolved`].
+    /// Number of eigenvalues that may be zero: [`Spectrum::num_unresolved`].
     pub num_unresolved: usize,
     /// [`alpha_hill`] with [`Convention::Median`].
     pub alpha_hill: f64,
-    /// [`alpha_hill_error`] of it.
+    /// Error of `alpha_hill`: [`alpha_hill_error`].
     pub alpha_hill_error: f64,
     /// [`alpha_hill`] with [`Convention::XminMid`].
     pub alpha_hill_xmin_mid: f64,
     /// Marchenko-Pastur edge with [`Scale::Mean`].
     pub mp_edge: f64,
-    /// Eigenvalues above that edge.
+    /// Number of eigenvalues above `mp_edge`.
     pub mp_spikes: usize,
-    /// What their number may be off by.
+    /// Error of `mp_spikes`.
     pub mp_spikes_error: usize,
     /// Marchenko-Pastur edge with [`Scale::Median`].
     pub mp_edge_median: f64,
-    /// Eigenvalues above the edge with [`Scale::Median`].
+    /// Number of eigenvalues above `mp_edge_median`.
     pub mp_spikes_median: usize,
     /// `mp_edge / lambda_max`.
     pub mp_soft_rank: f64,
     /// Exponent of the continuous power-law fit.
     pub powerlaw_alpha: f64,
-    /// Where the fitted tail begins.
+    /// First value of the fitted tail.
     pub powerlaw_xmin: f64,
     /// Kolmogorov-Smirnov distance of the fit.
     pub powerlaw_distance: f64,
@@ -47,16 +47,16 @@ pub struct SpectralMetrics {
     pub frobenius_norm: f64,
     /// `sqrt(lambda_max)`.
     pub spectral_norm: f64,
-    /// See [`stable_rank`].
+    /// [`stable_rank`].
     pub stable_rank: f64,
-    /// See [`effective_rank`].
+    /// [`effective_rank`].
     pub effective_rank: f64,
-    /// See [`participation_ratio`].
+    /// [`participation_ratio`].
     pub participation_ratio: f64,
 }
 
 impl SpectralMetrics {
-    /// Condenses the spectrum of an `(rows, cols)` matrix.
+    /// Computes the metrics of the spectrum of a `(rows, cols)` matrix.
     ///
     /// # Errors
     /// [`crate::Error::InvalidInput`] unless there are `min(rows, cols) >= 1` eigenvalues.
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_zero_matrix_has_norms_and_nothing_else() {
+    fn only_norms_of_a_zero_matrix_are_defined() {
         let m = SpectralMetrics::new(&Spectrum::new(vec![0.0; 3]).unwrap(), (3, 8)).unwrap();
         assert_eq!((m.num_nonzero, m.mp_spikes, m.mp_spikes_median), (0, 0, 0));
         for zero in [m.frobenius_norm, m.spectral_norm, m.mp_edge, m.mp_edge_median] {
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shape_must_fit() {
+    fn wrong_shape_is_an_error() {
         let spectrum = Spectrum::new(vec![1.0; 3]).unwrap();
         assert!(SpectralMetrics::new(&spectrum, (4, 4)).is_err());
         assert!(SpectralMetrics::new(&Spectrum::new(vec![]).unwrap(), (0, 4)).is_err());

@@ -1,4 +1,4 @@
-//! The spectrum of a matrix, and one statistic of it a file.
+//! The spectrum of a matrix, and its statistics.
 
 pub mod effective_rank;
 pub mod hill;

@@ -1,21 +1,20 @@
 //! The continuous power-law fit of a spectrum's tail: `p(x) ~ x^-alpha` for `x >= xmin`.
 //!
-//! Source: Clauset, Shalizi and Newman, *Power-law distributions in empirical data* (2009): for
-//! every eigenvalue as `xmin`, the maximum-likelihood `alpha = 1 + n / sum ln(x_i / xmin)`; the
-//! chosen `xmin` has the smallest Kolmogorov-Smirnov distance. The distance compares the fitted
-//! distribution at the i-th of n tail values (0-based) with `i / n`, as the authors' own code and
-//! its descendants do.
+//! Source: \[CSN\]. Every eigenvalue is a candidate for `xmin`; its exponent is the maximum-likelihood
+//! estimate `alpha = 1 + n / sum ln(x_i / xmin)`. The chosen `xmin` has the smallest Kolmogorov-Smirnov
+//! distance. The distance compares the fitted distribution at the i-th of n tail values (0-based) with `i /
+//! n`, as in the authors' own code.
 
 use crate::statistics::spectrum::Spectrum;
 
-/// A fitted tail. All `NaN` where no fit exists.
+/// A fitted tail. All fields are `NaN` if there is no fit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PowerLaw {
-    /// The exponent of the density.
+    /// Exponent of the density.
     pub alpha: f64,
-    /// Where the tail begins, in units of the eigenvalues.
+    /// First value of the tail, in units of the eigenvalues.
     pub xmin: f64,
-    /// The Kolmogorov-Smirnov distance between the tail and the fitted law.
+    /// Kolmogorov-Smirnov distance between the tail and the fitted law.
     pub distance: f64,
 }
 
@@ -23,20 +22,29 @@ impl PowerLaw {
     const NONE: Self = Self { alpha: f64::NAN, xmin: f64::NAN, distance: f64::NAN };
 }
 
-/// Candidates for `xmin` whose distances are computed first, so that the bound is tight early.
+/// Number of candidates for `xmin` whose distances are computed first, to bound the distances of the others.
 const PROBES: usize = 16;
 
-/// Fits the numerically non-zero eigenvalues; needs two different ones.
+/// Fits the numerically non-zero eigenvalues. At least two of them must differ.
 ///
-/// The search is exhaustive: candidates are only left early once their distance exceeds that of a
-/// finished one. The worst case is `n^2 / 2` exponentials, a real spectrum needs a few per cent.
+/// The search is exhaustive: a candidate is abandoned only when its distance exceeds that of a finished one.
+/// The worst case is `n^2 / 2` exponentials; a real spectrum needs a few per cent of them.
+///
+/// # Examples
+/// ```
+/// use lorank::powerlaw::fit_power_law;
+/// use lorank::spectrum::Spectrum;
+///
+/// let found = fit_power_law(&Spectrum::new(vec![1.0, 2.0]).unwrap());
+/// assert!((found.alpha - (1.0 + 2.0 / 2f64.ln())).abs() < 1e-12);
+/// ```
 #[must_use]
 pub fn fit_power_law(spectrum: &Spectrum) -> PowerLaw {
     let values = spectrum.nonzero();
     let n = values.len();
     let largest = spectrum.largest();
     let logarithms: Vec<f64> = values.iter().map(|&x| log_ratio(x, largest)).collect();
-    // Sums of logarithms from each index on, so that every candidate's exponent costs O(1).
+    // Sums of logarithms from each index on, so that the exponent of a candidate costs O(1).
     let mut suffix_sums = vec![0.0; n + 1];
     for i in (0..n).rev() {
         suffix_sums[i] = suffix_sums[i + 1] + logarithms[i];
@@ -45,7 +53,7 @@ pub fn fit_power_law(spectrum: &Spectrum) -> PowerLaw {
         let tail = (n - i) as f64;
         tail / (suffix_sums[i] - tail * logarithms[i])
     };
-    // Equal values share one tail, which begins at the first of them; the last value has none.
+    // Equal values share one tail, which begins at the first of them. The largest value has no tail.
     let is_candidate = |i: usize| {
         (i == 0 || values[i - 1] < values[i])
             && values[i] * (1.0 + spectrum.resolution()) < spectrum.largest()
@@ -69,17 +77,17 @@ pub fn fit_power_law(spectrum: &Spectrum) -> PowerLaw {
     best
 }
 
-/// `ln(x / largest)`: small where the values are close, so that sums of them keep their digits.
+/// Returns `ln(x / largest)` without cancellation for close values.
 fn log_ratio(x: f64, largest: f64) -> f64 {
     if x > largest / 2.0 { ((x - largest) / largest).ln_1p() } else { (x / largest).ln() }
 }
 
-/// The distance between a tail and its law, or `None` as soon as it exceeds `bound`.
+/// Returns the distance between a tail and its law, or `None` as soon as the distance exceeds `bound`.
 fn distance_within(logarithms: &[f64], slope: f64, bound: f64) -> Option<f64> {
     let n = logarithms.len();
     let deviation =
         |i: usize| (i as f64 / n as f64 + (slope * (logarithms[0] - logarithms[i])).exp() - 1.0).abs();
-    // A coarse look first: most hopeless candidates are far off somewhere in the middle.
+    // A coarse pass first: most rejected candidates deviate somewhere in the middle.
     let coarse = (0..n).step_by(n.div_ceil(32));
     let mut largest = 0.0f64;
     for i in coarse.chain(0..n) {
@@ -96,7 +104,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Every candidate, every distance in full, with powers instead of exponentials.
+    /// Computes every distance of every candidate, with powers instead of exponentials.
     fn oracle(values: &[f64]) -> Option<(f64, f64, f64)> {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -135,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn undefined_without_two_different_values() {
+    fn fit_of_fewer_than_two_different_values_is_nan() {
         for few in [&[][..], &[1.0], &[3.0, 3.0, 3.0], &[0.0, 2.0]] {
             assert!(fit(few).alpha.is_nan());
         }
@@ -143,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn nearly_equal_values_keep_their_digits_in_any_unit() {
+    fn fit_of_nearly_equal_values_is_accurate_in_any_unit() {
         let spread = |unit: f64| -> Vec<f64> {
             (0..40).map(|i| unit * (1.0 + f64::from(i * i) * 2f64.powi(-30))).collect()
         };
@@ -165,7 +173,7 @@ mod tests {
             let found = fit(&values);
             match oracle(&values) {
                 None => prop_assert!(found.alpha.is_nan()),
-                // Several tails may share one distance up to rounding: the distance is what is minimal.
+                // Several tails may have the same distance up to rounding: only the distance is unique.
                 Some((alpha, xmin, distance)) => {
                     prop_assert!((found.distance - distance).abs() < 1e-12, "{found:?} {distance}");
                     if found.xmin.to_bits() == xmin.to_bits() {

@@ -1,8 +1,8 @@
-//! The spectrum of a matrix: the eigenvalues of `W^T W`, checked and in order.
+//! The spectrum of a matrix: the checked, ascending eigenvalues of `W^T W`.
 
 use crate::{Error, Result};
 
-/// The `p = min(out, in)` possibly non-zero eigenvalues of `W^T W`, ascending.
+/// The `p = min(out, in)` largest eigenvalues of `W^T W`, ascending.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spectrum {
     eigenvalues: Vec<f64>,
@@ -13,10 +13,10 @@ pub struct Spectrum {
 }
 
 impl Spectrum {
-    /// Sorts and checks eigenvalues in any order.
+    /// Sorts and checks eigenvalues.
     ///
     /// # Errors
-    /// [`Error::InvalidInput`] at a NaN, an infinity, or a value negative beyond rounding.
+    /// [`Error::InvalidInput`] at a NaN, an infinity, or a value that is negative beyond rounding.
     pub fn new(mut eigenvalues: Vec<f64>) -> Result<Self> {
         if let Some(bad) = eigenvalues.iter().find(|x| !x.is_finite()) {
             return Err(Error::InvalidInput(format!("eigenvalues must be finite, one is {bad}")));
@@ -38,68 +38,68 @@ impl Spectrum {
         Ok(Self { eigenvalues, first_nonzero, error: 0.0, sum: None })
     }
 
-    /// The same, each eigenvalue known to within `error`.
+    /// Sets the error of every eigenvalue.
     #[must_use]
     pub fn with_error(self, error: f64) -> Self {
         Self { error, ..self }
     }
 
-    /// The same, with a sum that is known better than its terms.
+    /// Sets a sum that is more accurate than the sum of the eigenvalues.
     #[must_use]
     pub fn with_sum(self, sum: f64) -> Self {
         Self { sum: Some(sum), ..self }
     }
 
-    /// The same, eigenvalues that cannot be told from zero counted as non-zero, unless all are zero.
+    /// Counts eigenvalues that are indistinguishable from zero as non-zero, unless all eigenvalues are zero.
     #[must_use]
     pub fn with_unresolved(self) -> Self {
         let first_nonzero = if self.largest() > 0.0 { 0 } else { self.eigenvalues.len() };
         Self { first_nonzero, ..self }
     }
 
-    /// All `p` eigenvalues, ascending.
+    /// Returns all `p` eigenvalues, ascending.
     #[must_use]
     pub fn eigenvalues(&self) -> &[f64] {
         &self.eigenvalues
     }
 
-    /// The eigenvalues, given away.
+    /// Returns all `p` eigenvalues, ascending, and consumes the spectrum.
     #[must_use]
     pub fn into_eigenvalues(self) -> Vec<f64> {
         self.eigenvalues
     }
 
-    /// The eigenvalues above `p * eps(float64) * lambda_max`, ascending: the numerically non-zero.
+    /// Returns the numerically non-zero eigenvalues, ascending: those above `p * eps(float64) * lambda_max`.
     #[must_use]
     pub fn nonzero(&self) -> &[f64] {
         &self.eigenvalues[self.first_nonzero..]
     }
 
-    /// What each eigenvalue may be off by; 0 if nothing is known.
+    /// Returns the bound on the error of every eigenvalue, 0 if it is unknown.
     #[must_use]
     pub const fn error(&self) -> f64 {
         self.error
     }
 
-    /// How many of the numerically non-zero eigenvalues may be zero.
+    /// Returns the number of numerically non-zero eigenvalues that may be zero.
     #[must_use]
     pub fn num_unresolved(&self) -> usize {
         self.nonzero().partition_point(|&x| x <= self.error)
     }
 
-    /// The largest eigenvalue; 0 if there is none.
+    /// Returns the largest eigenvalue, 0 of an empty spectrum.
     #[must_use]
     pub fn largest(&self) -> f64 {
         self.eigenvalues.last().copied().unwrap_or(0.0)
     }
 
-    /// The sum of the eigenvalues: the squared Frobenius norm of `W`.
+    /// Returns the sum of the eigenvalues: the squared Frobenius norm of `W`.
     #[must_use]
     pub fn sum(&self) -> f64 {
         self.sum.unwrap_or_else(|| self.eigenvalues.iter().sum())
     }
 
-    /// The precision, relative to the largest, to which eigenvalues of this many dimensions are known.
+    /// Returns the precision of the eigenvalues relative to the largest: `p * eps`, or the relative error if it is larger.
     #[must_use]
     pub fn resolution(&self) -> f64 {
         let rounding = self.eigenvalues.len() as f64 * f64::EPSILON;
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn orders_clips_and_cuts_off() {
+    fn new_sorts_clips_and_finds_the_first_nonzero() {
         let spectrum = Spectrum::new(vec![4.0, -1e-17, 1.0, 1e-16, 0.0]).unwrap();
         assert_eq!(spectrum.eigenvalues(), [0.0, 0.0, 1e-16, 1.0, 4.0]);
         assert_eq!(spectrum.nonzero(), [1.0, 4.0]);
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_resolved_is_kept_and_counted() {
+    fn unresolved_eigenvalues_are_kept_and_counted() {
         let values = vec![0.0, 1e-20, 1e-9, 1e-3, 1.0];
         let exact = Spectrum::new(values.clone()).unwrap();
         assert_eq!((exact.nonzero().len(), exact.num_unresolved()), (3, 0));
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_no_gram_matrix_has() {
+    fn invalid_eigenvalues_are_errors() {
         for bad in [f64::NAN, f64::INFINITY, -1.0] {
             assert!(Spectrum::new(vec![1.0, bad]).is_err());
         }
