@@ -1,17 +1,18 @@
-//! Memory that begins at a chosen place of a cache line: bytes that files are read into and written from, and numbers.
+//! Reusable memory with a chosen alignment relative to a cache line, for file contents and for numbers.
 //!
-//! The system copies a file's bytes from and to pages of its own. Where a copy's target lies less than half a cache
-//! line further in its page than the source does in its own, the processor takes loads for such of what was stored
-//! just before: the copy takes two to four times as long, as measured for targets 8 and 16 bytes further. An
-//! allocator's large pieces begin 16 bytes into a page, so that every 256th file would be read that slowly. Copies that
-//! begin at the same place of a cache line as in the file, or less than 8 bytes before it, are never slow.
+//! Reads and writes of a file copy between this memory and the page cache. The copy suffers from 4K aliasing
+//! where its target lies up to half a cache line further in its page than its source: the processor takes
+//! loads to depend on earlier stores with the same low address bits. Such copies took two to four times as
+//! long (measured for targets 8 and 16 bytes further). Large allocations begin 16 bytes into a page, so that
+//! every 256th file would be read slowly. Copies whose target has the same place within a cache line as the
+//! source, or lies less than 8 bytes before it, are never slow.
 
 use crate::kernels::simd::LINE;
 
-/// What numbers' alignments divide.
+/// Multiple of the alignment of every number type, in bytes.
 const ALIGNMENT: usize = 8;
 
-/// Memory that is used again and again: it grows and never shrinks.
+/// Reusable memory, which grows and never shrinks.
 #[derive(Debug, Default)]
 pub(crate) struct AlignedBytes {
     memory: Vec<u8>,
@@ -19,14 +20,14 @@ pub(crate) struct AlignedBytes {
 }
 
 impl AlignedBytes {
-    /// At least so many bytes, whatever they hold, for copies from or to a place in a file and what follows it; those
-    /// for place 0 begin with a cache line. `None` if the system does not have them.
+    /// Returns at least `size` bytes with unspecified contents, aligned for copies to or from `position` in a
+    /// file. For position 0 they begin at a cache line. `None` if the system does not provide the memory.
     pub(crate) fn room(&mut self, size: usize, position: u64) -> Option<&mut [u8]> {
         let needed = size.checked_add(LINE)?;
         if needed > self.memory.len() {
-            self.memory = Vec::new(); // Not copied, and never held together with the larger one.
-            // Asked before, as what follows ends the process where there is no memory. But it need not touch pages
-            // that nobody will use.
+            self.memory = Vec::new(); // Freed first: the peak must not contain both.
+            // `try_reserve_exact` reports a lack of memory, where `vec!` would abort. Then `vec!` allocates
+            // zeroed memory without touching its pages.
             Vec::<u8>::new().try_reserve_exact(needed).ok()?;
             self.memory = vec![0; needed];
         }
@@ -35,12 +36,12 @@ impl AlignedBytes {
         Some(self.bytes_mut())
     }
 
-    /// The room that was made last.
+    /// Returns the memory of the latest [`room`](Self::room).
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.memory[self.start..]
     }
 
-    /// The same to write to.
+    /// Returns the memory of the latest [`room`](Self::room), mutable.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..]
     }
@@ -51,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_those_of_the_file() {
+    fn place_within_a_cache_line_is_that_of_the_file() {
         let mut buffer = AlignedBytes::default();
         for (size, position) in
             [(0, 0), (10, 8), (100, 63), (100, 64), (99, 4096 + 17), (5000, 1 << 40), (1, 24)]

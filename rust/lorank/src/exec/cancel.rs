@@ -1,29 +1,31 @@
-//! A flag by which a caller stops long work.
+//! Cancellation of long computations.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::{Error, Result};
 
-/// Shared between the caller, who may [`cancel`](Self::cancel), and the kernels, which poll it
-/// between blocks of work. Clones share one flag.
+/// A flag shared by a caller, who may [`cancel`](Self::cancel), and kernels, which poll it between blocks of
+/// work. Clones share one flag.
 #[derive(Clone, Debug, Default)]
 pub struct CancelToken(Arc<AtomicBool>);
 
 impl CancelToken {
-    /// Asks the work to stop at its next poll.
+    /// Cancels the work at its next poll.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    /// Whether somebody asked to stop.
+    /// Returns true if the work is cancelled.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 
+    /// Checks that the work is not cancelled.
+    ///
     /// # Errors
-    /// [`Error::Cancelled`] once somebody asked to stop.
+    /// [`Error::Cancelled`] after [`cancel`](Self::cancel).
     pub fn check(&self) -> Result<()> {
         if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }

@@ -1,4 +1,4 @@
-//! Panics as errors: a defect in one piece of work does not end the process.
+//! Conversion of panics to errors: a defect in one piece of work does not end the process.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -6,19 +6,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{Error, Result};
 
-/// The message and the source position of the latest panic.
+/// Message and source position of the latest panic.
 static LATEST: Mutex<Option<(String, String)>> = Mutex::new(None);
 
-/// Runs `work`; a panic within it becomes an error, and other work goes on.
+/// Runs `work` and converts a panic within it to an error.
 ///
 /// # Errors
-/// Those of `work`, and [`Error::Internal`] for a panic.
+/// The errors of `work`, and [`Error::Internal`] for a panic.
 pub fn guarded<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Internal(description(&*panic))))
 }
 
-/// Adds the source position of a panic to the error of [`guarded`], and stops the report on standard error, for
-/// the whole process. With `RUST_BACKTRACE` in the environment the report remains.
+/// Installs a panic hook for the whole process. It adds the source position of a panic to the error of
+/// [`guarded`], and prints no report to standard error unless `RUST_BACKTRACE` is set.
 pub fn locate_panics() {
     let report = std::panic::take_hook();
     let reports = std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0");
@@ -30,7 +30,7 @@ pub fn locate_panics() {
     }));
 }
 
-/// The message of a panic.
+/// Returns the message of a panic.
 fn panic_message(panic: &(dyn Any + Send)) -> String {
     panic
         .downcast_ref::<&str>()
@@ -39,10 +39,11 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
         .unwrap_or_else(|| "unknown panic".into())
 }
 
-/// The message on one line, and the source position where it is known.
+/// Returns the message on one line, followed by the source position if it is known.
 fn description(panic: &(dyn Any + Send)) -> String {
     let message = panic_message(panic);
-    // The panic is usually the latest one, also if it comes from another thread; if not, its position remains unknown.
+    // The panic is usually the latest one. If another thread has panicked since, the messages differ, and the
+    // position is omitted.
     let place = latest().take_if(|(of, _)| *of == message).map(|(_, place)| format!(" at {place}"));
     let line: Vec<&str> = message.lines().map(str::trim).collect();
     line.join(", ") + &place.unwrap_or_default()
@@ -78,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn the_position_belongs_to_the_message() {
+    fn only_the_position_of_the_same_message_is_added() {
         *latest() = Some(("the one".into(), "here.rs:1:2".into()));
         assert_eq!(description(&"another"), "another");
         assert_eq!(description(&"the one"), "the one at here.rs:1:2");

@@ -1,9 +1,9 @@
-//! The thread budget: threads work on different matrices, or together within one, never both.
+//! The thread policy: threads work on different matrices, or together on one, never both.
 //!
-//! Work within a matrix is cut into pieces of a size that is fixed by its shape, whichever of the two it
-//! is. The bits of a result therefore depend neither on that nor on the number of threads.
+//! The work on a matrix is cut into pieces whose sizes depend only on its shape. Therefore the bits of a
+//! result depend neither on the policy nor on the number of threads.
 //!
-//! Pools are made for one call and dropped with it: a process may fork between calls.
+//! A pool serves one call and is dropped with it, so that a process may fork between calls.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,30 +12,30 @@ use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use crate::exec::cancel::CancelToken;
 use crate::{Error, Result};
 
-/// How threads are spent on one matrix.
+/// The assignment of threads to one matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strategy {
-    /// One thread does it all; other threads work on other matrices.
+    /// One thread works on the matrix; other threads work on other matrices.
     Alone,
-    /// All threads of the pool work on it together, and on nothing else.
+    /// All threads of the pool work on the matrix, and on no other.
     Together,
 }
 
-/// Multiplications of a Gram matrix from which a matrix deserves all threads: some seconds of work on one
-/// core, so that a queue of smaller ones never waits long for its last, and few are in memory at a time.
+/// Number of multiplications of a Gram matrix from which all threads share a matrix: some seconds of work on
+/// one core. This bounds the wait for the last matrix of a queue, and the number of large matrices in memory.
 const TOGETHER_FROM: u128 = 40_000_000_000;
 
-/// Those from which threads that have nothing else to do are of use: some milliseconds of work.
+/// Number of multiplications from which otherwise idle threads speed up a matrix: some milliseconds of work.
 const USEFUL_FROM: u128 = 30_000_000;
 
 impl Strategy {
-    /// The strategy of a `(rows, cols)` matrix among many.
+    /// Returns the strategy of a `(rows, cols)` matrix among many matrices.
     #[must_use]
     pub const fn for_shape(rows: usize, cols: usize) -> Self {
         Self::from(rows, cols, TOGETHER_FROM)
     }
 
-    /// The strategy of a `(rows, cols)` matrix while other threads have nothing to do.
+    /// Returns the strategy of a `(rows, cols)` matrix while other threads are idle.
     #[must_use]
     pub const fn for_single(rows: usize, cols: usize) -> Self {
         Self::from(rows, cols, USEFUL_FROM)
@@ -47,13 +47,13 @@ impl Strategy {
     }
 }
 
-/// The processors that this process may use.
+/// Returns the number of processors available to this process.
 #[must_use]
 pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// A pool of `threads` threads for one call.
+/// Starts a pool of `threads` threads.
 ///
 /// # Errors
 /// [`Error::NoThreads`] if the system does not start them.
@@ -69,8 +69,8 @@ fn pool_built(
     build(builder).map_err(|e| Error::NoThreads { threads, source: e.into() })
 }
 
-/// Does `work` for every index of `order`, in that order, side by side within the current pool of
-/// `threads` threads. Each worker keeps one workspace from one index to the next.
+/// Calls `work` for the indices in `order`, on up to `threads` threads of the current pool. Each worker takes
+/// the next index when it has finished one, and keeps its workspace.
 pub(crate) fn side_by_side<W: Default>(
     order: &[usize],
     threads: usize,
@@ -92,7 +92,7 @@ pub(crate) fn side_by_side<W: Default>(
     });
 }
 
-/// The indices of pieces of work, costliest first, so that none is left alone at the end.
+/// Returns the indices of `costs` in descending order of cost, so that the last pieces of work are short.
 pub(crate) fn costliest_first(costs: impl Iterator<Item = u128>) -> Vec<usize> {
     let costs: Vec<u128> = costs.collect();
     let mut order: Vec<usize> = (0..costs.len()).collect();
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_of_threads_is_an_error() {
+    fn missing_threads_are_an_error() {
         let refusal = |_| Err(io::ErrorKind::WouldBlock.into());
         let error = pool_built(3, |builder| builder.spawn_handler(refusal).build()).map(|_| ()).unwrap_err();
         assert!(matches!(error, Error::NoThreads { threads: 3, .. }));
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn every_index_once_and_none_after_cancelling() {
+    fn every_index_is_visited_once_until_cancelled() {
         for threads in [1, 3] {
             let (seen, cancel) = (Mutex::new(Vec::new()), CancelToken::default());
             let order: Vec<usize> = (0..50).rev().collect();

@@ -1,8 +1,7 @@
-//! Memory that a worker keeps from one matrix to the next.
+//! Memory that a worker reuses for every matrix.
 //!
-//! Buffers of changing sizes that are freed and allocated again leave holes in the allocator's heap,
-//! so the peak would grow with the number of matrices. A workspace only ever grows, to the size of
-//! the largest matrix that it has met.
+//! Buffers of changing sizes that are freed and allocated again fragment the heap, so that the peak would
+//! grow with the number of matrices. Reused memory grows to the size of the largest matrix and no further.
 
 use faer::dyn_stack::{MemBuffer, MemStack, StackReq};
 
@@ -10,7 +9,7 @@ use crate::exec::aligned_bytes::AlignedBytes;
 use crate::kernels::number::Number;
 use crate::{Error, Result};
 
-/// Memory for the matrices and the temporaries of a decomposition.
+/// Reusable memory for matrices and temporaries of a decomposition.
 #[derive(Default)]
 pub struct Scratch {
     memory: Option<MemBuffer>,
@@ -18,7 +17,7 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// At least the uninitialised memory that `request` describes.
+    /// Returns uninitialised memory for `request`.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -26,11 +25,11 @@ impl Scratch {
         stack(&mut self.memory, request)
     }
 
-    /// So many numbers, whatever they are, and beside them what [`stack`](Self::stack) gives: large matrices, which
-    /// would be touched once more to be zeroed, and by one thread alone.
+    /// Returns `count` numbers with unspecified values, and memory for `request` as [`stack`](Self::stack)
+    /// does. The numbers are not zeroed: this would touch a large matrix once more, and on one thread.
     ///
     /// # Errors
-    /// As [`stack`](Self::stack).
+    /// [`Error::OutOfMemory`].
     pub(crate) fn numbers<T: Number>(
         &mut self,
         count: usize,
@@ -43,10 +42,10 @@ impl Scratch {
 }
 
 fn stack(memory: &mut Option<MemBuffer>, request: StackReq) -> Result<&mut MemStack> {
-    // Enough wherever the memory starts, as the next request may ask for another alignment.
+    // Sufficient for any address of the memory, as the next request may have another alignment.
     let bytes = request.unaligned_bytes_required();
     if memory.as_ref().is_none_or(|memory| memory.len() < bytes) {
-        *memory = None; // Freed first: old and new together would set the peak.
+        *memory = None; // Freed first: the peak must not contain both.
     }
     let found = match memory.take() {
         Some(found) => found,
@@ -81,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn too_much_is_an_error() {
+    fn missing_memory_is_an_error() {
         let error = Scratch::default().stack(StackReq::new::<f64>(1 << 58)).map(|_| ()).unwrap_err();
         assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
         for count in [1 << 58, usize::MAX] {

@@ -1,6 +1,7 @@
-//! Strips of a matrix: the pieces that work within a matrix is cut into.
+//! Division of a matrix into strips of rows or columns.
 //!
-//! Their width depends on shapes alone, so that the bits of a result do not depend on the number of threads.
+//! The width of the strips depends on the shape alone, so that the bits of a result do not depend on the
+//! number of threads.
 
 use faer::MatMut;
 use faer::prelude::ReborrowMut;
@@ -8,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::exec::parallel::Strategy;
 
-/// Columns, or rows, of most strips.
+/// Number of columns, or rows, of a strip.
 pub(crate) const STRIP: usize = 128;
 
 /// Calls `work` with every strip of `width` columns and the index of its first column.

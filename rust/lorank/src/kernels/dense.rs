@@ -1,7 +1,7 @@
 //! Products and factorizations of small matrices, on the calling thread.
 //!
-//! faer's operators and solvers ask for all threads of the pool. For matrices of some dozen rows, waking
-//! them takes longer than the work, and they are busy with other matrices anyway.
+//! faer's operators and solvers use all threads of the pool. For matrices of a few dozen rows, waking the
+//! threads takes longer than the work, and they are busy with other matrices.
 
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
@@ -11,41 +11,41 @@ use faer::linalg::matmul::matmul;
 use faer::prelude::ReborrowMut;
 use faer::{Accum, Mat, MatMut, MatRef, Par, Spec};
 
-/// `A B`.
+/// Returns `A B`.
 pub(crate) fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     let mut out = Mat::zeros(a.nrows(), b.ncols());
     matmul(out.as_mut(), Accum::Replace, a, b, 1.0, Par::Seq);
     out
 }
 
-/// `A diag(factors)`, in place.
+/// Replaces `A` by `A diag(factors)`.
 pub(crate) fn scale_columns(matrix: &mut Mat<f64>, factors: &[f64]) {
     for (column, factor) in matrix.col_iter_mut().zip(factors) {
         column.iter_mut().for_each(|x| *x *= factor);
     }
 }
 
-/// `diag(factors) A`, in place.
+/// Replaces `A` by `diag(factors) A`.
 pub(crate) fn scale_rows(matrix: &mut Mat<f64>, factors: &[f64]) {
     for column in matrix.col_iter_mut() {
         column.iter_mut().zip(factors).for_each(|(x, factor)| *x *= factor);
     }
 }
 
-/// Replaces `A`, of which the lower triangle is read, by the lower triangular `L` with `A = L L^T`. `None` if
-/// `A` is not positive definite.
+/// Replaces `A` by the lower triangular `L` with `A = L L^T`. Reads the lower triangle only. Returns `None`
+/// if `A` is not positive definite.
 pub(crate) fn cholesky(mut a: MatMut<'_, f64>) -> Option<()> {
     let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f64>(a.nrows(), Par::Seq, Spec::default()));
     let stack = MemStack::new(&mut memory);
     cholesky_in_place(a.rb_mut(), LltRegularization::default(), Par::Seq, stack, Spec::default()).ok()?;
     for (j, column) in a.col_iter_mut().enumerate() {
-        column.iter_mut().take(j).for_each(|x| *x = 0.0); // It keeps intermediate results there.
+        column.iter_mut().take(j).for_each(|x| *x = 0.0); // faer leaves intermediate results there.
     }
     Some(())
 }
 
-/// Eigenvalues, ascending but for rounding of equal ones, and eigenvectors of the symmetric matrix in the lower
-/// triangle of `A`; `None` where the iteration does not converge.
+/// Returns the eigenvalues and eigenvectors of the symmetric matrix whose lower triangle is that of `A`. The
+/// eigenvalues ascend, up to the rounding of equal ones. Returns `None` if the iteration does not converge.
 pub(crate) fn symmetric_eigen(a: MatRef<'_, f64>) -> Option<(Vec<f64>, Mat<f64>)> {
     let n = a.nrows();
     let (par, vectors) = (Par::Seq, ComputeEigenvectors::Yes);
@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn products_are_sums_of_products() {
+    fn product_equals_its_definition() {
         for (m, k, n) in [(1, 1, 1), (3, 7, 2), (70, 33, 65), (0, 3, 2), (2, 0, 3)] {
             let a = Mat::from_fn(m, k, |i, j| (i * 3 + j) as f64);
             let b = Mat::from_fn(k, n, |i, j| (i + 5 * j) as f64);
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn cholesky_factors_only_what_is_positive() {
+    fn cholesky_factors_only_positive_definite_matrices() {
         for n in [1, 2, 17, 64, 130] {
             let a = symmetric(n) + Mat::<f64>::identity(n, n);
             let mut l = Mat::from_fn(n, n, |i, j| if i >= j { a[(i, j)] } else { f64::NAN });

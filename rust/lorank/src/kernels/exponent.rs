@@ -1,14 +1,13 @@
-//! Scaling by powers of two, which costs no digits: what tiny and huge matrices are brought near 1 by.
+//! Exact scaling by powers of two, which brings tiny and huge matrices near 1.
 
 use crate::{Error, Result};
 
-/// Largest binary exponent of an entry (and smallest, negated) whose square, times any number of
-/// entries, stays a normal float64.
+/// Largest absolute value of a binary exponent for which sums of squares stay normal float64 numbers.
 const EXPONENT_LIMIT: i32 = 480;
 
-/// The exponent `e` with `2^(e-1) <= x < 2^e`.
+/// Returns the exponent `e` with `2^(e-1) <= x < 2^e`.
 pub(crate) fn binary_exponent(x: f64) -> Result<i32> {
-    // Read from the bits: the logarithm of a number just below a power of two may round up to it.
+    // Taken from the bits, as the logarithm of a number just below a power of two may be rounded up.
     let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1022;
     if exponent.abs() > EXPONENT_LIMIT {
         return Err(Error::Numerical(format!(
@@ -18,7 +17,7 @@ pub(crate) fn binary_exponent(x: f64) -> Result<i32> {
     Ok(exponent)
 }
 
-/// `2^exponent` for exponents of normal numbers.
+/// Returns `2^exponent`, for the exponents of normal numbers.
 pub(crate) fn power_of_two(exponent: i32) -> f64 {
     2f64.powi(exponent)
 }

@@ -1,4 +1,4 @@
-//! Vectorised kernels and the arithmetic that they are written in.
+//! Vectorised kernels, and small dense operations.
 
 pub(crate) mod dense;
 pub(crate) mod exponent;

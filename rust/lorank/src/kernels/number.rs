@@ -1,9 +1,9 @@
-//! float32 and float64, for kernels that are written once.
+//! The trait of float32 and float64, for kernels that are generic over the precision.
 //!
-//! faer's matrices are generic already; this adds vectors. Kernels take the widest that the machine
-//! has, see [`simd`](crate::kernels::simd).
+//! The trait adds SIMD vectors to faer's `RealField`. Kernels use the widest vectors of the machine: see
+//! [`simd`](crate::kernels::simd).
 
-// Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
+// Measured without forced inlining: every vector instruction becomes a call, and kernels are 20 times slower.
 #![allow(clippy::inline_always)]
 
 use std::ops::{Add, Div, Mul, MulAssign, Neg, Sub, SubAssign};
@@ -12,7 +12,7 @@ use faer::traits::RealField;
 use pulp::Simd;
 use pulp::bytemuck::Pod;
 
-/// A real number with vectors of its kind.
+/// A real number type with SIMD vectors: float32 or float64.
 pub trait Number:
     RealField
     + Pod
@@ -27,61 +27,61 @@ pub trait Number:
     + MulAssign
     + SubAssign
 {
-    /// A vector of them.
+    /// A vector of this type.
     type Vector<S: Simd>: Copy;
 
-    /// The distance from 1 to the next number.
+    /// Distance from 1 to the next number.
     const EPSILON: f64;
-    /// The smallest normal number.
+    /// Smallest positive normal number.
     const SMALLEST: Self;
 
-    /// Numbers in the widest vector of any machine: panels are padded to multiples of it.
+    /// Number of elements of the widest vector of any machine. Panels are padded to multiples of it.
     const WIDEST: usize;
 
-    /// Numbers in a vector.
+    /// Returns the number of elements of a vector.
     fn lanes<S: Simd>() -> usize;
-    /// The numbers of vectors.
+    /// Casts vectors to a slice of their elements.
     fn lanes_of<S: Simd>(vectors: &[Self::Vector<S>]) -> &[Self];
-    /// The nearest number of this kind.
+    /// Rounds to the nearest number of this type.
     fn of(x: f64) -> Self;
-    /// The same number; exact.
+    /// Converts exactly.
     fn of_f32(x: f32) -> Self;
-    /// The same number; exact.
+    /// Converts exactly.
     fn to_f64(self) -> f64;
-    /// The nearest float32.
+    /// Rounds to the nearest float32.
     fn to_f32(self) -> f32;
-    /// Its square root.
+    /// Returns the square root.
     #[must_use]
     fn root(self) -> Self;
-    /// The number in every lane.
+    /// Returns a vector whose elements are all `x`.
     fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
-    /// `a * b + c`.
+    /// Returns `a * b + c`.
     fn mul_add<S: Simd>(
         simd: S,
         a: Self::Vector<S>,
         b: Self::Vector<S>,
         c: Self::Vector<S>,
     ) -> Self::Vector<S>;
-    /// `a + b`.
+    /// Returns `a + b`.
     fn plus<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    /// `a * b`.
+    /// Returns `a * b`.
     fn times<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    /// The sum of all lanes.
+    /// Returns the sum of the elements.
     fn sum<S: Simd>(simd: S, a: Self::Vector<S>) -> Self;
-    /// Numbers as vectors; what fills no vector is left out.
+    /// Casts a slice to vectors, without the remainder that fills no vector.
     fn vectors<S: Simd>(values: &[Self]) -> &[Self::Vector<S>];
-    /// The same to write to.
+    /// Casts a mutable slice to vectors, without the remainder that fills no vector.
     fn vectors_mut<S: Simd>(values: &mut [Self]) -> &mut [Self::Vector<S>];
 }
 
-/// A count of numbers, rounded up to whole vectors of any machine.
+/// Rounds a number of elements up to whole vectors of any machine.
 #[must_use]
 pub(crate) const fn padded<T: Number>(count: usize) -> usize {
     count.next_multiple_of(T::WIDEST)
 }
 
-/// Numbers from the beginning of one column to that of the next: as [`padded`], and a vector more where columns would
-/// begin quarters of a page apart, and take each other's place in a cache.
+/// Returns the distance between the first elements of adjacent columns: [`padded`], plus one vector if
+/// columns would begin at multiples of a quarter page and compete for the same cache sets.
 #[must_use]
 pub(crate) const fn spaced<T: Number>(rows: usize) -> usize {
     const APART: usize = 1024;
@@ -110,7 +110,7 @@ macro_rules! number {
                 pulp::bytemuck::cast_slice(vectors)
             }
             #[inline(always)]
-            #[allow(clippy::cast_possible_truncation)] // Rounding is what is asked for.
+            #[allow(clippy::cast_possible_truncation)] // Rounding is intended.
             fn of(x: f64) -> Self {
                 x as $number
             }
@@ -123,7 +123,7 @@ macro_rules! number {
                 f64::from(self)
             }
             #[inline(always)]
-            #[allow(clippy::cast_possible_truncation)] // Rounding is what is asked for.
+            #[allow(clippy::cast_possible_truncation)] // Rounding is intended.
             fn to_f32(self) -> f32 {
                 self as f32
             }

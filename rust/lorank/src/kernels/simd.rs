@@ -1,16 +1,16 @@
-//! Which vectors kernels are compiled for, chosen at run time: the widest that the machine has.
+//! Run-time choice of the SIMD instructions of a kernel: the widest vectors of the machine.
 
-// Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
+// Measured without forced inlining: every vector instruction becomes a call, and kernels are 20 times slower.
 #![allow(clippy::inline_always)]
 
 #[cfg(target_arch = "x86_64")]
 use pulp::Simd;
 use pulp::{Arch, WithSimd};
 
-/// Bytes of a cache line, and of the widest vector of any machine.
+/// Size of a cache line, and of the widest vector of any machine, in bytes.
 pub(crate) const LINE: usize = 64;
 
-/// Runs a kernel on the widest vectors that there are.
+/// Runs a kernel on the widest vectors of the machine.
 pub(crate) fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
     #[cfg(test)]
     match tests::PATH.get() {
@@ -26,8 +26,9 @@ pub(crate) fn dispatch<K: WithSimd>(kernel: K) -> K::Output {
     Arch::new().dispatch(kernel)
 }
 
-/// Runs a kernel on vectors of half that length: for numbers that fill no more, and for those that lie anywhere. Of
-/// float64, seven in eight places let the widest vectors cross the end of a cache line, and three in eight these.
+/// Runs a kernel on vectors of half that width: for data that fill no wider vector, and for unaligned data.
+/// At 7 of 8 places of a float64, an unaligned load of 64 bytes crosses a cache line; a load of 32 bytes does
+/// so at 3 of 8.
 pub(crate) fn dispatch_halved<K: WithSimd>(kernel: K) -> K::Output {
     #[cfg(test)]
     if !matches!(tests::PATH.get(), tests::Path::Widest) {
@@ -40,7 +41,8 @@ pub(crate) fn dispatch_halved<K: WithSimd>(kernel: K) -> K::Output {
     dispatch(kernel)
 }
 
-/// A kernel on 256-bit vectors, compiled for whatever machine there is: one with longer ones has twice the registers.
+/// A kernel on 256-bit vectors, compiled for the widest instruction set of the machine: AVX-512 doubles the
+/// number of registers.
 #[cfg(target_arch = "x86_64")]
 struct Halved<K> {
     kernel: K,
@@ -61,7 +63,7 @@ impl<K: WithSimd> WithSimd for Halved<K> {
 pub(crate) mod tests {
     use std::cell::Cell;
 
-    /// What kernels run on in a test.
+    /// The vectors of kernels in a test.
     #[derive(Clone, Copy, Debug)]
     pub(crate) enum Path {
         Scalar,
@@ -74,8 +76,8 @@ pub(crate) mod tests {
         pub(super) static PATH: Cell<Path> = const { Cell::new(Path::Widest) };
     }
 
-    /// Calls a test with kernels on scalars, on 256-bit vectors where there are any, and on the widest. What
-    /// other threads do is not touched.
+    /// Runs a test with kernels on scalars, on 256-bit vectors where the machine has them, and on the widest
+    /// vectors. The choice applies to the current thread only.
     pub(crate) fn on_every_path(test: impl Fn(Path)) {
         let paths = [
             Path::Scalar,

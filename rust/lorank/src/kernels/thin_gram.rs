@@ -1,13 +1,14 @@
 //! Gram matrices of panels with few rows.
 //!
-//! Half of a Gram matrix by a general GEMM costs more than half of a product where rows are few, as in
-//! [`thin`](crate::kernels::thin_product), whose panels these are.
+//! For few rows, a general GEMM computes half of a product in more than half of the time. The panels are
+//! those of [`thin_product`](crate::kernels::thin_product).
 //!
-//! Sums over the columns of a panel are of its kind of number, sums over panels are float64: in float32,
-//! where two sums of [`SUMMANDS`] products at most are added before they are widened, a Gram matrix is off by
-//! less than a float32 sum over all columns by far. The one addition of the two adds a tenth to their error.
+//! Sums within a panel have the precision of its elements; sums over panels are float64. In float32 at most
+//! [`SUMMANDS`] products are added, and two such sums, before they are widened. The error of the Gram matrix
+//! is much smaller than that of float32 sums over all columns. The addition of two sums before widening
+//! increases the error by a tenth.
 
-// Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
+// Measured without forced inlining: every vector instruction becomes a call, and kernels are 20 times slower.
 #![allow(clippy::inline_always)]
 
 use std::marker::PhantomData;
@@ -19,15 +20,15 @@ use crate::kernels::number::Number;
 use crate::kernels::simd::{dispatch, dispatch_halved};
 use crate::kernels::thin_product::{HIGH, Panel};
 
-/// Numbers of a kind that are added up before they are widened to float64: rows of a panel that lies column
-/// by column, or numbers per lane of one that lies row by row.
+/// Number of summands that are added in the precision of the elements before widening to float64: columns of
+/// a column-major panel, or elements per lane of a row-major one.
 pub(crate) const SUMMANDS: usize = 32;
 
-/// Rows of a tile of inner products.
+/// Number of rows of a tile of inner products.
 const ABOVE: usize = 4;
 
-/// `G += X X^T` for a padded panel of whole columns, one after the other: the lower triangle of `G (p, p)`,
-/// row-major, and what shares a tile with it.
+/// Adds `X X^T` to `G` for a padded column-major panel `X`: to the lower triangle of the row-major `G (p,
+/// p)`, and to the rest of the tiles on its diagonal.
 pub(crate) fn add_gram_of_columns<T: Number>(panel: &[T], p: usize, gram: &mut [f64]) {
     dispatch(GramOfColumns { panel, p, gram: &mut *gram, halves: false });
     if T::WIDEST > HIGH {
@@ -35,33 +36,33 @@ pub(crate) fn add_gram_of_columns<T: Number>(panel: &[T], p: usize, gram: &mut [
     }
 }
 
-/// The lower triangle of a Gram matrix of rows, and what shares a tile with it, before the lanes of vectors are
-/// summed up: to do so after every panel would take a quarter of the time.
+/// The lower triangle of a Gram matrix of rows, and the rest of the tiles on its diagonal, as one sum per
+/// lane of a vector. Adding up the lanes after every panel would take a quarter of the time.
 pub(crate) struct SumsOfRows<'a, T> {
     p: usize,
     lanes: usize,
-    /// For every [`ABOVE`] rows, their products with one row after the other, lane by lane.
+    /// For every [`ABOVE`] rows, the products with each row in turn, lane by lane.
     sums: &'a mut [f64],
     number: PhantomData<T>,
 }
 
-/// Numbers that the sums of `p` rows take at most.
+/// Returns the largest length of the sums of `p` rows.
 pub(crate) const fn sums_of_rows<T: Number>(p: usize) -> usize {
     place(p, 0) * T::WIDEST
 }
 
 impl<'a, T: Number> SumsOfRows<'a, T> {
-    /// Of `p` rows, a multiple of [`ABOVE`]; `sums` are [`sums_of_rows`] zeros.
+    /// Creates sums for `p` rows, a multiple of [`ABOVE`], in `sums`: [`sums_of_rows`] zeros.
     pub(crate) fn new(p: usize, sums: &'a mut [f64]) -> Self {
         Self { p, lanes: dispatch(Lanes(PhantomData::<T>)), sums, number: PhantomData }
     }
 
-    /// `G += X X^T` for a padded panel of rows.
+    /// Adds `X X^T` for a padded row-major panel `X`.
     pub(crate) fn add(&mut self, panel: Panel<'_, T>) {
         dispatch(GramOfRows { panel, p: self.p, sums: self.sums });
     }
 
-    /// Writes the lower triangle of `G (p, p)`, row-major, and what shares a tile with it.
+    /// Writes the lower triangle of the row-major `G (p, p)`, and the rest of the tiles on its diagonal.
     pub(crate) fn write(&self, gram: &mut [f64]) {
         for (i, line) in gram.chunks_exact_mut(self.p).enumerate() {
             for (j, g) in line.iter_mut().enumerate().take(i / ABOVE * ABOVE + ABOVE) {
@@ -71,13 +72,13 @@ impl<'a, T: Number> SumsOfRows<'a, T> {
     }
 }
 
-/// Where the product of two rows is among those of [`SumsOfRows`].
+/// Returns the index of the product of rows `i` and `j` in [`SumsOfRows`], in vectors.
 const fn place(i: usize, j: usize) -> usize {
     let (tile, within) = (i / ABOVE, i % ABOVE);
     ABOVE * (ABOVE * (tile * (tile + 1) / 2) + j) + within
 }
 
-/// How many numbers a vector has.
+/// Query for the number of elements of a vector.
 struct Lanes<T>(PhantomData<T>);
 
 impl<T: Number> WithSimd for Lanes<T> {
@@ -93,14 +94,14 @@ struct GramOfColumns<'a, T> {
     panel: &'a [T],
     p: usize,
     gram: &'a mut [f64],
-    /// Whether what is left of rows after whole vectors of any machine is added, or that which they fill.
+    /// True to add the columns that remain after whole vectors of any machine, false to add the others.
     halves: bool,
 }
 
 impl<T: Number> WithSimd for GramOfColumns<'_, T> {
     type Output = ();
 
-    /// Outer products of columns.
+    /// Adds outer products of columns.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { panel, p, gram, halves } = self;
@@ -137,18 +138,18 @@ impl<T: Number> WithSimd for GramOfRows<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // The wider a tile, the less often rows are read; its sums stay in registers.
+        // Wider tiles read rows less often; their sums still fit into registers.
         if S::REGISTER_COUNT >= 32 { self.add_tiles::<4, S>(simd) } else { self.add_tiles::<2, S>(simd) }
     }
 }
 
 impl<T: Number> GramOfRows<'_, T> {
-    /// Inner products of [`ABOVE`] rows with `BESIDE` rows, a vector's length of columns at a time.
+    /// Adds inner products of [`ABOVE`] rows with `BESIDE` rows, one vector of columns at a time.
     #[inline(always)]
     fn add_tiles<const BESIDE: usize, S: Simd>(self, simd: S) {
         let Self { panel: Panel { values, stride, cols }, p, sums } = self;
         let lanes = T::lanes::<S>();
-        // Nothing is lost by longer sums of float64.
+        // float64 sums need no widening.
         let summands = if size_of::<T>() == size_of::<f64>() { cols } else { SUMMANDS };
         let length = summands * lanes;
         for i in (0..p).step_by(ABOVE) {
@@ -173,7 +174,7 @@ impl<T: Number> GramOfRows<'_, T> {
     }
 }
 
-/// Some of the columns of rows that begin `stride` numbers apart.
+/// Returns vectors of the given columns, for `ROWS` rows that begin `stride` elements apart.
 #[inline(always)]
 fn vectors_of<const ROWS: usize, T: Number, S: Simd>(
     values: &[T],
@@ -187,7 +188,7 @@ fn vectors_of<const ROWS: usize, T: Number, S: Simd>(
     rows
 }
 
-/// The products of some columns of rows with those of other rows.
+/// Returns the products of [`ABOVE`] rows with `BESIDE` rows over the given columns.
 #[inline(always)]
 fn inner_products<const BESIDE: usize, T: Number, S: Simd>(
     simd: S,
@@ -199,7 +200,7 @@ fn inner_products<const BESIDE: usize, T: Number, S: Simd>(
     let mut beside = vectors_of::<BESIDE, T, S>(beside, stride, columns);
     let mut sums = [[T::splat(simd, T::default()); ABOVE]; BESIDE];
     let vectors = beside[0].len();
-    // Of one length, so that no index is checked within the loop.
+    // Equal lengths remove bounds checks from the loop.
     for row in &mut above {
         *row = &row[..vectors];
     }
@@ -220,7 +221,7 @@ fn inner_products<const BESIDE: usize, T: Number, S: Simd>(
     sums
 }
 
-/// Adds numbers to as many of float64.
+/// Adds numbers to float64 sums.
 #[inline(always)]
 fn add_widened<T: Number>(sums: &mut [f64], numbers: &[T]) {
     for (sum, x) in sums.iter_mut().zip(numbers) {
@@ -228,8 +229,8 @@ fn add_widened<T: Number>(sums: &mut [f64], numbers: &[T]) {
     }
 }
 
-/// The sums over all columns, `p` numbers each, of [`HIGH`] numbers from `i` on times a vector's length from
-/// `j` on.
+/// Returns the sums over all columns, of `p` elements each, of [`HIGH`] elements from `i` on times a vector
+/// of elements from `j` on.
 #[inline(always)]
 fn outer_products<T: Number, S: Simd>(
     simd: S,
@@ -260,7 +261,7 @@ mod tests {
         let rows: Vec<T> = integers(p * depth, seed);
         let columns: Vec<T> = (0..p * depth).map(|n| rows[n % p * depth + n / p]).collect();
         on_every_path(|path| {
-            // What was there stays.
+            // Sums start at 1, to show that products are added.
             let mut memory = vec![0.0; sums_of_rows::<T>(p)];
             let (mut sums, mut of_columns) = (SumsOfRows::<T>::new(p, &mut memory), vec![1.0; p * p]);
             let lanes = sums.lanes;
@@ -292,7 +293,7 @@ mod tests {
 
     #[test]
     fn sums_beyond_a_panel_are_widened() {
-        // 1 + 2^-24 is no float32: in one sum over all columns the small ones would be lost.
+        // 1 + 2^-24 is not a float32: in one sum over all columns the small products would be lost.
         let (p, depth) = (f32::WIDEST, 64 * SUMMANDS * f32::WIDEST);
         let small = |n: usize| if n < p * SUMMANDS { 1.0f32 } else { 2f32.powi(-10) };
         let panel: Vec<f32> = (0..p * depth).map(small).collect();

@@ -1,17 +1,16 @@
-//! Products of matrices with few rows, as low-rank factors are.
+//! Products of matrices with few rows, such as low-rank factors.
 //!
-//! A general GEMM packs its operands and works in tiles of a dozen rows and more; for 8 to 128 rows packing
-//! and the odd rows cost as much as the arithmetic. Here the sums of a tile stay in registers while the
-//! operands stream unpacked from a panel in cache.
+//! A general GEMM packs its operands and works in tiles of a dozen or more rows. For 8 to 128 rows, packing
+//! and partial tiles cost as much as the arithmetic. Here the sums of a tile stay in registers, and the
+//! operands are read unpacked from a panel in cache.
 //!
-//! A panel holds some columns of a matrix `X (p, m)` with few rows, in one of two layouts: column by column
-//! (as `B` of an update lies in memory, its rows being the columns of `X = B^T`), or row by row (as `A`
-//! lies). Both sides are padded with zeros to multiples of [`Number::WIDEST`].
+//! A panel holds some columns of a matrix `X (p, m)` with few rows. It is column-major (as is `X = B^T` of a
+//! row-major `B`) or row-major (as is `A`). Both sides are padded with zeros to multiples of
+//! [`Number::WIDEST`].
 //!
-//! The vectors are the widest that the machine has, chosen at run time. The bits of a result
-//! depend on that choice and on shapes alone.
+//! Vectors are the widest of the machine. The bits of a result depend on their width and on shapes alone.
 
-// Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
+// Measured without forced inlining: every vector instruction becomes a call, and kernels are 20 times slower.
 #![allow(clippy::inline_always)]
 
 use std::ops::Range;
@@ -21,20 +20,20 @@ use pulp::{Simd, WithSimd};
 use crate::kernels::number::Number;
 use crate::kernels::simd::{dispatch, dispatch_halved};
 
-/// Rows up to which these kernels are used.
+/// Largest number of rows for which these kernels are used.
 pub(crate) const THIN: usize = 128;
 
-/// Rows of a tile: as many sums hide the latency of a multiplication, and fit into 16 registers. Padded sides
-/// are multiples of it, as [`Number::WIDEST`] is.
+/// Number of rows of a tile. That many sums hide the latency of a multiplication and fit into 16 registers.
+/// Padded sides are multiples of it, as is [`Number::WIDEST`].
 pub(crate) const HIGH: usize = 8;
 
-/// Most rows of a tile of a product with a transpose: with two vectors beside each other, their sums fill 24 of 32
-/// registers, with one 12 of 16.
+/// Largest number of rows of a tile of a product with a transpose. The sums of two vectors per row fill 24 of
+/// 32 registers, those of one vector 12 of 16.
 const TALLEST: usize = 12;
 
-/// `Y = L R` for padded `L (rows, depth)`, row-major, and `R (depth, cols)`, `cols` a multiple of half of
-/// [`Number::WIDEST`]; rows of `Y` lie as far apart as those of `R`, and beyond `cols` numbers they stay as
-/// they are.
+/// Computes `Y = L R` for padded row-major `L (rows, depth)` and `R (depth, cols)`, with `cols` a multiple of
+/// half of [`Number::WIDEST`]. Rows of `Y` and `R` begin at the same distances. Elements of `Y` beyond `cols`
+/// are not written.
 pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]) {
     let whole = right.cols / T::WIDEST * T::WIDEST;
     if whole > 0 {
@@ -45,8 +44,8 @@ pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]
     }
 }
 
-/// `Y = L^T R` for `L (depth, rows)`, all of its columns, and `R (depth, cols)`, `cols` a multiple of
-/// [`Number::WIDEST`]; rows of `Y` begin `stride` numbers apart, and beyond `cols` numbers they stay as they are.
+/// Computes `Y = L^T R` for `L (depth, rows)` and `R (depth, cols)`, with `cols` a multiple of
+/// [`Number::WIDEST`]. Rows of `Y` begin `stride` elements apart. Elements beyond `cols` are not written.
 pub(crate) fn multiply_transposed<T: Number>(
     left: Panel<'_, T>,
     right: Panel<'_, T>,
@@ -55,19 +54,19 @@ pub(crate) fn multiply_transposed<T: Number>(
     dispatch(TransposedProduct { left, right, out, stride });
 }
 
-/// `Y += L^T R` for `L (depth, cols)`, `cols` a multiple of [`HIGH`], and `R (depth, width)` and `Y (cols,
-/// width)`, row-major, of one vector's width, [`Number::WIDEST`].
+/// Adds `L^T R` to `Y` for `L (depth, cols)`, with `cols` a multiple of [`HIGH`]. `R (depth, width)` and `Y
+/// (cols, width)` are row-major, with `width` equal to [`Number::WIDEST`].
 pub(crate) fn add_outer_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
     dispatch(OuterProducts { left, right, out });
 }
 
-/// `Y += L R` for `L (rows, cols)`, `rows` a multiple of [`HIGH`], and `R (cols, width)` and `Y (rows,
-/// width)`, as [`add_outer_products`].
+/// Adds `L R` to `Y` for `L (rows, cols)`, with `rows` a multiple of [`HIGH`]. `R (cols, width)` and `Y
+/// (rows, width)` are row-major, with `width` equal to [`Number::WIDEST`].
 pub(crate) fn add_row_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
     dispatch(RowProducts { left, right, out });
 }
 
-/// Rows that begin `stride` numbers apart.
+/// Rows that begin `stride` elements apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Panel<'a, T> {
     pub values: &'a [T],
@@ -105,7 +104,7 @@ struct TransposedProduct<'a, T> {
     left: Panel<'a, T>,
     right: Panel<'a, T>,
     out: &'a mut [T],
-    /// Of `out`.
+    /// Distance between rows of `out`, in elements.
     stride: usize,
 }
 
@@ -119,14 +118,15 @@ impl<T: Number> WithSimd for TransposedProduct<'_, T> {
 }
 
 impl<T: Number> TransposedProduct<'_, T> {
-    /// In tiles of `BESIDE` vectors' length and of equal heights, or nearly so: no row is one of padding.
+    /// Multiplies in tiles of `BESIDE` vectors. Heights of tiles differ by one at most, so that no row is
+    /// padding.
     #[inline(always)]
     fn multiply<const BESIDE: usize, S: Simd>(mut self, simd: S) {
         let height = self.left.cols;
         let tiles = height.div_ceil(TALLEST);
         for tile in 0..tiles {
             let rows = height * tile / tiles..height * (tile + 1) / tiles;
-            // A count that is known when this is compiled keeps sums in registers.
+            // A height that is a constant keeps the sums in registers.
             match rows.len() {
                 1 => self.tile::<1, BESIDE, S>(simd, rows.start),
                 2 => self.tile::<2, BESIDE, S>(simd, rows.start),
@@ -157,7 +157,7 @@ impl<T: Number> TransposedProduct<'_, T> {
         }
     }
 
-    /// Some vectors from column `j` on, of rows from `first` on.
+    /// Computes `BESIDE` vectors from column `j` on, of `ROWS` rows from `first` on.
     #[inline(always)]
     fn strip<const ROWS: usize, const BESIDE: usize, S: Simd>(&mut self, simd: S, first: usize, j: usize) {
         let Panel { values, stride, .. } = self.right;
@@ -220,8 +220,8 @@ impl<T: Number> WithSimd for RowProducts<'_, T> {
     }
 }
 
-/// Rows that begin `stride` numbers apart, of one length: no index is checked in loops over them, which hold them
-/// in registers.
+/// Returns [`HIGH`] rows that begin `stride` elements apart. Their equal lengths remove bounds checks from
+/// loops.
 #[inline(always)]
 fn rows_of<T>(values: &[T], stride: usize, length: usize) -> [&[T]; HIGH] {
     let mut rows = [&values[..length]; HIGH];
@@ -231,7 +231,7 @@ fn rows_of<T>(values: &[T], stride: usize, length: usize) -> [&[T]; HIGH] {
     rows
 }
 
-/// Adds a vector to the beginning of every one of [`HIGH`] rows of [`Number::WIDEST`] numbers.
+/// Adds a vector to the beginning of each of [`HIGH`] rows of [`Number::WIDEST`] elements.
 #[inline(always)]
 fn add_tile<T: Number, S: Simd>(simd: S, sums: &[T::Vector<S>; HIGH], out: &mut [T]) {
     for (line, sum) in out.chunks_mut(T::WIDEST).zip(sums) {
@@ -240,7 +240,7 @@ fn add_tile<T: Number, S: Simd>(simd: S, sums: &[T::Vector<S>; HIGH], out: &mut 
     }
 }
 
-/// The sums over `k` of the `k`-th number of [`HIGH`] rows times a vector's length of the `k`-th row of
+/// Returns, for [`HIGH`] rows, the sum over `k` of their `k`-th element times a vector of the `k`-th row of
 /// `right`.
 #[inline(always)]
 fn row_products<T: Number, S: Simd>(
@@ -259,8 +259,9 @@ fn row_products<T: Number, S: Simd>(
     sums
 }
 
-/// The sums over `k` of the first numbers of the `k`-th row of `left` times some vectors of the `k`-th row of
-/// `right`. Unlike rows of their own, they are found from one address.
+/// Returns the sums over `k` of the first `ROWS` elements of the `k`-th row of `left` times `BESIDE` vectors
+/// of the `k`-th row of `right`. All elements of `left` are addressed from one pointer, where
+/// [`row_products`] needs one per row.
 #[inline(always)]
 fn column_products<const ROWS: usize, const BESIDE: usize, T: Number, S: Simd>(
     simd: S,
@@ -287,7 +288,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::kernels::simd::tests::on_every_path;
 
-    /// Small integers: their products add up exactly, in any order.
+    /// Returns small integers, whose products add up exactly in any order.
     pub(crate) fn integers<T: Number>(count: usize, seed: usize) -> Vec<T> {
         (0..count).map(|i| T::of((((i + seed) * 7919) % 101) as f64 - 50.0)).collect()
     }
@@ -303,7 +304,7 @@ pub(crate) mod tests {
                 for j in 0..cols {
                     let product = |k: usize| left[i * depth + k].to_f64() * right[k * cols + j].to_f64();
                     let expected: f64 = (0..depth).map(product).sum();
-                    // Adding 0 makes one zero of the two.
+                    // Adding 0 makes negative zero positive.
                     assert_eq!((out[i * cols + j].to_f64() + 0.0).to_bits(), (expected + 0.0).to_bits());
                 }
             }
@@ -326,7 +327,7 @@ pub(crate) mod tests {
         });
     }
 
-    /// Products with the transpose of panels and with panels, of a vector's width, add to what is there.
+    /// Checks that both products of one vector's width are added to the existing values.
     fn assert_narrow_products<T: Number>(rows: usize, depth: usize, gap: usize) {
         let (rows, width, stride) = (rows * HIGH, T::WIDEST, rows * HIGH + gap);
         let at = |values: &[T], i: usize| values[i].to_f64();
