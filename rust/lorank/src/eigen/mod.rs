@@ -173,6 +173,6 @@ fn error_bound<T: Number>(view: &MatrixView<'_>, eigenvalues: &[f64]) -> f64 {
 /// The exponent by which a matrix is scaled down whose largest entry is `x`: none where float32 arithmetic
 /// has room enough for it, so that entries need not be touched.
 fn scaling_exponent(x: f64) -> Result<i32> {
-    const ROOM: i32 = 12;
-    binary_exponent(x).map(|exponent| if exponent.abs() <= ROOM { 0 } else { exponent })
+    const LARGEST_UNSCALED: i32 = 12;
+    binary_exponent(x).map(|exponent| if exponent.abs() <= LARGEST_UNSCALED { 0 } else { exponent })
 }

@@ -22,7 +22,7 @@ pub(crate) struct AlignedBytes {
 impl AlignedBytes {
     /// Returns at least `size` bytes with unspecified contents, aligned for copies to or from `position` in a
     /// file. For position 0 they begin at a cache line. `None` if the system does not provide the memory.
-    pub(crate) fn room(&mut self, size: usize, position: u64) -> Option<&mut [u8]> {
+    pub(crate) fn reserve(&mut self, size: usize, position: u64) -> Option<&mut [u8]> {
         let needed = size.checked_add(LINE)?;
         if needed > self.memory.len() {
             self.memory = Vec::new(); // Freed first: the peak must not contain both.
@@ -36,12 +36,12 @@ impl AlignedBytes {
         Some(self.bytes_mut())
     }
 
-    /// Returns the memory of the latest [`room`](Self::room).
+    /// Returns the memory of the latest [`reserve`](Self::reserve).
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.memory[self.start..]
     }
 
-    /// Returns the memory of the latest [`room`](Self::room), mutable.
+    /// Returns the memory of the latest [`reserve`](Self::reserve), mutable.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..]
     }
@@ -57,12 +57,12 @@ mod tests {
         for (size, position) in
             [(0, 0), (10, 8), (100, 63), (100, 64), (99, 4096 + 17), (5000, 1 << 40), (1, 24)]
         {
-            let room = buffer.room(size, position).unwrap();
-            assert!(room.len() >= size);
-            let address = room.as_ptr().addr() as u64;
+            let memory = buffer.reserve(size, position).unwrap();
+            assert!(memory.len() >= size);
+            let address = memory.as_ptr().addr() as u64;
             assert_eq!(address % 8, 0);
             assert_eq!(address % 64, position / 8 * 8 % 64, "{position}");
-            let (start, length) = (room.as_ptr(), room.len());
+            let (start, length) = (memory.as_ptr(), memory.len());
             assert_eq!((buffer.bytes().as_ptr(), buffer.bytes().len()), (start, length));
         }
     }
@@ -70,13 +70,13 @@ mod tests {
     #[test]
     fn memory_grows_and_never_shrinks() {
         let mut buffer = AlignedBytes::default();
-        buffer.room(1000, 0).unwrap().fill(7);
+        buffer.reserve(1000, 0).unwrap().fill(7);
         let memory = buffer.memory.as_ptr();
         for size in [10, 1000, 0] {
-            assert!(buffer.room(size, 24).unwrap().len() >= size);
+            assert!(buffer.reserve(size, 24).unwrap().len() >= size);
             assert_eq!(buffer.memory.as_ptr(), memory);
         }
-        assert!(buffer.room(usize::MAX, 0).is_none());
-        assert!(buffer.room(1 << 60, 0).is_none());
+        assert!(buffer.reserve(usize::MAX, 0).is_none());
+        assert!(buffer.reserve(1 << 60, 0).is_none());
     }
 }

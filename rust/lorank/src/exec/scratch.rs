@@ -36,8 +36,8 @@ impl Scratch {
         request: StackReq,
     ) -> Result<(&mut [T], &mut MemStack)> {
         let bytes = count.saturating_mul(size_of::<T>());
-        let room = self.numbers.room(bytes, 0).ok_or_else(|| no_memory(bytes))?;
-        Ok((pulp::bytemuck::cast_slice_mut(&mut room[..bytes]), stack(&mut self.memory, request)?))
+        let memory = self.numbers.reserve(bytes, 0).ok_or_else(|| no_memory(bytes))?;
+        Ok((pulp::bytemuck::cast_slice_mut(&mut memory[..bytes]), stack(&mut self.memory, request)?))
     }
 }
 

@@ -1,9 +1,9 @@
-//! Decoding of stored elements to float64, which is exact, or float32.
+//! Decoding of stored elements to float64 or float32.
 //!
-//! Everything is decoded from little-endian bytes, so neither alignment nor the owner of the
-//! memory matters, and every supported type widens to float64 without rounding.
+//! Elements are decoded from little-endian bytes of any alignment and owner. The conversion to float64 is
+//! exact for every supported type.
 
-// Measured: left to the compiler's judgement, loops stay outside of the function with wide vectors.
+// Measured without forced inlining: loops stay outside of the functions that are compiled for wide vectors.
 #![allow(clippy::inline_always)]
 
 use half::f16;
@@ -14,22 +14,22 @@ use crate::kernels::simd::dispatch;
 use crate::matrix::dtype::DType;
 
 impl DType {
-    /// The type of stored elements that are numbers of type `T`.
+    /// Returns the type of stored elements that are numbers of type `T`.
     pub(crate) const fn of<T: Number>() -> Self {
         if size_of::<T>() == size_of::<f64>() { Self::F64 } else { Self::F32 }
     }
 
-    /// Decodes `out.len()` consecutive elements, each multiplied by `scale` in float64 and then rounded to
-    /// the kind of number asked for.
+    /// Decodes `out.len()` consecutive elements. Each is multiplied by `scale` in float64 and rounded to `T`.
     ///
     /// # Panics
-    /// If `bytes` does not hold exactly `out.len()` elements.
+    /// Panics unless `bytes` contains exactly `out.len()` elements.
     pub(crate) fn decode<T: Number>(self, bytes: &[u8], scale: f64, out: &mut [T]) {
         assert_eq!(bytes.len(), out.len() * self.size(), "one element per output");
         dispatch(Decode { dtype: self, bytes, scale, out });
     }
 
-    /// The largest absolute value of consecutive elements, 0 of none; infinite or NaN if one of them is.
+    /// Returns the largest absolute value of consecutive elements, 0 if there are none. The result is
+    /// infinite or NaN if an element is.
     pub(crate) fn largest(self, bytes: &[u8]) -> f64 {
         dispatch(Largest { dtype: self, bytes })
     }
@@ -50,7 +50,7 @@ impl<T: Number> WithSimd for Decode<'_, T> {
         let Self { dtype, bytes, scale, out } = self;
         let is_plain = scale.to_bits() == 1f64.to_bits();
         match dtype {
-            // Straight to float32, or copied, which takes half the time and less.
+            // Without float64 in between, which would take at least twice the time.
             DType::F32 if is_plain => widen(bytes, out, |b| T::of_f32(f32::from_le_bytes(b))),
             DType::F16 if is_plain => widen(bytes, out, |b| T::of_f32(f16_to_f32(u16::from_le_bytes(b)))),
             DType::Bf16 if is_plain => widen(bytes, out, |b| T::of_f32(bf16_to_f32(u16::from_le_bytes(b)))),
@@ -74,7 +74,8 @@ struct Largest<'a> {
 impl WithSimd for Largest<'_> {
     type Output = f64;
 
-    /// Without their sign, numbers are ordered as the integers of the same bits, infinities and NaN above all.
+    /// Compares elements as integers: without their sign bits, floating-point numbers have the order of their
+    /// bits, with infinities and NaN above all others.
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> f64 {
         let Self { dtype, bytes } = self;
@@ -105,10 +106,10 @@ fn widen<T: Number, const N: usize>(bytes: &[u8], out: &mut [T], decode: impl Fn
     }
 }
 
-/// Exact, without a branch, so that a loop over it vectorises.
+/// Converts exactly and without a branch, so that a loop over it vectorises.
 ///
-/// Moving exponent and mantissa into place and multiplying by 2^112 rebiases the exponent and
-/// normalises subnormals in one exact step; only infinities and NaNs need their exponent mended.
+/// The bits of exponent and mantissa are moved into place. Multiplication by 2^112 then corrects the bias of
+/// the exponent and normalises subnormals, exactly. Only infinities and NaNs need another exponent.
 #[inline]
 fn f16_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
@@ -126,7 +127,7 @@ fn bf16_to_f32(bits: u16) -> f32 {
 static E4M3: [f32; 256] = e4m3_table();
 static E5M2: [f32; 256] = e5m2_table();
 
-/// `(-1)^s * 2^(e-7) * (1 + m/8)`, subnormals `(-1)^s * 2^-6 * m/8`, NaN at `S.1111.111`.
+/// Tabulates `(-1)^s * 2^(e-7) * (1 + m/8)`, with subnormals `(-1)^s * 2^-6 * m/8` and NaN at `S.1111.111`.
 const fn e4m3_table() -> [f32; 256] {
     let mut table = [0.0f32; 256];
     let mut code = 0u16;
@@ -167,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn every_half_decodes_as_the_half_crate_says() {
+    fn halves_decode_as_in_the_half_crate() {
         for bits in 0..=u16::MAX {
             assert!(same(f16_to_f32(bits), f16::from_bits(bits).to_f32()), "f16 {bits:#06x}");
             assert!(same(bf16_to_f32(bits), half::bf16::from_bits(bits).to_f32()), "bf16 {bits:#06x}");
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_magnitude_of_every_type() {
+    fn largest_magnitude_of_every_type() {
         // -3, 0.5, 1, infinity (E4M3 has none), NaN.
         let codes = |dtype, numbers: [f64; 5]| -> [Vec<u8>; 5] {
             #[allow(clippy::cast_possible_truncation)]
@@ -210,8 +211,8 @@ mod tests {
     }
 
     #[test]
-    fn fp8_landmarks() {
-        // The format's own landmarks: smallest subnormal, one, largest, NaN (and infinity for E5M2).
+    fn fp8_types_decode_their_landmarks() {
+        // Landmarks of the formats: smallest subnormal, one, largest, NaN (and infinity for E5M2).
         for (code, value) in
             [(0x01, 2f32.powi(-9)), (0x38, 1.0), (0x7e, 448.0), (0xfe, -448.0), (0x08, 2f32.powi(-6))]
         {

@@ -1,6 +1,6 @@
 //! Element types of stored tensors, and their names.
 
-/// The floating-point types whose matrices have spectra here.
+/// The floating-point types whose matrices have spectra in this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// IEEE binary64.
@@ -18,7 +18,7 @@ pub enum DType {
 }
 
 impl DType {
-    /// Bytes per element.
+    /// Returns the number of bytes of an element.
     #[must_use]
     pub const fn size(self) -> usize {
         match self {
@@ -29,8 +29,8 @@ impl DType {
         }
     }
 
-    /// The type of a safetensors header's `dtype` field; `None` for types without a spectrum
-    /// (integers, booleans, complex numbers, packed formats).
+    /// Returns the type that a safetensors header names, or `None` for types without a spectrum (integers,
+    /// booleans, complex numbers, packed formats).
     #[must_use]
     pub fn from_safetensors(name: &str) -> Option<Self> {
         Some(match name {
@@ -44,7 +44,7 @@ impl DType {
         })
     }
 
-    /// The name that `NumPy`, torch and the reports use.
+    /// Returns the name that `NumPy`, torch and lorank's reports use.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -57,7 +57,7 @@ impl DType {
         }
     }
 
-    /// The inverse of [`name`](Self::name).
+    /// Returns the type with a given [`name`](Self::name).
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         [Self::F64, Self::F32, Self::F16, Self::Bf16, Self::F8E4M3, Self::F8E5M2]

@@ -1,9 +1,8 @@
-//! Factors of one side of an update, one below the other: `X (K, length)`, passed over in panels.
+//! The stacked factors of one side of an update, `X (K, length)`, and products with them.
 //!
-//! `K = sum r_j` rows of length `in` are the terms' `A`; `K` rows of length `out` are their `B^T`. Two
-//! products are all that a decomposition from factors needs: the Gram matrix `X X^T` before it, and `X^T Y`
-//! or `Y^T X` for a small `Y` after it. Each passes over `X` once, panel by panel, and a panel stays in
-//! cache.
+//! The `K = sum r_j` rows are those of the terms' `A` (`length = in`) or `B^T` (`length = out`). A
+//! decomposition from factors needs two products: first the Gram matrix `X X^T`, later `X^T Y` or `Y^T X` for
+//! a small `Y`. Each reads `X` once, in panels of columns that stay in cache.
 
 use std::ops::Range;
 
@@ -19,39 +18,39 @@ use crate::kernels::thin_gram::{SUMMANDS, SumsOfRows, add_gram_of_columns, sums_
 use crate::kernels::thin_product::{HIGH, Panel, multiply, multiply_transposed};
 use crate::matrix::MatrixView;
 
-/// Bytes of a panel that is read once and multiplied many times: a level-1 cache's worth.
+/// Size of a panel that is read once and multiplied many times, in bytes: a level-1 cache.
 const PANEL: usize = 32 << 10;
 
-/// Bytes of a panel of which four rows are read many times, the others one after the other: of a level-2
-/// cache.
+/// Size of a panel of which four rows are read many times while the others are read in turn, in bytes: a part
+/// of a level-2 cache.
 const ROWS: usize = 64 << 10;
 
-/// Rows up to which a product of rows reads them where they lie: of more, whose strides may be powers of two,
-/// a cache does not hold enough lines.
+/// Largest number of rows that are multiplied without a copy. The strides of more rows, if they are powers of
+/// two, map too many cache lines to the same sets.
 const ROWS_IN_PLACE: usize = 16;
 
-/// Matrices of equal length, one below the other.
+/// Matrices of equal length, stacked vertically.
 pub(crate) struct Stacked<'a> {
     parts: Vec<MatrixView<'a>>,
     scale: f64,
 }
 
-/// A Gram matrix with zeros beyond its rows and columns, in memory that one after the other uses.
+/// A Gram matrix, padded with zeros, in reusable memory.
 #[derive(Default)]
 pub(crate) struct Gram {
-    /// The lower triangle, row-major.
+    /// Lower triangle, row-major.
     pub values: Vec<f64>,
     /// `K`, rounded up to a multiple of [`Number::WIDEST`].
     pub order: usize,
 }
 
 impl<'a> Stacked<'a> {
-    /// Of parts `(r_j, length)`.
+    /// Stacks matrices of shapes `(r_j, length)`.
     pub(crate) fn new(parts: Vec<MatrixView<'a>>) -> Self {
         Self { parts, scale: 1.0 }
     }
 
-    /// The same, every element times `scale`.
+    /// Multiplies every element by `scale`.
     pub(crate) fn scaled(self, scale: f64) -> Self {
         Self { scale, ..self }
     }
@@ -64,9 +63,9 @@ impl<'a> Stacked<'a> {
         self.parts.first().map_or(0, MatrixView::cols)
     }
 
-    /// `X X^T`, in the arithmetic of `T`: see [`thin_gram`](crate::kernels::thin_gram).
+    /// Computes `X X^T` in the arithmetic of `T`: see [`thin_gram`](crate::kernels::thin_gram).
     ///
-    /// Needs the memory that [`gram_scratch`] says.
+    /// The stack must provide [`gram_scratch`].
     pub(crate) fn gram<T: Number>(
         &self,
         gram: &mut Gram,
@@ -117,7 +116,8 @@ impl<'a> Stacked<'a> {
         Ok(())
     }
 
-    /// `X^T Y` for `Y (K, k)`: `(length, k)` float32, row-major little-endian bytes, which fill `out`.
+    /// Writes `X^T Y` for `Y (K, k)` to all of `out`: `(length, k)` float32 numbers, row-major and
+    /// little-endian.
     pub(crate) fn transposed_times<T: Number>(
         &self,
         y: MatRef<'_, f64>,
@@ -144,7 +144,8 @@ impl<'a> Stacked<'a> {
         Ok(())
     }
 
-    /// `Y^T X` for `Y (K, k)`: `(k, length)` float32, row-major little-endian bytes, which fill `out`.
+    /// Writes `Y^T X` for `Y (K, k)` to all of `out`: `(k, length)` float32 numbers, row-major and
+    /// little-endian.
     pub(crate) fn times<T: Number>(
         &self,
         y: MatRef<'_, f64>,
@@ -156,7 +157,7 @@ impl<'a> Stacked<'a> {
         let y: Vec<T> = padded(order, k, |i, j| y[(i, j)]);
         let out = out.as_chunks_mut::<PLACE>().0;
         let depth = panel_length::<T>(order);
-        // An odd number of cache lines apart, rows do not compete for the same places of the cache.
+        // Rows that begin an odd number of cache lines apart do not compete for the same cache sets.
         let stride = depth + T::WIDEST;
         let (mut panel, stack) = zeros::<T>(order * stride, stack);
         let (mut product, _) = zeros::<T>(k * stride, stack);
@@ -185,8 +186,8 @@ impl<'a> Stacked<'a> {
         (0..length).step_by(depth).map(move |first| first..length.min(first + depth))
     }
 
-    /// Columns one after the other, padded to `order` numbers each, a multiple of [`HIGH`] of them: as they
-    /// lie in memory if they do so, or else in `panel`.
+    /// Returns columns, column-major and padded to `order` elements each. Their number is padded to a
+    /// multiple of [`HIGH`]. They are copied to `panel` unless they have this layout in memory.
     fn columns<'b, T: Number>(&'b self, columns: Range<usize>, order: usize, panel: &'b mut [T]) -> &'b [T] {
         let (rank, count) = (self.rank(), columns.len());
         if let Some((values, stride)) = self.in_place(true, columns.start)
@@ -202,8 +203,8 @@ impl<'a> Stacked<'a> {
         panel
     }
 
-    /// `order` rows, padded to a multiple of [`Number::WIDEST`] each, from memory or in `panel` as
-    /// [`Self::columns`].
+    /// Returns `order` rows, padded to a multiple of [`Number::WIDEST`] each. They are copied to `panel`
+    /// unless they have this layout in memory.
     fn rows<'b, T: Number>(
         &'b self,
         columns: Range<usize>,
@@ -223,7 +224,7 @@ impl<'a> Stacked<'a> {
         Panel { values: panel, stride, cols: stride }
     }
 
-    /// The numbers from a column on where they lie, and how far apart columns, or rows, begin.
+    /// Returns the elements from a column on without a copy, and the distance between columns, or rows.
     fn in_place<T: Number>(&self, by_columns: bool, column: usize) -> Option<(&'a [T], usize)> {
         match self.parts[..] {
             [part] if self.scale.to_bits() == 1f64.to_bits() => {
@@ -237,13 +238,13 @@ impl<'a> Stacked<'a> {
         }
     }
 
-    /// Rows one after the other, `stride` numbers apart, zeros between them.
+    /// Copies rows to `panel`, `stride` elements apart, and zeros the gaps.
     fn fill_rows<T: Number>(&self, columns: Range<usize>, stride: usize, panel: &mut [T]) {
         let (rank, count) = (self.rank(), columns.len());
         for row in panel.chunks_exact_mut(stride) {
             row[count..].fill(T::default());
         }
-        // faer 0.24's constructor for rows with a stride takes it for that of columns.
+        // In faer 0.24 the constructor for row-major slices takes the stride of columns.
         let rows = MatMut::from_column_major_slice_with_stride_mut(panel, count, rank, stride);
         self.fill(columns, rows.transpose_mut());
     }
@@ -258,24 +259,24 @@ impl<'a> Stacked<'a> {
     }
 }
 
-/// The memory that a Gram matrix of so many rows needs.
+/// Returns the memory for the Gram matrix of `rank` rows.
 pub(crate) fn gram_scratch<T: Number>(rank: usize) -> StackReq {
     let order = rank.next_multiple_of(T::WIDEST);
-    let columns = room::<T>(order * panel_length::<T>(order));
-    let rows = room::<T>(order * row_length::<T>(order));
-    columns.or(rows.and(room::<f64>(sums_of_rows::<T>(order))))
+    let columns = request::<T>(order * panel_length::<T>(order));
+    let rows = request::<T>(order * row_length::<T>(order));
+    columns.or(rows.and(request::<f64>(sums_of_rows::<T>(order))))
 }
 
-/// The memory that a product of so many rows with `k` vectors needs.
+/// Returns the memory for the product of `rank` rows with `k` vectors.
 pub(crate) fn product_scratch<T: Number>(rank: usize, k: usize) -> StackReq {
     let order = rank.next_multiple_of(T::WIDEST);
     let width = k.next_multiple_of(T::WIDEST / 2);
     // Rows have gaps between them.
     let stride = panel_length::<T>(rank) + T::WIDEST;
-    room::<T>(order * stride).and(room::<T>(width * stride))
+    request::<T>(order * stride).and(request::<T>(width * stride))
 }
 
-fn room<T: Number>(count: usize) -> StackReq {
+fn request<T: Number>(count: usize) -> StackReq {
     StackReq::new_aligned::<T>(count, LINE)
 }
 
@@ -283,12 +284,13 @@ fn zeros<T: Number>(count: usize, stack: &mut MemStack) -> (DynArray<'_, T>, &mu
     stack.make_aligned_with(count, LINE, |_| T::default())
 }
 
-/// Columns of a panel of so many rows: a multiple of [`SUMMANDS`].
+/// Returns the number of columns of a panel of `order` rows: a multiple of [`SUMMANDS`].
 fn panel_length<T: Number>(order: usize) -> usize {
     (PANEL / size_of::<T>() / order.max(1)).clamp(SUMMANDS, 16 * SUMMANDS) / SUMMANDS * SUMMANDS
 }
 
-/// Columns of a panel whose rows are multiplied with each other: of all vectors' sums a multiple.
+/// Returns the number of columns of a panel whose rows are multiplied with each other: a multiple of
+/// [`SUMMANDS`] vectors.
 fn row_length<T: Number>(order: usize) -> usize {
     let unit = SUMMANDS * T::WIDEST;
     (ROWS / size_of::<T>() / order.max(1)).clamp(unit, 16 * unit) / unit * unit
@@ -298,15 +300,14 @@ fn padded<T: Number>(rows: usize, cols: usize, value: impl Fn(usize, usize) -> f
     (0..rows * cols).map(|n| T::of(value(n / cols, n % cols))).collect()
 }
 
-/// Bytes of a float32 in a file.
+/// Size of a float32 number in bytes.
 const PLACE: usize = size_of::<f32>();
 
 type Bytes = [u8; PLACE];
 
-/// Writes the first `k` numbers of every row of `width`, row by row, until there is no place left.
+/// Writes the first `k` elements of every row of `width` elements, until `places` is full.
 ///
-/// A loop over a few numbers takes longer than the product that they are of: their count is known when this is
-/// compiled.
+/// Small values of `k` are compile-time constants: otherwise the loop would take longer than the product.
 fn write_rows<T: Number>(values: &[T], width: usize, k: usize, places: &mut [Bytes]) {
     match k {
         1 => write_rows_of::<1, T>(values, width, places),

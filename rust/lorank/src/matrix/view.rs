@@ -1,4 +1,4 @@
-//! Views of stored matrices: somebody else's bytes, an element type, a shape and strides.
+//! Views of stored matrices: borrowed bytes, an element type, a shape and strides.
 
 use std::ops::Range;
 
@@ -9,10 +9,9 @@ use crate::kernels::number::Number;
 use crate::matrix::dtype::DType;
 use crate::{Error, Result};
 
-/// A borrowed `(rows, cols)` matrix over little-endian bytes, strides counted in elements.
+/// A borrowed `(rows, cols)` matrix over little-endian bytes, with strides in elements.
 ///
-/// Nothing is copied or aligned on construction; values become numbers block by block through
-/// [`upcast`](Self::upcast).
+/// Construction neither copies nor aligns anything. Elements are decoded block by block as they are needed.
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixView<'a> {
     bytes: &'a [u8],
@@ -24,7 +23,7 @@ pub struct MatrixView<'a> {
 }
 
 impl<'a> MatrixView<'a> {
-    /// A view with explicit strides.
+    /// Creates a view with explicit strides.
     ///
     /// # Errors
     /// [`Error::InvalidInput`] if an element would lie outside `bytes`.
@@ -55,7 +54,7 @@ impl<'a> MatrixView<'a> {
         }
     }
 
-    /// A contiguous view, rows one after the other.
+    /// Creates a contiguous row-major view.
     ///
     /// # Errors
     /// [`Error::InvalidInput`] if `bytes` is too short.
@@ -63,45 +62,54 @@ impl<'a> MatrixView<'a> {
         Self::new(bytes, dtype, (rows, cols), (cols, 1))
     }
 
-    /// A contiguous view of float32 values, rows one after the other.
+    /// Creates a contiguous row-major view of float32 values.
     ///
     /// # Errors
     /// [`Error::InvalidInput`] if there are fewer than `rows * cols` values.
+    ///
+    /// # Examples
+    /// ```
+    /// use lorank::matrix::MatrixView;
+    ///
+    /// let view = MatrixView::from_f32(&[1.0, -2.0, 3.0, 4.0, 5.0, -6.0], 2, 3).unwrap();
+    /// assert_eq!(view.max_abs().unwrap(), 6.0);
+    /// assert_eq!(view.transposed().to_row_major(), [1.0, 4.0, -2.0, 5.0, 3.0, -6.0]);
+    /// ```
     pub fn from_f32(values: &'a [f32], rows: usize, cols: usize) -> Result<Self> {
-        // SAFETY: any initialised float is four valid bytes, and the lifetime is that of `values`.
+        // SAFETY: an initialised f32 is four valid bytes, and the slice has the lifetime of `values`.
         let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
         Self::row_major(bytes, DType::F32, rows, cols)
     }
 
-    /// A contiguous view of float64 values, rows one after the other.
+    /// Creates a contiguous row-major view of float64 values.
     ///
     /// # Errors
     /// [`Error::InvalidInput`] if there are fewer than `rows * cols` values.
     pub fn from_f64(values: &'a [f64], rows: usize, cols: usize) -> Result<Self> {
-        // SAFETY: any initialised float is eight valid bytes, and the lifetime is that of `values`.
+        // SAFETY: an initialised f64 is eight valid bytes, and the slice has the lifetime of `values`.
         let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
         Self::row_major(bytes, DType::F64, rows, cols)
     }
 
-    /// The number of rows.
+    /// Returns the number of rows.
     #[must_use]
     pub const fn rows(&self) -> usize {
         self.rows
     }
 
-    /// The number of columns.
+    /// Returns the number of columns.
     #[must_use]
     pub const fn cols(&self) -> usize {
         self.cols
     }
 
-    /// The element type.
+    /// Returns the element type.
     #[must_use]
     pub const fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// The same elements, rows and columns swapped.
+    /// Returns the transposed view.
     #[must_use]
     pub const fn transposed(self) -> Self {
         Self {
@@ -113,22 +121,22 @@ impl<'a> MatrixView<'a> {
         }
     }
 
-    /// The view or its transpose, whichever has no more rows than columns.
+    /// Returns the view, or its transpose if it has more rows than columns.
     #[must_use]
     pub const fn wide(self) -> Self {
         if self.rows <= self.cols { self } else { self.transposed() }
     }
 
-    /// Whether neighbours within a column, rather than within a row, are neighbours in memory.
+    /// Returns true if adjacent elements of a column, rather than those of a row, are closer in memory.
     #[must_use]
     pub const fn is_column_major(&self) -> bool {
         self.row_stride < self.col_stride
     }
 
-    /// Writes the block `rows x cols`, times `scale`, into `out`: exact for float64.
+    /// Writes the block `rows x cols`, times `scale`, to `out`. The conversion to float64 is exact.
     ///
     /// # Panics
-    /// If `out` has another shape, or the block leaves the matrix.
+    /// Panics if `out` has another shape, or the block exceeds the matrix.
     pub(crate) fn upcast<T: Number>(
         &self,
         rows: Range<usize>,
@@ -146,12 +154,12 @@ impl<'a> MatrixView<'a> {
         }
         let (cols, first) = (cols.len(), rows.start * self.row_stride + cols.start * self.col_stride);
         if self.col_stride == 1 && out.col_stride() == 1 {
-            // Rows without gaps on both sides are one long row.
+            // Contiguous rows on both sides are processed as one row.
             let gapless = self.row_stride == cols && usize::try_from(out.row_stride()) == Ok(cols);
             let (lines, length) = if gapless { (1, rows.len() * cols) } else { (rows.len(), cols) };
             for i in 0..lines {
-                // SAFETY: `length` elements of `out`, which is borrowed mutably, lie next to each other from
-                // the start of its row `i` on: one row, or with `gapless` all of them.
+                // SAFETY: `out` is borrowed mutably, and `length` of its elements are contiguous from the
+                // start of row `i` on: one row, or all rows if `gapless`.
                 let line = unsafe { std::slice::from_raw_parts_mut(out.rb_mut().ptr_at_mut(i, 0), length) };
                 self.dtype.decode(self.elements(first + i * self.row_stride, length), scale, line);
             }
@@ -165,17 +173,17 @@ impl<'a> MatrixView<'a> {
         }
     }
 
-    /// Writes whole rows, times `scale`, one after the other into `out`.
+    /// Writes whole rows, times `scale`, to the row-major `out`.
     ///
     /// # Panics
-    /// If `out` has another length, or the rows leave the matrix.
+    /// Panics if `out` has another length, or the rows exceed the matrix.
     pub(crate) fn upcast_rows<T: Number>(&self, rows: Range<usize>, scale: f64, out: &mut [T]) {
         let count = rows.len();
         let out = MatMut::from_row_major_slice_mut(out, count, self.cols);
         self.upcast(rows, 0..self.cols, scale, out);
     }
 
-    /// The bytes of all elements, if they lie in memory row by row without gaps.
+    /// Returns the bytes of all elements if the matrix is row-major and contiguous.
     #[must_use]
     pub fn as_row_major_bytes(&self) -> Option<&'a [u8]> {
         let gapless = self.cols <= 1 || self.col_stride == 1;
@@ -183,20 +191,20 @@ impl<'a> MatrixView<'a> {
         (gapless && stacked).then(|| self.elements(0, self.rows * self.cols))
     }
 
-    /// The elements from a row's first wanted column on, as they lie in memory, if they are numbers of this
-    /// kind and rows are contiguous; the next row begins a row's stride further.
+    /// Returns the elements from `(row, col)` on without a copy, and the distance between rows in elements.
+    /// `None` unless the elements are numbers of type `T` and the rows are contiguous.
     #[must_use]
     pub(crate) fn in_place<T: Number>(&self, row: usize, col: usize) -> Option<(&'a [T], usize)> {
         let is_native =
             cfg!(target_endian = "little") && self.dtype == DType::of::<T>() && self.col_stride == 1;
         let start = (row * self.row_stride + col) * self.dtype.size();
         let bytes = self.bytes.get(start..).filter(|_| is_native)?;
-        // Misaligned memory, as a file's may be, is not numbers.
+        // The cast fails for misaligned memory, which a file may contain.
         let whole = bytes.len() / size_of::<T>() * size_of::<T>();
         Some((pulp::bytemuck::try_cast_slice(&bytes[..whole]).ok()?, self.row_stride))
     }
 
-    /// All elements as float64, rows one after the other.
+    /// Returns all elements as float64, row-major.
     #[must_use]
     pub fn to_row_major(&self) -> Vec<f64> {
         let mut values = vec![0.0; self.rows * self.cols];
@@ -204,7 +212,7 @@ impl<'a> MatrixView<'a> {
         values
     }
 
-    /// The largest absolute value, 0 for an empty or zero matrix.
+    /// Returns the largest absolute value, 0 for an empty or zero matrix.
     ///
     /// # Errors
     /// [`Error::Numerical`] at the first NaN or infinity.
@@ -223,7 +231,7 @@ impl<'a> MatrixView<'a> {
         Ok(largest)
     }
 
-    /// The bytes of all elements, in pieces that are as long as rows without gaps allow.
+    /// Returns the bytes of all elements, in the longest contiguous pieces.
     fn lines(&self) -> impl Iterator<Item = &'a [u8]> {
         let is_dense = self.cols <= 1 || self.col_stride == 1;
         let (count, length) = match self.as_row_major_bytes() {
@@ -231,14 +239,14 @@ impl<'a> MatrixView<'a> {
             None if is_dense => (self.rows, self.cols),
             None => (self.rows * self.cols, 1),
         };
-        // However many empty rows there are: a file may claim 2^60.
+        // The loop must not depend on the number of empty rows, which may be 2^60 in a malicious file.
         (0..if self.cols == 0 { 0 } else { count }).map(move |i| {
             let (row, col) = if length == 1 { (i / self.cols, i % self.cols) } else { (i, 0) };
             self.elements(row * self.row_stride + col * self.col_stride, length)
         })
     }
 
-    /// The sum of the squares of all elements, each times `scale`.
+    /// Returns the sum of the squares of all elements, each times `scale`.
     #[must_use]
     pub fn sum_of_squares(&self, scale: f64) -> f64 {
         const LANES: usize = 16;
@@ -286,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn strides_and_blocks_agree_with_indexing() {
+    fn blocks_of_any_strides_equal_indexed_elements() {
         let values: Vec<f64> = (0..60).map(f64::from).collect();
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         // (shape, strides): contiguous, transposed, every second column, overlapping rows.

@@ -1,9 +1,9 @@
-//! Files that appear whole or not at all.
+//! Files that are replaced atomically.
 //!
-//! What is written goes into a hidden file beside the target, which is renamed onto it at the end: an error, a
-//! full disk or an interruption leaves the target as it was. Room for all of it is reserved at the beginning:
-//! a disk that is too full is an error before any work is done, and writing into what is reserved takes a fifth
-//! less time. Several threads may write to different places.
+//! Data is written to a hidden file beside the target, which is finally renamed to the target. After an
+//! error, a full disk or an interruption the target is unchanged. Disk space for the whole file is reserved
+//! at the beginning, so that a full disk is an error before any work is done; reserved space is also written
+//! a fifth faster. Several threads may write to different positions.
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
@@ -14,36 +14,36 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::exec::aligned_bytes::AlignedBytes;
 use crate::{Error, Result};
 
-/// Bytes that are gathered before they are written. Threads that write to one file wait for each other, at every
-/// call of the system: in pieces of 64 KiB, they take half as long again.
+/// Number of bytes that are buffered before they are written. Threads that write to one file block each other
+/// in every system call: pieces of 64 KiB take half as long again.
 const GATHERED: usize = 1 << 20;
 
-/// Tells the hidden files of one process apart.
+/// Counter for the names of the hidden files of this process.
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 
-/// A hidden file beside its target, removed unless it is finished.
+/// A hidden file beside its target, which is removed unless it is finished.
 #[derive(Debug)]
-pub(crate) struct WholeFile<'a> {
+pub(crate) struct AtomicFile<'a> {
     target: &'a Path,
     path: PathBuf,
     file: File,
     keep: bool,
 }
 
-impl<'a> WholeFile<'a> {
-    /// A file that will have so many bytes.
+impl<'a> AtomicFile<'a> {
+    /// Creates a file of `size` bytes.
     pub(crate) fn create(target: &'a Path, size: u64) -> Result<Self> {
         loop {
-            // Without the target's name, which may be as long as a name can be.
+            // The name omits that of the target, which may have the maximal length already.
             let number = COUNTER.fetch_add(1, Ordering::Relaxed);
             let path = target.with_file_name(format!(".lorank.{}.{number}.part", std::process::id()));
             match OpenOptions::new().write(true).create_new(true).open(&path) {
                 Ok(file) => {
-                    let whole = Self { target, path, file, keep: false };
-                    whole.reserve(size)?;
-                    return Ok(whole);
+                    let created = Self { target, path, file, keep: false };
+                    created.reserve(size)?;
+                    return Ok(created);
                 }
-                // Left by a killed process of the same id: in containers they are alike.
+                // A killed process with the same id left the file. Such ids are common in containers.
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
                 Err(e) => return Err(Error::io(target, e)),
             }
@@ -58,23 +58,23 @@ impl<'a> WholeFile<'a> {
             Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) => {
                 Err(Error::io(self.target, error.into()))
             }
-            // Not every file system can; what is wrong otherwise shows up in writing.
+            // File systems without this operation are not an error; other failures recur when writing.
             _ => Ok(()),
         }
     }
 
     #[cfg(not(target_os = "linux"))]
-    #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // As on Linux.
+    #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // Same signature as on Linux.
     fn reserve(&self, _size: u64) -> Result<()> {
         Ok(())
     }
 
-    /// Writes bytes to a place.
+    /// Writes bytes at a position.
     pub(crate) fn write_at(&self, position: u64, bytes: &[u8]) -> Result<()> {
         self.file.write_all_at(bytes, position).map_err(|e| Error::io(self.target, e))
     }
 
-    /// Lets `write` put bytes from a place on, which are gathered in `pending`.
+    /// Calls `write` with a [`Sink`] that begins at a position and is buffered in `pending`.
     pub(crate) fn write_from(
         &self,
         position: u64,
@@ -87,7 +87,7 @@ impl<'a> WholeFile<'a> {
         sink.flush()
     }
 
-    /// Puts the file in its place.
+    /// Renames the file to its target.
     pub(crate) fn finish(mut self) -> Result<()> {
         std::fs::rename(&self.path, self.target).map_err(|e| Error::io(self.target, e))?;
         self.keep = true;
@@ -95,16 +95,16 @@ impl<'a> WholeFile<'a> {
     }
 }
 
-impl Drop for WholeFile<'_> {
+impl Drop for AtomicFile<'_> {
     fn drop(&mut self) {
         if !self.keep {
-            // What cannot be removed cannot be helped: the error that led here is on its way.
+            // An error here is ignored, as an earlier error is being returned.
             let _ = std::fs::remove_file(&self.path);
         }
     }
 }
 
-/// Bytes that are gathered for a file, in memory that is used again and again.
+/// A reusable buffer of bytes to be written.
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
     buffer: AlignedBytes,
@@ -112,25 +112,26 @@ pub(crate) struct Pending {
 }
 
 impl Pending {
-    /// The next bytes, whatever they hold: pieces together fill [`GATHERED`] at most, or there is but one. `position`
-    /// is that of the first of them.
+    /// Returns the next `size` bytes of the buffer, with unspecified contents. `position` is the position in
+    /// the file of the first buffered byte. All buffered pieces fit into [`GATHERED`] bytes, except for a
+    /// single larger one.
     fn place(&mut self, size: usize, position: u64) -> Option<&mut [u8]> {
         if self.filled == 0 {
-            self.buffer.room(size.max(GATHERED), position)?;
+            self.buffer.reserve(size.max(GATHERED), position)?;
         }
         Some(&mut self.buffer.bytes_mut()[self.filled..][..size])
     }
 }
 
-/// A place in a file, which moves on with what is written there.
+/// A position in a file, which advances as bytes are written.
 pub(crate) struct Sink<'a> {
-    file: &'a WholeFile<'a>,
+    file: &'a AtomicFile<'a>,
     position: u64,
     pending: &'a mut Pending,
 }
 
 impl<'a> Sink<'a> {
-    /// What the file will be called.
+    /// Returns the path of the target.
     pub(crate) const fn path(&self) -> &'a Path {
         self.file.target
     }
@@ -146,7 +147,7 @@ impl<'a> Sink<'a> {
         self.write(bytes)
     }
 
-    /// So many bytes that `fill` writes, all of them, to where they are gathered.
+    /// Appends `size` bytes, all of which `fill` must write.
     pub(crate) fn put(&mut self, size: usize, fill: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
         if self.pending.filled + size > GATHERED {
             self.flush()?;
@@ -177,9 +178,9 @@ impl<'a> Sink<'a> {
 mod tests {
     use super::*;
 
-    fn whole(path: &Path, pieces: &[Vec<u8>]) -> Result<()> {
+    fn written(path: &Path, pieces: &[Vec<u8>]) -> Result<()> {
         let size: usize = pieces.iter().map(Vec::len).sum();
-        let file = WholeFile::create(path, size as u64)?;
+        let file = AtomicFile::create(path, size as u64)?;
         let mut pending = Pending::default();
         pending.place(10, 3).unwrap().copy_from_slice(b"of another");
         pending.filled = 10;
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_of_any_size_come_one_after_the_other() {
+    fn pieces_of_any_size_are_concatenated() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         for sizes in [
@@ -213,33 +214,33 @@ mod tests {
                 (0..*size).map(|i| ((i * 7 + k) % 251).try_into().unwrap()).collect()
             };
             let pieces: Vec<Vec<u8>> = sizes.iter().enumerate().map(piece).collect();
-            whole(&path, &pieces).unwrap();
+            written(&path, &pieces).unwrap();
             assert!(std::fs::read(&path).unwrap() == pieces.concat(), "{sizes:?}");
         }
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]
-    fn any_name_will_do_and_remains_are_not_in_the_way() {
+    fn long_names_and_leftover_files_are_no_obstacle() {
         let folder = tempfile::tempdir().unwrap();
-        let next = COUNTER.load(Ordering::Relaxed); // other tests count on meanwhile
+        let next = COUNTER.load(Ordering::Relaxed); // other tests increment the counter, too
         for number in next..next + 1000 {
             let remains = format!(".lorank.{}.{number}.part", std::process::id());
             std::fs::write(folder.path().join(remains), b"").unwrap();
         }
         let path = folder.path().join("x".repeat(255));
-        whole(&path, &[vec![1]]).unwrap();
+        written(&path, &[vec![1]]).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), [1]);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1001);
     }
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn more_than_the_disk_holds_is_an_error_at_once() {
+    fn file_larger_than_the_disk_is_an_error_at_once() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         std::fs::write(&path, b"precious").unwrap();
-        let error = WholeFile::create(&path, 1 << 62).unwrap_err();
+        let error = AtomicFile::create(&path, 1 << 62).unwrap_err();
         assert!(matches!(error, Error::Io { .. }), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);

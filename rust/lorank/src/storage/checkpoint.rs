@@ -1,4 +1,4 @@
-//! A checkpoint: one safetensors file, or a folder of shards with an index.
+//! Checkpoints: one safetensors file, or a folder of shards with an index.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -9,23 +9,23 @@ use serde::Deserialize;
 use crate::storage::safetensors::{SafetensorsFile, TensorInfo};
 use crate::{Error, Result};
 
-/// The index that transformers writes beside shards, and the single file that it writes otherwise.
+/// File names of transformers: the index of a sharded checkpoint, and the single file of any other.
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 
-/// A tensor and the open file that holds it.
+/// A tensor and the open file that contains it.
 #[derive(Clone, Debug)]
 pub struct StoredTensor {
-    /// The shard.
+    /// The file, or shard.
     pub file: Arc<SafetensorsFile>,
-    /// The tensor in it.
+    /// Name, type, shape and position of the tensor.
     pub info: TensorInfo,
 }
 
 /// All tensors of a checkpoint.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
-    /// In the order of the file, or of the shards' names and then of each file.
+    /// The tensors in the order of the file. Shards are ordered by name.
     pub tensors: Vec<StoredTensor>,
 }
 
@@ -35,13 +35,31 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Opens a safetensors file, an index file, or a folder that holds one index or one file.
+    /// Opens a safetensors file, an index file, or a folder with one index or one file.
     ///
-    /// Symbolic links are followed, as hub caches are made of them; but an index may only name
-    /// plain files of its own folder.
+    /// Symbolic links are followed, since caches of the Hugging Face Hub consist of them. An index may only
+    /// name files in its own folder.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Format`], naming the file and the tensor.
+    /// [`Error::Io`] and [`Error::Format`], which name the file and the tensor.
+    ///
+    /// # Examples
+    /// ```
+    /// use lorank::checkpoint::Checkpoint;
+    ///
+    /// let folder = std::env::temp_dir().join("lorank-checkpoint-example");
+    /// std::fs::create_dir_all(&folder).unwrap();
+    /// let header = br#"{"w":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}"#;
+    /// let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    /// bytes.extend_from_slice(header);
+    /// bytes.extend_from_slice(&[0; 8]);
+    /// std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
+    ///
+    /// let checkpoint = Checkpoint::open(&folder).unwrap();
+    /// assert_eq!(checkpoint.tensors[0].info.name, "w");
+    /// assert_eq!(checkpoint.tensors[0].info.shape, [1, 2]);
+    /// # std::fs::remove_dir_all(&folder).unwrap();
+    /// ```
     pub fn open(path: &Path) -> Result<Self> {
         let metadata = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
         if metadata.is_dir() {
@@ -143,7 +161,7 @@ mod tests {
     use super::is_plain_name;
 
     #[test]
-    fn plain_names_stay_in_their_folder() {
+    fn only_names_within_the_folder_are_plain() {
         for name in ["model.safetensors", "model-00001-of-00002.safetensors", "...", "a b", "ä.safetensors"]
         {
             assert!(is_plain_name(name), "{name}");

@@ -1,4 +1,4 @@
-//! Files: checkpoints that are read, matrices that are loaded on demand, and files that are written.
+//! Checkpoints, matrices that are loaded on demand, and writing of files.
 
 mod atomic_file;
 pub mod checkpoint;

@@ -1,12 +1,12 @@
-//! Rounding float64 to the types that files hold, once.
+//! Rounding of float64 to the element types of files, in a single step.
 
 use half::{bf16, f16};
 
 use crate::matrix::dtype::DType;
 
-/// Whether no exponent is all ones.
+/// Returns true if all elements are finite: no exponent consists of ones only.
 pub(crate) fn all_finite(bytes: &[u8], dtype: DType) -> bool {
-    // In blocks without an early exit within, so that the loop vectorises.
+    // Early exits only between blocks, so that the loop over a block vectorises.
     fn none<const N: usize>(bytes: &[u8], is_special: impl Fn([u8; N]) -> bool) -> bool {
         let blocks = bytes.as_chunks::<N>().0.chunks(1024);
         blocks.into_iter().all(|block| !block.iter().fold(false, |any, &b| any | is_special(b)))
@@ -20,9 +20,9 @@ pub(crate) fn all_finite(bytes: &[u8], dtype: DType) -> bool {
     }
 }
 
-/// Appends one element, rounded once; whether it is finite before and after.
+/// Appends one element, rounded once. Returns true if it is finite before and after rounding.
 pub(crate) fn encode(x: f64, dtype: DType, out: &mut Vec<u8>) -> bool {
-    #[allow(clippy::cast_possible_truncation)] // Rounding is the point.
+    #[allow(clippy::cast_possible_truncation)] // Rounding is intended.
     match dtype {
         DType::F64 => {
             out.extend_from_slice(&x.to_le_bytes());
@@ -47,8 +47,8 @@ pub(crate) fn encode(x: f64, dtype: DType, out: &mut Vec<u8>) -> bool {
     }
 }
 
-/// Float32 with a last bit of 1 wherever it is not exact: rounding that to a type with at least two
-/// bits less gives what rounding `x` itself would, where rounding twice would not.
+/// Rounds to odd: returns a float32 whose last bit is 1 unless the conversion is exact. Rounding the result
+/// to a type with at least two fewer bits equals rounding `x` directly. Rounding to nearest twice would not.
 #[allow(clippy::cast_possible_truncation)]
 fn to_odd(x: f64) -> f32 {
     let nearest = x as f32;
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn halfway_cases_go_to_even_and_nothing_is_rounded_twice() {
+    fn halfway_cases_round_to_even_in_a_single_step() {
         let encoded = |x: f64, dtype| {
             let mut out = Vec::new();
             assert!(encode(x, dtype, &mut out));
@@ -77,7 +77,7 @@ mod tests {
         let ulp = 2f64.powi(-10); // of float16 at 1
         assert_eq!(encoded(1.0 + ulp / 2.0, DType::F16), f16::from_f32(1.0).to_bits());
         assert_eq!(encoded(1.0 + 1.5 * ulp, DType::F16), f16::from_f64(1.0 + 2.0 * ulp).to_bits());
-        // Just above halfway, by less than float32 shows: rounded by way of float32 it would fall to 1.
+        // Just above halfway, by less than the precision of float32: rounding twice would give 1.
         assert_eq!(encoded(1.0 + ulp / 2.0 + 1e-12, DType::F16), f16::from_f32(1.0).to_bits() + 1);
         assert_eq!(encoded(1.0 + ulp / 2.0 - 1e-12, DType::F16), f16::from_f32(1.0).to_bits());
         let ulp = 2f64.powi(-7);
@@ -85,9 +85,9 @@ mod tests {
         assert_eq!(encoded(2f64.powi(-25) * (1.0 + 1e-12), DType::F16), 1, "the smallest subnormal");
     }
 
-    /// `x` rounded to a type of so many bits after the point and exponents from `least` to `most`, or
-    /// `None` if it overflows. In units of the last place at `x`, where scaling by powers of two is
-    /// exact, that is rounding to an integer.
+    /// Rounds `x` to a type with `mantissa` bits after the point and exponents from `least` to `most`, or
+    /// returns `None` on overflow. In units of the last place, to which scaling is exact, this is rounding to
+    /// an integer.
     fn nearest(x: f64, (mantissa, least, most): (i32, i32, i32)) -> Option<f64> {
         let exponent = (i32::try_from(x.abs().to_bits() >> 52).unwrap() - 1023).max(least);
         let unit = 2f64.powi(exponent - mantissa);
@@ -112,9 +112,9 @@ mod tests {
         }
     }
 
-    /// Every finite half, every halfway point, and the float64 next to each on either side.
+    /// Checks every finite half, every halfway point, and both float64 neighbours of each.
     #[test]
-    fn every_boundary_of_the_narrow_types() {
+    fn rounding_is_right_at_every_boundary_of_16_bit_types() {
         for bits in 0..u16::MAX {
             for dtype in [DType::F16, DType::Bf16] {
                 let mut pair = [0.0f64; 2];
@@ -123,7 +123,7 @@ mod tests {
                 if !low.is_finite() {
                     continue;
                 }
-                // Past the largest, halfway to where the next one would be is where overflow begins.
+                // Overflow begins halfway between the largest number and its virtual successor.
                 let step = if high.is_finite() { high - low } else { low - before(dtype, bits) };
                 for x in [low, low + step / 2.0] {
                     for y in [x, x.next_up(), x.next_down()] {
@@ -151,9 +151,9 @@ mod tests {
         value[0]
     }
 
-    /// Cases in which float32 hides on which side of a halfway point the value is.
+    /// Checks cases in which float32 hides the side of a halfway point on which the value lies.
     #[test]
-    fn the_oracle_tells_double_rounding_apart() {
+    fn oracle_detects_double_rounding() {
         for (dtype, format) in &TYPES[1..] {
             let x = 1.0 + 2f64.powi(-format.0 - 1) + 2f64.powi(-40);
             #[allow(clippy::cast_possible_truncation)]
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_special_is_written() {
+    fn non_finite_values_are_rejected() {
         for x in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             for dtype in [DType::F64, DType::F32, DType::F16, DType::Bf16] {
                 assert!(!encode(x, dtype, &mut Vec::new()));

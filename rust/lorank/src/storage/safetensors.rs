@@ -1,9 +1,9 @@
-//! Reading safetensors files that nobody vouches for.
+//! Reading of untrusted safetensors files.
 //!
-//! A file is eight bytes of header length, a JSON header, and the tensors' bytes. Everything in the
-//! header is checked on opening: lengths, names, shapes, offsets that leave the file or overlap.
-//! Tensors are then read by position into buffers of their own. Nothing is mapped into memory, so
-//! memory stays bounded, and a file that shrinks meanwhile is an error instead of a signal.
+//! A file consists of eight bytes for the length of the header, a JSON header, and the bytes of the tensors.
+//! On opening, the whole header is checked: lengths, names, shapes, and offsets that exceed the file or
+//! overlap. Tensors are then read by position into separate buffers. Files are not mapped into memory: memory
+//! stays bounded, and a file that shrinks while it is read causes an error instead of a signal.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -18,24 +18,24 @@ use crate::exec::aligned_bytes::AlignedBytes;
 use crate::exec::cancel::CancelToken;
 use crate::{Error, Result};
 
-/// Headers beyond this are refused, as the format's own library does.
+/// Largest length of a header, in bytes. The reference implementation has the same limit.
 const MAX_HEADER: usize = 100_000_000;
 
-/// Bytes read between two polls of the cancel token.
+/// Number of bytes read between two polls of the cancel token.
 const READ_CHUNK: usize = 64 << 20;
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// The element type as the header spells it, known to this crate or not.
+    /// Element type as in the header. This crate may not support it.
     pub dtype: String,
-    /// Its shape; empty for a scalar.
+    /// Shape of the tensor, empty for a scalar.
     pub shape: Vec<usize>,
-    /// First byte, from the beginning of the file.
+    /// Position of the first byte in the file.
     pub offset: u64,
-    /// Bytes stored.
+    /// Size in bytes.
     pub len: usize,
 }
 
@@ -56,7 +56,7 @@ struct RawTensor {
     data_offsets: (u64, u64),
 }
 
-/// The header's entries in file order, duplicates included: a map would hide them.
+/// The entries of the header in file order, including duplicates, which a map would hide.
 struct RawHeader {
     tensors: Vec<(String, RawTensor)>,
     metadata: BTreeMap<String, String>,
@@ -91,8 +91,7 @@ impl<'de> Deserialize<'de> for RawHeader {
     }
 }
 
-/// The entries that are texts, as the format wants all of them to be; others carry no tensors and do
-/// no harm.
+/// Returns the entries that are strings. The format allows no others, but they are harmless and are ignored.
 fn texts(metadata: serde_json::Value) -> BTreeMap<String, String> {
     let serde_json::Value::Object(entries) = metadata else { return BTreeMap::new() };
     let text = |(name, value)| match value {
@@ -106,9 +105,9 @@ impl SafetensorsFile {
     /// Opens a file and checks its header.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read, [`Error::Format`] if anything in it is inconsistent.
+    /// [`Error::Io`] if the file cannot be read, [`Error::Format`] if its header is inconsistent.
     pub fn open(path: &Path) -> Result<Self> {
-        // Asked before opening: opening a named pipe would wait for somebody to write to it.
+        // Checked before opening, as opening a named pipe would block.
         if !std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_file() {
             return Err(Error::format(path, "is not a regular file"));
         }
@@ -116,14 +115,14 @@ impl SafetensorsFile {
         let size = file.metadata().map_err(|e| Error::io(path, e))?.len();
         let mut length = [0; 8];
         if size < 8 {
-            return Err(Error::format(path, format!("is no safetensors file: only {size} bytes long")));
+            return Err(Error::format(path, format!("is not a safetensors file: only {size} bytes long")));
         }
         file.read_exact_at(&mut length, 0).map_err(|e| Error::io(path, e))?;
         let promised = u64::from_le_bytes(length);
         let fits = |&n: &usize| n <= MAX_HEADER && promised <= size - 8;
         let Some(length) = usize::try_from(promised).ok().filter(fits) else {
             let reason = format!(
-                "is no safetensors file, or is truncated: header of {promised} bytes in a file of {size}"
+                "is not a safetensors file or is truncated: header of {promised} bytes in a file of {size}"
             );
             return Err(Error::format(path, reason));
         };
@@ -141,34 +140,34 @@ impl SafetensorsFile {
         Ok(Self { path: path.to_path_buf(), file, tensors, positions, metadata })
     }
 
-    /// The file's path as it was given.
+    /// Returns the path that was passed to [`open`](Self::open).
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The tensors in the order of the header.
+    /// Returns the tensors in the order of the header.
     #[must_use]
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
 
-    /// What the header says beyond tensors, under `__metadata__`.
+    /// Returns the entries of the header under `__metadata__`.
     #[must_use]
     pub const fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
 
-    /// Where in [`tensors`](Self::tensors) the tensor of that name is.
+    /// Returns the index in [`tensors`](Self::tensors) of the tensor with a given name.
     #[must_use]
     pub fn position(&self, name: &str) -> Option<usize> {
         self.positions.get(name).copied()
     }
 
-    /// Reads `len` bytes of a tensor, from its byte `start` on.
+    /// Reads `len` bytes of a tensor, starting at its byte `start`.
     ///
     /// # Errors
-    /// [`Error::Format`] if the range leaves the tensor or the file has shrunk, [`Error::Io`],
+    /// [`Error::Format`] if the range exceeds the tensor or the file has shrunk, [`Error::Io`],
     /// [`Error::OutOfMemory`], [`Error::Cancelled`].
     pub fn read(
         &self,
@@ -185,7 +184,7 @@ impl SafetensorsFile {
         Ok(bytes)
     }
 
-    /// [`read`](Self::read) into a buffer that may be used again.
+    /// Reads as [`read`](Self::read) does, into a reusable buffer.
     pub(crate) fn read_into<'a>(
         &self,
         buffer: &'a mut AlignedBytes,
@@ -195,8 +194,8 @@ impl SafetensorsFile {
         cancel: &CancelToken,
     ) -> Result<&'a [u8]> {
         self.check_range(tensor, start, len)?;
-        let room = buffer.room(len, tensor.offset + start as u64);
-        let bytes = &mut room.ok_or_else(|| self.no_memory(tensor, len))?[..len];
+        let memory = buffer.reserve(len, tensor.offset + start as u64);
+        let bytes = &mut memory.ok_or_else(|| self.no_memory(tensor, len))?[..len];
         self.fill(bytes, tensor, start, cancel)?;
         Ok(bytes)
     }
@@ -205,7 +204,7 @@ impl SafetensorsFile {
         if start.checked_add(len).is_some_and(|end| end <= tensor.len) {
             return Ok(());
         }
-        let reason = format!("bytes {start} to {start}+{len} of {} asked for", tensor.len);
+        let reason = format!("bytes {start} to {start}+{len} lie outside its {} bytes", tensor.len);
         Err(Error::tensor(&self.path, &tensor.name, reason))
     }
 
@@ -229,7 +228,7 @@ impl SafetensorsFile {
     }
 }
 
-/// Turns header entries into tensors whose bytes lie in the file, each byte in at most one.
+/// Converts header entries to tensors, and checks that their bytes lie in the file and do not overlap.
 fn check(
     path: &Path,
     entries: Vec<(String, RawTensor)>,
@@ -277,8 +276,8 @@ fn check(
     Ok(tensors)
 }
 
-/// Storage of the header's types; `None` for types this crate has not heard of, whose tensors can
-/// be listed but not measured.
+/// Returns the number of bits of an element, or `None` for unknown types. Tensors of unknown types can be
+/// listed, but not loaded.
 pub(crate) fn bits_per_element(dtype: &str) -> Option<u64> {
     Some(match dtype {
         "F64" | "I64" | "U64" | "C64" => 64,

@@ -1,4 +1,4 @@
-//! Matrices that are not in memory yet, or that somebody else keeps there.
+//! Matrices in memory, in files, or computed on demand.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use crate::matrix::dtype::DType;
 use crate::storage::checkpoint::StoredTensor;
 use crate::{Error, Result};
 
-/// Bytes that outlive every view of them.
+/// Shared bytes, which live as long as any reference to them.
 pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 #[derive(Clone)]
 enum Storage {
-    /// A range of a tensor's bytes in a file.
+    /// A range of the bytes of a tensor in a file.
     File {
         tensor: StoredTensor,
         start: usize,
@@ -26,15 +26,15 @@ enum Storage {
     Computed(Arc<dyn Computed>),
 }
 
-/// Memory that one matrix after the other is loaded into: it grows and never shrinks.
+/// Reusable memory that matrices are loaded into. It grows and never shrinks.
 #[derive(Default)]
 pub struct Buffer {
     pub(crate) bytes: AlignedBytes,
-    /// What a matrix is computed of.
+    /// Memory for the computation of a matrix.
     pub(crate) parts: Parts,
 }
 
-/// Memory that a computed matrix is computed in.
+/// Reusable memory for the computation of a matrix.
 #[derive(Default)]
 pub struct Parts {
     /// One buffer per matrix that the computation reads.
@@ -43,17 +43,32 @@ pub struct Parts {
     pub(crate) scratch: Scratch,
 }
 
-/// Values that are computed whenever they are needed.
+/// A matrix whose values are computed whenever it is loaded.
 pub trait Computed: Send + Sync {
-    /// Writes the row-major, little-endian values of a matrix to all of `out`; what they are made of is loaded into
-    /// `parts`.
+    /// Writes the row-major, little-endian values of the matrix to all of `out`. Matrices that the
+    /// computation reads are loaded into `parts`.
     ///
     /// # Errors
-    /// Those of the computation, and of reading what it needs.
+    /// The errors of the computation, and of reading its inputs.
     fn compute(&self, out: &mut [u8], parts: &mut Parts, cancel: &CancelToken) -> Result<()>;
 }
 
-/// A matrix that becomes a [`MatrixView`] when it is needed.
+/// A matrix that is loaded as a [`MatrixView`] when it is needed.
+///
+/// # Examples
+/// ```
+/// use std::sync::Arc;
+///
+/// use lorank::cancel::CancelToken;
+/// use lorank::dtype::DType;
+/// use lorank::source::{Buffer, StoredMatrix};
+///
+/// let bytes: Vec<u8> = [1.0f32, 2.0, 3.0, 4.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+/// let matrix = StoredMatrix::in_memory(Arc::new(bytes), DType::F32, (2, 2), (2, 1)).unwrap();
+/// let mut buffer = Buffer::default();
+/// let view = matrix.load(&mut buffer, &CancelToken::default()).unwrap();
+/// assert_eq!(view.to_row_major(), [1.0, 2.0, 3.0, 4.0]);
+/// ```
 #[derive(Clone)]
 pub struct StoredMatrix {
     storage: Storage,
@@ -70,10 +85,11 @@ impl fmt::Debug for StoredMatrix {
 }
 
 impl StoredMatrix {
-    /// The `index`-th of the row-major `shape` matrices that lie one after the other in a tensor.
+    /// Creates a matrix in a file: the `index`-th of the consecutive row-major matrices of shape `shape` in a
+    /// tensor.
     ///
     /// # Errors
-    /// [`Error::Format`] if the tensor's type has no spectrum or it holds too few elements.
+    /// [`Error::Format`] if the tensor has too few elements, or a type without a spectrum.
     pub fn in_file(tensor: StoredTensor, shape: (usize, usize), index: usize) -> Result<Self> {
         let fail = |reason: String| Error::tensor(tensor.file.path(), &tensor.info.name, reason);
         let dtype = DType::from_safetensors(&tensor.info.dtype)
@@ -92,7 +108,7 @@ impl StoredMatrix {
         }
     }
 
-    /// A matrix in memory, strides counted in elements.
+    /// Creates a matrix in memory, with strides in elements.
     ///
     /// # Errors
     /// [`Error::InvalidInput`] if an element would lie outside `bytes`.
@@ -106,44 +122,44 @@ impl StoredMatrix {
         Ok(Self { storage: Storage::Memory(bytes), dtype, shape, strides })
     }
 
-    /// A matrix that is computed when it is asked for, every time.
+    /// Creates a matrix that is computed whenever it is loaded.
     #[must_use]
     pub fn computed(by: Arc<dyn Computed>, dtype: DType, shape: (usize, usize)) -> Self {
         Self { storage: Storage::Computed(by), dtype, shape, strides: (shape.1, 1) }
     }
 
-    /// Whether the values are in memory that somebody else may write to.
+    /// Returns true if the values are in memory, where other code may modify them.
     #[must_use]
     pub const fn is_in_memory(&self) -> bool {
         matches!(self.storage, Storage::Memory(_))
     }
 
-    /// The computation, if there is one.
+    /// Returns the computation of a computed matrix.
     pub(crate) fn computation(&self) -> Option<&dyn Computed> {
         if let Storage::Computed(by) = &self.storage { Some(&**by) } else { None }
     }
 
-    /// Bytes of all values.
+    /// Returns the size of all values in bytes.
     pub(crate) const fn size(&self) -> usize {
         self.shape.0 * self.shape.1 * self.dtype.size()
     }
 
-    /// Rows and columns.
+    /// Returns the numbers of rows and columns.
     #[must_use]
     pub const fn shape(&self) -> (usize, usize) {
         self.shape
     }
 
-    /// The element type.
+    /// Returns the element type.
     #[must_use]
     pub const fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// Calls `work` with a view; a matrix that is not in memory is read, or computed, into `buffer` first.
+    /// Calls `work` with a view. A matrix that is not in memory is first read or computed into `buffer`.
     ///
     /// # Errors
-    /// Those of reading, and those of `work`.
+    /// The errors of [`load`](Self::load) and of `work`.
     pub fn with_view<R>(
         &self,
         buffer: &mut Buffer,
@@ -153,10 +169,10 @@ impl StoredMatrix {
         work(&self.load(buffer, cancel)?)
     }
 
-    /// A view; a matrix that is not in memory is read, or computed, into `buffer`.
+    /// Returns a view. A matrix that is not in memory is read or computed into `buffer`.
     ///
     /// # Errors
-    /// Those of reading.
+    /// The errors of reading or computing the matrix.
     pub fn load<'a>(&'a self, buffer: &'a mut Buffer, cancel: &CancelToken) -> Result<MatrixView<'a>> {
         let bytes = match &self.storage {
             Storage::File { tensor, start, len } => {
@@ -166,8 +182,9 @@ impl StoredMatrix {
             Storage::Computed(by) => {
                 let Buffer { bytes, parts } = buffer;
                 let size = self.size();
-                let room = bytes.room(size, 0).ok_or_else(|| Error::no_memory(size, "a computed matrix"))?;
-                let out = &mut room[..size];
+                let memory =
+                    bytes.reserve(size, 0).ok_or_else(|| Error::no_memory(size, "a computed matrix"))?;
+                let out = &mut memory[..size];
                 by.compute(out, parts, cancel)?;
                 out
             }
@@ -185,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_becomes_a_view_of_the_same_values() {
+    fn matrix_in_memory_has_the_values_of_its_bytes() {
         let values = [1.0, -2.0, 3.0, 4.0, -5.0, 6.0];
         let matrix = StoredMatrix::in_memory(shared(&values), DType::F32, (3, 2), (1, 3)).unwrap();
         assert_eq!((matrix.shape(), matrix.dtype()), ((3, 2), DType::F32));
@@ -201,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_must_hold_every_element() {
+    fn memory_too_small_for_the_shape_is_an_error() {
         for (shape, strides) in [((2, 4), (4, 1)), ((3, 2), (3, 1)), ((usize::MAX, 2), (2, 1))] {
             let error = StoredMatrix::in_memory(shared(&[0.0; 6]), DType::F32, shape, strides).unwrap_err();
             assert!(matches!(error, Error::InvalidInput(_)), "{shape:?}: {error}");
@@ -209,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_of_the_work_come_through() {
+    fn errors_of_the_work_are_returned() {
         let matrix = StoredMatrix::in_memory(shared(&[1.0]), DType::F32, (1, 1), (1, 1)).unwrap();
         let result: Result<()> =
             matrix.with_view(&mut Buffer::default(), &CancelToken::default(), |_| Err(Error::Cancelled));

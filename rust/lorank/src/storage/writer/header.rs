@@ -1,4 +1,4 @@
-//! The header of a safetensors file: where every tensor lies.
+//! The header of a safetensors file, and the order of its tensors.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -9,13 +9,14 @@ use crate::storage::safetensors::bits_per_element;
 use crate::storage::writer::out_tensor::OutTensor;
 use crate::{Error, Result};
 
-/// The alignment of the data, which other readers expect.
+/// Alignment of the tensor data in bytes, which other readers expect.
 const ALIGNMENT: usize = 8;
 
-/// The header's one key that names no tensor.
+/// The key of the header's metadata.
 pub(super) const METADATA: &str = "__metadata__";
 
-/// Wide elements first, then by name, as the format's own library does: every tensor is aligned.
+/// Returns the indices of the tensors in file order: wide elements first, then by name, as the reference
+/// implementation orders them. This aligns every tensor.
 pub(super) fn layout(tensors: &[OutTensor<'_>]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..tensors.len()).collect();
     let width = |i: usize| bits_per_element(tensors[i].dtype()).unwrap_or(0);
@@ -23,7 +24,7 @@ pub(super) fn layout(tensors: &[OutTensor<'_>]) -> Vec<usize> {
     order
 }
 
-/// A JSON object in the order given; a map of `serde_json` would sort its keys.
+/// A JSON object in the given order, where a `serde_json` map would sort its keys.
 struct Entries<'a>(Vec<(&'a str, Value)>);
 
 impl Serialize for Entries<'_> {
@@ -32,13 +33,13 @@ impl Serialize for Entries<'_> {
     }
 }
 
-/// What a file begins with.
+/// The beginning of a file, and the positions of its tensors.
 pub(super) struct Header {
-    /// With its own length before it.
+    /// Length of the header, and the header.
     pub text: Vec<u8>,
-    /// Where the bytes of every tensor begin after it.
+    /// Position of every tensor, in bytes after `text`.
     pub offsets: Vec<u64>,
-    /// Of all of them.
+    /// Size of all tensors in bytes.
     pub size: u64,
 }
 
@@ -58,7 +59,7 @@ pub(super) fn header(
         offsets[i] = offset;
         let tensor = &tensors[i];
         if tensor.name == METADATA {
-            // A reader would take its entry for metadata, and the tensor would be lost.
+            // A reader would take the tensor for metadata.
             return Err(Error::InvalidInput(format!("tensor `{METADATA}`: the format reserves that name")));
         }
         if !names.insert(tensor.name.as_str()) {

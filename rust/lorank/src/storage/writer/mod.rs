@@ -1,7 +1,7 @@
-//! Writing safetensors files that appear whole or not at all ([`whole_file`](crate::storage::atomic_file)).
+//! Writing of safetensors files, atomically ([`atomic_file`](crate::storage::atomic_file)).
 //!
-//! Tensors are converted in small pieces. Where every tensor goes is known from the beginning, so that threads
-//! work on different ones.
+//! Tensors are converted in small pieces. The position of every tensor is fixed in advance, so that threads
+//! can write different tensors.
 
 mod header;
 mod out_tensor;
@@ -18,7 +18,7 @@ use crate::exec::panics::guarded;
 use crate::exec::parallel::{pool, side_by_side};
 use crate::matrix::MatrixView;
 use crate::matrix::dtype::DType;
-use crate::storage::atomic_file::{Pending, Sink, WholeFile};
+use crate::storage::atomic_file::{AtomicFile, Pending, Sink};
 use crate::storage::rounding::{all_finite, encode};
 use crate::storage::source::Buffer;
 use crate::storage::writer::header::{Header, header, layout};
@@ -26,21 +26,38 @@ use crate::{Error, Result};
 
 pub use out_tensor::{Content, OutTensor};
 
-/// Elements converted at a time: they stay in cache.
+/// Number of elements converted at a time, which stay in cache.
 const PIECE: usize = 1 << 16;
 
-/// Bytes copied at a time: fewer and larger calls, but not seconds without a look at the cancel token.
+/// Number of bytes copied at a time: few system calls, but no seconds without a poll of the cancel token.
 const COPIED: usize = 1 << 22;
 
-/// Bytes of tensors that one thread writes together.
+/// Size of the consecutive tensors that one thread writes, in bytes.
 const RUN: u64 = 1 << 20;
 
 /// Writes a file of tensors and metadata with up to `threads` threads.
 ///
 /// # Errors
-/// [`Error::InvalidInput`] if a tensor is malformed or named twice, [`Error::Numerical`] for a value
-/// that its type cannot hold (NaN and infinities included), [`Error::Io`], [`Error::Cancelled`]. The
-/// target is then as it was.
+/// [`Error::InvalidInput`] if a tensor is malformed or two have one name, [`Error::Numerical`] for a value
+/// that its type cannot represent (including NaN and infinities), [`Error::Io`], [`Error::Cancelled`]. After
+/// an error the target is unchanged.
+///
+/// # Examples
+/// ```
+/// use std::collections::BTreeMap;
+///
+/// use lorank::cancel::CancelToken;
+/// use lorank::dtype::DType;
+/// use lorank::safetensors::SafetensorsFile;
+/// use lorank::safetensors_writer::{Content, OutTensor, write};
+///
+/// let path = std::env::temp_dir().join("lorank-writer-example.safetensors");
+/// let content = Content::F64 { values: &[1.0, 2.0], dtype: DType::Bf16 };
+/// let tensor = OutTensor { name: "w".into(), shape: vec![2], content };
+/// write(&path, &[tensor], &BTreeMap::new(), 1, &CancelToken::default()).unwrap();
+/// assert_eq!(SafetensorsFile::open(&path).unwrap().tensors()[0].dtype, "BF16");
+/// # std::fs::remove_file(&path).unwrap();
+/// ```
 pub fn write(
     path: &Path,
     tensors: &[OutTensor<'_>],
@@ -51,7 +68,7 @@ pub fn write(
     let order = layout(tensors);
     let Header { text, offsets, size } = header(tensors, &order, metadata)?;
     let start = text.len() as u64;
-    let file = WholeFile::create(path, start + size)?;
+    let file = AtomicFile::create(path, start + size)?;
     file.write_at(0, &text)?;
     let runs = runs(&order, &offsets);
     let failure = Mutex::new(None);
@@ -65,7 +82,7 @@ pub fn write(
             };
             if let Err(error) = guarded(|| file.write_from(start + offsets[run[0]], pending, &mut write)) {
                 stop.cancel();
-                // The first is the one to tell of; what others meet follows from it, or will be met again.
+                // The first error is returned; the others follow from it or would recur.
                 failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             }
         });
@@ -77,15 +94,15 @@ pub fn write(
     file.finish()
 }
 
-/// What a thread keeps from one tensor to the next.
+/// Memory that a thread reuses for every tensor.
 #[derive(Default)]
 struct Space {
     buffer: Buffer,
     pending: Pending,
 }
 
-/// Neighbours in the file that one thread writes, as ranges of `order`: few and large writes, as every one
-/// holds up the other threads.
+/// Returns runs of consecutive tensors for one thread each, as ranges of `order`. Long runs keep writes few,
+/// as every write blocks the other threads.
 fn runs(order: &[usize], offsets: &[u64]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (place, &i) in order.iter().enumerate() {

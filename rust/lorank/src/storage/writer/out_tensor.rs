@@ -1,4 +1,4 @@
-//! Tensors to be written, and where their values come from.
+//! Tensors to be written, and the sources of their values.
 
 use crate::matrix::dtype::DType;
 use crate::storage::checkpoint::StoredTensor;
@@ -9,47 +9,47 @@ use crate::{Error, Result};
 /// A tensor to be written.
 #[derive(Debug)]
 pub struct OutTensor<'a> {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Its shape; for [`Content::Stored`] that of the stored tensor is taken.
+    /// Shape of the tensor. Ignored for [`Content::Stored`], which has its own shape.
     pub shape: Vec<usize>,
-    /// Its values.
+    /// Values of the tensor.
     pub content: Content<'a>,
 }
 
-/// Where a tensor's values come from.
+/// The source of a tensor's values.
 #[derive(Debug)]
 pub enum Content<'a> {
-    /// Row-major values, rounded as those of [`Values`](Self::Values).
+    /// Row-major values, rounded as in [`Values`](Self::Values).
     F64 {
-        /// As many as the shape says.
+        /// Values, as many as the shape requires.
         values: &'a [f64],
-        /// What they become.
+        /// Element type in the file.
         dtype: DType,
     },
-    /// Row-major values, rounded as those of [`Values`](Self::Values).
+    /// Row-major values, rounded as in [`Values`](Self::Values).
     F32 {
-        /// As many as the shape says.
+        /// Values, as many as the shape requires.
         values: &'a [f32],
-        /// What they become.
+        /// Element type in the file.
         dtype: DType,
     },
-    /// A matrix's rows one after the other, rounded to the nearest of `dtype` (F64, F32, F16 or BF16), halves
+    /// The rows of a matrix, rounded to the nearest value of `dtype` (F64, F32, F16 or BF16), halfway cases
     /// to even.
     Values {
-        /// As many as the shape says, in any layout of their own.
+        /// Matrix with as many elements as the shape requires, in any layout.
         matrix: &'a StoredMatrix,
-        /// What they become.
+        /// Element type in the file.
         dtype: DType,
     },
-    /// Bytes as they are.
+    /// Bytes, written unchanged.
     Raw {
-        /// As many as shape and type say.
+        /// Bytes, as many as shape and type require.
         bytes: &'a [u8],
-        /// The type by the header's name.
+        /// Element type as named in the header.
         dtype: String,
     },
-    /// The bytes of another file's tensor, piece by piece.
+    /// The bytes of a tensor of another file, copied piece by piece.
     Stored(&'a StoredTensor),
 }
 
@@ -74,7 +74,7 @@ impl OutTensor<'_> {
         if let Content::Stored(tensor) = &self.content { &tensor.info.shape } else { &self.shape }
     }
 
-    /// Bytes that it takes, if everything about it fits together.
+    /// Returns the size in bytes after checking that name, type, shape and content fit together.
     pub(super) fn checked_len(&self) -> Result<usize> {
         let fail = |reason: String| Err(Error::InvalidInput(format!("tensor `{}`: {reason}", self.name)));
         if let Content::Stored(tensor) = &self.content {

@@ -68,7 +68,7 @@ fn every_content_comes_back() {
     for tensor in file.tensors() {
         assert_eq!(tensor.offset * 8 % bits_per_element(&tensor.dtype).unwrap(), 0, "aligned");
     }
-    // A copy of a file's tensor, even onto the file itself.
+    // A copy of a tensor, even into its own file.
     let checkpoint = Checkpoint::open(file.path()).unwrap();
     let ids = checkpoint.tensors.iter().find(|t| t.info.name == "ids").unwrap();
     let copy = OutTensor { name: "copied".into(), shape: vec![], content: Content::Stored(ids) };
@@ -78,9 +78,9 @@ fn every_content_comes_back() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
 }
 
-/// Metadata first, then wide elements first, whatever the alphabet says.
+/// Metadata first, then wide elements, independent of the alphabetical order.
 #[test]
-fn the_header_is_in_the_order_of_the_data() {
+fn header_has_the_order_of_the_data() {
     let folder = tempfile::tempdir().unwrap();
     let file = written(
         folder.path(),
@@ -104,9 +104,9 @@ fn the_header_is_in_the_order_of_the_data() {
     assert_eq!(next, bytes.len() as u64);
 }
 
-/// Late enough for earlier tensors to be on disk, in the very file that is copied from.
+/// The failure occurs after earlier tensors have been written, in the file that they are copied from.
 #[test]
-fn a_file_survives_a_failed_rewrite_of_itself() {
+fn file_is_unchanged_after_a_failed_rewrite_from_itself() {
     let folder = tempfile::tempdir().unwrap();
     let values = vec![1.5; 2 * PIECE];
     let file = written(folder.path(), &[f64s("a", &values, DType::F32)]);
@@ -126,7 +126,7 @@ fn a_file_survives_a_failed_rewrite_of_itself() {
 }
 
 #[test]
-fn failures_leave_the_target_alone() {
+fn failures_leave_the_target_unchanged() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("out.safetensors");
     std::fs::write(&path, b"precious").unwrap();
@@ -165,7 +165,7 @@ fn failures_leave_the_target_alone() {
     assert!(matches!(write(&nowhere, &[], &BTreeMap::new(), 1, &go), Err(Error::Io { .. })));
 }
 
-/// As many threes, and a last number.
+/// Threes, followed by a given last number.
 struct Threes(f32);
 
 impl Computed for Threes {
@@ -179,7 +179,7 @@ impl Computed for Threes {
 }
 
 #[test]
-fn values_are_computed_as_they_are_written() {
+fn computed_values_are_written() {
     let folder = tempfile::tempdir().unwrap();
     let computed = |last| StoredMatrix::computed(Arc::new(Threes(last)), DType::F32, (2, 2));
     let (good, bad) = (computed(5.0), computed(f32::INFINITY));
@@ -233,7 +233,7 @@ proptest! {
 }
 
 #[test]
-fn many_pieces_are_one_tensor() {
+fn tensor_of_several_pieces_is_complete() {
     let folder = tempfile::tempdir().unwrap();
     #[allow(clippy::cast_precision_loss)]
     let values: Vec<f32> = (0..2 * PIECE + 7).map(|i| i as f32).collect();
