@@ -1,17 +1,18 @@
-//! Reduction of a dense symmetric matrix to a band.
+//! Reduction of a dense symmetric matrix to a band (\[SBR\]).
 //!
-//! `A = Q B Q^T` with `B` of half-bandwidth `w` ([`WIDTH`]), by blocked Householder reflections. A panel of
-//! `w` columns is factored below its diagonal block, `P = (I - V T V^T) R`; the rest becomes
+//! `A = Q B Q^T` with `B` of half-bandwidth `w` ([`WIDTH`]), by blocked Householder reflections (\[WY\]). A
+//! panel of `w` columns is factored below its diagonal block, `P = (I - V T V^T) R`. The remaining matrix
+//! becomes
 //!
 //! ```text
 //! Q^T A Q = A - V W^T - W V^T,   W = X - V (T^T V^T X) / 2,   X = A V T
 //! ```
 //!
-//! `A V` and the update are `2 n^2 w` operations each and run at the speed of GEMM: `4/3 n^3` in all,
-//! where the one-stage reduction does half of them at the speed of memory. The update that one panel leaves
-//! and the product that the next one needs are done strip by strip in one pass over the lower triangle, so
-//! that a strip, once in cache, serves both; only the next panel itself is brought up to date before. Blocks
-//! on the diagonal are kept whole, as products with a triangle would take longer than the other half.
+//! `A V` and the update take `2 n^2 w` operations each, at the speed of GEMM, and `4/3 n^3` in all. In a
+//! one-stage reduction, half of the operations are bound by memory bandwidth. The update for one panel and
+//! the product for the next are done strip by strip in one pass over the lower triangle, so that each strip
+//! is loaded into cache once; only the next panel is updated before. Both triangles of diagonal blocks are
+//! stored, as triangular products are slower than full ones.
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::{temp_mat_scratch, temp_mat_zeroed};
@@ -27,7 +28,7 @@ use crate::exec::strips::{STRIP, each_row_strip};
 use crate::kernels::number::{Number, padded};
 use crate::kernels::simd::LINE;
 
-/// The memory that [`reduce_to_band`] of a matrix of order `n` needs.
+/// Returns the memory for [`reduce_to_band`] of a matrix of order `n`.
 #[must_use]
 pub fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
     let updates = temp_mat_scratch::<T>(n, 3 * WIDTH);
@@ -37,10 +38,10 @@ pub fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
     StackReq::all_of(&[updates, reflections, products, small, factor_panel_scratch::<T>()])
 }
 
-/// Reduces the symmetric matrix in the lower triangle of `a`, `(n, n)`, and writes `band`, of
-/// [`storage(n)`](crate::eigen::band_layout::storage) numbers. What `a` held is lost.
+/// Reduces a symmetric matrix to a band. Reads the lower triangle of `a (n, n)`, overwrites `a`, and writes
+/// `band`, which has [`storage(n)`](crate::eigen::band_layout::storage) elements.
 ///
-/// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
+/// Under [`Strategy::Together`] the caller must run in the thread pool.
 pub fn reduce_to_band<T: Number>(
     mut a: MatMut<'_, T>,
     strategy: Strategy,
@@ -60,7 +61,7 @@ pub fn reduce_to_band<T: Number>(
     }
 }
 
-/// Writes the lower triangle of every block on the diagonal to where it belongs above.
+/// Copies the lower triangle of every diagonal block to its upper triangle.
 fn complete_diagonal_blocks<T: Number>(mut a: MatMut<'_, T>) {
     let n = a.nrows();
     for j in 0..n {
@@ -70,9 +71,8 @@ fn complete_diagonal_blocks<T: Number>(mut a: MatMut<'_, T>) {
     }
 }
 
-/// Reduces the columns from `panel` on to those of a band, brings the others up to date with the panel
-/// before, and notes what they owe to this one. `V` and the products with it are written to memory that all
-/// panels use.
+/// Reduces the columns of a panel, updates the columns after it with the previous panel, and replaces the
+/// pending updates by those of this panel. `v` and `products` are reused by all panels.
 fn reduce_panel<T: Number>(
     mut a: MatMut<'_, T>,
     panel: usize,
@@ -99,10 +99,10 @@ fn reduce_panel<T: Number>(
 
     let products = products.subcols_mut(0, below * groups(below));
     let products = updates.update_and_multiply(rest, first, v, products);
-    updates.note(products.rb(), v, t, first, stack);
+    updates.replace(products.rb(), v, t, first, stack);
 }
 
-/// Stores a panel's reduced columns, both triangles of them.
+/// Stores both triangles of the reduced columns of a panel.
 fn store_columns<T: Number>(a: MatRef<'_, T>, panel: usize, band: &mut [T]) {
     let n = a.nrows();
     for j in panel..n.min(panel + WIDTH) {
@@ -127,7 +127,8 @@ mod tests {
     use crate::exec::parallel;
     use crate::exec::scratch::Scratch;
 
-    /// Symmetric, dense, from a small linear congruence; NaN above the diagonal, which must not be read.
+    /// Returns a dense symmetric matrix of pseudo-random entries, with NaN in the upper triangle, which must
+    /// not be read.
     fn symmetric<T: Number>(n: usize, seed: usize) -> Mat<T> {
         Mat::from_fn(n, n, |i, j| {
             let value = ((i * 131 + j * 31 + i * j * 7 + seed) % 97) as f64 / 97.0 - 0.4;
@@ -137,7 +138,7 @@ mod tests {
 
     fn reduced<T: Number>(mut a: Mat<T>, strategy: Strategy) -> Vec<T> {
         let n = a.nrows();
-        // Memory that holds NaN, to show that all of it is written.
+        // NaN, to check that every element is written.
         let mut band = vec![T::of(f64::NAN); storage(n)];
         let mut scratch = Scratch::default();
         let stack = scratch.stack(reduce_to_band_scratch::<T>(n)).unwrap();
@@ -166,12 +167,12 @@ mod tests {
                 assert_eq!(band[position(i, j)].to_f64().to_bits(), band[position(j, i)].to_f64().to_bits());
             }
             let bulge = &band[position(j + WIDTH + 1, j)..position(j, j) + 2 * WIDTH];
-            assert!(bulge.iter().all(|x| *x == T::default()), "room for bulges is empty");
+            assert!(bulge.iter().all(|x| *x == T::default()), "the part for bulges is zero");
         }
     }
 
     #[test]
-    fn eigenvalues_survive_around_every_edge() {
+    fn eigenvalues_are_preserved_around_every_block_size() {
         for n in [1, 2, 31, 32, 33, 63, 64, 65, 66, 95, 96, 97, 127, 128, 129, 160, 161, 200, 290] {
             assert_similar::<f64>(n, n, f64::EPSILON);
             assert_similar::<f32>(n, n, f64::from(f32::EPSILON));
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn strategies_agree_to_the_bit_on_any_number_of_threads() {
+    fn bits_are_independent_of_strategy_and_threads() {
         let n = 300;
         let alone = reduced(symmetric::<f64>(n, 5), Strategy::Alone);
         for threads in [1, 3] {
@@ -189,9 +190,9 @@ mod tests {
         }
     }
 
-    /// Trace and Frobenius norm are invariants of the similarity.
+    /// Checks the trace and the Frobenius norm, which similarity transformations preserve.
     #[test]
-    fn strips_that_are_not_short() {
+    fn long_strips_preserve_trace_and_norm() {
         let n = SHORT + 2 * STRIP + 5;
         let a = symmetric::<f64>(n, 3);
         let band = reduced(a.clone(), Strategy::Alone);
@@ -204,12 +205,12 @@ mod tests {
         let (trace, squares) = sums(n, &|i, j| a[(i, j)]);
         let (found_trace, found_squares) = sums(WIDTH, &|i, j| band[position(i, j)]);
         assert!((found_trace - trace).abs() < 1e-13 * squares.sqrt() * (n as f64).sqrt());
-        // A sum of more than a million squares, one after the other.
+        // A sum of more than a million squares, added one by one.
         assert!((found_squares / squares - 1.0).abs() < 1e-11);
     }
 
     #[test]
-    fn low_rank_and_zero() {
+    fn low_rank_and_zero_matrices() {
         for n in [40, 129, 200] {
             let zero = reduced(Mat::<f64>::zeros(n, n), Strategy::Alone);
             assert!(zero.iter().all(|x| *x == 0.0));

@@ -1,4 +1,4 @@
-//! The updates that the panels of a band reduction leave for the columns after them.
+//! Pending updates of the columns after a panel of a band reduction.
 
 use faer::dyn_stack::MemStack;
 use faer::linalg::matmul::matmul;
@@ -13,49 +13,49 @@ use crate::exec::parallel::Strategy;
 use crate::exec::strips::{STRIP, each_column_strip, each_row_strip};
 use crate::kernels::number::Number;
 
-/// Strips that share the sums of their products at least, and groups of such strips at most. Both depend on
-/// shapes alone, and so do the bits of a result.
+/// Least number of strips per group, and largest number of groups. The strips of a group share the sums of
+/// their products. The groups depend on shapes alone, and so do the bits of a result.
 const SHARED: usize = 2;
 const MOST_GROUPS: usize = 16;
 
-/// Rows of a strip up to which it pays to copy what its block on the diagonal holds twice: in tall matrices every
-/// column is in a page of its own.
+/// Largest number of rows of a strip for which copying the upper triangle of its diagonal block pays. In a
+/// taller matrix every column lies in a page of its own.
 pub(super) const SHORT: usize = 1536;
 
-/// Groups that the strips of `columns` columns are dealt to.
+/// Returns the number of groups of the strips of `columns` columns.
 pub(super) fn groups(columns: usize) -> usize {
     columns.div_ceil(STRIP).div_ceil(SHARED).min(MOST_GROUPS)
 }
 
-/// What is still to be subtracted from columns to come: `V W^T + W V^T`, the product of `[V W]` and
-/// `[W V]^T`, which lie side by side in `[V W V]`.
+/// The pending update `V W^T + W V^T`, to be subtracted from the columns after a panel. It is the product of
+/// `[V W]` and `[W V]^T`, which are adjacent in the stored `[V W V]`.
 pub(super) struct Updates<'a, T> {
     pub v_w_v: MatMut<'a, T>,
     pub strategy: Strategy,
 }
 
-/// Columns of the matrix from their block on the diagonal down, and the index of their first.
+/// Columns of the matrix from their diagonal block down, and the index of the first column.
 struct Strip<'a, T> {
     first: usize,
     columns: MatMut<'a, T>,
 }
 
-/// Strips that one thread works on, and the sums of their products.
+/// The strips of one group, and the sums of their products.
 struct Share<'a, T> {
     strips: Vec<Strip<'a, T>>,
     sums: MatMut<'a, T>,
 }
 
 impl<T: Number> Updates<'_, T> {
-    /// Brings a block up to date whose first entry is `(row, col)`.
+    /// Subtracts the update from a block whose first entry is `(row, col)`.
     pub(super) fn subtract(&self, block: MatMut<'_, T>, row: usize, col: usize) {
         let left = self.v_w_v.rb().subcols(0, 2 * WIDTH).subrows(row, block.nrows());
         let right = self.v_w_v.rb().subcols(WIDTH, 2 * WIDTH).subrows(col, block.ncols());
         matmul(block, Accum::Add, left, right.transpose(), -T::of(1.0), Par::Seq);
     }
 
-    /// Brings a strip up to date, whose block on the diagonal begins at `start`. In a short one that block is much
-    /// of it, and a quarter of the block, above the diagonal, is copied from below.
+    /// Subtracts the update from a strip whose diagonal block begins at `start`. In a short strip, where the
+    /// diagonal block is a large part, the quarter of the block above the diagonal is copied from below.
     fn subtract_symmetric(&self, strip: MatMut<'_, T>, start: usize) {
         let half = strip.ncols() / 2;
         if strip.nrows() > SHORT {
@@ -68,8 +68,8 @@ impl<T: Number> Updates<'_, T> {
         copy_transposed(below.rb().submatrix(0, 0, right.ncols(), half), right);
     }
 
-    /// Brings the columns from `first` on up to date, and returns `V^T A` of what they are then, in the memory of
-    /// `products`.
+    /// Subtracts the update from the columns from `first` on, and returns `V^T A` with the updated `A`, in
+    /// the memory of `products`.
     pub(super) fn update_and_multiply<'p>(
         &self,
         rest: MatMut<'_, T>,
@@ -91,7 +91,8 @@ impl<T: Number> Updates<'_, T> {
         let work = |Share { strips, mut sums }: Share<'_, T>| {
             for (k, Strip { first: start, mut columns }) in strips.into_iter().enumerate() {
                 self.subtract_symmetric(columns.rb_mut(), start);
-                // The first is the longest: what it has nothing to do with, the others have not either.
+                // The first strip of a group is the longest: sums outside of its range stay zero for the
+                // others, too.
                 let accum = if k == 0 { Accum::Replace } else { Accum::Add };
                 if k == 0 {
                     sums.rb_mut().subcols_mut(0, start - first).fill(T::default());
@@ -113,8 +114,8 @@ impl<T: Number> Updates<'_, T> {
         total.subrows_mut(0, v.ncols())
     }
 
-    /// Replaces what is due by the updates of a panel: its `V`, and `W` from `V^T A`, given as `products`.
-    pub(super) fn note(
+    /// Replaces the update by that of a panel, from its `V` and `products`, which is `V^T A`.
+    pub(super) fn replace(
         &mut self,
         products: MatRef<'_, T>,
         v: MatRef<'_, T>,
@@ -124,7 +125,7 @@ impl<T: Number> Updates<'_, T> {
     ) {
         let (count, rows) = products.shape();
         if count < WIDTH {
-            self.v_w_v.fill(T::default()); // What the other columns held is done.
+            self.v_w_v.fill(T::default()); // The old V and W of the other columns.
         }
         let (v_place, others) = self.v_w_v.rb_mut().subrows_mut(first, rows).split_at_col_mut(WIDTH);
         let (w, v_again) = others.split_at_col_mut(WIDTH);
@@ -148,7 +149,7 @@ impl<T: Number> Updates<'_, T> {
     }
 }
 
-/// In runs of eight, as many as a cache line has: columns may begin in one set of the cache, all of them.
+/// Copies in runs of eight, which share a cache line, as all columns may map to the same cache set.
 fn copy_transposed<T: Number>(from: MatRef<'_, T>, mut to: MatMut<'_, T>) {
     let (rows, cols) = to.shape();
     for first in (0..cols).step_by(8) {
@@ -160,7 +161,7 @@ fn copy_transposed<T: Number>(from: MatRef<'_, T>, mut to: MatMut<'_, T>) {
     }
 }
 
-/// The columns from `first` on in strips whose diagonal blocks are kept whole.
+/// Divides the columns from `first` on into strips with whole diagonal blocks.
 fn strips<T: Number>(rest: MatMut<'_, T>, first: usize) -> Vec<Strip<'_, T>> {
     let n = rest.nrows();
     let mut strips = Vec::new();
@@ -174,8 +175,8 @@ fn strips<T: Number>(rest: MatMut<'_, T>, first: usize) -> Vec<Strip<'_, T>> {
     strips
 }
 
-/// What a strip of `A` has to do with `V^T A`: its own columns, and by symmetry the rows below its diagonal block, as
-/// columns. `start` is the row of `V` that the strip begins with.
+/// Adds the contribution of a strip of `A` to `V^T A`: from its own columns, and by symmetry from the rows
+/// below its diagonal block, as columns. `start` is the first row of the strip in `V`.
 fn add_products<T: Number>(
     strip: MatRef<'_, T>,
     v: MatRef<'_, T>,

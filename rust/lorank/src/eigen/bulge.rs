@@ -1,17 +1,17 @@
-//! From a band to tridiagonal form, by chasing bulges.
+//! Reduction of a band to tridiagonal form by bulge chasing (\[LANG\]).
 //!
-//! A sweep `s` reflects column `s` of the band onto its first entry below the diagonal. The reflection
-//! changes the diagonal block of the rows that it acts on and fills the block below, whose first column
-//! is reflected in turn, and so on down the band (Lang's variant: what fills the other columns stays for
-//! the next sweeps, which are shifted by one). With `w` = [`WIDTH`] that is
-//! `7 n^2 w` operations, on blocks that lie in the level-1 cache, at odd places of it.
+//! Sweep `s` reflects column `s` of the band onto its first entry below the diagonal. The reflection changes
+//! the diagonal block of its rows and fills the block below. The first column of that block is reflected in
+//! turn, and so on to the end of the band; the other columns of the block are left to later sweeps, which
+//! start one column further. With `w` = [`WIDTH`] this takes `7 n^2 w` operations, on unaligned blocks in the
+//! level-1 cache.
 //!
-//! Step `k` of a sweep needs step `k + 1` of the sweep before and nothing else, so steps are done in
-//! tiles of [`SWEEPS`] sweeps and [`STEPS`] steps, each sweep one step behind its predecessor: what a tile
-//! touches fits into the level-2 cache. Tile `(g, c)` needs `(g, c - 1)` and `(g - 1, c + 1)`; those of
-//! equal `c + 2 g` touch different columns, and threads work on them side by side.
+//! Step `k` of a sweep depends only on step `k + 1` of the sweep before. Steps are grouped in tiles of
+//! [`SWEEPS`] sweeps and [`STEPS`] steps, with each sweep one step behind its predecessor; the data of a tile
+//! fit into the level-2 cache. Tile `(g, c)` depends on `(g, c - 1)` and `(g - 1, c + 1)`. Tiles with equal
+//! `c + 2 g` touch different columns and run in parallel.
 
-// Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
+// Measured without forced inlining: every vector instruction becomes a call, and kernels are 20 times slower.
 #![allow(clippy::inline_always)]
 
 use std::mem::take;
@@ -25,26 +25,26 @@ use crate::exec::parallel::Strategy;
 use crate::kernels::number::Number;
 use crate::kernels::simd::dispatch_halved;
 
-/// Sweeps of a tile.
+/// Number of sweeps of a tile.
 const SWEEPS: usize = 8;
 
-/// Steps of a tile, not less than its sweeps.
+/// Number of steps of a tile, at least [`SWEEPS`].
 const STEPS: usize = 8;
 
-/// Tiles of a wave that threads share: fewer are done before another thread has woken up.
+/// Least number of tiles of a wave that threads share. Fewer are finished before another thread wakes up.
 const SHARED_FROM: usize = 3;
 
-/// The reflection `I - tau v v^T` that a sweep has got to.
+/// The latest reflection `I - tau v v^T` of a sweep.
 #[derive(Clone, Copy)]
 struct Reflection<T> {
     v: [T; WIDTH],
     tau: T,
 }
 
-/// Reduces a band of order `n`, stored as [`position`] says, to tridiagonal form in its own memory. What
-/// lies beyond the first off-diagonals is unspecified afterwards.
+/// Reduces a band of order `n`, stored as described at [`position`], to tridiagonal form in place. All but
+/// the diagonal and the first off-diagonals is then unspecified.
 ///
-/// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
+/// Under [`Strategy::Together`] the caller must run in the thread pool.
 pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Strategy) {
     let sweeps = n.saturating_sub(2);
     let mut reflections = vec![Reflection { v: [T::default(); WIDTH], tau: T::default() }; sweeps];
@@ -61,7 +61,7 @@ pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Stra
     }
 }
 
-/// The tiles `(g, wave - 2 g)`, each with the columns and the reflections that it alone touches.
+/// Returns the tiles `(g, wave - 2 g)`, each with the columns and the reflections that only it touches.
 fn tiles_of_wave<'a, T: Number>(
     wave: usize,
     tiles: usize,
@@ -71,7 +71,7 @@ fn tiles_of_wave<'a, T: Number>(
 ) -> Vec<Tile<'a, T>> {
     let mut rest = band;
     let mut work = Vec::new();
-    // Later groups of sweeps lie further up: columns are cut off from the end.
+    // Later groups of sweeps use earlier columns: columns are split off from the end.
     for (group, reflections) in reflections.chunks_mut(SWEEPS).enumerate().take(wave / 2 + 1) {
         let (index, first_sweep) = (wave - 2 * group, group * SWEEPS);
         let columns = columns_of(first_sweep, index);
@@ -87,11 +87,11 @@ fn tiles_of_wave<'a, T: Number>(
     work
 }
 
-/// The columns that a tile reads or writes.
+/// Returns the columns that a tile reads or writes.
 fn columns_of(first_sweep: usize, index: usize) -> Range<usize> {
     let start = match index {
         0 => first_sweep,
-        // Its last sweep is the furthest behind.
+        // The last sweep of the tile is the furthest behind.
         _ => first_sweep + SWEEPS + (index * STEPS + 1 - SWEEPS) * WIDTH,
     };
     start..first_sweep + 1 + (index + 1) * STEPS * WIDTH
@@ -111,7 +111,7 @@ impl<T: Number> WithSimd for Tile<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // As many vectors as a column has, so that they stay in registers.
+        // A column fills this number of vectors, a constant that keeps them in registers.
         match WIDTH / T::lanes::<S>() {
             2 => self.chase::<S, 2>(simd),
             4 => self.chase::<S, 4>(simd),
@@ -142,7 +142,7 @@ impl<T: Number> Tile<'_, T> {
     }
 }
 
-/// Reflects the column `x` onto its first axis, and returns the reflection; `column` becomes the image.
+/// Reflects the column `x` onto its first axis, writes its image to `column`, and returns the reflection.
 #[inline(always)]
 fn reflect<T: Number, S: Simd, const VECTORS: usize>(
     simd: S,
@@ -173,8 +173,8 @@ fn reflect<T: Number, S: Simd, const VECTORS: usize>(
     Reflection { v: stored::<T, S, VECTORS>(&tail), tau }
 }
 
-/// Applies a reflection to the rows and columns of the block that `columns` begin with, and to the block
-/// below; returns the reflection of that block's first column, which has been applied to it.
+/// Applies a reflection to the diagonal block at the beginning of `columns`, from both sides, and to the
+/// block below. Reflects the first column of that block, and returns this next reflection.
 #[inline(always)]
 fn step<T: Number, S: Simd, const VECTORS: usize>(
     simd: S,
@@ -186,7 +186,7 @@ fn step<T: Number, S: Simd, const VECTORS: usize>(
     let v_vectors = load::<T, S, VECTORS>(simd, &v);
     let tau_vector = T::splat(simd, tau);
 
-    // E - y v^T with y = tau E v: its first column comes first, as what follows from it takes long.
+    // E - y v^T with y = tau E v. The first column comes first, as the critical path depends on it.
     let mut y = combine::<T, S, VECTORS>(simd, columns, 2 * WIDTH, &v);
     let first = &mut columns[2 * WIDTH..3 * WIDTH];
     let mut x = load::<T, S, VECTORS>(simd, first);
@@ -222,7 +222,8 @@ fn step<T: Number, S: Simd, const VECTORS: usize>(
     next
 }
 
-/// Copies the last row of the diagonal block, which is new to it, to the last column.
+/// Copies the last row of the diagonal block to its last column, which the previous step of this sweep did
+/// not write.
 #[inline(always)]
 fn mirror_last_row<T: Number>(columns: &mut [T]) {
     const LAST: usize = WIDTH - 1;
@@ -231,7 +232,8 @@ fn mirror_last_row<T: Number>(columns: &mut [T]) {
     }
 }
 
-/// The block of `WIDTH` rows that begins `start` numbers into the first column, times `v`.
+/// Returns the product of `v` and the block of `WIDTH` rows that begins `start` elements into the first
+/// column.
 #[inline(always)]
 fn combine<T: Number, S: Simd, const VECTORS: usize>(
     simd: S,
@@ -264,7 +266,7 @@ fn stored<T: Number, S: Simd, const VECTORS: usize>(vectors: &[T::Vector<S>; VEC
     numbers
 }
 
-/// `x^T y`
+/// Returns `x^T y`.
 #[inline(always)]
 fn dot<T: Number, S: Simd, const VECTORS: usize>(
     simd: S,
@@ -279,7 +281,7 @@ fn dot<T: Number, S: Simd, const VECTORS: usize>(
     T::sum(simd, T::plus(simd, sums[0], sums[1]))
 }
 
-/// `column -= sum of vectors times factors`
+/// Subtracts `a x + b y` from a column.
 #[inline(always)]
 fn subtract<T: Number, S: Simd, const VECTORS: usize>(
     simd: S,
@@ -299,7 +301,7 @@ mod tests {
     use crate::exec::parallel;
     use crate::kernels::simd::tests::on_every_path;
 
-    /// A band with entries from a small linear congruence.
+    /// Returns a band of pseudo-random entries.
     fn band<T: Number>(n: usize) -> Vec<T> {
         let mut band = vec![T::default(); storage(n)];
         for j in 0..n {
@@ -336,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn eigenvalues_survive_around_every_edge() {
+    fn eigenvalues_are_preserved_around_every_block_size() {
         for n in [1, 2, 3, 4, 31, 32, 33, 34, 63, 64, 65, 66, 97, 130, 260] {
             on_every_path(|_| {
                 assert_similar::<f64>(n, f64::EPSILON);
@@ -346,8 +348,8 @@ mod tests {
     }
 
     #[test]
-    fn strategies_agree_to_the_bit_on_any_number_of_threads() {
-        // Waves of more tiles than one thread does alone, and many groups of sweeps.
+    fn bits_are_independent_of_strategy_and_threads() {
+        // More tiles per wave than one thread runs alone, and many groups of sweeps.
         let n = 3 * SHARED_FROM * STEPS * WIDTH + 77;
         let reduced = |strategy| {
             let mut band = band::<f64>(n);
@@ -361,7 +363,7 @@ mod tests {
             let together = parallel::pool(threads).unwrap().install(|| reduced(Strategy::Together));
             assert!(alone == together, "{threads} threads");
         }
-        // Trace and Frobenius norm are invariants of the similarity.
+        // Similarity transformations preserve the trace and the Frobenius norm.
         let whole = band::<f64>(n);
         let entry = |i: usize, j: usize| whole[position(i, j)];
         let trace: f64 = (0..n).map(|i| entry(i, i)).sum();

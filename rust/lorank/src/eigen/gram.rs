@@ -1,8 +1,8 @@
-//! Gram matrices: `G = X X^T`, lower triangle, for `X` the wide orientation of `W`.
+//! Gram matrices `G = X X^T`, lower triangle, where `X` is the wide orientation of `W`.
 //!
-//! `X (p, m)` with `p <= m` is upcast in panels of `p / 4` columns, or more where there are few rows, so
-//! that memory beyond the stored matrix is `p^2` numbers and a quarter. The panels add up to `p^2 m / 2`
-//! multiplications at the speed of faer's GEMM, half of what a full product would cost.
+//! `X (p, m)` with `p <= m` is upcast in panels of at least `p / 4` columns, so that `1.25 p^2` numbers are
+//! needed beyond the stored matrix. The panels take `p^2 m / 2` multiplications at the speed of faer's GEMM,
+//! half as many as a full product.
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
@@ -19,25 +19,25 @@ use crate::kernels::thin_product::THIN;
 use crate::matrix::MatrixView;
 use crate::matrix::stacked::{Gram, Stacked, gram_scratch as thin_scratch};
 
-/// Columns of `X` per panel: deep enough for GEMM to run at speed, and for `G` to be read and written a few times
-/// only. Of few rows more columns fit into cache, and longer runs of memory are read at once.
+/// Returns the number of columns of a panel. Panels are deep enough for a fast GEMM and for few passes over
+/// `G`. A panel with few rows has more columns, as they fit into cache and are read in longer runs.
 fn depth(p: usize, m: usize) -> usize {
     (32_768 / p.max(1)).clamp(256, 4096).max(p / 4).min(m)
 }
 
-/// Order of the triangles on the diagonal that are multiplied in steps of [`STEP`] columns, each with the half of a
-/// square above the diagonal: faer's triangular product does not waste that, but its smallest blocks are slower.
+/// Largest order of diagonal triangles, which are multiplied in steps of [`STEP`] columns. Each step includes
+/// half a square above the diagonal. faer's triangular product avoids these, but is slower for small blocks.
 const TRIANGLE: usize = 64;
 const STEP: usize = 16;
 
-/// Rows that faer's kernels take at a time, or half of them.
+/// Number of rows of a tile of faer's kernels, or twice that.
 const KERNEL: usize = 48;
 
-/// Pieces of a rectangle that threads share, and columns of such a piece at least.
+/// Largest number of pieces of a rectangle that threads share, and least number of columns of a piece.
 const PIECES: usize = 4;
 const PIECE: usize = 256;
 
-/// Numbers of a panel of a `(rows, cols)` matrix.
+/// Returns the number of elements of a panel of a `(rows, cols)` matrix.
 #[must_use]
 pub fn panel_size<T: Number>(rows: usize, cols: usize) -> usize {
     let (p, m) = (rows.min(cols), rows.max(cols));
@@ -48,20 +48,20 @@ pub fn panel_size<T: Number>(rows: usize, cols: usize) -> usize {
     (spaced::<T>(p) * depth).max(spaced::<T>(depth) * p)
 }
 
-/// The memory that [`gram`] of a `(rows, cols)` matrix needs.
+/// Returns the memory for [`gram`] of a `(rows, cols)` matrix.
 #[must_use]
 pub fn gram_scratch(rows: usize, cols: usize) -> StackReq {
     let p = rows.min(cols);
     if p <= THIN { thin_scratch::<f64>(p) } else { StackReq::EMPTY }
 }
 
-/// Writes the lower triangle of `scale^2 * X X^T` to `gram`, `(p, p)`; what lies above the diagonal
-/// is unspecified. `panel` has [`panel_size`] numbers, whatever they are.
+/// Writes the lower triangle of `scale^2 * X X^T` to `gram (p, p)`. The rest of `gram` is then unspecified.
+/// `panel` has [`panel_size`] elements with unspecified values.
 ///
-/// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
+/// Under [`Strategy::Together`] the caller must run in the thread pool.
 ///
 /// # Errors
-/// [`crate::Error::Cancelled`] if the token says so between two panels.
+/// [`crate::Error::Cancelled`] after cancellation, which is polled between panels.
 pub fn gram<T: Number>(
     view: &MatrixView<'_>,
     scale: f64,
@@ -77,13 +77,13 @@ pub fn gram<T: Number>(
         return thin_gram(&wide, scale, cancel, gram, stack);
     }
     let (depth, in_place) = (depth(p, m), in_place(&wide, scale));
-    // The panel lies in memory as the view does, so that upcasting reads and writes in runs.
+    // The panel has the layout of the view, so that upcasting reads and writes in runs.
     let column_major = wide.is_column_major();
     let (rows, cols) = if column_major { (p, depth) } else { (depth, p) };
     let mut buffer = MatMut::from_column_major_slice_with_stride_mut(panel, rows, cols, spaced::<T>(rows));
     for first in (0..m).step_by(depth) {
         cancel.check()?;
-        // The first product is written to memory that nobody has touched, by the threads that will go on with it.
+        // The first product initialises the memory, on the threads that will use it.
         let accum = if first == 0 { Accum::Replace } else { Accum::Add };
         let columns = first..m.min(first + depth);
         if let Some(x) = in_place {
@@ -100,7 +100,7 @@ pub fn gram<T: Number>(
     Ok(())
 }
 
-/// The matrix where it lies, if it is of this kind of numbers.
+/// Returns the matrix without a copy, if its elements are of type `T` and `scale` is 1.
 fn in_place<'a, T: Number>(wide: &MatrixView<'a>, scale: f64) -> Option<MatRef<'a, T>> {
     let (p, m) = (wide.rows(), wide.cols());
     let is_plain = scale.to_bits() == 1f64.to_bits();
@@ -110,12 +110,12 @@ fn in_place<'a, T: Number>(wide: &MatrixView<'a>, scale: f64) -> Option<MatRef<'
     Some(if by_columns {
         MatRef::from_column_major_slice_with_stride(values, p, m, stride)
     } else {
-        // faer 0.24's constructor for rows with a stride takes it for that of columns.
+        // In faer 0.24 the constructor for row-major slices takes the stride of columns.
         MatRef::from_column_major_slice_with_stride(values, m, p, stride).transpose()
     })
 }
 
-/// The same for few rows, by kernels of their own, in float64 whatever the result is rounded to.
+/// Computes the Gram matrix of few rows by special kernels, in float64 before rounding to `T`.
 fn thin_gram<T: Number>(
     wide: &MatrixView<'_>,
     scale: f64,
@@ -133,8 +133,8 @@ fn thin_gram<T: Number>(
     Ok(())
 }
 
-/// `G += X X^T`, or `G = X X^T`, lower triangle: the rectangle below the diagonal that has half of the rows, which is
-/// half of the work, and two triangles of half the order.
+/// Computes `G += X X^T` or `G = X X^T`, lower triangle, recursively: a rectangle below the diagonal with
+/// half of the rows, which is half of the work, and two triangles of half the order.
 fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, accum: Accum, strategy: Strategy) {
     let p = gram.nrows();
     if p <= TRIANGLE {
@@ -166,7 +166,7 @@ fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, accum: Accum, str
     }
 }
 
-/// The same for a small order, with what lies above the diagonal beside it.
+/// Computes `G += X X^T` or `G = X X^T` for a small order. Writes some entries above the diagonal, too.
 fn add_triangle<T: Number>(mut gram: MatMut<'_, T>, x: MatRef<'_, T>, accum: Accum) {
     let p = gram.nrows();
     for first in (0..p).step_by(STEP) {
@@ -185,7 +185,7 @@ mod tests {
     use crate::exec::parallel;
     use crate::exec::scratch::Scratch;
 
-    /// Into memory that holds NaN, to show that all of the triangle is written.
+    /// Computes the Gram matrix in memory filled with NaN, to check that all of the triangle is written.
     fn gram_of(view: &MatrixView<'_>, strategy: Strategy, cancel: &CancelToken) -> Result<Mat<f64>> {
         let p = view.rows().min(view.cols());
         let mut out = Mat::from_fn(p, p, |_, _| f64::NAN);
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn both_strategies_match_the_plain_product() {
+    fn both_strategies_equal_the_plain_product() {
         let cancel = CancelToken::default();
         for (rows, cols) in
             [(1, 1), (1, 700), (700, 1), (3, 600), (600, 3), (300, 290), (257, 513), (1100, 1030)]
@@ -211,7 +211,7 @@ mod tests {
             let expected = &wide * wide.transpose();
             let pool = parallel::pool(3).unwrap();
             for strategy in [Strategy::Alone, Strategy::Together] {
-                // Integers this small add up exactly, so equality is exact whatever the order.
+                // Sums of such small integers are exact in any order.
                 let gram = pool.install(|| gram_of(&view, strategy, &cancel)).unwrap();
                 for j in 0..gram.ncols() {
                     for i in j..gram.nrows() {
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn every_number_of_few_rows() {
+    fn every_number_of_rows_of_thin_matrices() {
         let cancel = CancelToken::default();
         for p in 1..=2 * THIN {
             for m in [p + 1, 511, 1200] {
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn stops_when_asked() {
+    fn cancellation_is_an_error() {
         let cancel = CancelToken::default();
         cancel.cancel();
         let view = MatrixView::from_f32(&[1.0], 1, 1).unwrap();

@@ -1,9 +1,8 @@
-//! Products `G V = X (X^T V)` with the Gram matrix of a wide `X (p, m)` that is never formed, in float32.
+//! Products `G V = X (X^T V)` with the Gram matrix of a wide `X (p, m)`, without forming it, in float32.
 //!
-//! A few vectors `V (p, VECTORS)`, row-major, make two products of every element of `X`, which is laid out in
-//! panels of [`BLOCK`] columns: `U = X_b^T V` runs over a panel once, `sum += X_b U` once more, while the
-//! panel is in cache. Panels lie as `X` does, row by row or column by column, so that laying them out reads
-//! and writes in runs.
+//! `V (p, VECTORS)` is row-major. `X` is divided into panels of [`BLOCK`] columns. Each is used twice while
+//! it is in cache: for `U = X_b^T V`, then for `sum += X_b U`. Panels have the layout of `X`, row-major or
+//! column-major, so that filling them reads and writes in runs.
 
 use std::ops::Range;
 
@@ -14,30 +13,30 @@ use crate::exec::parallel::Strategy;
 use crate::kernels::thin_product::{Panel, add_outer_products, add_row_products};
 use crate::matrix::MatrixView;
 
-/// Vectors that are multiplied at a time: a vector register of float32.
+/// Number of vectors: the elements of one AVX-512 register of float32.
 pub(crate) const VECTORS: usize = 16;
 
-/// Columns of a panel.
+/// Number of columns of a panel.
 const BLOCK: usize = 64;
 
-/// Rows, of a panel's, that are passed over at a time: with their columns they fill half a level-1 cache.
+/// Number of rows of a panel that are processed at a time: with their columns they fill half a level-1 cache.
 const ROWS: usize = 64;
 
-/// Pieces that columns are cut into, each with sums of its own: fixed, so that the bits of a result do not
+/// Number of groups of panels, each with separate sums. It is constant, so that the bits of a result do not
 /// depend on the number of threads.
 const PIECES: usize = 8;
 
-/// A matrix in panels, and room for the sums over each piece of them.
+/// A matrix in panels, and memory for the sums over each group of panels.
 pub(crate) struct GramProduct {
     panels: Vec<f32>,
     by_columns: bool,
-    /// Rows, padded.
+    /// Number of rows, padded.
     height: usize,
     strategy: Strategy,
     pieces: Vec<Piece>,
 }
 
-/// Panels that one thread multiplies with, and the sums over them.
+/// Panels that one thread multiplies, and the sums over them.
 struct Piece {
     panels: Range<usize>,
     inner: Vec<f32>,
@@ -45,16 +44,16 @@ struct Piece {
 }
 
 impl GramProduct {
-    /// Of `scale X`.
+    /// Prepares products with the Gram matrix of `scale X`.
     ///
-    /// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
+    /// Under [`Strategy::Together`] the caller must run in the thread pool.
     pub(crate) fn new(x: &MatrixView<'_>, scale: f64, strategy: Strategy) -> Self {
         let (height, count) = (padded(x.rows()), x.cols().div_ceil(BLOCK));
         let mut panels = vec![0.0; height * BLOCK * count];
         let fill = |(index, panel): (usize, &mut [f32])| {
             let columns = index * BLOCK..x.cols().min((index + 1) * BLOCK);
             let (rows, width) = (x.rows(), columns.len());
-            // faer 0.24's constructor for rows with a stride takes it for that of columns.
+            // In faer 0.24 the constructor for row-major slices takes the stride of columns.
             let out = if x.is_column_major() {
                 MatMut::from_column_major_slice_with_stride_mut(panel, rows, width, height)
             } else {
@@ -78,12 +77,12 @@ impl GramProduct {
         Self { panels, by_columns: x.is_column_major(), height, strategy, pieces }
     }
 
-    /// Rows of `V`: those of `X` and some that are zero.
+    /// Returns the number of rows of `V`: those of `X`, and zeros.
     pub(crate) const fn height(&self) -> usize {
         self.height
     }
 
-    /// `U = G V`, both `(height, VECTORS)`, row-major.
+    /// Computes `U = G V`. Both matrices are row-major, `(height, VECTORS)`.
     pub(crate) fn apply(&mut self, v: &[f32], u: &mut [f32]) {
         let Self { panels, by_columns, height, strategy, pieces } = self;
         let work = |piece: &mut Piece| {
@@ -110,7 +109,7 @@ impl GramProduct {
     }
 }
 
-/// Rows one after the other, [`BLOCK`] numbers each.
+/// Adds the products of a row-major panel, whose rows have [`BLOCK`] elements.
 fn by_rows_of(panel: &[f32], v: &[f32], Piece { inner, sums, .. }: &mut Piece) {
     for (rows, v) in panel.chunks(ROWS * BLOCK).zip(v.chunks(ROWS * VECTORS)) {
         add_outer_products(Panel { values: rows, stride: BLOCK, cols: BLOCK }, v, inner);
@@ -118,7 +117,7 @@ fn by_rows_of(panel: &[f32], v: &[f32], Piece { inner, sums, .. }: &mut Piece) {
     add_row_products(Panel { values: panel, stride: BLOCK, cols: BLOCK }, inner, sums);
 }
 
-/// Columns one after the other, `height` numbers each.
+/// Adds the products of a column-major panel, whose columns have `height` elements.
 fn by_columns_of(panel: &[f32], height: usize, v: &[f32], Piece { inner, sums, .. }: &mut Piece) {
     for first in (0..height).step_by(ROWS) {
         let cols = ROWS.min(height - first);
@@ -128,8 +127,7 @@ fn by_columns_of(panel: &[f32], height: usize, v: &[f32], Piece { inner, sums, .
     add_outer_products(Panel { values: panel, stride: height, cols: height }, inner, sums);
 }
 
-/// A multiple of what kernels take at a time, and an odd one of a cache line: columns do not compete for the
-/// same places of a cache.
+/// Rounds up to an odd number of cache lines, so that columns do not compete for the same cache sets.
 fn padded(rows: usize) -> usize {
     const LINE: usize = 16;
     let lines = rows.div_ceil(LINE);

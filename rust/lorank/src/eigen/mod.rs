@@ -1,12 +1,12 @@
-//! Eigenvalues of `W^T W`, in float64 arithmetic or in float32, or an estimate of them.
+//! Eigenvalues of `W^T W`: exact (float64), fast (float32), or estimated.
 //!
-//! `W` is scaled by a power of two unless its largest entry is near 1, multiplied into a Gram
-//! matrix of order `p = min(out, in)` ([`gram`](mod@crate::eigen::gram)), reduced to tridiagonal form
-//! ([`tridiag`](crate::eigen::tridiag)), and solved there ([`root_free_ql`](crate::eigen::root_free_ql)), in float64
-//! always. The absolute error of an eigenvalue is a small multiple of `eps * lambda_max`. In float64,
-//! eigenvalues down to `1e-6 lambda_max` (singular values down to a thousandth of the largest) come with
-//! nine or more correct digits. In float32 the Gram matrix squares the condition number: what lies below
-//! `1e-6 lambda_max` is lost, and the error bound says so.
+//! `W` is scaled by a power of two unless its largest entry is near 1, and multiplied into a Gram matrix of
+//! order `p = min(out, in)` ([`gram`](mod@crate::eigen::gram)). The Gram matrix is reduced to tridiagonal
+//! form ([`tridiag`](crate::eigen::tridiag)), whose eigenvalues are always computed in float64
+//! ([`root_free_ql`](crate::eigen::root_free_ql)). The absolute error of an eigenvalue is a small multiple of
+//! `eps * lambda_max`. In float64, eigenvalues down to `1e-6 lambda_max` (singular values down to a
+//! thousandth of the largest) have nine or more correct digits. In float32, eigenvalues below `1e-6
+//! lambda_max` are lost, as the Gram matrix squares the condition number; the error bound covers this.
 
 pub(crate) mod band;
 pub(crate) mod band_layout;
@@ -40,14 +40,14 @@ use crate::kernels::number::{Number, spaced};
 use crate::matrix::MatrixView;
 use crate::statistics::spectrum::Spectrum;
 
-/// Rows and columns from which float32 saves time.
+/// Least number of rows and columns for which float32 saves time.
 const FAST_FROM: usize = 128;
 
-/// How many times as long as wide a matrix may be for float32. What is longer is a table of embeddings: their
-/// common direction dwarfs the others, so that bounds relative to the largest eigenvalue are of no use.
+/// Largest ratio of the sides of a matrix for float32. Longer matrices are embeddings. The common direction
+/// of their rows dominates the largest eigenvalue, so that error bounds relative to it are useless.
 const FAST_RATIO: usize = 32;
 
-/// Rows and columns from which an estimate is several times faster than float32.
+/// Least number of rows and columns for which an estimate is several times faster than float32.
 const SAMPLED_FROM: usize = 2048;
 
 /// The arithmetic of a spectrum.
@@ -55,14 +55,16 @@ const SAMPLED_FROM: usize = 2048;
 pub enum Accuracy {
     /// float64.
     Exact,
-    /// float32 for the two steps that take the time.
+    /// float32 for the Gram matrix and its reduction, which take most of the time.
     Fast,
-    /// An estimate from random vectors ([`sampled`](crate::eigen::sampled)), where a reduction takes long.
+    /// An estimate from random vectors ([`sampled`](crate::eigen::sampled)), for matrices whose reduction
+    /// takes long.
     Sampled,
 }
 
 impl Accuracy {
-    /// What is really done for a `(rows, cols)` matrix: small ones are exact, or fast.
+    /// Returns the arithmetic for a `(rows, cols)` matrix: small matrices are computed in float64 or float32
+    /// regardless.
     #[must_use]
     pub const fn for_shape(self, rows: usize, cols: usize) -> Self {
         let (p, m) = if rows < cols { (rows, cols) } else { (cols, rows) };
@@ -74,12 +76,24 @@ impl Accuracy {
     }
 }
 
-/// The eigenvalues of `W^T W` with up to `threads` threads (the result does not depend on them).
+/// Computes the eigenvalues of `W^T W` with up to `threads` threads. The result does not depend on `threads`.
 ///
 /// # Errors
-/// [`Error::Numerical`](crate::Error::Numerical) if `W` holds NaN or infinite values, or if its entries are
-/// so large or small (beyond `2^±480`) that eigenvalues leave the range of float64;
+/// [`Error::Numerical`](crate::Error::Numerical) if `W` contains NaN or infinite values, or if its entries
+/// are so large or small (beyond `2^±480`) that eigenvalues leave the range of float64;
 /// [`Error::Cancelled`](crate::Error::Cancelled).
+///
+/// # Examples
+/// ```
+/// use lorank::cancel::CancelToken;
+/// use lorank::eigen::{Accuracy, spectrum};
+/// use lorank::matrix::MatrixView;
+///
+/// let view = MatrixView::from_f32(&[3.0, 0.0, 0.0, 0.0, 4.0, 0.0], 2, 3).unwrap();
+/// let found = spectrum(&view, Accuracy::Exact, 1, &CancelToken::default()).unwrap();
+/// assert!((found.eigenvalues()[0] - 9.0).abs() < 1e-12);
+/// assert!((found.eigenvalues()[1] - 16.0).abs() < 1e-12);
+/// ```
 pub fn spectrum(
     view: &MatrixView<'_>,
     accuracy: Accuracy,
@@ -95,10 +109,10 @@ pub fn spectrum(
     }
 }
 
-/// [`spectrum`] for a caller who already runs inside the thread pool to use, and keeps memory for it.
+/// Computes a [`spectrum`] for a caller that already runs in the thread pool and reuses memory.
 ///
 /// # Errors
-/// As [`spectrum`], and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+/// The errors of [`spectrum`], and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn spectrum_in_pool(
     view: &MatrixView<'_>,
     accuracy: Accuracy,
@@ -124,7 +138,7 @@ pub fn spectrum_in_pool(
         gram_eigenvalues::<f64>(view, scale, strategy, cancel, scratch)?
     };
     let error = if is_fast {
-        // Rounding that does not average out, as in sums of equal numbers, shows in the trace.
+        // The trace reveals rounding errors that do not average out, as in sums of equal numbers.
         let (trace, expected) = (eigenvalues.iter().sum::<f64>(), view.sum_of_squares(scale));
         let largest = eigenvalues.last().copied().unwrap_or(0.0);
         error_bound::<f32>(view, &eigenvalues) + (trace / expected - 1.0).abs() * largest
@@ -133,14 +147,15 @@ pub fn spectrum_in_pool(
     };
     let unit = power_of_two(2 * exponent);
     for value in &mut eigenvalues {
-        // W^T W has no negative eigenvalues; rounding leaves some a little below zero.
+        // W^T W has no negative eigenvalues, but rounding may make some slightly negative.
         *value = value.max(0.0) * unit;
     }
     let spectrum = Spectrum::new(eigenvalues)?.with_error(error * unit);
     Ok(if is_fast { spectrum.with_unresolved() } else { spectrum })
 }
 
-/// The eigenvalues of `scale^2 W^T W`, ascending, by arithmetic with numbers of one kind.
+/// Computes the eigenvalues of `scale^2 W^T W`, ascending, with the Gram matrix and its reduction in type
+/// `T`.
 fn gram_eigenvalues<T: Number>(
     view: &MatrixView<'_>,
     scale: f64,
@@ -161,17 +176,17 @@ fn gram_eigenvalues<T: Number>(
     tridiagonal_eigenvalues(&tridiagonal)
 }
 
-/// What an eigenvalue may be off by. Rounding errors of the steps add up like a random walk: of sums over
-/// `m` columns for the Gram matrix, of reflections for its reduction. Measured errors are five and
-/// more times smaller.
+/// Returns a bound on the error of every eigenvalue. Rounding errors grow like a random walk: over the `m`
+/// columns of a sum of the Gram matrix, and over the reflections of its reduction. Measured errors are at
+/// least five times smaller.
 fn error_bound<T: Number>(view: &MatrixView<'_>, eigenvalues: &[f64]) -> f64 {
     let (p, m) = (view.rows().min(view.cols()) as f64, view.rows().max(view.cols()) as f64);
     let largest = eigenvalues.last().copied().unwrap_or(0.0);
     (4.0 + p.sqrt() / 4.0 + m.sqrt() / 16.0) * T::EPSILON * largest
 }
 
-/// The exponent by which a matrix is scaled down whose largest entry is `x`: none where float32 arithmetic
-/// has room enough for it, so that entries need not be touched.
+/// Returns the exponent by which a matrix with largest entry `x` is scaled down. It is 0 if float32
+/// arithmetic has sufficient range, so that entries can be used in place.
 fn scaling_exponent(x: f64) -> Result<i32> {
     const LARGEST_UNSCALED: i32 = 12;
     binary_exponent(x).map(|exponent| if exponent.abs() <= LARGEST_UNSCALED { 0 } else { exponent })

@@ -1,18 +1,20 @@
-//! Reduction of a small symmetric matrix to tridiagonal form, `A = Q T Q^T`, which reads it once a reflection.
+//! Reduction of a small symmetric matrix to tridiagonal form, `A = Q T Q^T`, with one pass over it per
+//! reflection.
 //!
-//! Reflection `k` maps what lies beyond the diagonal of row `k` onto its first entry, and is applied from both
+//! Reflection `k` maps the part of row `k` beyond the diagonal onto its first entry, and is applied from both
 //! sides:
 //!
 //! ```text
 //! H_k = I - tau v v^T     w = tau A v - tau^2 / 2 (v^T A v) v     H_k A H_k = A - v w^T - w v^T
 //! ```
 //!
-//! To take `v w^T + w v^T` off a matrix, and to multiply it with a vector, is to read all of it for a few operations.
-//! So a pass does both: a row loses what the reflection before takes off, and is multiplied with the next `v`, which
-//! needs but one row of the matrix beforehand. Both triangles are kept, so that all work is on rows, `2 n^3`
-//! operations instead of `4/3 n^3`, for matrices that a level-1 or level-2 cache holds.
+//! Both the update by `v w^T + w v^T` and the product with a vector read the whole matrix for few operations.
+//! One pass therefore does both: it updates a row with the previous reflection and multiplies it with the
+//! next `v`, which depends on a single updated row. Both triangles are stored, so that all work is on rows.
+//! This takes `2 n^3` operations instead of `4/3 n^3`, and pays for matrices that fit into the level-1 or
+//! level-2 cache.
 
-// Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
+// Measured without forced inlining: every vector instruction becomes a call, and kernels are 20 times slower.
 #![allow(clippy::inline_always)]
 
 use faer::dyn_stack::{MemStack, StackReq};
@@ -23,26 +25,26 @@ use crate::eigen::tridiagonal::Tridiagonal;
 use crate::kernels::number::{Number, padded};
 use crate::kernels::simd::{LINE, dispatch};
 
-/// Rows that are worked on side by side, of machines with many registers.
+/// Number of rows processed together, on machines with 32 registers.
 const BESIDE: usize = 4;
 
-/// The memory that [`reduce_in_one_stage`] needs.
+/// Returns the memory for [`reduce_in_one_stage`].
 pub(crate) fn one_stage_scratch<T: Number>(n: usize) -> StackReq {
     StackReq::new_aligned::<T>(4 * padded::<T>(n), LINE)
 }
 
-/// `Q = H_0 H_1 ... H_(n-2)`, each of which leaves one entry more alone.
+/// `Q = H_0 H_1 ... H_(n-2)`. Reflection `H_k` leaves the first `k + 1` entries unchanged.
 #[derive(Clone, Debug)]
 pub(crate) struct Reflections<T> {
     order: usize,
     taus: Vec<T>,
-    /// From their first entry that is not zero on, which is 1, one after the other.
+    /// The vectors one after the other, each from its first non-zero entry on, which is 1.
     vectors: Vec<T>,
 }
 
-/// Reduces a symmetric matrix of order `n`, row-major in [`padded`] rows and columns, zeros beyond its own; what it
-/// is reflected by goes to `reflections`, if that is wanted. Entries must be far from the ends of the range of
-/// numbers. What `a` held is lost.
+/// Reduces a symmetric matrix of order `n` in place. It is row-major, with rows and columns [`padded`] with
+/// zeros, and is overwritten. Its entries must be far from the ends of the range of numbers. Stores the
+/// reflections in `reflections`, if given.
 pub(crate) fn reduce_in_one_stage<T: Number>(
     a: &mut [T],
     n: usize,
@@ -57,12 +59,12 @@ pub(crate) fn reduce_in_one_stage<T: Number>(
 }
 
 impl<T: Number> Reflections<T> {
-    /// Room for those of a matrix of order `n`.
+    /// Allocates memory for the reflections of a matrix of order `n`.
     pub(crate) fn new(n: usize) -> Self {
         Self { order: n, taus: Vec::with_capacity(n), vectors: Vec::with_capacity(n * n / 2) }
     }
 
-    /// `Q Z` for `Z (n, width)`, row-major, `width` a multiple of [`Number::WIDEST`].
+    /// Replaces `Z` by `Q Z`. `Z (n, width)` is row-major, with `width` a multiple of [`Number::WIDEST`].
     pub(crate) fn apply(&self, z: &mut [T], width: usize) {
         dispatch(Apply { reflections: self, z, width });
     }
@@ -71,7 +73,7 @@ impl<T: Number> Reflections<T> {
 struct Reduce<'a, T> {
     a: &'a mut [T],
     n: usize,
-    /// For four vectors.
+    /// Memory for four vectors.
     memory: &'a mut [T],
     tridiagonal: &'a mut Tridiagonal,
     reflections: Option<&'a mut Reflections<T>>,
@@ -123,8 +125,8 @@ impl<T: Number> WithSimd for Reduce<'_, T> {
     }
 }
 
-/// `A -= v w^T + w v^T` and then `A next`, of rows from `k + 1` on; the product is not that of others. Columns before
-/// `k` are finished.
+/// Computes `A -= v w^T + w v^T` and then `A next`, for the rows from `k + 1` on and the columns from `k` on.
+/// Other entries of the product are unspecified.
 #[inline(always)]
 fn pass<const ROWS: usize, T: Number, S: Simd>(
     simd: S,
@@ -151,7 +153,8 @@ fn pass<const ROWS: usize, T: Number, S: Simd>(
     }
 }
 
-/// [`pass`] over some rows: two vectors come off, each times a factor a row; the products, lane by lane.
+/// Does a [`pass`] over some rows. Subtracts two vectors times a factor per row, and returns the products as
+/// one sum per lane.
 #[inline(always)]
 fn pass_tile<const ROWS: usize, T: Number, S: Simd>(
     simd: S,
@@ -161,7 +164,7 @@ fn pass_tile<const ROWS: usize, T: Number, S: Simd>(
     next: &[T::Vector<S>],
 ) -> [T::Vector<S>; ROWS] {
     let count = next.len();
-    // Of one length, so that no index is checked within the loop.
+    // Equal lengths remove bounds checks from the loop.
     let (vector, other) = (&vector[..count], &other[..count]);
     for row in &mut rows {
         let whole = std::mem::take(row);
@@ -198,7 +201,8 @@ impl<T: Number> WithSimd for Apply<'_, T> {
         let lanes = T::lanes::<S>();
         let mut first = 0;
         while first < self.width {
-            // Columns of some vectors' length at a time: sums of one would wait for each other.
+            // Several vectors of columns at a time, as consecutive additions to one sum would wait for each
+            // other.
             first += match (self.width - first) / lanes {
                 4.. => self.columns::<4, S>(simd, first),
                 2..4 => self.columns::<2, S>(simd, first),
@@ -209,7 +213,7 @@ impl<T: Number> WithSimd for Apply<'_, T> {
 }
 
 impl<T: Number> Apply<'_, T> {
-    /// All reflections of `VECTORS` vectors' columns, and how many that are.
+    /// Applies all reflections to the columns of `VECTORS` vectors, and returns `VECTORS`.
     #[inline(always)]
     fn columns<const VECTORS: usize, S: Simd>(&mut self, simd: S, first: usize) -> usize {
         let Self { reflections: Reflections { order, taus, vectors }, z, width } = self;
@@ -254,7 +258,7 @@ mod tests {
         ((i * 131 + j * 31 + i * j * 7) % 97) as f64 / 97.0 - 0.4
     }
 
-    /// `Q` is orthogonal, and `Q T Q^T` the matrix.
+    /// Checks that `Q` is orthogonal and that `Q T Q^T` is the matrix.
     fn assert_reduced<T: Number>(n: usize, at: impl Fn(usize, usize) -> f64) {
         let a = Mat::from_fn(n, n, |i, j| T::of(at(i.max(j), i.min(j))).to_f64());
         let stride = padded::<T>(n);
@@ -290,14 +294,14 @@ mod tests {
     }
 
     #[test]
-    fn every_order() {
+    fn matrices_of_every_order() {
         for n in (0..40).chain([63, 64, 65, 100]) {
             assert_both(n, dense);
         }
     }
 
     #[test]
-    fn rows_that_leave_nothing_to_reflect() {
+    fn rows_without_entries_to_reflect() {
         for n in [1, 2, 3, 8, 21, 64] {
             assert_both(n, |_, _| 0.0);
             assert_both(n, |_, _| 1.0);

@@ -1,6 +1,6 @@
-//! QR decomposition of a panel of [`WIDTH`] columns by Householder reflections, which stay in blocked form.
+//! QR decomposition of a panel of [`WIDTH`] columns by Householder reflections in blocked form (\[WY\]).
 //!
-//! Reflection `j` maps what is left of column `j`, `(alpha, x)`, onto its first axis:
+//! Reflection `j` maps the remaining column `j`, `(alpha, x)`, onto its first axis:
 //!
 //! ```text
 //! H_j = I - tau v v^T,   v = (1, x / (alpha - beta)),   beta = -sign(alpha) ||(alpha, x)||,
@@ -8,12 +8,12 @@
 //! T_jj = tau_j,   T_(0..j, j) = -tau_j T_(0..j, 0..j) V_(0..j)^T v_j
 //! ```
 //!
-//! A panel has few columns, and to read them costs more than to compute with them. So a column is read once
-//! for a reflection: with what the one before leaves of it goes its product with the next `x`, of which the
-//! next reflection is made. Those of four columns are formed at a time. There is a reflection also where
-//! nothing is left to map, with `tau = 2`.
+//! Reading the columns of a panel takes longer than the arithmetic. Therefore each reflection reads a column
+//! once: the same pass updates the column with the previous reflection and multiplies it with `x`, from which
+//! the next reflection is made. Four columns are processed together. A zero `x` is reflected as well, with
+//! `tau = 2`.
 
-// Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
+// Measured without forced inlining: every vector instruction becomes a call, and kernels are 20 times slower.
 #![allow(clippy::inline_always)]
 
 use faer::MatMut;
@@ -27,17 +27,17 @@ use crate::kernels::simd::{LINE, dispatch};
 use crate::kernels::thin_gram::{SumsOfRows, sums_of_rows};
 use crate::kernels::thin_product::Panel;
 
-/// Columns that are read side by side.
+/// Number of columns processed together.
 const BESIDE: usize = 4;
 
-/// The memory that [`factor_panel`] needs.
+/// Returns the memory for [`factor_panel`].
 pub(crate) fn factor_panel_scratch<T: Number>() -> StackReq {
     StackReq::new_aligned::<f64>(sums_of_rows::<T>(WIDTH), LINE)
 }
 
-/// Factors `panel`, `(m, WIDTH)`: its upper triangle becomes `R`, what lies below is unspecified. `V`, with
-/// ones on its diagonal and zeros above, is written to `v`, column by column of [`padded`]`(m)` numbers, and
-/// the upper triangle of `T` to `t`, `(k, k)` for `k = min(m, WIDTH)` reflections.
+/// Factors `panel (m, WIDTH)`. Its upper triangle becomes `R`; the rest is then unspecified. Writes `V`, with
+/// ones on the diagonal and zeros above, to the column-major `v`, whose columns have [`padded`]`(m)`
+/// elements, and the upper triangle of `T` to `t (k, k)`, for `k = min(m, WIDTH)` reflections.
 pub(crate) fn factor_panel<T: Number>(
     panel: MatMut<'_, T>,
     v: &mut [T],
@@ -63,7 +63,7 @@ pub(crate) fn factor_panel<T: Number>(
     write_products(&gram, t);
 }
 
-/// Writes `T` for the lower triangle of `V^T V`, row by row.
+/// Computes `T` from the lower triangle of the row-major `V^T V`.
 fn write_products<T: Number>(gram: &[f64], mut t: MatMut<'_, T>) {
     let mut columns = [[0.0; WIDTH]; WIDTH];
     for (j, products) in gram.chunks_exact(WIDTH).enumerate() {
@@ -95,10 +95,10 @@ impl<T: Number> WithSimd for Factor<'_, T> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { v, stride, rows, r } = self;
         let reflections = rows.min(WIDTH);
-        // What a reflection takes off the columns to come, in units of its v.
+        // Multiples of the latest v that the remaining columns lose.
         let mut weights = [T::default(); WIDTH];
         for j in 0..reflections {
-            // Above, v is zero.
+            // v is zero above this row.
             let first = j.saturating_sub(1) / T::WIDEST * T::WIDEST;
             let (done, others) = v.split_at_mut((j + 1) * stride);
             let (before, x) = done.split_at_mut(j * stride);
@@ -111,7 +111,7 @@ impl<T: Number> WithSimd for Factor<'_, T> {
             x[..=j].fill(T::default());
 
             let tail = &mut x[first..];
-            // The first has none before it, but weights of zero.
+            // The first column has no predecessor; all weights are zero.
             let before = before.unwrap_or(tail);
             let mut products = [T::default(); WIDTH];
             let (own, products) = products[j..].split_at_mut(1);
@@ -139,7 +139,7 @@ impl<T: Number> WithSimd for Factor<'_, T> {
     }
 }
 
-/// Takes multiples of `before` off columns, from row `first` on, and forms their products with `x` then.
+/// Subtracts multiples of `before` from columns, from row `first` on, and computes their products with `x`.
 #[inline(always)]
 fn advance<T: Number, S: Simd>(
     simd: S,
@@ -163,7 +163,7 @@ fn advance<T: Number, S: Simd>(
     }
 }
 
-/// What maps `(alpha, x)` onto its first axis.
+/// The reflection of `(alpha, x)` onto its first axis.
 pub(crate) struct Reflection<T> {
     pub beta: T,
     pub tau: T,
@@ -172,7 +172,7 @@ pub(crate) struct Reflection<T> {
 }
 
 impl<T: Number> Reflection<T> {
-    /// Of `alpha` and the sum of squares of `x`.
+    /// Computes the reflection from `alpha` and the sum of squares of `x`.
     #[inline(always)]
     pub(crate) fn of(alpha: T, squares: T) -> Self {
         if squares < T::SMALLEST {
@@ -184,7 +184,7 @@ impl<T: Number> Reflection<T> {
     }
 }
 
-/// `column -= vector * weight`
+/// Subtracts `weight` times a vector from a column.
 #[inline(always)]
 pub(crate) fn subtract<T: Number, S: Simd>(simd: S, column: &mut [T], vector: &[T], weight: T) {
     let weight = T::splat(simd, -weight);
@@ -193,7 +193,7 @@ pub(crate) fn subtract<T: Number, S: Simd>(simd: S, column: &mut [T], vector: &[
     }
 }
 
-/// `x^T y`
+/// Returns `x^T y`.
 #[inline(always)]
 pub(crate) fn dot<T: Number, S: Simd>(simd: S, x: &[T], y: &[T]) -> T {
     let mut sum = T::splat(simd, T::default());
@@ -203,7 +203,7 @@ pub(crate) fn dot<T: Number, S: Simd>(simd: S, x: &[T], y: &[T]) -> T {
     T::sum(simd, sum)
 }
 
-/// [`advance`] for four columns, each of which is read once.
+/// Does the work of [`advance`] for four columns, each of which is read once.
 #[inline(always)]
 fn advance_four<T: Number, S: Simd>(
     simd: S,
@@ -213,7 +213,7 @@ fn advance_four<T: Number, S: Simd>(
     weights: &[T],
 ) -> [T; BESIDE] {
     let (before, x) = (T::vectors::<S>(before), T::vectors::<S>(x));
-    // Of one length, so that no index is checked within the loop.
+    // Equal lengths remove bounds checks from the loop.
     let (count, stride) = (before.len(), columns.len() / BESIDE);
     let x = &x[..count];
     let (left, right) = columns.split_at_mut(2 * stride);
@@ -253,7 +253,8 @@ mod tests {
     use super::*;
     use crate::kernels::simd::tests::on_every_path;
 
-    /// `Q` is orthogonal, `Q R` the panel, and `V` has ones on its diagonal and zeros above.
+    /// Checks that `Q` is orthogonal, that `Q R` is the panel, and that `V` has ones on the diagonal and
+    /// zeros above.
     fn assert_factors<T: Number>(rows: usize, at: impl Fn(usize, usize) -> f64) {
         let panel = Mat::from_fn(rows, WIDTH, |i, j| T::of(at(i, j)));
         let (stride, count) = (padded::<T>(rows), rows.min(WIDTH));
@@ -272,7 +273,8 @@ mod tests {
             let q = Mat::<f64>::identity(rows, rows) - &v * &t * v.transpose();
             let norm = (0..WIDTH).flat_map(|j| (0..rows).map(move |i| (i, j)));
             let norm = norm.map(|(i, j)| panel[(i, j)].to_f64().powi(2)).sum::<f64>().sqrt();
-            // Without vectors, ||v||^2 <= 2 is a sum of all rows in turn, each off by half of epsilon at most.
+            // On scalars ||v||^2 <= 2 is one sum over all rows, with an error of half an epsilon per term at
+            // most.
             let allowed = (16.0 + rows as f64) * T::EPSILON;
             let off = (q.transpose() * &q - Mat::<f64>::identity(rows, rows)).norm_max();
             assert!(off <= allowed, "{rows} rows, {path:?}: Q^T Q is off by {off:e}");
@@ -291,14 +293,14 @@ mod tests {
     }
 
     #[test]
-    fn every_number_of_rows() {
+    fn panels_of_every_number_of_rows() {
         for rows in (1..70).chain([96, 127, 128, 129, 300]) {
             assert_both(rows, dense);
         }
     }
 
     #[test]
-    fn columns_that_leave_nothing_to_reflect() {
+    fn columns_without_entries_to_reflect() {
         for rows in [1, 5, 32, 33, 80] {
             assert_both(rows, |_, _| 0.0);
             assert_both(rows, |_, _| 1.0);

@@ -1,40 +1,41 @@
-//! Eight sweeps of the QL iteration at a time, one behind the other, in the lanes of vectors.
+//! Eight pipelined sweeps of the QL iteration, one in each lane of SIMD vectors.
 //!
-//! A sweep ([`root_free_ql`](crate::eigen::root_free_ql)) is a chain in which a step waits for the one before. But step
-//! `i` of a sweep leaves entries `i + 1` as they are for good, so that a second sweep, whose shift is known,
-//! can follow: lane `k` is [`LAG`] steps behind lane `k - 1`. What a lane leaves at one time is what the next
-//! lane needs [`LAG`]` - 1` times later, and entries travel from the memory through all lanes and back:
+//! Within a sweep ([`root_free_ql`](crate::eigen::root_free_ql)) every step depends on the previous one. But
+//! step `i` finishes entries `i + 1`, so that a second sweep with a known shift can follow closely: lane `k`
+//! is [`LAG`] steps behind lane `k - 1`. The output of a lane is the input of the next lane [`LAG`]` - 1`
+//! steps later. Entries pass from memory through all lanes and back:
 //!
 //! ```text
 //! memory -> lane 0 -> lane 1 -> ... -> lane 7 -> memory
 //! ```
 //!
-//! Around the matrix the lanes find zeros. A lane that meets a square of zero, there or because a sweep made it
-//! negligible, leaves the block that it was in and begins another.
+//! Entries outside of the matrix are zero. A square of zero, outside of the matrix or because a sweep has
+//! made it negligible, ends the block of a lane and begins a new one.
 
-// Measured: left to the compiler's judgement, every vector instruction becomes a call, 20 times slower.
+// Measured without forced inlining: every vector instruction becomes a call, and kernels are 20 times slower.
 #![allow(clippy::inline_always)]
 
 use pulp::{Simd, WithSimd};
 
-/// Sweeps at a time.
+/// Number of pipelined sweeps.
 pub(crate) const SWEEPS: usize = 8;
 
-/// Steps that a sweep is behind the one before, 2 at least. With 2, a step would wait for the one before again.
+/// Number of steps between consecutive sweeps, at least 2. With 2, a step would depend on the previous one
+/// again.
 const LAG: usize = 3;
 
-/// Determinants grow as powers of the norm, sums as their squares; a step moves a sum by far less than the
-/// square of this.
+/// Bound beyond which quantities are rescaled. Determinants grow as powers of the norm, sums as their
+/// squares; one step changes a sum by a factor far below the square of this bound.
 pub(crate) const LARGE: f64 = (1u128 << 80) as f64;
 pub(crate) const SMALL: f64 = 1.0 / LARGE;
 
-/// Sweeps with given shifts over one block.
+/// Pipelined sweeps with given shifts over one block.
 pub(crate) struct Sweeps<'a> {
     pub(crate) diagonal: &'a mut [f64],
-    /// Squares of the off-diagonal: one less.
+    /// Squares of the off-diagonal entries, one fewer than the diagonal has.
     pub(crate) squares: &'a mut [f64],
     pub(crate) shifts: [f64; SWEEPS],
-    /// A square that counts as zero.
+    /// Largest square that counts as zero.
     pub(crate) negligible: f64,
 }
 
@@ -52,10 +53,10 @@ impl WithSimd for Sweeps<'_> {
     }
 }
 
-/// A number for each lane.
+/// One number per lane.
 type Lanes<S, const VECTORS: usize> = [<S as Simd>::f64s; VECTORS];
 
-/// Where each sweep has got to: the names of [`root_free_ql`](crate::eigen::root_free_ql).
+/// The state of every sweep, with the names of [`root_free_ql`](crate::eigen::root_free_ql).
 struct State<S: Simd, const VECTORS: usize> {
     d: Lanes<S, VECTORS>,
     d_below: Lanes<S, VECTORS>,
@@ -75,7 +76,7 @@ impl Sweeps<'_> {
         sigma.copy_from_slice(S::as_simd_f64s(&shifts).0);
         let mut state =
             State { d: one, d_below: one, sum_below: one, inverse_below: one, gamma: zero, sine: zero };
-        // Entries on their way from lane to lane, the oldest first.
+        // Entries between two lanes, the oldest first.
         let mut passed = [(zero, zero); LAG - 1];
         let end = squares.len();
         for time in 0..end + 2 + BEHIND {
@@ -98,7 +99,7 @@ impl Sweeps<'_> {
     }
 }
 
-/// Moves every number one lane on; `x` comes first.
+/// Moves every number to the next lane, and `x` to the first.
 #[inline(always)]
 fn shift_in<S: Simd, const VECTORS: usize>(simd: S, x: f64, lanes: &mut Lanes<S, VECTORS>) {
     let first = simd.mask_between_m64s(0, 1).mask();
@@ -115,7 +116,7 @@ fn last_lane<S: Simd>(lanes: &[S::f64s]) -> f64 {
     pulp::bytemuck::cast_slice::<S::f64s, f64>(lanes)[SWEEPS - 1]
 }
 
-/// One step of each sweep, from entries `(a_i, b_i)` to `(a_(i+1), b_(i+1))`.
+/// Does one step of every sweep, from entries `(a_i, b_i)` to `(a_(i+1), b_(i+1))`.
 #[inline(always)]
 fn step<S: Simd, const VECTORS: usize>(
     simd: S,
@@ -144,7 +145,7 @@ fn step<S: Simd, const VECTORS: usize>(
         (sum_below[v], inverse_below[v], gamma[v]) = (sum, inverse, next_gamma);
         sine[v] = simd.mul_f64s(weighted, inverse);
         if simd.first_true_m64s(odd) < S::F64_LANES {
-            // A power of two for sums that leave the range; a new block.
+            // Sums out of range are rescaled by a power of two; negligible squares begin a new block.
             let zero = simd.splat_f64s(0.0);
             let unit = simd.select_f64s(simd.less_than_f64s(large, sum), small, one);
             let unit = simd.select_f64s(simd.less_than_f64s(sum, small), large, unit);
@@ -168,7 +169,7 @@ mod tests {
     use crate::kernels::simd::dispatch;
     use crate::kernels::simd::tests::on_every_path;
 
-    /// One sweep by plane rotations of the dense matrix: the QL step `T - sigma = Q L`, `L Q + sigma`.
+    /// Does one sweep by plane rotations of the dense matrix: the QL step `T - sigma = Q L`, `L Q + sigma`.
     fn reference(diagonal: &[f64], squares: &[f64], sigma: f64) -> (Vec<f64>, Vec<f64>) {
         let n = diagonal.len();
         let mut t = nalgebra::DMatrix::from_fn(n, n, |i, j| match i.abs_diff(j) {
@@ -178,7 +179,7 @@ mod tests {
         });
         let mut rotations = Vec::new();
         for i in (0..n - 1).rev() {
-            // Clears entry (i, i + 1) by rows i and i + 1.
+            // Rotate rows i and i + 1 to clear entry (i, i + 1).
             let (x, y) = (t[(i + 1, i + 1)], t[(i, i + 1)]);
             let (c, s) = (x / x.hypot(y), y / x.hypot(y));
             for j in 0..n {
@@ -197,7 +198,7 @@ mod tests {
         (diagonal, (1..n).map(|i| t[(i, i - 1)] * t[(i - 1, i)]).collect())
     }
 
-    /// Entries around 1 from a small linear congruence.
+    /// Returns pseudo-random entries near 1.
     fn entries(n: usize, seed: usize) -> Vec<f64> {
         (0..n).map(|i| ((i * 131 + i * i * 7 + seed) % 97) as f64 / 97.0 + 0.1).collect()
     }
@@ -215,8 +216,8 @@ mod tests {
     }
 
     #[test]
-    fn eight_sweeps_are_one_after_the_other() {
-        // Shifts outside the spectrum, so that neither side's rounding errors grow.
+    fn pipelined_sweeps_equal_consecutive_sweeps() {
+        // Shifts outside of the spectrum, so that rounding errors do not grow on either side.
         let shifts = [-2.0, 4.5, -3.0, 5.0, -2.5, 6.0, -4.0, 7.0];
         for n in [2, 3, 8, 9, 24, 25, 60] {
             let (diagonal, squares) = (entries(n, 3), entries(n - 1, 50));
@@ -233,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_swept_apart() {
+    fn blocks_are_swept_independently() {
         let shifts = [-2.0, 4.5, -3.0, 5.0, -2.5, 6.0, -4.0, 7.0];
         let (diagonal, mut squares) = (entries(40, 3), entries(39, 50));
         for split in [0, 10, 11, 30, 38] {
@@ -251,9 +252,9 @@ mod tests {
         });
     }
 
-    /// Exact shifts make determinants zero; sums of thousands of steps leave the range of numbers.
+    /// Exact shifts make determinants zero; sums over thousands of steps leave the range of numbers.
     #[test]
-    fn shifts_that_are_eigenvalues_and_long_blocks() {
+    fn exact_shifts_and_long_blocks() {
         for (n, off_diagonal) in [(3usize, 1.0), (30, 1.0), (3000, 1.0), (3000, 1e-3), (3000, 1e-16)] {
             on_every_path(|_| {
                 let (a, b) = swept(vec![0.0; n], vec![off_diagonal * off_diagonal; n - 1], [0.0; SWEEPS]);

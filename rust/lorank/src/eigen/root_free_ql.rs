@@ -1,9 +1,9 @@
-//! Eigenvalues of a symmetric tridiagonal matrix by the QL iteration without square roots.
+//! Eigenvalues of a symmetric tridiagonal matrix by the QL iteration without square roots (\[PARLETT\]).
 //!
-//! One sweep with shift `sigma` over a block with diagonal `a_l..a_m` and squared off-diagonal
-//! `b_l..b_(m-1)` runs upwards. With the determinants `d` of the trailing blocks of `T - sigma`
-//! (`d_(m+1) = 1`, `d_m = a_m - sigma`), sums of squares `S` (`S_(m+1) = 1`) and the squared sines `s` of
-//! the rotations (`s_m = 0`), for `i = m - 1, ..., l`:
+//! A sweep with shift `sigma` runs upwards over a block with diagonal `a_l..a_m` and squared off-diagonal
+//! `b_l..b_(m-1)`. Let `d` be the determinants of the trailing blocks of `T - sigma` (`d_(m+1) = 1`, `d_m =
+//! a_m - sigma`), `S` sums of squares (`S_(m+1) = 1`), and `s` the squared sines of the rotations (`s_m =
+//! 0`). For `i = m - 1, ..., l`:
 //!
 //! ```text
 //! S_(i+1) = d_(i+1)^2 + b_i S_(i+2)           d_i = (a_i - sigma) d_(i+1) - b_i d_(i+2)
@@ -11,14 +11,16 @@
 //! b_(i+1) = s_(i+1) S_(i+1) / S_(i+2)         a_(i+1) = gamma_(i+1) + a_i - gamma_i
 //! ```
 //!
-//! These are the quantities of Pal, Walker and Kahan's variant, `gamma_i = c_i g_i` with the squared cosines
-//! `c_i = d_(i+1)^2 / S_(i+1)` and the pivots `g_i = d_i / d_(i+1)`. There, a step waits for the divisions of
-//! the step before; here a step divides once, and what is passed on are sums and products. The determinants
-//! are exact for entries that are off by a few units of rounding, no pivot is divided by, and all else is
-//! sums of positive terms, products and quotients; eigenvalues are off by a small multiple of `eps ||T||`.
+//! These are the quantities of the variant of Pal, Walker and Kahan, with `gamma_i = c_i g_i`, squared
+//! cosines `c_i = d_(i+1)^2 / S_(i+1)` and pivots `g_i = d_i / d_(i+1)`. In that variant every step waits for
+//! the divisions of the previous one. Here a step divides once, and the next step depends only on sums and
+//! products. The computed determinants are exact for entries perturbed by a few units of rounding, there is
+//! no division by a pivot, and all other operations are sums of positive terms, products and quotients. The
+//! error of an eigenvalue is a small multiple of `eps ||T||`.
 //!
-//! Long blocks are swept with eight shifts at a time, the eigenvalues of their leading block of that order
-//! ([`ql_pipeline`](crate::eigen::ql_pipeline)): a third more steps, each in a quarter of the time.
+//! Long blocks are swept with eight shifts at a time, the eigenvalues of the leading block of order eight
+//! ([`ql_pipeline`](crate::eigen::ql_pipeline)). This takes a third more steps, each in a quarter of the
+//! time.
 
 use crate::eigen::ql_pipeline::{LARGE, SMALL, SWEEPS, Sweeps};
 use crate::eigen::tridiagonal::Tridiagonal;
@@ -26,20 +28,22 @@ use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::kernels::simd::dispatch;
 use crate::{Error, Result};
 
-/// Sweeps, or rounds of [`SWEEPS`], without a block that splits off after which something is wrong; two are usual.
+/// Largest number of sweeps, or rounds of [`SWEEPS`] sweeps, until a block must have split. Two are usual.
 const MOST_SWEEPS: usize = 60;
 
-/// Distance of a block's ends from which sweeps are pipelined; measured best from orders 48 to 192.
+/// Least distance between the ends of a block for pipelined sweeps: the fastest from order 48 to 192.
 const PIPELINED_FROM: usize = 23;
 
-/// Leaving out an entry moves no eigenvalue by more than its size: the square of one that does not count.
+/// Largest negligible square of an off-diagonal entry. Dropping an entry changes no eigenvalue by more than
+/// the entry.
 const FLOOR: f64 = (f64::EPSILON / 32.0) * (f64::EPSILON / 32.0);
 
-/// The eigenvalues of a symmetric tridiagonal matrix, ascending: about `1.2 n^2` steps of 3 cycles.
+/// Computes the eigenvalues of a symmetric tridiagonal matrix, ascending, in about `1.2 n^2` steps of 3
+/// cycles.
 ///
 /// # Errors
-/// [`Error::NoConvergence`] if the iteration does not end, as with NaN, and [`Error::Numerical`] if
-/// entries leave the range of squares.
+/// [`Error::NoConvergence`] if the iteration does not end, as with NaN, and [`Error::Numerical`] if squares
+/// of entries leave the range of float64.
 pub fn tridiagonal_eigenvalues(matrix: &Tridiagonal) -> Result<Vec<f64>> {
     let largest = matrix.diagonal.iter().chain(&matrix.off_diagonal).fold(0.0f64, |max, x| max.max(x.abs()));
     if largest == 0.0 && !matrix.diagonal.iter().chain(&matrix.off_diagonal).any(|x| x.is_nan()) {
@@ -52,7 +56,7 @@ pub fn tridiagonal_eigenvalues(matrix: &Tridiagonal) -> Result<Vec<f64>> {
         squares: matrix.off_diagonal.iter().map(|x| (x * scale) * (x * scale)).collect(),
     };
     if matrix.diagonal.first() > matrix.diagonal.last() {
-        // A tenth fewer steps if the smaller end comes first.
+        // The iteration takes a tenth fewer steps if the smaller end comes first.
         iteration.diagonal.reverse();
         iteration.squares.reverse();
     }
@@ -64,7 +68,7 @@ pub fn tridiagonal_eigenvalues(matrix: &Tridiagonal) -> Result<Vec<f64>> {
     Ok(eigenvalues)
 }
 
-/// A matrix with entries up to 1 on its way to diagonal form.
+/// A tridiagonal matrix with entries up to 1, which the iteration makes diagonal.
 struct Iteration {
     diagonal: Vec<f64>,
     /// Squares of the off-diagonal.
@@ -99,7 +103,7 @@ impl Iteration {
         Ok(self.diagonal)
     }
 
-    /// The last index of the block that begins at `first`: the next off-diagonal is negligible.
+    /// Returns the last index of the block that begins at `first`. The next off-diagonal entry is negligible.
     fn block_end(&self, first: usize) -> usize {
         const RELATIVE: f64 = f64::EPSILON * f64::EPSILON;
         let a = &self.diagonal;
@@ -115,14 +119,14 @@ impl Iteration {
         (self.diagonal[first], self.diagonal[first + 1]) = (mean - radius, mean + radius);
     }
 
-    /// Wilkinson's shift: the eigenvalue of the leading 2x2 block that is nearer to its first entry.
+    /// Returns Wilkinson's shift: the eigenvalue of the leading 2x2 block that is closer to its first entry.
     fn shift(&self, first: usize) -> f64 {
         let (a, next, root) = (self.diagonal[first], self.diagonal[first + 1], self.squares[first].sqrt());
         let ratio = (next - a) / (2.0 * root);
         a - root / (ratio + ratio.hypot(1.0).copysign(ratio))
     }
 
-    /// [`SWEEPS`] sweeps at once, shifted by the eigenvalues of the leading block of that order.
+    /// Does [`SWEEPS`] pipelined sweeps, shifted by the eigenvalues of the leading block of that order.
     fn sweep_many(&mut self, first: usize, last: usize) -> Result<()> {
         let leading = Iteration {
             diagonal: self.diagonal[first..first + SWEEPS].to_vec(),
@@ -183,7 +187,7 @@ mod tests {
         tridiagonal_eigenvalues(&Tridiagonal { diagonal, off_diagonal }).unwrap()
     }
 
-    /// Eigenvalues below `x`, by the signs of the pivots of `T - x`.
+    /// Returns the number of eigenvalues below `x`, from the signs of the pivots of `T - x`.
     fn count_below(diagonal: &[f64], off_diagonal: &[f64], x: f64) -> usize {
         let (mut pivot, mut count) = (1.0f64, 0);
         for (i, a) in diagonal.iter().enumerate() {
@@ -197,7 +201,7 @@ mod tests {
         count
     }
 
-    /// Every value lies within `tolerance` of the eigenvalue of its index, by Sturm's count.
+    /// Checks by Sturm counts that every value lies within `tolerance` of the eigenvalue of its index.
     fn assert_counts(diagonal: &[f64], off_diagonal: &[f64], found: &[f64], tolerance: f64) {
         for (k, x) in found.iter().enumerate() {
             assert!(count_below(diagonal, off_diagonal, x + tolerance) > k, "value {k}: {x}");
@@ -233,7 +237,7 @@ mod tests {
         }
     }
 
-    /// Determinants of these cover thousands of binary orders of magnitude.
+    /// Tests a matrix whose determinants cover thousands of binary orders of magnitude.
     #[test]
     fn clement() {
         for n in [2usize, 3, 64, 577, 2000] {
@@ -261,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_number_does_not_converge() {
+    fn nan_does_not_converge() {
         for diagonal in [vec![f64::NAN, 1.0, 2.0], vec![1.0, 2.0, f64::NAN], vec![f64::NAN, 0.0, 0.0]] {
             for off_diagonal in [vec![1.0, 1.0], vec![0.0, 0.0]] {
                 let matrix = Tridiagonal { diagonal: diagonal.clone(), off_diagonal };
@@ -272,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn clusters_and_grades() {
+    fn clustered_and_graded_matrices() {
         let ones = |n: usize| vec![1.0; n];
         let graded = |n: i32, ratio: f64| (0..n).map(|i| ratio.powi(i)).collect::<Vec<_>>();
         for (diagonal, off_diagonal) in [

@@ -1,13 +1,14 @@
-//! Eigenvalues of a small symmetric matrix, and the eigenvectors of some of them.
+//! All eigenvalues of a small symmetric matrix, and the eigenvectors of selected ones.
 //!
-//! `A = Q T Q^T` is reduced once ([`one_stage`](crate::eigen::one_stage)). The eigenvalues of `T` take `O(n^2)`
-//! operations ([`root_free_ql`](crate::eigen::root_free_ql)), and so do the eigenvectors `Z` of `k` of them
-//! ([`twisted`](crate::eigen::twisted)): those of `A` are `Q Z`, in `2 n^2 k`. Most of what a decomposition of all costs is
-//! saved where few are wanted, and which ones need not be known before.
+//! `A = Q T Q^T` is reduced once ([`one_stage`](crate::eigen::one_stage)). The eigenvalues of `T` take
+//! `O(n^2)` operations ([`root_free_ql`](crate::eigen::root_free_ql)), as do the eigenvectors `Z` of `k` of
+//! them ([`twisted`](crate::eigen::twisted)). The eigenvectors of `A` are `Q Z`, in `2 n^2 k` operations. For
+//! few eigenvectors this saves most of the cost of a full decomposition. The selection may be made after the
+//! eigenvalues are computed.
 //!
-//! Vectors of neighbouring eigenvalues are made orthonormal, `Z L^-T` with `Z^T Z = L L^T`. That mixes vectors by
-//! `eps ||T|| / gap`, and so it does not move them from what they solve by more than `eps ||T||`. What comes out
-//! is looked at: `T z - l z` must be small.
+//! Eigenvectors of close eigenvalues are made orthonormal: `Z L^-T` with `Z^T Z = L L^T`. This mixes vectors
+//! by `eps ||T|| / gap`, so that residuals grow by no more than `eps ||T||`. The residuals `T z - l z` are
+//! checked at the end.
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
@@ -21,42 +22,42 @@ use crate::eigen::twisted::tridiagonal_eigenvectors;
 use crate::kernels::dense::{cholesky, product};
 use crate::kernels::number::padded;
 
-/// Inner products of unit vectors up to which they are made orthogonal: beyond, eigenvalues are equal to rounding,
-/// and the vectors may be one.
+/// Largest inner product of unit vectors that are orthogonalised. Beyond it, eigenvalues are equal up to
+/// rounding, and their vectors may coincide.
 const MOST_ALIKE: f64 = 0.01;
 
-/// What `|T z - l z|` may be, of the largest eigenvalue times the root of `n`: six times what was seen, of random
-/// matrices of order 16 to 512.
+/// Largest residual `|T z - l z|`, relative to the largest eigenvalue times the root of `n`: six times the
+/// largest measured of random matrices of order 16 to 512.
 const TOLERANCE: f64 = 16.0 * f64::EPSILON;
 
-/// A symmetric matrix whose eigenvalues are known.
+/// A symmetric matrix with its eigenvalues, and the reduction from which eigenvectors are computed.
 #[derive(Clone, Debug)]
 pub(crate) struct SelectedEigen {
-    /// Ascending.
+    /// All eigenvalues, ascending.
     pub values: Vec<f64>,
     tridiagonal: Tridiagonal,
     reflections: Reflections<f64>,
 }
 
-/// The memory that [`SelectedEigen::of`] needs.
+/// Returns the memory for [`SelectedEigen::of`].
 pub(crate) fn selected_eigen_scratch(n: usize) -> StackReq {
     one_stage_scratch::<f64>(n)
 }
 
 impl SelectedEigen {
-    /// Of a positive definite matrix whose largest entry is near 1, laid out as
-    /// [`reduce_in_one_stage`] says.
+    /// Computes the eigenvalues of a positive definite matrix whose largest entry is near 1, with the layout
+    /// of [`reduce_in_one_stage`].
     ///
     /// # Errors
-    /// As [`tridiagonal_eigenvalues`].
+    /// The errors of [`tridiagonal_eigenvalues`].
     pub(crate) fn of(a: &mut [f64], n: usize, stack: &mut MemStack) -> Result<Self> {
         let mut reflections = Reflections::new(n);
         let tridiagonal = reduce_in_one_stage(a, n, Some(&mut reflections), stack);
         Ok(Self { values: tridiagonal_eigenvalues(&tridiagonal)?, tridiagonal, reflections })
     }
 
-    /// Orthonormal eigenvectors `(n, k)` of the eigenvalues at these places; `None` if some of those are too close to
-    /// each other.
+    /// Returns orthonormal eigenvectors `(n, k)` of the eigenvalues with the given indices, or `None` if some
+    /// eigenvalues are too close to each other.
     pub(crate) fn vectors(&self, places: impl Iterator<Item = usize>) -> Option<Mat<f64>> {
         let values: Vec<f64> = places.map(|i| self.values[i]).collect();
         let z = orthonormal(tridiagonal_eigenvectors(&self.tridiagonal, &values))?;
@@ -66,7 +67,7 @@ impl SelectedEigen {
         (0..values.len()).all(solves).then(|| self.reflected(&z))
     }
 
-    /// `Q Z`.
+    /// Returns `Q Z`.
     fn reflected(&self, z: &Mat<f64>) -> Mat<f64> {
         let (n, k) = (z.nrows(), z.ncols());
         let width = padded::<f64>(k);
@@ -78,7 +79,7 @@ impl SelectedEigen {
         Mat::from_fn(n, k, |i, j| rows[i * width + j])
     }
 
-    /// `|T z - l z|` for a column of `Z`.
+    /// Returns `|T z - l z|` for column `j` of `Z`.
     fn residual(&self, value: f64, z: &Mat<f64>, j: usize) -> f64 {
         let Tridiagonal { diagonal, off_diagonal } = &self.tridiagonal;
         let row = |i: usize| {
@@ -90,7 +91,7 @@ impl SelectedEigen {
     }
 }
 
-/// `Z L^-T`; `None` unless inner products are small.
+/// Returns `Z L^-T`, or `None` unless inner products are small.
 fn orthonormal(z: Mat<f64>) -> Option<Mat<f64>> {
     let mut gram = product(z.transpose(), z.as_ref());
     let k = gram.nrows();
@@ -114,7 +115,7 @@ mod tests {
 
     use super::*;
 
-    /// `4` on the diagonal, less and less within `width` of it.
+    /// Returns a matrix with 4 on the diagonal and decaying entries within `width` of it.
     fn banded(n: usize, width: usize) -> Mat<f64> {
         Mat::from_fn(n, n, |i, j| match i.abs_diff(j) {
             0 => 4.0,
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn vectors_of_some_and_of_all() {
+    fn some_and_all_vectors() {
         for n in [1, 2, 3, 17, 64, 128] {
             for width in [1, 3] {
                 let a = banded(n, width);
@@ -161,7 +162,7 @@ mod tests {
 
     #[test]
     fn graded_matrices() {
-        // Small eigenvalues lie close to each other, compared with the largest.
+        // Small eigenvalues are close to each other relative to the largest.
         let n = 40;
         let grade = |i: usize| 10f64.powf(-6.0 * i as f64 / n as f64);
         let a = banded(n, 2);
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_eigenvalues_are_none_of_its_business() {
+    fn equal_eigenvalues_are_rejected() {
         let found = eigen(&Mat::identity(5, 5));
         assert!(found.vectors([0, 1].into_iter()).is_none());
         assert_eq!(found.vectors(std::iter::empty()).unwrap().ncols(), 0);

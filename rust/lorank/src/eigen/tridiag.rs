@@ -1,7 +1,8 @@
-//! Reduction of a symmetric matrix to tridiagonal form: `A = Q T Q^T`, `T` kept, `Q` dropped.
+//! Reduction of a symmetric matrix to tridiagonal form: `A = Q T Q^T`, without storing `Q`.
 //!
-//! In two stages, to a band ([`band`](mod@crate::eigen::band)) and from there ([`bulge`](mod@crate::eigen::bulge)); small
-//! matrices, which a cache holds, in one ([`one_stage`](crate::eigen::one_stage)).
+//! Large matrices are reduced in two stages, to a band ([`band`](mod@crate::eigen::band)) and then to
+//! tridiagonal form ([`bulge`](mod@crate::eigen::bulge)). Small ones, which fit into cache, take one stage
+//! ([`one_stage`](crate::eigen::one_stage)).
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::prelude::Reborrow;
@@ -16,12 +17,12 @@ use crate::exec::parallel::Strategy;
 use crate::kernels::number::{Number, padded};
 use crate::kernels::simd::LINE;
 
-/// Order from which two stages are faster than one, as measured: a cache holds more numbers of float32.
+/// Returns the least order for which two stages were faster than one. A cache holds more float32 numbers.
 const fn two_stages_from<T: Number>() -> usize {
     if size_of::<T>() == size_of::<f32>() { 384 } else { 320 }
 }
 
-/// The memory that [`tridiagonalize`] of a matrix of order `n` needs.
+/// Returns the memory for [`tridiagonalize`] of a matrix of order `n`.
 #[must_use]
 pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
     if n < two_stages_from::<T>() {
@@ -31,11 +32,11 @@ pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
     }
 }
 
-/// Reduces the symmetric matrix in the lower triangle of `a`, `(n, n)`, by Householder reflections: `4/3
-/// n^3` operations at the speed of GEMM, and some `200 n^2`. What `a` held is lost. Its entries must be
-/// far from the ends of the range of numbers: their squares and products are formed.
+/// Reduces a symmetric matrix by Householder reflections, in `4/3 n^3` operations at the speed of GEMM and
+/// some `200 n^2` others. Reads the lower triangle of `a (n, n)` and overwrites `a`. Entries must be far from
+/// the ends of the range of numbers, as their squares and products are formed.
 ///
-/// Under [`Strategy::Together`] this must run inside the thread pool that it may use.
+/// Under [`Strategy::Together`] the caller must run in the thread pool.
 #[must_use]
 pub fn tridiagonalize<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
     if a.nrows() < two_stages_from::<T>() {
@@ -82,7 +83,8 @@ mod tests {
         tridiagonalize(a.as_mut(), strategy, stack)
     }
 
-    /// Symmetric, dense, from a small linear congruence; NaN above the diagonal, which must not be read.
+    /// Returns a dense symmetric matrix of pseudo-random entries, with NaN in the upper triangle, which must
+    /// not be read.
     fn symmetric(n: usize) -> Mat<f64> {
         Mat::from_fn(n, n, |i, j| {
             if i < j { f64::NAN } else { ((i * 131 + j * 31 + i * j) % 97) as f64 / 97.0 - 0.4 }
@@ -93,7 +95,7 @@ mod tests {
         let a = symmetric(n);
         let found = reduced(Mat::from_fn(n, n, |i, j| T::of(a[(i, j)])), Strategy::Alone);
         assert_eq!((found.diagonal.len(), found.off_diagonal.len()), (n, n - 1));
-        // The same solver on both sides, so that a difference can only come from the reduction.
+        // The same solver for both matrices, so that only the reduction can cause a difference.
         let sorted = |matrix: nalgebra::DMatrix<f64>| {
             let mut values: Vec<f64> = matrix.symmetric_eigenvalues().iter().copied().collect();
             values.sort_by(f64::total_cmp);
@@ -112,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn eigenvalues_survive() {
+    fn eigenvalues_are_preserved() {
         let (single, double) = (two_stages_from::<f32>(), two_stages_from::<f64>());
         for n in [1, 2, 3, 4, 5, 31, 64, 100, double - 1, double, 400] {
             assert_survive::<f64>(n);
@@ -123,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_reduce() {
+    fn empty_and_zero_matrices() {
         let empty = reduced(Mat::<f64>::zeros(0, 0), Strategy::Alone);
         assert!(empty.diagonal.is_empty() && empty.off_diagonal.is_empty());
         let zero = reduced(Mat::<f64>::zeros(6, 6), Strategy::Alone);
@@ -139,7 +141,7 @@ mod tests {
         let bits = |values: &[f64]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&one.diagonal), bits(&four.diagonal));
         assert_eq!(bits(&one.off_diagonal), bits(&four.off_diagonal));
-        // Trace and Frobenius norm are invariants of the similarity.
+        // Similarity transformations preserve the trace and the Frobenius norm.
         let a = symmetric(n);
         let trace: f64 = (0..n).map(|i| a[(i, i)]).sum();
         let square = |i: usize, j: usize| a[(i, j)] * a[(i, j)] * if i == j { 1.0 } else { 2.0 };

@@ -5,6 +5,6 @@
 pub struct Tridiagonal {
     /// The `n` diagonal entries.
     pub diagonal: Vec<f64>,
-    /// The `n - 1` entries beside the diagonal.
+    /// The `n - 1` off-diagonal entries.
     pub off_diagonal: Vec<f64>,
 }

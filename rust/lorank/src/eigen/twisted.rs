@@ -1,35 +1,36 @@
-//! Eigenvectors of a symmetric tridiagonal matrix to eigenvalues that are known: by twisted factorizations.
+//! Eigenvectors of a symmetric tridiagonal matrix for known eigenvalues, by twisted factorizations
+//! (\[TWISTED\]).
 //!
-//! For an eigenvalue `l` of `T` with diagonal `a` and off-diagonal `b`, `T - l` is eliminated from above, with
-//! pivots `p`, and from below, with pivots `q`:
+//! For an eigenvalue `l` of `T` with diagonal `a` and off-diagonal `b`, `T - l` is eliminated from above,
+//! with pivots `p`, and from below, with pivots `q`:
 //!
 //! ```text
 //! p_1 = a_1 - l      p_(i+1) = (a_(i+1) - l) + b_i up_i      up_i = -b_i / p_i
 //! q_n = a_n - l      q_i = (a_i - l) + b_i down_i            down_i = -b_i / q_(i+1)
 //! ```
 //!
-//! The two meet in row `r`, whose pivot is then `g_r = p_r + q_r - (a_r - l)`. The vector with `z_r = 1`, `z_i =
-//! up_i z_(i+1)` above and `z_(i+1) = down_i z_i` below solves all equations but that one, which it leaves off by
-//! `g_r`; with `r` where `|g|` is least, `|(T - l) z|` is as small as the error of `l`, but for a factor of at
-//! most the root of `n`. Two divisions an entry, and nothing is iterated.
+//! Both eliminations meet in row `r`, with pivot `g_r = p_r + q_r - (a_r - l)`. The vector with `z_r = 1`,
+//! `z_i = up_i z_(i+1)` above and `z_(i+1) = down_i z_i` below solves all equations but that of row `r`,
+//! whose residual is `g_r`. With the `r` of the smallest `|g|`, `|(T - l) z|` is at most the root of `n`
+//! times the error of `l`. An entry takes two divisions, and there is no iteration.
 //!
-//! Vectors of eigenvalues that lie `gap` apart are orthogonal to `eps ||T|| / gap`. Of eigenvalues that are equal
-//! to rounding they may be one and the same vector: it is for the caller to look.
+//! Vectors of eigenvalues with distance `gap` are orthogonal up to `eps ||T|| / gap`. Vectors of eigenvalues
+//! that are equal up to rounding may coincide: the caller must check this.
 
 use faer::{ColMut, Mat};
 
 use crate::eigen::tridiagonal::Tridiagonal;
 
-/// Eigenvalues worked on at a time: their chains of divisions do not wait for each other.
+/// Number of eigenvalues processed together, whose chains of divisions are independent.
 const LANES: usize = 8;
 
-/// What a pivot of zero is replaced by, of matrices whose entries are up to 1 in size or not far from it: its
-/// inverse, and the square of that, are in range.
+/// Replacement of a zero pivot, for matrices with entries near 1 or smaller. Its inverse and the square of
+/// that are representable.
 const SMALLEST: f64 = 1e-150;
 
 type Lanes = [f64; LANES];
 
-/// A unit vector for each of the eigenvalues, `(n, k)`, of a matrix whose largest entry is near 1.
+/// Returns a unit vector for each eigenvalue, `(n, k)`, of a matrix whose largest entry is near 1.
 pub(crate) fn tridiagonal_eigenvectors(matrix: &Tridiagonal, eigenvalues: &[f64]) -> Mat<f64> {
     let n = matrix.diagonal.len();
     let mut vectors = Mat::zeros(n, eigenvalues.len());
@@ -45,11 +46,11 @@ pub(crate) fn tridiagonal_eigenvectors(matrix: &Tridiagonal, eigenvalues: &[f64]
     vectors
 }
 
-/// What eliminating from both ends leaves, for some eigenvalues.
+/// The results of elimination from both ends, for [`LANES`] eigenvalues.
 struct Elimination {
     up: Vec<Lanes>,
     down: Vec<Lanes>,
-    /// Pivots from above, and then those of the rows where both meet.
+    /// Pivots from above; later the pivots `g` of the rows where both eliminations meet.
     pivots: Vec<Lanes>,
 }
 
@@ -70,7 +71,7 @@ impl Elimination {
                 self.up[i][lane] = if i + 1 < n { ratio(off_diagonal[i], self.pivots[i][lane]) } else { 0.0 };
             }
         }
-        // The pivot from below is `a - l` and what is added to the pivot from above.
+        // The pivot from below is `a - l` plus a term, which is also added to the pivot from above.
         let mut below = [0.0; LANES];
         for i in (0..n).rev() {
             for (lane, below) in below.iter_mut().enumerate() {
@@ -133,7 +134,7 @@ mod tests {
                     .collect();
                 let found = column(&vectors, k);
                 let dot: f64 = found.iter().zip(&expected).map(|(x, y)| x * y).sum();
-                // Neighbours are `1 / n^2` apart.
+                // Neighbouring eigenvalues are `1 / n^2` apart.
                 let close = 1e-15 * (n * n) as f64;
                 let error = found.iter().zip(&expected).map(|(x, y)| (x * dot.signum() - y).abs());
                 assert!(error.fold(0.0, f64::max) <= close, "{n}: {k}");
@@ -142,9 +143,9 @@ mod tests {
     }
 
     #[test]
-    fn pivots_of_zero_and_blocks() {
+    fn zero_pivots_and_split_blocks() {
         let cases = [
-            // The first pivot of the eigenvalue 0 vanishes.
+            // The first pivot for the eigenvalue 0 vanishes.
             (vec![0.0, 0.0, 0.0], vec![1.0, 1.0], vec![-(2f64.sqrt()), 0.0, 2f64.sqrt()]),
             // Two blocks, the second of which has the eigenvalues 1 and 3.
             (vec![5.0, 2.0, 2.0], vec![0.0, 1.0], vec![1.0, 3.0, 5.0]),
@@ -163,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_stays_none() {
+    fn nan_is_propagated() {
         let matrix = Tridiagonal { diagonal: vec![f64::NAN; 3], off_diagonal: vec![1.0; 2] };
         let vectors = tridiagonal_eigenvectors(&matrix, &[1.0]);
         assert!(vectors.col(0).iter().any(|x| x.is_nan()));
