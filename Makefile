@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml Cargo.toml Cargo.lock $(RUST_SOURCES)
 	touch $@
 
 demo: $(VENV)/installed ## Analyse a real model, allocate ranks, build the PEFT model.
-	$(BIN)/python tests/demo.py $(DEMO)
+	$(BIN)/python examples/demo.py $$($(BIN)/python -m tests.support.material minilm) $(DEMO)
 
 test: test-rust test-python ## Run all tests.
 
@@ -42,21 +42,21 @@ bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	mkdir -p $(FIGURES)
 	cargo bench --package lorank --bench phases -- --json $(abspath $(FIGURES))/phases.json
-	$(BIN)/python benches/spectra.py --json $(FIGURES)/spectra.json
-	PYTHONPATH=tests $(BIN)/python benches/analyze.py --json $(FIGURES)/analyze.json
-	$(BIN)/python benches/compress.py --json $(FIGURES)/compress.json
-	$(BIN)/python benches/selection.py --json $(FIGURES)/selection.json
-	PYTHONPATH=tests $(BIN)/python benches/threads.py --json $(FIGURES)/threads.json
-	$(BIN)/python benches/growth.py --json $(FIGURES)/growth.json
-	$(BIN)/python benches/table.py $(FIGURES)
-	$(BIN)/python benches/fit_ranks.py
-	$(BIN)/python benches/imports.py
-	$(BIN)/python benches/peft_build.py
-	$(BIN)/python benches/task_spectra.py
-	PYTHONPATH=tests $(BIN)/python benches/adapter_accuracy.py
-	PYTHONPATH=tests $(BIN)/python benches/gradients.py
-	PYTHONPATH=tests $(BIN)/python benches/schedules.py
-	PYTHONPATH=tests $(BIN)/python benches/methods.py
+	$(BIN)/python -m benches.spectra --json $(FIGURES)/spectra.json
+	$(BIN)/python -m benches.analyze --json $(FIGURES)/analyze.json
+	$(BIN)/python -m benches.compress --json $(FIGURES)/compress.json
+	$(BIN)/python -m benches.selection --json $(FIGURES)/selection.json
+	$(BIN)/python -m benches.threads --json $(FIGURES)/threads.json
+	$(BIN)/python -m benches.growth --json $(FIGURES)/growth.json
+	$(BIN)/python -m benches.table $(FIGURES)
+	$(BIN)/python -m benches.fit_ranks
+	$(BIN)/python -m benches.imports
+	$(BIN)/python -m benches.peft_build
+	$(BIN)/python -m benches.task_spectra
+	$(BIN)/python -m benches.adapter_accuracy
+	$(BIN)/python -m benches.gradients
+	$(BIN)/python -m benches.schedules
+	$(BIN)/python -m benches.methods
 
 picture: $(VENV)/installed ## Draw the picture of the README.
 	$(BIN)/python docs/pictures/ranks.py $$($(BIN)/python -m tests.support.material smollm2) \

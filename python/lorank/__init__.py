@@ -3,21 +3,21 @@
 from typing import TYPE_CHECKING
 
 from lorank._core import FormatError, LorankError, NumericalError, __version__
-from lorank.allocation import RankAllocation, allocate
-from lorank.analysis import analyze
-from lorank.budget import fit_ranks
-from lorank.lazy import lazy_names
+from lorank._internal.lazy import lazy_names
+from lorank.allocation.budget import fit_ranks
+from lorank.allocation.rank_allocation import RankAllocation, allocate
+from lorank.analysis.matrices import analyze
+from lorank.analysis.single import MarchenkoPastur, alpha_hill, marchenko_pastur, spectrum
 from lorank.report import ModuleSpectrum, SpectralReport
-from lorank.spectra import MarchenkoPastur, alpha_hill, marchenko_pastur, spectrum
 
 if TYPE_CHECKING:
     from lorank import training
     from lorank.adapters import LoraAdapter
-    from lorank.compression import compress, elastic, family
-    from lorank.extraction import extract
-    from lorank.fisher import fisher_scores
-    from lorank.merging import merge
-    from lorank.product import product_svd
+    from lorank.compression.compress import compress, elastic, family
+    from lorank.compression.extraction import extract
+    from lorank.compression.fisher import fisher_scores
+    from lorank.compression.merging import merge
+    from lorank.compression.product import product_svd
     from lorank.profiling import profile_gradients, profile_tasks
     from lorank.report.gradients import GradientReport
     from lorank.report.tasks import TaskReport
@@ -32,15 +32,15 @@ _LAZY = {
     "profile_gradients": "profiling",
     "profile_tasks": "profiling",
     "task_spectrum": "task_spectra",
-    "LoraAdapter": "adapters",
+    "LoraAdapter": "adapters.content",
     "check": "runtimes",
-    "compress": "compression",
-    "elastic": "compression",
-    "extract": "extraction",
-    "family": "compression",
-    "fisher_scores": "fisher",
-    "merge": "merging",
-    "product_svd": "product",
+    "compress": "compression.compress",
+    "elastic": "compression.compress",
+    "extract": "compression.extraction",
+    "family": "compression.compress",
+    "fisher_scores": "compression.fisher",
+    "merge": "compression.merging",
+    "product_svd": "compression.product",
 }
 
 __all__ = [

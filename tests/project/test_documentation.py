@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.support import material
 from transformers import AutoModelForSequenceClassification
 
 import lorank
 from lorank.cli import main
+from tests.support import material
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lorank._core import __version__
-from lorank.adapters.adapter import LoraAdapter, Profile
-from lorank.certificate import Certificate
+from lorank.adapters.certificate import Certificate
+from lorank.adapters.content import LoraAdapter, Profile
 
 _LOADS = {
     "compact": "PEFT and vLLM 0.32 or later",

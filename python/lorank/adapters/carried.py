@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lorank.adapters.adapter import LoraAdapter
+from lorank.adapters.content import LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.adapters.tensors import Stored
 

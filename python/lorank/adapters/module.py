@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorank import _core
 from lorank._core import Matrix
+from lorank._internal import core_calls
 from lorank.modules.weight import Kind
 from lorank.sources import arrays
 
@@ -82,11 +84,20 @@ class LoraModule:
 
     @property
     def singular_values(self) -> npt.NDArray[np.float64]:
-        """Of the scaled update, descending; of a stack the root of the sum of squares over its copies."""
-        from lorank.spectral_form import Update, spectral_form
+        """Singular values of the scaled update, descending; for a stack, see `combined_values`."""
+        updates = [[(b, a, self.scaling)] for b, a in self.factors()]
+        decomposed = core_calls.collect(
+            lambda receive: _core.decompose(updates, 1, receive), lambda _: self.name
+        )
+        return combined_values([one.singular_values for one in decomposed])
 
-        (form,) = spectral_form([Update.of(self)], threads=1, progress=False)
-        return form.values
+
+def combined_values(copies: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    """Return the singular values of a module: for several copies, the root of the sum of their squares."""
+    if len(copies) == 1:
+        return copies[0]
+    root: npt.NDArray[np.float64] = np.sqrt(sum(np.square(values) for values in copies))
+    return root
 
 
 def in_memory(b: Array, a: Array) -> tuple[Matrix, Matrix]:

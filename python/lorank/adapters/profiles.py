@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorank import naming
 from lorank.adapters import carried
-from lorank.adapters.adapter import LoraAdapter, Profile
-from lorank.adapters.expert_layout import FIRST_VERSION, held_order, is_earlier
+from lorank.adapters.content import LoraAdapter, Profile
+from lorank.adapters.formats.expert_layout import FIRST_VERSION, held_order, is_earlier
+from lorank.adapters.formats.peft import PREFIX
 from lorank.adapters.module import LoraModule
-from lorank.adapters.peft_format import PREFIX
-from lorank.adapters.peft_settings import ONLY_FOR_TRAINING
-from lorank.lora_config import accidental_matches, either, guard, only, rank_keys
-from lorank.rank_groups import rank_groups, rank_owner, separate_experts
+from lorank.modules import naming
+from lorank.peft_format.lora_config import accidental_matches, either, guard, only, rank_keys
+from lorank.peft_format.rank_groups import rank_groups, rank_owner, separate_experts
+from lorank.peft_format.settings import ONLY_FOR_TRAINING
 
 Array = npt.NDArray[Any]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lorank._core import FormatError
-from lorank.adapters import kohya, padding, peft_format
-from lorank.adapters.adapter import LoraAdapter
-from lorank.adapters.expert_layout import Parameter
-from lorank.adapters.key_wrappers import Unwrapped
+from lorank._internal.json_files import parse_json, read_json
+from lorank.adapters.certificate import Certificate
+from lorank.adapters.content import LoraAdapter
+from lorank.adapters.formats import kohya, padding, peft
+from lorank.adapters.formats.expert_layout import Parameter
+from lorank.adapters.formats.key_wrappers import Unwrapped
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
-from lorank.certificate import Certificate
-from lorank.json_files import parse_json, read_json
 from lorank.sources import recognise
 
 CONFIG = "adapter_config.json"
@@ -102,7 +102,7 @@ def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool 
 def _read_peft(folder: Path, contradictions: bool, changed_base: bool) -> AsStored:
     config = read_config(folder / CONFIG)
     unwrapped = Unwrapped.of(_weights(folder), config.get("target_modules"))
-    reading = peft_format.read_all(
+    reading = peft.read_all(
         unwrapped.tensors, config, contradictions=contradictions, changed_base=changed_base
     )
     notes = [*([unwrapped.note()] if unwrapped.wrappers else []), *reading.adapter.notes]

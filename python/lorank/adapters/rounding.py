@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank.adapters import profiles
-from lorank.adapters.adapter import Dtype, LoraAdapter
+from lorank.adapters.content import Dtype, LoraAdapter
 from lorank.adapters.module import LoraModule
 from lorank.adapters.tensors import FileTensors
 

@@ -14,16 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank import _core
-from lorank.adapters import card, carried, image_keys, image_layout, kohya, padding, profiles, rounding
-from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
+from lorank._internal.atomic import staged_folder
+from lorank._internal.threads import thread_count
+from lorank.adapters import card, carried, profiles, rounding
+from lorank.adapters.certificate import Certificate
+from lorank.adapters.content import Dtype, LoraAdapter, Profile
+from lorank.adapters.formats import image_keys, image_layout, kohya, padding
+from lorank.adapters.formats.peft import PREFIX, SPECTRAL_KEY
 from lorank.adapters.module import LoraModule
-from lorank.adapters.peft_format import PREFIX, SPECTRAL_KEY
 from lorank.adapters.reading import CERTIFICATE, CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lorank.adapters.tensors import SAFETENSORS_NAMES, Stored, raw_bytes
-from lorank.atomic import staged_folder
-from lorank.certificate import Certificate
 from lorank.sources import arrays
-from lorank.threads import thread_count
 
 Array = npt.NDArray[Any]
 Tensor = tuple[str, list[int], Any, str]

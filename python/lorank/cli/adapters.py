@@ -11,7 +11,7 @@ import typer
 
 import lorank
 from lorank import runtimes
-from lorank.adapters.adapter import Dtype, LoraAdapter, Profile
+from lorank.adapters.content import Dtype, LoraAdapter, Profile
 from lorank.adapters.families import remove_stale
 from lorank.adapters.profiles import PROFILES, nothing_left
 from lorank.adapters.writing import write_adapter
@@ -34,10 +34,10 @@ from lorank.cli.options import (
     say,
     spelled_as_options,
 )
-from lorank.extraction import DEFAULT_MAX_RANK
-from lorank.report import adapters as tables
-from lorank.report.table import rank_map
-from lorank.selection import Knobs, with_counted_budget
+from lorank.cli.tables import adapters as tables
+from lorank.cli.tables.reports import rank_map
+from lorank.compression.extraction import DEFAULT_MAX_RANK
+from lorank.compression.selection import Knobs, with_counted_budget
 
 # Not a Path, which would turn an empty argument into the current folder.
 Adapter = Annotated[

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lorank import naming
-from lorank.atomic import check_writable
+from lorank._internal.atomic import check_writable
+from lorank.modules import naming
 
 _PIPE_WIDTH = 160
 # Arguments as the library's messages spell them, not where they are part of a path.

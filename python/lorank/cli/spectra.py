@@ -12,10 +12,12 @@ import typer
 from rich.console import Console
 
 import lorank
-from lorank import adapter_config, naming, signals
-from lorank.allocation import RankAllocation
-from lorank.atomic import check_writable
-from lorank.budget import parse_budget
+from lorank._internal.atomic import check_writable
+from lorank._internal.progress import waiting
+from lorank.allocation import signals
+from lorank.allocation.budget import parse_budget
+from lorank.allocation.rank_allocation import RankAllocation
+from lorank.analysis.single import Accuracy
 from lorank.cli.options import (
     Exclude,
     Guess,
@@ -35,19 +37,20 @@ from lorank.cli.options import (
     say,
     spelled_as_options,
 )
+from lorank.cli.tables import profiles, reports
+from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
-from lorank.progress import waiting
-from lorank.report import METRICS, SpectralReport, profiles_table, table
+from lorank.modules.roles import Placement, check_expressions
+from lorank.peft_format import config_file
+from lorank.report import METRICS, SpectralReport
 from lorank.report.base import Evidence
 from lorank.report.files import to_json
 from lorank.report.gradients import GradientReport
 from lorank.report.loading import AnyReport, load_report
 from lorank.report.tasks import TaskReport
-from lorank.roles import Placement, check_expressions
 from lorank.sources import OPENING, open_source
 from lorank.sources import Source as OpenedSource
 from lorank.sources.guesses import doubtful
-from lorank.spectra import Accuracy
 
 _REPORT_ENDINGS = (".json", ".parquet", ".csv")
 # So many modules with the same remark are named, of more one.
@@ -248,15 +251,15 @@ def allocate(
     settings = allocation.lora_settings(scale_rule=scale_rule, lora_alpha=alpha)  # type: ignore[arg-type]
     if output is not None:
         allocation.save(output / "allocation.json")
-        adapter_config.write(output, settings, allocation.source or None)
+        config_file.write(output, settings, allocation.source or None)
     if json_output:
         print_json(
-            {**allocation.to_json(), "adapter_config": adapter_config.content(settings, allocation.source)}
+            {**allocation.to_json(), "adapter_config": config_file.content(settings, allocation.source)}
         )
         return
     _show_allocation(allocation)
     if output is not None:
-        say(f"saved to {output / adapter_config.FILE_NAME}")
+        say(f"saved to {output / config_file.FILE_NAME}")
 
 
 def methods_help() -> str:
@@ -374,7 +377,7 @@ def _show(
     skipped: bool,
     json_output: bool,
 ) -> None:
-    rows = profiles_table.ordered(shown.modules, sort, descending, top)
+    rows = profiles.ordered(shown.modules, sort, descending, top)
     if json_output:
         content = _with_rows(shown, rows)
         print_json(to_json(content) if isinstance(content, SpectralReport) else content.to_json())
@@ -382,30 +385,30 @@ def _show(
     terminal = console()
     known = _columns_of(shown)
     if columns is None:
-        default = table.DEFAULT_COLUMNS
+        default = reports.DEFAULT_COLUMNS
         wanted = default if isinstance(shown, SpectralReport) else known[: len(default)]
-        chosen = table.fitting(wanted, terminal.width)
+        chosen = reports.fitting(wanted, terminal.width)
     else:
         wanted = chosen = known if columns == "all" else columns.split(",")
         # Lines that a terminal wraps are read more easily than columns of one letter.
-        terminal = console(table.width_of(chosen))
+        terminal = console(reports.width_of(chosen))
     if isinstance(shown, SpectralReport):
-        terminal.print(table.spectral_table(shown, rows, chosen))
+        terminal.print(reports.spectral_table(shown, rows, chosen))
     else:
-        terminal.print(profiles_table.profile_table(shown, rows, chosen))
+        terminal.print(profiles.profile_table(shown, rows, chosen))
     _show_remark(terminal, shown)
     if hidden := wanted[len(chosen) :]:
-        terminal.print(table.left_out(hidden), style="dim", soft_wrap=True)
+        terminal.print(reports.left_out(hidden), style="dim", soft_wrap=True)
     if skipped:
-        terminal.print(table.skipped_table(shown))
+        terminal.print(reports.skipped_table(shown))
     elif shown.skipped:
-        terminal.print(table.skipped_summary(shown), style="dim", soft_wrap=True)
+        terminal.print(reports.skipped_summary(shown), style="dim", soft_wrap=True)
 
 
 def _show_allocation(allocation: RankAllocation) -> None:
     terminal = console()
-    terminal.print(table.rank_map(allocation.ranks, f"ranks by {allocation.method}", terminal.width))
-    terminal.print(table.allocation_summary(allocation), soft_wrap=True)
+    terminal.print(reports.rank_map(allocation.ranks, f"ranks by {allocation.method}", terminal.width))
+    terminal.print(reports.allocation_summary(allocation), soft_wrap=True)
     _show_remark(terminal, allocation)
     by_flag: dict[str, list[str]] = {}
     for name, flag in allocation.flags.items():

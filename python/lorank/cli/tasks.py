@@ -7,10 +7,10 @@ from typing import Annotated, get_args
 
 import typer
 
+from lorank._internal.progress import progress_bar
 from lorank.cli.arrays import NamedArray, check_files, open_samples
 from lorank.cli.options import Json, Quiet, UsageError, check_choice, console, print_json
-from lorank.progress import progress_bar
-from lorank.report import tasks_table
+from lorank.cli.tables import tasks
 from lorank.task_spectra import Space, TaskEstimate, TaskSpectrum
 from lorank.task_spectra.estimate import check_options
 from lorank.task_spectra.moments import checked_rows
@@ -60,7 +60,7 @@ def task(
     found = spectrum.estimate(noise=noise, leading=leading, space=space)  # type: ignore[arg-type]
     source = ", ".join(map(str, data))
     if json_output:
-        print_json({"source": source, **tasks_table.estimate_json(found)})
+        print_json({"source": source, **tasks.estimate_json(found)})
         return
     d_in, d_out = inputs.values.shape[1], outputs.values[:1].size
     _show(found, f"{source}: {d_in} inputs, {d_out} outputs, {space} space")
@@ -97,9 +97,9 @@ def _name_bad_row(array: NamedArray, start: int, stop: int) -> None:
 def _show(found: TaskEstimate, title: str) -> None:
     terminal = console()
     ascii_only = terminal.options.ascii_only
-    terminal.print(tasks_table.estimate_table(found, title))
-    terminal.print(tasks_table.spectrum_picture(found, terminal.width, ascii_only), soft_wrap=True)
-    if (curve := tasks_table.curve_table(found, ascii_only)) is not None:
+    terminal.print(tasks.estimate_table(found, title))
+    terminal.print(tasks.spectrum_picture(found, terminal.width, ascii_only), soft_wrap=True)
+    if (curve := tasks.curve_table(found, ascii_only)) is not None:
         terminal.print()
         terminal.print(curve)
     for flag in found.flags:

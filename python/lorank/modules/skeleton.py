@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lorank.modules import quantized
 from lorank.modules.facts import ModelFacts
 from lorank.modules.live_modules import named_modules
 from lorank.modules.weight import Weight, describe
-from lorank.sources import quantized
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorank import naming
+from lorank.modules import naming
 from lorank.modules.direct_reads import direct_read
 from lorank.modules.peft_renames import renames_target
 

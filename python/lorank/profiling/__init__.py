@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lorank.lazy import lazy_names
+from lorank._internal.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lorank.profiling.gradients import profile_gradients

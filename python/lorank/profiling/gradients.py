@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lorank import naming
+from lorank.modules import naming
 from lorank.profiling.passes import (
     Loss,
     backward_passes,

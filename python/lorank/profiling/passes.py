@@ -11,9 +11,9 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lorank._internal.progress import progress_bar
 from lorank.profiling.checkpointing import trainable_checkpoints
 from lorank.profiling.probe import Probe
-from lorank.progress import progress_bar
 from lorank.sources import offloaded
 
 Loss = Callable[[Any, Any], Any]

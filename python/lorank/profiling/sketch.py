@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lorank.budget import is_integer
+from lorank.allocation.budget import is_integer
 from lorank.profiling.targets import Target
 
 

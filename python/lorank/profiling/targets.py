@@ -6,10 +6,10 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorank import naming
+from lorank.modules import naming
 from lorank.modules.live_modules import named_modules
+from lorank.modules.targets import AdaptedModule, adaptable_modules, targeted
 from lorank.modules.weight import kind_of
-from lorank.signals import AdaptedModule
 from lorank.sources import live
 from lorank.sources.base import MatrixInfo, Skipped, Source
 
@@ -60,11 +60,12 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
     ValueError
         If none is left.
     """
-    from lorank.adaptable import adaptable_modules, targeted
-
     source = live.from_module(model)
     unread = _unread(model, source)
-    every = [*adaptable_modules(source), *(AdaptedModule(name, "linear", (0, 0)) for name in unread)]
+    every = [
+        *adaptable_modules(matrix.info for matrix in source.matrices),
+        *(AdaptedModule(name, "linear", (0, 0)) for name in unread),
+    ]
     names = {module.name for module in targeted(every, targets)}
     found = named_targets(model, source, names)
     if not found.chosen:

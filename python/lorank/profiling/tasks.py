@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lorank import naming
+from lorank.modules import naming
 from lorank.profiling.passes import (
     Loss,
     backward_passes,

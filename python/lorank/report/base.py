@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
-from lorank import naming
+from lorank._internal.equality import ByValue
+from lorank.modules import naming
 from lorank.modules.weight import Kind
-from lorank.report.equality import ByValue
 from lorank.sources.base import Skipped
 
 Evidence = Literal["spectra", "gradients", "tasks"]

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lorank import extras
 from lorank._core import FormatError
-from lorank.atomic import atomic_path, write_text
-from lorank.json_files import read_json
+from lorank._internal import extras
+from lorank._internal.atomic import atomic_path, write_text
+from lorank._internal.json_files import read_json
 from lorank.modules.facts import ModelFacts
 from lorank.report.json_report import number, plain
 from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from lorank._internal.equality import ByValue
 from lorank.modules.weight import Kind
 from lorank.report.base import Evidence
-from lorank.report.equality import ByValue
 from lorank.report.json_report import JsonReport
 from lorank.sources.base import Skipped
 

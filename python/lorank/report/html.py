@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lorank import extras, naming
-from lorank.atomic import write_text
+from lorank._internal import extras
+from lorank._internal.atomic import write_text
+from lorank.modules import naming
 from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
 
 _FIRST_METRIC = "alpha_hill"

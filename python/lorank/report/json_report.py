@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorank import extras
 from lorank._core import FormatError
-from lorank.atomic import write_text
-from lorank.json_files import read_json
+from lorank._internal import extras
+from lorank._internal.atomic import write_text
+from lorank._internal.json_files import read_json
 from lorank.report.base import R, Report
 from lorank.sources.base import Skipped
 

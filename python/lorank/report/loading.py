@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from lorank._core import FormatError
-from lorank.json_files import read_json
+from lorank._internal.json_files import read_json
 from lorank.report.gradients import GradientReport
 from lorank.report.spectral import SpectralReport
 from lorank.report.tasks import TaskReport

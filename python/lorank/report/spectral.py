@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lorank import extras, naming
+from lorank._internal import extras
+from lorank._internal.equality import ByValue
+from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
 from lorank.modules.weight import Kind
 from lorank.report.base import Evidence, Report
-from lorank.report.equality import ByValue
 from lorank.sources.base import MatrixInfo, Skipped
 
 if TYPE_CHECKING:

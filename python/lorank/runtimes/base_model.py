@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorank import naming
 from lorank._core import FormatError
 from lorank.adapters.module import LoraModule
+from lorank.modules import naming
 from lorank.modules.building import Unknown
 from lorank.modules.description import describe
 from lorank.modules.facts import ModelFacts

@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorank import naming
-from lorank.adapters.adapter import LoraAdapter
-from lorank.adapters.expert_layout import Parameter
+from lorank.adapters.content import LoraAdapter
+from lorank.adapters.formats.expert_layout import Parameter
+from lorank.adapters.formats.peft import PREFIX, holder
 from lorank.adapters.module import LoraModule
-from lorank.adapters.peft_format import PREFIX, holder
-from lorank.adapters.peft_settings import (
-    DEFAULT_ALPHA,
-    DEFAULT_RANK,
-    Settings,
-    changes_the_base,
-    checked_kind,
-)
 from lorank.adapters.reading import AsStored
+from lorank.modules import naming
+from lorank.peft_format.settings import DEFAULT_ALPHA, DEFAULT_RANK, Settings, changes_the_base, checked_kind
 from lorank.runtimes.base_model import BaseModel
 from lorank.runtimes.separate_experts import SeparateExperts
 

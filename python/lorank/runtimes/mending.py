@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorank.adapters.adapter import Profile
+from lorank.adapters.content import Profile
 from lorank.adapters.reading import read_for_repair
 from lorank.adapters.writing import Written, write_adapter
 from lorank.runtimes.verdicts import Verdict, check, right_profile

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorank.adapters.adapter import Profile
-from lorank.adapters.peft_format import PREFIX
+from lorank.adapters.content import Profile
+from lorank.adapters.formats.peft import PREFIX
 from lorank.adapters.profiles import PROFILES
 from lorank.adapters.reading import CONFIG, read_as_stored, read_config
 from lorank.runtimes.base_model import BaseModel

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from lorank import naming
 from lorank._core import Matrix
+from lorank.modules import naming
 from lorank.modules.building import Unknown
 from lorank.modules.description import Description
 from lorank.modules.facts import ModelFacts

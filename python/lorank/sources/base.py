@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lorank import naming
 from lorank._core import Matrix
+from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
 from lorank.modules.weight import Kind
 

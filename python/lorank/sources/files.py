@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorank import extras
 from lorank._core import Checkpoint, FormatError, Matrix
-from lorank.json_files import read_json
+from lorank._internal import extras
+from lorank._internal.json_files import read_json
 from lorank.modules.description import describe
 from lorank.sources import quantization, recognise
 from lorank.sources.assembly import StoredTensors, assemble

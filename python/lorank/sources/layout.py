@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorank import naming
+from lorank.modules import naming
 from lorank.modules.weight import Kind, Weight
 from lorank.sources.base import MatrixInfo
 

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from lorank._core import Matrix
+from lorank.modules import quantized
 from lorank.modules.live_modules import is_module, named_modules
 from lorank.modules.skeleton import Skeleton
-from lorank.sources import arrays, dequantized, offloaded, quantized
+from lorank.sources import arrays, dequantized, offloaded
 from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.layout import FLOAT_TYPES, Layout
 from lorank.sources.live_packing import LivePacking, declared_by

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lorank import naming
+from lorank.modules import naming
 from lorank.sources.codes import INTEGERS, SCALES, Packed, Stored, element_type, little_endian
 from lorank.sources.quantization import Quantization
 from lorank.sources.schemes import Scheme, schemes_of

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorank.json_files import read_json
+from lorank._internal.json_files import read_json
 
 # Keys of `config.json` under which libraries keep their settings.
 _KEYS = ("quantization_config", "compression_config", "quantization")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorank._core import FormatError
-from lorank.json_files import read_json
+from lorank._internal.json_files import read_json
 
 _SETTINGS = "adapter_config.json"
 _PIPELINE = "model_index.json"

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from lorank import extras
 from lorank._core import FormatError, Matrix
-from lorank.json_files import read_json
+from lorank._internal import extras
+from lorank._internal.json_files import read_json
+from lorank.modules import quantized
 from lorank.modules.building import Unknown
-from lorank.sources import arrays, quantized, recognise
+from lorank.sources import arrays, recognise
 from lorank.sources.assembly import assemble
 from lorank.sources.base import Skipped, Source
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorank._core import FormatError
-from lorank.atomic import atomic_path
-from lorank.budget import Budget
+from lorank._internal.atomic import atomic_path
+from lorank.allocation.budget import Budget
 from lorank.training import rank_logs
 from lorank.training.dynamic_ranks import DynamicRanks, RankUpdate, check_options
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lorank import naming
-from lorank.adapters.live_layers import AdaptedLayer, LiveModel
+from lorank.adapters.live.layers import AdaptedLayer, LiveModel
+from lorank.modules import naming
 
 
 def lora_layers(model: Any, adapter_name: str) -> dict[str, AdaptedLayer]:

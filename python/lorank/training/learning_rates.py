@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from lorank.adapters.live_layers import AdaptedLayer
+from lorank.adapters.live.layers import AdaptedLayer
 from lorank.training.layers import lora_layers
 
 Rule = Literal["uniform", "scale", "rank", "sqrt-rank"]

@@ -16,14 +16,14 @@ import numpy.typing as npt
 import torch
 
 from lorank._core import NumericalError
-from lorank.adapters.live_config import write_config
-from lorank.adapters.live_layers import AdaptedLayer
-from lorank.budget import is_integer
+from lorank.adapters.live.config import write_config
+from lorank.adapters.live.layers import AdaptedLayer
+from lorank.allocation.budget import is_integer
+from lorank.peft_format.initialization import check_config
 from lorank.training import optimizer_state
 from lorank.training.data_parallel import agree, rebuild_reducer
 from lorank.training.layers import by_layer, check_layer, check_ties, lora_layers
 from lorank.training.optimizer_state import FactorChange
-from lorank.training.peft_config import check_config
 from lorank.training.truncation import new_ranks, truncated
 from lorank.training.wrappers import check_not_compiled, data_parallel_wrappers
 

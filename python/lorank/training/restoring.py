@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorank import naming
 from lorank._core import FormatError
 from lorank.adapters import LoraAdapter
-from lorank.adapters.live_config import write_config
-from lorank.adapters.live_layers import AdaptedLayer
+from lorank.adapters.live.config import write_config
+from lorank.adapters.live.layers import AdaptedLayer
 from lorank.adapters.reading import CONFIG
-from lorank.scaling import alpha_of, divisor
+from lorank.modules import naming
+from lorank.peft_format.scaling import alpha_of, divisor
 from lorank.training.layers import lora_layers
 from lorank.training.resizing import RankChange, resize_lora
 

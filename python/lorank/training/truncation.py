@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorank._core import NumericalError
-from lorank.adapters.live_layers import AdaptedLayer
+from lorank.adapters.live.layers import AdaptedLayer
 
 # A factor whose singular values differ by more than this is no good basis.
 _ILL_CONDITIONED = 1e-3

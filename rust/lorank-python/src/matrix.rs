@@ -7,8 +7,8 @@ use std::sync::Arc;
 use lorank::cancel::CancelToken;
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
-use lorank::low_rank::Buffers;
-use lorank::source::{Buffer, Computed, StoredMatrix};
+
+use lorank::source::{Buffer, Computed, Parts, StoredMatrix};
 use numpy::{
     IntoPyArray, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
 };
@@ -156,7 +156,7 @@ impl Matrix {
 struct Defective;
 
 impl Computed for Defective {
-    fn compute(&self, _: &mut [u8], _: &mut Buffers, _: &CancelToken) -> lorank::Result<()> {
+    fn compute(&self, _: &mut [u8], _: &mut Parts, _: &CancelToken) -> lorank::Result<()> {
         panic!("a defect\nin two lines")
     }
 }

@@ -1,5 +1,5 @@
 //! How far each phase is from the machine's limit, on one thread and on several:
-//! `cargo bench --bench phases`.
+//! `cargo bench --bench phases --features bench`.
 //!
 //! `-- --threads 2 --orders 576,4096 --json FILE` choose. The limit is the speed of faer's product of two
 //! square matrices in the same run; of what a spectrum takes beyond it, a line says where it goes. Operations are those of the algorithm: half a product for a Gram matrix,
@@ -13,19 +13,17 @@ use std::time::Instant;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, Par};
-use lorank::band::{WIDTH, position, reduce_to_band, reduce_to_band_scratch, storage};
-use lorank::bulge::reduce_to_tridiagonal;
+use lorank::bench::{
+    Number, Tridiagonal, WIDTH, gram, gram_scratch, numbers as scratch_numbers, panel_size, position,
+    reduce_to_band, reduce_to_band_scratch, reduce_to_tridiagonal, stack, storage, tridiagonal_eigenvalues,
+};
 use lorank::cancel::CancelToken;
 use lorank::dtype::DType;
-use lorank::gram::{gram, gram_scratch, panel_size};
 use lorank::low_rank::{Buffers, Term};
 use lorank::matrix::MatrixView;
-use lorank::number::Number;
 use lorank::parallel::{Strategy, pool};
 use lorank::product_svd::decompose;
-use lorank::root_free_ql::tridiagonal_eigenvalues;
 use lorank::source::{Buffer, StoredMatrix};
-use lorank::tridiag::Tridiagonal;
 use lorank::truncation::Truncation;
 use lorank::workspace::Scratch;
 use serde_json::{Value, json};
@@ -131,7 +129,7 @@ impl Report {
         let (mut scratch, mut product, n) = (Scratch::default(), Mat::<T>::zeros(p, p), p as f64);
 
         let taken = seconds(|| {
-            let memory = scratch.numbers::<T>(panel_size::<T>(p, p), gram_scratch(p, p));
+            let memory = scratch_numbers::<T>(&mut scratch, panel_size::<T>(p, p), gram_scratch(p, p));
             let (panel, stack) = memory.expect("memory");
             timed(|| gram(&view, 1.0, strategy, &cancel, product.as_mut(), panel, stack))
         });
@@ -139,7 +137,7 @@ impl Report {
 
         let mut band = vec![T::default(); storage(p)];
         let taken = seconds(|| {
-            let (mut a, stack) = (product.clone(), scratch.stack(reduce_to_band_scratch::<T>(p)));
+            let (mut a, stack) = (product.clone(), stack(&mut scratch, reduce_to_band_scratch::<T>(p)));
             let stack = stack.expect("memory");
             timed(|| reduce_to_band(a.as_mut(), strategy, &mut band, stack))
         });

@@ -18,61 +18,29 @@
 //! ```
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
 
-mod aligned_bytes;
 pub mod analysis;
-pub mod band;
-mod basis;
-pub mod bulge;
-pub mod cancel;
-pub mod checkpoint;
-mod core_svd;
-mod dense;
-pub mod difference_svd;
-pub mod dtype;
-pub mod effective_rank;
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 pub mod eigen;
 pub mod error;
-mod exponent;
-pub mod gram;
-mod gram_product;
-pub mod hill;
-mod jacobi;
+mod exec;
+mod kernels;
 pub mod low_rank;
-pub mod marchenko_pastur;
 pub mod matrix;
-pub mod metrics;
-pub mod number;
-mod one_stage;
-mod panel_qr;
-pub mod panics;
-pub mod parallel;
-pub mod powerlaw;
-pub mod product_svd;
-mod ql_pipeline;
-pub mod qr;
-pub mod root_free_ql;
-mod rounding;
-pub mod safetensors;
-pub mod safetensors_writer;
-pub mod sampled;
-pub mod select;
-mod selected_eigen;
-mod simd;
-pub mod source;
-pub mod spectrum;
-mod stacked;
-mod strips;
+mod statistics;
+mod storage;
 pub mod svd;
-mod thin;
-mod thin_gram;
-mod triangular;
-pub mod tridiag;
-pub mod truncation;
-mod twisted;
-mod whole_file;
-pub mod workspace;
 
-pub use error::{Error, Result};
+pub use eigen::sampled;
+pub use exec::{cancel, panics, parallel, scratch as workspace};
+pub use low_rank::{decompose as product_svd, difference as difference_svd, select, truncation};
+pub use matrix::dtype;
+pub use statistics::{effective_rank, hill, marchenko_pastur, metrics, powerlaw, spectrum};
+pub use storage::{checkpoint, safetensors, source, writer as safetensors_writer};
+pub use svd::qr;
+
+pub use error::{Error, ErrorKind, Result};
 
 /// Runs the README's example as a test.
 #[cfg(doctest)]

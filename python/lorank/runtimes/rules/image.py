@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 
-from lorank.adapters.diffusers_settings import KEY as SETTINGS_KEY
+from lorank.adapters.formats.diffusers_settings import KEY as SETTINGS_KEY
 from lorank.adapters.module import LoraModule
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import Runtime, by_module, leaves_out

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from lorank import naming
+from lorank.adapters.formats.peft import without_magnitude
 from lorank.adapters.module import LoraModule
-from lorank.adapters.peft_format import without_magnitude
+from lorank.modules import naming
 from lorank.modules.peft_renames import renames_target
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import Runtime, by_settings_or_stabilized, no_others

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorank.adapters.adapter import Profile
+from lorank.adapters.content import Profile
 from lorank.adapters.module import LoraModule
 from lorank.runtimes.found import Found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from lorank import naming
+from lorank.modules import naming
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import (
     Runtime,

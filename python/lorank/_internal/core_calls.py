@@ -1,0 +1,61 @@
+"""Calls of the core that hand their results to a callback, in the order in which they are ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def collect(
+    call: Callable[[Callable[[int, Any], object]], object],
+    name_of: Callable[[int], str] | None = None,
+    on_result: Callable[[int], object] | None = None,
+) -> list[Any]:
+    """Return the results of a call of the core, in the order of its inputs.
+
+    Parameters
+    ----------
+    call
+        Calls the core with a callback that takes the index of an input and its result or exception.
+    name_of
+        Returns the name of the module at an index; None for inputs without a name.
+    on_result
+        Takes the index of each result when the result is ready; None if nobody waits for single results.
+
+    Raises
+    ------
+    Exception
+        The first exception of the core, with the module's name in its message.
+    """
+    results: dict[int, Any] = {}
+
+    def receive(index: int, outcome: Any) -> None:
+        if isinstance(outcome, Exception):
+            raise outcome if name_of is None else named(outcome, name_of(index))
+        results[index] = outcome
+        if on_result is not None:
+            on_result(index)
+
+    call(receive)
+    return [results[index] for index in range(len(results))]
+
+
+def named(error: Exception, name: str) -> Exception:
+    """Return an exception of the core with a module's name before its message."""
+    return reworded(error, lambda message: f"module {name!r}: {message}")
+
+
+def reworded(error: Exception, change: Callable[[str], str]) -> Exception:
+    """Return an exception of the same class with another message.
+
+    Parameters
+    ----------
+    error
+        An exception of the core, or one that this function made.
+    change
+        Makes the new message from the old one.
+    """
+    if isinstance(error, OSError) and error.strerror is not None:
+        # Python chooses the class by the number, and adds the name of the file to the message.
+        return OSError(error.errno, change(error.strerror), error.filename)
+    return type(error)(change(str(error)))

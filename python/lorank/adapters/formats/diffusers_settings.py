@@ -1,0 +1,94 @@
+"""The settings that diffusers keeps in a file's metadata: PEFT's, under the name of each model part."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorank._core import FormatError
+from lorank._internal.json_files import parse_json
+from lorank.peft_format.lora_config import rank_keys
+from lorank.peft_format.settings import ONLY_FOR_TRAINING, Settings, checked_kind
+
+KEY = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class PartSettings:
+    """Settings by the part of a pipeline (``"unet"``, ``"transformer"``, ...) that they are about."""
+
+    parts: Mapping[str, Mapping[str, Any]]
+    tables: Mapping[str, Settings]
+
+    @classmethod
+    def of(cls, label: str, metadata: Mapping[str, str]) -> PartSettings:
+        """What a file's metadata say; nothing if they are silent.
+
+        Raises
+        ------
+        FormatError
+            If they are no JSON object, or no settings of LoRA.
+        """
+        if KEY not in metadata:
+            return cls({}, {})
+        label = f"{label}: metadata {KEY}"
+        try:
+            content = parse_json(metadata[KEY])
+        except ValueError as error:
+            raise FormatError(f"{label}: is no JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise FormatError(f"{label}: holds a {type(content).__name__}, no settings")
+        parts: dict[str, dict[str, Any]] = defaultdict(dict)
+        for key, value in content.items():
+            part, _, setting = key.rpartition(".")
+            parts[part][setting] = value
+        for settings in parts.values():
+            checked_kind(label, settings)
+        return cls(dict(parts), {part: Settings(label, settings) for part, settings in parts.items()})
+
+    def part_of(self, name: str) -> str | None:
+        """The part that a module belongs to, if there are settings for it."""
+        return next((part for part in self.parts if not part or name.startswith(f"{part}.")), None)
+
+    def of_module(self, name: str) -> tuple[int, float] | None:
+        """The rank and the scaling that the settings give a module; None if they do not speak of it."""
+        part = self.part_of(name)
+        return None if part is None else self.tables[part].of(_within(part, name))
+
+    def rewritten(self, ranks: Mapping[str, int]) -> str:
+        """The metadata for modules of other ranks, every scale 1."""
+        by_part: dict[str, dict[str, int]] = defaultdict(dict)
+        for name, rank in ranks.items():
+            if (part := self.part_of(name)) is not None:
+                by_part[part][_within(part, name)] = rank
+        content = {}
+        for part, written in by_part.items():
+            for key, value in {**_kept(self.parts[part]), **_settings(written)}.items():
+                content[f"{part}.{key}" if part else key] = value
+        return json.dumps(content, indent=2, sort_keys=True)
+
+
+def _within(part: str, name: str) -> str:
+    return name[len(part) + 1 :] if part else name
+
+
+def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in ONLY_FOR_TRAINING}
+
+
+def _settings(ranks: Mapping[str, int]) -> dict[str, Any]:
+    largest = max(ranks.values())
+    patterns = {key: rank for rank, key in rank_keys(ranks).items() if rank != largest}
+    return {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": sorted(ranks),
+        "exclude_modules": None,
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }

@@ -1,0 +1,247 @@
+"""PEFT's adapters of parameters (`target_parameters`): the parameter of each path, and its orientation.
+
+PEFT wraps a module once per adapted parameter, in the order in which the module holds them, and names the
+factors of inner wrappers `base_layer`: the deepest belongs to the first parameter. The factors of all
+experts of a stack lie in one tensor: A is `(experts * r, in)`, B is `(out, r * experts)`.
+
+Before 0.19, PEFT took the last dimension of a stack for its outputs. Most models store `(experts, out, in)`,
+so that A held the outputs and B the inputs. 0.19 swapped them, except for stacks that are declared to be
+stored `(experts, in, out)` (`is_transposed`), whose factors are the same before and after.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorank._core import FormatError
+from lorank.adapters.tensors import Tensors
+from lorank.modules import naming
+
+Layout = Literal["current", "earlier"]
+
+FIRST_VERSION = "0.19.0"
+"""The first release of PEFT whose experts are laid out as they are today."""
+
+_INNER = ".base_layer"
+_GATED = re.compile(r"gate_up|w13")
+_AFTER_ALL = re.compile(r"down|out|w2|wo$")
+_AFTER_THE_GATE = re.compile(r"(?<!gate_)up|w3|v1|wi_1")
+
+# Names of models whose stacks are stored (in, out): those that declare it, and those that do not.
+_DECLARED = re.compile(r"gpt[-_]?oss", re.IGNORECASE)
+_UNDECLARED = re.compile(r"llama[-_]?4", re.IGNORECASE)
+_MAY_BE_UNDECLARED = ".feed_forward.experts"
+
+# Attention projections whose inputs, and whose outputs, are as wide as the model.
+_TAKES_HIDDEN = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+_GIVES_HIDDEN = ("o_proj",)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter and the layout of its factors.
+
+    Attributes
+    ----------
+    name
+        Its dotted name in the base model.
+    layout
+        ``"earlier"`` if A holds the outputs and B the inputs, as PEFT before 0.19 wrote them.
+    contradicts_version
+        True if the shapes show another layout than `peft_version`.
+    """
+
+    name: str
+    layout: Layout = "current"
+    contradicts_version: bool = False
+
+
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""The shapes of A and B by path."""
+
+
+def parameters(
+    tensors: Tensors, config: Mapping[str, Any], factors: Mapping[str, Mapping[str, str]]
+) -> dict[str, Parameter]:
+    """Find the parameter that the factors under each path belong to.
+
+    Parameters
+    ----------
+    tensors, config
+        The contents of the adapter's two files.
+    factors
+        The keys of factors, by path and letter.
+
+    Returns
+    -------
+    dict
+        The parameter by path, for the paths that `target_parameters` selects.
+
+    Raises
+    ------
+    FormatError
+        If a module has more factors than `target_parameters` names.
+    """
+    named = _named(tensors.label, config, factors)
+    if not named:
+        return {}
+    known = tensors.shapes()
+    shapes = {
+        path: (known[keys["A"]], known[keys["B"]])
+        for path, keys in factors.items()
+        if "A" in keys and "B" in keys and len(known[keys["A"]]) == len(known[keys["B"]]) == 2
+    }
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for path in named:
+        by_module[outer(path)].append(path)
+    shown = {module: _shown(paths, named, shapes) for module, paths in by_module.items()}
+    # One release wrote all blocks: a layout that shows in one block holds in all.
+    seen = {layout for layout in shown.values() if layout is not None}
+    common = seen.pop() if len(seen) == 1 else None
+    found: dict[str, Parameter] = {}
+    for module, paths in by_module.items():
+        layout, contradicts = _decided(config, module, shown[module] or common)
+        found |= {path: Parameter(named[path], layout, contradicts) for path in paths}
+    return found
+
+
+def is_earlier(config: Mapping[str, Any]) -> bool:
+    """Return True if `peft_version` is before 0.19, whose experts have the earlier layout."""
+    numbers = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version") or ""))
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 19)
+
+
+def held_order(names: Sequence[str]) -> list[str]:
+    """Sort parameters as modules hold them: projections in (gate before up) before projections out."""
+
+    def place(name: str) -> tuple[bool, bool, int]:
+        return bool(_AFTER_ALL.search(name)), bool(_AFTER_THE_GATE.search(name)), names.index(name)
+
+    return sorted(names, key=place)
+
+
+def outer(path: str) -> str:
+    """Return the path of the module inside the wrappers of a path."""
+    while path.endswith(_INNER):
+        path = path.removesuffix(_INNER)
+    return path
+
+
+def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
+    """Find the name of the parameter that each path belongs to."""
+    targets = config.get("target_parameters")
+    if not targets:
+        return {}
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        by_module[outer(path)].append(path)
+    found: dict[str, str] = {}
+    for module, inner in by_module.items():
+        try:
+            names = _candidates(config, targets, module, len(inner))
+        except ValueError as error:
+            raise FormatError(f"{label}: the settings' target_modules: {error}") from None
+        if not names:
+            continue
+        if len(names) < len(inner):
+            raise FormatError(
+                f"{label}: module {module!r}: target_parameters names {len(names)} of "
+                f"its {len(inner)} adapted parameters"
+            )
+        for path in inner:
+            depth = (len(path) - len(module)) // len(_INNER)
+            if depth >= len(names):
+                raise FormatError(
+                    f"{label}: module {path!r}: lies deeper than target_parameters names parameters"
+                )
+            found[path] = f"{module}.{held_order(names)[len(names) - 1 - depth]}"
+    return found
+
+
+def _candidates(config: Mapping[str, Any], targets: Sequence[str], module: str, count: int) -> list[str]:
+    """Find the names of a module's parameters that targets select, as PEFT matches them.
+
+    A target without a dot selects the parameter in every module that holds one. The file does not state which
+    modules hold one. Where targets with a module's name are not enough, the modules are those that
+    `target_modules` does not select.
+    """
+    fitting, bare = [], []
+    for target in targets:
+        owner, _, name = target.rpartition(".")
+        if not name:
+            continue
+        if not owner:
+            bare.append(name)
+        elif naming.is_suffix(owner, module):
+            fitting.append(name)
+    names = list(dict.fromkeys(fitting))
+    if len(names) < count and not _is_selected(config, module):
+        names = list(dict.fromkeys([*names, *bare]))
+    return names
+
+
+def _is_selected(config: Mapping[str, Any], module: str) -> bool:
+    """Return whether `target_modules` selects a module."""
+    targets = config.get("target_modules")
+    if targets is None:
+        return False
+    if targets == naming.ALL_LINEAR:
+        return not naming.is_in_experts(module)
+    return naming.matcher(targets)(module)
+
+
+def _shown(paths: Sequence[str], named: Mapping[str, str], shapes: Shapes) -> Layout | None:
+    """Find the layout that the shapes of one module's factors show; None if the shapes fit both layouts."""
+    if any(path not in shapes for path in paths):
+        return None
+    sides = {named[path].rpartition(".")[2]: (shapes[path][0][1], shapes[path][1][0]) for path in paths}
+    return _by_gate(sides) or _by_hidden_size(outer(paths[0]), sides, shapes)
+
+
+def _by_gate(sides: Mapping[str, tuple[int, int]]) -> Layout | None:
+    """Compare fused gate and up, which have two outputs a unit, with down, which has one input a unit."""
+    gates = [side for name, side in sides.items() if _GATED.search(name)]
+    downs = [side for name, side in sides.items() if _AFTER_ALL.search(name)]
+    if len(gates) != 1 or len(downs) != 1:
+        return None
+    (gate_a, gate_b), (down_a, down_b) = gates[0], downs[0]
+    current = gate_b == 2 * down_a and gate_a == down_b
+    earlier = gate_a == 2 * down_b and gate_b == down_a
+    return None if current == earlier else "current" if current else "earlier"
+
+
+def _by_hidden_size(module: str, sides: Mapping[str, tuple[int, int]], shapes: Shapes) -> Layout | None:
+    """Compare with the width of the model, which the adapted attention projections of the block show."""
+    block = naming.block_of(module)
+    hidden: set[int] = set()
+    for path, (a, b) in shapes.items():
+        last = path.rpartition(".")[2]
+        if path.startswith(f"{block}.") and last in (*_TAKES_HIDDEN, *_GIVES_HIDDEN):
+            hidden.add(a[1] if last in _TAKES_HIDDEN else b[0])
+    if len(hidden) != 1:
+        return None
+    (width,) = hidden
+    seen: set[Layout] = set()
+    for name, (inputs, outputs) in sides.items():
+        first, second = (outputs, inputs) if _AFTER_ALL.search(name) else (inputs, outputs)
+        if (first == width) != (second == width):
+            seen.add("current" if first == width else "earlier")
+    return seen.pop() if len(seen) == 1 else None
+
+
+def _decided(config: Mapping[str, Any], module: str, shown: Layout | None) -> tuple[Layout, bool]:
+    """Decide a module's layout by its shapes, by `peft_version`, and by the known layouts of models."""
+    model = f"{config.get('base_model_name_or_path')} {config.get('auto_mapping')}"
+    version = config.get("peft_version")
+    if shown is None:
+        return ("earlier" if is_earlier(config) and not _DECLARED.search(model) else "current"), False
+    if shown == "current" or not version or is_earlier(config):
+        return shown, False
+    # Stored (in, out) without declaring it: today's PEFT writes the layout that others had before 0.19.
+    if _UNDECLARED.search(model) or module.endswith(_MAY_BE_UNDECLARED):
+        return "current", False
+    return "earlier", True

@@ -1,0 +1,144 @@
+"""Wrappers of modules: their names in an adapter's keys, and the keys without these names.
+
+`torch.compile`, FSDP, activation checkpointing, DeepSpeed and data parallelism each put a module around
+the model or around its blocks. A state dict that is saved from the wrapped model carries the wrapper's
+attribute in its keys. The model that the adapter is loaded into has no such module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorank._core import FormatError, Matrix
+from lorank.adapters.formats.peft import PREFIX
+from lorank.adapters.tensors import Stored, Tensors
+
+ANYWHERE = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+)
+"""Attributes of `torch.compile`, FSDP, checkpointing and DeepSpeed, which models never use themselves."""
+
+AT_THE_FRONT = "module"
+"""The attribute of data parallelism. Models use the name too, so it counts only at the front."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unwrapped:
+    """The keys of a file without the names of wrappers.
+
+    Attributes
+    ----------
+    tensors
+        The file's tensors under the names without wrappers.
+    wrappers
+        The wrappers' names that were left out, in the order of `ANYWHERE`.
+    stored_as
+        Key without wrappers -> the file's key, for keys that held a wrapper's name.
+    """
+
+    tensors: Tensors
+    wrappers: tuple[str, ...]
+    stored_as: Mapping[str, str]
+
+    @classmethod
+    def of(cls, tensors: Tensors, targets: Any = None) -> Unwrapped:
+        """Take the names of wrappers out of a file's keys.
+
+        Parameters
+        ----------
+        tensors
+            The file's tensors.
+        targets
+            The settings' `target_modules`: they show whether the model's own module is called `module`.
+
+        Raises
+        ------
+        FormatError
+            If two keys are the same without wrappers.
+        """
+        keys = list(tensors.shapes())
+        front = _front(keys, targets)
+        clean: dict[str, str] = {}
+        for key in keys:
+            name = _without(key, front)
+            if name in clean:
+                raise FormatError(
+                    f"{tensors.label}: tensors {clean[name]!r} and {key!r} are the same thing twice"
+                )
+            clean[name] = key
+        stored_as = {name: key for name, key in clean.items() if name != key}
+        if not stored_as:
+            return cls(tensors, (), {})
+        found = {part for key in stored_as.values() for part in key.split(".")}
+        wrappers = tuple(name for name in ANYWHERE if name in found) + ((AT_THE_FRONT,) if front else ())
+        return cls(_Renamed(tensors, clean), wrappers, stored_as)
+
+    def note(self) -> str:
+        """Describe which names were left out of how many keys."""
+        names = ", ".join(self.wrappers)
+        return (
+            f"{len(self.stored_as)} keys held the names of wrappers ({names}), which were left out: "
+            "runtimes do not find such keys in the model"
+        )
+
+
+def _front(keys: Iterable[str], targets: Any) -> bool:
+    """Return whether every key has the wrapper of data parallelism at the front of the model's name."""
+    front = f"{AT_THE_FRONT}."
+    if isinstance(targets, (list, tuple)) and any(str(target).startswith(front) for target in targets):
+        return False
+    names = [_without(key) for key in keys]
+    return all(name.startswith(front) or name.removeprefix(PREFIX).startswith(front) for name in names)
+
+
+def _without(key: str, front: bool = False) -> str:
+    """Remove wrappers from a key; `front` also removes the one of data parallelism."""
+    name = ".".join(part for part in key.split(".") if part not in ANYWHERE)
+    if not front:
+        return name
+    name = _without_front(name)
+    bare = name.removeprefix(PREFIX)
+    return name if bare == name else PREFIX + _without_front(bare)
+
+
+def _without_front(name: str) -> str:
+    while name.startswith(f"{AT_THE_FRONT}."):
+        name = name.removeprefix(f"{AT_THE_FRONT}.")
+    return name
+
+
+class _Renamed:
+    """Tensors under other names."""
+
+    def __init__(self, tensors: Tensors, keys: Mapping[str, str]) -> None:
+        self.label = tensors.label
+        self.metadata = tensors.metadata
+        self._tensors = tensors
+        self._keys = keys
+        shapes = tensors.shapes()
+        self._shapes = {name: shapes[key] for name, key in keys.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return every tensor's shape, in order."""
+        return self._shapes
+
+    def dtype(self, name: str) -> str:
+        """Return a tensor's element type by NumPy's name."""
+        return self._tensors.dtype(self._keys[name])
+
+    def matrix(self, name: str, rows: int, cols: int) -> Matrix:
+        """Return a tensor as a row-major matrix."""
+        return self._tensors.matrix(self._keys[name], rows, cols)
+
+    def number(self, name: str) -> float:
+        """Return the one element of a tensor, of any type that is a number."""
+        return self._tensors.number(self._keys[name])
+
+    def stored(self, name: str) -> Stored:
+        """Return a tensor for a writer that does not read its values."""
+        return self._tensors.stored(self._keys[name])

@@ -1,0 +1,1 @@
+"""Adapters in live PEFT models: reading them, and putting them in."""

@@ -1,0 +1,141 @@
+"""Puts adapters into live models: layers change in place, and the model's config follows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lorank._internal import extras
+from lorank.adapters.content import LoraAdapter
+from lorank.adapters.live.config import write_config, write_targets
+from lorank.adapters.live.injection import add_adapter, add_layers, delete_layers, kept_state, remove_adapter
+from lorank.adapters.live.layers import LiveModel
+from lorank.adapters.live.plan import OTHER_NAME, found_name, planned
+from lorank.adapters.live.reading import check, plain, settings, variant_of
+from lorank.adapters.profiles import nothing_left
+from lorank.peft_format.settings import CHANGES_THE_BASE
+
+# Settings that decide the computation or number of layers: existing layers cannot change them.
+_STRUCTURE = (
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+)
+
+
+def into_model(adapter: LoraAdapter, model: Any, adapter_name: str) -> None:
+    """Replace or add an adapter; see `LoraAdapter.into_model`."""
+    extras.require("peft", "peft", "for live models")
+    live = LiveModel.of(model)
+    if not live.adapters:
+        raise TypeError(
+            f"{type(model).__name__} is no PEFT model: save the adapter and load it with "
+            "peft.PeftModel.from_pretrained(model, folder)"
+        )
+    if adapter.format != "peft":
+        raise ValueError("an image adapter has no PEFT settings: it cannot be put into a PEFT model")
+    if reason := nothing_left(adapter):
+        raise ValueError(reason)
+    if any(type(wrapper).__name__ == "DistributedDataParallel" for wrapper in live.wrappers):
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel, which remembers shapes: put the adapter into "
+            "the model before it is wrapped"
+        )
+    is_new = adapter_name not in live.adapters
+    if not is_new:
+        _check_structure(live, adapter, adapter_name)
+    with kept_state(live, adapter_name):
+        if not is_new:
+            _replace(live, adapter, adapter_name)
+            return
+        live = add_adapter(live, adapter, adapter_name)
+        try:
+            _replace(live, adapter, adapter_name)
+        except Exception:
+            remove_adapter(live, adapter_name)
+            raise
+
+
+def _check_structure(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
+    """Refuse an adapter for which PEFT would build other layers than those that the model has."""
+    layers = live.layers(name)
+    for layer in layers.values():
+        if layer.is_adalora:
+            raise ValueError(
+                f"adapter {name!r} of the model is AdaLoRA, whose layers hold no plain LoRA: save the "
+                "adapter and load it into the base model with peft.PeftModel.from_pretrained(model, folder)"
+            )
+        if name in layer.layer.merged_adapters:
+            raise ValueError(f"adapter {name!r} is merged into module {layer.name!r}: unmerge it first")
+        check(layer)
+        if variant_of(layer).startswith("Monteclora"):
+            raise ValueError(
+                f"module {layer.name!r} samples as MonteCLoRA does, at the rank that it was made with: "
+                f"{OTHER_NAME}"
+            )
+    config = settings(live, name, layers)
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise ValueError(f"adapter {name!r} of the model is {kind}, not LoRA: {OTHER_NAME}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE):
+        raise ValueError(
+            f"adapter {name!r} of the model was initialised by {init!r}, which changes the base model: save "
+            "the adapter and load it into the original model"
+        )
+    for key in _STRUCTURE:
+        ours, theirs = (json.dumps(plain(c.get(key)) or None) for c in (adapter.config, config))
+        if ours != theirs:
+            raise ValueError(
+                f"adapter {name!r} of the model has {key}={theirs}, the adapter to put in {key}={ours}: "
+                f"{OTHER_NAME}"
+            )
+
+
+def _replace(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
+    """Set the values of a live adapter to those of another one; add the layers that it lacks."""
+    missing = _missing(live, adapter, name)
+    if missing:
+        live = add_layers(live, name, missing)
+    layers = live.layers(name)
+    try:
+        plan = planned(live, adapter, name)
+    except Exception:
+        delete_layers([layer for layer in layers.values() if layer.name in missing])
+        raise
+    plan.apply()
+    delete_layers(plan.dropped)
+    if (config := live.configs.get(name)) is None:
+        return
+    left = live.layers(name)
+    write_config(config, left.values())
+    if missing or plan.dropped:
+        write_targets(config, left.values(), _base_names(live))
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+        # PEFT would run other initialisations on loading, only to replace their result.
+        config.init_lora_weights = True
+    if any(key.endswith(".bias") for key in adapter.carried):
+        config.bias = adapter.config.get("bias") or config.bias
+
+
+def _base_names(live: LiveModel) -> list[str]:
+    return [path for path in live.modules if ".base_layer" not in path]
+
+
+def _missing(live: LiveModel, adapter: LoraAdapter, name: str) -> list[str]:
+    """Return the modules of the base model that the new adapter adapts and the live one does not."""
+    layers: Mapping[str, Any] = live.layers(name)
+    missing = []
+    for module in adapter.adapted:
+        if found_name(module.name, layers) is not None:
+            continue
+        found = None if module.kind == "expert" else found_name(module.name, live.modules)
+        if found is None:
+            raise ValueError(
+                f"{module.name!r} fits no module that adapter {name!r} of the model could adapt: the adapter "
+                "belongs to another model, or to another version of its code, which names modules otherwise"
+            )
+        missing.append(found)
+    return missing

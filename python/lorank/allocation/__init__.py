@@ -1,0 +1,1 @@
+"""From evidence to ranks: signals, budgets, and the allocation that PEFT loads."""

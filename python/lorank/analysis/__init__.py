@@ -1,0 +1,1 @@
+"""Spectra of single matrices and of whole models."""

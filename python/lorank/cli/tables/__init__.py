@@ -1,0 +1,1 @@
+"""Reports, allocations and verdicts as tables for the terminal."""

@@ -1,0 +1,133 @@
+"""Tables about adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from lorank.adapters.certificate import Certificate
+from lorank.adapters.content import LoraAdapter
+from lorank.runtimes import Verdict
+
+_STYLES = {"right": "green", "wrong": "red", "refuses": "yellow"}
+
+
+def module_table(adapter: LoraAdapter) -> Table:
+    """A row for every module."""
+    table = _table(f"{adapter.label}: {len(adapter.modules)} modules")
+    table.add_column("module", overflow="fold")
+    for heading in ("kind", "shape", "rank", "scaling", "type"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for module in adapter.modules.values():
+        copies = f"{module.copies} x " if module.copies > 1 else ""
+        shape = f"{copies}{module.shape[0]}x{module.shape[1]}"
+        table.add_row(
+            module.name, module.kind, shape, str(module.rank), f"{module.scaling:.4g}", module.dtype
+        )
+    return table
+
+
+def summary(adapter: LoraAdapter) -> str:
+    """What else is known of an adapter, line by line."""
+    ranks = [module.rank for module in adapter.adapted]
+    scalings = sorted({module.scaling for module in adapter.adapted})
+    span = f"{scalings[0]:.4g}" + (f" to {scalings[-1]:.4g}" if len(scalings) > 1 else "")
+    dtypes = ", ".join(sorted({module.dtype for module in adapter.adapted}))
+    lines = [
+        f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, average {sum(ranks) / len(ranks):.2f}, "
+        f"scalings {span}: {adapter.num_parameters:,} parameters in {dtypes}",
+    ]
+    if adapter.base_model:
+        lines.append(f"base model: {adapter.base_model}")
+    if adapter.is_spectral:
+        lines.append("elastic: in spectral form, any budget is cut from it without a decomposition")
+    return "\n".join([*lines, *adapter.notes])
+
+
+def certificate_table(certificate: Certificate) -> Table:
+    """What was kept and what was left out."""
+    table = _table(certificate.action)
+    table.show_header = False
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    before, after = certificate.parameters_before, certificate.parameters_after
+    table.add_row("parameters before", f"{before:,}")
+    table.add_row("parameters after", f"{after:,} ({100 * after / before if before else 0:.3g} %)")
+    table.add_row("energy retained", f"{100 * certificate.retained_energy:.4f} %")
+    table.add_row("error, Frobenius norm", f"{certificate.error:.6g} of {certificate.norm:.6g}")
+    table.add_row("error, spectral norm", f"{certificate.spectral_error:.6g}")
+    if certificate.rounding_error is not None:
+        table.add_row("added by rounding, Frobenius norm", f"{certificate.rounding_error:.6g}")
+    return table
+
+
+def kept_table(certificate: Certificate) -> Table:
+    """What was kept of every module."""
+    table = _table(f"{len(certificate.modules)} modules, before -> after")
+    table.add_column("module", overflow="fold")
+    for heading in ("rank", "parameters", "energy retained", "error, Frobenius norm"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in certificate.modules:
+        table.add_row(
+            entry.name,
+            f"{entry.rank_before} -> {entry.rank_after}",
+            f"{entry.parameters_before:,} -> {entry.parameters_after:,}",
+            f"{100 * entry.retained_energy:.4f} %",
+            f"{entry.error:.4g}",
+        )
+    return table
+
+
+def family_table(members: Mapping[str, LoraAdapter]) -> Table:
+    """The members of a family side by side."""
+    table = _table("family")
+    table.add_column("member")
+    for heading in ("modules", "parameters", "energy retained", "relative error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, member in members.items():
+        certificate = member.certificate
+        assert certificate is not None
+        table.add_row(
+            name,
+            str(len(member.adapted)),
+            f"{member.num_parameters:,}",
+            f"{100 * certificate.retained_energy:.4f} %",
+            f"{certificate.relative_error:.4g}",
+        )
+    return table
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """What every runtime makes of an adapter."""
+    table = _table("runtimes")
+    table.add_column("runtime", no_wrap=True)
+    table.add_column("version", no_wrap=True)
+    table.add_column("loads", no_wrap=True)
+    table.add_column("scale x", justify="right", no_wrap=True)
+    table.add_column("remark", overflow="fold")
+    for verdict in verdicts:
+        low, high = verdict.factors or (float("nan"),) * 2
+        factor = (
+            "-" if verdict.factors is None else f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+        )
+        table.add_row(
+            verdict.runtime,
+            verdict.version,
+            f"[{_STYLES[verdict.status]}]{verdict.status}[/]",
+            factor,
+            verdict.reason,
+        )
+    return table
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as values that JSON knows."""
+    return asdict(verdict)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

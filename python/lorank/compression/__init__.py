@@ -1,0 +1,1 @@
+"""Truncation, merging and extraction of adapters by their singular values."""

@@ -1,0 +1,338 @@
+"""An adapter from a full fine-tune: the difference of two checkpoints, truncated."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorank import _core
+from lorank._internal import core_calls
+from lorank._internal.progress import progress_bar, waiting
+from lorank._internal.threads import thread_count
+from lorank.adapters.content import LoraAdapter
+from lorank.adapters.module import LoraModule
+from lorank.compression import twins
+from lorank.compression.compress import truncated
+from lorank.compression.selection import checked_knobs, with_counted_budget
+from lorank.compression.spectral_form import SpectralForm, Triplets
+from lorank.modules import naming
+from lorank.peft_format.lora_config import accidental_matches
+from lorank.sources import OPENING, AnySource, Skipped, Source, SourceMatrix, open_source
+from lorank.sources.guesses import doubtful
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lorank.compression.selection import KnobArguments
+
+DEFAULT_MAX_RANK = 128
+
+
+def extract(
+    base: AnySource,
+    tuned: AnySource,
+    *,
+    include: naming.Targets = None,
+    exclude: naming.Targets = None,
+    prefix: str = "",
+    guess: bool = False,
+    threads: int | None = None,
+    progress: bool = True,
+    **knobs: Unpack[KnobArguments],
+) -> LoraAdapter:
+    """The best adapter of given ranks for the difference of two models.
+
+    Parameters
+    ----------
+    base, tuned
+        The model before and after: anything that `analyze` takes. Read matrix by matrix.
+    include, exclude
+        Which modules, as in `analyze`: leave out embeddings and heads that an engine cannot adapt.
+    prefix
+        Put before every module's name, such as ``"bert"`` where the checkpoint says ``encoder.layer.0``
+        and the model to adapt ``bert.encoder.layer.0``.
+    guess
+        True to go on where the model's code is not at hand and names and shapes leave doubts about the kinds
+        of its modules: see `lorank.modules.facts.ModelFacts`.
+    threads, progress
+        As in `compress`.
+    **knobs
+        As in `compress`, without `rank_ratio`. `max_rank` (default 128) also bounds what is computed;
+        a `budget` may be a share of the base model's parameters, such as ``"0.5%"``.
+
+    Returns
+    -------
+    LoraAdapter
+        With its `certificate`, against the dense differences. Its `notes` name what an adapter cannot hold:
+        changed tensors that are not matrices, modules that PEFT cannot adapt, tensors of one model only; and
+        the model whose names its modules have. Modules that share a weight get the same update.
+
+    Raises
+    ------
+    ValueError
+        If `rank_ratio` is given, the models have no matrix in common, a shape differs (exclude that
+        module), nothing has changed, guessed names leave doubts and `guess` is false, or the budget is a
+        share of a base model of unknown size.
+
+    Notes
+    -----
+    ``||W_tuned - W_base||_F^2`` is that of the dense difference. Differences with a side of at most 512
+    are decomposed in full, larger ones by randomised subspace iteration.
+    """
+    if knobs.get("rank_ratio") is not None:
+        raise ValueError("rank_ratio has no meaning for a dense difference: use avg_rank, energy or budget")
+    given = {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
+    # A slip is found before anything is opened, of whatever size the base model is.
+    checked_knobs(with_counted_budget(given, 0))
+    with waiting(OPENING, enabled=progress):
+        before, after = open_source(base), open_source(tuned)
+    chosen = checked_knobs(with_counted_budget(given, before.num_parameters, before.unknown_parameters))
+    if before.facts.doubts and not guess:
+        raise ValueError(doubtful(before.label, before.facts, "extract"))
+    pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
+    notes += [*_other_changes(before, after), *_idle(exclude, before, after)]
+    notes += _naming_notes(before, prefix)
+    assert chosen.max_rank is not None
+    computed = _forms(pairs, chosen.max_rank, thread_count(threads), progress)
+    if all(form.energy == 0 for form in computed):
+        raise ValueError(f"{before.label} and {after.label}: no selected matrix differs")
+    held, refused = _without_refused(computed, before)
+    found, copies = (held, []) if before.skeleton else _without_copies(held)
+    every, tying, tied = twins.added(found, before, exclude)
+    forms = [_renamed(form, prefix) for form in every]
+    whole = LoraAdapter(
+        {form.module.name: form.module for form in forms},
+        config={
+            "peft_type": "LORA",
+            "base_model_name_or_path": _name_of(base),
+            "task_type": None,
+            **_targets(forms, before, prefix),
+            **tying,
+        },
+        notes=[*notes, *refused, *copies, *tied],
+        label=f"{after.label} - {before.label}",
+    )
+    return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}", threads)
+
+
+def _targets(forms: Sequence[SpectralForm], before: Source, prefix: str) -> dict[str, Any]:
+    """Return PEFT's settings that select only the modules, where all names of the model are known."""
+    if before.skeleton is None or prefix:
+        return {}
+    names = [form.module.name for form in forms if form.module.kind != "expert"]
+    chosen = set(names)
+    others = [name for name in before.skeleton.modules if name not in chosen]
+    return {"target_modules": names, "exclude_modules": accidental_matches(names, others)}
+
+
+def _name_of(base: AnySource) -> str | None:
+    """How PEFT would find the base model again; None for what lives in memory and has no name."""
+    if isinstance(base, (str, Path)):
+        return str(base)
+    name = getattr(base, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _renamed(form: SpectralForm, prefix: str) -> SpectralForm:
+    name = ".".join(part for part in (prefix.strip("."), form.module.name) if part)
+    return replace(form, module=replace(form.module, name=name))
+
+
+def _idle(exclude: naming.Targets, *sources: Source) -> list[str]:
+    """Entries of `exclude` that select nothing: slips of the pen, most likely."""
+    names = {matrix.info.module for source in sources for matrix in source.matrices}
+    names = names.union(*(others for source in sources for others in source.facts.ties.values()))
+    entries = [exclude] if isinstance(exclude, str) else [[entry] for entry in exclude or ()]
+    return [
+        f"exclude={entry if isinstance(entry, str) else entry[0]!r} matches no module"
+        for entry in entries
+        if not any(map(naming.matcher(entry), names))
+    ]
+
+
+def _naming_notes(before: Source, prefix: str) -> list[str]:
+    model = f"the {before.facts.class_name} of {before.label}" if before.skeleton else before.label
+    names = f"modules are named as in {model}{f' with {prefix!r} before' if prefix else ''}"
+    advice = (
+        f"{names}: PEFT finds them only in a model that names them so{'' if prefix else ', or give a prefix'}"
+    )
+    return [advice, *([before.facts.remark] if before.facts.remark else [])]
+
+
+def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[list[SpectralForm], list[str]]:
+    """Return the forms of modules that PEFT can adapt, and notes of the others that have changed.
+
+    Raises
+    ------
+    ValueError
+        If there are no others.
+    """
+    refused = twins.refused(before)
+    changed = [form.module.name for form in forms if form.module.name in refused and form.energy > 0]
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name in changed:
+        by_reason[refused[name]].append(name)
+    notes = [
+        f"{len(names)} changed modules are left out, the first is {names[0]}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+    held = [form for form in forms if form.module.name not in refused]
+    if not any(form.energy > 0 for form in held):
+        raise ValueError(f"PEFT can adapt none of the modules that differ: {'; '.join(notes)}")
+    return held, notes
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    base: SourceMatrix
+    tuned: SourceMatrix
+
+
+def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
+    """Return the matrices of both models by name, and notes of those of one model only.
+
+    A matrix that one model shares between modules and the other does not is paired for each of them.
+    """
+    old, new = twins.by_name(before), twins.by_name(after)
+    own = [{matrix.info.name for matrix in source.matrices} for source in (before, after)]
+    pairs = []
+    for name, matrix in old.items():
+        other = new.get(name)
+        if other is None or not (name in own[0] or name in own[1]):
+            continue
+        if other.info.shape != matrix.info.shape:
+            raise ValueError(
+                f"{name}: {matrix.info.shape} in {before.label}, {other.info.shape} in {after.label}: "
+                "exclude it to leave it out"
+            )
+        pairs.append(_Pair(matrix, other))
+    if not pairs:
+        raise ValueError(f"{before.label} and {after.label} have no selected matrix in common")
+    alone = [name for name in own[0] if name not in new], [name for name in own[1] if name not in old]
+    notes = [
+        f"{len(names)} matrices are in {label} only, the first is {min(names, key=naming.natural_key)}"
+        for label, names in zip((before.label, after.label), alone, strict=True)
+        if names
+    ]
+    return pairs, notes
+
+
+def _other_changes(before: Source, after: Source) -> list[str]:
+    """What differs and is no matrix of a module: an adapter cannot hold it."""
+    old, new = ({x.name: x for x in source.skipped if x.load is not None} for source in (before, after))
+    changed = [name for name in old if name in new and not _are_equal(old[name], new[name])]
+    some = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+    notes = [f"{len(changed)} tensors changed, which no adapter holds: {some}"] if changed else []
+    only = ((before.label, [n for n in old if n not in new]), (after.label, [n for n in new if n not in old]))
+    return notes + [
+        f"{len(names)} tensors that are no matrices are in {label} only, the first is {names[0]}"
+        for label, names in only
+        if names
+    ]
+
+
+def _are_equal(a: Skipped, b: Skipped) -> bool:
+    assert a.load is not None
+    assert b.load is not None
+    return a.shape == b.shape and np.array_equal(a.load().to_array(), b.load().to_array(), equal_nan=True)
+
+
+def _without_copies(forms: Sequence[SpectralForm]) -> tuple[list[SpectralForm], list[str]]:
+    """The forms without output heads that are stored copies of the embedding, and what to note.
+
+    Tied weights change alike, to the last bit: two matrices of models that were trained apart do not.
+    """
+    embeddings = [form for form in forms if form.module.kind == "embedding" and form.energy > 0]
+    kept, notes = [], []
+    for form in forms:
+        name = form.module.name
+        twins = [x for x in embeddings if naming.is_output_head(name) and _change_alike(x, form)]
+        if twins:
+            notes.append(f"{name} is {twins[0].module.name} under another name, and extracted with it")
+        else:
+            kept.append(form)
+    return kept, notes
+
+
+def _change_alike(a: SpectralForm, b: SpectralForm) -> bool:
+    return sorted(a.module.shape) == sorted(b.module.shape) and np.array_equal(a.values, b.values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Leading:
+    """The leading triplets of a difference, the energy of all of it, and the value that comes next."""
+
+    part: Triplets
+    energy: float
+    following: float
+
+
+def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) -> list[SpectralForm]:
+    """Every module's leading triplets; as many pairs at a time as keep memory bounded."""
+    found: dict[int, _Leading] = {}
+    work = sum(math.prod(pair.base.info.shape) for pair in pairs)
+    with progress_bar("subtracting", work, enabled=progress) as advance:
+        direct = [i for i, pair in enumerate(pairs) if not (pair.base.lazy or pair.tuned.lazy)]
+        lazy = [i for i in range(len(pairs)) if i not in set(direct)]
+        for batch in [direct, *(lazy[k : k + threads] for k in range(0, len(lazy), threads))]:
+            found |= zip(
+                batch, _subtracted([pairs[i] for i in batch], max_rank, threads, advance), strict=True
+            )
+    by_module: dict[str, list[int]] = defaultdict(list)
+    for i, pair in enumerate(pairs):
+        by_module[pair.base.info.module].append(i)
+    return [_form(pairs[group[0]].base, [found[i] for i in group]) for group in by_module.values()]
+
+
+def _subtracted(
+    pairs: Sequence[_Pair], max_rank: int, threads: int, advance: Callable[[int, str], object]
+) -> list[_Leading]:
+    """Return the leading triplets of each pair's difference."""
+    loaded = [(pair.tuned.load(), pair.base.load()) for pair in pairs]
+    infos = [pair.base.info for pair in pairs]
+    results = core_calls.collect(
+        lambda receive: _core.subtract(loaded, max_rank, threads, receive),
+        lambda index: infos[index].name,
+        lambda index: advance(math.prod(infos[index].shape), infos[index].name),
+    )
+    return [
+        _Leading(
+            Triplets(a, values, b) if _is_swapped(pair.base) else Triplets(b, values, a), energy, following
+        )
+        for pair, ((b, values, a), energy, following) in zip(pairs, results, strict=True)
+    ]
+
+
+def _is_swapped(matrix: SourceMatrix) -> bool:
+    """Whether the loaded matrix is the transpose of the update: PEFT transposes that of an embedding."""
+    return matrix.transposed != (matrix.info.kind == "embedding")
+
+
+def _form(matrix: SourceMatrix, results: Sequence[_Leading]) -> SpectralForm:
+    parts = [result.part for result in results]
+    shape = (parts[0].b_columns.shape[1], parts[0].a_rows.shape[1])
+    energy = math.fsum(result.energy for result in results)
+    kept = math.fsum(float(np.square(part.singular_values).sum()) for part in parts)
+    info = matrix.info
+    module = LoraModule(
+        info.module,
+        "expert" if naming.is_parameter(info.module) else info.kind,
+        shape,
+        rank=min(shape),
+        scaling=1.0,
+        dtype="float32",
+        factors=list,
+        copies=len(parts),
+        a_tail=matrix.kernel or shape[1:],
+        b_tail=(1,) * (len(matrix.kernel) - 1),
+    )
+    # Rounding must not invent energy where all values were computed.
+    unseen = energy - kept if len(parts[0].singular_values) < min(shape) else 0.0
+    following = max(result.following for result in results)
+    return SpectralForm(module, parts, max(unseen, 0.0), following, is_dense=True)

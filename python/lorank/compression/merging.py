@@ -1,0 +1,229 @@
+"""Several adapters as one: the weighted sum of their updates, truncated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorank._internal.threads import thread_count
+from lorank.adapters import carried
+from lorank.adapters.content import LoraAdapter
+from lorank.adapters.formats.diffusers_settings import PartSettings
+from lorank.adapters.formats.image_keys import ImageStyle
+from lorank.adapters.formats.image_layout import style_of
+from lorank.adapters.module import LoraModule
+from lorank.adapters.reading import as_adapter
+from lorank.compression.compress import truncated
+from lorank.compression.mergeable import check_one_model, ties_tables
+from lorank.compression.selection import checked_knobs
+from lorank.compression.spectral_form import Term, Update, spectral_form
+from lorank.modules import naming
+from lorank.peft_format.settings import merged
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lorank.compression.selection import KnobArguments
+
+
+def merge(
+    adapters: Sequence[LoraAdapter | str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    progress: bool = True,
+    **knobs: Unpack[KnobArguments],
+) -> LoraAdapter:
+    """The best adapter of given ranks for ``sum_j weight_j * dW_j``.
+
+    Parameters
+    ----------
+    adapters
+        As from `LoraAdapter.load`, or their paths. Of one base model; ranks, scalings and adapted
+        modules may differ.
+    weights
+        One each, negative ones subtract (default: equal, summing to 1).
+    force
+        True to merge adapters whose base models have different names, or that share no module.
+    threads, progress
+        As in `compress`.
+    **knobs
+        As in `compress`; `rank_ratio` is of the sum of all ranks.
+
+    Returns
+    -------
+    LoraAdapter
+        With its `certificate`, whose error is against the exact weighted sum.
+
+    Raises
+    ------
+    ValueError
+        If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes, which
+        do not add up, module names of one differ from another's by a prefix, settings of which a sum has one
+        (task type, biases, trained tokens) differ, or one adapter has factors for a module that another saves
+        as a whole; without `force`, if base models have different names, or an adapter shares no module with
+        the others.
+    TypeError
+        If there is no such knob, or what is given are no adapters.
+
+    Notes
+    -----
+    The terms are stacked, ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, and decomposed by
+    QR and a small SVD: the dense update never exists.
+    """
+    chosen = checked_knobs(knobs)
+    if isinstance(adapters, (str, Path, LoraAdapter)):
+        raise TypeError("merge takes a list of adapters, not one")
+    parts = [as_adapter(adapter) for adapter in adapters]
+    shares = _checked_weights(parts, weights)
+    check_one_model(parts, force=force)
+    weighted = list(zip(parts, shares, strict=True))
+    tie = {"ensure_weight_tying": True} if ties_tables([a for a, w in weighted if w] or parts) else {}
+    updates = [
+        _update(name, [(a.modules[name], w) for a, w in weighted if _has(a, name)]) for name in _names(parts)
+    ]
+    modules = {update.module.name: update.module for update in updates}
+    # An adapter of weight 0 gives neither settings nor carried tensors, unless all weights are 0.
+    acting = [(a.label, a.config) for a, weight in weighted if weight] or [(a.label, a.config) for a in parts]
+    config = merged(acting) | tie if parts[0].format == "peft" else {}
+    others, other_notes = carried.summed(weighted, modules.values())
+    _check_layers(config, others, modules)
+    forms = spectral_form(
+        [u for u in updates if u.module.rank], thread_count(threads), progress, label="merging"
+    )
+    whole = replace(
+        parts[0],
+        modules=modules,
+        config=config,
+        carried=others,
+        notes=[*_notes(parts), *other_notes],
+        label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
+        key_style=_key_style(parts),
+    )
+    return truncated(whole, forms, chosen, f"merge of {whole.label}, {chosen}", threads)
+
+
+def _has(adapter: LoraAdapter, name: str) -> bool:
+    return name in adapter.modules and _acts(adapter.modules[name])
+
+
+def _acts(module: LoraModule) -> bool:
+    """Return whether a module adds anything to outputs: a product of factors, or a bias."""
+    return module.rank > 0 or bool(module.carried)
+
+
+def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] | None) -> list[float]:
+    if not adapters:
+        raise ValueError("give at least one adapter")
+    shares = [1 / len(adapters)] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    if len(shares) != len(adapters) or not np.all(np.isfinite(shares)):
+        raise ValueError(f"{len(adapters)} adapters need as many finite weights, not {weights!r}")
+    if len({adapter.format for adapter in adapters}) > 1:
+        raise ValueError("adapters of PEFT and of kohya or diffusers cannot be merged with each other")
+    for adapter in adapters:
+        if adapter.config.get("use_dora") or carried.magnitudes(adapter.carried, adapter.modules.keys()):
+            raise ValueError(f"{adapter.label}: DoRA magnitudes do not add up: merge it into a model")
+    _check_prefixes(adapters)
+    return shares
+
+
+def _check_prefixes(adapters: Sequence[LoraAdapter]) -> None:
+    """Refuse names that differ by a prefix: the sum would hold both, and PEFT would load half of it."""
+    owners = {name: adapter for adapter in reversed(adapters) for name in adapter.modules}
+    for adapter in adapters:
+        for name in adapter.modules:
+            for short in list(naming.suffixes(name))[1:]:
+                other = owners.get(short)
+                # Names that lie in one adapter together are two modules of one model.
+                if other is not None and short not in adapter.modules and name not in other.modules:
+                    raise ValueError(
+                        f"{adapter.label} adapts {name!r}, but {other.label} adapts {short!r}: names of one "
+                        "module with and without a prefix. Load one adapter into the kind of model that the "
+                        "other was trained in, and save it again from there"
+                    )
+
+
+def _names(adapters: Sequence[LoraAdapter]) -> list[str]:
+    names = {name for adapter in adapters for name in adapter.modules if _has(adapter, name)}
+    return sorted(names, key=naming.natural_key)
+
+
+def _update(name: str, sources: Sequence[tuple[LoraModule, float]]) -> Update:
+    first = sources[0][0]
+    for module, _ in sources:
+        same = (module.kind, module.shape, module.copies, module.a_tail)
+        if same != (first.kind, first.shape, first.copies, first.a_tail):
+            raise ValueError(
+                f"module {name!r} is {first.kind} {first.shape} in one adapter and {module.kind} "
+                f"{module.shape} in another: they belong to different models"
+            )
+    biases: dict[str, Any] = {}
+    for module, weight in sources:
+        for ending, value in module.carried.items():
+            biases[ending] = biases.get(ending, 0) + value * np.float32(weight * module.scaling)
+    rank = sum(module.rank for module, _ in sources)
+    module = replace(first, rank=rank, scaling=1.0, carried=biases, dtype=_widest(sources))
+    return Update(module, partial(_terms, [source for source in sources if source[0].rank]))
+
+
+def _widest(sources: Sequence[tuple[LoraModule, float]]) -> str:
+    dtypes = {module.dtype for module, _ in sources}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+
+def _terms(sources: Sequence[tuple[LoraModule, float]]) -> list[list[Term]]:
+    by_source = [[(b, a, weight * module.scaling) for b, a in module.factors()] for module, weight in sources]
+    return [list(terms) for terms in zip(*by_source, strict=True)]
+
+
+def _check_layers(
+    config: Mapping[str, Any], others: Mapping[str, Any], modules: Mapping[str, LoraModule]
+) -> None:
+    """Refuse modules whose factors PEFT could not load beside tensors or layers of another adapter."""
+    saved = [(name, re.compile(rf"(^|.*\.){name}($|\..*)")) for name in config.get("modules_to_save") or ()]
+    for module in modules:
+        owner = next((name for name, pattern in saved if pattern.match(module)), None)
+        if any(key.startswith(f"{carried.PREFIX}{module}.token_adapter.") for key in others):
+            owner = "trainable_token_indices"
+        if owner is not None:
+            raise ValueError(
+                f"module {module!r} has factors in one adapter, but another trains it by itself ({owner}): "
+                "PEFT cannot do both"
+            )
+    if pair := carried.misnamed(modules.values()):
+        raise ValueError(
+            f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts by itself: PEFT gives "
+            "the first another name then, and would not load it"
+        )
+
+
+def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:
+    notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
+    # The same model may be a hub id here and a folder there; shapes have been compared.
+    bases = {adapter.base_model for adapter in adapters if adapter.base_model}
+    if len(bases) > 1:
+        notes.append(f"base models are called {', '.join(sorted(bases))}: a sum is one of one base model")
+    return notes
+
+
+def _key_style(adapters: Sequence[LoraAdapter]) -> ImageStyle | None:
+    if adapters[0].format == "peft":
+        return None
+    keys: dict[str, tuple[str, str]] = {}
+    parts: dict[str, Mapping[str, Any]] = {}
+    styles = [style_of(adapter) for adapter in reversed(adapters)]
+    for style in styles:
+        keys |= style.keys
+        parts |= style.settings.parts
+    settings = PartSettings(parts, {})
+    # Diffusers takes settings for all parts or for none.
+    if any(settings.part_of(name) is None for name in keys):
+        settings = PartSettings({}, {})
+    return ImageStyle(keys, {}, settings, has_alphas=any(style.has_alphas for style in styles))

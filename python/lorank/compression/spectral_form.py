@@ -1,0 +1,240 @@
+"""Updates in balanced spectral form: from here on, every truncation is a choice of columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank import _core
+from lorank._internal import core_calls
+from lorank._internal.progress import progress_bar
+from lorank.adapters.module import LoraModule, combined_values, in_memory
+from lorank.compression.orthogonality import are_orthogonal
+
+Array = npt.NDArray[Any]
+Term = tuple[_core.Matrix, _core.Matrix, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a module's new factors are made of.
+
+    Attributes
+    ----------
+    module
+        Its name, kind and shape; its rank is the sum of the terms'.
+    terms
+        Returns, for every copy, the products ``weight * B @ A`` that are summed up.
+    is_spectral
+        Whether there is one term that is said to be in spectral form already. It is looked at before it
+        is believed.
+    """
+
+    module: LoraModule
+    terms: Callable[[], Sequence[Sequence[Term]]]
+    is_spectral: bool = False
+
+    @classmethod
+    def of(cls, module: LoraModule, *, is_spectral: bool = False) -> Update:
+        """A module as it is."""
+        return cls(module, lambda: [[(b, a, module.scaling)] for b, a in module.factors()], is_spectral)
+
+
+class Part(Protocol):
+    """One copy's update: its singular values, descending, float64, and a way to its factors."""
+
+    @property
+    def singular_values(self) -> npt.NDArray[np.float64]:
+        """``(k,)``, descending."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Triplets:
+    """An update in balanced spectral form in memory: ``b_columns.T @ a_rows``.
+
+    Attributes
+    ----------
+    b_columns
+        ``(k, out)``, ``sqrt(s_i) u_i``.
+    singular_values
+        ``(k,)``, descending, float64.
+    a_rows
+        ``(k, in)``, ``sqrt(s_i) v_i``.
+    """
+
+    b_columns: Array
+    singular_values: npt.NDArray[np.float64]
+    a_rows: Array
+
+
+@dataclass(frozen=True)
+class SpectralForm:
+    """A module's update, decomposed.
+
+    Attributes
+    ----------
+    module
+        As it was before.
+    parts
+        One per copy, all of one `k`.
+    unseen_energy
+        What ``||dW||_F^2`` is beyond the values' squares, where only the leading ones were computed.
+    unseen_norm
+        The largest of the values that were not computed.
+    is_dense
+        Whether it is a difference of dense weights, no product of factors.
+    """
+
+    module: LoraModule
+    parts: Sequence[Part]
+    unseen_energy: float = 0.0
+    unseen_norm: float = 0.0
+    is_dense: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the update was given by."""
+        module = self.module
+        return module.copies * math.prod(module.shape) if self.is_dense else module.num_parameters
+
+    @property
+    def energy(self) -> float:
+        """``||dW||_F^2``."""
+        return self.unseen_energy + float(np.square(self.values).sum())
+
+    @cached_property
+    def values(self) -> npt.NDArray[np.float64]:
+        """The singular values; of several copies the root of the sum of their squares."""
+        return combined_values([part.singular_values for part in self.parts])
+
+    @property
+    def largest_values(self) -> npt.NDArray[np.float64]:
+        """The largest of the copies' singular values: the spectral norm of leaving one out."""
+        if len(self.parts) == 1:
+            return self.values
+        largest: npt.NDArray[np.float64] = np.max([part.singular_values for part in self.parts], axis=0)
+        return largest
+
+
+def truncate(
+    forms: Sequence[SpectralForm], masks: Sequence[npt.NDArray[np.bool_]], threads: int
+) -> list[LoraModule]:
+    """The modules with the values of masks, scaling 1.
+
+    Factors that follow from a file's are computed when they are asked for, others are in memory.
+    """
+    factors: list[list[tuple[_core.Matrix, _core.Matrix] | None]] = [
+        [None] * len(form.parts) for form in forms
+    ]
+    choices: list[tuple[_core.Decomposition, Sequence[bool]]] = []
+    places: list[tuple[int, int]] = []
+    marks = [keep.tolist() for keep in masks]
+    for i, (form, keep) in enumerate(zip(forms, masks, strict=True)):
+        for e, part in enumerate(form.parts):
+            if isinstance(part, _core.Decomposition):
+                choices.append((part, marks[i]))
+                places.append((i, e))
+            elif isinstance(part, Triplets):
+                factors[i][e] = in_memory(part.b_columns[keep].T, part.a_rows[keep])
+
+    rebuilt = core_calls.collect(
+        lambda receive: _core.rebuild(choices, threads, receive),
+        lambda index: forms[places[index][0]].module.name,
+    )
+    for (i, e), pair in zip(places, rebuilt, strict=True):
+        factors[i][e] = pair
+    return [
+        _truncated(form.module, kept.count(True), [pair for pair in pairs if pair is not None])
+        for form, kept, pairs in zip(forms, marks, factors, strict=True)
+    ]
+
+
+def _truncated(
+    module: LoraModule, rank: int, pairs: Sequence[tuple[_core.Matrix, _core.Matrix]]
+) -> LoraModule:
+    carried = {name: value * np.float32(module.scaling) for name, value in module.carried.items()}
+    return replace(module, rank=rank, scaling=1.0, factors=lambda: pairs, carried=carried)
+
+
+def spectral_form(
+    updates: Sequence[Update], threads: int, progress: bool, label: str = "decomposing"
+) -> list[SpectralForm]:
+    """Decompose updates, in parallel.
+
+    Raises
+    ------
+    NumericalError
+        If factors hold NaN or infinite values.
+    MemoryError, OSError
+        If memory or threads run out, or a file cannot be read.
+
+    The message names the module.
+    """
+    forms: dict[int, SpectralForm] = {}
+    with progress_bar(label, len(updates), enabled=progress) as advance:
+        for batch in _batches(updates):
+            for i, form in _decomposed(updates, batch, threads):
+                forms[i] = form
+                advance(1, form.module.name)
+    return [forms[i] for i in range(len(updates))]
+
+
+def _batches(updates: Sequence[Update]) -> Iterator[list[int]]:
+    """Plain modules all at once, stacks one by one.
+
+    The factors of plain modules stay on disk until a worker needs them; experts are taken apart in
+    memory.
+    """
+    yield [i for i, update in enumerate(updates) if update.module.copies == 1]
+    yield from ([i] for i, update in enumerate(updates) if update.module.copies > 1)
+
+
+def _decomposed(
+    updates: Sequence[Update], batch: Sequence[int], threads: int
+) -> Iterator[tuple[int, SpectralForm]]:
+    jobs: list[tuple[int, Sequence[Term]]] = []
+    for i in batch:
+        if updates[i].is_spectral and (form := _as_it_is(updates[i])):
+            yield i, form
+        else:
+            jobs += [(i, terms) for terms in updates[i].terms()]
+    results: list[_core.Decomposition] = core_calls.collect(
+        lambda receive: _core.decompose([list(terms) for _, terms in jobs], threads, receive),
+        lambda index: updates[jobs[index][0]].module.name,
+    )
+    parts: dict[int, list[_core.Decomposition]] = {}
+    for (i, _), result in zip(jobs, results, strict=True):
+        parts.setdefault(i, []).append(result)
+    for i, found in parts.items():
+        yield i, SpectralForm(updates[i].module, found)
+
+
+def _as_it_is(update: Update) -> SpectralForm | None:
+    """The form of factors that are singular vectors already; None if they are not, whatever a file says.
+
+    Balanced columns have the length of the root of their value, and so have the rows.
+    """
+    parts = []
+    for ((b, a, scaling),) in update.terms():
+        columns, rows = b.to_array().T, a.to_array()
+        if not all(are_orthogonal(side, update.module.dtype) for side in (columns, rows)):
+            return None
+        # Another profile may have moved a factor from one side to the other.
+        length, width = (np.linalg.norm(x.astype(np.float64), axis=1) for x in (columns, rows))
+        size = abs(scaling)
+        balance = np.sqrt(np.divide(size * width, length, out=np.zeros_like(length), where=length > 0))
+        columns = (columns * np.copysign(balance, scaling)[:, None]).astype(columns.dtype)
+        inverse = np.divide(size, balance, out=np.zeros_like(length), where=balance > 0)
+        rows = (rows * inverse[:, None]).astype(rows.dtype)
+        values = size * length * width
+        # Rounding, or another program, may have left near equals in another order.
+        order = np.argsort(-values, kind="stable")
+        parts.append(Triplets(columns[order], values[order], rows[order]))
+    return SpectralForm(update.module, parts)

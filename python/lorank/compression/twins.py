@@ -1,0 +1,130 @@
+"""Modules that share a weight: an update of it belongs to each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lorank.compression.spectral_form import SpectralForm, Triplets
+from lorank.modules import naming
+from lorank.modules.skeleton import Skeleton
+from lorank.modules.weight import Weight
+from lorank.sources import Source, SourceMatrix
+
+# PEFT shares one update between the input embeddings and heads tied to them if one has such a name.
+_PEFT_TIES = {"embed_tokens", "lm_head"}
+
+
+def by_name(source: Source) -> dict[str, SourceMatrix]:
+    """Return a source's matrices by name, a shared one also under the names of its further modules."""
+    found = {matrix.info.name: matrix for matrix in source.matrices}
+    for owner, others in source.facts.ties.items():
+        for other in others:
+            weight = _weight(source.skeleton, other)
+            if owner in found and weight is not None and weight.kind != "expert":
+                found.setdefault(other, _renamed(found[owner], weight))
+    return found
+
+
+def refused(source: Source) -> dict[str, str]:
+    """Return the reason by name, for modules that PEFT cannot adapt and those tied to such a module."""
+    found = dict(source.facts.refused)
+    for owner, others in source.facts.ties.items():
+        for other in others:
+            if other in source.facts.refused:
+                found.setdefault(owner, f"it shares the weight of {other}: {source.facts.refused[other]}")
+    return found
+
+
+def _weight(skeleton: Skeleton | None, module: str) -> Weight | None:
+    weights = skeleton.weights.values() if skeleton is not None else ()
+    return next((weight for weight in weights if weight.module == module and weight.kind), None)
+
+
+def _renamed(matrix: SourceMatrix, weight: Weight) -> SourceMatrix:
+    assert weight.kind is not None
+    shape = matrix.info.shape[::-1] if weight.transposed != matrix.transposed else matrix.info.shape
+    info = replace(matrix.info, name=weight.module, module=weight.module, kind=weight.kind, shape=shape)
+    return replace(matrix, info=info, transposed=weight.transposed)
+
+
+def added(
+    forms: Sequence[SpectralForm], before: Source, exclude: naming.Targets = None
+) -> tuple[list[SpectralForm], dict[str, Any], list[str]]:
+    """Give the update of a shared weight to each of its modules.
+
+    Parameters
+    ----------
+    forms
+        The updates of the modules that have a matrix.
+    before
+        The model. A module that shares a weight in this model alone has an update of its own already.
+    exclude
+        Modules that get no update, as in `lorank.extract`.
+
+    Returns
+    -------
+    list of SpectralForm
+        Every module's update.
+    dict
+        PEFT's setting that ties the modules, where it has one.
+    list of str
+        Notes on shared weights.
+    """
+    known = {form.module.name for form in forms}
+    is_excluded = naming.matcher(exclude or [])
+    result: list[SpectralForm] = []
+    settings: dict[str, Any] = {}
+    notes: list[str] = []
+    for form in forms:
+        result.append(form)
+        owner = form.module.name
+        others = [
+            weight
+            for other in before.facts.ties.get(owner, ())
+            if other not in known and form.energy > 0 and (weight := _weight(before.skeleton, other))
+        ]
+        notes += [
+            f"{weight.module} shares the weight of {owner}, but is excluded: PEFT leaves it as it was"
+            for weight in others
+            if is_excluded(weight.module)
+        ]
+        others = [weight for weight in others if not is_excluded(weight.module)]
+        if not others:
+            continue
+        result += [_twin(form, weight) for weight in others]
+        names = ", ".join(weight.module for weight in others)
+        note = f"{names} has the update of {owner}, whose weight it shares"
+        if _peft_ties(form, others):
+            settings["ensure_weight_tying"] = True
+            note = f"{note} (ensure_weight_tying)"
+        notes.append(f"{note}: untie the modules before merging, or PEFT adds the update to the weight twice")
+    return result, settings, notes
+
+
+def _peft_ties(form: SpectralForm, others: Sequence[Weight]) -> bool:
+    """Return True if PEFT's `ensure_weight_tying` shares an embedding's update with the other modules."""
+    names = [form.module.name, *(weight.module for weight in others)]
+    return (
+        form.module.kind == "embedding"
+        and all(weight.kind == "linear" for weight in others)
+        and any(name.rpartition(".")[2] in _PEFT_TIES for name in names)
+    )
+
+
+def _twin(form: SpectralForm, weight: Weight) -> SpectralForm:
+    """Return the same update of another module, which may use the weight the other way round."""
+    assert weight.kind is not None
+    module = form.module
+    is_turned = (module.kind == "embedding") != (weight.kind == "embedding")
+    shape = module.shape[::-1] if is_turned else module.shape
+    parts = form.parts
+    if is_turned:
+        parts = [
+            Triplets(part.a_rows, part.singular_values, part.b_columns)
+            for part in form.parts
+            if isinstance(part, Triplets)
+        ]
+    twin = replace(module, name=weight.module, kind=weight.kind, shape=shape, a_tail=shape[1:], b_tail=())
+    return replace(form, module=twin, parts=parts)
