@@ -9,19 +9,19 @@ create_exception!(
     lorank._core,
     LorankError,
     PyException,
-    "Base class of lorank's own errors; an error of exactly this class is a defect of lorank."
+    "Base class of lorank's errors. An error of exactly this class is a defect of lorank."
 );
 create_exception!(
     lorank._core,
     FormatError,
     LorankError,
-    "A file is not what its format promises. The message names the file, the tensor and the reason."
+    "A file violates its format. The message names the file, the tensor and the reason."
 );
 create_exception!(
     lorank._core,
     NumericalError,
     LorankError,
-    "A matrix has no spectrum: NaN or infinite values, values beyond float64, no convergence."
+    "A matrix has no spectrum: NaN or infinite values, values out of range, or no convergence."
 );
 
 /// Returns the exception for an error of the core.

@@ -1,10 +1,10 @@
-//! How far each phase is from the machine's limit, on one thread and on several:
-//! `cargo bench --bench phases --features bench`.
+//! Speed of each phase relative to the limit of the machine, on one thread and on several: `cargo bench
+//! --bench phases --features bench`.
 //!
-//! `-- --threads 2 --orders 576,4096 --json FILE` choose. The limit is the speed of faer's product of two
-//! square matrices in the same run; of what a spectrum takes beyond it, a line says where it goes. Operations are those of the algorithm: half a product for a Gram matrix,
-//! `4/3 n^3` and `7 w n^2` for the two stages of the reduction, half a Gram matrix of both factors for a
-//! decomposition.
+//! Options: `-- --threads 2 --orders 576,4096 --json FILE`. The limit (peak) is the speed of faer's product
+//! of two square matrices in the same run. A line per spectrum divides the time beyond the peak among the
+//! phases. Operation counts are those of the algorithm: half a product for a Gram matrix, `4/3 n^3` and `7 w
+//! n^2` for the two stages of the reduction, half a Gram matrix of both factors for a decomposition.
 
 use std::env::args;
 use std::hint::black_box;
@@ -28,10 +28,10 @@ use lorank::truncation::Truncation;
 use lorank::workspace::Scratch;
 use serde_json::{Value, json};
 
-/// Seconds that a measurement takes, or one run if that takes longer.
+/// Duration of a measurement in seconds. A run that takes longer is not repeated.
 const PATIENCE: f64 = 0.3;
 
-/// Median seconds of some runs after a first one.
+/// Returns the median seconds of several runs after a warm-up run.
 fn seconds(mut run: impl FnMut() -> f64) -> f64 {
     let first = run();
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // A small positive number.
@@ -47,7 +47,7 @@ fn timed<R>(work: impl FnOnce() -> R) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-/// Roughly normal numbers: the sum of four uniform ones from a linear congruential generator.
+/// Returns approximately normal numbers: sums of four uniform numbers from a linear congruential generator.
 fn numbers(count: usize) -> Vec<f32> {
     let mut state = 1u64;
     let mut uniform = || {
@@ -62,14 +62,15 @@ struct Report {
     rows: Vec<Value>,
 }
 
-/// What a phase takes, and what of that its arithmetic would not take at the peak, in seconds.
+/// Time of a phase in seconds, and the part of it in excess of its arithmetic at the peak.
 struct Phase {
     name: &'static str,
     seconds: f64,
     beyond_peak: f64,
 }
 
-/// Prints how much of some phases together is arithmetic at the peak, and where the rest goes.
+/// Prints the share of the time that is arithmetic at the peak, and the division of the rest among the
+/// phases.
 fn print_rest(kind: &str, order: &str, phases: &[Phase]) {
     let total: f64 = phases.iter().map(|phase| phase.seconds).sum();
     let share = |seconds: f64| 100.0 * seconds / total;
@@ -85,7 +86,7 @@ fn print_rest(kind: &str, order: &str, phases: &[Phase]) {
 }
 
 impl Report {
-    /// Prints a row and keeps it; `peak` in operations a second.
+    /// Prints and stores a row. `peak` is in operations per second.
     fn row(
         &mut self,
         kind: &str,
@@ -109,7 +110,7 @@ impl Report {
         Phase { name: phase, seconds, beyond_peak: seconds - operations / peak }
     }
 
-    /// Operations a second of a product of square matrices.
+    /// Returns the operations per second of a product of square matrices.
     fn peak<T: Number>(&mut self, kind: &str) -> f64 {
         const ORDER: usize = 2048;
         let a = Mat::from_fn(ORDER, ORDER, |i, j| T::of(((i * 7 + j * 3) % 17) as f64 - 8.0));
@@ -156,12 +157,12 @@ impl Report {
             off_diagonal: (1..p).map(|i| chased[position(i, i - 1)].to_f64()).collect(),
         };
         let taken = seconds(|| timed(|| tridiagonal_eigenvalues(&tridiagonal)));
-        // A division and fourteen other operations in each of some 1.2 n^2 steps; one thread.
+        // A division and fourteen other operations in each of some 1.2 n^2 steps, on one thread.
         let solved = self.row(kind, &order, "eigenvalues of that", taken, 1.2 * 15.0 * n * n, peak);
         print_rest(kind, &order, &[formed, reduced, chasing, solved]);
     }
 
-    /// On one thread: others work on other modules.
+    /// Measures one thread, as the other threads work on other modules.
     fn adapter(&mut self, length: usize, r: usize, peak: f64) {
         let (cancel, mut buffers) = (CancelToken::default(), Buffers::default());
         let order = format!("{length}, r={r}");

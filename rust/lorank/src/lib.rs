@@ -1,15 +1,17 @@
-//! Spectra of weight matrices, and the statistics that `LoRA` ranks are chosen by.
+//! Spectra of weight matrices, and the statistics by which `LoRA` ranks are chosen.
 //!
-//! The crate reads matrices ([`matrix`], [`safetensors`], [`checkpoint`]), computes the eigenvalues
-//! of `W^T W` and singular value decompositions ([`eigen`], [`svd`]), and condenses a spectrum into
-//! the metrics of heavy-tailed self-regularisation and random-matrix theory ([`hill`],
-//! [`marchenko_pastur`], [`powerlaw`], [`effective_rank`]; all at once: [`metrics`]).
-//! [`analysis`] runs many matrices in parallel and in bounded memory.
+//! The crate reads matrices ([`matrix`], [`safetensors`], [`checkpoint`]) and computes the eigenvalues of `W^T W` and
+//! singular value decompositions ([`eigen`], [`svd`]). It condenses a spectrum into metrics of heavy-tailed
+//! self-regularisation and random-matrix theory ([`hill`], [`marchenko_pastur`], [`powerlaw`], [`effective_rank`]; all
+//! of them: [`metrics`]). [`analysis`] processes many matrices in parallel and in bounded memory. [`low_rank`] and
+//! [`select`] decompose and truncate low-rank updates.
+//!
+//! Papers are cited by keys such as \[PARA\], which `docs/references.md` of the repository lists.
 //!
 //! ```
 //! use lorank::{cancel::CancelToken, eigen, hill, matrix::MatrixView};
 //!
-//! let weight: Vec<f32> = vec![3.0, 0.0, 0.0, 0.0, 1.0, 0.0]; // 2 x 3, row major
+//! let weight: Vec<f32> = vec![3.0, 0.0, 0.0, 0.0, 1.0, 0.0]; // 2 x 3, row-major
 //! let view = MatrixView::from_f32(&weight, 2, 3).unwrap();
 //! let spectrum = eigen::spectrum(&view, eigen::Accuracy::Exact, 1, &CancelToken::default()).unwrap();
 //! assert!((spectrum.eigenvalues()[1] - 9.0).abs() < 1e-12);
@@ -42,7 +44,7 @@ pub use svd::qr;
 
 pub use error::{Error, ErrorKind, Result};
 
-/// Runs the README's example as a test.
+/// Runs the examples of the README as tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -91,8 +91,7 @@ impl<T: Number> Updates<'_, T> {
         let work = |Share { strips, mut sums }: Share<'_, T>| {
             for (k, Strip { first: start, mut columns }) in strips.into_iter().enumerate() {
                 self.subtract_symmetric(columns.rb_mut(), start);
-                // The first strip of a group is the longest: sums outside of its range stay zero for the
-                // others, too.
+                // The first strip of a group is the longest: the others contribute to parts of its range.
                 let accum = if k == 0 { Accum::Replace } else { Accum::Add };
                 if k == 0 {
                     sums.rb_mut().subcols_mut(0, start - first).fill(T::default());

@@ -30,7 +30,7 @@ fn depth(p: usize, m: usize) -> usize {
 const TRIANGLE: usize = 64;
 const STEP: usize = 16;
 
-/// Number of rows of a tile of faer's kernels, or twice that.
+/// Number of rows of a tile of faer's kernels, or half of it.
 const KERNEL: usize = 48;
 
 /// Largest number of pieces of a rectangle that threads share, and least number of columns of a piece.

@@ -1,14 +1,16 @@
-//! `R` of a QR decomposition by the Cholesky factor of the Gram matrix, where that can be trusted.
+//! The factor `R` of a QR decomposition from the Cholesky factor of the Gram matrix, if that is accurate
+//! enough.
 //!
-//! With the rows of `X (K, length)` scaled to length 1 by `D`, `D X X^T D = L L^T` and `Q^T = L^-1 D X`. An
-//! error `E` of the Gram matrix leaves `Q^T Q = I - L^-1 E L^-T`. By Ostrowski's theorem every singular value
-//! of the update is off by half that share of itself, `||E|| ||L^-1||^2`, at most. What rounding makes of sums
-//! ([`Precision::error`]) bounds the one norm; the other, one of three, of which each costs more than the one before:
+//! Let `D` scale the rows of `X (K, length)` to length 1. Then `D X X^T D = L L^T` and `Q^T = L^-1 D X`. An
+//! error `E` of the Gram matrix gives `Q^T Q = I - L^-1 E L^-T`. By Ostrowski's theorem (\[OSTROWSKI\]) the
+//! relative error of every singular value of the update is at most half of `||E|| ||L^-1||^2`.
+//! [`Precision::error`] bounds `||E||`. `||L^-1||^2` is bounded by the product of the largest row and column
+//! sums of absolute values of one of three matrices. They are tried in order of cost:
 //!
-//! - row and column sums of the inverse of `M`, which is `L` with its entries below the diagonal replaced by minus their
-//!   absolute values: no entry of `L^-1` is larger. Two solves, enough where rows are nearly orthogonal;
-//! - those of `L^-1` itself;
-//! - those of `L^-T L^-1`.
+//! - The inverse of `M`, where `M` is `L` with its off-diagonal entries replaced by minus their absolute
+//!   values: no entry of `L^-1` is larger. This takes two solves and suffices if rows are nearly orthogonal.
+//! - `L^-1` itself.
+//! - `L^-T L^-1`, whose norm is `||L^-1||^2`: the largest column sum suffices.
 
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::{Mat, MatRef, Par};
@@ -21,17 +23,17 @@ use crate::low_rank::terms::{Side, Term};
 use crate::matrix::stacked::{Gram, gram_scratch};
 use crate::storage::source::Parts;
 
-/// The arithmetic of a Gram matrix, and of products with what follows from it.
+/// The arithmetic of a Gram matrix and of the products that depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Precision {
-    /// float32, two sums of [`SUMMANDS`] numbers widened to float64 at a time.
+    /// float32, with two sums of [`SUMMANDS`] numbers added before widening to float64.
     Single,
     /// float64.
     Double,
 }
 
 impl Precision {
-    /// What `Q^T Q` may differ from the identity by. What is written is float32.
+    /// Returns the largest acceptable error of `Q^T Q`. Factors are written in float32.
     const fn tolerance(self) -> f64 {
         match self {
             Self::Single => 4e-7,
@@ -39,9 +41,9 @@ impl Precision {
         }
     }
 
-    /// The norm of the error of a Gram matrix of `rank` rows of length 1. Rounding errors of sums add up like
-    /// a random walk; of 16 to 128 random rows they measure half as much. Where all terms of a sum are equal,
-    /// they do not average out: that adds up to 4e-7.
+    /// Returns the norm of the error of a Gram matrix of `rank` rows of length 1. Rounding errors of sums
+    /// grow like a random walk; measured errors of 16 to 128 random rows are half as large. If all terms of a
+    /// sum are equal, errors do not average out and reach 4e-7.
     fn error(self, rank: usize, length: usize) -> f64 {
         let (rank, length) = (rank as f64, length as f64);
         let sums = |summands: f64| (3.0 + rank.sqrt() / 2.5) * (summands / length).min(1.0).sqrt();
@@ -51,17 +53,17 @@ impl Precision {
         }
     }
 
-    /// Mean squares for which neither sums overflow nor products lose digits below the range.
+    /// Returns the range of mean squares for which sums do not overflow and products do not underflow.
     const fn range(self) -> std::ops::RangeInclusive<f64> {
         match self {
             Self::Single => 1e-28..=1e28,
-            // Squares of narrow types cannot leave the range of float64.
+            // Squares of types narrower than float64 are always in its range.
             Self::Double => f64::MIN_POSITIVE..=f64::MAX,
         }
     }
 }
 
-/// `X = F Q^T` for stacked factors `X (K, length)`, in memory that one update after the other uses.
+/// A factorization `X = F Q^T` of stacked factors `X (K, length)`, in reusable memory.
 pub(crate) struct Triangular {
     /// `F (K, K)`, lower triangular.
     pub factor: Mat<f64>,
@@ -75,8 +77,8 @@ impl Default for Triangular {
 }
 
 impl Triangular {
-    /// Finds those of one side of an update; `false` if there are more rows than columns, or no bound shows `Q` to be
-    /// orthonormal.
+    /// Factors one side of an update. Returns false if there are more rows than columns, or if no bound shows
+    /// that `Q` is orthonormal.
     pub(crate) fn find(
         &mut self,
         terms: &[Term],
@@ -124,7 +126,7 @@ impl Triangular {
     }
 }
 
-/// Whether a bound shows that `||L^-1||^2` is `most` or less.
+/// Returns true if a bound shows that `||L^-1||^2` is at most `most`.
 fn is_well_conditioned(factor: MatRef<'_, f64>, most: f64) -> bool {
     let product_of = |(columns, rows): (f64, f64)| columns * rows;
     if product_of(largest_sums_at_most(factor)) <= most {
@@ -136,7 +138,7 @@ fn is_well_conditioned(factor: MatRef<'_, f64>, most: f64) -> bool {
         || largest_sums(product(inverse.transpose(), inverse.as_ref()).as_ref()).0 <= most
 }
 
-/// What the largest sums of absolute values of a column and of a row of `L^-1` are at most: those of `M^-1`, the
+/// Returns bounds on the largest sums of absolute values of a column and of a row of `L^-1`: the largest
 /// entries of `1^T M^-1` and of `M^-1 1`.
 fn largest_sums_at_most(factor: MatRef<'_, f64>) -> (f64, f64) {
     let n = factor.nrows();
@@ -156,7 +158,7 @@ fn largest_sums_at_most(factor: MatRef<'_, f64>) -> (f64, f64) {
     (columns, rows)
 }
 
-/// The largest sums of absolute values of a column, and of a row.
+/// Returns the largest sums of absolute values of a column and of a row.
 fn largest_sums(matrix: MatRef<'_, f64>) -> (f64, f64) {
     let mut rows = vec![0.0; matrix.nrows()];
     let mut largest = 0.0f64;
@@ -179,7 +181,7 @@ mod tests {
 
     use super::*;
 
-    /// Lower triangular, its diagonal 1.
+    /// Returns a lower triangular matrix with ones on the diagonal.
     fn lower(n: usize, below: impl Fn(usize, usize) -> f64) -> Mat<f64> {
         Mat::from_fn(n, n, |i, j| match i.cmp(&j) {
             Ordering::Less => 0.0,
@@ -188,13 +190,13 @@ mod tests {
         })
     }
 
-    /// Entries below the diagonal up to `size`.
+    /// Returns a unit lower triangular matrix with pseudo-random entries up to `size`.
     fn noise(n: usize, size: f64, seed: usize) -> Mat<f64> {
         let mix = |i: usize| ((i * 7919 + seed * 131 + i * i * 3) % 1013) as f64 / 506.5 - 1.0;
         lower(n, |i, j| size * mix(i * n + j))
     }
 
-    /// `||L^-1||^2`, by another library.
+    /// Returns `||L^-1||^2`, computed by another library.
     fn square_of_norm(factor: &Mat<f64>) -> f64 {
         let n = factor.nrows();
         let values = nalgebra::DMatrix::from_fn(n, n, |i, j| factor[(i, j)]).singular_values();
@@ -202,8 +204,8 @@ mod tests {
     }
 
     #[test]
-    fn sums_of_an_inverse_whose_signs_are_all_the_same() {
-        // `L = M`, and no bound is lost: 2^(n-1) is in the corner of the inverse.
+    fn sums_of_an_inverse_with_equal_signs_are_exact() {
+        // `L = M`, and the bound is tight: the corner of the inverse is 2^(n-1).
         let n = 6;
         let factor = lower(n, |_, _| -1.0);
         assert_eq!(largest_sums_at_most(factor.as_ref()), (32.0, 32.0));
@@ -213,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_bound_decides() {
+    fn smallest_bound_decides() {
         let n = 24;
         for size in [0.0, 0.02, 0.1, 0.2, 0.3] {
             let factor = noise(n, size, 5);
@@ -242,7 +244,7 @@ mod tests {
             let square = square_of_norm(&factor);
             let (columns, rows) = largest_sums_at_most(factor.as_ref());
             prop_assert!(columns * rows >= square * (1.0 - 1e-9));
-            // Whatever is said to be well conditioned is.
+            // The check must not accept an ill-conditioned factor.
             if is_well_conditioned(factor.as_ref(), share * square) {
                 prop_assert!(share >= 1.0 - 1e-9);
             }

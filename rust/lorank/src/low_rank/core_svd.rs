@@ -1,11 +1,10 @@
-//! The singular value decomposition of the small core of an update: values at once, vectors of those that are kept
-//! when these are known.
+//! Singular value decomposition of the small core of an update, with vectors on demand.
 //!
-//! A truncation keeps a quarter of the values, and which ones follows from the values of all updates. For a core
-//! `C (K, K)` whose condition number is moderate, `C^T C` has the squares of the singular values for eigenvalues,
-//! off by `eps s_1^2`, and the right singular vectors for eigenvectors ([`SelectedEigen`]); `u_i = C v_i / s_i`.
-//! What is kept of it is little: memory that is touched for the first time costs more than the arithmetic. Other
-//! cores are decomposed by faer, all of them.
+//! A truncation keeps a fraction of the values, which depends on the values of all updates. If the condition
+//! number of a core `C (K, K)` is moderate, the eigenvalues of `C^T C` are the squares of the singular
+//! values, with an error of `eps s_1^2`. Its eigenvectors are the right singular vectors, and are computed
+//! for the kept values only ([`SelectedEigen`]); the left ones are `u_i = C v_i / s_i`. Little is stored of a
+//! core, as touching new memory takes longer than the arithmetic. Other cores are decomposed in full by faer.
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
@@ -19,49 +18,50 @@ use crate::kernels::simd::LINE;
 use crate::kernels::thin_gram::add_gram_of_columns;
 use crate::svd::dense_svd;
 
-/// The least of `(s_n / s_1)^2` for which eigenvalues of `C^T C` are taken: values are then right to 1e-9.
+/// Least `(s_n / s_1)^2` for the decomposition by eigenvalues of `C^T C`, whose square roots are then
+/// accurate to 1e-9.
 const SMALLEST_SQUARE: f64 = 1e-6;
 
-/// The least distance between squares, of the largest: closer ones have no vectors of their own.
+/// Least distance between squares, relative to the largest. The vectors of closer ones are not determined.
 const LEAST_GAP: f64 = 1e-11;
 
-/// A core, decomposed as far as its singular values.
+/// The singular values of a core, and its vectors or the data to compute them.
 #[derive(Clone, Debug)]
 pub(crate) struct CoreSvd {
-    /// All of them, descending.
+    /// All singular values, descending.
     pub singular_values: Vec<f64>,
     pub vectors: Vectors,
 }
 
-/// Its singular vectors.
+/// The singular vectors of a core.
 #[derive(Clone, Debug)]
 pub(crate) enum Vectors {
-    /// All of them.
-    Found {
+    /// All vectors.
+    All {
         /// `U diag(s) (K, K)`.
         left: Mat<f64>,
         /// `V (K, K)`.
         right: Mat<f64>,
     },
-    /// Those on the right are to be found; `U diag(s) = C V`.
-    Sought(Box<SelectedEigen>),
+    /// Data to compute right singular vectors; `U diag(s) = C V`.
+    OnDemand(Box<SelectedEigen>),
 }
 
-/// The memory that [`CoreSvd::of`] a core of order `n` needs.
+/// Returns the memory for [`CoreSvd::of`] a core of order `n`.
 pub(crate) fn core_svd_scratch(n: usize) -> StackReq {
     let square = StackReq::new_aligned::<f64>(padded::<f64>(n).pow(2), LINE);
     square.and(square).and(selected_eigen_scratch(n))
 }
 
 impl CoreSvd {
-    /// Of the product of two square matrices.
+    /// Decomposes the product of two square matrices.
     ///
     /// # Errors
-    /// As [`dense_svd`].
+    /// The errors of [`dense_svd`].
     pub(crate) fn of(left: MatRef<'_, f64>, right: MatRef<'_, f64>, stack: &mut MemStack) -> Result<Self> {
         let (n, stride) = (right.nrows(), padded::<f64>(right.nrows()));
         let (mut rows, stack) = stack.make_aligned_with(n * stride, LINE, |_| 0.0);
-        // faer 0.24's constructor for rows with a stride takes it for that of columns.
+        // In faer 0.24 the constructor for row-major slices takes the stride of columns.
         let core = MatMut::from_column_major_slice_with_stride_mut(&mut rows, n, n, stride).transpose_mut();
         matmul(core, Accum::Replace, left, right, 1.0, Par::Seq);
         let exponent = scale_to_one(&mut rows)?;
@@ -78,11 +78,12 @@ impl CoreSvd {
         let svd = dense_svd(core)?;
         let s = &svd.singular_values;
         let left = Mat::from_fn(svd.u.nrows(), s.len(), |i, j| svd.u[(i, j)] * s[j]);
-        let vectors = Vectors::Found { left, right: svd.v };
+        let vectors = Vectors::All { left, right: svd.v };
         Ok(Self { singular_values: svd.singular_values, vectors })
     }
 
-    /// Of a core's rows, whose largest entry is near 1; `None` if the condition number is large, or values are equal.
+    /// Decomposes a core by eigenvalues. `rows` is row-major with a largest entry near 1. Returns `None` if
+    /// the condition number is large or values are too close.
     fn by_eigenvalues(rows: &[f64], n: usize, stack: &mut MemStack) -> Option<Self> {
         let stride = padded::<f64>(n);
         let (mut squares, stack) = stack.make_aligned_with(stride * stride, LINE, |_| 0.0);
@@ -101,24 +102,25 @@ impl CoreSvd {
             return None;
         }
         let singular_values = eigen.values.iter().rev().map(|square| square.sqrt()).collect();
-        Some(Self { singular_values, vectors: Vectors::Sought(Box::new(eigen)) })
+        Some(Self { singular_values, vectors: Vectors::OnDemand(Box::new(eigen)) })
     }
 
-    /// Of the core times a positive number.
+    /// Returns the decomposition of the core times a positive number.
     fn times(mut self, factor: f64) -> Self {
         self.singular_values.iter_mut().for_each(|s| *s *= factor);
-        if let Vectors::Found { left, .. } = &mut self.vectors {
+        if let Vectors::All { left, .. } = &mut self.vectors {
             *left *= faer::Scale(factor);
         }
         self
     }
 }
 
-/// Takes a power of two out of numbers, so that the largest is near 1, and returns its exponent; zeros stay.
+/// Divides numbers by a power of two, so that the largest is near 1, and returns the exponent. Zeros are not
+/// changed.
 fn scale_to_one(numbers: &mut [f64]) -> Result<i32> {
     let largest = numbers.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
     if largest == 0.0 || largest.is_infinite() {
-        return Ok(0); // Of infinite numbers and of NaN, the decomposition tells.
+        return Ok(0); // The decomposition reports NaN and infinities.
     }
     let exponent = binary_exponent(largest)?;
     let scale = power_of_two(-exponent);
@@ -134,13 +136,13 @@ mod tests {
 
     use super::*;
 
-    /// Orthonormal, `(n, n)`.
+    /// Returns an orthogonal matrix `(n, n)`.
     fn orthonormal(n: usize, seed: usize) -> Mat<f64> {
         let noise = |i: usize| ((i * 7919 + seed * 31 + i * i * seed) % 1013) as f64 / 1013.0 - 0.5;
         dense_svd(Mat::from_fn(n, n, |i, j| noise(i * n + j)).as_ref()).unwrap().u
     }
 
-    /// A matrix with these singular values.
+    /// Returns a matrix with given singular values.
     fn with_values(values: &[f64]) -> Mat<f64> {
         let n = values.len();
         let (u, v) = (orthonormal(n, 1), orthonormal(n, 2));
@@ -153,13 +155,13 @@ mod tests {
         CoreSvd::of(core.as_ref(), identity.as_ref(), MemStack::new(&mut memory)).unwrap()
     }
 
-    /// `U diag(s)` and `V` of the values at these places.
+    /// Returns `U diag(s)` and `V` of the values with the given indices.
     fn triplets(found: &CoreSvd, core: &Mat<f64>, places: &[usize]) -> [Mat<f64>; 2] {
         match &found.vectors {
-            Vectors::Found { left, right } => {
+            Vectors::All { left, right } => {
                 [left, right].map(|x| Mat::from_fn(x.nrows(), places.len(), |i, j| x[(i, places[j])]))
             }
-            Vectors::Sought(eigen) => {
+            Vectors::OnDemand(eigen) => {
                 let last = core.nrows() - 1;
                 let v = eigen.vectors(places.iter().map(|i| last - i)).unwrap();
                 [core * &v, v]
@@ -167,7 +169,7 @@ mod tests {
         }
     }
 
-    /// The kept triplets of a matrix with these singular values, against what is known of them.
+    /// Checks the kept triplets of a matrix with given singular values.
     fn check(values: &[f64], places: &[usize]) {
         let (core, size) = (with_values(values), values[0]);
         let found = decomposed(&core);
@@ -188,7 +190,7 @@ mod tests {
             assert!((singular_values[j] - values[i]).abs() <= 1e-13 * size);
             left -= faer::Scale(singular_values[j] / size) * u.col(j) * v.col(j).transpose();
         }
-        // Without them, the others are left.
+        // Subtracting the kept triplets leaves the others.
         let mut others: Vec<f64> =
             (0..values.len()).filter(|i| !places.contains(i)).map(|i| values[i] / size).collect();
         others.resize(values.len(), 0.0);
@@ -198,11 +200,11 @@ mod tests {
     }
 
     fn is_by_eigenvalues(core: &Mat<f64>) -> bool {
-        matches!(decomposed(core).vectors, Vectors::Sought(_))
+        matches!(decomposed(core).vectors, Vectors::OnDemand(_))
     }
 
     #[test]
-    fn every_condition_number_and_any_choice() {
+    fn any_condition_number_and_selection() {
         let n = 24;
         let mut by_eigenvalues = 0;
         for spread in [0.0, 1.0, 2.0, 2.9, 3.1, 8.0, 14.0] {
@@ -220,8 +222,8 @@ mod tests {
     }
 
     #[test]
-    fn clusters() {
-        // Pairs, and nearly pairs: two vectors of one eigenvalue must not be one and the same.
+    fn clustered_values() {
+        // Equal and nearly equal pairs: their two vectors must not coincide.
         for apart in [0.0, 1e-16, 1e-14, 1e-12, 1e-10, 1e-8, 1e-6] {
             let values: Vec<f64> =
                 (0..16).map(|i| 4.0 - 0.2 * f64::from(i / 2) - apart * f64::from(i % 2)).collect();
@@ -232,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn small_ones() {
+    fn small_cores() {
         check(&[3.0], &[0]);
         check(&[3.0, 2.0], &[1]);
         for odd in [f64::NAN, f64::INFINITY] {

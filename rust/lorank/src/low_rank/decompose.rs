@@ -1,19 +1,19 @@
-//! The singular value decomposition of a low-rank update, from its factors alone.
+//! Singular value decomposition of a low-rank update from its factors.
 //!
-//! An update is a sum of terms, `sum_j w_j B_j A_j` with `B_j (out, r_j)` and `A_j (r_j, in)`: one
-//! term is an adapter's module, several are a merge. The terms are stacked into one product `B A` of
-//! rank at most `K = sum r_j`. With `B = Q_B R_B` and `A^T = Q_A R_A`, the decomposition of the small
-//! core `R_B R_A^T = U S V^T` gives that of the whole, `(Q_B U) S (Q_A V)^T`, and `out * in` numbers
-//! never exist. `U` and `V` are computed of the values that are kept ([`core_svd`](crate::low_rank::core_svd)).
+//! An update is a sum of terms `sum_j w_j B_j A_j` with `B_j (out, r_j)` and `A_j (r_j, in)`. A module of an
+//! adapter has one term, a merge has several. The terms are stacked into one product `B A` of rank at most `K
+//! = sum r_j`. With `B = Q_B R_B` and `A^T = Q_A R_A`, the decomposition of the small core `R_B R_A^T = U S
+//! V^T` gives that of the update, `(Q_B U) S (Q_A V)^T`. The `out * in` entries of the update are never
+//! formed. `U` and `V` are computed for the kept values only ([`core_svd`](crate::low_rank::core_svd)).
 //!
-//! Source: PARA, Post-Optimization Adaptive Rank Allocation for `LoRA`, equations 2 to 5 and 13.
+//! Source: \[PARA\], equations 2 to 5 and 13.
 //!
-//! There are two ways to `R`. The fast one is the Cholesky factor of the Gram matrix
-//! ([`triangular`](crate::low_rank::cholesky_qr)), half the operations of a product and no `Q`: `Q_B U S` and `Q_A V` are formed
-//! by products with `B` and `A`, of those columns alone that are kept ([`basis`](crate::low_rank::basis)). It serves factors of
-//! narrow types for which a bound shows that `Q` is orthonormal enough. Everything else takes Householder reflections
-//! ([`HouseholderQr`]) in float64, after powers of two have been taken out of every factor: in float32 the core loses
-//! digits wherever terms cancel.
+//! `R` is computed in one of two ways. The fast way is the Cholesky factor of the Gram matrix
+//! ([`cholesky_qr`](crate::low_rank::cholesky_qr)), in half the operations of a product and without `Q`. The
+//! kept columns of `Q_B U S` and `Q_A V` are products with `B` and `A` ([`basis`](crate::low_rank::basis)).
+//! This way is used for factors in types narrower than float64 if a bound shows that `Q` is sufficiently
+//! orthonormal. All other updates are decomposed by Householder reflections ([`HouseholderQr`]) in float64,
+//! after scaling every factor by a power of two: in float32, the core would lose digits where terms cancel.
 
 use std::sync::Arc;
 
@@ -36,45 +36,45 @@ use crate::storage::source::{Buffer, Parts, StoredMatrix};
 use crate::svd::dense_svd;
 use crate::svd::qr::HouseholderQr;
 
-/// An update's singular values, and the way to its factors.
+/// The singular values of an update, and the data to compute its factors.
 #[derive(Clone, Debug)]
 pub struct Decomposition {
-    /// The `k` singular values of the update, descending; those that are zero up to rounding are 0.
+    /// The `k` singular values, descending. Values that are zero up to rounding are 0.
     pub singular_values: Vec<f64>,
-    /// `(out, in)`.
+    /// Shape of the update, `(out, in)`.
     pub shape: (usize, usize),
     pub(crate) form: Form,
 }
 
 #[derive(Clone, Debug)]
 pub(crate) enum Form {
-    /// The stacked factors become the balanced columns by products with small matrices. Terms in files are read
-    /// again then: fresh memory to keep them in would cost more than a warm disk cache.
+    /// The balanced columns are products of the stacked factors and small matrices. Terms in files are read
+    /// again for them: new memory to store them would cost more than a warm disk cache.
     Basis { terms: Arc<[Term]>, basis: Basis },
-    /// The balanced columns themselves, one after the other, `(k, out)` and `(k, in)`: as wide as they are
-    /// written.
+    /// The balanced columns, `(k, out)` and `(k, in)`, in the precision in which they are written.
     Explicit { b: Arc<Values>, a: Arc<Values> },
 }
 
-/// Memory that one update after the other uses.
+/// Reusable memory for decompositions.
 #[derive(Default)]
 pub struct Buffers {
-    /// The factors at hand, a buffer for each term, and what products with them need.
+    /// One buffer per term, and temporaries of the products.
     parts: Parts,
-    /// The products of a side's rows with each other.
+    /// Gram matrix of one side.
     gram: Gram,
-    /// What the sides of `B` and of `A` become.
+    /// Triangular factors of `B` and of `A`.
     sides: [Triangular; 2],
 }
 
-/// Decomposes every update with up to `threads` threads and hands each result to `emit` with the
-/// index of its update, as they finish; `emit` is called from several threads.
+/// Decomposes every update with up to `threads` threads. Calls `emit` with the index of an update and its
+/// result as soon as the update is finished; several threads call `emit`.
 ///
-/// The factors of at most `threads` updates are in memory at any time. An update that fails does not
-/// stop the others. The results do not depend on `threads`.
+/// The factors of at most `threads` updates are in memory at any time. An update that fails does not stop the
+/// others. The results do not depend on `threads`.
 ///
 /// # Errors
-/// [`Cancelled`](crate::Error::Cancelled), and a lack of threads; errors of single updates go to `emit`.
+/// [`Cancelled`](crate::Error::Cancelled), and [`NoThreads`](crate::Error::NoThreads). `emit` receives the
+/// errors of single updates.
 pub fn decompose_all(
     updates: &[Vec<Term>],
     threads: usize,
@@ -90,7 +90,7 @@ pub fn decompose_all(
     })
 }
 
-/// Multiplications, up to a constant.
+/// Returns the number of multiplications, up to a constant.
 fn cost(update: &[Term]) -> u128 {
     let rank: usize = update.iter().map(|term| term.a.shape().0).sum();
     let sides = update.first().map_or(0, |term| term.b.shape().0 + term.a.shape().1);
@@ -100,8 +100,27 @@ fn cost(update: &[Term]) -> u128 {
 /// Decomposes one update.
 ///
 /// # Errors
-/// [`InvalidInput`](crate::Error::InvalidInput) if the shapes do not fit,
-/// [`Numerical`](crate::Error::Numerical) for NaN and infinite values, and those of reading.
+/// [`InvalidInput`](crate::Error::InvalidInput) if the shapes do not match,
+/// [`Numerical`](crate::Error::Numerical) for NaN and infinite values, and the errors of loading the factors.
+///
+/// # Examples
+/// ```
+/// use std::sync::Arc;
+///
+/// use lorank::low_rank::{Buffers, Term};
+/// use lorank::{cancel::CancelToken, dtype::DType, product_svd::decompose, source::StoredMatrix};
+///
+/// let stored = |values: &[f64], shape: (usize, usize)| {
+///     let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+///     StoredMatrix::in_memory(Arc::new(bytes), DType::F64, shape, (shape.1, 1)).unwrap()
+/// };
+/// // 0.5 B A with orthogonal columns of B and orthogonal rows of A.
+/// let b = stored(&[3.0, 0.0, 0.0, 1.0, 4.0, 0.0], (3, 2));
+/// let a = stored(&[0.0, 2.0, 2.0, 0.0], (2, 2));
+/// let found = decompose(&[Term { b, a, weight: 0.5 }], &mut Buffers::default(), &CancelToken::default()).unwrap();
+/// assert!((found.singular_values[0] - 5.0).abs() < 1e-14);
+/// assert!((found.singular_values[1] - 1.0).abs() < 1e-14);
+/// ```
 pub fn decompose(update: &[Term], buffers: &mut Buffers, cancel: &CancelToken) -> Result<Decomposition> {
     let shape = checked_shape(update)?;
     if let Some(fast) = by_gram(update, shape, buffers, cancel)? {
@@ -110,14 +129,14 @@ pub fn decompose(update: &[Term], buffers: &mut Buffers, cancel: &CancelToken) -
     by_reflections(update, shape, &mut buffers.parts, cancel)
 }
 
-/// `None` where the Gram matrices cannot be trusted.
+/// Decomposes by Gram matrices. Returns `None` if they are not accurate enough.
 fn by_gram(
     update: &[Term],
     (out, fan_in, rank): (usize, usize, usize),
     buffers: &mut Buffers,
     cancel: &CancelToken,
 ) -> Result<Option<Decomposition>> {
-    if update.iter().any(is_wide) {
+    if update.iter().any(is_float64) {
         return Ok(None);
     }
     let Buffers { parts, gram, sides: [b, a] } = buffers;
@@ -136,11 +155,12 @@ fn by_gram(
     Ok(Some(Decomposition { singular_values, shape: (out, fan_in), form }))
 }
 
-fn is_wide(term: &Term) -> bool {
+fn is_float64(term: &Term) -> bool {
     term.a.dtype() == DType::F64 || term.b.dtype() == DType::F64
 }
 
-/// Singular values with zeros for those that rounding leaves of zeros, where the factors have this norm.
+/// Replaces singular values by 0 if they are zero up to rounding, for factors with the given product of
+/// norms.
 fn without_noise(values: Vec<f64>, rank: usize, norm: f64) -> Vec<f64> {
     let noise = rank as f64 * f64::EPSILON * norm;
     values.into_iter().map(|s| if s > noise { s } else { 0.0 }).collect()
@@ -171,26 +191,26 @@ pub(crate) fn by_reflections(
     let values = without_noise(core.singular_values, rank, r_b.norm_l2() * r_a.norm_l2());
     let unit = power_of_two(scales.half_exponent);
     let roots: Vec<f64> = values.iter().map(|s| s.sqrt() * unit).collect();
-    let wide = update.iter().any(is_wide);
+    let in_float64 = update.iter().any(is_float64);
     let columns = |of: &HouseholderQr, vectors: &Mat<f64>, length| {
         let columns = rotated(of, vectors.as_ref(), &roots, length);
-        Arc::new(Values::collect(columns.col_iter().flat_map(|column| column.iter().copied()), wide))
+        Arc::new(Values::collect(columns.col_iter().flat_map(|column| column.iter().copied()), in_float64))
     };
     let form = Form::Explicit { b: columns(&b, &core.u, out), a: columns(&a, &core.v, fan_in) };
     let singular_values = values.into_iter().map(|s| s * unit * unit).collect();
     Ok(Decomposition { singular_values, shape: (out, fan_in), form })
 }
 
-/// What the factors are multiplied with before the decomposition.
+/// Scale factors that are applied before the decomposition.
 struct Scales {
-    /// For `B` and for `A` of every term: together `weight / 4^half_exponent`.
+    /// Scales of `B` and of `A` of every term. Their product is `weight / 4^half_exponent`.
     factors: Vec<(f64, f64)>,
-    /// Half the binary exponent that was taken out of the update.
+    /// Half of the binary exponent by which the update is scaled.
     half_exponent: i32,
 }
 
 impl Scales {
-    /// Brings the largest term near 1, the others in proportion, and both factors of each to the
+    /// Scales the largest term to about 1, the others by the same amount, and both factors of a term to the
     /// same size.
     fn of(update: &[Term], buffer: &mut Buffer, cancel: &CancelToken) -> Result<Self> {
         let mut exponents = Vec::with_capacity(update.len());
@@ -218,7 +238,7 @@ impl Scales {
     }
 }
 
-/// The binary exponent of the largest entry, `None` for a matrix of zeros.
+/// Returns the binary exponent of the largest entry, or `None` for a zero matrix.
 fn exponent(matrix: &StoredMatrix, buffer: &mut Buffer, cancel: &CancelToken) -> Result<Option<i32>> {
     matrix.with_view(buffer, cancel, |view| {
         let largest = view.max_abs()?;
@@ -243,7 +263,7 @@ fn upcast(
     })
 }
 
-/// `Q X diag(roots)`.
+/// Returns `Q X diag(roots)`.
 fn rotated(q: &HouseholderQr, x: MatRef<'_, f64>, roots: &[f64], length: usize) -> Mat<f64> {
     let mut columns = Mat::zeros(length, roots.len());
     columns.as_mut().subrows_mut(0, x.nrows()).copy_from(x);

@@ -1,13 +1,12 @@
 //! The leading singular triplets of the difference of two weights: a full fine-tune minus its base.
 //!
-//! Small differences are decomposed in full. Large ones by randomised subspace iteration (Halko,
-//! Martinsson and Tropp, *Finding structure with randomness*, 2011, algorithms 4.4 and 5.1): the
-//! range of `(D D^T)^q D Omega` for a Gaussian `Omega` with a few more columns than wanted, then the
-//! decomposition of `Q^T D`. The error of a value falls with the `2q + 1`-th power of the ratio of the
-//! first value left out to it; `q = 4` keeps the energy of the leading ones, which is what a truncation
-//! is about, to better than a thousandth of the whole, and to half a per cent where the spectrum is flat;
-//! the first value left out comes out up to 5 per cent too small there (see the tests). The energy of
-//! the whole is that of the difference itself, and so is what is missing of it.
+//! Small differences are decomposed in full. Large ones are decomposed by randomised subspace iteration
+//! (\[HMT\], algorithms 4.4 and 5.1). It finds the range of `(D D^T)^q D Omega` for a Gaussian `Omega` with a
+//! few more columns than the rank, and decomposes `Q^T D`. The error of a value falls with the power `2q + 1`
+//! of the ratio of the first dropped value to it. With `q = 4`, the energy of the leading values is accurate
+//! to a thousandth of the total energy, or half a per cent for a flat spectrum. The first dropped value of a
+//! flat spectrum may be up to 5 per cent too small (see the tests). The total energy is computed from the
+//! difference itself.
 
 use faer::{Mat, MatRef};
 
@@ -22,59 +21,60 @@ use crate::svd::qr::HouseholderQr;
 use crate::svd::{SvdSpace, ThinSvd, dense_svd};
 use crate::{Error, Result};
 
-/// Columns of the random start beyond the rank that is wanted.
+/// Number of columns of the random start beyond the rank.
 const OVERSAMPLING: usize = 16;
 
-/// Applications of `D D^T` to the random start.
+/// Number of applications of `D D^T` to the random start.
 const POWER_ITERATIONS: usize = 4;
 
-/// Smaller sides up to this are decomposed in full: it takes less than a second.
+/// Largest smaller side of differences that are decomposed in full, in less than a second.
 const EXACT_UP_TO: usize = 512;
 
-/// Rows of the base that are subtracted at a time.
+/// Number of rows of the base that are subtracted at a time.
 const BLOCK_ROWS: usize = 64;
 
-/// What a worker keeps from one difference to the next, so that large pieces of memory that come and go
-/// leave no holes between the small results, which stay.
+/// Reusable memory for differences. Without reuse, large temporary allocations would leave holes between the
+/// small results, which stay allocated.
 #[derive(Default)]
 pub struct Buffers {
-    /// The stored elements of the weight at hand.
+    /// Stored elements of one weight.
     buffer: Buffer,
-    /// The difference, row by row.
+    /// Difference, row-major.
     difference: Vec<f64>,
-    /// Some rows of the base.
+    /// Rows of the base.
     block: Vec<f64>,
-    /// What a decomposition in full needs.
+    /// Memory of a full decomposition.
     space: SvdSpace,
 }
 
-/// Two weights of one module.
+/// The weight of a module before and after fine-tuning.
 #[derive(Clone, Debug)]
 pub struct Pair {
-    /// After the fine-tune, `(out, in)`.
+    /// Weight after fine-tuning, `(out, in)`.
     pub tuned: StoredMatrix,
-    /// Before it, `(out, in)`.
+    /// Weight before fine-tuning, `(out, in)`.
     pub base: StoredMatrix,
 }
 
-/// The leading part of a difference, and the whole of its energy.
+/// The leading part of a difference, and its total energy.
 #[derive(Clone, Debug)]
 pub struct Difference {
-    /// Up to the rank that was asked for, float32.
+    /// Leading triplets up to the requested rank, in float32.
     pub leading: Triplets,
     /// `||tuned - base||_F^2`.
     pub energy: f64,
-    /// The first singular value that was left out: the spectral norm of what is missing, 0 if nothing
-    /// is. Of a large difference an estimate from below.
+    /// The first dropped singular value: the spectral norm of the remainder, 0 if there is none. For a large
+    /// difference, an estimate from below.
     pub next: f64,
 }
 
 /// Decomposes every difference with up to `threads` threads, as
-/// [`decompose_all`](crate::low_rank::decompose::decompose_all) does for adapters: at most `threads`
+/// [`decompose_all`](crate::low_rank::decompose::decompose_all) decomposes updates: at most `threads`
 /// differences are in memory at any time, and the results do not depend on `threads`.
 ///
 /// # Errors
-/// [`Cancelled`](crate::Error::Cancelled), and a lack of threads; errors of single pairs go to `emit`.
+/// [`Cancelled`](crate::Error::Cancelled), and [`NoThreads`](crate::Error::NoThreads). `emit` receives the
+/// errors of single pairs.
 pub fn subtract_all(
     pairs: &[Pair],
     max_rank: usize,
@@ -92,11 +92,28 @@ pub fn subtract_all(
     })
 }
 
-/// The leading `max_rank` singular triplets of `tuned - base`.
+/// Computes the leading `max_rank` singular triplets of `tuned - base`.
 ///
 /// # Errors
 /// [`Error::InvalidInput`] if the shapes differ, [`Error::Numerical`] for NaN and infinite values,
-/// [`Error::OutOfMemory`], and those of reading.
+/// [`Error::OutOfMemory`], and the errors of loading the weights.
+///
+/// # Examples
+/// ```
+/// use std::sync::Arc;
+///
+/// use lorank::difference_svd::{Buffers, Pair, subtract};
+/// use lorank::{cancel::CancelToken, dtype::DType, source::StoredMatrix};
+///
+/// let stored = |values: [f64; 4]| {
+///     let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+///     StoredMatrix::in_memory(Arc::new(bytes), DType::F64, (2, 2), (2, 1)).unwrap()
+/// };
+/// let pair = Pair { tuned: stored([4.0, 1.0, 1.0, 2.0]), base: stored([1.0, 1.0, 1.0, 1.0]) };
+/// let found = subtract(&pair, 1, &mut Buffers::default(), &CancelToken::default()).unwrap();
+/// assert!((found.leading.singular_values[0] - 3.0).abs() < 1e-14);
+/// assert!((found.next - 1.0).abs() < 1e-14);
+/// ```
 pub fn subtract(
     pair: &Pair,
     max_rank: usize,
@@ -106,7 +123,9 @@ pub fn subtract(
     let (rows, cols) = pair.base.shape();
     if pair.tuned.shape() != (rows, cols) {
         let (r, c) = pair.tuned.shape();
-        return Err(Error::InvalidInput(format!("{r}x{c} after the fine-tune, {rows}x{cols} before")));
+        return Err(Error::InvalidInput(format!(
+            "the shapes differ: {r}x{c} after the fine-tune, {rows}x{cols} before"
+        )));
     }
     let exponent = scaled_difference(pair, buffers, cancel)?;
     let difference = MatRef::from_row_major_slice(&buffers.difference, rows, cols);
@@ -118,7 +137,7 @@ pub fn subtract(
         Difference { leading: balanced(u, &values[..rank], v, exponent), energy, next }
     };
     if rows.min(cols) <= EXACT_UP_TO || rank + OVERSAMPLING >= rows.min(cols) / 2 {
-        // Transposed, as it is column by column then.
+        // Transposed, as the row-major difference is then column-major.
         let (values, v, u) = buffers.space.decompose(difference.transpose())?;
         Ok(leading_of(&values, u, v))
     } else {
@@ -127,20 +146,20 @@ pub fn subtract(
     }
 }
 
-/// Leaves `(tuned - base) / 2^exponent`, its largest entry near 1, in the buffers and returns the exponent.
+/// Computes `(tuned - base) / 2^exponent`, with a largest entry near 1, in the buffers. Returns the exponent.
 fn scaled_difference(pair: &Pair, buffers: &mut Buffers, cancel: &CancelToken) -> Result<i32> {
     let (rows, cols) = pair.base.shape();
     let Buffers { buffer, difference, block, .. } = buffers;
     let size = rows * cols;
     if difference.capacity() < size {
-        *difference = Vec::new(); // Freed before it grows: old and new together would set the peak.
+        *difference = Vec::new(); // Freed first: the peak must not contain both.
         let bytes = size.saturating_mul(size_of::<f64>());
         let no_memory = |_| Error::no_memory(bytes, "a difference of weights");
         difference.try_reserve_exact(size).map_err(no_memory)?;
     }
     difference.resize(size, 0.0);
     pair.tuned.with_view(buffer, cancel, |view| {
-        view.max_abs()?; // Refuses NaN and infinities.
+        view.max_abs()?; // Reports NaN and infinities.
         view.upcast_rows(0..rows, 1.0, difference);
         Ok(())
     })?;
@@ -175,7 +194,7 @@ fn randomized(a: MatRef<'_, f64>, rank: usize, cancel: &CancelToken) -> Result<T
         range = orthonormal(&product(a, back.as_ref()));
     }
     cancel.check()?;
-    // A = Q (Q^T A): the small factor's transpose is tall.
+    // A = Q (Q^T A): the transpose of the small factor is tall.
     let small = product(a.transpose(), range.as_ref());
     let inner = dense_svd(small.as_ref())?;
     Ok(ThinSvd {
@@ -191,7 +210,8 @@ fn orthonormal(a: &Mat<f64>) -> Mat<f64> {
     q
 }
 
-/// Sums of twelve uniform numbers: near enough to Gaussian for a random start, and the same anywhere.
+/// Returns sums of twelve uniform numbers. They are sufficiently Gaussian for a random start, and equal on
+/// all machines.
 fn gaussian(rows: usize, cols: usize) -> Mat<f64> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut uniform = move || {
@@ -223,10 +243,10 @@ mod tests {
         subtract(&pair, rank, &mut Buffers::default(), &CancelToken::default()).unwrap()
     }
 
-    /// Random singular vectors, given values.
+    /// Returns a matrix with pseudo-random singular vectors and given values.
     fn with_values(rows: usize, cols: usize, value: impl Fn(usize) -> f64) -> Mat<f64> {
         let k = rows.min(cols);
-        // Rows swapped: the algorithm's own random start must not know the subspaces.
+        // Rows in reverse order, so that the vectors are independent of the random start of the algorithm.
         let swapped = |x: Mat<f64>| x.as_ref().reverse_rows().to_owned();
         let (u, v) = (swapped(orthonormal(&gaussian(rows, k))), swapped(orthonormal(&gaussian(cols, k))));
         Mat::from_fn(rows, k, |i, j| u[(i, j)] * value(j)) * v.transpose()
@@ -266,14 +286,14 @@ mod tests {
             assert!((found.energy - whole).abs() < 1e-9 * whole);
             assert!(kept <= best * (1.0 + 1e-9), "case {case}");
             assert!(best - kept <= loss * whole, "case {case}: {kept} of {best}");
-            // Of a subspace, hence never above the true one.
+            // A subspace cannot give a larger value.
             assert!(found.next <= value(rank) * (1.0 + 1e-9), "case {case}");
             assert!(found.next >= value(rank) * 0.95, "case {case}: {} of {}", found.next, value(rank));
         }
     }
 
     #[test]
-    fn the_factors_multiply_to_the_truncation() {
+    fn product_of_the_factors_is_the_truncation() {
         let change = with_values(600, 530, |i| 0.8f64.powi(i32::try_from(i).unwrap()));
         let found = difference(&Mat::zeros(600, 530), &change, 10).leading;
         let (Values::F32(b), Values::F32(a)) = (&found.b_columns, &found.a_rows) else { panic!("float32") };
@@ -285,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn misfits_are_errors() {
+    fn invalid_pairs_are_errors() {
         let pair = Pair { tuned: stored(&Mat::zeros(2, 3)), base: stored(&Mat::zeros(3, 2)) };
         let fail = |pair: &Pair| {
             subtract(pair, 1, &mut Buffers::default(), &CancelToken::default()).unwrap_err().to_string()

@@ -1,4 +1,4 @@
-//! Low-rank updates: decomposed from their factors, truncated, and found as differences of weights.
+//! Low-rank updates: their decomposition from factors, their truncation, and differences of weights.
 
 mod basis;
 mod cholesky_qr;

@@ -1,42 +1,49 @@
-//! Which singular values of many modules are kept: by count, by energy, by a budget of parameters.
+//! Selection among the singular values of many modules: by count, by energy, or by a budget of parameters.
 //!
-//! Values come concatenated, module after module; the answer is a mask of the same length. Ties go to
-//! the lower index: to the earlier module, then to the earlier value. Zeros are never kept.
+//! The values of all modules are concatenated; the result is a mask of the same length. Among equal values
+//! the lower index is kept: that of the earlier module, then of the earlier value. Zeros are never kept.
 //!
-//! Nothing here sorts all values. Non-negative numbers have the order of their bit patterns, so the last
-//! kept value is found by a histogram of patterns, then by one of the bucket that holds it, and so on.
-//! Squares are summed as 128-bit integers: exactly, so that no count hangs on an order of summation.
+//! Values are not sorted. Non-negative numbers have the order of their bit patterns. The last kept value is
+//! found by a histogram of the leading bits, then by a histogram within its bucket, and so on. Squares are
+//! summed exactly as 128-bit integers, so that the number of kept values does not depend on the order of
+//! summation.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use crate::{Error, Result};
 
-/// Bits of a pattern that one histogram tells apart: its buckets just fill a first-level cache.
+/// Number of bits that one histogram resolves. Its buckets fill a level-1 cache.
 const DIGIT: u32 = 11;
 
-/// Values that [`check`] looks at together.
+/// Number of values that [`check`] processes together.
 const LANES: usize = 8;
 
-/// What a sum may fall short of, relatively: a share of 1 must not ask for rounding errors.
+/// Relative tolerance of a sum: rounding errors must not matter for a share of 1.
 const SLACK: f64 = 1e-12;
 
-/// Keeps the `count` largest, or all that are not zero.
+/// Keeps the `count` largest scores, or all that are not zero.
 ///
 /// # Errors
 /// [`Error::InvalidInput`] for a NaN, infinite or negative score.
+///
+/// # Examples
+/// ```
+/// assert_eq!(lorank::select::largest(&[2.0, 3.0, 0.0, 3.0], 2).unwrap(), [false, true, false, true]);
+/// ```
 pub fn largest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
     let range = check(scores)?;
     Ok(top(scores, range, |_| 1, |nonzero| nonzero.min(count as u128)))
 }
 
-/// Keeps the `count` smallest that are not zero, or all of those: the reverse pruning of the ablations.
+/// Keeps the `count` smallest scores that are not zero, or all of them: the reverse pruning of the ablations
+/// in \[PARA\].
 ///
 /// # Errors
-/// As [`largest`].
+/// The errors of [`largest`].
 pub fn smallest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
     let range = check(scores)?;
-    // Counted down from infinity, patterns have the reverse order, and none becomes zero but that of zero.
+    // Subtraction from infinity reverses the order of patterns, and maps only zero to zero.
     let reverse = |bits: u64| if bits == 0 { 0 } else { f64::INFINITY.to_bits() - bits };
     let patterns = scores.iter().map(|&x| reverse(pattern(x)));
     let range = range.map(|(low, high)| (reverse(high), reverse(low)));
@@ -47,11 +54,19 @@ pub fn smallest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
 /// Keeps the fewest values, largest first, whose squares sum to at least `fraction` of the total.
 ///
 /// # Errors
-/// As [`largest`], and for a fraction outside `[0, 1]`.
+/// The errors of [`largest`], and [`Error::InvalidInput`] for a fraction outside of `[0, 1]`.
+///
+/// # Examples
+/// ```
+/// // 16 of 25 are 64 %.
+/// assert_eq!(lorank::select::energy(&[4.0, 3.0], 0.64).unwrap(), [true, false]);
+/// ```
 pub fn energy(values: &[f64], fraction: f64) -> Result<Vec<bool>> {
     let range = check(values)?;
     if !(0.0..=1.0).contains(&fraction) {
-        return Err(Error::InvalidInput(format!("the energy is a share between 0 and 1, not {fraction}")));
+        return Err(Error::InvalidInput(format!(
+            "the fraction of the energy must be between 0 and 1, not {fraction}"
+        )));
     }
     let squares = Squares::new(values.len(), range);
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // A whole number below `total`.
@@ -59,18 +74,27 @@ pub fn energy(values: &[f64], fraction: f64) -> Result<Vec<bool>> {
     Ok(top(values, range, |bits| squares.of(bits), share))
 }
 
-/// Keeps what fits into `parameters`, the most energy per parameter first: by `value^2 / cost`, where a
-/// module of `lengths[m]` descending values pays `costs[m]` for each that it keeps.
+/// Keeps values within a budget of `parameters`, in descending order of energy per parameter, `value^2 /
+/// cost`. Module `m` has `lengths[m]` descending values, each of which costs `costs[m]`.
 ///
-/// Within a module values leave smallest first. Where the globally largest values, up to the first that
-/// does not fit (PARA's own choice at this size), hold more energy than this greedy set, they are kept.
+/// The values of a module are kept from the largest on. The result is compared with another selection, that
+/// of \[PARA\]: the largest values of all modules, up to the first that exceeds the budget. The selection
+/// with more energy is returned.
 ///
 /// # Errors
-/// As [`largest`], and if lengths do not add up, a cost is 0, or a module's values are not descending.
+/// The errors of [`largest`], and [`Error::InvalidInput`] if the lengths do not sum to the number of values,
+/// a cost is 0, or the values of a module are not descending.
+///
+/// # Examples
+/// ```
+/// // Two modules: 9 parameters per value, and 2 parameters per value.
+/// let kept = lorank::select::budget(&[3.0, 2.0, 2.0, 1.0], &[2, 2], &[9, 2], 12).unwrap();
+/// assert_eq!(kept, [true, false, true, false]);
+/// ```
 pub fn budget(values: &[f64], lengths: &[usize], costs: &[u64], parameters: u64) -> Result<Vec<bool>> {
     let range = check(values)?;
     let modules = modules(values, lengths, costs)?;
-    // The squares of values below 1e-160 of the largest may vanish: their order is then that of modules.
+    // Squares of values below 1e-160 of the largest may underflow; their order is then that of the modules.
     let unit = range.map_or(1.0, |(_, high)| 2f64.powi(-exponent(high)));
     let density = |x: f64, cost: u64| (x * unit).powi(2) / cost as f64;
     let greedy = fill(&modules, parameters, Misfit::ClosesModule, density);
@@ -85,18 +109,17 @@ pub fn budget(values: &[f64], lengths: &[usize], costs: &[u64], parameters: u64)
     Ok(modules.iter().zip(best).flat_map(mask).collect())
 }
 
-/// The bit pattern of a non-negative number, and that of zero for either zero.
+/// Returns the bit pattern of a non-negative number. Negative zero has the pattern of zero.
 fn pattern(x: f64) -> u64 {
     (x + 0.0).to_bits()
 }
 
-/// The smallest and the largest pattern that are not zero.
+/// The smallest and the largest non-zero pattern.
 type Range = Option<(u64, u64)>;
 
-/// The range of the scores, if all of them are valid.
+/// Returns the range of the scores, after checking that all are valid.
 fn check(scores: &[f64]) -> Result<Range> {
-    // In lanes and by plain comparisons, which compilers turn into vector instructions. What is no valid
-    // score becomes infinite.
+    // Lanes and plain comparisons, which compilers vectorise. Invalid scores become infinite.
     let (mut low, mut high) = ([f64::INFINITY; LANES], [0.0f64; LANES]);
     let mut see = |chunk: &[f64; LANES]| {
         for i in 0..LANES {
@@ -116,7 +139,9 @@ fn check(scores: &[f64]) -> Result<Range> {
     if high.is_infinite() {
         let bad = scores.iter().enumerate().find(|(_, x)| !(x.is_finite() && **x >= 0.0));
         let bad = bad.map_or_else(String::new, |(i, x)| format!("value {i} is {x}: "));
-        return Err(Error::InvalidInput(format!("{bad}singular values and scores are finite, not negative")));
+        return Err(Error::InvalidInput(format!(
+            "{bad}singular values and scores must be finite and not negative"
+        )));
     }
     Ok((high > 0.0).then_some((low.to_bits(), high.to_bits())))
 }
@@ -125,7 +150,7 @@ fn range(patterns: &[u64]) -> (u64, u64) {
     patterns.iter().fold((u64::MAX, 0), |(low, high), &bits| (low.min(bits), high.max(bits)))
 }
 
-/// The mask of the fewest non-zero values, largest first, whose weights reach what is `wanted` of the total.
+/// Returns the mask of the fewest non-zero values, largest first, whose weights reach `wanted` of the total.
 fn top(
     values: &[f64],
     range: Range,
@@ -139,48 +164,49 @@ fn mask(values: &[f64], cut: Option<Cut>, keeps: impl Fn(f64, f64) -> bool) -> V
     let Some(Cut { last, surplus }) = cut else { return vec![false; values.len()] };
     let score = f64::from_bits(last);
     let mut mask: Vec<bool> = values.iter().map(|&x| keeps(x, score)).collect();
-    // Of the values equal to the last one the later ones go.
+    // Of the values equal to the last one, the later ones are dropped.
     let ties = (0..values.len()).rev().filter(|&i| pattern(values[i]) == last);
     (0..surplus).zip(ties).for_each(|(_, i)| mask[i] = false);
     mask
 }
 
-/// Where a selection ends.
+/// The end of a selection.
 #[derive(Clone, Copy)]
 struct Cut {
-    /// The pattern of the last value that is kept.
+    /// Pattern of the last kept value.
     last: u64,
-    /// How many values equal to the last one are not.
+    /// Number of values equal to the last one that are not kept.
     surplus: u128,
 }
 
-/// Where the weights of the non-zero patterns, from the largest, reach what is `wanted` of the total.
+/// Returns the end of the selection in which the weights of non-zero patterns, largest first, reach `wanted`
+/// of the total.
 fn cut(
     patterns: impl Iterator<Item = u64> + Clone,
     range_of_patterns: Range,
     weight: impl Fn(u64) -> u128,
     wanted: impl FnOnce(u128) -> u128,
 ) -> Option<Cut> {
-    let (mut rest, mut wanted) = narrow(patterns, range_of_patterns?, &weight, wanted)?;
+    let (mut rest, mut wanted) = refine(patterns, range_of_patterns?, &weight, wanted)?;
     loop {
         let (low, high) = range(&rest);
         if low == high {
             return Some(Cut { last: low, surplus: rest.len() as u128 - wanted.div_ceil(weight(low)) });
         }
-        (rest, wanted) = narrow(rest.iter().copied(), (low, high), &weight, |_| wanted)?;
+        (rest, wanted) = refine(rest.iter().copied(), (low, high), &weight, |_| wanted)?;
     }
 }
 
-/// The patterns of the one bucket in which the weights, summed from the largest pattern, reach what is
-/// `wanted` of the total, and what the larger ones leave wanted. `None` if nothing is wanted.
-fn narrow(
+/// Returns the patterns of the bucket in which the weights, summed from the largest pattern, reach `wanted`
+/// of the total, and the weight still needed from that bucket. `None` if the wanted weight is 0.
+fn refine(
     patterns: impl Iterator<Item = u64> + Clone,
     (low, high): (u64, u64),
     weight: &impl Fn(u64) -> u128,
     wanted: impl FnOnce(u128) -> u128,
 ) -> Option<(Vec<u64>, u128)> {
     let shift = (u64::BITS - (high - low).leading_zeros()).saturating_sub(DIGIT);
-    // Zero, less than `low`, wraps round and comes to lie beyond the last bucket.
+    // Zero is less than `low`: the difference wraps around to beyond the last bucket.
     let bucket = |bits: u64| usize::try_from(bits.wrapping_sub(low) >> shift).unwrap_or(usize::MAX);
     let mut sums = vec![0u128; bucket(high) + 1];
     for bits in patterns.clone() {
@@ -199,16 +225,19 @@ fn narrow(
     Some((patterns.filter(|&bits| bucket(bits) == chosen).collect(), wanted))
 }
 
-/// Squares as integers, in a unit that lets as many as there are be summed in 128 bits.
+/// Squares as integers, in a unit for which their sum fits into 128 bits.
 ///
-/// The largest has some 100 bits; what a smaller one loses below the unit is beyond any `f64` sum.
+/// The largest square has some 100 bits. The bits that a smaller square loses are below the precision of any
+/// float64 sum.
 #[derive(Clone, Copy)]
 struct Squares {
-    /// Of the largest value.
+    /// Biased exponent of the largest value.
     exponent: u64,
-    /// By which mantissas grow where all values are subnormal, for none of these to have its full length.
+    /// Number of bits by which mantissas are shifted up if all values are subnormal, whose mantissas are
+    /// shorter.
     lift: u32,
-    /// By which squares shrink, for `count` of 106 bits not to overflow.
+    /// Number of bits by which squares are shifted down, so that the sum of `count` squares of 106 bits does
+    /// not overflow.
     spare: u64,
 }
 
@@ -228,19 +257,20 @@ impl Squares {
     }
 }
 
-/// The mantissa as an integer, and the biased exponent (1 for subnormal numbers, too).
+/// Returns the mantissa as an integer, and the biased exponent (1 for subnormal numbers, too).
 #[inline]
 fn parts(bits: u64) -> (u64, u64) {
     let (fraction, exponent) = (bits & ((1 << 52) - 1), bits >> 52);
     (fraction | (u64::from(exponent > 0) << 52), exponent.max(1))
 }
 
-/// The exponent of a number of this pattern; that of the smallest normal one for subnormal numbers.
+/// Returns the exponent of the number with a given pattern, or the smallest normal exponent for subnormal
+/// numbers.
 fn exponent(bits: u64) -> i32 {
     i32::try_from(parts(bits).1).unwrap_or(0) - 1023
 }
 
-/// What every value of one module costs, and the values.
+/// The values of one module, and the cost of each.
 struct Module<'a> {
     values: &'a [f64],
     cost: u64,
@@ -261,7 +291,7 @@ fn modules<'a>(values: &'a [f64], lengths: &[usize], costs: &[u64]) -> Result<Ve
         let values;
         (values, rest) = rest.split_at(length);
         if cost == 0 {
-            return Err(Error::InvalidInput(format!("the values of module {m} cost nothing")));
+            return Err(Error::InvalidInput(format!("the cost of module {m} is 0: costs must be positive")));
         }
         if !values.is_sorted_by(|a, b| a >= b) {
             return Err(Error::InvalidInput(format!("the values of module {m} are not descending")));
@@ -271,16 +301,16 @@ fn modules<'a>(values: &'a [f64], lengths: &[usize], costs: &[u64]) -> Result<Ve
     lengths.iter().zip(costs).enumerate().map(module).collect()
 }
 
-/// What a value that does not fit any more puts an end to.
+/// The effect of a value that exceeds the budget.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Misfit {
-    /// Its module: the kept values of a module stay its largest.
+    /// It ends the selection in its module: the kept values of a module are its largest.
     ClosesModule,
-    /// The whole selection.
+    /// It ends the whole selection.
     EndsAll,
 }
 
-/// How many values of every module are taken, the best score first, within the budget.
+/// Returns the number of values taken of every module, in descending order of score within the budget.
 fn fill(
     modules: &[Module<'_>],
     mut parameters: u64,
@@ -288,7 +318,7 @@ fn fill(
     score: impl Fn(f64, u64) -> f64,
 ) -> Vec<usize> {
     let mut kept = vec![0; modules.len()];
-    // Values descend, so only the next one of every module can be the best: no sorting of them all.
+    // Values descend, so that the best value is the next one of a module.
     let next = |m: usize, count: usize| {
         let x = modules[m].values.get(count).filter(|x| **x > 0.0)?;
         Some((score(*x, modules[m].cost).to_bits(), Reverse(m)))

@@ -1,4 +1,4 @@
-//! The terms `weight * B A` that a low-rank update is the sum of.
+//! The terms `weight * B A` of a low-rank update.
 
 use crate::exec::cancel::CancelToken;
 use crate::matrix::stacked::Stacked;
@@ -12,11 +12,11 @@ pub struct Term {
     pub b: StoredMatrix,
     /// `(r, in)`.
     pub a: StoredMatrix,
-    /// The term's scaling, times its weight in a merge.
+    /// Scaling of the term, times its weight in a merge.
     pub weight: f64,
 }
 
-/// One of an update's two sides.
+/// One of the two sides of an update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     B,
@@ -24,8 +24,8 @@ pub(crate) enum Side {
 }
 
 impl Side {
-    /// Its factors one below the other, those of `B` transposed: read into the buffers where they are not in
-    /// memory.
+    /// Stacks the factors of this side, those of `B` transposed. Loads factors that are not in memory into
+    /// the buffers.
     pub(crate) fn stacked<'a>(
         self,
         terms: &'a [Term],
@@ -41,12 +41,12 @@ impl Side {
     }
 }
 
-/// A weight per row of either side's stack: its term's.
+/// Returns the weight of every row of the stacked factors.
 pub(crate) fn weights_of_rows(terms: &[Term]) -> Vec<f64> {
     terms.iter().flat_map(|term| std::iter::repeat_n(term.weight, term.a.shape().0)).collect()
 }
 
-/// `(out, in, K)` of a sum of terms.
+/// Returns `(out, in, K)` of a sum of terms, after checking shapes and weights.
 pub(crate) fn checked_shape(update: &[Term]) -> Result<(usize, usize, usize)> {
     let Some(first) = update.first() else {
         return Err(Error::InvalidInput("an update needs at least one term".into()));

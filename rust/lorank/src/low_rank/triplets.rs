@@ -4,31 +4,31 @@ use faer::MatRef;
 
 use crate::kernels::exponent::power_of_two;
 
-/// Numbers: float32 unless a factor was float64.
+/// Numbers in float32, or in float64 if a factor was float64.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Values {
-    /// Rounded once, at the end.
+    /// float32, rounded once at the end.
     F32(Vec<f32>),
-    /// As computed.
+    /// float64, as computed.
     F64(Vec<f64>),
 }
 
 impl Values {
-    pub(crate) fn collect(values: impl Iterator<Item = f64>, wide: bool) -> Self {
-        if wide {
+    pub(crate) fn collect(values: impl Iterator<Item = f64>, in_float64: bool) -> Self {
+        if in_float64 {
             Self::F64(values.collect())
         } else {
-            #[allow(clippy::cast_possible_truncation)] // Rounding is the point.
+            #[allow(clippy::cast_possible_truncation)] // Rounding is intended.
             Self::F32(values.map(|x| x as f32).collect())
         }
     }
 
-    /// Writes some of the columns, which lie one after the other, as rows.
+    /// Writes the kept columns of `length` elements as rows.
     pub(crate) fn put_rows(&self, kept: &[usize], length: usize, out: &mut [u8]) {
         self.put(kept.iter().flat_map(|j| j * length..(j + 1) * length), out);
     }
 
-    /// Writes some of the columns side by side, row by row.
+    /// Writes the kept columns of `length` elements as columns of a row-major matrix.
     pub(crate) fn put_columns(&self, kept: &[usize], length: usize, out: &mut [u8]) {
         self.put((0..length).flat_map(|i| kept.iter().map(move |j| j * length + i)), out);
     }
@@ -49,19 +49,19 @@ impl Values {
     }
 }
 
-/// Singular triplets in balanced form, `B = U sqrt(S)` and `A = sqrt(S) V^T`: the best approximation
-/// of any rank `r` is the first `r` columns and rows.
+/// Singular triplets in balanced form, `B = U sqrt(S)` and `A = sqrt(S) V^T`. The first `r` columns and rows
+/// are the best approximation of rank `r`.
 #[derive(Clone, Debug)]
 pub struct Triplets {
-    /// `(k, out)`: the columns of `B` one after the other.
+    /// Columns of `B`, one after the other: `(k, out)`.
     pub b_columns: Values,
     /// The `k` singular values, descending.
     pub singular_values: Vec<f64>,
-    /// `(k, in)`: the rows of `A`.
+    /// Rows of `A`: `(k, in)`.
     pub a_rows: Values,
 }
 
-/// Balanced triplets of `2^exponent * U diag(s) V^T`, in float32.
+/// Returns the balanced triplets of `2^exponent * U diag(s) V^T` in float32.
 pub(crate) fn balanced(
     u: MatRef<'_, f64>,
     singular_values: &[f64],

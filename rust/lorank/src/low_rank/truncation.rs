@@ -1,8 +1,8 @@
-//! From a decomposition to the factors of the singular values that are kept.
+//! The factors of the kept singular values of a decomposition.
 //!
-//! Factors are computed where they are needed, as a file of them is written for instance: all of them
-//! together need not be in memory. Only where an update's terms lie in memory that somebody else may write
-//! to, as live models do, are they computed at once.
+//! Factors are computed on demand, for instance when a file is written, so that not all of them are in memory
+//! at once. If terms of an update are in memory that other code may modify, as in live models, the factors
+//! are computed at once.
 
 use std::sync::Arc;
 
@@ -22,16 +22,16 @@ use crate::matrix::stacked::product_scratch;
 use crate::storage::source::{Computed, Parts, StoredMatrix};
 use crate::{Error, Result};
 
-/// A truncation that is wanted: of which decomposition, and which values are kept.
+/// A truncation of a decomposition.
 #[derive(Clone, Debug)]
 pub struct Truncation {
-    /// Of what.
+    /// The decomposition to truncate.
     pub decomposition: Arc<Decomposition>,
-    /// One per singular value.
+    /// One mark per singular value: true to keep it.
     pub keep: Vec<bool>,
 }
 
-/// Factors as files hold them, balanced: float32 unless a term was float64.
+/// Balanced factors as written to files: float32, or float64 if a term was float64.
 #[derive(Clone, Debug)]
 pub struct Factors {
     /// `(out, r)`.
@@ -40,11 +40,11 @@ pub struct Factors {
     pub a: StoredMatrix,
 }
 
-/// The factors of every truncation, as [`decompose_all`](crate::low_rank::decompose::decompose_all) does the
-/// decompositions.
+/// Computes the factors of every truncation, as [`decompose_all`](crate::low_rank::decompose::decompose_all)
+/// computes decompositions.
 ///
 /// # Errors
-/// As there.
+/// The errors of [`decompose_all`](crate::low_rank::decompose::decompose_all).
 pub fn rebuild_all(
     truncations: &[Truncation],
     threads: usize,
@@ -80,16 +80,37 @@ impl Truncation {
         Ok(Factors { b: hold(&factors.b)?, a: hold(&factors.a)? })
     }
 
-    /// The factors, computed whenever they are needed.
+    /// Returns the factors, which are computed whenever they are loaded.
     ///
     /// # Errors
-    /// [`Error::InvalidInput`] if there is not one mark per value; those of a decomposition, where it has to be
-    /// done anew.
+    /// [`Error::InvalidInput`] unless there is one mark per value, and the errors of a decomposition if it
+    /// must be repeated.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::sync::Arc;
+    ///
+    /// use lorank::low_rank::{Buffers, Term};
+    /// use lorank::truncation::Truncation;
+    /// use lorank::{cancel::CancelToken, dtype::DType, product_svd::decompose, source::{Buffer, StoredMatrix}};
+    ///
+    /// let stored = |values: &[f64], shape: (usize, usize)| {
+    ///     let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+    ///     StoredMatrix::in_memory(Arc::new(bytes), DType::F64, shape, (shape.1, 1)).unwrap()
+    /// };
+    /// let term = Term { b: stored(&[4.0, 0.0, 0.0, 1.0], (2, 2)), a: stored(&[1.0, 0.0, 0.0, 1.0], (2, 2)), weight: 1.0 };
+    /// let cancel = CancelToken::default();
+    /// let decomposition = Arc::new(decompose(&[term], &mut Buffers::default(), &cancel).unwrap());
+    /// let factors = Truncation { decomposition, keep: vec![true, false] }.factors(&cancel).unwrap();
+    /// let mut buffer = Buffer::default();
+    /// let b = factors.b.load(&mut buffer, &cancel).unwrap().to_row_major();
+    /// assert!((b[0].abs() - 2.0).abs() < 1e-14 && b[1].abs() < 1e-14); // B = (±2, 0), A = (±2, 0)
+    /// ```
     pub fn factors(&self, cancel: &CancelToken) -> Result<Factors> {
         let Self { decomposition, keep } = self;
         let values = &decomposition.singular_values;
         if keep.len() != values.len() {
-            let reason = format!("{} marks for {} singular values", keep.len(), values.len());
+            let reason = format!("`keep` has {} marks for {} singular values", keep.len(), values.len());
             return Err(Error::InvalidInput(reason));
         }
         let kept: Vec<usize> = (0..keep.len()).filter(|&i| keep[i]).collect();
@@ -103,7 +124,7 @@ impl Truncation {
                 let Some([mut left, mut right]) = basis.columns(&kept, &weights_of_rows(terms)) else {
                     return self.by_reflections(terms, cancel);
                 };
-                // What rounding left of zeros is none of the triplets.
+                // Values that are zero up to rounding have no triplets.
                 let roots: Vec<f64> = kept.iter().map(|&i| values[i].sqrt()).collect();
                 let inverse = |root: &f64| if *root > 0.0 { root.recip() } else { 0.0 };
                 scale_columns(&mut left, &roots.iter().map(inverse).collect::<Vec<_>>());
@@ -120,7 +141,7 @@ impl Truncation {
         Ok(Factors { b: factor(Side::B, b, out, (out, k)), a: factor(Side::A, a, fan_in, (k, fan_in)) })
     }
 
-    /// The factors by the decomposition that needs no bound.
+    /// Returns the factors from the decomposition by reflections, which needs no bound.
     fn by_reflections(&self, terms: &[Term], cancel: &CancelToken) -> Result<Factors> {
         let Self { decomposition, keep } = self;
         let ((out, fan_in), rank) = (decomposition.shape, keep.len());
@@ -130,15 +151,15 @@ impl Truncation {
 }
 
 impl Decomposition {
-    /// Multiplications of a rebuild, up to a constant.
+    /// Returns the number of multiplications of a rebuild, up to a constant.
     fn cost(&self) -> u128 {
         let (out, fan_in) = self.shape;
         (self.singular_values.len() * (out + fan_in)) as u128
     }
 
     fn dtype(&self) -> DType {
-        let is_wide = matches!(&self.form, Form::Explicit { b, .. } if matches!(**b, Values::F64(_)));
-        if is_wide { DType::F64 } else { DType::F32 }
+        let is_float64 = matches!(&self.form, Form::Explicit { b, .. } if matches!(**b, Values::F64(_)));
+        if is_float64 { DType::F64 } else { DType::F32 }
     }
 
     fn reads_memory(&self) -> bool {
@@ -151,15 +172,15 @@ impl Decomposition {
 struct Factor {
     source: Source,
     side: Side,
-    /// What its columns or rows are long.
+    /// Length of the columns of `B`, or of the rows of `A`.
     length: usize,
 }
 
-/// What a factor is computed of.
+/// The data from which a factor is computed.
 enum Source {
-    /// Those of balanced columns in memory that are kept.
+    /// The kept columns of balanced columns in memory.
     Columns { of: Arc<Values>, kept: Vec<usize> },
-    /// The side's stacked factors times a matrix `(K, k)`.
+    /// The product of the side's stacked factors and a matrix `(K, k)`.
     Product { terms: Arc<[Term]>, by: Mat<f64>, precision: Precision },
 }
 
@@ -170,7 +191,7 @@ impl Computed for Factor {
                 Side::B => of.put_columns(kept, self.length, out),
                 Side::A => of.put_rows(kept, self.length, out),
             },
-            // Terms need not be read to keep nothing of them.
+            // An empty factor needs no terms.
             Source::Product { by, .. } if by.ncols() == 0 => {}
             Source::Product { terms, by, precision } => match precision {
                 Precision::Single => self.multiply::<f32>(terms, by.as_ref(), out, parts, cancel)?,

@@ -1,24 +1,25 @@
-//! One-sided Jacobi SVD: slow, simple, and convergent where faster iterations give up.
+//! One-sided Jacobi SVD (\[HESTENES\]): slow and simple, but it converges where faster iterations do not.
 //!
-//! Columns of `A (m, n)`, `m >= n`, are rotated in pairs until all are orthogonal (Hestenes); the
-//! column norms are then the singular values. Each sweep costs `4 m n^2` operations.
+//! Columns of `A (m, n)`, `m >= n`, are rotated in pairs until all are orthogonal. The norms of the columns
+//! are then the singular values. A sweep takes `4 m n^2` operations.
 
 use faer::{Mat, MatMut};
 
 use crate::svd::thin_svd::ThinSvd;
 use crate::{Error, Result};
 
-/// Sweeps after which the iteration is given up; ten are plenty for any finite matrix.
+/// Largest number of sweeps. Ten suffice for any finite matrix.
 const MAX_SWEEPS: usize = 60;
 
-/// The thin SVD of `a`, `(m, n)` with `m >= n`.
+/// Returns the thin SVD of `a (m, n)`, `m >= n`.
 ///
 /// # Errors
-/// [`Error::NoConvergence`] if the sweeps run out, which no finite matrix is known to cause.
+/// [`Error::NoConvergence`] after [`MAX_SWEEPS`], which no finite matrix is known to need.
 pub(crate) fn jacobi_svd(a: &Mat<f64>) -> Result<ThinSvd> {
     debug_assert!(a.nrows() >= a.ncols(), "tall or square");
     let n = a.ncols();
-    // Columns below rounding error have no direction: they are left alone, and replaced in `sorted`.
+    // The directions of columns below rounding error are arbitrary: these columns are skipped, and replaced
+    // in `sorted`.
     let negligible = f64::EPSILON * a.norm_l2();
     let mut rotated = a.clone();
     let mut v = Mat::identity(n, n);
@@ -40,7 +41,8 @@ pub(crate) fn jacobi_svd(a: &Mat<f64>) -> Result<ThinSvd> {
     Err(Error::NoConvergence("the singular value iteration"))
 }
 
-/// Cosine and sine that make columns `p` and `q` orthogonal; `None` if they already are.
+/// Returns the cosine and sine of the rotation that makes columns `p` and `q` orthogonal, or `None` if they
+/// are.
 fn orthogonalising_rotation(a: &Mat<f64>, p: usize, q: usize, negligible: f64) -> Option<(f64, f64)> {
     let (x, y) = (a.col(p), a.col(q));
     let (xx, yy, xy) = (x.squared_norm_l2(), y.squared_norm_l2(), x.transpose() * y);
@@ -62,7 +64,7 @@ fn rotate(mut a: MatMut<'_, f64>, p: usize, q: usize, (cosine, sine): (f64, f64)
     }
 }
 
-/// Columns by descending norm; directions of zero singular values are completed to a basis.
+/// Sorts columns by descending norm, and completes the directions of zero singular values to a basis.
 fn sorted(rotated: &Mat<f64>, v: &Mat<f64>, negligible: f64) -> ThinSvd {
     let (m, n) = (rotated.nrows(), rotated.ncols());
     let norms: Vec<f64> = (0..n).map(|j| rotated.col(j).norm_l2()).collect();
@@ -72,7 +74,8 @@ fn sorted(rotated: &Mat<f64>, v: &Mat<f64>, negligible: f64) -> ThinSvd {
         let norm = norms[order[j]];
         if norm > negligible { rotated[(i, order[j])] / norm } else { 0.0 }
     });
-    // A QR of orthonormal columns returns them up to sign, and a full basis where some are zero.
+    // The QR decomposition of orthonormal columns returns them up to sign, and replaces zero columns by a
+    // basis.
     let qr = crate::svd::qr::thin_qr(directions.as_ref());
     ThinSvd {
         u: Mat::from_fn(m, n, |i, j| qr.q[(i, j)] * if qr.r[(j, j)] < 0.0 { -1.0 } else { 1.0 }),
@@ -85,7 +88,8 @@ fn sorted(rotated: &Mat<f64>, v: &Mat<f64>, negligible: f64) -> ThinSvd {
 mod tests {
     use super::*;
 
-    /// Orthonormal factors, descending values, and the product: `svd.rs` compares with an oracle.
+    /// Checks that factors are orthonormal, that values descend, and that the product is the matrix. The
+    /// tests of `svd/mod.rs` compare with an oracle.
     fn check(a: &Mat<f64>) -> Vec<f64> {
         let (m, n) = (a.nrows(), a.ncols());
         let ThinSvd { u, singular_values: s, v } = jacobi_svd(a).unwrap();
@@ -99,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn diagonal_values_come_back_in_order() {
+    fn values_of_a_diagonal_matrix_are_sorted() {
         let a = Mat::from_fn(5, 3, |i, j| if i == j { [2.0, -7.0, 0.5][i] } else { 0.0 });
         for (x, expected) in check(&a).into_iter().zip([7.0, 2.0, 0.5]) {
             assert!((x - expected).abs() < 1e-15);
@@ -119,7 +123,7 @@ mod tests {
         let equal = check(&Mat::from_fn(30, 8, |_, _| 1.0));
         assert!((equal[0] - 240f64.sqrt()).abs() < 1e-13 && equal[1] < 1e-13);
         check(&Mat::from_fn(20, 6, |i, j| if j < 3 { (i * j) as f64 } else { (i * (j - 3)) as f64 * -2.0 }));
-        // One-sided Jacobi keeps the relative accuracy of column-scaled matrices.
+        // One-sided Jacobi preserves the relative accuracy of column-scaled matrices.
         let graded =
             Mat::from_fn(6, 6, |i, j| if i == j { 10f64.powi(-2 * i32::try_from(i).unwrap()) } else { 0.0 });
         for (k, s) in (0..).zip(check(&graded)) {

@@ -1,8 +1,8 @@
-//! Singular value decompositions in float64: values only, and thin.
+//! Singular value decompositions in float64: values only, or thin.
 //!
-//! Matrices are scaled by a power of two so that their largest entry is near 1: faer's
-//! divide-and-conquer compares with absolute thresholds and would deflate tiny matrices away.
-//! Where its iteration does not converge, one-sided Jacobi ([`jacobi`](crate::svd::jacobi)) takes over.
+//! Matrices are scaled by a power of two so that their largest entry is near 1. Otherwise the absolute
+//! thresholds of faer's divide and conquer would deflate tiny matrices to zero. If its iteration does not
+//! converge, one-sided Jacobi ([`jacobi`](crate::svd::jacobi)) is used.
 
 mod jacobi;
 pub mod qr;
@@ -22,11 +22,22 @@ use crate::{Error, Result};
 
 pub use thin_svd::ThinSvd;
 
-/// The singular values of a matrix, descending, without squaring it: small ones keep the absolute
-/// accuracy `eps * s_1`, where the square root of an eigenvalue keeps only `sqrt(eps) * s_1`.
+/// Computes the singular values of a matrix, descending. The matrix is not squared: small singular values
+/// have the absolute error `eps * s_1`, where square roots of eigenvalues of `W^T W` have the error
+/// `sqrt(eps) * s_1`.
 ///
 /// # Errors
 /// [`Error::Numerical`] for NaN, infinite, and extremely large or small entries.
+///
+/// # Examples
+/// ```
+/// use lorank::{matrix::MatrixView, svd::singular_values};
+///
+/// let view = MatrixView::from_f64(&[3.0, 0.0, 4.0, 5.0], 2, 2).unwrap();
+/// let s = singular_values(&view).unwrap();
+/// assert!((s[0] - 45f64.sqrt()).abs() < 1e-14);
+/// assert!((s[1] - 5f64.sqrt()).abs() < 1e-14);
+/// ```
 pub fn singular_values(view: &MatrixView<'_>) -> Result<Vec<f64>> {
     let Some((matrix, unit)) = scaled(view)? else {
         return Ok(vec![0.0; view.rows().min(view.cols())]);
@@ -38,10 +49,20 @@ pub fn singular_values(view: &MatrixView<'_>) -> Result<Vec<f64>> {
     Ok(values.into_iter().map(|s| s * unit).collect())
 }
 
-/// The thin SVD of a matrix, on the calling thread.
+/// Computes the thin SVD of a matrix on the calling thread.
 ///
 /// # Errors
 /// [`Error::Numerical`] for NaN, infinite, and extremely large or small entries.
+///
+/// # Examples
+/// ```
+/// use lorank::{matrix::MatrixView, svd::thin_svd};
+///
+/// let view = MatrixView::from_f64(&[0.0, 2.0, 0.0, 0.0, 0.0, 1.0], 2, 3).unwrap();
+/// let svd = thin_svd(&view).unwrap();
+/// assert_eq!((svd.u.nrows(), svd.v.nrows()), (2, 3));
+/// assert!((svd.singular_values[0] - 2.0).abs() < 1e-14);
+/// ```
 pub fn thin_svd(view: &MatrixView<'_>) -> Result<ThinSvd> {
     match scaled(view)? {
         Some((matrix, unit)) => decomposed(&matrix, unit),
@@ -49,10 +70,10 @@ pub fn thin_svd(view: &MatrixView<'_>) -> Result<ThinSvd> {
     }
 }
 
-/// [`thin_svd`] of a matrix that is in float64 already.
+/// Computes the thin SVD of a float64 matrix.
 ///
 /// # Errors
-/// As [`thin_svd`].
+/// The errors of [`thin_svd`].
 pub(crate) fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
     if !matrix.is_all_finite() {
         return Err(Error::Numerical("holds NaN or infinite values".into()));
@@ -65,7 +86,7 @@ pub(crate) fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
     decomposed(&(matrix * faer::Scale(power_of_two(-exponent))), power_of_two(exponent))
 }
 
-/// Memory that one thin decomposition after the other uses.
+/// Reusable memory for thin decompositions.
 #[derive(Default)]
 pub(crate) struct SvdSpace {
     u: Vec<f64>,
@@ -74,8 +95,8 @@ pub(crate) struct SvdSpace {
 }
 
 impl SvdSpace {
-    /// The singular values of a finite matrix whose largest entry is near 1, descending, and its singular
-    /// vectors, `(m, k)` and `(n, k)`, which stay here.
+    /// Computes the singular values, descending, and the singular vectors `(m, k)` and `(n, k)` of a finite
+    /// matrix whose largest entry is near 1. The vectors are stored in this memory.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::NoConvergence`].
@@ -108,7 +129,7 @@ fn zero_svd(m: usize, n: usize) -> ThinSvd {
     ThinSvd { u: Mat::identity(m, k), singular_values: vec![0.0; k], v: Mat::identity(n, k) }
 }
 
-/// The thin SVD of `unit` times a matrix.
+/// Computes the thin SVD of `unit` times a matrix.
 fn decomposed(matrix: &Mat<f64>, unit: f64) -> Result<ThinSvd> {
     let (m, n) = (matrix.nrows(), matrix.ncols());
     let (mut u, mut v) = (Mat::zeros(m, m.min(n)), Mat::zeros(n, m.min(n)));
@@ -123,7 +144,7 @@ fn decomposed(matrix: &Mat<f64>, unit: f64) -> Result<ThinSvd> {
     Ok(decomposition)
 }
 
-/// The matrix in float64 divided by a power of two, and that power; `None` for a zero matrix.
+/// Returns the matrix in float64 divided by a power of two, and that power, or `None` for a zero matrix.
 fn scaled(view: &MatrixView<'_>) -> Result<Option<(Mat<f64>, f64)>> {
     let largest = view.max_abs()?;
     if largest == 0.0 {
@@ -135,7 +156,7 @@ fn scaled(view: &MatrixView<'_>) -> Result<Option<(Mat<f64>, f64)>> {
     Ok(Some((matrix, power_of_two(exponent))))
 }
 
-/// `None` where the iteration does not converge.
+/// Decomposes by faer. Returns `None` if the iteration does not converge.
 fn faer_svd(
     a: MatRef<'_, f64>,
     u: Option<MatMut<'_, f64>>,
@@ -151,7 +172,7 @@ fn faer_svd(
     Ok(converged.then(|| values.column_vector().iter().copied().collect()))
 }
 
-/// Jacobi on the triangular factor of the tall orientation.
+/// Decomposes the triangular factor of the tall orientation by Jacobi iteration.
 fn fallback(a: &Mat<f64>) -> Result<ThinSvd> {
     if a.nrows() < a.ncols() {
         let ThinSvd { u, singular_values, v } = fallback(&a.transpose().to_owned())?;
@@ -200,7 +221,7 @@ mod tests {
         for (mine, theirs) in fast.iter().zip(oracle(values, m, n)) {
             assert!((mine - theirs).abs() <= 1e-13 * fast[0]);
         }
-        // The fallback is a decomposition in its own right.
+        // The fallback is tested for every matrix.
         if let Some((matrix, unit)) = scaled(&a).unwrap() {
             let mut jacobi = fallback(&matrix).unwrap();
             jacobi.singular_values.iter_mut().for_each(|s| *s *= unit);
@@ -209,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn one_space_serves_one_shape_after_the_other() {
+    fn memory_is_reused_for_other_shapes() {
         let mut space = SvdSpace::default();
         for (m, n) in [(9, 4), (4, 9), (2, 2), (1, 12), (12, 1), (9, 4)] {
             for zero in [false, true] {
@@ -223,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_that_hurt() {
+    fn extreme_shapes_and_norms() {
         for (m, n) in [(1, 1), (1, 9), (9, 1), (6, 6), (40, 7), (7, 40)] {
             check(&vec![0.0; m * n], m, n);
             check(&vec![-3.0; m * n], m, n);

@@ -11,14 +11,24 @@ use faer::{Conj, Mat, MatMut, MatRef, Par, Spec};
 /// Orthonormal columns and an upper triangular factor.
 #[derive(Clone, Debug)]
 pub struct ThinQr {
-    /// `(m, k)`, orthonormal columns, also where `A` is rank-deficient or zero.
+    /// `(m, k)`, orthonormal columns, also for rank-deficient or zero `A`.
     pub q: Mat<f64>,
     /// `(k, n)`, upper triangular (trapezoidal for `m < n`).
     pub r: Mat<f64>,
 }
 
-/// Factors `a`, `(m, n)`, by blocked Householder reflections on the calling thread:
-/// `2 n^2 (m - n/3)` operations for `R` and as many for `Q`.
+/// Factors `a (m, n)` by blocked Householder reflections on the calling thread, in `2 n^2 (m - n/3)`
+/// operations for `R` and as many for `Q`.
+///
+/// # Examples
+/// ```
+/// use faer::Mat;
+/// use lorank::qr::thin_qr;
+///
+/// let a = Mat::from_fn(3, 2, |i, j| (i * 2 + j) as f64);
+/// let qr = thin_qr(a.as_ref());
+/// assert!((&qr.q * &qr.r - &a).norm_max() < 1e-14);
+/// ```
 #[must_use]
 pub fn thin_qr(a: MatRef<'_, f64>) -> ThinQr {
     let factored = HouseholderQr::new(a.to_owned());
@@ -27,8 +37,7 @@ pub fn thin_qr(a: MatRef<'_, f64>) -> ThinQr {
     ThinQr { q, r: factored.r() }
 }
 
-/// A QR decomposition whose `Q` stays a product of reflections: to multiply with it costs less than
-/// to form it first.
+/// A QR decomposition whose `Q` is stored as reflections. Applying them costs less than forming `Q`.
 #[derive(Clone, Debug)]
 pub(crate) struct HouseholderQr {
     factors: Mat<f64>,
@@ -36,7 +45,7 @@ pub(crate) struct HouseholderQr {
 }
 
 impl HouseholderQr {
-    /// Factors a matrix `(m, n)` in its own memory, on the calling thread.
+    /// Factors a matrix `(m, n)` in place, on the calling thread.
     #[must_use]
     pub(crate) fn new(mut a: Mat<f64>) -> Self {
         let (m, n) = (a.nrows(), a.ncols());
@@ -49,24 +58,24 @@ impl HouseholderQr {
         Self { factors: a, reflections }
     }
 
-    /// `k = min(m, n)`, the number of columns of `Q`.
+    /// Returns `k = min(m, n)`, the number of columns of `Q`.
     #[must_use]
     pub(crate) fn rank_bound(&self) -> usize {
         self.reflections.ncols()
     }
 
-    /// `R`, `(k, n)`.
+    /// Returns `R (k, n)`.
     #[must_use]
     pub(crate) fn r(&self) -> Mat<f64> {
         let at = |i, j| if i <= j { self.factors[(i, j)] } else { 0.0 };
         Mat::from_fn(self.rank_bound(), self.factors.ncols(), at)
     }
 
-    /// Replaces `x`, `(m, l)`, by the product of the reflections with it: `Q` times the first `k`
-    /// rows of `x` where the others are zero.
+    /// Applies the reflections to `x (m, l)`. If the rows of `x` after the first `k` are zero, the result is
+    /// `Q` times the first `k` rows.
     ///
     /// # Panics
-    /// If `x` has another number of rows than the factored matrix.
+    /// Panics if `x` has another number of rows than the factored matrix.
     pub(crate) fn apply(&self, x: MatMut<'_, f64>) {
         let (m, block) = (self.factors.nrows(), self.reflections.nrows());
         assert_eq!(x.nrows(), m, "as many rows as the factored matrix");
@@ -93,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_that_hurt() {
+    fn extreme_shapes() {
         for (m, n) in [(1, 1), (1, 7), (7, 1), (5, 5), (90, 3), (3, 90), (200, 64)] {
             assert_factors(&Mat::zeros(m, n));
             assert_factors(&Mat::from_fn(m, n, |_, _| 2.5)); // rank 1

@@ -1,8 +1,8 @@
-//! The thin singular value decomposition as a value.
+//! The result of a thin singular value decomposition.
 
 use faer::Mat;
 
-/// `A = U diag(s) V^T`.
+/// A thin singular value decomposition `A = U diag(s) V^T`.
 #[derive(Clone, Debug)]
 pub struct ThinSvd {
     /// `(m, k)`, orthonormal columns.

@@ -21,7 +21,7 @@ fn term(out: usize, fan_in: usize, b: &[f64], a: &[f64], weight: f64, dtype: DTy
     Term { b: stored(b, out, r, dtype), a: stored(a, r, fan_in, dtype), weight }
 }
 
-/// The same numbers on every run, between -1 and 1.
+/// Returns pseudo-random numbers between -1 and 1.
 fn noise(count: usize, seed: u64) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..count)
@@ -52,14 +52,14 @@ fn decomposed(update: &[Term]) -> Decomposition {
     decompose(update, &mut Buffers::default(), &CancelToken::default()).unwrap()
 }
 
-/// The singular values, and `B` and `A` of the marked ones.
+/// Returns `B` and `A` of the marked values.
 fn truncated(of: &Decomposition, keep: &[bool]) -> (Vec<f64>, Vec<f64>) {
     let truncation = Truncation { decomposition: Arc::new(of.clone()), keep: keep.to_vec() };
     let Factors { b, a } = truncation.factors(&CancelToken::default()).unwrap();
     (numbers(&b), numbers(&a))
 }
 
-/// Every singular value and every truncation against the dense update, relative to the largest.
+/// Checks every singular value and every truncation against the dense update, relative to the largest value.
 fn check(update: &[Term], tolerance: f64) {
     let found = decomposed(update);
     let target = dense(update);
@@ -83,7 +83,7 @@ fn check(update: &[Term], tolerance: f64) {
 }
 
 #[test]
-fn shapes_that_hurt() {
+fn extreme_shapes() {
     for (out, fan_in, r) in [(1, 1, 1), (1, 9, 3), (9, 1, 3), (6, 40, 4), (40, 6, 16), (30, 30, 8)] {
         for dtype in [DType::F32, DType::F64] {
             let (b, a) = (noise(out * r, 1), noise(r * fan_in, 2));
@@ -98,15 +98,15 @@ fn shapes_that_hurt() {
     }
 }
 
-/// The ways to a decomposition that are taken, long enough for float32 to be one of them.
+/// Tests both ways to a decomposition, in both precisions. Factors must be long for the float32 way.
 #[test]
-fn every_way_is_right_where_it_is_taken() {
+fn every_way_is_accurate_where_it_is_used() {
     let mut taken = [0; 3];
     for length in [60, 2000] {
         for spread in [10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-5, 1e-7] {
             for size in [1.0, 1e-20, 1e25] {
                 let (out, fan_in, r) = (length, length + 20, 5);
-                // Nearly parallel columns: the hard kind of ill-conditioned.
+                // Nearly parallel columns, the hard kind of ill-conditioned matrices.
                 let (mut b, common) = (noise(out * r, 21), noise(out, 22));
                 for (row, shared) in b.chunks_mut(r).zip(&common) {
                     for x in row {
@@ -139,7 +139,7 @@ fn every_way_is_right_where_it_is_taken() {
 }
 
 #[test]
-fn a_truncation_keeps_the_marked_values() {
+fn truncation_keeps_the_marked_values() {
     for dtype in [DType::F32, DType::F64] {
         let found = decomposed(&[term(30, 20, &noise(120, 31), &noise(80, 32), 1.0, dtype)]);
         let (whole_b, whole_a) = truncated(&found, &[true; 4]);
@@ -156,9 +156,9 @@ fn a_truncation_keeps_the_marked_values() {
     }
 }
 
-/// Factors of many terms, of types and layouts of their own, are stacked without a copy of all of them.
+/// Tests that factors of different types and layouts are stacked without a copy of all of them.
 #[test]
-fn merges_take_the_fast_way_too() {
+fn merges_use_the_fast_way() {
     let (out, fan_in) = (300, 200);
     let terms: Vec<Term> =
         [(4, 0.7, DType::F32), (9, -0.3, DType::Bf16), (0, 1.0, DType::F32), (3, 0.0, DType::F32)]
@@ -177,7 +177,7 @@ fn merges_take_the_fast_way_too() {
 }
 
 #[test]
-fn values_that_are_zero_are_exactly_zero() {
+fn zero_values_are_exactly_zero() {
     let (mut b, a) = (noise(20 * 6, 3), noise(6 * 30, 4));
     for row in b.chunks_mut(6) {
         row[4] = row[0] - 2.0 * row[1]; // rank 4
@@ -190,7 +190,7 @@ fn values_that_are_zero_are_exactly_zero() {
 }
 
 #[test]
-fn sizes_do_not_matter() {
+fn accuracy_is_independent_of_the_scale() {
     let (b, a) = (noise(12 * 4, 5), noise(4 * 10, 6));
     let reference = decomposed(&[term(12, 10, &b, &a, 1.0, DType::F64)]).singular_values;
     for (b_size, a_size) in [(-100, 100), (100, -100), (-100, -100), (100, 100), (-110, 120)] {
@@ -208,7 +208,7 @@ fn sizes_do_not_matter() {
 }
 
 #[test]
-fn terms_are_added_with_their_signs() {
+fn terms_are_added_with_their_weights() {
     let terms = |weights: &[f64]| -> Vec<Term> {
         (0..weights.len())
             .map(|j| {
@@ -223,7 +223,7 @@ fn terms_are_added_with_their_signs() {
     check(&terms(&[0.7, 0.3]), 1e-13);
     check(&terms(&[0.5, -1.5, 1e-3]), 1e-13);
     check(&terms(&[1.0, 0.0, 0.0]), 1e-13);
-    // A difference of nearly equal updates: what is left has the digits that float64 leaves it.
+    // A difference of nearly equal updates: cancellation loses some of the digits of float64.
     let (b, a) = (noise(14 * 4, 90), noise(4 * 11, 91));
     let close: Vec<f64> = b.iter().map(|x| x + 1e-6).collect();
     let pair = [term(14, 11, &b, &a, 1.0, DType::F64), term(14, 11, &close, &a, -1.0, DType::F64)];
@@ -235,7 +235,7 @@ fn terms_are_added_with_their_signs() {
 }
 
 #[test]
-fn nothing_kept_is_a_factor_without_ranks() {
+fn empty_selection_gives_factors_of_rank_0() {
     for (r, dtype) in [(4, DType::F32), (4, DType::F64), (9, DType::F32)] {
         let found = decomposed(&[term(12, 8, &noise(12 * r, 1), &noise(r * 8, 2), 1.0, dtype)]);
         let keep = vec![false; found.singular_values.len()];
@@ -247,7 +247,7 @@ fn nothing_kept_is_a_factor_without_ranks() {
 }
 
 #[test]
-fn misfits_are_errors() {
+fn invalid_updates_are_errors() {
     let good = term(4, 5, &noise(8, 1), &noise(10, 2), 1.0, DType::F64);
     let fail = |update: &[Term]| {
         decompose(update, &mut Buffers::default(), &CancelToken::default()).unwrap_err().to_string()
@@ -264,7 +264,7 @@ fn misfits_are_errors() {
 }
 
 #[test]
-fn many_updates_give_the_same_bits_on_any_number_of_threads() {
+fn bits_are_independent_of_threads() {
     let updates: Vec<Vec<Term>> = (1..20)
         .map(|i| vec![term(10 + i, 30, &noise((10 + i) * 4, i as u64), &noise(120, 99), 0.5, DType::F32)])
         .collect();

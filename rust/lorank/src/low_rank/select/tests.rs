@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Indices of the values that are not zero, by the definition: largest first, earlier among equals.
+/// Returns the indices of the non-zero values by definition: largest first, the earlier among equals.
 fn order(values: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).filter(|&i| values[i] > 0.0).collect();
     order.sort_by(|&i, &j| values[j].partial_cmp(&values[i]).unwrap().then(i.cmp(&j)));
@@ -21,12 +21,12 @@ fn count(mask: &[bool]) -> usize {
     mask.iter().filter(|&&kept| kept).count()
 }
 
-/// Of numbers whose squares are exact.
+/// Returns the energy of the kept values, whose squares are exact.
 fn energy_of(values: &[f64], mask: &[bool]) -> f64 {
     values.iter().zip(mask).filter(|&(_, &kept)| kept).map(|(x, _)| x * x).sum()
 }
 
-/// Every way to keep a prefix of each module.
+/// Returns all ways to keep a prefix of every module.
 fn prefixes(lengths: &[usize]) -> Vec<Vec<usize>> {
     lengths.iter().fold(vec![vec![]], |all, &length| {
         let longer = |one: &Vec<usize>| {
@@ -37,7 +37,7 @@ fn prefixes(lengths: &[usize]) -> Vec<Vec<usize>> {
     })
 }
 
-/// Anything that is a score: ties, both zeros, neighbours, subnormal numbers, the ends of the range.
+/// Generates valid scores: ties, both zeros, neighbouring and subnormal numbers, the ends of the range.
 fn scores() -> impl Strategy<Value = Vec<f64>> {
     let one = prop_oneof![
         3 => prop::sample::select(vec![0.0, -0.0, 1.0, 2.0, 1.0 + f64::EPSILON, 5e-324, f64::MAX]),
@@ -47,7 +47,7 @@ fn scores() -> impl Strategy<Value = Vec<f64>> {
     prop::collection::vec(one, 0..40)
 }
 
-/// Sixteenths: their squares and the sums of these are exact.
+/// Generates multiples of 1/16, whose squares and sums of squares are exact.
 fn exact(largest: u32) -> impl Strategy<Value = f64> {
     (0..=largest).prop_map(|x| f64::from(x) / 16.0)
 }
@@ -88,7 +88,7 @@ proptest! {
             sum += values[i] * values[i];
             kept.push(i);
         }
-        // Down to 2^-1074, sixteenths of which the scale leaves whole.
+        // The smallest scaled values are multiples of 2^-1074, and thus exact.
         let scaled: Vec<f64> = values.iter().map(|x| x * 2f64.powi(scale / 2) * 2f64.powi(scale - scale / 2)).collect();
         prop_assert_eq!(energy(&scaled, fraction).unwrap(), mask_of(values.len(), &kept));
     }
@@ -100,7 +100,7 @@ proptest! {
         prop_assert_eq!(&mask, &largest(&values, count).unwrap());
         let order = order(&values);
         let top = order.first().map_or(1.0, |&i| values[i]);
-        // From the smallest, where a plain sum of 40 loses least.
+        // Summed from the smallest, which loses the least.
         let sum = |of: &[usize]| of.iter().rev().map(|&i| (values[i] / top).powi(2)).sum::<f64>();
         let target = fraction * (1.0 - SLACK) * sum(&order);
         prop_assert!(sum(&order[..count]) >= target * (1.0 - 1e-14));
@@ -115,7 +115,7 @@ proptest! {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let parameters = (whole as f64 * share) as u64;
         let mask = budget(&values, &lengths, &costs, parameters).unwrap();
-        // Of all ways to cut the modules, the one that was taken, and the best.
+        // The selection among all ways to cut the modules, and the best one.
         let (mut taken, mut best) = (None, 0.0f64);
         for kept in prefixes(&lengths) {
             let cost: u64 = kept.iter().zip(&costs).map(|(&n, cost)| n as u64 * cost).sum();
@@ -126,15 +126,17 @@ proptest! {
                 taken = taken.or((these == mask).then_some(kept));
             }
         }
-        prop_assert!(taken.is_some(), "neither too much nor anything but prefixes");
+        prop_assert!(taken.is_some(), "the selection is within the budget and consists of prefixes");
         prop_assert!(values.iter().zip(&mask).all(|(&x, &kept)| x > 0.0 || !kept));
-        // With the first value that does not fit, greedy choice holds more than any that fits.
+        // The greedy selection plus the first value that exceeds the budget has more energy than any that
+        // fits.
         let energy = energy_of(&values, &mask);
         prop_assert!(energy <= best && best <= energy + values.iter().fold(0.0, |m, &x| x.max(m)).powi(2));
     }
 
-    /// The `count` largest are a run of the order that `budget` follows, and cost just what they cost:
-    /// the longest run that fits is no shorter. It is no longer either, as another value costs more.
+    /// The `count` largest values are a prefix of the order that `budget` follows, and their cost is the
+    /// budget. The longest prefix within the budget is not shorter. It is not longer either, as another value
+    /// would exceed the budget.
     #[test]
     fn a_budget_holds_no_less_than_any_count((values, lengths, costs) in problem()) {
         let owners: Vec<u64> = lengths.iter().zip(&costs).flat_map(|(&n, &cost)| vec![cost; n]).collect();
@@ -162,28 +164,28 @@ proptest! {
 
 #[test]
 fn budgets_worked_by_hand() {
-    // A parameter holds 9/9 and 4/9 in the first module, 4/2 and 1/2 in the second.
+    // Energies per parameter are 9/9 and 4/9 in the first module, 4/2 and 1/2 in the second.
     let of = |parameters| budget(&[3.0, 2.0, 2.0, 1.0], &[2, 2], &[9, 2], parameters).unwrap();
     assert_eq!(of(1), [false; 4]);
     assert_eq!(of(2), [false, false, true, false]);
-    // 9 are enough for the single largest value, 9, or for the second module, 4 + 1.
+    // 9 parameters pay for the largest value, with energy 9, or for the second module, with energy 4 + 1.
     assert_eq!(of(9), [true, false, false, false]);
     assert_eq!(of(12), [true, false, true, false]);
     assert_eq!(of(13), [true, false, true, true]);
-    // Greedily 4 + 9 + 1, and 8 parameters are left; the largest that fit are 9 + 4 + 4.
+    // The greedy selection has 4 + 9 + 1, with 8 parameters left; the largest values that fit have 9 + 4 + 4.
     assert_eq!(of(21), [true, true, true, false]);
     assert_eq!(of(u64::MAX), [true; 4]);
-    // 2.25 a parameter goes first and leaves too little for the larger one, but something for the last.
+    // 2.25 per parameter comes first. The larger value no longer fits; the last one does.
     let mask = budget(&[3.0, 4.0, 0.5], &[1, 1, 1], &[4, 8, 1], 7).unwrap();
     assert_eq!(mask, [true, false, true]);
-    // Ties go to the earlier module; what is no value is not kept at any price.
+    // Among equal values the earlier module is kept; zeros are not kept at any budget.
     assert_eq!(budget(&[1.0, 1.0, 2.0, 0.0], &[2, 0, 2], &[1, 7, 4], 2).unwrap(), [true, true, false, false]);
     assert_eq!(budget(&[1e300, 1e-300, 0.0], &[1, 2], &[2, 1], 99).unwrap(), [true, true, false]);
     assert!(budget(&[], &[], &[], 5).unwrap().is_empty());
 }
 
 #[test]
-fn nothing_and_all_of_the_same() {
+fn no_values_and_equal_values() {
     for zeros in [&[][..], &[0.0, -0.0]] {
         let none = vec![false; zeros.len()];
         assert_eq!(largest(zeros, 3).unwrap(), none);
@@ -215,7 +217,7 @@ fn sums_of_squares_do_not_overflow() {
 }
 
 #[test]
-fn five_million_values_with_ties() {
+fn selection_of_five_million_values_with_ties() {
     // Every value occurs about five times.
     let mut state = 1u64;
     let mut random = || {
@@ -243,7 +245,7 @@ fn five_million_values_with_ties() {
 }
 
 #[test]
-fn misfits_are_errors() {
+fn invalid_arguments_are_errors() {
     for bad in [f64::NAN, -f64::NAN, f64::INFINITY, -f64::INFINITY, -1.0, -5e-324] {
         for place in [0, 1, 7, 8, 18] {
             let mut scores = [1.0; 19];
@@ -264,6 +266,6 @@ fn misfits_are_errors() {
     assert!(fail(&[1.0], &[2], &[1]).contains("do not describe"));
     assert!(fail(&[1.0], &[1], &[1, 1]).contains("do not describe"));
     assert!(fail(&[1.0], &[usize::MAX, 2], &[1, 1]).contains("do not describe"));
-    assert!(fail(&[1.0], &[1], &[0]).contains("module 0 cost nothing"));
+    assert!(fail(&[1.0], &[1], &[0]).contains("cost of module 0 is 0"));
     assert!(fail(&[3.0, 1.0, 2.0], &[1, 2], &[1, 1]).contains("module 1 are not descending"));
 }
