@@ -99,7 +99,7 @@ def test_element_types_are_read_exactly(shape, dtype):
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_all_16_and_8_bit_numbers_are_converted_exactly(dtype):
-    """Read every number, subnormal and infinite ones too, as a 1x1 matrix: its spectrum is the exact square."""
+    """Read every number, also subnormal and infinite, as a 1x1 matrix: its spectrum is the square."""
     bits = np.dtype(NARROW[dtype][0]).itemsize * 8
     step = 1 if bits == 8 else 61
     values = np.arange(0, 2**bits, step).astype(f"uint{bits}").view(NARROW[dtype][0])
