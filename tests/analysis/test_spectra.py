@@ -1,6 +1,6 @@
 """Spectra and their statistics, from Python, against NumPy and SciPy in float64.
 
-The oracles are written from the formulas alone and share no code with the package.
+The oracles follow the formulas and share no code with the package.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_all_16_and_8_bit_numbers_are_converted_exactly(dtype):
     bits = np.dtype(NARROW[dtype][0]).itemsize * 8
     step = 1 if bits == 8 else 61
     values = np.arange(0, 2**bits, step).astype(f"uint{bits}").view(NARROW[dtype][0])
-    with np.errstate(invalid="ignore"):  # bfloat16 warns of its own signalling NaNs
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns about signalling NaNs
         finite = np.isfinite(values)
     for value in values[finite]:
         assert lorank.spectrum(np.array([[value]]))[0] == value.astype(np.float64) ** 2, value
