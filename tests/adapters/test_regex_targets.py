@@ -1,4 +1,4 @@
-"""Written targets select the adapted modules in PEFT, whatever other names end with theirs."""
+"""Written targets select exactly the adapted modules in PEFT, also where other names end with theirs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Spectra and their statistics, from Python, against NumPy and SciPy in float64.
 
-The oracles are written from the formulas alone and share no code with the package.
+The oracles follow the formulas and share no code with the package.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ def test_element_types_are_read_exactly(shape, dtype):
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_all_16_and_8_bit_numbers_are_converted_exactly(dtype):
-    """Read every number, subnormal and infinite ones too, as a 1x1 matrix: the spectrum is its square."""
+    """Read every number, also subnormal and infinite, as a 1x1 matrix: its spectrum is the square."""
     bits = np.dtype(NARROW[dtype][0]).itemsize * 8
     step = 1 if bits == 8 else 61
     values = np.arange(0, 2**bits, step).astype(f"uint{bits}").view(NARROW[dtype][0])
-    with np.errstate(invalid="ignore"):  # bfloat16 warns of its own signalling NaNs
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns about signalling NaNs
         finite = np.isfinite(values)
     for value in values[finite]:
         assert lorank.spectrum(np.array([[value]]))[0] == value.astype(np.float64) ** 2, value

@@ -1,4 +1,4 @@
-"""Models after a profile: modes, gradients, hooks and buffers as before, whatever ended the profile."""
+"""Models are unchanged after a profile or its failure: modes, gradients, hooks and buffers."""
 
 from __future__ import annotations
 

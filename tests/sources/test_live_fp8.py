@@ -34,7 +34,7 @@ def weight(*shape: int) -> Any:
 
 
 def float8(values: Any, *blocks: int) -> tuple[Any, Any, Array]:
-    """Return codes and scales of blocks of rows and columns, and the values that they stand for."""
+    """Return codes and scales of blocks of rows and columns, and their values."""
     grid = [-(-size // block) for size, block in zip(values.shape[-2:], blocks, strict=True)]
     scales = torch.empty(*values.shape[:-2], *grid)
     codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn)

@@ -1,4 +1,4 @@
-"""The installed command line tool, run in a process of its own."""
+"""The installed command line tool, run in a new process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXECUTABLE = Path(sys.executable).with_name("lorank")
 
 
 def run(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run lorank in a folder, whatever its exit status."""
+    """Run lorank in a folder with any exit status."""
     return subprocess.run(
         [str(EXECUTABLE), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=folder
     )

@@ -1,4 +1,4 @@
-"""A tiny Llama whose ranks change while it trains: its texts, the loop by hand, and Trainer."""
+"""A tiny Llama whose ranks change during training: its texts, a plain loop, and Trainer."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def factors(layer: Any) -> tuple[Any, Any]:
 
 
 def updates_of(model: Any) -> dict[str, Array]:
-    """Return every update in float64, from the factors alone."""
+    """Return every update in float64, computed from the factors."""
     return {
         name: layer.scaling["default"]
         * (b.detach().double().flatten(1) @ a.detach().double().flatten(1)).cpu().numpy()

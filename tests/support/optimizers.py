@@ -1,4 +1,4 @@
-"""Optimizers of the trainable parameters, one of them with a state that lorank does not know."""
+"""Optimizers of the trainable parameters, one of them with a state unknown to lorank."""
 
 from __future__ import annotations
 

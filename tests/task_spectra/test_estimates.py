@@ -98,7 +98,7 @@ def test_no_intercept_is_fitted() -> None:
 
 
 # Median K* of twenty seeds. In eight groups of five other seeds it is the same, but for 'moderate' (5 or
-# 6) and 'small' (8 or 9: 9 by the formula alone, 8 capped at the number of values above tau).
+# 6) and 'small' (8 or 9: 9 by the formula, 8 capped at the number of values above tau).
 PAPER_TASKS = [
     ("weak", 1.2, 500, 0.1, 12, 0),
     ("moderate", 1.5, 500, 0.1, 6, 1),
