@@ -7,8 +7,10 @@ from lorank._internal.lazy import lazy_names
 from lorank.allocation.budget import fit_ranks
 from lorank.allocation.rank_allocation import RankAllocation, allocate
 from lorank.analysis.matrices import analyze
-from lorank.analysis.single import MarchenkoPastur, alpha_hill, marchenko_pastur, spectrum
 from lorank.report import ModuleSpectrum, SpectralReport
+from lorank.statistics.hill import alpha_hill
+from lorank.statistics.marchenko_pastur import MarchenkoPastur, marchenko_pastur
+from lorank.statistics.spectrum import spectrum
 
 if TYPE_CHECKING:
     from lorank import training

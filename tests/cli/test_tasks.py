@@ -400,7 +400,7 @@ def test_report_shows_gradients_and_tasks(gradients: Path, tasks: Path) -> None:
     text = ok("report", gradients)
     for word in ("tiny: 16 modules, 8 batches", "layers.3.mlp.down_proj", "32x32", "no gradient reached it"):
         assert word in text
-    assert "1 tensors skipped: 1 1-D tensor" in text
+    assert "1 tensor skipped: 1-D tensor" in text
     row = GradientReport.load(gradients)["layers.2.self_attn.q_proj"]
     (line,) = [line for line in text.splitlines() if row.name in line]
     assert line.split()[2:] == [str(int(row.effective_rank)), f"{row.mean_square:.4g}"]

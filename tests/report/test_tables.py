@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from lorank.cli.tables.reports import rank_map, skipped_summary
+from lorank.cli.tables.ranks import rank_map
+from lorank.cli.tables.reports import skipped_summary
 from lorank.report.spectral import SpectralReport
 from lorank.sources.base import Skipped
 
@@ -38,6 +39,7 @@ def test_router_parameter_is_named_with_its_module() -> None:
 
 def test_reasons_with_different_names_are_counted_together() -> None:
     skipped = [Skipped(f"{i}.scale", (1,), f"scale of the packed weight {i}.weight (GPTQ)") for i in range(9)]
-    assert (
-        skipped_summary(SpectralReport([], skipped)) == "9 tensors skipped: 9 scale of a packed weight (GPTQ)"
-    )
+    summary = skipped_summary(SpectralReport([], skipped))
+    assert summary == "9 tensors skipped: scale of a packed weight (GPTQ)"
+    summary = skipped_summary(SpectralReport([], [Skipped("norm", (4,), "1-D tensor"), *skipped]))
+    assert summary == "10 tensors skipped: 9 x scale of a packed weight (GPTQ), 1 x 1-D tensor"

@@ -14,6 +14,7 @@ from lorank._core import FormatError
 from lorank._internal.atomic import write_text
 from lorank._internal.json_files import read_json
 from lorank._internal.progress import waiting
+from lorank._internal.short_text import counted, listing
 from lorank.allocation import signals
 from lorank.allocation.budget import Budget, average_rank_budget, fit_ranks, parse_budget, rank_bounds
 from lorank.modules import naming
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _FORMAT = "lorank.RankAllocation"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RankAllocation:
     """Ranks of modules.
 
@@ -67,6 +68,14 @@ class RankAllocation:
     source: str = ""
     base_parameters: int | None = None
     facts: ModelFacts = field(default_factory=ModelFacts)
+
+    def __repr__(self) -> str:
+        title = (
+            f"RankAllocation of {self.source or 'an unnamed model'} by {self.method}: "
+            f"{counted(len(self.modules), 'module')}, {counted(self.num_parameters, 'parameter')}"
+        )
+        lines = (f"{name}: rank {rank}" for name, rank in self.ranks.items())
+        return listing(title, lines, len(self.ranks), "allocation.ranks")
 
     @property
     def num_parameters(self) -> int:

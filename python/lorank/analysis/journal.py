@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any
 
 from lorank._core import FormatError
-from lorank.report import ModuleSpectrum, SpectralReport
-from lorank.report.files import from_json, to_json
+from lorank.report.columns import from_entry, to_entries
+from lorank.report.rows import ModuleSpectrum
 
 _FORMAT = "lorank.journal"
 
@@ -46,7 +46,7 @@ class Journal:
 
     def add(self, row: ModuleSpectrum) -> None:
         """Write a finished row to disk."""
-        self._write(to_json(SpectralReport([row]))["modules"][0])
+        self._write(to_entries([row])[0])
 
     def _write(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps(entry) + "\n")
@@ -69,9 +69,7 @@ def _read(path: Path, header: dict[str, Any]) -> Iterable[ModuleSpectrum]:
         found = json.loads(lines[0])
         if found["format"] != _FORMAT:
             raise ValueError(found["format"])
-        entries = [json.loads(line) for line in lines[1:]]
-        template = {"format": "lorank.SpectralReport", "version": 1, "source": "", "accuracy": "exact"}
-        rows = from_json({**template, "num_parameters": None, "skipped": [], "modules": entries}).modules
+        rows = [from_entry(json.loads(line)) for line in lines[1:]]
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path}: is no journal of lorank: {error!r}") from error
     different = [key for key in header if found.get(key) != header[key]]

@@ -14,10 +14,10 @@ from lorank._internal import core_calls
 from lorank._internal.progress import progress_bar, waiting
 from lorank._internal.threads import thread_count
 from lorank.analysis.journal import Journal
-from lorank.analysis.single import Accuracy, check_accuracy
 from lorank.modules import naming
 from lorank.report import ModuleSpectrum, SpectralReport
 from lorank.sources import OPENING, AnySource, SourceMatrix, open_source
+from lorank.statistics.spectrum import Accuracy, check_accuracy
 
 
 def analyze(

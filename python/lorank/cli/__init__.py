@@ -1,4 +1,4 @@
-"""The command line. One thin function a command: arguments in, library call, tables out."""
+"""The command line: a function for each command, which calls the library and prints tables."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 import lorank
-from lorank.cli import adapters, spectra, tasks
-from lorank.cli.options import IncompleteError, UsageError, say
+from lorank.cli import adapters, allocate, analyze, report, task
+from lorank.cli.errors import IncompleteError, UsageError
+from lorank.cli.output import say
 
 app = typer.Typer(
     help="LoRA ranks from spectra: before, during and after fine-tuning.",
@@ -17,10 +18,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(spectra.analyze)
-app.command()(spectra.report)
-app.command(epilog=spectra.methods_help())(spectra.allocate)
-for command in (*tasks.COMMANDS, *adapters.COMMANDS):
+app.command()(analyze.analyze)
+app.command()(report.report)
+app.command(epilog=allocate.methods_help())(allocate.allocate)
+app.command()(task.task)
+for command in adapters.COMMANDS:
     app.command()(command)
 _debug = False
 
@@ -33,9 +35,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     del version
@@ -44,7 +46,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: one clear line and status 1 for errors, 2 for bad usage."""
+    """Run the command line; an error prints one line and exits with status 1, or 2 for wrong usage."""
     try:
         app()
     except UsageError as error:

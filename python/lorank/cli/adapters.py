@@ -15,27 +15,13 @@ from lorank.adapters.content import Dtype, LoraAdapter, Profile
 from lorank.adapters.families import remove_stale
 from lorank.adapters.profiles import PROFILES, nothing_left
 from lorank.adapters.writing import write_adapter
-from lorank.cli.options import (
-    Exclude,
-    Guess,
-    Include,
-    IncompleteError,
-    Json,
-    Overwrite,
-    Quiet,
-    Threads,
-    UsageError,
-    as_options,
-    check_choice,
-    check_output_folder,
-    console,
-    parse_targets,
-    print_json,
-    say,
-    spelled_as_options,
-)
+from lorank.cli.checks import check_choice, check_new, check_output_folder, parse_targets
+from lorank.cli.errors import IncompleteError, UsageError
+from lorank.cli.options import Exclude, Guess, Include, Json, Overwrite, Quiet, Threads
+from lorank.cli.output import console, print_json, say
+from lorank.cli.spelling import as_options, spelled_as_options
 from lorank.cli.tables import adapters as tables
-from lorank.cli.tables.reports import rank_map
+from lorank.cli.tables.ranks import rank_map
 from lorank.compression.extraction import DEFAULT_MAX_RANK
 from lorank.compression.selection import Knobs, with_counted_budget
 
@@ -380,10 +366,9 @@ def _check_form(profile: str, dtype: str | None) -> None:
 
 def _check_output(path: Path, overwrite: bool) -> None:
     if path.suffix == ".safetensors":
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} exists: choose another name or --overwrite")
-        return
-    check_output_folder(path, overwrite)
+        check_new(path, overwrite)
+    else:
+        check_output_folder(path, overwrite)
 
 
 def _finish(

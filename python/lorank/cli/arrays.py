@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank._core import FormatError
-from lorank.cli.options import UsageError
+from lorank.cli.errors import UsageError
 
 _FILES = "give one .npz file that holds X and Y, or two .npy files: X.npy Y.npy"
 _NPY, _NPZ = b"\x93NUMPY", b"PK"

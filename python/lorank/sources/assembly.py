@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -106,7 +106,7 @@ def _by_names(
             continue
         counts.append(packing.parameters(name))
         if reason := packing.reason(name):
-            skipped.append(Skipped(name, shape, reason, _row(tensors, name)))
+            skipped.append(Skipped(name, shape, reason))
         else:
             _sort_out(tensors, layout, name, matrices, skipped)
     num_parameters, unknown_parameters = total(counts)
@@ -119,6 +119,7 @@ def _by_names(
         facts=ModelFacts(
             doubts=guesses.doubts(shapes, unknown), reason="" if unknown.is_foreign else unknown.reason
         ),
+        skipped_values=_rows(tensors, skipped),
     )
 
 
@@ -142,19 +143,25 @@ def _by_skeleton(
         if owner := tensors.shared_with(name) or copies.get(name):
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
         elif reason := packing.reason(name):
-            skipped.append(Skipped(name, shape, reason, _row(tensors, name)))
+            skipped.append(Skipped(name, shape, reason))
         elif name in placement.strangers:
-            skipped.append(Skipped(name, shape, placement.strangers[name], _row(tensors, name)))
+            skipped.append(Skipped(name, shape, placement.strangers[name]))
         elif name in described:
             _sort_out(tensors, layout, name, matrices, skipped)
         elif name in placement.renamed:
-            skipped.append(Skipped(name, shape, "a buffer of the model", _row(tensors, name)))
+            skipped.append(Skipped(name, shape, "a buffer of the model"))
     for conversion in placement.conversions:
         matrices += _converted(tensors, conversion, model)
     facts = model.facts({matrix.info.module for matrix in matrices})
     plain = {to: shapes[name] for name, to in placement.renamed.items() if packing.reason(name) is None}
     return Source(
-        label, _ordered(matrices), tuple(skipped), model.num_parameters(plain), facts=facts, skeleton=model
+        label,
+        _ordered(matrices),
+        tuple(skipped),
+        model.num_parameters(plain),
+        facts=facts,
+        skeleton=model,
+        skipped_values=_rows(tensors, skipped),
     )
 
 
@@ -174,7 +181,7 @@ def _sort_out(
     dtype, shape = tensors.entries()[name]
     found = layout.matrices(name, dtype)
     if isinstance(found, str):
-        skipped.append(Skipped(name, shape, found, _row(tensors, name)))
+        skipped.append(Skipped(name, shape, found))
         return
     matrices += [
         SourceMatrix(
@@ -188,11 +195,16 @@ def _sort_out(
     ]
 
 
-def _row(tensors: StoredTensors, name: str) -> Callable[[], Matrix] | None:
-    """Return a function that reads a tensor as one row; None if it holds no numbers to read."""
-    dtype, shape = tensors.entries()[name]
-    size = math.prod(shape)
-    return partial(tensors.matrix, name, 1, size) if size > 0 and dtype in FLOAT_TYPES else None
+def _rows(tensors: StoredTensors, skipped: Iterable[Skipped]) -> dict[str, Callable[[], Matrix]]:
+    """Return functions that read skipped tensors, each as one row; tied and empty ones are left out."""
+    entries = tensors.entries()
+    return {
+        entry.name: partial(tensors.matrix, entry.name, 1, size)
+        for entry in skipped
+        if not entry.is_tied
+        and (size := math.prod(entry.shape)) > 0
+        and entries[entry.name][0] in FLOAT_TYPES
+    }
 
 
 def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> dict[str, str]:

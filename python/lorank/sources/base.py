@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -45,20 +45,26 @@ class MatrixInfo:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A tensor without a row in the report, and why.
+    """A tensor without a row in the report.
 
     Attributes
     ----------
-    name, shape, reason
-        What was found.
-    load
-        Returns its values as one row, where it holds floating-point numbers that can be read.
+    name
+        Name of the tensor.
+    shape
+        Shape of the tensor; empty if it has none.
+    reason
+        The reason why the tensor has no row.
     """
 
     name: str
     shape: tuple[int, ...]
     reason: str
-    load: Callable[[], Matrix] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_tied(self) -> bool:
+        """True if the tensor shares its values with another tensor."""
+        return self.reason.startswith("tied to ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,8 @@ class Source:
         Facts about the model beside its matrices.
     skeleton
         The model's own description, by which its matrices are named; None if names were guessed.
+    skipped_values
+        Functions that read skipped tensors of floating-point numbers, each as one row, by tensor name.
     """
 
     label: str
@@ -120,6 +128,9 @@ class Source:
     unknown_parameters: str = ""
     facts: ModelFacts = field(default_factory=ModelFacts)
     skeleton: Skeleton | None = field(default=None, repr=False)
+    skipped_values: Mapping[str, Callable[[], Matrix]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> Source:
         """The same source with the matrices whose module is included and not excluded."""

@@ -34,6 +34,7 @@ def from_module(model: Any) -> Source:
     layout = Layout(shapes, {}, skeleton.weights, bool(packed.shapes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
+    values: dict[str, Callable[[], Matrix]] = {}
     owners: dict[int, str] = {}
     counts: list[int | str] = []
     ties = offloaded.ties(model)
@@ -48,8 +49,9 @@ def from_module(model: Any) -> Source:
         counts.append(packed.parameters(name) if weight.is_direct else math.prod(shape))
         found = packed.reason(name) or _matrices(layout, name, weight, packed.loader(name))
         if isinstance(found, str):
-            load = partial(_as_row, weight.values) if weight.is_readable else None
-            skipped.append(Skipped(name, shape, found, load))
+            skipped.append(Skipped(name, shape, found))
+            if weight.is_readable:
+                values[name] = partial(_as_row, weight.values)
         else:
             matrices += found
     for hidden, count in _hidden_weights(model):
@@ -66,6 +68,7 @@ def from_module(model: Any) -> Source:
         unknown_parameters=unknown,
         facts=facts,
         skeleton=skeleton,
+        skipped_values=values,
     )
 
 

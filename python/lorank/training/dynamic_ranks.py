@@ -27,8 +27,10 @@ from lorank.peft_format.initialization import check_config
 from lorank.profiling.gradients import gradient_row
 from lorank.profiling.passes import check_weights
 from lorank.profiling.targets import Target, named_targets
-from lorank.report.gradients import GradientReport, ModuleGradients, effective_rank
+from lorank.report.gradients import GradientReport
+from lorank.report.rows import ModuleGradients
 from lorank.sources import live
+from lorank.statistics.effective_rank import effective_rank
 from lorank.training import optimizer_state
 from lorank.training.data_parallel import of_first_process
 from lorank.training.gradient_window import GradientWindow

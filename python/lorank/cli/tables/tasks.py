@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lorank.report.json_report import plain
+from lorank.report.json_values import plain
 from lorank.task_spectra import TaskEstimate
 
 # Of the picture: its widest, the values that it always shows, what the labels on its left take,

@@ -1,4 +1,4 @@
-"""The command about a task's samples: task."""
+"""The command `task`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import typer
 
 from lorank._internal.progress import progress_bar
 from lorank.cli.arrays import NamedArray, check_files, open_samples
-from lorank.cli.options import Json, Quiet, UsageError, check_choice, console, print_json
+from lorank.cli.checks import check_choice
+from lorank.cli.errors import UsageError
+from lorank.cli.options import Json, Quiet
+from lorank.cli.output import console, print_json
 from lorank.cli.tables import tasks
 from lorank.task_spectra import Space, TaskEstimate, TaskSpectrum
 from lorank.task_spectra.estimate import check_options
 from lorank.task_spectra.moments import checked_rows
 
-# A chunk is so many numbers, within bounds of its rows that keep the sums fast.
+# Numbers in a chunk, and bounds on its rows that keep the sums fast.
 _CHUNK = 1 << 23
 _FEWEST_ROWS, _MOST_ROWS = 256, 8192
 
@@ -26,26 +29,27 @@ def task(
         typer.Argument(help="An .npz file with the arrays X and Y, or two .npy files: X.npy Y.npy."),
     ],
     x: Annotated[
-        str | None, typer.Option("--x", help="The inputs' name in the .npz file (default: X or x).")
+        str | None, typer.Option("--x", help="Name of the inputs in the .npz file (default: X or x).")
     ] = None,
     y: Annotated[
-        str | None, typer.Option("--y", help="The targets' name in the .npz file (default: Y or y).")
+        str | None, typer.Option("--y", help="Name of the targets in the .npz file (default: Y or y).")
     ] = None,
     noise: Annotated[
         float | None,
-        typer.Option(help="Standard deviation of the noise of Y (default: that of the residuals)."),
+        typer.Option(help="Standard deviation of the noise of Y (default: estimated from the residuals)."),
     ] = None,
     leading: Annotated[
-        float | None, typer.Option(help="C, where the decay starts (default: the largest singular value).")
+        float | None,
+        typer.Option(help="Value C at which the decay starts (default: the largest singular value)."),
     ] = None,
     space: Annotated[
-        str, typer.Option(help="weights, for inputs of unit variance; or prediction.")
+        str, typer.Option(help="weights (for inputs of unit variance) or prediction.")
     ] = "weights",
-    folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 10,
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds of the cross-validation.")] = 10,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The rank that a data set wants: samples X (n, inputs) and Y (n, outputs).
+    """Estimate the rank of a task from samples X (n, inputs) and Y (n, outputs).
 
     The model is Y = X W + noise, without an intercept: centre X and Y first, or give X a column of ones.
     """
@@ -66,11 +70,8 @@ def task(
     _show(found, f"{source}: {d_in} inputs, {d_out} outputs, {space} space")
 
 
-COMMANDS = (task,)
-
-
 def _summed(inputs: NamedArray, outputs: NamedArray, folds: int, quiet: bool) -> TaskSpectrum:
-    """The sums over all rows; no more than a chunk of them is in float64 at a time."""
+    """Return the sums over all rows, of which one chunk at a time is in float64."""
     X, Y = inputs.values, outputs.values
     numbers = X.shape[1] + Y[:1].size
     step = min(max(_CHUNK // numbers, _FEWEST_ROWS), _MOST_ROWS)
@@ -89,7 +90,7 @@ def _summed(inputs: NamedArray, outputs: NamedArray, folds: int, quiet: bool) ->
 
 
 def _name_bad_row(array: NamedArray, start: int, stop: int) -> None:
-    """Raise ValueError for the first row that no sum can take."""
+    """Raise ValueError for the first row with a value that is not finite or too large."""
     for row in range(start, stop):
         checked_rows(f"row {row} of {array.name}", array.values[row : row + 1].reshape(1, -1), None)
 

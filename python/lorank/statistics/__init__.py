@@ -1,0 +1,1 @@
+"""Statistics of single spectra, a file each."""
