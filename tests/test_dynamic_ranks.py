@@ -31,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 import lorank
 import tiny_models
 from live_tensors import live_numbers, only_new_tensors
-from lorank.training import DynamicRanks, GardCallback, dynamic_ranks, restore_ranks
+from lorank.training import DynamicRanks, GardCallback, gradient_scores, rank_budget, restore_ranks
 
 # Between changes, gradients pass by that do not count: 1 and 2, 7 and 8, 13 and 14, ...
 INTERVAL, WINDOW, STEPS = 6, 4, 18
@@ -592,7 +592,7 @@ def test_an_open_window_goes_on_where_its_modules_are() -> None:
             dynamic.step()
         state = dynamic.state_dict()
     again = DynamicRanks(model, optimizer, **OPTIONS)
-    weights = [target.module for target in again._targets]
+    weights = [target.module for target in again._window._targets]
     weights[3].to("meta")
     again.load_state_dict(state)
     found = [[sketch.device for sketch in sketches] for sketches in again._window._steps]
@@ -1173,10 +1173,10 @@ def train_together(process: int, folder: str, port: int) -> None:
         # The second process computes something else: no processors are alike to the last bit.
         model = llama()
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        row_of, fit = dynamic_ranks.gradient_row, dynamic_ranks.fit_ranks
+        row_of, fit = gradient_scores.gradient_row, rank_budget.fit_ranks
         if process == 1:
-            patch.setattr(dynamic_ranks, "gradient_row", lambda *a: replace(row_of(*a), effective_rank=1.0))
-            patch.setattr(dynamic_ranks, "fit_ranks", lambda *a, **k: fit(*a, **k)[::-1])
+            patch.setattr(gradient_scores, "gradient_row", lambda *a: replace(row_of(*a), effective_rank=1.0))
+            patch.setattr(rank_budget, "fit_ranks", lambda *a, **k: fit(*a, **k)[::-1])
         updates = trained(model, loss_of=loss_of)
         result["with other last bits"] = (model.state_dict(), updates)
     torch.save(result, f"{folder}/{process}.pt")
