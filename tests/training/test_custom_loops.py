@@ -139,7 +139,7 @@ def test_restored_sketches_lie_on_the_devices_of_their_modules() -> None:
             dynamic.step()
         state = dynamic.state_dict()
     again = DynamicRanks(model, optimizer, **OPTIONS)
-    weights = [target.module for target in again._targets]
+    weights = [target.module for target in again._window._targets]
     weights[3].to("meta")
     again.load_state_dict(state)
     found = [[sketch.device for sketch in sketches] for sketches in again._window._steps]

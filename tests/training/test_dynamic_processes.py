@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorank.training import DynamicRanks, GardCallback, dynamic_ranks, restore_ranks
+from lorank.training import DynamicRanks, GardCallback, gradient_scores, rank_budget, restore_ranks
 from tests.support.dynamic_training import (
     OPTIONS,
     Run,
@@ -76,10 +76,10 @@ def train_together(process: int, folder: str, port: int) -> None:
         # The second process computes other values, as processors may differ in the last bits.
         model = llama()
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        row_of, fit = dynamic_ranks.gradient_row, dynamic_ranks.fit_ranks
+        row_of, fit = gradient_scores.gradient_row, rank_budget.fit_ranks
         if process == 1:
-            patch.setattr(dynamic_ranks, "gradient_row", lambda *a: replace(row_of(*a), effective_rank=1.0))
-            patch.setattr(dynamic_ranks, "fit_ranks", lambda *a, **k: fit(*a, **k)[::-1])
+            patch.setattr(gradient_scores, "gradient_row", lambda *a: replace(row_of(*a), effective_rank=1.0))
+            patch.setattr(rank_budget, "fit_ranks", lambda *a, **k: fit(*a, **k)[::-1])
         updates = trained(model, loss_of=loss_of)
         result["with other last bits"] = (model.state_dict(), updates)
     torch.save(result, f"{folder}/{process}.pt")
