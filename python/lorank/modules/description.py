@@ -18,6 +18,7 @@ from typing import Any
 
 from lorank.modules.building import Unknown, build, library_of, model_of
 from lorank.modules.loading import Conversion, Placement, place
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Weight
 
@@ -50,15 +51,13 @@ class Description:
     placement: Placement
 
 
-def describe(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Description | Unknown:
+def describe_model(config: ModelConfig, shapes: Shapes) -> Description | Unknown:
     """Describe the model of a checkpoint.
 
     Parameters
     ----------
-    folder
-        The folder that holds `config.json`.
     config
-        Its content; empty if there is no such file.
+        The model's configuration.
     shapes
         The shapes of the checkpoint's tensors by name, without packed ones.
     """
@@ -66,8 +65,13 @@ def describe(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Descrip
     if isinstance(library, Unknown):
         return library
     if library in sys.modules or not sys.executable:
-        return _described(folder, config, shapes)
-    question = {"path": [*map(str, sys.path)], "folder": str(folder), "config": config, "shapes": shapes}
+        return _described(config, shapes)
+    question = {
+        "path": [*map(str, sys.path)],
+        "folder": str(config.folder),
+        "config": config.content,
+        "shapes": shapes,
+    }
     try:
         child = subprocess.run(
             [sys.executable, "-c", _CHILD],
@@ -83,20 +87,20 @@ def describe(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Descrip
     except ValueError:
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
         return Unknown(f"{library} could not describe the model: {lines[-1][:200]}", True)
-    return _from_json(content, folder, config, shapes)
+    return _from_json(content, config, shapes)
 
 
 def answer(question: Mapping[str, Any]) -> None:
     """Describe the model of a question and print the answer: the work of the child process."""
     out, sys.stdout = sys.stdout, sys.stderr  # the libraries' own messages must not mix with the answer
     shapes = {name: tuple(shape) for name, shape in question["shapes"].items()}
-    found = _described(Path(question["folder"]), question["config"], shapes)
+    found = _described(ModelConfig(question["config"], Path(question["folder"])), shapes)
     json.dump(_to_json(found), out)
     out.flush()
 
 
-def _described(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Description | Unknown:
-    model = build(folder, config, shapes.keys())
+def _described(config: ModelConfig, shapes: Shapes) -> Description | Unknown:
+    model = build(config, shapes.keys())
     return model if isinstance(model, Unknown) else Description(model, place(shapes, model))
 
 
@@ -118,9 +122,7 @@ def _to_json(found: Description | Unknown) -> dict[str, Any]:
     }
 
 
-def _from_json(
-    content: Mapping[str, Any], folder: Path, config: Mapping[str, Any], shapes: Shapes
-) -> Description | Unknown:
+def _from_json(content: Mapping[str, Any], config: ModelConfig, shapes: Shapes) -> Description | Unknown:
     if "reason" in content:
         return Unknown(content["reason"], content["is_foreign"])
     weights = [
@@ -131,7 +133,7 @@ def _from_json(
         content["label"],
         {weight.name: weight for weight in weights},
         content["owners"],
-        partial(model_of, folder, config, list(shapes)),
+        partial(model_of, config, list(shapes)),
         tuple(content["modules"]),
         content["model_type"],
     )

@@ -96,7 +96,7 @@ _LEAVES: tuple[tuple[re.Pattern[str], Role], ...] = (
 _BERT_OUTPUT = "output.dense"
 
 
-def block_of(name: str, blocks: str | None = None) -> Block | None:
+def numbered_block(name: str, blocks: str | None = None) -> Block | None:
     r"""The numbered block that a module is in, or None if it is in none (poolers, heads).
 
     Parameters
@@ -115,9 +115,9 @@ def block_of(name: str, blocks: str | None = None) -> Block | None:
 
     Examples
     --------
-    >>> block_of("decoder.block.11.layer.2.DenseReluDense.wi")
+    >>> numbered_block("decoder.block.11.layer.2.DenseReluDense.wi")
     Block(stack='decoder.block', number=(11,))
-    >>> block_of("backbone.units.3.mixer.in_proj", blocks=r"units\.(\d+)")
+    >>> numbered_block("backbone.units.3.mixer.in_proj", blocks=r"units\.(\d+)")
     Block(stack='backbone.units', number=(3,))
     """
     found = _known_block(name) if blocks is None else _compiled("blocks", blocks).search(name)
@@ -146,7 +146,7 @@ def depths_of(
     names
         The modules' dotted names.
     blocks
-        As in `block_of`.
+        As in `numbered_block`.
     others
         Further modules of the model; those whose names cannot be read are passed over.
 
@@ -155,7 +155,7 @@ def depths_of(
     ValueError
         If a name cannot be read, or `blocks` matches none of them.
     """
-    found = [block_of(name, blocks) for name in names]
+    found = [numbered_block(name, blocks) for name in names]
     if blocks is not None and names and not any(found):
         raise ValueError(f"blocks={blocks!r} matches none of {len(names)} modules ({names[0]}, ...)")
     numbers: dict[str, set[tuple[int, ...]]] = defaultdict(set)
@@ -173,7 +173,7 @@ def depths_of(
 def _readable_blocks(names: Iterable[str], blocks: str | None) -> Iterator[Block | None]:
     for name in names:
         with suppress(ValueError):
-            yield block_of(name, blocks)
+            yield numbered_block(name, blocks)
 
 
 def roles_of(names: Sequence[str], roles: Roles = None) -> list[Role | None]:

@@ -12,7 +12,7 @@ from typing import Any
 from lorank.modules import quantized
 from lorank.modules.facts import ModelFacts
 from lorank.modules.live_modules import named_modules
-from lorank.modules.weight import Weight, describe
+from lorank.modules.weight import Weight, describe_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Skeleton:
             for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 name = prefix + local
                 shape = (shapes or {}).get(name) or quantized.shape(parameter, module)
-                weights[name] = describe(prefix, local, module, shape, parent, model_type)
+                weights[name] = describe_weight(prefix, local, module, shape, parent, model_type)
                 first = first_names.setdefault(id(parameter), name)
                 if first != name:
                     owners[name] = first

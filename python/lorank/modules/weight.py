@@ -51,7 +51,7 @@ class Weight:
     refused: str = ""
 
 
-def describe(
+def describe_weight(
     prefix: str, local: str, module: Any, shape: tuple[int, ...], parent: Any, model_type: str
 ) -> Weight:
     """Describe the parameter `local` of a module.

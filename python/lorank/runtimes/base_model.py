@@ -12,14 +12,14 @@ from lorank._core import FormatError
 from lorank.adapters.module import LoraModule
 from lorank.modules import naming
 from lorank.modules.building import Unknown
-from lorank.modules.description import describe
+from lorank.modules.description import describe_model
 from lorank.modules.facts import ModelFacts
 from lorank.modules.live_modules import is_module
 from lorank.modules.loading import loaded_name
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Weight
-from lorank.sources import Source, open_source
-from lorank.sources.files import config_folder, read_config
+from lorank.sources import Source, hub, open_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,9 @@ class BaseModel:
         """
         if is_module(base):
             return cls._by_skeleton(Skeleton.of_model(base))
-        path = config_folder(base)
-        config = read_config(path)
+        path = hub.local_path(base, hub.download_config)
         names = dict.fromkeys((f"{name}.weight" for name in adapted), ())
-        found = describe(path if path.is_dir() else path.parent, config, names)
+        found = describe_model(ModelConfig.read(path), names)
         if isinstance(found, Unknown):
             return cls._by_weights(path, found)
         return cls._by_skeleton(found.skeleton)

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from lorank._core import Matrix
-from lorank.sources.layout import FLOAT_TYPES
+
+# Element types with a spectrum, by the names that safetensors and torch/NumPy give them.
+FLOAT_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+} | {name: name for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
 
 # Containers by which types that NumPy lacks cross to the core.
 _CONTAINERS = {

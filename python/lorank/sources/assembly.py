@@ -14,12 +14,13 @@ from lorank.modules.building import Unknown
 from lorank.modules.description import Description
 from lorank.modules.facts import ModelFacts
 from lorank.modules.loading import Conversion, Placement
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.sources import arrays, guesses
 from lorank.sources.base import Skipped, Source, SourceMatrix
-from lorank.sources.layout import FLOAT_TYPES, Layout, matrices_of
 from lorank.sources.packing import Packing, total
 from lorank.sources.quantization import Quantization
+from lorank.sources.tensor_matrices import MatrixFinder, matrices_of
 
 
 class StoredTensors(Protocol):
@@ -61,7 +62,7 @@ class StoredTensors(Protocol):
 def assemble(
     label: str,
     tensors: StoredTensors,
-    config: Mapping[str, Any],
+    config: ModelConfig,
     ask: Callable[[Mapping[str, tuple[int, ...]]], Description | Unknown],
 ) -> Source:
     """Open a source over a checkpoint's tensors.
@@ -73,12 +74,12 @@ def assemble(
     tensors
         The checkpoint.
     config
-        The model's `config.json`; empty if there is none.
+        The model's configuration.
     ask
         Describes the model, given the shapes of the tensors that are not packed.
     """
     entries = tensors.entries()
-    packing = Packing(entries, Quantization.of(config), tensors.content, tensors.metadata)
+    packing = Packing(entries, Quantization(config.quantization), tensors.content, tensors.metadata)
     plain = {name: shape for name, (_, shape) in entries.items() if packing.reason(name) is None}
     found = ask(plain)
     if isinstance(found, Unknown):
@@ -91,12 +92,12 @@ def assemble(
 
 
 def _by_names(
-    label: str, tensors: StoredTensors, config: Mapping[str, Any], packing: Packing, unknown: Unknown
+    label: str, tensors: StoredTensors, config: ModelConfig, packing: Packing, unknown: Unknown
 ) -> Source:
     """Open a source whose model is not known, by names and shapes alone."""
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
-    layout = Layout(shapes, config, has_packed=bool(packing.codes))
+    finder = MatrixFinder(shapes, config, has_packed=bool(packing.codes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     counts: list[int | str] = []
@@ -108,7 +109,7 @@ def _by_names(
         if reason := packing.reason(name):
             skipped.append(Skipped(name, shape, reason, _row(tensors, name)))
         else:
-            _sort_out(tensors, layout, name, matrices, skipped)
+            _sort_out(tensors, finder, name, matrices, skipped)
     num_parameters, unknown_parameters = total(counts)
     return Source(
         label,
@@ -125,7 +126,7 @@ def _by_names(
 def _by_skeleton(
     label: str,
     tensors: StoredTensors,
-    config: Mapping[str, Any],
+    config: ModelConfig,
     packing: Packing,
     model: Skeleton,
     placement: Placement,
@@ -134,7 +135,7 @@ def _by_skeleton(
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
     described = {name: model.weights[to] for name, to in placement.renamed.items() if to in model.weights}
-    layout = Layout(shapes, config, described, bool(packing.codes))
+    finder = MatrixFinder(shapes, config, described, bool(packing.codes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     copies = _copies(tensors, model, placement)
@@ -146,7 +147,7 @@ def _by_skeleton(
         elif name in placement.strangers:
             skipped.append(Skipped(name, shape, placement.strangers[name], _row(tensors, name)))
         elif name in described:
-            _sort_out(tensors, layout, name, matrices, skipped)
+            _sort_out(tensors, finder, name, matrices, skipped)
         elif name in placement.renamed:
             skipped.append(Skipped(name, shape, "a buffer of the model", _row(tensors, name)))
     for conversion in placement.conversions:
@@ -165,14 +166,14 @@ def _ordered(matrices: Sequence[SourceMatrix]) -> tuple[SourceMatrix, ...]:
 
 def _sort_out(
     tensors: StoredTensors,
-    layout: Layout,
+    finder: MatrixFinder,
     name: str,
     matrices: list[SourceMatrix],
     skipped: list[Skipped],
 ) -> None:
     """Add a tensor's matrices to `matrices`, or the tensor with the reason to `skipped`."""
     dtype, shape = tensors.entries()[name]
-    found = layout.matrices(name, dtype)
+    found = finder.matrices(name, dtype)
     if isinstance(found, str):
         skipped.append(Skipped(name, shape, found, _row(tensors, name)))
         return
@@ -192,7 +193,7 @@ def _row(tensors: StoredTensors, name: str) -> Callable[[], Matrix] | None:
     """Return a function that reads a tensor as one row; None if it holds no numbers to read."""
     dtype, shape = tensors.entries()[name]
     size = math.prod(shape)
-    return partial(tensors.matrix, name, 1, size) if size > 0 and dtype in FLOAT_TYPES else None
+    return partial(tensors.matrix, name, 1, size) if size > 0 and dtype in arrays.FLOAT_TYPES else None
 
 
 def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> dict[str, str]:
@@ -215,7 +216,7 @@ def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> di
 
 def _converted(tensors: StoredTensors, conversion: Conversion, model: Skeleton) -> Iterator[SourceMatrix]:
     """Yield the matrices of parameters that are computed from several tensors, each when it is read."""
-    dtype = FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
+    dtype = arrays.FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
     if dtype is None:
         return
     for name, weight in model.weights.items():

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from lorank._core import Matrix
 from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
+from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Kind
-
-if TYPE_CHECKING:
-    from lorank.modules.skeleton import Skeleton
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 from lorank.sources.quantization import Quantization
 
 
-class Stored(NamedTuple):
+class TensorSpec(NamedTuple):
     """The element type (a name of `element_type`) and the shape of a stored tensor."""
 
     type: str
@@ -62,13 +62,13 @@ class Packed:
 
     name: str
     weight: str
-    codes: Stored
-    tensors: Mapping[str, Stored]
+    codes: TensorSpec
+    tensors: Mapping[str, TensorSpec]
     quantization: Quantization
     values: Callable[[str], list[int] | None]
     text: Callable[[str], str | None]
     has_scales: bool = False
-    scale: Stored | None = None
+    scale: TensorSpec | None = None
 
     @property
     def module(self) -> str:
@@ -79,7 +79,7 @@ class Packed:
         """Return the name that a template stands for."""
         return name_of(template, self.weight)
 
-    def find(self, *templates: str) -> Stored | None:
+    def find(self, *templates: str) -> TensorSpec | None:
         """Return the first of some tensors that the checkpoint holds."""
         for template in templates:
             if (found := self.tensors.get(self.named(template))) is not None:

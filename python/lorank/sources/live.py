@@ -10,12 +10,13 @@ from typing import Any
 from lorank._core import Matrix
 from lorank.modules import quantized
 from lorank.modules.live_modules import is_module, named_modules
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.sources import arrays, dequantized, offloaded
 from lorank.sources.base import Skipped, Source, SourceMatrix
-from lorank.sources.layout import FLOAT_TYPES, Layout
 from lorank.sources.live_packing import LivePacking, declared_by
 from lorank.sources.packing import total
+from lorank.sources.tensor_matrices import MatrixFinder
 
 
 def from_module(model: Any) -> Source:
@@ -31,7 +32,7 @@ def from_module(model: Any) -> Source:
     )
     shapes = {name: shape for name, weight, shape in weights if not weight.is_buffer} | packed.shapes
     skeleton = Skeleton.of_model(model, shapes)
-    layout = Layout(shapes, {}, skeleton.weights, bool(packed.shapes))
+    finder = MatrixFinder(shapes, ModelConfig(), skeleton.weights, bool(packed.shapes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     owners: dict[int, str] = {}
@@ -46,7 +47,7 @@ def from_module(model: Any) -> Source:
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
             continue
         counts.append(packed.parameters(name) if weight.is_direct else math.prod(shape))
-        found = packed.reason(name) or _matrices(layout, name, weight, packed.loader(name))
+        found = packed.reason(name) or _matrices(finder, name, weight, packed.loader(name))
         if isinstance(found, str):
             load = partial(_as_row, weight.values) if weight.is_readable else None
             skipped.append(Skipped(name, shape, found, load))
@@ -106,7 +107,7 @@ class _Weight:
         """Whether it is such a tensor, holds something, and lies somewhere."""
         parameter = self.parameter
         has_values = self.has_values and parameter.numel() > 0
-        return self.is_direct and has_values and arrays.dtype_name(parameter) in FLOAT_TYPES
+        return self.is_direct and has_values and arrays.dtype_name(parameter) in arrays.FLOAT_TYPES
 
 
 def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
@@ -153,7 +154,7 @@ def _kernel_experts(prefix: str, module: Any) -> Iterator[tuple[Skipped, int | s
 
 
 def _matrices(
-    layout: Layout, name: str, weight: _Weight, packed: tuple[str, dequantized.Loader] | None
+    finder: MatrixFinder, name: str, weight: _Weight, packed: tuple[str, dequantized.Loader] | None
 ) -> list[SourceMatrix] | str:
     parameter = weight.parameter
     if not weight.has_values:
@@ -169,7 +170,7 @@ def _matrices(
         dtype, load = "float32", quantized.loader(weight.module, parameter)
         if load is None:
             return f"quantized ({type(parameter).__name__}), and its library offers no way back"
-    found = layout.matrices(name, dtype)
+    found = finder.matrices(name, dtype)
     if isinstance(found, str):
         return found
     is_elsewhere = packed is not None or weight.elsewhere is not None

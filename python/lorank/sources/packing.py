@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorank.modules import naming
-from lorank.sources.codes import INTEGERS, SCALES, Packed, Stored, element_type, little_endian
+from lorank.sources.codes import INTEGERS, SCALES, Packed, TensorSpec, element_type, little_endian
 from lorank.sources.quantization import Quantization
 from lorank.sources.schemes import Scheme, schemes_of
 
@@ -104,7 +104,9 @@ class Packing:
         content: Callable[[str], bytes | None] = lambda _: None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self._tensors = {name: Stored(element_type(dtype), shape) for name, (dtype, shape) in tensors.items()}
+        self._tensors = {
+            name: TensorSpec(element_type(dtype), shape) for name, (dtype, shape) in tensors.items()
+        }
         self._sorted = sorted(self._tensors)
         self._quantization = quantization
         self._content = content

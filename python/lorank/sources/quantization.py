@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
-
-from lorank._internal.json_files import read_json
-
-# Keys of `config.json` under which libraries keep their settings.
-_KEYS = ("quantization_config", "compression_config", "quantization")
-
-# Files beside `config.json`, of models that were written before the settings moved into that file.
-FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 _BITS = ("bits", "w_bit", "num_bits", "nbits", "weight_bits")
 _ACTIVATIONS = {"input_activations", "output_activations", "kv_cache_scheme"}
@@ -45,17 +36,6 @@ class Quantization:
         names += [nested.get("quant_algo")] if isinstance(nested, Mapping) else []
         self.method = next((name.lower() for name in names if isinstance(name, str)), "")
         self._text = json.dumps(settings, default=str).lower()
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Quantization:
-        """Return the settings that a `config.json` holds, at its top or in its `text_config`."""
-        for place in (config, config.get("text_config")):
-            if isinstance(place, Mapping):
-                for key in _KEYS:
-                    found = place.get(key)
-                    if isinstance(found, Mapping) and found:
-                        return cls(found)
-        return cls({})
 
     @property
     def is_float8(self) -> bool:
@@ -102,20 +82,6 @@ class Quantization:
                 if all(isinstance(size, int) and size > 0 for size in sizes):
                     return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]  # checked the line before
         return None
-
-
-def with_quantization(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Return a configuration, with the settings of a quantization file beside it if it has none itself."""
-    if Quantization.of(config).is_declared:
-        return config
-    for name in FILES:
-        try:
-            settings = read_json(folder / name)
-        except (OSError, ValueError):
-            continue
-        if isinstance(settings, Mapping):
-            return {**config, "quantization_config": settings}
-    return config
 
 
 def _mappings(settings: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
+from lorank.modules.model_config import FILE_NAME as CONFIG
 
 _SETTINGS = "adapter_config.json"
 _PIPELINE = "model_index.json"
@@ -99,7 +100,7 @@ def _contents(names: Collection[str], wanted: str) -> str:
     for files, content in ((_TRAINING_FILES, "the state of a training"), (_TOKENIZER_FILES, "a tokenizer")):
         if any(map(files.fullmatch, names)):
             return f", but {content}: name the folder of the {wanted}"
-    return ", but a model's settings" if "config.json" in names else ""
+    return ", but a model's settings" if CONFIG in names else ""
 
 
 def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
@@ -120,7 +121,7 @@ def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
     return {name: _without_peft(name) for name in names if _method(name) is None and not _COPY.search(name)}
 
 
-def left_out(name: str) -> str:
+def exclusion_reason(name: str) -> str:
     """Return the reason why `base_tensors` leaves a tensor out."""
     return "trained by PEFT beside the base weight" if _COPY.search(name) else "a factor of an adapter"
 
@@ -132,7 +133,7 @@ def check_adapter_folder(path: Path) -> None:
     is_model = any(name.endswith(".index.json") for name in weights) or any(
         name.startswith(("model", "pytorch_model")) for name in weights
     )
-    if is_model or ("config.json" in names and weights):
+    if is_model or (CONFIG in names and weights):
         raise FormatError(_not_an_adapter(str(path), "a model"))
     if not weights and not any(map(_ADAPTER_FILES.fullmatch, names)):
         found = _contents(names, "adapter")

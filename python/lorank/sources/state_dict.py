@@ -17,6 +17,7 @@ from lorank._internal import extras
 from lorank._internal.json_files import read_json
 from lorank.modules import quantized
 from lorank.modules.building import Unknown
+from lorank.modules.model_config import ModelConfig
 from lorank.sources import arrays, recognise
 from lorank.sources.assembly import assemble
 from lorank.sources.base import Skipped, Source
@@ -34,7 +35,7 @@ def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
     Tensors that share memory and shape are tied: the first name counts, the others are skipped.
     """
     tensors = StoredArrays(mapping, label)
-    source = assemble(label, tensors, {}, lambda _: Unknown("arrays come without their model"))
+    source = assemble(label, tensors, ModelConfig(), lambda _: Unknown("arrays come without their model"))
     return replace(source, skipped=(*tensors.skipped, *source.skipped))
 
 
@@ -64,7 +65,7 @@ class StoredArrays:
         for key, value in mapping.items():
             name = base.get(key, key)
             if key not in base:
-                self.skipped.append(Skipped(key, _shape(value), recognise.left_out(key)))
+                self.skipped.append(Skipped(key, _shape(value), recognise.exclusion_reason(key)))
             elif not arrays.is_array(value):
                 self.skipped.append(Skipped(name, (), f"{type(value).__name__}, not an array"))
             elif not arrays.is_dense(value):

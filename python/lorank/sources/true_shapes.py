@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from lorank.sources.codes import EXPONENTS, WIDTHS, WORDS, Packed, Shape, Stored
+from lorank.sources.codes import EXPONENTS, WIDTHS, WORDS, Packed, Shape, TensorSpec
 
 
 def as_stored(packed: Packed) -> Shape | None:
@@ -192,8 +192,8 @@ def by_bits(packed: Packed) -> Shape | None:
     return (*rest, last * 8 // bits) if bits in (2, 4, 8) else None
 
 
-def _scale(packed: Packed) -> Stored:
-    return packed.scale or Stored("", ())
+def _scale(packed: Packed) -> TensorSpec:
+    return packed.scale or TensorSpec("", ())
 
 
 def has_shared_exponents(packed: Packed) -> bool:

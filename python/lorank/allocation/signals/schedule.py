@@ -83,7 +83,7 @@ def linear_decay(
     r_base
         The first block's rank (default: `r_max`).
     blocks
-        How a block's number is read where names are unusual: as in `lorank.modules.roles.block_of`.
+        How a block's number is read where names are unusual: as in `lorank.modules.roles.numbered_block`.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def empirical(
         The last blocks' rank (default: `r_max`). No rank exceeds `r_max`, so that the middle has its
         ``1.2 r_base`` only if that is no more; modules that are cut are flagged.
     blocks
-        How a block's number is read where names are unusual: as in `lorank.modules.roles.block_of`.
+        How a block's number is read where names are unusual: as in `lorank.modules.roles.numbered_block`.
 
     Raises
     ------
