@@ -306,7 +306,7 @@ def test_a_state_space_model_has_blocks_but_no_roles() -> None:
     ],
 )
 def test_other_names(name: str, block: tuple[str, int] | None, role: str | None) -> None:
-    assert roles.block_of(name) == (None if block is None else Block(block[0], (block[1],)))
+    assert roles.numbered_block(name) == (None if block is None else Block(block[0], (block[1],)))
     assert roles.roles_of([name]) == [role]
 
 
@@ -326,7 +326,7 @@ def test_the_innermost_part_tells_the_role() -> None:
     ],
 )
 def test_stages(name: str, number: tuple[int, ...] | None) -> None:
-    block = roles.block_of(name)
+    block = roles.numbered_block(name)
     assert (block and block.number) == number
 
 
@@ -340,9 +340,9 @@ def test_an_unknown_list_is_no_guess(name: str) -> None:
 
 def test_the_advice_of_the_error_works() -> None:
     with pytest.raises(ValueError, match="give blocks") as error:
-        roles.block_of("backbone.units.3.attn.q")
+        roles.numbered_block("backbone.units.3.attn.q")
     advice = str(error.value).split("blocks=r'")[1].rstrip("'")
-    assert roles.block_of("backbone.units.3.attn.q", advice) == Block("backbone.units", (3,))
+    assert roles.numbered_block("backbone.units.3.attn.q", advice) == Block("backbone.units", (3,))
 
 
 def test_blocks_of_ones_own() -> None:
