@@ -8,6 +8,7 @@ from __future__ import annotations
 from lorank.allocation.signals import gradient as gradient
 from lorank.allocation.signals import htsr as htsr
 from lorank.allocation.signals import schedule as schedule
+from lorank.allocation.signals import stable_rank as stable_rank
 from lorank.allocation.signals import task as task
 from lorank.allocation.signals.registry import METHODS, Registered
 
