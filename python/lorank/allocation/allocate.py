@@ -43,61 +43,59 @@ def allocate(
     Parameters
     ----------
     signal_source
-        A report: of `analyze`, `profile_gradients` or `profile_tasks`. Or anything that `analyze`
-        reads (it is then analysed if the method needs spectra).
+        A report of `analyze`, `profile_gradients` or `profile_tasks`; or any source that `analyze` reads,
+        which is analysed if the method needs spectra.
     method
-        How the ranks are found; a budget scales what exceeds `r_min`.
-
-        - ``"htsr"``: linear in ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised, of the weights'
-          spectra; options `weight_alpha`, `weight_spikes`, `more_for`, `granularity`, `convention`, `scale`.
-        - ``"gard"``: in proportion to the effective ranks of gradients, ``r_eff / sum(r_eff)``; needs a
-          budget; no options.
-        - ``"task"``: K* of each module's inputs and gradients, or with ``estimate="predicted_rank"`` the
-          smallest rank that predicts held-out tokens nearly as well as the full one.
-        - ``"linear-decay"``: ``r_base - (r_base - r_min) i / (L - 1)`` in block `i` of `L`; options `r_base`,
-          `blocks`.
-        - ``"attention-heavy"``: `r_base` for attention, ``max(r_min, r_base / 2)`` for feed-forward; options
-          `r_base`, `roles`.
-        - ``"empirical"``: ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, `r_base`
-          in the rest; options `r_base`, `blocks`. As no rank exceeds `r_max`, take an `r_base` below it;
-          modules that are cut are flagged.
-        - ``"uniform"``: `r_base` everywhere; option `r_base`.
-
-        `r_base` is `r_max` by default; `blocks` tells where a block's number is in unusual names.
+        Name of the method that computes scores and ranks: one of `lorank.allocation.signals.names()`. Formula
+        and options are documented at each method, ``help(lorank.allocation.signals.find(name).function)``,
+        and listed by ``lorank allocate --help``.
     r_min, r_max
-        Bounds of every rank, ``0 <= r_min <= r_max``. No module's rank exceeds ``min(out, in)``,
-        even where that is below `r_min`: more would be wasted. Modules at that bound are flagged.
+        Bounds of every rank, ``0 <= r_min <= r_max``. No rank exceeds ``min(out, in)`` of its module, even
+        if that is below `r_min`. Modules at that bound are flagged.
     budget
-        Parameters of the adapter: a number, ``"500k"``, or ``"0.5%"`` of the base model's.
+        Number of parameters of the adapter: an integer, ``"500k"``, or ``"0.5%"`` of the base model's. Ranks
+        above `r_min` are then proportional to the scores.
     avg_rank
-        Instead of `budget`: the average of the ranks; less where the matrices allow no such average.
-        With neither, the method's own formula holds.
+        Average of the ranks, instead of a budget; the average is lower if the matrices are too small for it.
+        Without a budget and an average, the ranks are those of the method's own formula.
     targets
-        Which modules: a list of names or suffixes, or one regular expression for whole names,
-        exactly as PEFT reads ``target_modules``; ``"all-linear"`` or None for every linear layer
-        and stack of experts but the output head and the experts' routers.
+        Modules to adapt, as PEFT reads ``target_modules``: a list of names or suffixes, or one regular
+        expression for whole names. ``"all-linear"`` or None selects every linear layer and stack of experts
+        but the output head and the routers of experts.
     placement
-        ``"attention"`` or ``"feed-forward"`` to adapt those of the targets alone.
+        ``"attention"`` or ``"feed-forward"`` to adapt only those modules among the targets.
     roles
-        What modules with unusual names do, as in `lorank.modules.roles.roles_of`: for `placement` and the
-        method ``"attention-heavy"``.
+        Roles of modules with unusual names, as in `lorank.modules.roles.roles_of`: for `placement` and for
+        methods with an option `roles`.
     threads, progress
-        For the analysis, if there is one: as in `analyze`.
+        Options of the analysis, if the source is analysed: as in `analyze`.
     **method_options
-        Those of the method: see `lorank.allocation.signals`.
+        Options of the method.
 
     Returns
     -------
     RankAllocation
-        Its parameters never exceed the budget, and no module below its bound could take one more
-        rank within it.
+        The parameters never exceed the budget, and the budget pays for no further rank of a module below
+        its bound.
 
     Raises
     ------
     ValueError
-        If no module is selected, the bounds are none, the budget is infeasible (the message states
-        the range) or a share of a base model of unknown size, both `budget` and `avg_rank` are
-        given, the method needs one of them, or it needs another report; if `roles` fit no module.
+        If no module is selected, an argument is malformed, the budget is infeasible (the message states the
+        feasible range) or a percentage of an unknown number, both `budget` and `avg_rank` are given or the
+        method needs one of them, the method needs another report, or `roles` match no module.
+
+    Examples
+    --------
+    >>> import lorank, numpy
+    >>> random = numpy.random.default_rng(0)
+    >>> names = ("layers.0.attn.q_proj", "layers.0.mlp.up_proj")
+    >>> weights = {f"{name}.weight": random.standard_normal((32, 16)) for name in names}
+    >>> allocation = lorank.allocate(weights, "htsr", r_min=1, r_max=8, budget=400, progress=False)
+    >>> allocation.num_parameters
+    384
+    >>> lorank.allocate(weights, "uniform", r_max=4, placement="attention", progress=False).ranks
+    {'layers.0.attn.q_proj': 4}
     """
     r_min, r_max = rank_bounds(r_min, r_max)
     if budget is not None and avg_rank is not None:
@@ -178,7 +176,7 @@ def _selected(
     targets: naming.Targets,
     facts: ModelFacts,
 ) -> list[AdaptedModule]:
-    """Return the modules that `targets` selects; where there are none, name packed weights as the cause."""
+    """Return the modules that `targets` selects; an error names packed weights as the cause."""
     try:
         return targeted(every, targets, facts.ties)
     except ValueError as error:
@@ -210,7 +208,7 @@ def _without_refused(
     Raises
     ------
     ValueError
-        If there are only others.
+        If PEFT can adapt none of the modules.
     """
     held = [module for module in modules if module.name not in facts.refused]
     names = [module.name for module in modules if module.name in facts.refused]
@@ -224,7 +222,7 @@ def _without_refused(
 def _with_caps(
     flags: Mapping[str, str], modules: Sequence[AdaptedModule], ranks: Iterable[int], r_max: int
 ) -> dict[str, str]:
-    """The flags, and a remark where a matrix allows no larger rank."""
+    """Return the flags, with a remark on every module whose rank its matrix limits."""
     found = dict(flags)
     for module, rank in zip(modules, ranks, strict=True):
         if rank >= min(module.shape) and rank < r_max:
@@ -234,12 +232,14 @@ def _with_caps(
 
 
 def _label(evidence: Report[Any] | Source) -> str:
+    """Return the name of a report's source, or of a source."""
     return evidence.source if isinstance(evidence, Report) else evidence.label
 
 
 def _placed(modules: list[AdaptedModule], placement: Placement, roles: Roles) -> list[AdaptedModule]:
-    wanted = in_placement([module.name for module in modules], placement, roles)
-    chosen = [module for module, is_wanted in zip(modules, wanted, strict=True) if is_wanted]
+    """Return the modules that a placement adapts."""
+    selected = in_placement([module.name for module in modules], placement, roles)
+    chosen = [module for module, is_selected in zip(modules, selected, strict=True) if is_selected]
     if not chosen:
         raise ValueError(f"placement {placement!r} selects none of the {len(modules)} modules")
     return chosen

@@ -27,29 +27,38 @@ _FORMAT = "lorank.RankAllocation"
 
 @dataclass(frozen=True, slots=True)
 class RankAllocation:
-    """Ranks of modules.
+    """The rank of every adapted module.
 
     Attributes
     ----------
     modules
         The adapted modules, in the model's order.
     ranks
-        Module name -> rank, in the same order.
+        Rank of each module by its name, in the same order.
     scores
-        Module name -> what its method said.
+        Score of each module by its name, in the unit of the method.
     method
-        The method's name.
+        Name of the method.
     other_modules
-        Modules of the model that are not adapted: patterns must not touch them.
+        Names of the modules that are not adapted, which the patterns of a `LoraConfig` must not match.
     flags
-        Remarks on single modules, by name; also on those that get no rank because they could not be
-        profiled.
+        Remarks by the name of the module, also on modules that get no rank.
     source
-        What the ranks were derived from.
+        Name of the source that the ranks were derived from.
     base_parameters
-        Parameters of the whole base model, None if unknown.
+        Number of parameters of the base model; None if unknown.
     facts
         Facts about the model beside its matrices.
+
+    Examples
+    --------
+    >>> import lorank, numpy
+    >>> weights = {"q_proj.weight": numpy.eye(8), "up_proj.weight": numpy.ones((32, 8))}
+    >>> allocation = lorank.allocate(weights, "uniform", r_min=1, r_max=4, progress=False)
+    >>> allocation.ranks
+    {'q_proj': 4, 'up_proj': 4}
+    >>> allocation.num_parameters, allocation.average_rank
+    (224, 4.0)
     """
 
     modules: Sequence[AdaptedModule]
@@ -64,7 +73,7 @@ class RankAllocation:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the adapter: ``sum rank * copies * (out + in)``."""
+        """Number of parameters of the adapter: ``sum rank * copies * (out + in)``."""
         return sum(self.ranks[module.name] * module.cost for module in self.modules)
 
     @property
@@ -75,26 +84,26 @@ class RankAllocation:
     def to_lora_config(
         self, model: Any = None, *, scale_rule: ScaleRule = "constant", **lora_config_kwargs: Any
     ) -> LoraConfig:
-        """A `peft.LoraConfig` with these ranks.
+        """Return a `peft.LoraConfig` with these ranks.
 
         Parameters
         ----------
         model
-            The model that will be adapted, before PEFT. With it, names are resolved to those of its
-            own modules, and one that fits no module, or several, is an error. Without it, names
-            match as suffixes, so that prefixes may differ.
+            The base model, before PEFT adapts it. If it is given, names are resolved to names of its
+            modules, and a name that fits no module, or several, is an error. If not, names match as
+            suffixes, so that prefixes may differ.
         scale_rule
-            ``"constant"``: every module is scaled by ``lora_alpha / r``, `r` the rounded average
-            rank, as in plain LoRA. ``"rank-stabilized"``: by ``lora_alpha / sqrt(rank)``.
+            ``"constant"`` scales every module by ``lora_alpha / r`` as plain LoRA does, with `r` the rounded
+            average rank; ``"rank-stabilized"`` scales by ``lora_alpha / sqrt(rank)``.
         **lora_config_kwargs
-            Everything else of `LoraConfig`: `lora_alpha`, `lora_dropout`, `task_type`, ...
+            The other arguments of `LoraConfig`: `lora_alpha`, `lora_dropout`, `task_type`, ...
 
         Raises
         ------
         ImportError
-            Without PEFT (extra ``peft``).
+            If PEFT (extra ``peft``) is not installed.
         ValueError
-            If `r`, patterns, targets or `use_rslora` are passed (they are the allocation's), or if
+            If an argument sets `r`, patterns, targets or `use_rslora`, which the allocation sets, or if
             names do not fit the model.
         """
         peft = extras.require("peft", "peft", "to build a LoraConfig")
@@ -105,7 +114,18 @@ class RankAllocation:
     def lora_settings(
         self, model: Any = None, *, scale_rule: ScaleRule = "constant", **lora_config_kwargs: Any
     ) -> dict[str, Any]:
-        """The arguments of `to_lora_config`'s result, without PEFT: for `adapter_config.json`."""
+        """Return the arguments of `LoraConfig` as JSON values; PEFT is not needed.
+
+        The parameters are those of `to_lora_config`.
+
+        Examples
+        --------
+        >>> import lorank, numpy
+        >>> allocation = lorank.allocate({"q.weight": numpy.eye(8)}, "uniform", r_max=4, progress=False)
+        >>> settings = allocation.lora_settings(lora_alpha=16)
+        >>> settings["r"], settings["target_modules"]
+        (4, ['q'])
+        """
         return lora_config.settings(
             self.modules,
             self.ranks,
@@ -117,11 +137,11 @@ class RankAllocation:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the allocation as JSON; the file appears whole or not at all."""
+        """Write the allocation to a JSON file, which is complete or does not appear."""
         write_text(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
 
     def to_json(self) -> dict[str, Any]:
-        """The allocation as values that JSON knows."""
+        """Return the allocation as JSON values."""
         modules = [
             {
                 "name": module.name,
@@ -150,12 +170,12 @@ class RankAllocation:
 
     @classmethod
     def load(cls, path: str | Path) -> RankAllocation:
-        """Read what `save` wrote.
+        """Read an allocation that `save` wrote.
 
         Raises
         ------
         FormatError
-            If the file is no allocation.
+            If the file does not hold an allocation.
         """
         try:
             content = read_json(Path(path))
@@ -177,4 +197,4 @@ class RankAllocation:
                 ModelFacts.from_json(content["model"]) if "model" in content else ModelFacts(),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise FormatError(f"{path}: is no rank allocation: {error!r}") from error
+            raise FormatError(f"{path}: is not a rank allocation: {error!r}") from error
