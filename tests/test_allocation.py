@@ -153,7 +153,7 @@ def test_save_and_load(report: lorank.SpectralReport, tmp_path: Path) -> None:
 def test_files_that_are_no_allocation(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(lorank.FormatError, match=r"a\.json: is no rank allocation"):
+    with pytest.raises(lorank.FormatError, match=r"a\.json: is not a rank allocation"):
         lorank.RankAllocation.load(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import os
 import subprocess
 import sys
@@ -491,14 +492,15 @@ def test_help_of_task_speaks_of_the_intercept() -> None:
 
 def test_help_names_every_method() -> None:
     shown = help_of("allocate")
-    for name in ("htsr", "uniform", "linear-decay", "attention-heavy", "empirical", "gard", "task"):
+    known = {"htsr", "uniform", "linear-decay", "attention-heavy", "empirical", "gard", "task"}
+    assert known <= set(signals.names())
+    for name in signals.names():
         method = signals.find(name)
         assert f"{name}: {method.summary}" in shown
         assert f"Options: {', '.join(method.options)}." in shown or not method.options
-        # What the command line lists, the library's documentation lists.
-        entry = str(lorank.allocate.__doc__).partition(f'- ``"{name}"``: ')[2].partition("- ``")[0]
-        assert all(f"`{option}`" in entry or f"{option}=" in entry for option in method.options)
-        assert entry
+        # The documentation of the method describes every option that the command line lists.
+        parameters = str(method.function.__doc__).partition("Parameters\n")[2].partition("Notes\n")[0]
+        assert all(re.search(rf"^\s+(\w+, )*{option}\b", parameters, re.M) for option in method.options)
     assert "Rank r_base - (r_base - r_min) i / (L - 1) in block i of L" in shown
 
 
