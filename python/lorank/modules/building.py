@@ -1,4 +1,4 @@
-"""Models built from their `config.json` on the meta device: no weights, no memory, no remote code."""
+"""Builds models from their `config.json` on the meta device, without weights, memory or remote code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 
-# The classes that build a model with a head, tried in this order where a config names no class.
+# The classes that build a model with a head, tried in this order if a configuration names no class.
 _WITH_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForCTC")
 
-# The errors of the libraries' constructors for a config that they do not fit.
+# The errors that the libraries' constructors raise for a configuration that does not fit.
 _MISFITS = (
     ArithmeticError,
     AssertionError,
@@ -38,9 +38,10 @@ class Unknown:
     Attributes
     ----------
     reason
-        A clause for messages.
+        The reason, as a clause for messages.
     is_foreign
-        True if there is a config of a model whose code is not at hand: names may then mean anything.
+        True if a configuration exists but the model's code is not available; names of tensors may then mean
+        anything.
     """
 
     reason: str
@@ -70,7 +71,7 @@ def build(config: ModelConfig, names: Collection[str]) -> Skeleton | Unknown:
 
 
 def library_of(config: ModelConfig, num_tensors: int) -> str | Unknown:
-    """Return the library that builds the model of a config, or the reason why none can.
+    """Return the library that builds the model of a configuration, or the reason why no library can.
 
     Parameters
     ----------
@@ -92,7 +93,7 @@ def library_of(config: ModelConfig, num_tensors: int) -> str | Unknown:
 
 
 def model_of(config: ModelConfig, names: Collection[str]) -> Any:
-    """Build the model of a config on the meta device, without the libraries' messages; see `build`."""
+    """Build the model of a configuration on the meta device and silence the libraries; see `build`."""
     with _quiet():
         if config.library == "diffusers":
             return _diffusers_model(config)
@@ -100,13 +101,14 @@ def model_of(config: ModelConfig, names: Collection[str]) -> Any:
 
 
 def _misfits() -> tuple[type[Exception], ...]:
-    """Return the errors for a config that does not fit; transformers 5 has one of its own."""
+    """Return the errors for a configuration that does not fit, with the one that transformers 5 adds."""
     errors = importlib.import_module("huggingface_hub.errors")
     strict = getattr(errors, "StrictDataclassError", None)
     return (*_MISFITS, strict) if strict is not None else _MISFITS
 
 
 def _transformers_model(config: ModelConfig, names: Collection[str]) -> Any:
+    """Build a model of transformers; the names of tensors decide if it has a head."""
     import torch
     import transformers
 
@@ -130,6 +132,7 @@ def _transformers_model(config: ModelConfig, names: Collection[str]) -> Any:
 
 
 def _diffusers_model(config: ModelConfig) -> Any:
+    """Build a model of diffusers."""
     import torch
 
     diffusers: Any = importlib.import_module("diffusers")
@@ -142,7 +145,7 @@ def _diffusers_model(config: ModelConfig) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """Return what an error states, on one line."""
+    """Return the first line of an error's message, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     return text[:200] or type(error).__name__
@@ -150,10 +153,9 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence warnings of libraries while they are imported and while they build a model that will not run.
+    """Silence warnings of libraries while they are imported and build a model that will not run.
 
-    Loggers of torch, torchao, transformers and others report at import, each in its own way, which kernels
-    are missing. Errors are still logged.
+    torch, torchao, transformers and others log missing kernels at import. Errors are still logged.
     """
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))

@@ -1,8 +1,8 @@
-"""A checkpoint's model and the parameters that its tensors become, described in a separate process.
+"""Describes the model of a checkpoint and the parameters that its tensors become, in a separate process.
 
-Building a model imports torch and its libraries: seconds, a gigabyte and their messages. Where they are
-loaded already, this process builds the model; elsewhere a child process describes it as JSON, and this one
-stays small. A hostile config costs no more than the child's time limit.
+Building a model imports torch and its libraries, which costs seconds and a gigabyte of memory. If they are
+loaded already, this process builds the model. If not, a child process describes it as JSON, and this process
+stays small. A hostile configuration costs at most the time limit of the child.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorank.modules.weight import Weight
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The child takes the parent's own search path, never the folder that it happens to run in.
+# The child uses the search path of the parent, and never adds the folder in which it runs.
 _CHILD = """
 import json, sys
 question = json.load(sys.stdin)
@@ -32,7 +32,7 @@ sys.path[:] = question["path"]
 from lorank.modules.description import answer
 answer(question)
 """
-_TIME_LIMIT = 600.0
+_TIME_LIMIT = 600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ def describe_model(config: ModelConfig, shapes: Shapes) -> Description | Unknown
 
 
 def answer(question: Mapping[str, Any]) -> None:
-    """Describe the model of a question and print the answer: the work of the child process."""
-    out, sys.stdout = sys.stdout, sys.stderr  # the libraries' own messages must not mix with the answer
+    """Describe the model of a question and print the answer, in the child process."""
+    out, sys.stdout = sys.stdout, sys.stderr  # messages of the libraries must not mix with the answer
     shapes = {name: tuple(shape) for name, shape in question["shapes"].items()}
     found = _described(ModelConfig(question["config"], Path(question["folder"])), shapes)
     json.dump(_to_json(found), out)
@@ -100,11 +100,13 @@ def answer(question: Mapping[str, Any]) -> None:
 
 
 def _described(config: ModelConfig, shapes: Shapes) -> Description | Unknown:
+    """Describe the model in this process."""
     model = build(config, shapes.keys())
     return model if isinstance(model, Unknown) else Description(model, place(shapes, model))
 
 
 def _to_json(found: Description | Unknown) -> dict[str, Any]:
+    """Return a description as JSON values."""
     if isinstance(found, Unknown):
         return {"reason": found.reason, "is_foreign": found.is_foreign}
     skeleton, placement = found.skeleton, found.placement
@@ -123,6 +125,7 @@ def _to_json(found: Description | Unknown) -> dict[str, Any]:
 
 
 def _from_json(content: Mapping[str, Any], config: ModelConfig, shapes: Shapes) -> Description | Unknown:
+    """Return the description that `_to_json` wrote."""
     if "reason" in content:
         return Unknown(content["reason"], content["is_foreign"])
     weights = [

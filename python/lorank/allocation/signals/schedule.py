@@ -4,8 +4,8 @@ Source: [SCHEDULES], section 3.1.
 
 Ranks are computed in rational arithmetic, rounded half up, and clipped to ``[r_min, r_max]``. `i` is the
 index of a module's block among the `L` blocks of its stack; an encoder and a decoder are two stacks. All
-blocks in the source or the report are counted, adapted or not. Scores are ``rank - r_min``; if all are zero, a
-budget gives equal ranks.
+blocks in the source or the report are counted, adapted or not. Scores are ``rank - r_min``; if all are zero,
+a budget gives equal ranks.
 """
 
 from __future__ import annotations
