@@ -126,7 +126,7 @@ def test_unusual_names_need_roles_only_where_roles_matter() -> None:
     }
     roles: Roles = {"mix_in": "attention", "widen": "feed-forward", "other": None}
     assert len(lorank.allocate(weights, "uniform").ranks) == 6
-    with pytest.raises(ValueError, match=r"cannot tell the role of 'model\.layers\.0\.mixer\.mix_in'"):
+    with pytest.raises(ValueError, match=r"the role of 'model\.layers\.0\.mixer\.mix_in' cannot be read"):
         lorank.allocate(weights, "uniform", placement="attention")
     for placement, name in (("attention", "mix_in"), ("feed-forward", "widen")):
         found = lorank.allocate(weights, "uniform", placement=placement, roles=roles)  # type: ignore[arg-type]

@@ -538,7 +538,7 @@ def test_options_of_schedules(tmp_path: Path) -> None:
     for arguments, message in (
         (("-m", "linear-decay", "--option", "r_base=many"), "r_base must be a rank, not 'many'"),
         (("-m", "linear-decay"), "give blocks"),
-        (("-m", "linear-decay", "--option", "blocks=("), "is no regular expression"),
+        (("-m", "linear-decay", "--option", "blocks=("), "is not a regular expression"),
         (("-m", "uniform", "--option", roles), "method 'uniform' has no option 'roles': it has r_base"),
         (("-m", "uniform", "--option", "r_min=3"), "method 'uniform' has no option 'r_min'"),
         (("-m", "uniform", "--option", "placement=all"), "method 'uniform' has no option 'placement'"),

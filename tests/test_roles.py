@@ -361,7 +361,7 @@ def test_blocks_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ("(", "blocks: '\\('.*no regular expression"),
+        ("(", "blocks: '\\('.*not a regular expression"),
         (r"layers\.\d+", "must be a group"),
         (r"(layers)\.\d+", "must be a group"),
         (r"lairs\.(\d+)", "matches none of 1 modules"),
@@ -384,7 +384,7 @@ def test_roles_of_ones_own_come_first_and_match_whole_parts() -> None:
     ("own", "message"),
     [
         ({"mixer": "mixing"}, "'mixer' must be 'attention', 'feed-forward' or None, not 'mixing'"),
-        ({"(": "attention"}, "no regular expression"),
+        ({"(": "attention"}, "not a regular expression"),
         ("mixer", "must map"),
     ],
 )
