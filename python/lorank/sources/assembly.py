@@ -1,4 +1,4 @@
-"""Assembles a source from the tensors of a checkpoint: matrices with the names of the loaded model."""
+"""Assembles a source from the tensors of a checkpoint, with the names of the loaded model."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lorank.sources.tensor_matrices import MatrixFinder, matrices_of
 
 
 class StoredTensors(Protocol):
-    """Named tensors that are read one matrix at a time."""
+    """Named tensors of a checkpoint, which are read one matrix at a time."""
 
     is_unordered: bool
-    """True if the order of the tensors is a writer's, not the model's."""
+    """True if the tensors are in the order of a file, not of the model."""
 
     def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return every tensor's element type and shape, in order."""
+        """Return the element type and shape of every tensor by its name, in order."""
         ...
 
     def is_lazy(self, name: str) -> bool:
-        """Return True if a matrix of the tensor takes memory of its own."""
+        """Return True if reading a matrix of the tensor copies its values."""
         ...
 
     def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
@@ -42,7 +42,7 @@ class StoredTensors(Protocol):
         ...
 
     def shared_with(self, name: str) -> str | None:
-        """Return the earlier tensor of the same memory and shape, if there is one."""
+        """Return the first tensor of the same memory and shape; None for the first one itself."""
         ...
 
     def are_equal(self, a: str, b: str) -> bool:
@@ -50,7 +50,7 @@ class StoredTensors(Protocol):
         ...
 
     def content(self, name: str) -> bytes | None:
-        """Return a tensor's bytes; None if they cannot be read."""
+        """Return the bytes of a tensor; None if they cannot be read."""
         ...
 
     @property
@@ -72,11 +72,11 @@ def assemble(
     label
         The name of the source in tables and reports.
     tensors
-        The checkpoint.
+        The tensors of the checkpoint.
     config
         The model's configuration.
     ask
-        Describes the model, given the shapes of the tensors that are not packed.
+        A function that describes the model, given the shapes of the tensors that are not packed.
     """
     entries = tensors.entries()
     packing = Packing(entries, Quantization(config.quantization), tensors.content, tensors.metadata)
@@ -94,7 +94,7 @@ def assemble(
 def _by_names(
     label: str, tensors: StoredTensors, config: ModelConfig, packing: Packing, unknown: Unknown
 ) -> Source:
-    """Open a source whose model is not known, by names and shapes alone."""
+    """Open a source whose model is unknown, by names and shapes of tensors."""
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
     finder = MatrixFinder(shapes, config, has_packed=bool(packing.codes))
@@ -160,7 +160,7 @@ def _by_skeleton(
 
 
 def _ordered(matrices: Sequence[SourceMatrix]) -> tuple[SourceMatrix, ...]:
-    # Writers sort by type and by name as text: block 10 before block 2.
+    """Sort matrices by name with numbers by value: files sort block 10 before block 2."""
     return tuple(sorted(matrices, key=lambda matrix: naming.natural_key(matrix.info.name)))
 
 
@@ -190,14 +190,14 @@ def _sort_out(
 
 
 def _row(tensors: StoredTensors, name: str) -> Callable[[], Matrix] | None:
-    """Return a function that reads a tensor as one row; None if it holds no numbers to read."""
+    """Return a function that reads a tensor as one row; None if it holds no floating-point numbers."""
     dtype, shape = tensors.entries()[name]
     size = math.prod(shape)
     return partial(tensors.matrix, name, 1, size) if size > 0 and dtype in arrays.FLOAT_TYPES else None
 
 
 def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> dict[str, str]:
-    """Return the tensors that are stored copies of a tied tensor, each with the name of that tensor.
+    """Return the name of the original by the name of each stored copy of a tied tensor.
 
     transformers ties two stored tensors only if they are equal.
     """
@@ -215,7 +215,7 @@ def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> di
 
 
 def _converted(tensors: StoredTensors, conversion: Conversion, model: Skeleton) -> Iterator[SourceMatrix]:
-    """Yield the matrices of parameters that are computed from several tensors, each when it is read."""
+    """Yield the matrices of parameters that are computed from several tensors when they are read."""
     dtype = arrays.FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
     if dtype is None:
         return
@@ -238,7 +238,7 @@ def _computed(
     rows: int,
     cols: int,
 ) -> Matrix:
-    """Return a matrix of a converted parameter: of one expert by itself, or of the whole."""
+    """Return a matrix of a converted parameter; with `part`, only the tensors of one expert are converted."""
     import torch
 
     def fetch(name: str, expert: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""Sources on disk and on the hub."""
+"""Sources in files: safetensors checkpoints and pickled state dicts, on disk or from the hub."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def open_path(path: Path, label: str) -> Source:
 
 
 def _open_safetensors(path: Path, label: str) -> Source:
+    """Open a safetensors file, index or folder."""
     checkpoint = Checkpoint(path)
     tensors = checkpoint.tensors()
     stored = StoredFiles(checkpoint, label)
@@ -48,7 +49,7 @@ def _open_safetensors(path: Path, label: str) -> Source:
 
 
 class StoredFiles:
-    """The tensors of a safetensors checkpoint, which stay on disk, by the names that they have without PEFT.
+    """The tensors of a safetensors checkpoint, by their names without PEFT; values stay on disk.
 
     Raises
     ------
@@ -73,11 +74,11 @@ class StoredFiles:
                 self.skipped.append(Skipped(name, tuple(shape), recognise.exclusion_reason(name)))
 
     def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return every tensor's element type and shape, in the files' order."""
+        """Return the element type and shape of every tensor, in the order of the files."""
         return self._entries
 
     def is_lazy(self, name: str) -> bool:
-        """Return False: a view of a file costs no memory."""
+        """Return False: a view of a file copies no values."""
         del name
         return False
 
@@ -86,7 +87,7 @@ class StoredFiles:
         return self._checkpoint.matrix(self._positions[name], rows, cols, index)
 
     def shared_with(self, name: str) -> str | None:
-        """Return None: files hold every tensor once."""
+        """Return None: files hold each tensor once."""
         del name
         return None
 
@@ -95,7 +96,7 @@ class StoredFiles:
         return self.content(a) == self.content(b)
 
     def content(self, name: str) -> bytes:
-        """Return a tensor's bytes."""
+        """Return the bytes of a tensor."""
         return self._checkpoint.stored_bytes(self._positions[name])
 
     @property
@@ -105,12 +106,13 @@ class StoredFiles:
 
 
 def _assembled(path: Path, label: str, tensors: StoredTensors) -> Source:
-    """Join a checkpoint's tensors and the model that the `config.json` beside them describes."""
+    """Assemble a source from tensors and the model that the `config.json` beside them describes."""
     config = ModelConfig.read(path)
     return assemble(label, tensors, config, partial(describe_model, config))
 
 
 def _open_pickles(path: Path, label: str) -> Source:
+    """Open pickled state dicts."""
     from lorank.sources import state_dict
 
     tensors = state_dict.StoredArrays(state_dict.read_pickles(path), label)
@@ -119,7 +121,7 @@ def _open_pickles(path: Path, label: str) -> Source:
 
 
 def _fingerprint(files: Sequence[Path], tensors: Sequence[tuple[str, str, list[int]]]) -> str:
-    """A digest of what a checkpoint holds: headers, and size and time of change of every file."""
+    """Return a digest of the headers of a checkpoint and of size and modification time of each file."""
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
