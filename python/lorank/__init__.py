@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from lorank._core import FormatError, LorankError, NumericalError, __version__
 from lorank._internal.lazy import lazy_names
+from lorank.allocation.allocate import allocate
 from lorank.allocation.budget import fit_ranks
-from lorank.allocation.rank_allocation import RankAllocation, allocate
+from lorank.allocation.rank_allocation import RankAllocation
 from lorank.analysis.matrices import analyze
 from lorank.report import ModuleSpectrum, SpectralReport
 from lorank.statistics.hill import alpha_hill

@@ -126,7 +126,7 @@ def test_unusual_names_need_roles_only_if_roles_are_used() -> None:
     }
     roles: Roles = {"mix_in": "attention", "widen": "feed-forward", "other": None}
     assert len(lorank.allocate(weights, "uniform").ranks) == 6
-    with pytest.raises(ValueError, match=r"cannot tell the role of 'model\.layers\.0\.mixer\.mix_in'"):
+    with pytest.raises(ValueError, match=r"the role of 'model\.layers\.0\.mixer\.mix_in' cannot be read"):
         lorank.allocate(weights, "uniform", placement="attention")
     for placement, name in (("attention", "mix_in"), ("feed-forward", "widen")):
         found = lorank.allocate(weights, "uniform", placement=placement, roles=roles)  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def test_allocations_survive_saving(report: lorank.SpectralReport, tmp_path: Pat
 def test_other_files_raise(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(lorank.FormatError, match=r"a\.json: is no rank allocation"):
+    with pytest.raises(lorank.FormatError, match=r"a\.json: is not a rank allocation"):
         lorank.RankAllocation.load(path)
 
 

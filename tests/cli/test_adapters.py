@@ -172,7 +172,7 @@ USAGE = {
     "extract no knob": ("exactly one of --avg-rank, --energy, --budget and --auto", "extract A A -o O"),
     "extract budget": ("not a percentage: 'x%'", "extract A A -o O --budget x%"),
     "extract no budget": ("--budget 0% keeps nothing", "extract A A -o O --budget 0%"),
-    "regex": ("'(' is no regular expression", "extract A A -o O --avg-rank 1 --include re:("),
+    "regex": ("'(' is not a regular expression", "extract A A -o O --avg-rank 1 --include re:("),
 }
 
 

@@ -27,7 +27,7 @@ def test_strings_match_as_peft_does(name: str, targets: str) -> None:
 
 
 def test_invalid_expression_raises() -> None:
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         naming.matcher("(")
 
 

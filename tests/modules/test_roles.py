@@ -308,7 +308,7 @@ def test_state_space_model_has_blocks_but_no_roles() -> None:
 def test_names_of_other_libraries_have_blocks_and_roles(
     name: str, block: tuple[str, int] | None, role: str | None
 ) -> None:
-    assert roles.block_of(name) == (None if block is None else Block(block[0], (block[1],)))
+    assert roles.numbered_block(name) == (None if block is None else Block(block[0], (block[1],)))
     assert roles.roles_of([name]) == [role]
 
 
@@ -328,7 +328,7 @@ def test_innermost_part_of_a_name_determines_the_role() -> None:
     ],
 )
 def test_stages_are_parts_of_the_block_number(name: str, number: tuple[int, ...] | None) -> None:
-    block = roles.block_of(name)
+    block = roles.numbered_block(name)
     assert (block and block.number) == number
 
 
@@ -342,9 +342,9 @@ def test_unknown_lists_raise(name: str) -> None:
 
 def test_option_suggested_by_the_error_works() -> None:
     with pytest.raises(ValueError, match="give blocks") as error:
-        roles.block_of("backbone.units.3.attn.q")
+        roles.numbered_block("backbone.units.3.attn.q")
     advice = str(error.value).split("blocks=r'")[1].rstrip("'")
-    assert roles.block_of("backbone.units.3.attn.q", advice) == Block("backbone.units", (3,))
+    assert roles.numbered_block("backbone.units.3.attn.q", advice) == Block("backbone.units", (3,))
 
 
 def test_custom_blocks_determine_depths() -> None:
@@ -363,7 +363,7 @@ def test_custom_blocks_determine_depths() -> None:
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ("(", "blocks: '\\('.*no regular expression"),
+        ("(", "blocks: '\\('.*not a regular expression"),
         (r"layers\.\d+", "must be a group"),
         (r"(layers)\.\d+", "must be a group"),
         (r"lairs\.(\d+)", "matches none of 1 modules"),
@@ -386,7 +386,7 @@ def test_custom_roles_take_precedence_and_match_complete_parts() -> None:
     ("own", "message"),
     [
         ({"mixer": "mixing"}, "'mixer' must be 'attention', 'feed-forward' or None, not 'mixing'"),
-        ({"(": "attention"}, "no regular expression"),
+        ({"(": "attention"}, "not a regular expression"),
         ("mixer", "must map"),
     ],
 )

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorank
 from lorank.modules.building import Unknown, build
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.sources import open_source
 from tests.support.architectures import tiny
@@ -217,7 +218,7 @@ def test_stored_tables_that_differ_are_not_tied(tmp_path: Path) -> None:
 
 
 def test_config_with_more_layers_than_the_files_is_not_built() -> None:
-    found = build(Path("nowhere"), {"model_type": "llama", "num_hidden_layers": 10**9}, ["a"] * 12)
+    found = build(ModelConfig({"model_type": "llama", "num_hidden_layers": 10**9}), ["a"] * 12)
     assert isinstance(found, Unknown)
     assert found.is_foreign
     assert "num_hidden_layers=1000000000" in found.reason

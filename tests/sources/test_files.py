@@ -189,7 +189,7 @@ def test_pickles_never_execute_code(tmp_path: Path, save_as: str) -> None:
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=save_as == "zip")
-    with pytest.raises(lorank.FormatError, match=r"model\.bin: is no state dict that can be read safely"):
+    with pytest.raises(lorank.FormatError, match=r"model\.bin: is not a state dict that can be read safely"):
         lorank.analyze(path)
     assert not marker.exists()
 
@@ -200,7 +200,7 @@ def test_malicious_shard_fails_the_command_line(tmp_path: Path) -> None:
     refused(
         command("analyze", folder),
         "pytorch_model-00002-of-00002.bin",
-        "is no state dict that can be read safely",
+        "is not a state dict that can be read safely",
         "it refers to posix.mkdir",
         free_of=("weights_only=", "trusted source", "\x1b"),
     )
@@ -212,7 +212,7 @@ def test_truncated_pickles_raise(tmp_path: Path, keep: float) -> None:
     path = pickled(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(lorank.FormatError, match=r"pytorch_model\.bin: is no state dict"):
+    with pytest.raises(lorank.FormatError, match=r"pytorch_model\.bin: is not a state dict"):
         lorank.analyze(path)
 
 
@@ -448,11 +448,11 @@ def test_hostile_indices_raise(tmp_path: Path, index: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
-        ("", "is no shard index"),
-        ("not json", "is no shard index"),
-        ("[]", "is no shard index"),
-        ("{}", "is no shard index"),
-        ("[" * 100_000, "is no shard index"),
+        ("", "is not a shard index"),
+        ("not json", "is not a shard index"),
+        ("[]", "is not a shard index"),
+        ("{}", "is not a shard index"),
+        ("[" * 100_000, "is not a shard index"),
         ('{"weight_map": {"a": 3}}', "not a plain file name"),
         ('{"weight_map": {"a": "../outside.bin"}}', "not a plain file name"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "not a plain file name"),

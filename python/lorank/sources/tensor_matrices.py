@@ -1,36 +1,41 @@
-"""Finds the matrices in a tensor: by the model's skeleton where it is known, else by name and shape."""
+"""Finds the matrices in a tensor, by the model's skeleton if it is known, else by name and shape."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lorank.modules import naming
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.weight import Kind, Weight
+from lorank.sources.arrays import FLOAT_TYPES
 from lorank.sources.base import MatrixInfo
 
-# Element types with a spectrum, by the names that safetensors and torch/NumPy give them.
-FLOAT_TYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-} | {name: name for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
-
-# Architectures whose stacked experts are stored (experts, in, out), and declare it to PEFT.
+# Architectures whose stacks of experts are stored (experts, in, out) and declare this to PEFT.
 _TRANSPOSED_EXPERTS = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
 
-# Architectures whose linear layers are transformers' Conv1D: stored (in, out).
+# Architectures whose linear layers are Conv1D of transformers, stored (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
 
 @dataclass(frozen=True, slots=True)
-class StoredMatrix:
-    """A matrix within a tensor: `rows x cols` values in row-major order, the `index`-th of its kind."""
+class MatrixSlice:
+    """A matrix in a tensor.
+
+    Attributes
+    ----------
+    info
+        The identity of the matrix.
+    rows, cols
+        The stored shape, in row-major order.
+    index
+        The position of the matrix among the matrices of the tensor.
+    transposed
+        True if the matrix is stored as ``(in, out)``.
+    kernel
+        Shape ``(in, kh, kw)`` of the kernel of a convolution; empty for other matrices.
+    """
 
     info: MatrixInfo
     rows: int
@@ -40,42 +45,41 @@ class StoredMatrix:
     kernel: tuple[int, ...] = ()
 
 
-class Layout:
-    """Reads the tensors of one model.
+class MatrixFinder:
+    """Finds the matrices in the tensors of one model.
 
     Parameters
     ----------
     shapes
-        Every tensor's shape by name; siblings decide what some tensors are.
+        The shape of every tensor by its name. The kind of some tensors depends on others.
     config
-        The model's `config.json`, or an empty mapping.
+        The model's configuration.
     described
-        The parameter that a tensor is loaded into, by the tensor's name, where the skeleton knows it.
+        The parameter of the skeleton that a tensor is loaded into, by the name of the tensor.
     has_packed
-        True where some weights are packed, under other names than those of plain weights.
+        True if some weights are packed, under other names than those of plain weights.
     """
 
     def __init__(
         self,
         shapes: Mapping[str, tuple[int, ...]],
-        config: Mapping[str, Any],
+        config: ModelConfig,
         described: Mapping[str, Weight] | None = None,
         has_packed: bool = False,
     ) -> None:
         self.shapes = shapes
         self.described = described or {}
-        self.conv1d = _model_type(config) in _CONV1D_MODELS or (not config and _looks_like_gpt2(shapes))
-        text = config.get("text_config")
-        experts = text if isinstance(text, Mapping) else config
-        self.num_experts = experts.get("num_local_experts") or experts.get("num_experts")
-        self.transposed_experts = _model_type(experts) in _TRANSPOSED_EXPERTS
-        # Without a single `.weight`, the mapping's keys are the modules' names themselves.
+        is_gpt2 = config.is_empty and _looks_like_gpt2(shapes)
+        self.conv1d = config.model_type in _CONV1D_MODELS or is_gpt2
+        self.num_experts = config.num_experts
+        self.transposed_experts = config.text_model_type in _TRANSPOSED_EXPERTS
+        # If no name ends with `.weight`, the names are those of modules.
         self.plain_names = not has_packed and not any(
             name == "weight" or name.endswith(".weight") for name in shapes
         )
 
-    def matrices(self, name: str, dtype: str) -> list[StoredMatrix] | str:
-        """Return the matrices of a tensor, or the reason why there are none."""
+    def matrices(self, name: str, dtype: str) -> list[MatrixSlice] | str:
+        """Return the matrices of a tensor, or the reason why it has none."""
         shape = self.shapes[name]
         if math.prod(shape) == 0:
             return "empty tensor"
@@ -87,7 +91,7 @@ class Layout:
         return matrices_of(weight, shape, FLOAT_TYPES[dtype])
 
     def _guessed(self, name: str) -> Weight:
-        """Judge a tensor by its name, its shape and its siblings."""
+        """Guess the parameter by the name and the shape of a tensor."""
         shape = self.shapes[name]
         is_weight = self.plain_names or name == "weight" or name.endswith(".weight")
         module = name.removesuffix(".weight") if not self.plain_names else name
@@ -103,12 +107,13 @@ class Layout:
         return Weight(name, module, "linear", shape, transposed)
 
     def _is_expert_stack(self, module: str, shape: tuple[int, ...]) -> bool:
+        """Return True if a tensor of three dimensions stacks experts."""
         in_experts = naming.is_in_experts(module)
         return in_experts and (self.num_experts is None or shape[0] == self.num_experts)
 
 
-def matrices_of(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[StoredMatrix] | str:
-    """Return the matrices of a parameter whose stored shape is given, or the reason why there are none."""
+def matrices_of(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[MatrixSlice] | str:
+    """Return the matrices of a parameter with a stored shape, or the reason why it has none."""
     if weight.kind is None:
         return "not the weight of a module"
     if weight.kind == "expert":
@@ -117,20 +122,23 @@ def matrices_of(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[Stor
         rows, cols = shape
         oriented = (cols, rows) if weight.transposed else (rows, cols)
         info = _info(weight, weight.kind, oriented, dtype)
-        return [StoredMatrix(info, rows, cols, transposed=weight.transposed)]
+        return [MatrixSlice(info, rows, cols, transposed=weight.transposed)]
     if len(shape) > 5 or weight.kind != "conv":
         return f"{len(shape)}-D tensor"
     out, fan_in = shape[0], math.prod(shape[1:])
-    return [StoredMatrix(_info(weight, "conv", (out, fan_in), dtype), out, fan_in, kernel=shape[1:])]
+    return [MatrixSlice(_info(weight, "conv", (out, fan_in), dtype), out, fan_in, kernel=shape[1:])]
 
 
 def _info(weight: Weight, kind: Kind, shape: tuple[int, int], dtype: str) -> MatrixInfo:
+    """Return the identity of the matrix of a module."""
     return MatrixInfo(naming.without_parameter(weight.module), weight.module, kind, shape, dtype)
 
 
-def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[StoredMatrix] | str:
-    # Neither the spectrum nor the cost of a rank depends on the orientation: shapes are reported as
-    # stored.
+def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[MatrixSlice] | str:
+    """Return the matrices of a stack of experts, with their shapes as stored.
+
+    Neither the spectrum nor the cost of a rank depends on the orientation.
+    """
     if len(shape) != 3:
         return f"{len(shape)}-D tensor"
     module = weight.module
@@ -138,17 +146,11 @@ def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[StoredM
     infos = (
         MatrixInfo(f"{module}[{i}]", module, "expert", (rows, cols), dtype, expert=i) for i in range(experts)
     )
-    return [StoredMatrix(info, rows, cols, index, weight.transposed) for index, info in enumerate(infos)]
-
-
-def _model_type(config: Mapping[str, Any]) -> str:
-    """Return the architecture's name; empty where a damaged file holds anything else."""
-    name = config.get("model_type")
-    return name if isinstance(name, str) else ""
+    return [MatrixSlice(info, rows, cols, index, weight.transposed) for index, info in enumerate(infos)]
 
 
 def _looks_like_gpt2(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return True if a fused query-key-value weight is stored (in, 3 in), as Conv1D does."""
+    """Return True if a fused query-key-value weight is stored (in, 3 in), as in Conv1D."""
     return any(
         name.endswith("attn.c_attn.weight") and len(shape) == 2 and shape[1] == 3 * shape[0]
         for name, shape in shapes.items()
