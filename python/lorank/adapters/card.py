@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorank._core import __version__
 from lorank.adapters.certificate import Certificate
-from lorank.adapters.content import LoraAdapter, Profile
+from lorank.adapters.content import AdapterContent, Profile
 
 _LOADS = {
     "compact": "PEFT and vLLM 0.32 or later",
@@ -20,7 +20,7 @@ def is_ours(text: str) -> bool:
     return _MARK in text
 
 
-def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None, stored: int) -> str:
+def text(adapter: AdapterContent, profile: Profile, certificate: Certificate | None, stored: int) -> str:
     """The card's markdown, with the front matter that the hub reads; `stored` counts padding, too."""
     base = adapter.base_model
     is_peft = adapter.format == "peft"
@@ -56,7 +56,7 @@ def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None
     return "\n".join(lines)
 
 
-def _range(adapter: LoraAdapter) -> str:
+def _range(adapter: AdapterContent) -> str:
     ranks = [module.rank for module in adapter.adapted]
     return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.module import LoraModule
 from lorank.adapters.tensors import Stored
 
@@ -68,7 +68,7 @@ def magnitudes(keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
     return found
 
 
-def owners(adapter: LoraAdapter) -> set[str]:
+def owners(adapter: AdapterContent) -> set[str]:
     """Find the modules whose layer is needed even at rank 0, as other tensors or modules depend on the layer.
 
     These are modules with a bias of their factors or a DoRA magnitude, and
@@ -106,7 +106,7 @@ def _starts(key: str) -> Iterator[str]:
         yield _FACTOR_ENDS.sub("", start)
 
 
-def written(adapter: LoraAdapter, names: Collection[str]) -> dict[str, Stored]:
+def written(adapter: AdapterContent, names: Collection[str]) -> dict[str, Stored]:
     """Return the carried tensors, under the keys of a file in which only the named modules have factors."""
     if adapter.format == "kohya":
         return dict(adapter.carried)
@@ -115,7 +115,7 @@ def written(adapter: LoraAdapter, names: Collection[str]) -> dict[str, Stored]:
     return respelled(kept, adapter.modules.values(), after)
 
 
-def _is_of_a_lost_layer(key: str, adapter: LoraAdapter, names: Collection[str]) -> bool:
+def _is_of_a_lost_layer(key: str, adapter: AdapterContent, names: Collection[str]) -> bool:
     name, found, _ = key.removeprefix(PREFIX).partition(".lora_")
     return bool(found) and name in adapter.modules and name not in names
 
@@ -175,7 +175,7 @@ def _respelled(key: str, before: Mapping[str, int], after: Mapping[str, int]) ->
 
 
 def summed(
-    parts: Sequence[tuple[LoraAdapter, float]], after: Collection[LoraModule]
+    parts: Sequence[tuple[AdapterContent, float]], after: Collection[LoraModule]
 ) -> tuple[dict[str, Stored], list[str]]:
     """Return the tensors that a weighted sum of adapters carries, and notes about them.
 
@@ -187,7 +187,7 @@ def summed(
     ValueError
         If two differences of one key have unequal shapes.
     """
-    every: dict[str, list[tuple[LoraAdapter, Stored, float]]] = {}
+    every: dict[str, list[tuple[AdapterContent, Stored, float]]] = {}
     for adapter, weight in parts:
         spelled = adapter.carried
         if adapter.format == "peft":
@@ -209,7 +209,7 @@ def summed(
     return found, notes
 
 
-def _sum(key: str, terms: Sequence[tuple[LoraAdapter, Stored, float]]) -> Stored:
+def _sum(key: str, terms: Sequence[tuple[AdapterContent, Stored, float]]) -> Stored:
     first = terms[0][0]
     total: np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None = None
     for adapter, stored, weight in terms:

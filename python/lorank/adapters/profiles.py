@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank.adapters import carried
-from lorank.adapters.content import LoraAdapter, Profile
+from lorank.adapters.content import AdapterContent, Profile
 from lorank.adapters.formats.expert_layout import FIRST_VERSION, held_order, is_earlier
 from lorank.adapters.formats.peft import PREFIX
 from lorank.adapters.module import LoraModule
@@ -45,7 +45,7 @@ class Layout:
     b_factor: float
 
 
-def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
+def layouts(adapter: AdapterContent, profile: Profile) -> dict[str, Layout]:
     """Every written module's layout by name.
 
     Raises
@@ -81,7 +81,7 @@ def _common_rank(ranks: Mapping[str, int]) -> int:
     return max(ranks[name] for name in separate_experts(ranks) or ranks)
 
 
-def nothing_left(adapter: LoraAdapter) -> str | None:
+def nothing_left(adapter: AdapterContent) -> str | None:
     """Why there is nothing to write, if there is nothing."""
     if adapter.adapted:
         return None
@@ -90,7 +90,7 @@ def nothing_left(adapter: LoraAdapter) -> str | None:
     return "no module has any rank left: ask for a larger share, rank or budget"
 
 
-def settings(adapter: LoraAdapter, profile: Profile) -> dict[str, Any]:
+def settings(adapter: AdapterContent, profile: Profile) -> dict[str, Any]:
     """The `adapter_config.json` that gives every module its rank and the scale 1 (of `Layout`)."""
     written = {name: layout.rank for name, layout in layouts(adapter, profile).items()}
     common = _common_rank(written)
@@ -202,7 +202,7 @@ def _padded(b: Array, a: Array, rank: int, factor: float) -> tuple[Array, Array]
     return np.ascontiguousarray(b), np.ascontiguousarray(a)
 
 
-def keys(adapter: LoraAdapter, names: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def keys(adapter: AdapterContent, names: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Every written module's keys of B and of A."""
     depth = _depths(adapter, names)
     found = {}
@@ -216,7 +216,7 @@ def keys(adapter: LoraAdapter, names: Mapping[str, Any]) -> dict[str, tuple[str,
     return found
 
 
-def _depths(adapter: LoraAdapter, names: Mapping[str, Any]) -> dict[str, int]:
+def _depths(adapter: AdapterContent, names: Mapping[str, Any]) -> dict[str, int]:
     """How many wrappers lie around a stacked parameter's own: as many as its module has later ones."""
     by_module: dict[str, list[str]] = {}
     for name in names:

@@ -10,32 +10,18 @@ from typing import Any
 from lorank._core import FormatError
 from lorank._internal.json_files import parse_json, read_json
 from lorank.adapters.certificate import Certificate
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.formats import kohya, padding, peft
 from lorank.adapters.formats.expert_layout import Parameter
 from lorank.adapters.formats.key_wrappers import Unwrapped
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
 from lorank.sources import recognise
+from lorank.sources.state_dict import read_pickle
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 CERTIFICATE = "lorank.json"
-
-
-def as_adapter(adapter: LoraAdapter | str | Path) -> LoraAdapter:
-    """An adapter, or the one at a path.
-
-    Raises
-    ------
-    TypeError
-        If it is neither.
-    """
-    if isinstance(adapter, LoraAdapter):
-        return adapter
-    if isinstance(adapter, (str, Path)):
-        return read_adapter(adapter)
-    raise TypeError(f"an adapter is a LoraAdapter or a path, not a {type(adapter).__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +42,14 @@ class AsStored:
         Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
     """
 
-    adapter: LoraAdapter
+    adapter: AdapterContent
     tensors: Tensors
     wrappers: tuple[str, ...] = ()
     stored_as: Mapping[str, str] = field(default_factory=dict)
     swapped: tuple[Parameter, ...] = ()
 
 
-def read_adapter(path: str | Path) -> LoraAdapter:
+def read_adapter(path: str | Path) -> AdapterContent:
     """Read a PEFT folder or an image adapter's file; see `LoraAdapter.load`."""
     return _finished(path, _read(path))
 
@@ -76,7 +62,7 @@ def read_as_stored(path: str | Path) -> AsStored:
     return _read(path, contradictions=True, changed_base=True)
 
 
-def read_for_repair(path: str | Path) -> LoraAdapter:
+def read_for_repair(path: str | Path) -> AdapterContent:
     """Read an adapter whose settings may contradict its tensors: ranks from tensors, scales from settings."""
     return _finished(path, _read(path, contradictions=True))
 
@@ -112,7 +98,7 @@ def _read_peft(folder: Path, contradictions: bool, changed_base: bool) -> AsStor
     )
 
 
-def _finished(path: str | Path, stored: AsStored) -> LoraAdapter:
+def _finished(path: str | Path, stored: AsStored) -> AdapterContent:
     """The adapter without padding, and with its certificate."""
     metadata = stored.tensors.metadata
     adapter = padding.removed(stored.adapter, metadata)
@@ -126,7 +112,7 @@ def _finished(path: str | Path, stored: AsStored) -> LoraAdapter:
     return _certified(adapter, CERTIFICATE, lambda: read_json(file)) if file.is_file() else adapter
 
 
-def _certified(adapter: LoraAdapter, name: str, content_of: Callable[[], Any]) -> LoraAdapter:
+def _certified(adapter: AdapterContent, name: str, content_of: Callable[[], Any]) -> AdapterContent:
     """The adapter with the certificate and the notes that were written with it, if they are its own."""
     try:
         content = content_of()
@@ -163,8 +149,6 @@ def _weights(folder: Path) -> Tensors:
         return FileTensors(folder / WEIGHTS)
     pickled = folder / PICKLED_WEIGHTS
     if pickled.exists():
-        from lorank.sources.state_dict import read_pickle
-
         return ArrayTensors(read_pickle(pickled), str(pickled))
     if reason := recognise.other_adapter(folder, read_config(folder / CONFIG)):
         raise FormatError(reason)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank.adapters import profiles
-from lorank.adapters.content import Dtype, LoraAdapter
+from lorank.adapters.content import AdapterContent, Dtype
 from lorank.adapters.module import LoraModule
 from lorank.adapters.tensors import FileTensors
 
@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 def narrow(
-    adapter: LoraAdapter, layouts: Mapping[str, profiles.Layout], dtype: Dtype | None
+    adapter: AdapterContent, layouts: Mapping[str, profiles.Layout], dtype: Dtype | None
 ) -> dict[str, str]:
     """The modules that are written in a type narrower than float32, and which."""
     types = {name: dtype or adapter.modules[name].dtype for name in layouts}
@@ -27,7 +27,7 @@ def narrow(
 
 
 def added(
-    adapter: LoraAdapter,
+    adapter: AdapterContent,
     layouts: Mapping[str, profiles.Layout],
     keys: Mapping[str, tuple[str, str]],
     file: Path,
@@ -61,7 +61,7 @@ def added(
     return math.sqrt(total)
 
 
-def note(adapter: LoraAdapter, amount: float) -> str:
+def note(adapter: AdapterContent, amount: float) -> str:
     """What to say where there is no certificate that could tell."""
     squares = [
         module.scaling**2 * _squared_norm(b.to_array(), a.to_array())

@@ -18,7 +18,7 @@ from lorank._internal.atomic import staged_folder
 from lorank._internal.threads import thread_count
 from lorank.adapters import card, carried, profiles, rounding
 from lorank.adapters.certificate import Certificate
-from lorank.adapters.content import Dtype, LoraAdapter, Profile
+from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.formats import image_keys, image_layout, kohya, padding
 from lorank.adapters.formats.peft import PREFIX, SPECTRAL_KEY
 from lorank.adapters.module import LoraModule
@@ -60,7 +60,7 @@ class Written:
 class _Job:
     """What is to be written, how, and where."""
 
-    adapter: LoraAdapter
+    adapter: AdapterContent
     profile: Profile
     dtype: Dtype | None
     layouts: Mapping[str, profiles.Layout]
@@ -72,7 +72,7 @@ class _Job:
 
     @classmethod
     def of(
-        cls, adapter: LoraAdapter, target: Path, profile: Profile, dtype: Any, threads: int | None
+        cls, adapter: AdapterContent, target: Path, profile: Profile, dtype: Any, threads: int | None
     ) -> _Job:
         count = thread_count(threads)
         checked = _checked_dtype(dtype)
@@ -92,7 +92,7 @@ class _Job:
 
 
 def write_adapter(
-    adapter: LoraAdapter,
+    adapter: AdapterContent,
     target: Path,
     profile: Profile,
     dtype: Any,

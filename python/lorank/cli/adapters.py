@@ -11,9 +11,10 @@ import typer
 
 import lorank
 from lorank import runtimes
-from lorank.adapters.content import Dtype, LoraAdapter, Profile
+from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.families import remove_stale
 from lorank.adapters.profiles import PROFILES, nothing_left
+from lorank.adapters.reading import read_adapter
 from lorank.adapters.writing import write_adapter
 from lorank.cli.options import (
     Exclude,
@@ -323,7 +324,7 @@ def info(
     json_output: Json = False,
 ) -> None:
     """What an adapter holds: modules, ranks, scalings, types, and what is no factor."""
-    loaded = LoraAdapter.load(adapter)
+    loaded = read_adapter(adapter)
     if json_output:
         print_json(_content(loaded))
         return
@@ -387,7 +388,7 @@ def _check_output(path: Path, overwrite: bool) -> None:
 
 
 def _finish(
-    result: LoraAdapter,
+    result: AdapterContent,
     output: Path,
     profile: str,
     dtype: str | None,
@@ -422,7 +423,7 @@ def _say_notes(notes: Iterable[str]) -> None:
         say(as_options(note))
 
 
-def _content(adapter: LoraAdapter, dtype: str | None = None) -> dict[str, Any]:
+def _content(adapter: AdapterContent, dtype: str | None = None) -> dict[str, Any]:
     """What an adapter holds, as it is written if that was in another `dtype`."""
     return {
         "label": adapter.label,

@@ -6,82 +6,36 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lorank._internal.threads import thread_count
 from lorank.adapters import carried
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import Adapter, AdapterContent
 from lorank.adapters.formats.diffusers_settings import PartSettings
-from lorank.adapters.formats.image_keys import ImageStyle
 from lorank.adapters.formats.image_layout import style_of
+from lorank.adapters.formats.image_style import ImageStyle
 from lorank.adapters.module import LoraModule
-from lorank.adapters.reading import as_adapter
 from lorank.compression.compress import truncated
 from lorank.compression.mergeable import check_one_model, ties_tables
-from lorank.compression.selection import checked_knobs
+from lorank.compression.selection import Knobs
 from lorank.compression.spectral_form import Term, Update, spectral_form
 from lorank.modules import naming
 from lorank.peft_format.settings import merged
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from lorank.compression.selection import KnobArguments
-
 
 def merge(
-    adapters: Sequence[LoraAdapter | str | Path],
-    weights: Sequence[float] | None = None,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None,
+    knobs: Knobs,
     *,
-    force: bool = False,
-    threads: int | None = None,
-    progress: bool = True,
-    **knobs: Unpack[KnobArguments],
-) -> LoraAdapter:
-    """The best adapter of given ranks for ``sum_j weight_j * dW_j``.
-
-    Parameters
-    ----------
-    adapters
-        As from `LoraAdapter.load`, or their paths. Of one base model; ranks, scalings and adapted
-        modules may differ.
-    weights
-        One each, negative ones subtract (default: equal, summing to 1).
-    force
-        True to merge adapters whose base models have different names, or that share no module.
-    threads, progress
-        As in `compress`.
-    **knobs
-        As in `compress`; `rank_ratio` is of the sum of all ranks.
-
-    Returns
-    -------
-    LoraAdapter
-        With its `certificate`, whose error is against the exact weighted sum.
-
-    Raises
-    ------
-    ValueError
-        If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes, which
-        do not add up, module names of one differ from another's by a prefix, settings of which a sum has one
-        (task type, biases, trained tokens) differ, or one adapter has factors for a module that another saves
-        as a whole; without `force`, if base models have different names, or an adapter shares no module with
-        the others.
-    TypeError
-        If there is no such knob, or what is given are no adapters.
-
-    Notes
-    -----
-    The terms are stacked, ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, and decomposed by
-    QR and a small SVD: the dense update never exists.
-    """
-    chosen = checked_knobs(knobs)
-    if isinstance(adapters, (str, Path, LoraAdapter)):
-        raise TypeError("merge takes a list of adapters, not one")
-    parts = [as_adapter(adapter) for adapter in adapters]
+    force: bool,
+    threads: int | None,
+    progress: bool,
+) -> Adapter:
+    """Return the best adapter of given ranks for the weighted sum of updates; see `lorank.merge`."""
+    parts = list(adapters)
     shares = _checked_weights(parts, weights)
     check_one_model(parts, force=force)
     weighted = list(zip(parts, shares, strict=True))
@@ -107,10 +61,10 @@ def merge(
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
         key_style=_key_style(parts),
     )
-    return truncated(whole, forms, chosen, f"merge of {whole.label}, {chosen}", threads)
+    return truncated(whole, forms, knobs, f"merge of {whole.label}, {knobs}", threads)
 
 
-def _has(adapter: LoraAdapter, name: str) -> bool:
+def _has(adapter: AdapterContent, name: str) -> bool:
     return name in adapter.modules and _acts(adapter.modules[name])
 
 
@@ -119,7 +73,7 @@ def _acts(module: LoraModule) -> bool:
     return module.rank > 0 or bool(module.carried)
 
 
-def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] | None) -> list[float]:
+def _checked_weights(adapters: Sequence[AdapterContent], weights: Sequence[float] | None) -> list[float]:
     if not adapters:
         raise ValueError("give at least one adapter")
     shares = [1 / len(adapters)] * len(adapters) if weights is None else [float(weight) for weight in weights]
@@ -134,7 +88,7 @@ def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] |
     return shares
 
 
-def _check_prefixes(adapters: Sequence[LoraAdapter]) -> None:
+def _check_prefixes(adapters: Sequence[AdapterContent]) -> None:
     """Refuse names that differ by a prefix: the sum would hold both, and PEFT would load half of it."""
     owners = {name: adapter for adapter in reversed(adapters) for name in adapter.modules}
     for adapter in adapters:
@@ -150,7 +104,7 @@ def _check_prefixes(adapters: Sequence[LoraAdapter]) -> None:
                     )
 
 
-def _names(adapters: Sequence[LoraAdapter]) -> list[str]:
+def _names(adapters: Sequence[AdapterContent]) -> list[str]:
     names = {name for adapter in adapters for name in adapter.modules if _has(adapter, name)}
     return sorted(names, key=naming.natural_key)
 
@@ -204,7 +158,7 @@ def _check_layers(
         )
 
 
-def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:
+def _notes(adapters: Sequence[AdapterContent]) -> list[str]:
     notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
     # The same model may be a hub id here and a folder there; shapes have been compared.
     bases = {adapter.base_model for adapter in adapters if adapter.base_model}
@@ -213,7 +167,7 @@ def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:
     return notes
 
 
-def _key_style(adapters: Sequence[LoraAdapter]) -> ImageStyle | None:
+def _key_style(adapters: Sequence[AdapterContent]) -> ImageStyle | None:
     if adapters[0].format == "peft":
         return None
     keys: dict[str, tuple[str, str]] = {}

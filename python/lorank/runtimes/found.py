@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.formats.expert_layout import Parameter
 from lorank.adapters.formats.peft import PREFIX, holder
 from lorank.adapters.module import LoraModule
@@ -48,7 +48,7 @@ class Found:
     base: BaseModel | None = None
 
     @property
-    def adapter(self) -> LoraAdapter:
+    def adapter(self) -> AdapterContent:
         """The adapter with the ranks of its tensors, whatever the settings say."""
         return self.stored.adapter
 

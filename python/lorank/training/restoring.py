@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorank._core import FormatError
-from lorank.adapters import LoraAdapter
 from lorank.adapters.live.config import write_config
 from lorank.adapters.live.layers import AdaptedLayer
-from lorank.adapters.reading import CONFIG
+from lorank.adapters.reading import CONFIG, read_adapter
 from lorank.modules import naming
 from lorank.peft_format.scaling import alpha_of, divisor
 from lorank.training.layers import lora_layers
@@ -60,7 +59,7 @@ def restore_ranks(
     >>> trainer.train(resume_from_checkpoint="output/checkpoint-500")  # doctest: +SKIP
     """
     folder = _adapter_folder(Path(checkpoint), adapter_name)
-    adapter = LoraAdapter.load(folder)
+    adapter = read_adapter(folder)
     layers = lora_layers(model, adapter_name)
     names = _paired(list(adapter.modules), layers, folder)
     ranks = {names[name]: module.rank for name, module in adapter.modules.items()}

@@ -19,8 +19,8 @@ import re
 from collections.abc import Mapping
 
 from lorank.adapters import profiles
-from lorank.adapters.content import LoraAdapter, Profile
-from lorank.adapters.formats.image_keys import ImageStyle
+from lorank.adapters.content import AdapterContent, Profile
+from lorank.adapters.formats.image_style import ImageStyle
 from lorank.adapters.profiles import Layout
 
 # Names whose alphas diffusers looks up, or takes from other modules.
@@ -34,7 +34,7 @@ _WHOLE_BLOCKS = re.compile(
 )
 
 
-def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
+def layouts(adapter: AdapterContent, profile: Profile) -> dict[str, Layout]:
     """Lay out every written module of an image file, as `profiles.layouts` does for PEFT."""
     found = {name: layout.rank for name, layout in profiles.layouts(adapter, profile).items()}
     if any(map(_WHOLE_BLOCKS.fullmatch, adapter.modules)):
@@ -53,7 +53,7 @@ def written_alphas(style: ImageStyle, ranks: Mapping[str, int]) -> dict[str, int
     return {name: ranks[name] for name in names}
 
 
-def style_of(adapter: LoraAdapter) -> ImageStyle:
+def style_of(adapter: AdapterContent) -> ImageStyle:
     """Return the spelling of keys in an image adapter's file."""
     assert adapter.key_style is not None
     return adapter.key_style

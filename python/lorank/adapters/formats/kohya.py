@@ -12,12 +12,13 @@ import numpy as np
 
 from lorank._core import FormatError, Matrix
 from lorank.adapters import carried
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.formats import image_keys
 from lorank.adapters.formats.diffusers_settings import KEY as SETTINGS_KEY
 from lorank.adapters.formats.diffusers_settings import PartSettings
-from lorank.adapters.formats.image_keys import ImageStyle, Spelled
+from lorank.adapters.formats.image_keys import Spelled
 from lorank.adapters.formats.image_layout import style_of
+from lorank.adapters.formats.image_style import ImageStyle
 from lorank.adapters.formats.padding import RANKS_KEY
 from lorank.adapters.formats.peft import SPECTRAL_KEY, dora_note
 from lorank.adapters.module import LoraModule
@@ -49,7 +50,7 @@ _STALE = re.compile(
 _ALPHAS_IN_METADATA = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
 
 
-def read(tensors: Tensors) -> LoraAdapter:
+def read(tensors: Tensors) -> AdapterContent:
     """An adapter over a file's tensors.
 
     Raises
@@ -69,7 +70,7 @@ def read(tensors: Tensors) -> LoraAdapter:
         settings,
         has_alphas=any(key == f"{name}.alpha" for name, key in found.alphas.items()),
     )
-    return LoraAdapter(
+    return AdapterContent(
         {module.name: module for module in modules},
         carried={key: tensors.stored(key) for key in found.others},
         notes=[*found.notes(), *_silent_alpha(tensors.metadata, found.alphas, settings, modules)],
@@ -156,7 +157,7 @@ def alpha_key(name: str) -> str:
     return f"{name}.alpha"
 
 
-def metadata(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, str]:
+def metadata(adapter: AdapterContent, ranks: Mapping[str, int]) -> dict[str, str]:
     """The file's own metadata, without what they say of the old ranks and factors."""
     style = style_of(adapter)
     kept = {key: value for key, value in style.metadata.items() if not _STALE.fullmatch(key)}

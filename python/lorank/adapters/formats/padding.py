@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lorank._core import FormatError, Matrix
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.module import LoraModule, in_memory
 from lorank.adapters.profiles import Layout
 
@@ -19,14 +19,14 @@ RANKS_KEY = "lorank.ranks"
 """Metadata of a file with padded ranks: the true rank of every module, as JSON."""
 
 
-def metadata(adapter: LoraAdapter, layouts: Mapping[str, Layout]) -> dict[str, str]:
+def metadata(adapter: AdapterContent, layouts: Mapping[str, Layout]) -> dict[str, str]:
     """What a file tells of its padding; nothing if it has none."""
     ranks = {name: adapter.modules[name].rank for name in layouts}
     is_padded = any(ranks[name] != layout.rank for name, layout in layouts.items())
     return {RANKS_KEY: json.dumps(ranks)} if is_padded else {}
 
 
-def removed(adapter: LoraAdapter, found: Mapping[str, str]) -> LoraAdapter:
+def removed(adapter: AdapterContent, found: Mapping[str, str]) -> AdapterContent:
     """The adapter with its true ranks, where the file's metadata tell them."""
     if RANKS_KEY not in found:
         return adapter

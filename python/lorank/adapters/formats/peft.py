@@ -13,7 +13,7 @@ import numpy as np
 
 from lorank._core import FormatError, Matrix
 from lorank.adapters import carried as carried_tensors
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.formats import expert_layout
 from lorank.adapters.formats.expert_layout import Parameter
 from lorank.adapters.module import LoraModule, in_memory
@@ -74,7 +74,7 @@ class Reading:
         Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
     """
 
-    adapter: LoraAdapter
+    adapter: AdapterContent
     swapped: Sequence[Parameter] = ()
 
 
@@ -84,7 +84,7 @@ def read(
     *,
     contradictions: bool = False,
     layers: Layers | None = None,
-) -> LoraAdapter:
+) -> AdapterContent:
     """Read an adapter over PEFT's tensors; see `read_all`."""
     return read_all(tensors, config, contradictions=contradictions, layers=layers).adapter
 
@@ -145,7 +145,7 @@ def read_all(
     tells_ranks = contradictions and kind == "LORA"
     if tells_ranks and (other := sum(table.of(holder(m.name))[0] != m.rank for m in modules)):
         notes.append(f"{other} modules have other ranks than the settings say: the settings' scale was kept")
-    adapter = LoraAdapter(
+    adapter = AdapterContent(
         {module.name: module for module in modules},
         dict(config),
         found.carried,

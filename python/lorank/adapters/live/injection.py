@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.live.config import target_modules
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel, is_lora_layer, is_training_wrapper
 from lorank.adapters.live.reading import plain
@@ -30,7 +30,7 @@ _BESIDE_LAYERS = {
 }
 
 
-def add_adapter(live: LiveModel, adapter: LoraAdapter, name: str) -> LiveModel:
+def add_adapter(live: LiveModel, adapter: AdapterContent, name: str) -> LiveModel:
     """Let PEFT make the layers of a new adapter, which is not active.
 
     Raises

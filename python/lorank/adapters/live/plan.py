@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.formats.peft import PREFIX
 from lorank.adapters.live import tensors as live_tensors
 from lorank.adapters.live.groups import live_groups, tied_to
@@ -69,7 +69,7 @@ class Plan:
             layer.set_scaling(scaling)
 
 
-def planned(live: LiveModel, adapter: LoraAdapter, name: str) -> Plan:
+def planned(live: LiveModel, adapter: AdapterContent, name: str) -> Plan:
     """Return the changes that put an adapter into a model.
 
     Raises
@@ -113,7 +113,7 @@ def found_name(name: str, known: Mapping[str, Any]) -> str | None:
     return next((suffix for suffix in naming.suffixes(name) if suffix in known), None)
 
 
-def _by_layer(adapter: LoraAdapter, layers: Mapping[str, AdaptedLayer]) -> dict[str, LoraModule]:
+def _by_layer(adapter: AdapterContent, layers: Mapping[str, AdaptedLayer]) -> dict[str, LoraModule]:
     found: dict[str, LoraModule] = {}
     for module in adapter.modules.values():
         if (name := found_name(module.name, layers)) is None:
@@ -204,7 +204,7 @@ def _owner(layer: AdaptedLayer) -> str:
     return layer.name.rpartition(".")[0]
 
 
-def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) -> None:
+def _set_others(plan: Plan, live: LiveModel, adapter: AdapterContent, name: str) -> None:
     """Plan the tensors beside factors: magnitudes, saved modules, tokens, trained parts of the base model."""
     left = {layer.name for layer in plan.dropped}
     own = {
@@ -238,7 +238,7 @@ def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) ->
             plan.set(tensor, original)
 
 
-def _is_saved_module(adapter: LoraAdapter, path: str) -> bool:
+def _is_saved_module(adapter: AdapterContent, path: str) -> bool:
     """Return whether a tensor belongs to a module that was trained as a copy, not to the base model."""
     names = adapter.config.get("modules_to_save") or ()
     return ".token_adapter." in path or any(f".{name}." in f".{path}" for name in names)

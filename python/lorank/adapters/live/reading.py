@@ -10,7 +10,7 @@ from typing import Any
 
 from lorank._core import FormatError
 from lorank._internal import extras
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.formats import peft as peft_format
 from lorank.adapters.live import tensors as live_tensors
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel
@@ -21,7 +21,7 @@ from lorank.adapters.tensors import ArrayTensors
 _KNOWN_VARIANTS = ("Dora", "ALora", "MiCA", "Velora", "Monteclora")
 
 
-def from_model(model: Any, adapter_name: str) -> LoraAdapter:
+def from_model(model: Any, adapter_name: str) -> AdapterContent:
     """Read an adapter over a live model's tensors; see `LoraAdapter.from_model`."""
     extras.require("peft", "peft", "for live models")
     live = LiveModel.of(model)
@@ -126,7 +126,7 @@ def _with_kernel(module: Any, layer: AdaptedLayer) -> Any:
     return replace(module, kind="conv", a_tail=tail, b_tail=(1,) * len(kernel))
 
 
-def _noted(adapter: LoraAdapter, layers: Mapping[str, AdaptedLayer]) -> LoraAdapter:
+def _noted(adapter: AdapterContent, layers: Mapping[str, AdaptedLayer]) -> AdapterContent:
     scaled = sum(
         not math.isclose(layer.nominal_scaling, layer.scaling, rel_tol=1e-6)
         for layer in layers.values()

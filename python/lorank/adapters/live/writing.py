@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorank._internal import extras
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.live.config import write_config, write_targets
 from lorank.adapters.live.injection import add_adapter, add_layers, delete_layers, kept_state, remove_adapter
 from lorank.adapters.live.layers import LiveModel
@@ -26,7 +26,7 @@ _STRUCTURE = (
 )
 
 
-def into_model(adapter: LoraAdapter, model: Any, adapter_name: str) -> None:
+def into_model(adapter: AdapterContent, model: Any, adapter_name: str) -> None:
     """Replace or add an adapter; see `LoraAdapter.into_model`."""
     extras.require("peft", "peft", "for live models")
     live = LiveModel.of(model)
@@ -59,7 +59,7 @@ def into_model(adapter: LoraAdapter, model: Any, adapter_name: str) -> None:
             raise
 
 
-def _check_structure(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
+def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> None:
     """Refuse an adapter for which PEFT would build other layers than those that the model has."""
     layers = live.layers(name)
     for layer in layers.values():
@@ -94,7 +94,7 @@ def _check_structure(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
             )
 
 
-def _replace(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
+def _replace(live: LiveModel, adapter: AdapterContent, name: str) -> None:
     """Set the values of a live adapter to those of another one; add the layers that it lacks."""
     missing = _missing(live, adapter, name)
     if missing:
@@ -124,7 +124,7 @@ def _base_names(live: LiveModel) -> list[str]:
     return [path for path in live.modules if ".base_layer" not in path]
 
 
-def _missing(live: LiveModel, adapter: LoraAdapter, name: str) -> list[str]:
+def _missing(live: LiveModel, adapter: AdapterContent, name: str) -> list[str]:
     """Return the modules of the base model that the new adapter adapts and the live one does not."""
     layers: Mapping[str, Any] = live.layers(name)
     missing = []
