@@ -11,8 +11,8 @@ from lorank.adapters.live import reading as live_reading
 from lorank.adapters.live import writing as live_writing
 from lorank.adapters.reading import read_adapter
 from lorank.adapters.writing import write_adapter
-from lorank.compression.compress import compress
 from lorank.compression.selection import KnobArguments, checked_knobs
+from lorank.compression.truncation import compress
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorank.adapter import LoraAdapter
-from lorank.compression import compress as compressing
-from lorank.compression import extraction, merging
+from lorank.adapters.content import AdapterContent
+from lorank.compression import extraction, merging, truncation
 from lorank.compression.selection import KnobArguments, Knobs, checked_knobs
 from lorank.modules import naming
 from lorank.sources import AnySource
@@ -60,7 +60,7 @@ def compress(
     squares of what was dropped.
     """
     chosen = checked_knobs(knobs)
-    return compressing.compress(_loaded(adapter), chosen, threads, progress)
+    return truncation.compress(_loaded(adapter), chosen, threads, progress)
 
 
 def family(
@@ -80,14 +80,14 @@ def family(
     if not avg_ranks:
         raise ValueError("give at least one average rank")
     knobs = {rank: Knobs(avg_rank=rank) for rank in avg_ranks}
-    return compressing.family(_loaded(adapter), knobs, threads, progress)
+    return truncation.family(_loaded(adapter), knobs, threads, progress)
 
 
 def elastic(
     adapter: LoraAdapter | str | Path, *, threads: int | None = None, progress: bool = True
 ) -> LoraAdapter:
     """The adapter in spectral form with all its non-zero values: any budget is cut from it at load time."""
-    return compressing.elastic(_loaded(adapter), threads, progress)
+    return truncation.elastic(_loaded(adapter), threads, progress)
 
 
 def merge(
@@ -207,10 +207,12 @@ def extract(
     return LoraAdapter.from_content(content)
 
 
-def _loaded(adapter: LoraAdapter | str | Path) -> LoraAdapter:
+def _loaded(adapter: AdapterContent | str | Path) -> LoraAdapter:
     """Return an adapter, read if a path is given."""
     if isinstance(adapter, LoraAdapter):
         return adapter
+    if isinstance(adapter, AdapterContent):
+        return LoraAdapter.from_content(adapter)
     if isinstance(adapter, (str, Path)):
         return LoraAdapter.load(adapter)
     raise TypeError(f"an adapter is a LoraAdapter or a path, not a {type(adapter).__name__}")

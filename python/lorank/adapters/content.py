@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.formats.image_style import ImageStyle
 from lorank.adapters.module import LoraModule
-from lorank.adapters.tensors import Stored
+from lorank.adapters.stored import Stored
 
 Format = Literal["peft", "kohya"]
 Profile = Literal["compact", "portable", "tensor-rank"]

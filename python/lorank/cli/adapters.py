@@ -13,6 +13,7 @@ import lorank
 from lorank import runtimes
 from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.families import remove_stale
+from lorank.adapters.formats.registry import format_of
 from lorank.adapters.profiles import PROFILES, nothing_left
 from lorank.adapters.reading import read_adapter
 from lorank.adapters.writing import write_adapter
@@ -162,7 +163,7 @@ def family(
             raise ValueError(f"{name}: {reason}")
     stored = {}
     for name, member in members.items():
-        target = output / (name if member.format == "peft" else f"{name}.safetensors")
+        target = output / format_of(member).member_name(name)
         written = write_adapter(
             member, target, cast(Profile, profile), dtype, overwrite=overwrite, threads=threads
         )

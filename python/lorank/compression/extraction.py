@@ -18,11 +18,11 @@ from lorank._internal.threads import thread_count
 from lorank.adapters.content import AdapterContent
 from lorank.adapters.module import LoraModule
 from lorank.compression import twins
-from lorank.compression.compress import truncated
 from lorank.compression.selection import checked_knobs, with_counted_budget
 from lorank.compression.spectral_form import SpectralForm, Triplets
+from lorank.compression.truncation import truncated
 from lorank.modules import naming
-from lorank.peft_format.lora_config import accidental_matches
+from lorank.peft_format.target_expressions import accidental_matches
 from lorank.sources import OPENING, AnySource, Skipped, Source, SourceMatrix, open_source
 from lorank.sources.guesses import doubtful
 

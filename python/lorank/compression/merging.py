@@ -13,16 +13,17 @@ import numpy as np
 from lorank._internal.threads import thread_count
 from lorank.adapters import carried
 from lorank.adapters.content import Adapter, AdapterContent
-from lorank.adapters.formats.diffusers_settings import PartSettings
-from lorank.adapters.formats.image_layout import style_of
-from lorank.adapters.formats.image_style import ImageStyle
+from lorank.adapters.formats.registry import format_of
 from lorank.adapters.module import LoraModule
-from lorank.compression.compress import truncated
+from lorank.compression.carried_sum import carried_sum
 from lorank.compression.mergeable import check_one_model, ties_tables
 from lorank.compression.selection import Knobs
 from lorank.compression.spectral_form import Term, Update, spectral_form
+from lorank.compression.truncation import truncated
 from lorank.modules import naming
-from lorank.peft_format.settings import merged
+from lorank.peft_format import nesting
+from lorank.peft_format.name_matching import proper_suffixes
+from lorank.peft_format.names import PREFIX, TOKENS
 
 
 def merge(
@@ -39,27 +40,26 @@ def merge(
     shares = _checked_weights(parts, weights)
     check_one_model(parts, force=force)
     weighted = list(zip(parts, shares, strict=True))
-    tie = {"ensure_weight_tying": True} if ties_tables([a for a, w in weighted if w] or parts) else {}
+    # An adapter of weight 0 gives neither settings nor carried tensors, unless all weights are 0.
+    acting = [adapter for adapter, weight in weighted if weight] or parts
+    ties = ties_tables(acting)
     updates = [
         _update(name, [(a.modules[name], w) for a, w in weighted if _has(a, name)]) for name in _names(parts)
     ]
     modules = {update.module.name: update.module for update in updates}
-    # An adapter of weight 0 gives neither settings nor carried tensors, unless all weights are 0.
-    acting = [(a.label, a.config) for a, weight in weighted if weight] or [(a.label, a.config) for a in parts]
-    config = merged(acting) | tie if parts[0].format == "peft" else {}
-    others, other_notes = carried.summed(weighted, modules.values())
-    _check_layers(config, others, modules)
+    settings = format_of(parts[0]).sum_fields(parts, acting, ties_tables=ties)
+    others, other_notes = carried_sum(weighted, modules.values())
+    _check_layers(settings["config"], others, modules)
     forms = spectral_form(
         [u for u in updates if u.module.rank], thread_count(threads), progress, label="merging"
     )
     whole = replace(
         parts[0],
         modules=modules,
-        config=config,
         carried=others,
         notes=[*_notes(parts), *other_notes],
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
-        key_style=_key_style(parts),
+        **settings,
     )
     return truncated(whole, forms, knobs, f"merge of {whole.label}, {knobs}", threads)
 
@@ -93,7 +93,7 @@ def _check_prefixes(adapters: Sequence[AdapterContent]) -> None:
     owners = {name: adapter for adapter in reversed(adapters) for name in adapter.modules}
     for adapter in adapters:
         for name in adapter.modules:
-            for short in list(naming.suffixes(name))[1:]:
+            for short in proper_suffixes(name):
                 other = owners.get(short)
                 # Names that lie in one adapter together are two modules of one model.
                 if other is not None and short not in adapter.modules and name not in other.modules:
@@ -144,14 +144,14 @@ def _check_layers(
     saved = [(name, re.compile(rf"(^|.*\.){name}($|\..*)")) for name in config.get("modules_to_save") or ()]
     for module in modules:
         owner = next((name for name, pattern in saved if pattern.match(module)), None)
-        if any(key.startswith(f"{carried.PREFIX}{module}.token_adapter.") for key in others):
+        if any(key.startswith(f"{PREFIX}{module}{TOKENS}") for key in others):
             owner = "trainable_token_indices"
         if owner is not None:
             raise ValueError(
                 f"module {module!r} has factors in one adapter, but another trains it by itself ({owner}): "
                 "PEFT cannot do both"
             )
-    if pair := carried.misnamed(modules.values()):
+    if pair := nesting.misnamed(modules.values()):
         raise ValueError(
             f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts by itself: PEFT gives "
             "the first another name then, and would not load it"
@@ -165,19 +165,3 @@ def _notes(adapters: Sequence[AdapterContent]) -> list[str]:
     if len(bases) > 1:
         notes.append(f"base models are called {', '.join(sorted(bases))}: a sum is one of one base model")
     return notes
-
-
-def _key_style(adapters: Sequence[AdapterContent]) -> ImageStyle | None:
-    if adapters[0].format == "peft":
-        return None
-    keys: dict[str, tuple[str, str]] = {}
-    parts: dict[str, Mapping[str, Any]] = {}
-    styles = [style_of(adapter) for adapter in reversed(adapters)]
-    for style in styles:
-        keys |= style.keys
-        parts |= style.settings.parts
-    settings = PartSettings(parts, {})
-    # Diffusers takes settings for all parts or for none.
-    if any(settings.part_of(name) is None for name in keys):
-        settings = PartSettings({}, {})
-    return ImageStyle(keys, {}, settings, has_alphas=any(style.has_alphas for style in styles))

@@ -9,8 +9,9 @@ from typing import Any
 from lorank._core import FormatError
 from lorank.adapters.live.config import write_config
 from lorank.adapters.live.layers import AdaptedLayer
-from lorank.adapters.reading import CONFIG, read_adapter
+from lorank.adapters.reading import read_adapter
 from lorank.modules import naming
+from lorank.peft_format.names import CONFIG_FILE
 from lorank.peft_format.scaling import alpha_of, divisor
 from lorank.training.layers import lora_layers
 from lorank.training.resizing import RankChange, resize_lora
@@ -79,9 +80,9 @@ def _adapter_folder(checkpoint: Path, adapter_name: str) -> Path:
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no such folder")
     below = checkpoint / adapter_name
-    folder = below if adapter_name != "default" and (below / CONFIG).exists() else checkpoint
-    if not (folder / CONFIG).exists():
-        raise FormatError(f"{folder}: holds no {CONFIG}: it is no checkpoint of a PEFT model")
+    folder = below if adapter_name != "default" and (below / CONFIG_FILE).exists() else checkpoint
+    if not (folder / CONFIG_FILE).exists():
+        raise FormatError(f"{folder}: holds no {CONFIG_FILE}: it is no checkpoint of a PEFT model")
     return folder
 
 

@@ -38,9 +38,9 @@ class Spelled:
     bias: str | None = None
 
 
-def bias_key(b_key: str) -> str:
-    """Return the key of the bias beside a factor B."""
-    return f"{b_key.removesuffix('.weight')}.bias"
+def alpha_key(name: str) -> str:
+    """Return the usual key of a module's alpha."""
+    return f"{name}.alpha"
 
 
 def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:

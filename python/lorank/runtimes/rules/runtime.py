@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorank.adapters.content import Profile
+from lorank.adapters.content import Format, Profile
 from lorank.adapters.module import LoraModule
+from lorank.peft_format.names import PREFIX, layer_path
+from lorank.peft_format.scaling import divisor
 from lorank.runtimes.found import Found
 
 Unknown = Literal["ignores", "refuses"]
@@ -64,7 +65,7 @@ class Runtime:
     needs_prefix
         True if it finds no key without the prefix `base_model.model.`.
     reads
-        The format that it reads: PEFT's folders, image adapters' files, or neither.
+        The format that it reads; None if it reads neither.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Runtime:
     unknown: Unknown = "ignores"
     by_suffix: bool = False
     needs_prefix: bool = True
-    reads: Literal["folders", "image files", "neither"] = "folders"
+    reads: Format | None = "peft"
 
     def misses(self, a: Found) -> dict[str, str]:
         """Find the modules that its loader does not find by their keys, and why."""
@@ -87,7 +88,7 @@ class Runtime:
                 missed[name] = f"keys hold {', '.join(a.stored.wrappers)}, as in {key}"
         if self.needs_prefix:
             missed |= {
-                name: f"keys lack the prefix base_model.model., as those of {name}"
+                name: f"keys lack the prefix {PREFIX}, as those of {name}"
                 for name in a.unprefixed
                 if name not in missed
             }
@@ -98,7 +99,7 @@ class Runtime:
 
 def _is_tail(name: str, key: str) -> bool:
     """Return whether a key ends with a module's whole name."""
-    path = key.partition(".lora_")[0]
+    path = layer_path(key)
     return path == name or path.endswith(f".{name}")
 
 
@@ -111,7 +112,7 @@ def by_settings(a: Found, module: LoraModule) -> float:
 def by_settings_or_stabilized(a: Found, module: LoraModule) -> float:
     """Scale by the one alpha and rank of the settings, or the root of the rank for rsLoRA."""
     del module
-    return a.alpha / (math.sqrt(a.rank) if a.rank_stabilized else a.rank)
+    return a.alpha / divisor(a.rank, a.rank_stabilized)
 
 
 def by_module(a: Found, module: LoraModule) -> float:
