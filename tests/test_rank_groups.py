@@ -17,7 +17,8 @@ import lorank
 import tiny_models
 from adapter_files import dense, distance, loaded, norm, saved, trained
 from live_models import IDS, Attention, outputs
-from lorank.adapters.module import LoraModule, in_memory
+from lorank.adapters.factors import in_memory
+from lorank.adapters.module import LoraModule
 from lorank.peft_format.rank_groups import group_indices, rank_groups, rank_owner
 from lorank.sources.base import Kind
 
