@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorank._core import FormatError
@@ -22,8 +22,8 @@ KEY = "lora_adapter_metadata"
 class PartSettings:
     """Settings by the part of a pipeline (``"unet"``, ``"transformer"``, ...) that they are about."""
 
-    parts: Mapping[str, Mapping[str, Any]]
-    tables: Mapping[str, Settings]
+    parts: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    tables: Mapping[str, Settings] = field(repr=False)
 
     @classmethod
     def of(cls, label: str, metadata: Mapping[str, str]) -> PartSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lorank.adapters.formats.diffusers_settings import PartSettings
 
@@ -24,7 +24,7 @@ class ImageStyle:
         True if modules have alphas, under the usual key ``<module>.alpha``.
     """
 
-    keys: Mapping[str, tuple[str, str]]
-    metadata: Mapping[str, str]
+    keys: Mapping[str, tuple[str, str]] = field(repr=False)
+    metadata: Mapping[str, str] = field(repr=False)
     settings: PartSettings
     has_alphas: bool
