@@ -38,13 +38,13 @@ def run(source, target, threads):
 LORANK_IN_MEMORY = """
 import json, pathlib, safetensors.numpy, time
 from lorank import compress
-from lorank.adapters import peft_format
+from lorank.adapters.formats import peft_reading
 from lorank.adapters.tensors import ArrayTensors
 def run(source, target, threads):
     tensors = safetensors.numpy.load_file(pathlib.Path(source) / "adapter_model.safetensors")
     config = json.loads((pathlib.Path(source) / "adapter_config.json").read_text())
     start = time.perf_counter()
-    adapter = peft_format.read(ArrayTensors(tensors, "memory"), config)
+    adapter = peft_reading.read(ArrayTensors(tensors, "memory"), config)
     small = compress(adapter, rank_ratio=0.25, threads=threads, progress=False)
     return {"seconds": time.perf_counter() - start, "error": small.certificate.relative_error}
 """

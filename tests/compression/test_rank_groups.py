@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lorank
-from lorank.adapters.module import LoraModule, in_memory
+from lorank.adapters.factors import in_memory
+from lorank.adapters.module import LoraModule
 from lorank.peft_format.rank_groups import group_indices, rank_groups, rank_owner
 from lorank.sources.base import Kind
 from tests.support import tiny_models

@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.formats.base import AsStored
 from lorank.adapters.formats.expert_layout import Parameter
-from lorank.adapters.formats.peft import PREFIX, holder
+from lorank.adapters.formats.image_keys import alpha_key
+from lorank.adapters.formats.registry import format_of
 from lorank.adapters.module import LoraModule
-from lorank.adapters.reading import AsStored
 from lorank.modules import naming
-from lorank.peft_format.settings import DEFAULT_ALPHA, DEFAULT_RANK, Settings, changes_the_base, checked_kind
+from lorank.peft_format.fields import DEFAULT_ALPHA, DEFAULT_RANK
+from lorank.peft_format.initialization import changes_the_base
+from lorank.peft_format.names import BASE_WEIGHT, MAGNITUDE, holder, layer_key, layer_path
+from lorank.peft_format.settings import Settings
+from lorank.peft_format.validation import checked_kind
 from lorank.runtimes.base_model import BaseModel
 from lorank.runtimes.separate_experts import SeparateExperts
 
 _NUMBERED = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<block>\d+)\.(?P<kind>.+)")
-
-BASE_COPY = ".base_layer.weight"
 
 
 def _is_table(module: LoraModule) -> bool:
@@ -37,25 +40,22 @@ class Found:
     ----------
     stored
         The adapter with the ranks of its tensors and the spelling of its keys.
-    config
-        The settings in the file; empty for image adapters.
     base
         The base model; None if none was given.
     """
 
     stored: AsStored
-    config: Mapping[str, Any]
     base: BaseModel | None = None
 
     @property
-    def adapter(self) -> LoraAdapter:
+    def adapter(self) -> AdapterContent:
         """The adapter with the ranks of its tensors, independent of the settings."""
         return self.stored.adapter
 
     @property
-    def is_image(self) -> bool:
-        """True for a file with the keys of kohya or diffusers, False for a PEFT folder."""
-        return self.adapter.format == "kohya"
+    def config(self) -> Mapping[str, Any]:
+        """The settings as they are written; empty for image adapters."""
+        return self.adapter.config
 
     @property
     def modules(self) -> list[LoraModule]:
@@ -128,24 +128,24 @@ class Found:
     def alphas(self) -> dict[str, float]:
         """The alpha in an image adapter's file by the name of each module that has one."""
         tensors, keys = self.stored.tensors, self.stored.tensors.shapes()
-        named = {module.name: f"{module.name}.alpha" for module in self.modules}
+        named = {module.name: alpha_key(module.name) for module in self.modules}
         return {name: tensors.number(key) for name, key in named.items() if key in keys}
 
     @property
     def others(self) -> list[str]:
         """The keys of trained tensors that are neither factors nor magnitudes nor biases of factors."""
-        known = ("lora_magnitude_vector", BASE_COPY)
+        known = (MAGNITUDE, BASE_WEIGHT)
         return [key for key in self.adapter.carried if not any(part in key for part in known)]
 
     @property
     def base_copies(self) -> list[str]:
         """The keys of base weights, which PEFT saves beside the factors of embeddings and heads."""
-        return [key for key in self.adapter.carried if BASE_COPY in key]
+        return [key for key in self.adapter.carried if BASE_WEIGHT in key]
 
     @property
     def lora_biases(self) -> list[str]:
         """The keys of the biases that `lora_bias` adds."""
-        return [f"{PREFIX}{m.name}.{ending}" for m in self.modules for ending in m.carried]
+        return [layer_key(m.name, ending) for m in self.modules for ending in m.carried]
 
     @property
     def stacks(self) -> list[LoraModule]:
@@ -171,7 +171,7 @@ class Found:
         """Modules whose tensors have another rank than the settings give them, each with that rank."""
         if self.adalora:
             return []
-        ranks = [(module, self.settings.of(holder(module.name))[0]) for module in self.modules]
+        ranks = [(module, self.settings.rank_and_scaling(holder(module.name))[0]) for module in self.modules]
         return [(module, rank) for module, rank in ranks if module.rank != rank]
 
     def of_kinds(self, *kinds: str) -> list[LoraModule]:
@@ -183,18 +183,15 @@ class Found:
         """The key of a factor by the name of the module, for keys that hold the name of a wrapper."""
         owners: dict[str, str] = {}
         for clean, key in self.stored.stored_as.items():
-            owner = clean.removeprefix(PREFIX).partition(".lora_")[0]
-            owners.setdefault(owner, key)
+            owners.setdefault(layer_path(clean), key)
         names = {m.name: m.name.rpartition(".")[0] if m.kind == "expert" else m.name for m in self.modules}
         return {name: owners[path] for name, path in names.items() if path in owners}
 
     @cached_property
     def unprefixed(self) -> set[str]:
         """Names of modules whose keys lack the prefix that PEFT writes."""
-        if self.is_image:
-            return set()
-        keys = (key for key in self.stored.tensors.shapes() if not key.startswith(PREFIX))
-        owners = {key.partition(".lora_")[0] for key in keys}
+        prefix = format_of(self.adapter).key_prefix
+        owners = {layer_path(key) for key in self.stored.tensors.shapes() if not key.startswith(prefix)}
         return {m.name for m in self.modules if m.name in owners or m.name.rpartition(".")[0] in owners}
 
     @cached_property

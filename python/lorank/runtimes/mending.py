@@ -69,8 +69,7 @@ def mend(
 
     def tried(profile: Profile, again: bool) -> Mended:
         written = write_adapter(source, target, profile, None, overwrite=overwrite or again)
-        where = written.path if source.format == "kohya" else target
-        return Mended(profile, written, check(where, runtimes, base=base))
+        return Mended(profile, written, check(written.address, runtimes, base=base))
 
     best = tried(first, False)
     if first == "portable" or not bad(best.verdicts, runtimes):

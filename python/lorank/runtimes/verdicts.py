@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorank.adapters.content import Profile
-from lorank.adapters.formats.peft import PREFIX
 from lorank.adapters.profiles import PROFILES
-from lorank.adapters.reading import CONFIG, read_as_stored, read_config
+from lorank.adapters.reading import read_as_stored
+from lorank.peft_format.names import PREFIX
 from lorank.runtimes.base_model import BaseModel
 from lorank.runtimes.finite import not_finite
 from lorank.runtimes.found import Found
@@ -107,9 +107,8 @@ def check(
     if unknown := [name for name in selected if name not in RUNTIMES]:
         raise ValueError(f"no runtime {unknown[0]!r}: choose among {', '.join(RUNTIMES)}")
     stored = read_as_stored(folder)
-    is_peft = stored.adapter.format == "peft"
     model = None if base is None else BaseModel.of(base, stored.adapter.modules)
-    found = Found(stored, read_config(Path(folder).expanduser() / CONFIG) if is_peft else {}, model)
+    found = Found(stored, model)
     spoiled = not_finite(stored.tensors)
     return [_verdict(RUNTIMES[name], found, spoiled) for name in RUNTIMES if name in selected]
 
@@ -140,12 +139,12 @@ def _verdict(runtime: Runtime, a: Found, spoiled: Sequence[tuple[str, str]]) -> 
 
 def _other_format(runtime: Runtime, a: Found) -> str:
     """Return the reason for refusing the format; empty if the runtime reads it."""
-    if runtime.reads == ("image files" if a.is_image else "folders"):
+    if runtime.reads == a.adapter.format:
         return ""
     return {
-        "folders": "reads PEFT folders only",
-        "image files": "reads files of image adapters only, no PEFT folders",
-        "neither": "reads files of its own format only",
+        "peft": "reads PEFT folders only",
+        "kohya": "reads files of image adapters only, no PEFT folders",
+        None: "reads files of its own format only",
     }[runtime.reads]
 
 

@@ -9,6 +9,7 @@ from functools import cache
 
 from lorank.adapters.formats.diffusers_settings import KEY as SETTINGS_KEY
 from lorank.adapters.module import LoraModule
+from lorank.peft_format.names import MAGNITUDE
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import Runtime, by_module, leaves_out
 
@@ -30,7 +31,7 @@ _LOST = re.compile(r"diffusion_model\.(?:(?!head\.).+\.diff|.*norm.*\.diff_b)")
 
 _FLUX = "single_transformer_blocks."
 _KOHYA = ".lora_down."
-_MAGNITUDES = (".dora_scale", ".lora_magnitude_vector")
+_MAGNITUDES = (".dora_scale", f".{MAGNITUDE}")
 
 
 def _diffusers_scale(a: Found, module: LoraModule) -> float:
@@ -99,7 +100,7 @@ DIFFUSERS = Runtime(
     _diffusers_refuses,
     _diffusers_loses,
     profiles=("compact", "portable", "tensor-rank"),
-    reads="image files",
+    reads="kohya",
 )
 
 COMFYUI = Runtime(
@@ -109,5 +110,5 @@ COMFYUI = Runtime(
     loses=_comfyui_loses,
     remark=_comfyui_remark,
     profiles=("compact", "portable", "tensor-rank"),
-    reads="image files",
+    reads="kohya",
 )

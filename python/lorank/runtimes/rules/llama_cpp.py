@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lorank.runtimes.found import BASE_COPY, Found
+from lorank.peft_format.names import BASE_WEIGHT
+from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import (
     Runtime,
     by_tensor,
@@ -57,7 +58,7 @@ def _experts(a: Found) -> str:
 
 def _known(key: str) -> bool:
     """Return True for tensors that the converter copies or skips and the program does not apply."""
-    return "_layernorm" in key or ".norm" in key or BASE_COPY in key
+    return "_layernorm" in key or ".norm" in key or BASE_WEIGHT in key
 
 
 def _loses(a: Found) -> Iterable[str]:

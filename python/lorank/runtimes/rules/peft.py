@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from lorank.adapters.formats.peft import without_magnitude
+from lorank.adapters.formats.peft_notes import without_magnitude
 from lorank.adapters.module import LoraModule
 from lorank.modules import naming
 from lorank.modules.peft_renames import renames_target
+from lorank.peft_format.names import MAGNITUDE
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import Runtime, by_settings_or_stabilized, no_others
 from lorank.runtimes.separate_experts import GATES, UPS
@@ -93,7 +94,7 @@ def _separate_experts_refused(a: Found) -> str:
                 return f"finds no module for target_modules {targets!r}, because it stacks the experts"
             # Gate and up become one parameter, whose rank is twice the global one.
             fused = kind in (*GATES, *UPS)
-            rank = int(a.rank) if fused else a.settings.of(name)[0]
+            rank = int(a.rank) if fused else a.settings.rank_and_scaling(name)[0]
             for module in modules.values():
                 if module.rank != rank:
                     return (
@@ -132,7 +133,7 @@ def _remark(a: Found) -> str:
 
 def _transformers_loses(a: Found) -> Iterable[str]:
     yield from _loses(a)
-    magnitudes = [key for key in a.adapter.carried if "lora_magnitude_vector" in key]
+    magnitudes = [key for key in a.adapter.carried if MAGNITUDE in key]
     if magnitudes:
         yield f"initialises the DoRA magnitudes of {len(magnitudes)} modules anew"
 

@@ -5,13 +5,14 @@ The reasons that rules return have the runtime as their subject, or name another
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorank.adapters.content import Profile
+from lorank.adapters.content import Format, Profile
 from lorank.adapters.module import LoraModule
+from lorank.peft_format.names import PREFIX, layer_path
+from lorank.peft_format.scaling import divisor
 from lorank.runtimes.found import Found
 
 Unknown = Literal["ignores", "refuses"]
@@ -67,7 +68,7 @@ class Runtime:
     needs_prefix
         True if keys without the prefix `base_model.model.` are not found.
     reads
-        The format that is read: PEFT's folders, files of image adapters, or neither.
+        The format that is read; None if the runtime reads a format of its own.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Runtime:
     unknown: Unknown = "ignores"
     by_suffix: bool = False
     needs_prefix: bool = True
-    reads: Literal["folders", "image files", "neither"] = "folders"
+    reads: Format | None = "peft"
 
     def misses(self, a: Found) -> dict[str, str]:
         """Return a reason by the name of each module that is not found by its key."""
@@ -90,7 +91,7 @@ class Runtime:
                 missed[name] = f"keys hold {', '.join(a.stored.wrappers)}, as in {key}"
         if self.needs_prefix:
             missed |= {
-                name: f"keys lack the prefix base_model.model., as those of {name}"
+                name: f"keys lack the prefix {PREFIX}, as those of {name}"
                 for name in a.unprefixed
                 if name not in missed
             }
@@ -101,7 +102,7 @@ class Runtime:
 
 def _is_tail(name: str, key: str) -> bool:
     """Return True if a key ends with the full name of a module."""
-    path = key.partition(".lora_")[0]
+    path = layer_path(key)
     return path == name or path.endswith(f".{name}")
 
 
@@ -114,7 +115,7 @@ def by_settings(a: Found, module: LoraModule) -> float:
 def by_settings_or_stabilized(a: Found, module: LoraModule) -> float:
     """Scale by the global alpha and rank, or by the square root of the rank for rsLoRA."""
     del module
-    return a.alpha / (math.sqrt(a.rank) if a.rank_stabilized else a.rank)
+    return a.alpha / divisor(a.rank, a.rank_stabilized)
 
 
 def by_module(a: Found, module: LoraModule) -> float:

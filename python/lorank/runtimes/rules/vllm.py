@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorank.runtimes.found import BASE_COPY, Found
+from lorank.peft_format.names import BASE_WEIGHT
+from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import (
     Runtime,
     by_module,
@@ -24,7 +25,7 @@ _TABLES = ("embed_tokens", "lm_head")
 _HEADS = ("score", "classifier")
 
 # Copies of base weights that are accepted beside the factors of embeddings and heads.
-_PASSED_OVER = tuple(f".{name}{BASE_COPY}" for name in _TABLES)
+_PASSED_OVER = tuple(f".{name}{BASE_WEIGHT}" for name in _TABLES)
 _GATES = ("gate_up_proj", "w13_weight")
 _DOWNS = ("down_proj", "w2_weight")
 

@@ -5,73 +5,24 @@ Source: PARA, Post-Optimization Adaptive Rank Allocation for LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorank._internal.threads import thread_count
 from lorank.adapters.certificate import Certificate, ModuleCertificate
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import Adapter, AdapterContent
 from lorank.adapters.module import LoraModule
-from lorank.adapters.reading import as_adapter
-from lorank.compression.selection import Knobs, Mask, checked_knobs, notes, select
+from lorank.compression.selection import Knobs, Mask, notes, select
 from lorank.compression.spectral_form import SpectralForm, Update, spectral_form, truncate
 from lorank.peft_format.rank_groups import rank_groups
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
-    from lorank.compression.selection import KnobArguments
-
-
-def compress(
-    adapter: LoraAdapter | str | Path,
-    *,
-    threads: int | None = None,
-    progress: bool = True,
-    **knobs: Unpack[KnobArguments],
-) -> LoraAdapter:
-    """Truncate the updates of an adapter to where most of their energy is.
-
-    Parameters
-    ----------
-    adapter
-        As from `LoraAdapter.load`, or its path.
-    threads
-        At most so many (default: all that the process may use). The result does not depend on it.
-    progress
-        Draw a progress bar on standard error, if that is a terminal.
-    **knobs
-        Exactly one of `rank_ratio`, `avg_rank`, `energy`, `budget` and `auto`; and `max_rank`,
-        `scope`, `keep`, `scores`. See `lorank.compression.selection.Knobs`.
-
-    Returns
-    -------
-    LoraAdapter
-        In balanced spectral form, every scaling 1, with its `certificate`.
-
-    Raises
-    ------
-    ValueError
-        If not exactly one knob is given, or one is out of range.
-    TypeError
-        If there is no such knob, or `adapter` is none.
-    NumericalError
-        If factors hold NaN or infinite values.
-
-    Notes
-    -----
-    Source: PARA, equations 2 to 14. The pool of singular values is that of the scaled updates of all
-    modules. The error certificate is exact: ``||dW - dW_hat||_F`` is the root of the sum of the
-    squares of what was dropped.
-    """
-    chosen = checked_knobs(knobs)
-    adapter = as_adapter(adapter)
+def compress(adapter: Adapter, knobs: Knobs, threads: int | None, progress: bool) -> Adapter:
+    """Truncate the updates of an adapter to where most of their energy is; see `lorank.compress`."""
     forms = decomposed(adapter, threads, progress)
-    result = truncated(adapter, forms, chosen, f"compress, {chosen}", threads)
+    result = truncated(adapter, forms, knobs, f"compress, {knobs}", threads)
     return replace(result, notes=[*result.notes, *_zeros(forms)])
 
 
@@ -85,52 +36,35 @@ def _zeros(forms: Sequence[SpectralForm]) -> list[str]:
 
 
 def family(
-    adapter: LoraAdapter | str | Path,
-    avg_ranks: Sequence[float],
-    *,
-    threads: int | None = None,
-    progress: bool = True,
-) -> dict[float, LoraAdapter]:
-    """Children of an adapter at several average ranks, from one decomposition.
-
-    Raises
-    ------
-    ValueError
-        If an average rank is negative, or none is given.
-    """
-    if not avg_ranks:
-        raise ValueError("give at least one average rank")
-    knobs = [Knobs(avg_rank=rank) for rank in avg_ranks]
-    adapter = as_adapter(adapter)
+    adapter: Adapter, knobs: Mapping[float, Knobs], threads: int | None, progress: bool
+) -> dict[float, Adapter]:
+    """Truncate an adapter by several knobs from one decomposition; see `lorank.family`."""
     forms = decomposed(adapter, threads, progress)
     return {
         rank: truncated(adapter, forms, chosen, f"family, {chosen}", threads)
-        for rank, chosen in zip(avg_ranks, knobs, strict=True)
+        for rank, chosen in knobs.items()
     }
 
 
-def elastic(
-    adapter: LoraAdapter | str | Path, *, threads: int | None = None, progress: bool = True
-) -> LoraAdapter:
-    """The adapter in spectral form with all its non-zero values: any budget is cut from it at load time."""
-    adapter = as_adapter(adapter)
+def elastic(adapter: Adapter, threads: int | None, progress: bool) -> Adapter:
+    """Return an adapter in spectral form with all its non-zero values; see `lorank.elastic`."""
     forms = decomposed(adapter, threads, progress)
     return truncated(adapter, forms, Knobs(rank_ratio=1.0), "elastic parent, all singular values", threads)
 
 
-def decomposed(adapter: LoraAdapter, threads: int | None, progress: bool) -> list[SpectralForm]:
+def decomposed(adapter: AdapterContent, threads: int | None, progress: bool) -> list[SpectralForm]:
     """The spectral form of every adapted module."""
     updates = [Update.of(module, is_spectral=adapter.is_spectral) for module in adapter.adapted]
     return spectral_form(updates, thread_count(threads), progress)
 
 
 def truncated(
-    adapter: LoraAdapter,
+    adapter: Adapter,
     forms: Sequence[SpectralForm],
     knobs: Knobs,
     action: str,
     threads: int | None = None,
-) -> LoraAdapter:
+) -> Adapter:
     """An adapter with the values that the knobs keep; `adapter` gives everything but the factors."""
     groups = rank_groups([form.module for form in forms], adapter.config)
     masks = select(forms, knobs, groups)

@@ -16,12 +16,9 @@ ComfyUI, diffusers 0.42). Diffusers has further rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from lorank.adapters import profiles
-from lorank.adapters.content import LoraAdapter, Profile
-from lorank.adapters.formats.image_keys import ImageStyle
-from lorank.adapters.profiles import Layout
+from lorank.adapters.formats.image_style import ImageStyle
 
 # Names whose alphas diffusers looks up, or takes from other modules.
 _LOOKED_UP = re.compile(r"lora_unet_(?:input|output|middle|down|up|mid)_block.*|transformer\..*")
@@ -34,13 +31,9 @@ _WHOLE_BLOCKS = re.compile(
 )
 
 
-def layouts(adapter: LoraAdapter, profile: Profile) -> dict[str, Layout]:
-    """Lay out every written module of an image file, as `profiles.layouts` does for PEFT."""
-    found = {name: layout.rank for name, layout in profiles.layouts(adapter, profile).items()}
-    if any(map(_WHOLE_BLOCKS.fullmatch, adapter.modules)):
-        found = {name: found.get(name, 1) for name in adapter.modules}
-    alphas = written_alphas(style_of(adapter), found)
-    return {name: Layout(rank, rank / alphas.get(name, rank)) for name, rank in found.items()}
+def reads_whole_blocks(names: Iterable[str]) -> bool:
+    """Return True if diffusers reads blocks of these modules as a whole, so that none may be missing."""
+    return any(map(_WHOLE_BLOCKS.fullmatch, names))
 
 
 def written_alphas(style: ImageStyle, ranks: Mapping[str, int]) -> dict[str, int]:
@@ -51,9 +44,3 @@ def written_alphas(style: ImageStyle, ranks: Mapping[str, int]) -> dict[str, int
     if any(map(_LOOKED_UP.fullmatch, names)) or all(map(_TEXT_ENCODER.fullmatch, names)):
         return dict.fromkeys(names, max(ranks[name] for name in names))
     return {name: ranks[name] for name in names}
-
-
-def style_of(adapter: LoraAdapter) -> ImageStyle:
-    """Return the spelling of keys in an image adapter's file."""
-    assert adapter.key_style is not None
-    return adapter.key_style
