@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from lorank._core import FormatError, LorankError, NumericalError, __version__
 from lorank._internal.lazy import lazy_names
+from lorank.allocation.allocate import allocate
 from lorank.allocation.budget import fit_ranks
-from lorank.allocation.rank_allocation import RankAllocation, allocate
+from lorank.allocation.rank_allocation import RankAllocation
 from lorank.analysis.matrices import analyze
 from lorank.report import ModuleSpectrum, SpectralReport
 from lorank.statistics.hill import alpha_hill
@@ -14,12 +15,10 @@ from lorank.statistics.spectrum import spectrum
 
 if TYPE_CHECKING:
     from lorank import training
-    from lorank.adapters import LoraAdapter
-    from lorank.compression.compress import compress, elastic, family
-    from lorank.compression.extraction import extract
+    from lorank.adapter import LoraAdapter
     from lorank.compression.fisher import fisher_scores
-    from lorank.compression.merging import merge
     from lorank.compression.product import product_svd
+    from lorank.operations import compress, elastic, extract, family, merge
     from lorank.profiling import profile_gradients, profile_tasks
     from lorank.report.gradients import GradientReport
     from lorank.report.tasks import TaskReport
@@ -34,14 +33,14 @@ _LAZY = {
     "profile_gradients": "profiling",
     "profile_tasks": "profiling",
     "task_spectrum": "task_spectra",
-    "LoraAdapter": "adapters.content",
+    "LoraAdapter": "adapter",
     "check": "runtimes",
-    "compress": "compression.compress",
-    "elastic": "compression.compress",
-    "extract": "compression.extraction",
-    "family": "compression.compress",
+    "compress": "operations",
+    "elastic": "operations",
+    "extract": "operations",
+    "family": "operations",
     "fisher_scores": "compression.fisher",
-    "merge": "compression.merging",
+    "merge": "operations",
     "product_svd": "compression.product",
 }
 

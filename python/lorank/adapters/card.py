@@ -1,33 +1,42 @@
-"""The README.md of a written adapter: what was done, and what it cost."""
+"""The README.md of a written adapter: its content, and the error of its compression."""
 
 from __future__ import annotations
 
 from lorank._core import __version__
 from lorank.adapters.certificate import Certificate
-from lorank.adapters.content import LoraAdapter, Profile
-
-_LOADS = {
-    "compact": "PEFT and vLLM 0.32 or later",
-    "portable": "PEFT, vLLM, SGLang, LoRAX, llama.cpp and TensorRT-LLM",
-    "tensor-rank": "PEFT, vLLM 0.32 or later, llama.cpp and TensorRT-LLM",
-}
+from lorank.adapters.content import AdapterContent, Profile
+from lorank.adapters.formats.base import AdapterFormat
 
 _MARK = "Written by lorank "
 
 
 def is_ours(text: str) -> bool:
-    """Whether a README.md is a card of this program: only such a one is replaced."""
+    """Return True for the text of a card that lorank wrote: no other README.md is replaced."""
     return _MARK in text
 
 
-def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None, stored: int) -> str:
-    """The card's markdown, with the front matter that the hub reads; `stored` counts padding, too."""
+def text(
+    adapter: AdapterContent,
+    form: AdapterFormat,
+    profile: Profile,
+    certificate: Certificate | None,
+    stored: int,
+) -> str:
+    """Return the card as Markdown, with the front matter that the hub reads.
+
+    Parameters
+    ----------
+    adapter, form, profile
+        The adapter, its format, and the profile that it is written in.
+    certificate
+        The certificate with the rounding error; None for an adapter as it was trained.
+    stored
+        Number of stored parameters, padding included.
+    """
     base = adapter.base_model
-    is_peft = adapter.format == "peft"
-    readers = _LOADS[profile] if is_peft else "what reads the keys of kohya's scripts or diffusers"
     lines = [
         "---",
-        *(["library_name: peft"] if is_peft else []),
+        *form.card_entries,
         *([f"base_model: {base}"] if base else []),
         "tags:",
         "- lora",
@@ -38,15 +47,11 @@ def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None
     lines += [f"# LoRA adapter{f' for {base}' if base else ''}", ""]
     lines += [
         f"{len(adapter.adapted)} adapted modules, {adapter.num_parameters:,} parameters, ranks "
-        f"{_range(adapter)}. {_MARK}{__version__} in the profile `{profile}`, for {readers}.",
+        f"{_range(adapter)}. {_MARK}{__version__} in the profile `{profile}`, for {form.readers(profile)}.",
         "",
     ]
-    if is_peft and (adapter.carried or any(module.carried for module in adapter.modules.values())):
-        lines += [
-            "It holds more than factors (saved modules, biases or magnitudes), which not all of these load: "
-            "`lorank check` tells which do.",
-            "",
-        ]
+    if form.carried_remark and (adapter.carried or any(m.carried for m in adapter.modules.values())):
+        lines += [form.carried_remark, ""]
     if stored != adapter.num_parameters:
         lines += [f"{stored:,} parameters are stored, as ranks are padded with zeros.", ""]
     if certificate is not None:
@@ -56,7 +61,7 @@ def text(adapter: LoraAdapter, profile: Profile, certificate: Certificate | None
     return "\n".join(lines)
 
 
-def _range(adapter: LoraAdapter) -> str:
+def _range(adapter: AdapterContent) -> str:
     ranks = [module.rank for module in adapter.adapted]
     return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 

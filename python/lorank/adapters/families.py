@@ -6,10 +6,11 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from lorank.adapters.reading import CERTIFICATE, CONFIG, WEIGHTS
+from lorank.adapters.metadata import CERTIFICATE_FILE
+from lorank.peft_format.names import CONFIG_FILE, WEIGHTS_FILE
 
 _MEMBER = re.compile(r"elastic|rank-[0-9.e+-]+")
-_OURS = {CERTIFICATE, CONFIG, WEIGHTS, "README.md"}
+_OURS = {CERTIFICATE_FILE, CONFIG_FILE, WEIGHTS_FILE, "README.md"}
 
 
 def remove_stale(folder: Path, members: Collection[str]) -> list[str]:
@@ -32,7 +33,7 @@ def remove_stale(folder: Path, members: Collection[str]) -> list[str]:
         if path.name in members or not path.is_dir() or not _MEMBER.fullmatch(path.name):
             continue
         files = {file.name for file in path.iterdir()}
-        if CERTIFICATE not in files or files - _OURS:
+        if CERTIFICATE_FILE not in files or files - _OURS:
             notes.append(f"{path} was kept: not all of it was written by lorank")
             continue
         for file in files:

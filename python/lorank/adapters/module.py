@@ -1,50 +1,52 @@
-"""One adapted module: its factors, wherever they lie, and what they multiply to."""
+"""One adapted module: its factors, and the update that they multiply to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lorank import _core
-from lorank._core import Matrix
 from lorank._internal import core_calls
+from lorank.adapters.factors import Factors, PackedFactors
 from lorank.modules.weight import Kind
-from lorank.sources import arrays
 
 Array = npt.NDArray[Any]
-Factors = Callable[[], Sequence[tuple[Matrix, Matrix]]]
 
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
     """An update ``scaling * B @ A`` of one weight.
 
+    Pickling and deep copying copy the values of the factors: the copy depends neither on a file nor on a live
+    model.
+
     Attributes
     ----------
     name
         The module's dotted name in the base model, or a stacked parameter's.
     kind
-        What the module does with its weight.
+        The operation of the module on its weight.
     shape
         ``(out, in)``; kernels of convolutions are flattened to ``in * kh * kw``.
     rank
-        0 if the module is not adapted any more.
+        Rank of the factors; 0 if the module is no longer adapted.
     scaling
-        ``lora_alpha / r``, or what its format says instead.
+        ``lora_alpha / r``, or the scale that the adapter's format defines instead.
     dtype
         The stored element type.
-    copies
-        Updates that share the rank: the experts of a stack, else 1.
-    a_tail, b_tail
-        The stored shapes after the rank: ``(in, kh, kw)`` and ``(1, 1)`` of a convolution.
     factors
         Returns ``(B, A)`` of every copy, as matrices for the core.
+    copies
+        Number of updates that share the rank: the experts of a stack, else 1.
+    a_tail, b_tail
+        The stored shapes after the rank: ``(in, kh, kw)`` and ``(1, 1)`` of a convolution.
     carried
-        Further numbers of the module that stay as they are, by the end of their names.
+        Further values of the module, which stay as they are, by the end of their keys.
     """
 
     name: str
@@ -91,6 +93,24 @@ class LoraModule:
         )
         return combined_values([one.singular_values for one in decomposed])
 
+    def __repr__(self) -> str:
+        stack = f"{self.copies} x " if self.copies > 1 else ""
+        return (
+            f"LoraModule({self.name!r}, {self.kind}, {stack}{self.shape[0]}x{self.shape[1]}, "
+            f"rank {self.rank}, scaling {self.scaling:.4g}, {self.dtype})"
+        )
+
+    def __reduce__(self) -> tuple[type[LoraModule], tuple[Any, ...]]:
+        packed = replace(self, factors=PackedFactors.of(self.factors))
+        return LoraModule, tuple(getattr(packed, entry.name) for entry in fields(packed))
+
+    def __copy__(self) -> LoraModule:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoraModule:
+        del memo
+        return replace(self, factors=PackedFactors.of(self.factors), carried=copy.deepcopy(self.carried))
+
 
 def combined_values(copies: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
     """Return the singular values of a module: for several copies, the root of the sum of their squares."""
@@ -98,8 +118,3 @@ def combined_values(copies: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np
         return copies[0]
     root: npt.NDArray[np.float64] = np.sqrt(sum(np.square(values) for values in copies))
     return root
-
-
-def in_memory(b: Array, a: Array) -> tuple[Matrix, Matrix]:
-    """Factors ``B (out, r)`` and ``A (r, in)`` for the core, without a copy."""
-    return arrays.matrix(b), arrays.matrix(a)

@@ -1,8 +1,7 @@
-"""An adapter onto disk: factors, settings and a card, all of them whole or none."""
+"""Writes an adapter: factors, settings and a card, all of them or none."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,47 +9,41 @@ from pathlib import Path
 from threading import Event
 from typing import Any, cast, get_args
 
-import numpy as np
-import numpy.typing as npt
-
 from lorank import _core
 from lorank._internal.atomic import staged_folder
 from lorank._internal.threads import thread_count
-from lorank.adapters import card, carried, profiles, rounding
+from lorank.adapters import card, rounding
 from lorank.adapters.certificate import Certificate
-from lorank.adapters.content import Dtype, LoraAdapter, Profile
-from lorank.adapters.formats import image_keys, image_layout, kohya, padding
-from lorank.adapters.formats.peft import PREFIX, SPECTRAL_KEY
-from lorank.adapters.module import LoraModule
-from lorank.adapters.reading import CERTIFICATE, CONFIG, PICKLED_WEIGHTS, WEIGHTS
-from lorank.adapters.tensors import SAFETENSORS_NAMES, Stored, raw_bytes
-from lorank.sources import arrays
-
-Array = npt.NDArray[Any]
-Tensor = tuple[str, list[int], Any, str]
-"""Name, shape, values (an array, or a checkpoint and a position), and element type by safetensors' name."""
-
-IMAGE_WEIGHTS = "adapter.safetensors"
-"""What an image adapter's file is called where only a folder is named."""
+from lorank.adapters.content import AdapterContent, Dtype, Profile
+from lorank.adapters.formats import padding
+from lorank.adapters.formats.base import AdapterFormat, Place
+from lorank.adapters.formats.registry import format_of
+from lorank.adapters.metadata import CERTIFICATE_FILE, SPECTRAL_KEY
+from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.written_tensors import WrittenTensor, written_tensors
+from lorank.peft_format.names import PICKLED_WEIGHTS_FILE
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What writing an adapter did.
+    """The result of writing an adapter.
 
     Attributes
     ----------
     path
-        Where the factors are.
+        The file of the factors.
+    address
+        The path by which the adapter is read again.
     certificate
-        The adapter's, with what rounding the factors added.
+        The adapter's certificate, with the error that rounding the factors added.
     stored_parameters
-        Parameters of the written factors, the zeros of padded ranks included.
+        Number of parameters of the written factors, the zeros of padded ranks included.
     notes
-        What was left as it was, what rounding did where no certificate tells, what padding costs.
+        Remarks on files that were kept, on rounding without a certificate, and on the cost of padding.
     """
 
     path: Path
+    address: Path
     certificate: Certificate | None
     stored_parameters: int
     notes: Sequence[str] = ()
@@ -58,41 +51,39 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is to be written, how, and where."""
+    """An adapter to write, with the form and the place of its files."""
 
-    adapter: LoraAdapter
+    adapter: AdapterContent
+    format: AdapterFormat
     profile: Profile
     dtype: Dtype | None
-    layouts: Mapping[str, profiles.Layout]
+    ranks: Mapping[str, WrittenRank]
     keys: Mapping[str, tuple[str, str]]
-    folder: Path
-    file: str
-    alone: bool
+    place: Place
     threads: int
 
     @classmethod
     def of(
-        cls, adapter: LoraAdapter, target: Path, profile: Profile, dtype: Any, threads: int | None
+        cls, adapter: AdapterContent, target: Path, profile: Profile, dtype: Any, threads: int | None
     ) -> _Job:
         count = thread_count(threads)
         checked = _checked_dtype(dtype)
-        if adapter.format == "peft":
-            layouts = profiles.layouts(adapter, profile)
-            keys = profiles.keys(adapter, layouts)
-            return cls(adapter, profile, checked, layouts, keys, target, WEIGHTS, alone=False, threads=count)
-        layouts = image_layout.layouts(adapter, profile)
-        keys = {name: image_layout.style_of(adapter).keys[name] for name in layouts}
-        alone = target.suffix == ".safetensors"
-        folder, file = (target.parent, target.name) if alone else (target, IMAGE_WEIGHTS)
-        return cls(adapter, profile, checked, layouts, keys, folder, file, alone, count)
+        form = format_of(adapter)
+        ranks = form.written_ranks(adapter, profile)
+        keys = form.keys(adapter, ranks)
+        return cls(adapter, form, profile, checked, ranks, keys, form.place(target), count)
+
+    @property
+    def weights(self) -> Path:
+        return self.place.folder / self.place.weights
 
     @property
     def stored_parameters(self) -> int:
-        return sum(layout.rank * self.adapter.modules[name].cost for name, layout in self.layouts.items())
+        return sum(entry.rank * self.adapter.modules[name].cost for name, entry in self.ranks.items())
 
 
 def write_adapter(
-    adapter: LoraAdapter,
+    adapter: AdapterContent,
     target: Path,
     profile: Profile,
     dtype: Any,
@@ -103,27 +94,27 @@ def write_adapter(
     """Write an adapter; see `LoraAdapter.save`."""
     job = _Job.of(adapter, target.expanduser(), profile, dtype, threads)
     _check_target(job, overwrite)
-    # What tells of an earlier adapter must not contradict this one.
-    with (
-        staged_folder(job.folder, () if job.alone else (PICKLED_WEIGHTS, CERTIFICATE)) as staging,
-        ThreadPoolExecutor(1) as beside,
-    ):
-        narrow = rounding.narrow(adapter, job.layouts, job.dtype)
-        tensors = _tensors(job)
-        # Python writes texts while the core writes factors, but for words that tell of their rounding. It
-        # begins when this thread has nothing more to do in Python: the core would wait for the texts.
+    # Files of an earlier adapter must not contradict this one.
+    stale = () if job.place.is_alone else (PICKLED_WEIGHTS_FILE, CERTIFICATE_FILE)
+    with staged_folder(job.place.folder, stale) as staging, ThreadPoolExecutor(1) as beside:
+        rounded = rounding.rounded_types(adapter, job.ranks, job.dtype)
+        tensors = written_tensors(adapter, job.format, job.ranks, job.keys, job.dtype)
+        # Python writes texts while the core writes factors; the certificate and the card wait for the
+        # rounding error, if there is one. The texts begin when this thread has nothing more to do in Python:
+        # the core would wait for them.
         begin = Event()
-        texts = beside.submit(_write_texts, job, staging, begin, with_words=not narrow)
+        texts = beside.submit(_write_texts, job, staging, begin, with_card=not rounded)
         begin.set()
-        certificate, notes = _write_weights(job, staging, tensors, narrow)
+        certificate, notes = _write_weights(job, staging, tensors, rounded)
         notes += texts.result()
-        if narrow:
-            notes += _write_words(job, staging, certificate)
-    return Written(job.folder / job.file, certificate, job.stored_parameters, [*notes, *_padding_note(job)])
+        if rounded:
+            notes += _write_card(job, staging, certificate)
+    notes += _padding_note(job)
+    return Written(job.weights, job.place.address, certificate, job.stored_parameters, notes)
 
 
 def _checked_dtype(dtype: Any) -> Dtype | None:
-    """An element type by its name, or as torch's own."""
+    """Return the name of an element type, given by name or as torch's own."""
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if name is not None and name not in get_args(Dtype):
         raise ValueError(f"dtype must be {', '.join(map(repr, get_args(Dtype)))}, not {dtype!r}")
@@ -131,138 +122,71 @@ def _checked_dtype(dtype: Any) -> Dtype | None:
 
 
 def _check_target(job: _Job, overwrite: bool) -> None:
-    file = job.folder / job.file
-    if not job.alone and job.folder.suffix == ".safetensors":
-        raise ValueError(
-            f"{job.folder}: a PEFT adapter is a folder, its settings beside its factors: name a folder"
-        )
-    if job.folder.exists() and not job.folder.is_dir():
-        raise FileExistsError(f"{job.folder}: is a file, not a folder")
-    if overwrite or not job.folder.exists():
+    folder, is_alone = job.place.folder, job.place.is_alone
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: is a file, not a folder")
+    if overwrite or not folder.exists():
         return
-    if job.alone and file.exists():
-        raise FileExistsError(f"{file}: exists (overwrite replaces it)")
-    if not job.alone and any(job.folder.iterdir()):
-        raise FileExistsError(f"{job.folder}: is not empty (overwrite replaces the adapter in it)")
+    if is_alone and job.weights.exists():
+        raise FileExistsError(f"{job.weights}: exists (overwrite replaces it)")
+    if not is_alone and any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: is not empty (overwrite replaces the adapter in it)")
 
 
 def _write_weights(
-    job: _Job, staging: Path, tensors: list[Tensor], narrow: Mapping[str, str]
+    job: _Job, staging: Path, tensors: list[WrittenTensor], rounded: Mapping[str, str]
 ) -> tuple[Certificate | None, list[str]]:
-    """Write the factors; the certificate with what rounding to narrow types added, or a note of that."""
-    file = staging / job.file
-    _core.write_safetensors(file, tensors, _metadata(job, job.adapter.certificate), job.threads)
-    added = rounding.added(job.adapter, job.layouts, job.keys, file, narrow)
+    """Write the factors; return the certificate with the rounding error, or a note on that error."""
+    file = staging / job.place.weights
+    before = job.adapter.certificate
+    _core.write_safetensors(file, tensors, _metadata(job, before), job.threads)
+    added = rounding.added(job.adapter, job.ranks, job.keys, file, rounded)
     if added is None:
-        return job.adapter.certificate, []
-    if job.adapter.certificate is None:
+        return before, []
+    if before is None:
         return None, [rounding.note(job.adapter, added)] if added else []
-    certificate = job.adapter.certificate.with_rounding(added)
-    if job.adapter.format == "kohya":
-        # The file itself holds the certificate, and what the file is measured for belongs to that.
+    certificate = before.with_rounding(added)
+    if job.format.rewrites_certificate:
         _core.write_safetensors(file, tensors, _metadata(job, certificate), job.threads)
     return certificate, []
 
 
 def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:
-    adapter = job.adapter
-    metadata = {"format": "pt"} | padding.metadata(adapter, job.layouts)
-    metadata |= {SPECTRAL_KEY: "1"} if adapter.is_spectral else {}
-    if adapter.format == "peft":
-        return metadata
-    metadata |= kohya.metadata(adapter, {name: layout.rank for name, layout in job.layouts.items()})
-    words = {kohya.CERTIFICATE_KEY: certificate.to_text(adapter.notes)} if certificate else {}
-    return metadata | words
+    metadata = {"format": "pt"} | padding.metadata(job.adapter, job.ranks)
+    metadata |= {SPECTRAL_KEY: "1"} if job.adapter.is_spectral else {}
+    return metadata | job.format.metadata(job.adapter, job.ranks, certificate)
 
 
-def _write_texts(job: _Job, staging: Path, begin: Event, *, with_words: bool) -> list[str]:
-    """Write what does not depend on how factors are rounded; what to note."""
+def _write_texts(job: _Job, staging: Path, begin: Event, *, with_card: bool) -> list[str]:
+    """Write the files that do not depend on the rounding of factors; return notes."""
     begin.wait(timeout=1.0)  # An interrupt may come before it is set.
-    if job.adapter.format == "peft":
-        settings = profiles.settings(job.adapter, job.profile)
-        (staging / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
-    return _write_words(job, staging, job.adapter.certificate) if with_words else []
+    for name, text in job.format.settings_files(job.adapter, job.profile).items():
+        (staging / name).write_text(text, "utf-8")
+    return _write_card(job, staging, job.adapter.certificate) if with_card else []
 
 
-def _write_words(job: _Job, staging: Path, certificate: Certificate | None) -> list[str]:
-    """Write the certificate and the card, unless there is a card of somebody else's; what to note."""
-    if job.alone:
+def _write_card(job: _Job, staging: Path, certificate: Certificate | None) -> list[str]:
+    """Write the certificate and the card, unless another program wrote the card; return notes."""
+    if job.place.is_alone:
         return []
     if certificate is not None:
-        (staging / CERTIFICATE).write_text(certificate.to_text(job.adapter.notes), "utf-8")
-    file = job.folder / "README.md"
+        (staging / CERTIFICATE_FILE).write_text(certificate.to_text(job.adapter.notes), "utf-8")
+    file = job.place.folder / "README.md"
     if file.exists() and not card.is_ours(file.read_text("utf-8", errors="replace")):
         return [f"{file} was kept, as lorank did not write it"]
-    text = card.text(job.adapter, job.profile, certificate, job.stored_parameters)
+    text = card.text(job.adapter, job.format, job.profile, certificate, job.stored_parameters)
     (staging / "README.md").write_text(text, "utf-8")
     return []
 
 
 def _padding_note(job: _Job) -> list[str]:
-    """How much padded ranks cost, and what to do about it."""
+    """Return the number of stored parameters, and an advice, if ranks are padded."""
     adapter, stored = job.adapter, job.stored_parameters
     if stored == adapter.num_parameters:
         return []
-    largest = max(layout.rank for layout in job.layouts.values())
+    largest = max(entry.rank for entry in job.ranks.values())
     note = f"{job.profile}: {stored:,} parameters are stored, as ranks are padded with zeros"
     before = adapter.certificate.parameters_before if adapter.certificate else adapter.num_parameters
     if job.profile == "portable" and stored >= before:
         note += f" to {largest}; nothing is saved: max_rank bounds the largest rank"
     return [note]
-
-
-def _tensors(job: _Job) -> list[Tensor]:
-    """Everything that the file holds."""
-    adapter = job.adapter
-    tensors: list[Tensor] = []
-    for name, layout in job.layouts.items():
-        module = adapter.modules[name]
-        dtype = job.dtype or module.dtype
-        tensors += _factors(module, layout, job.keys[name], dtype)
-        for ending, vector in module.carried.items():
-            scaled = vector * np.float32(module.scaling * layout.b_factor)
-            is_peft = adapter.format == "peft"
-            key = f"{PREFIX}{name}.{ending}" if is_peft else image_keys.bias_key(job.keys[name][0])
-            tensors.append(_tensor(key, scaled, dtype))
-    # float32, as types of 16 bits do not hold every rank exactly.
-    tensors += [
-        _tensor(kohya.alpha_key(name), np.array(alpha, dtype=np.float32), "float32")
-        for name, alpha in _alphas(job).items()
-    ]
-    return tensors + [_carried(key, x) for key, x in carried.written(adapter, job.layouts.keys()).items()]
-
-
-def _alphas(job: _Job) -> dict[str, int]:
-    """Return the alphas of an image file by module."""
-    if job.adapter.format == "peft":
-        return {}
-    ranks = {name: layout.rank for name, layout in job.layouts.items()}
-    return image_layout.written_alphas(image_layout.style_of(job.adapter), ranks)
-
-
-def _factors(module: LoraModule, layout: profiles.Layout, keys: tuple[str, str], dtype: str) -> list[Tensor]:
-    """The module's B and A; as they are, if nothing has to be done to them."""
-    if profiles.is_written_as_it_is(module, layout):
-        ((b, a),) = module.factors()
-        b_shape, a_shape = profiles.shapes(module, layout.rank)
-        return [(keys[0], b_shape, b, _stored(dtype)), (keys[1], a_shape, a, _stored(dtype))]
-    return [_tensor(key, x, dtype) for key, x in zip(keys, profiles.factors(module, layout), strict=True)]
-
-
-def _stored(dtype: str) -> str:
-    """The header's name; float8, which has no rounding rule here, goes out as bfloat16."""
-    return SAFETENSORS_NAMES.get(dtype, "BF16")
-
-
-def _tensor(key: str, values: Array, dtype: str) -> Tensor:
-    rows = values.reshape(values.shape[0] if values.ndim else 1, -1)
-    return key, list(values.shape), arrays.matrix(rows), _stored(dtype)
-
-
-def _carried(key: str, stored: Stored) -> Tensor:
-    if stored.position is not None:
-        return key, [], (stored.origin, stored.position), ""
-    if stored.dtype not in ("", arrays.dtype_name(stored.origin)):
-        return _tensor(key, stored.origin, stored.dtype)
-    values, dtype, shape = raw_bytes(stored.origin, key)
-    return key, list(shape), values.tobytes(), dtype

@@ -11,9 +11,11 @@ import typer
 
 import lorank
 from lorank import runtimes
-from lorank.adapters.content import Dtype, LoraAdapter, Profile
+from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.families import remove_stale
+from lorank.adapters.formats.registry import format_of
 from lorank.adapters.profiles import PROFILES, nothing_left
+from lorank.adapters.reading import read_adapter
 from lorank.adapters.writing import write_adapter
 from lorank.cli.checks import check_choice, check_new, check_output_folder, parse_targets
 from lorank.cli.errors import IncompleteError, UsageError
@@ -147,7 +149,7 @@ def family(
             raise ValueError(f"{name}: {reason}")
     stored = {}
     for name, member in members.items():
-        target = output / (name if member.format == "peft" else f"{name}.safetensors")
+        target = output / format_of(member).member_name(name)
         written = write_adapter(
             member, target, cast(Profile, profile), dtype, overwrite=overwrite, threads=threads
         )
@@ -309,7 +311,7 @@ def info(
     json_output: Json = False,
 ) -> None:
     """What an adapter holds: modules, ranks, scalings, types, and what is no factor."""
-    loaded = LoraAdapter.load(adapter)
+    loaded = read_adapter(adapter)
     if json_output:
         print_json(_content(loaded))
         return
@@ -372,7 +374,7 @@ def _check_output(path: Path, overwrite: bool) -> None:
 
 
 def _finish(
-    result: LoraAdapter,
+    result: AdapterContent,
     output: Path,
     profile: str,
     dtype: str | None,
@@ -407,7 +409,7 @@ def _say_notes(notes: Iterable[str]) -> None:
         say(as_options(note))
 
 
-def _content(adapter: LoraAdapter, dtype: str | None = None) -> dict[str, Any]:
+def _content(adapter: AdapterContent, dtype: str | None = None) -> dict[str, Any]:
     """What an adapter holds, as it is written if that was in another `dtype`."""
     return {
         "label": adapter.label,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,21 +15,16 @@ from lorank import _core
 from lorank._internal import core_calls
 from lorank._internal.progress import progress_bar, waiting
 from lorank._internal.threads import thread_count
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.module import LoraModule
 from lorank.compression import twins
-from lorank.compression.compress import truncated
 from lorank.compression.selection import checked_knobs, with_counted_budget
 from lorank.compression.spectral_form import SpectralForm, Triplets
+from lorank.compression.truncation import truncated
 from lorank.modules import naming
-from lorank.peft_format.lora_config import accidental_matches
+from lorank.peft_format.target_expressions import accidental_matches
 from lorank.sources import OPENING, AnySource, Source, SourceMatrix, open_source
 from lorank.sources.guesses import doubtful
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from lorank.compression.selection import KnobArguments
 
 DEFAULT_MAX_RANK = 128
 
@@ -37,54 +32,16 @@ DEFAULT_MAX_RANK = 128
 def extract(
     base: AnySource,
     tuned: AnySource,
+    knobs: Mapping[str, object],
     *,
-    include: naming.Targets = None,
-    exclude: naming.Targets = None,
-    prefix: str = "",
-    guess: bool = False,
-    threads: int | None = None,
-    progress: bool = True,
-    **knobs: Unpack[KnobArguments],
-) -> LoraAdapter:
-    """The best adapter of given ranks for the difference of two models.
-
-    Parameters
-    ----------
-    base, tuned
-        The model before and after: anything that `analyze` takes. Read matrix by matrix.
-    include, exclude
-        Which modules, as in `analyze`: leave out embeddings and heads that an engine cannot adapt.
-    prefix
-        Put before every module's name, such as ``"bert"`` where the checkpoint says ``encoder.layer.0``
-        and the model to adapt ``bert.encoder.layer.0``.
-    guess
-        True to go on where the model's code is not at hand and names and shapes leave doubts about the kinds
-        of its modules: see `lorank.modules.facts.ModelFacts`.
-    threads, progress
-        As in `compress`.
-    **knobs
-        As in `compress`, without `rank_ratio`. `max_rank` (default 128) also bounds what is computed;
-        a `budget` may be a share of the base model's parameters, such as ``"0.5%"``.
-
-    Returns
-    -------
-    LoraAdapter
-        With its `certificate`, against the dense differences. Its `notes` name what an adapter cannot hold:
-        changed tensors that are not matrices, modules that PEFT cannot adapt, tensors of one model only; and
-        the model whose names its modules have. Modules that share a weight get the same update.
-
-    Raises
-    ------
-    ValueError
-        If `rank_ratio` is given, the models have no matrix in common, a shape differs (exclude that
-        module), nothing has changed, guessed names leave doubts and `guess` is false, or the budget is a
-        share of a base model of unknown size.
-
-    Notes
-    -----
-    ``||W_tuned - W_base||_F^2`` is that of the dense difference. Differences with a side of at most 512
-    are decomposed in full, larger ones by randomised subspace iteration.
-    """
+    include: naming.Targets,
+    exclude: naming.Targets,
+    prefix: str,
+    guess: bool,
+    threads: int | None,
+    progress: bool,
+) -> AdapterContent:
+    """Return the best adapter of given ranks for the difference of two models; see `lorank.extract`."""
     if knobs.get("rank_ratio") is not None:
         raise ValueError("rank_ratio has no meaning for a dense difference: use avg_rank, energy or budget")
     given = {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
@@ -106,7 +63,7 @@ def extract(
     found, copies = (held, []) if before.skeleton else _without_copies(held)
     every, tying, tied = twins.added(found, before, exclude)
     forms = [_renamed(form, prefix) for form in every]
-    whole = LoraAdapter(
+    whole = AdapterContent(
         {form.module.name: form.module for form in forms},
         config={
             "peft_type": "LORA",

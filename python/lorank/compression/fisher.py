@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank._internal import extras
-from lorank.adapters.content import LoraAdapter
-from lorank.adapters.formats import peft as peft_format
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.formats import peft_reading
+from lorank.adapters.live.reading import from_model
 from lorank.adapters.tensors import ArrayTensors
 from lorank.compression.orthogonality import are_orthogonal
+from lorank.peft_format.names import factor_pattern
 
 Loss = Callable[[Any, Any], Any]
 
@@ -57,9 +58,9 @@ def fisher_scores(
     left as they were.
     """
     torch = extras.require("torch", "peft", "for gradients")
-    from lorank.profiling import passes
+    from lorank.profiling import passes  # Imports torch.
 
-    adapter = LoraAdapter.from_model(peft_model, adapter_name)
+    adapter = from_model(peft_model, adapter_name)
     _check_spectral(adapter)
     parameters = _factors(peft_model, adapter_name)
     sums = {name: torch.zeros_like(p, dtype=torch.float64, device="cpu") for name, p in parameters.items()}
@@ -91,7 +92,7 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _check_spectral(adapter: LoraAdapter) -> None:
+def _check_spectral(adapter: AdapterContent) -> None:
     """A score belongs to a singular value: columns that mix them have none."""
     for module in adapter.adapted:
         for b, a in module.factors():
@@ -104,7 +105,7 @@ def _check_spectral(adapter: LoraAdapter) -> None:
 
 def _factors(peft_model: Any, adapter_name: str) -> dict[str, Any]:
     """The adapter's factors by the names that its file would give them."""
-    name_of_factor = re.compile(rf"(.+\.lora_(?:embedding_)?[ABE])\.{re.escape(adapter_name)}(\.weight)?")
+    name_of_factor = factor_pattern(adapter_name)
     return {
         found[1] + (found[2] or ""): parameter
         for name, parameter in peft_model.named_parameters()
@@ -112,9 +113,9 @@ def _factors(peft_model: Any, adapter_name: str) -> dict[str, Any]:
     }
 
 
-def _by_value(adapter: LoraAdapter, means: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
+def _by_value(adapter: AdapterContent, means: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
     """Sums over the entries of every column of B and row of A."""
-    squares = peft_format.read(ArrayTensors(means, adapter.label), adapter.config)
+    squares = peft_reading.read(ArrayTensors(means, adapter.label), adapter.config)
     scores = {}
     for name, module in squares.modules.items():
         b, a = module.B, module.A

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.adapters.module import LoraModule
 from lorank.modules import naming
 
 _ONE_EXPERT = re.compile(r"(?P<container>.*\bexperts)\.\d+\..+")
 
 
-def check_one_model(adapters: Sequence[LoraAdapter], *, force: bool) -> None:
+def check_one_model(adapters: Sequence[AdapterContent], *, force: bool) -> None:
     """Refuse adapters that belong to different models.
 
     Parameters
@@ -48,7 +48,7 @@ def check_one_model(adapters: Sequence[LoraAdapter], *, force: bool) -> None:
             )
 
 
-def ties_tables(adapters: Sequence[LoraAdapter]) -> bool:
+def ties_tables(adapters: Sequence[AdapterContent]) -> bool:
     """Return whether a sum ties its output head to the embedding (`ensure_weight_tying`).
 
     Raises
@@ -71,7 +71,7 @@ def _is_table(module: LoraModule) -> bool:
     return module.kind == "embedding" or naming.is_output_head(module.name)
 
 
-def _check_experts(adapters: Sequence[LoraAdapter]) -> None:
+def _check_experts(adapters: Sequence[AdapterContent]) -> None:
     """Refuse experts one by one (transformers 4) beside stacks of them (transformers 5)."""
     stacks = {
         module.name.rpartition(".")[0]: adapter

@@ -6,111 +6,65 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lorank._internal.threads import thread_count
 from lorank.adapters import carried
-from lorank.adapters.content import LoraAdapter
-from lorank.adapters.formats.diffusers_settings import PartSettings
-from lorank.adapters.formats.image_keys import ImageStyle
-from lorank.adapters.formats.image_layout import style_of
+from lorank.adapters.content import Adapter, AdapterContent
+from lorank.adapters.formats.registry import format_of
 from lorank.adapters.module import LoraModule
-from lorank.adapters.reading import as_adapter
-from lorank.compression.compress import truncated
+from lorank.compression.carried_sum import carried_sum
 from lorank.compression.mergeable import check_one_model, ties_tables
-from lorank.compression.selection import checked_knobs
+from lorank.compression.selection import Knobs
 from lorank.compression.spectral_form import Term, Update, spectral_form
+from lorank.compression.truncation import truncated
 from lorank.modules import naming
-from lorank.peft_format.settings import merged
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from lorank.compression.selection import KnobArguments
+from lorank.peft_format import nesting
+from lorank.peft_format.name_matching import proper_suffixes
+from lorank.peft_format.names import PREFIX, TOKENS
 
 
 def merge(
-    adapters: Sequence[LoraAdapter | str | Path],
-    weights: Sequence[float] | None = None,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None,
+    knobs: Knobs,
     *,
-    force: bool = False,
-    threads: int | None = None,
-    progress: bool = True,
-    **knobs: Unpack[KnobArguments],
-) -> LoraAdapter:
-    """The best adapter of given ranks for ``sum_j weight_j * dW_j``.
-
-    Parameters
-    ----------
-    adapters
-        As from `LoraAdapter.load`, or their paths. Of one base model; ranks, scalings and adapted
-        modules may differ.
-    weights
-        One each, negative ones subtract (default: equal, summing to 1).
-    force
-        True to merge adapters whose base models have different names, or that share no module.
-    threads, progress
-        As in `compress`.
-    **knobs
-        As in `compress`; `rank_ratio` is of the sum of all ranks.
-
-    Returns
-    -------
-    LoraAdapter
-        With its `certificate`, whose error is against the exact weighted sum.
-
-    Raises
-    ------
-    ValueError
-        If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes, which
-        do not add up, module names of one differ from another's by a prefix, settings of which a sum has one
-        (task type, biases, trained tokens) differ, or one adapter has factors for a module that another saves
-        as a whole; without `force`, if base models have different names, or an adapter shares no module with
-        the others.
-    TypeError
-        If there is no such knob, or what is given are no adapters.
-
-    Notes
-    -----
-    The terms are stacked, ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, and decomposed by
-    QR and a small SVD: the dense update never exists.
-    """
-    chosen = checked_knobs(knobs)
-    if isinstance(adapters, (str, Path, LoraAdapter)):
-        raise TypeError("merge takes a list of adapters, not one")
-    parts = [as_adapter(adapter) for adapter in adapters]
+    force: bool,
+    threads: int | None,
+    progress: bool,
+) -> Adapter:
+    """Return the best adapter of given ranks for the weighted sum of updates; see `lorank.merge`."""
+    parts = list(adapters)
     shares = _checked_weights(parts, weights)
     check_one_model(parts, force=force)
     weighted = list(zip(parts, shares, strict=True))
-    tie = {"ensure_weight_tying": True} if ties_tables([a for a, w in weighted if w] or parts) else {}
+    # An adapter of weight 0 gives neither settings nor carried tensors, unless all weights are 0.
+    acting = [adapter for adapter, weight in weighted if weight] or parts
+    ties = ties_tables(acting)
     updates = [
         _update(name, [(a.modules[name], w) for a, w in weighted if _has(a, name)]) for name in _names(parts)
     ]
     modules = {update.module.name: update.module for update in updates}
-    # An adapter of weight 0 gives neither settings nor carried tensors, unless all weights are 0.
-    acting = [(a.label, a.config) for a, weight in weighted if weight] or [(a.label, a.config) for a in parts]
-    config = merged(acting) | tie if parts[0].format == "peft" else {}
-    others, other_notes = carried.summed(weighted, modules.values())
-    _check_layers(config, others, modules)
+    settings = format_of(parts[0]).sum_fields(parts, acting, ties_tables=ties)
+    others, other_notes = carried_sum(weighted, modules.values())
+    _check_layers(settings["config"], others, modules)
     forms = spectral_form(
         [u for u in updates if u.module.rank], thread_count(threads), progress, label="merging"
     )
     whole = replace(
         parts[0],
         modules=modules,
-        config=config,
         carried=others,
         notes=[*_notes(parts), *other_notes],
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
-        key_style=_key_style(parts),
+        **settings,
     )
-    return truncated(whole, forms, chosen, f"merge of {whole.label}, {chosen}", threads)
+    return truncated(whole, forms, knobs, f"merge of {whole.label}, {knobs}", threads)
 
 
-def _has(adapter: LoraAdapter, name: str) -> bool:
+def _has(adapter: AdapterContent, name: str) -> bool:
     return name in adapter.modules and _acts(adapter.modules[name])
 
 
@@ -119,7 +73,7 @@ def _acts(module: LoraModule) -> bool:
     return module.rank > 0 or bool(module.carried)
 
 
-def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] | None) -> list[float]:
+def _checked_weights(adapters: Sequence[AdapterContent], weights: Sequence[float] | None) -> list[float]:
     if not adapters:
         raise ValueError("give at least one adapter")
     shares = [1 / len(adapters)] * len(adapters) if weights is None else [float(weight) for weight in weights]
@@ -134,12 +88,12 @@ def _checked_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float] |
     return shares
 
 
-def _check_prefixes(adapters: Sequence[LoraAdapter]) -> None:
+def _check_prefixes(adapters: Sequence[AdapterContent]) -> None:
     """Refuse names that differ by a prefix: the sum would hold both, and PEFT would load half of it."""
     owners = {name: adapter for adapter in reversed(adapters) for name in adapter.modules}
     for adapter in adapters:
         for name in adapter.modules:
-            for short in list(naming.suffixes(name))[1:]:
+            for short in proper_suffixes(name):
                 other = owners.get(short)
                 # Names that lie in one adapter together are two modules of one model.
                 if other is not None and short not in adapter.modules and name not in other.modules:
@@ -150,7 +104,7 @@ def _check_prefixes(adapters: Sequence[LoraAdapter]) -> None:
                     )
 
 
-def _names(adapters: Sequence[LoraAdapter]) -> list[str]:
+def _names(adapters: Sequence[AdapterContent]) -> list[str]:
     names = {name for adapter in adapters for name in adapter.modules if _has(adapter, name)}
     return sorted(names, key=naming.natural_key)
 
@@ -190,40 +144,24 @@ def _check_layers(
     saved = [(name, re.compile(rf"(^|.*\.){name}($|\..*)")) for name in config.get("modules_to_save") or ()]
     for module in modules:
         owner = next((name for name, pattern in saved if pattern.match(module)), None)
-        if any(key.startswith(f"{carried.PREFIX}{module}.token_adapter.") for key in others):
+        if any(key.startswith(f"{PREFIX}{module}{TOKENS}") for key in others):
             owner = "trainable_token_indices"
         if owner is not None:
             raise ValueError(
                 f"module {module!r} has factors in one adapter, but another trains it by itself ({owner}): "
                 "PEFT cannot do both"
             )
-    if pair := carried.misnamed(modules.values()):
+    if pair := nesting.misnamed(modules.values()):
         raise ValueError(
             f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts by itself: PEFT gives "
             "the first another name then, and would not load it"
         )
 
 
-def _notes(adapters: Sequence[LoraAdapter]) -> list[str]:
+def _notes(adapters: Sequence[AdapterContent]) -> list[str]:
     notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
     # The same model may be a hub id here and a folder there; shapes have been compared.
     bases = {adapter.base_model for adapter in adapters if adapter.base_model}
     if len(bases) > 1:
         notes.append(f"base models are called {', '.join(sorted(bases))}: a sum is one of one base model")
     return notes
-
-
-def _key_style(adapters: Sequence[LoraAdapter]) -> ImageStyle | None:
-    if adapters[0].format == "peft":
-        return None
-    keys: dict[str, tuple[str, str]] = {}
-    parts: dict[str, Mapping[str, Any]] = {}
-    styles = [style_of(adapter) for adapter in reversed(adapters)]
-    for style in styles:
-        keys |= style.keys
-        parts |= style.settings.parts
-    settings = PartSettings(parts, {})
-    # Diffusers takes settings for all parts or for none.
-    if any(settings.part_of(name) is None for name in keys):
-        settings = PartSettings({}, {})
-    return ImageStyle(keys, {}, settings, has_alphas=any(style.has_alphas for style in styles))

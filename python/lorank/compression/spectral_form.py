@@ -14,7 +14,8 @@ import numpy.typing as npt
 from lorank import _core
 from lorank._internal import core_calls
 from lorank._internal.progress import progress_bar
-from lorank.adapters.module import LoraModule, combined_values, in_memory
+from lorank.adapters.factors import MatrixFactors, in_memory
+from lorank.adapters.module import LoraModule, combined_values
 from lorank.compression.orthogonality import are_orthogonal
 
 Array = npt.NDArray[Any]
@@ -160,7 +161,7 @@ def _truncated(
     module: LoraModule, rank: int, pairs: Sequence[tuple[_core.Matrix, _core.Matrix]]
 ) -> LoraModule:
     carried = {name: value * np.float32(module.scaling) for name, value in module.carried.items()}
-    return replace(module, rank=rank, scaling=1.0, factors=lambda: pairs, carried=carried)
+    return replace(module, rank=rank, scaling=1.0, factors=MatrixFactors(pairs), carried=carried)
 
 
 def spectral_form(

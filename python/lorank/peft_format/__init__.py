@@ -1,1 +1,1 @@
-"""The one place that knows PEFT: its settings, its scaling, and how it matches names to ranks."""
+"""The one place that knows PEFT: names in files, settings, scaling, rank patterns and targets."""

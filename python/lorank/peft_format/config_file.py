@@ -1,4 +1,4 @@
-"""`adapter_config.json` without PEFT installed: what `LoraConfig.from_pretrained` loads."""
+"""Reads and writes `adapter_config.json`, the file that `LoraConfig.from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -7,23 +7,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorank._core import FormatError
 from lorank._internal.atomic import write_text
+from lorank._internal.json_files import read_json
+from lorank.peft_format.names import CONFIG_FILE
 
-FILE_NAME = "adapter_config.json"
+FILE_NAME = CONFIG_FILE
+
+_DEFAULTS = {"task_type": None, "bias": "none", "inference_mode": False, "init_lora_weights": True}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the settings in an `adapter_config.json`.
+
+    Raises
+    ------
+    FormatError
+        If the file holds no JSON object.
+    """
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise FormatError(f"{path}: is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: holds a {type(config).__name__}, not an adapter's settings")
+    return config
 
 
 def content(settings: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
-    """The file's content for the arguments of a `LoraConfig`.
+    """Return the file's content for the arguments of a `LoraConfig`.
 
     Parameters
     ----------
     settings
-        As from `RankAllocation.lora_settings`; what is missing takes PEFT's defaults on loading.
+        Arguments as from `RankAllocation.lora_settings`; PEFT uses its defaults for missing ones.
     base_model
         The path or hub id of the base model.
     """
-    defaults = {"task_type": None, "bias": "none", "inference_mode": False, "init_lora_weights": True}
-    return {"peft_type": "LORA", "base_model_name_or_path": base_model, **defaults, **settings}
+    return {"peft_type": "LORA", "base_model_name_or_path": base_model, **_DEFAULTS, **settings}
 
 
 def write(folder: Path, settings: Mapping[str, Any], base_model: str | None) -> Path:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lorank.modules.weight import Kind
+from lorank.peft_format.names import INSIDE
 
 # PEFT gives the output projection of an `nn.MultiheadAttention` the name that it has inside its wrapper.
-_ATTENTION_OUTPUT = ".base_layer.out_proj"
+_ATTENTION_OUTPUT = f"{INSIDE}.out_proj"
 
 # One of several experts, each a module of its own: transformers 5 stacks them on loading.
 _EXPERT = re.compile(r"(?P<container>.*\bexperts)\.\d+\.(?P<projection>.+)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def divisor(rank: int, rank_stabilized: bool) -> float:
+def divisor(rank: float, rank_stabilized: bool) -> float:
     """Return the number by which PEFT divides alpha."""
     return math.sqrt(rank) if rank_stabilized else float(rank)
 

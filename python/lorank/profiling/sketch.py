@@ -17,6 +17,12 @@ from lorank.allocation.budget import is_integer
 from lorank.profiling.targets import Target
 
 
+def check_sketch(size: int | None) -> None:
+    """Raise ValueError for a size of projections that is neither a positive integer nor None."""
+    if size is not None and (not is_integer(size) or size < 1):
+        raise ValueError(f"sketch must be a positive integer, or None for no sketch, not {size!r}")
+
+
 class GradientSketches:
     """An observer that sums up, for every target, the gradient of one batch after the other.
 
@@ -31,8 +37,7 @@ class GradientSketches:
     """
 
     def __init__(self, targets: Sequence[Target], size: int | None, seed: int = 0) -> None:
-        if size is not None and (not is_integer(size) or size < 1):
-            raise ValueError(f"sketch must be a positive integer, or None for no sketch, not {size!r}")
+        check_sketch(size)
         self._targets = targets
         self.size = None if size is None else int(size)  # NumPy's integers are none that JSON knows.
         self._seed = seed

@@ -34,7 +34,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
+class FoundTargets:
     """The modules to profile, and what else there is to say of the model.
 
     Attributes
@@ -52,7 +52,7 @@ class Targets:
     source: Source
 
 
-def find_targets(model: Any, targets: naming.Targets) -> Targets:
+def find_targets(model: Any, targets: naming.Targets) -> FoundTargets:
     """The modules of a live model that `targets` selects, as `allocate` reads it.
 
     Raises
@@ -71,7 +71,7 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
     if not found.chosen:
         raise ValueError(f"targets {targets!r} select no module of {source.label} that can be profiled")
     left_out = [skipped for name, skipped in unread.items() if name in names]
-    return Targets(found.chosen, (*found.skipped, *left_out), source)
+    return FoundTargets(found.chosen, (*found.skipped, *left_out), source)
 
 
 def _unread(model: Any, source: Source) -> dict[str, Skipped]:
@@ -90,7 +90,7 @@ def _unread(model: Any, source: Source) -> dict[str, Skipped]:
     return found
 
 
-def named_targets(model: Any, source: Source, names: Container[str]) -> Targets:
+def named_targets(model: Any, source: Source, names: Container[str]) -> FoundTargets:
     """The modules of these names; `source` is the model as a source of weights."""
     modules = {prefix.removesuffix("."): module for prefix, module in named_modules(model)}
     chosen: list[Target] = []
@@ -108,7 +108,7 @@ def named_targets(model: Any, source: Source, names: Container[str]) -> Targets:
             skipped[info.module] = Skipped(info.module, info.shape, "a convolution that is not plainly 2-D")
         else:
             chosen.append(Target(info, module, matrix.kernel[1:]))
-    return Targets(chosen, tuple(skipped.values()), source)
+    return FoundTargets(chosen, tuple(skipped.values()), source)
 
 
 def _is_plain_convolution(module: Any) -> bool:

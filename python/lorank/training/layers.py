@@ -131,3 +131,20 @@ def check_ties(changed: Sequence[str], layers: Mapping[str, AdaptedLayer]) -> No
             raise NotImplementedError(
                 f"modules {' and '.join(tied[name])} share their factors: not supported"
             )
+
+
+def check_trained(adapted: AdaptedLayer) -> None:
+    """Raise ValueError if no gradient reaches the factors of a layer."""
+    if adapted.adapter not in adapted.layer.active_adapters:
+        active = ", ".join(adapted.layer.active_adapters) or "none"
+        raise ValueError(
+            f"adapter {adapted.adapter!r} is not active ({active} is): call "
+            f"model.set_adapter({adapted.adapter!r}) first"
+        )
+    if adapted.layer.disable_adapters:
+        raise ValueError("the adapters are disabled: call model.enable_adapter_layers() first")
+    if not any(factor.requires_grad for factor in adapted.factors):
+        raise ValueError(
+            f"module {adapted.name!r}: adapter {adapted.adapter!r} is not trained (requires_grad is "
+            "False): load it with is_trainable=True, or build it without inference_mode"
+        )

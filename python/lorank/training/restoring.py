@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lorank._core import FormatError
-from lorank.adapters import LoraAdapter
 from lorank.adapters.live.config import write_config
 from lorank.adapters.live.layers import AdaptedLayer
-from lorank.adapters.reading import CONFIG
+from lorank.adapters.reading import read_adapter
 from lorank.modules import naming
+from lorank.peft_format.names import CONFIG_FILE
 from lorank.peft_format.scaling import alpha_of, divisor
 from lorank.training.layers import lora_layers
 from lorank.training.resizing import RankChange, resize_lora
@@ -60,7 +60,7 @@ def restore_ranks(
     >>> trainer.train(resume_from_checkpoint="output/checkpoint-500")  # doctest: +SKIP
     """
     folder = _adapter_folder(Path(checkpoint), adapter_name)
-    adapter = LoraAdapter.load(folder)
+    adapter = read_adapter(folder)
     layers = lora_layers(model, adapter_name)
     names = _paired(list(adapter.modules), layers, folder)
     ranks = {names[name]: module.rank for name, module in adapter.modules.items()}
@@ -80,9 +80,9 @@ def _adapter_folder(checkpoint: Path, adapter_name: str) -> Path:
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no such folder")
     below = checkpoint / adapter_name
-    folder = below if adapter_name != "default" and (below / CONFIG).exists() else checkpoint
-    if not (folder / CONFIG).exists():
-        raise FormatError(f"{folder}: holds no {CONFIG}: it is no checkpoint of a PEFT model")
+    folder = below if adapter_name != "default" and (below / CONFIG_FILE).exists() else checkpoint
+    if not (folder / CONFIG_FILE).exists():
+        raise FormatError(f"{folder}: holds no {CONFIG_FILE}: it is no checkpoint of a PEFT model")
     return folder
 
 

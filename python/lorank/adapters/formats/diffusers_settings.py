@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorank._core import FormatError
 from lorank._internal.json_files import parse_json
-from lorank.peft_format.lora_config import rank_keys
-from lorank.peft_format.settings import ONLY_FOR_TRAINING, Settings, checked_kind
+from lorank.peft_format.fields import ONLY_FOR_TRAINING
+from lorank.peft_format.rank_patterns import rank_keys
+from lorank.peft_format.settings import Settings
+from lorank.peft_format.validation import checked_kind
 
 KEY = "lora_adapter_metadata"
 
@@ -20,8 +22,8 @@ KEY = "lora_adapter_metadata"
 class PartSettings:
     """Settings by the part of a pipeline (``"unet"``, ``"transformer"``, ...) that they are about."""
 
-    parts: Mapping[str, Mapping[str, Any]]
-    tables: Mapping[str, Settings]
+    parts: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    tables: Mapping[str, Settings] = field(repr=False)
 
     @classmethod
     def of(cls, label: str, metadata: Mapping[str, str]) -> PartSettings:
@@ -53,10 +55,10 @@ class PartSettings:
         """The part that a module belongs to, if there are settings for it."""
         return next((part for part in self.parts if not part or name.startswith(f"{part}.")), None)
 
-    def of_module(self, name: str) -> tuple[int, float] | None:
+    def rank_and_scaling(self, name: str) -> tuple[int, float] | None:
         """The rank and the scaling that the settings give a module; None if they do not speak of it."""
         part = self.part_of(name)
-        return None if part is None else self.tables[part].of(_within(part, name))
+        return None if part is None else self.tables[part].rank_and_scaling(_within(part, name))
 
     def rewritten(self, ranks: Mapping[str, int]) -> str:
         """The metadata for modules of other ranks, every scale 1."""

@@ -20,13 +20,13 @@ from typing import Any, Literal
 from lorank._core import FormatError
 from lorank.adapters.tensors import Tensors
 from lorank.modules import naming
+from lorank.peft_format.names import INSIDE, innermost
 
-Layout = Literal["current", "earlier"]
+ExpertLayout = Literal["current", "earlier"]
 
 FIRST_VERSION = "0.19.0"
 """The first release of PEFT whose experts are laid out as they are today."""
 
-_INNER = ".base_layer"
 _GATED = re.compile(r"gate_up|w13")
 _AFTER_ALL = re.compile(r"down|out|w2|wo$")
 _AFTER_THE_GATE = re.compile(r"(?<!gate_)up|w3|v1|wi_1")
@@ -56,7 +56,7 @@ class Parameter:
     """
 
     name: str
-    layout: Layout = "current"
+    layout: ExpertLayout = "current"
     contradicts_version: bool = False
 
 
@@ -97,7 +97,7 @@ def parameters(
     }
     by_module: dict[str, list[str]] = defaultdict(list)
     for path in named:
-        by_module[outer(path)].append(path)
+        by_module[innermost(path)].append(path)
     shown = {module: _shown(paths, named, shapes) for module, paths in by_module.items()}
     # One release wrote all blocks: a layout that shows in one block holds in all.
     seen = {layout for layout in shown.values() if layout is not None}
@@ -124,13 +124,6 @@ def held_order(names: Sequence[str]) -> list[str]:
     return sorted(names, key=place)
 
 
-def outer(path: str) -> str:
-    """Return the path of the module inside the wrappers of a path."""
-    while path.endswith(_INNER):
-        path = path.removesuffix(_INNER)
-    return path
-
-
 def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
     """Find the name of the parameter that each path belongs to."""
     targets = config.get("target_parameters")
@@ -138,7 +131,7 @@ def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[
         return {}
     by_module: dict[str, list[str]] = defaultdict(list)
     for path in paths:
-        by_module[outer(path)].append(path)
+        by_module[innermost(path)].append(path)
     found: dict[str, str] = {}
     for module, inner in by_module.items():
         try:
@@ -153,7 +146,7 @@ def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[
                 f"its {len(inner)} adapted parameters"
             )
         for path in inner:
-            depth = (len(path) - len(module)) // len(_INNER)
+            depth = (len(path) - len(module)) // len(INSIDE)
             if depth >= len(names):
                 raise FormatError(
                     f"{label}: module {path!r}: lies deeper than target_parameters names parameters"
@@ -194,15 +187,15 @@ def _is_selected(config: Mapping[str, Any], module: str) -> bool:
     return naming.matcher(targets)(module)
 
 
-def _shown(paths: Sequence[str], named: Mapping[str, str], shapes: Shapes) -> Layout | None:
+def _shown(paths: Sequence[str], named: Mapping[str, str], shapes: Shapes) -> ExpertLayout | None:
     """Find the layout that the shapes of one module's factors show; None if the shapes fit both layouts."""
     if any(path not in shapes for path in paths):
         return None
     sides = {named[path].rpartition(".")[2]: (shapes[path][0][1], shapes[path][1][0]) for path in paths}
-    return _by_gate(sides) or _by_hidden_size(outer(paths[0]), sides, shapes)
+    return _by_gate(sides) or _by_hidden_size(innermost(paths[0]), sides, shapes)
 
 
-def _by_gate(sides: Mapping[str, tuple[int, int]]) -> Layout | None:
+def _by_gate(sides: Mapping[str, tuple[int, int]]) -> ExpertLayout | None:
     """Compare fused gate and up, which have two outputs a unit, with down, which has one input a unit."""
     gates = [side for name, side in sides.items() if _GATED.search(name)]
     downs = [side for name, side in sides.items() if _AFTER_ALL.search(name)]
@@ -214,7 +207,7 @@ def _by_gate(sides: Mapping[str, tuple[int, int]]) -> Layout | None:
     return None if current == earlier else "current" if current else "earlier"
 
 
-def _by_hidden_size(module: str, sides: Mapping[str, tuple[int, int]], shapes: Shapes) -> Layout | None:
+def _by_hidden_size(module: str, sides: Mapping[str, tuple[int, int]], shapes: Shapes) -> ExpertLayout | None:
     """Compare with the width of the model, which the adapted attention projections of the block show."""
     block = naming.block_of(module)
     hidden: set[int] = set()
@@ -225,7 +218,7 @@ def _by_hidden_size(module: str, sides: Mapping[str, tuple[int, int]], shapes: S
     if len(hidden) != 1:
         return None
     (width,) = hidden
-    seen: set[Layout] = set()
+    seen: set[ExpertLayout] = set()
     for name, (inputs, outputs) in sides.items():
         first, second = (outputs, inputs) if _AFTER_ALL.search(name) else (inputs, outputs)
         if (first == width) != (second == width):
@@ -233,7 +226,7 @@ def _by_hidden_size(module: str, sides: Mapping[str, tuple[int, int]], shapes: S
     return seen.pop() if len(seen) == 1 else None
 
 
-def _decided(config: Mapping[str, Any], module: str, shown: Layout | None) -> tuple[Layout, bool]:
+def _decided(config: Mapping[str, Any], module: str, shown: ExpertLayout | None) -> tuple[ExpertLayout, bool]:
     """Decide a module's layout by its shapes, by `peft_version`, and by the known layouts of models."""
     model = f"{config.get('base_model_name_or_path')} {config.get('auto_mapping')}"
     version = config.get("peft_version")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from lorank._core import FormatError
 from lorank.adapters.carried import owner
-from lorank.adapters.formats.diffusers_settings import PartSettings
 from lorank.adapters.tensors import Tensors
 
 # A module's name, the marks of its factors, an adapter's name (DiffSynth), and the factor's tensor.
@@ -21,28 +20,6 @@ _FACTOR = re.compile(
 _LETTERS = {"up": "B", "B": "B", "down": "A", "A": "A", "mid": "mid"}
 
 _ALPHA = re.compile(r"(?P<stem>.+?)[._](?:lora_|network_)?alpha(?:\.(?!weight$|bias$)[^.]+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class ImageStyle:
-    """The spelling of an image file's keys and metadata.
-
-    Attributes
-    ----------
-    keys
-        The keys of B and A by module.
-    metadata
-        The text entries of the file's header.
-    settings
-        The settings of diffusers in the metadata.
-    has_alphas
-        True if modules have alphas, under the usual key ``<module>.alpha``.
-    """
-
-    keys: Mapping[str, tuple[str, str]]
-    metadata: Mapping[str, str]
-    settings: PartSettings
-    has_alphas: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +38,9 @@ class Spelled:
     bias: str | None = None
 
 
-def bias_key(b_key: str) -> str:
-    """Return the key of the bias beside a factor B."""
-    return f"{b_key.removesuffix('.weight')}.bias"
+def alpha_key(name: str) -> str:
+    """Return the usual key of a module's alpha."""
+    return f"{name}.alpha"
 
 
 def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:

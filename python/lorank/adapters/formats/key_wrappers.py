@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorank._core import FormatError, Matrix
-from lorank.adapters.formats.peft import PREFIX
-from lorank.adapters.tensors import Stored, Tensors
+from lorank.adapters.stored import Stored
+from lorank.adapters.tensors import Tensors
+from lorank.peft_format.names import PREFIX
 
 ANYWHERE = (
     "_orig_mod",

@@ -2,241 +2,168 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from lorank._core import FormatError, Matrix
-from lorank.adapters import carried
-from lorank.adapters.content import LoraAdapter
-from lorank.adapters.formats import image_keys
+from lorank._core import FormatError
+from lorank._internal.json_files import parse_json
+from lorank.adapters import carried as carried_tensors
+from lorank.adapters import profiles
+from lorank.adapters.certificate import Certificate
+from lorank.adapters.content import AdapterContent, Profile
+from lorank.adapters.formats import kohya_reading
+from lorank.adapters.formats.base import AdapterFormat, AsStored, Place
 from lorank.adapters.formats.diffusers_settings import KEY as SETTINGS_KEY
 from lorank.adapters.formats.diffusers_settings import PartSettings
-from lorank.adapters.formats.image_keys import ImageStyle, Spelled
-from lorank.adapters.formats.image_layout import style_of
-from lorank.adapters.formats.padding import RANKS_KEY
-from lorank.adapters.formats.peft import SPECTRAL_KEY, dora_note
+from lorank.adapters.formats.image_alphas import reads_whole_blocks, written_alphas
+from lorank.adapters.formats.image_keys import alpha_key
+from lorank.adapters.formats.image_style import ImageStyle
+from lorank.adapters.metadata import CERTIFICATE_KEY, RANKS_KEY, SPECTRAL_KEY
 from lorank.adapters.module import LoraModule
-from lorank.adapters.tensors import Tensors
-from lorank.modules import naming
-from lorank.sources import arrays
+from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.stored import Stored
+from lorank.adapters.tensors import FileTensors
+from lorank.peft_format.names import CONFIG_FILE
+from lorank.sources import recognise
 
-# Methods that are no product of two factors, by how their keys end.
-_OTHER_METHODS = {
-    re.compile(rf".*{ending}"): method
-    for ending, method in {
-        r"\.hada_\w+": "LoHa",
-        r"\.lokr_\w+": "LoKr",
-        r"\.oft_\w+": "OFT",
-        r"\.boft_\w+": "BOFT",
-        r"\.on_input": "IA3",
-        r"\.[ab][12]\.weight": "GLoRA",
-    }.items()
-}
-
-CERTIFICATE_KEY = "lorank.certificate"
-"""Metadata of a file that a certificate belongs to: it, as JSON."""
+_WEIGHTS = "adapter.safetensors"
+"""The file's name where the caller names only a folder."""
 
 # Metadata about the ranks, scales and bytes of the file that was read.
 _STALE = re.compile(
     r"ss_network_(?:dim|alpha)|(?:lora_|network_)?(?:alpha|rank|dim)|sshs_\w+|modelspec\.hash_\w+"
     rf"|{'|'.join(map(re.escape, (SPECTRAL_KEY, RANKS_KEY, CERTIFICATE_KEY, SETTINGS_KEY)))}"
 )
-_ALPHAS_IN_METADATA = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
 
 
-def read(tensors: Tensors) -> LoraAdapter:
-    """An adapter over a file's tensors.
+class _Kohya(AdapterFormat):
+    """Image adapters' files."""
 
-    Raises
-    ------
-    FormatError
-        If it is another method's file, which is named, or its factors do not fit each other.
-    """
-    found = _Found.of(tensors)
-    settings = PartSettings.of(tensors.label, tensors.metadata)
-    modules = [
-        _module(tensors, name, keys, found.alphas.get(name), settings) for name, keys in found.modules.items()
-    ]
-    modules.sort(key=lambda module: naming.natural_key(module.name))
-    style = ImageStyle(
-        {name: (keys.factors["B"], keys.factors["A"]) for name, keys in found.modules.items()},
-        dict(tensors.metadata),
-        settings,
-        has_alphas=any(key == f"{name}.alpha" for name, key in found.alphas.items()),
-    )
-    return LoraAdapter(
-        {module.name: module for module in modules},
-        carried={key: tensors.stored(key) for key in found.others},
-        notes=[*found.notes(), *_silent_alpha(tensors.metadata, found.alphas, settings, modules)],
-        format="kohya",
-        label=tensors.label,
-        is_spectral=SPECTRAL_KEY in tensors.metadata,
-        key_style=style,
-    )
+    name = "kohya"
+    key_prefix = ""
+    holds_settings = False
+    rewrites_certificate = True
+    certificate_place = CERTIFICATE_KEY
+    card_entries = ()
+    carried_remark = ""
 
+    def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
+        del contradictions, changed_base
+        file = path if path.is_file() else _only_safetensors(path)
+        if file.suffix != ".safetensors":
+            raise FormatError(f"{file}: is neither a PEFT folder nor a .safetensors file")
+        tensors = FileTensors(file)
+        recognise.check_adapter_tensors(tensors.label, tensors.shapes())
+        return AsStored(kohya_reading.read(tensors), tensors)
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The keys of a file by their roles: modules, their alphas, and the rest."""
+    def certificate(self, path: Path, metadata: Mapping[str, str]) -> Callable[[], Any] | None:
+        del path
+        text = metadata.get(CERTIFICATE_KEY, "")
+        return (lambda: parse_json(text)) if text else None
 
-    modules: dict[str, Spelled]
-    alphas: dict[str, str]
-    others: list[str]
+    def place(self, target: Path) -> Place:
+        if target.suffix == ".safetensors":
+            return Place(target.parent, target.name, is_alone=True, address=target)
+        return Place(target, _WEIGHTS, is_alone=False, address=target / _WEIGHTS)
 
-    @classmethod
-    def of(cls, tensors: Tensors) -> _Found:
-        modules, others = image_keys.sorted_out(tensors)
-        for key in others:
-            _refuse_other_methods(tensors.label, key)
-        if not modules:
-            if added := [key for key in others if carried.is_added(key)]:
-                what = f"tensor {added[0]!r} belongs to a full difference"
-                raise FormatError(f"{tensors.label}: {what}: only LoRA can be read")
-            raise FormatError(f"{tensors.label}: holds no LoRA factors (lora_up/lora_down, lora_A/lora_B)")
-        if any(name.startswith(carried.PREFIX) for name in modules):
-            raise FormatError(
-                f"{tensors.label}: has the names of PEFT but no adapter_config.json beside it, or was named "
-                "without its folder: give the folder that holds both, or the scale of the update is unknown"
-            )
-        alphas = image_keys.alphas(tensors, others, modules.keys())
-        used = set(alphas.values())
-        return cls(modules, alphas, [key for key in others if key not in used])
+    def member_name(self, name: str) -> str:
+        return f"{name}.safetensors"
 
-    def notes(self) -> list[str]:
-        """Describe the normalised keys, and the tensors that are kept as they are."""
-        magnitudes = carried.magnitudes(self.others, self.modules.keys())
-        lost = [key for key in self.others if image_keys.is_alpha(key)]
-        added = [key for key in self.others if carried.is_added(key)]
-        rest = len(self.others) - len(magnitudes) - len(lost) - len(added)
-        notes = [dora_note(len(magnitudes))] if magnitudes else []
-        if lost:
-            notes.append(
-                f"{len(lost)} alphas belong to no module with factors and were not applied, the first is "
-                f"{lost[0]}"
-            )
-        if unusual := [key for name, key in self.alphas.items() if key != f"{name}.alpha"]:
-            notes.append(
-                f"{len(unusual)} alphas with unusual names were folded into the factors, the first was "
-                f"{unusual[0]}: programs that do not know the name scaled these modules by 1"
-            )
-        if added:
-            notes.append(f"{len(added)} full differences lie beside the factors, the first is {added[0]}")
-        if rest:
-            notes.append(f"{rest} tensors that are not factors are kept as they are")
-        if any("mid" in keys.factors for keys in self.modules.values()):
-            notes.append("mid kernels were folded into lora_down")
-        return notes
+    def written_ranks(self, adapter: AdapterContent, profile: Profile) -> dict[str, WrittenRank]:
+        written = profiles.written_ranks(adapter, profile, _needed(adapter))
+        ranks = {name: entry.rank for name, entry in written.items()}
+        if reads_whole_blocks(adapter.modules):
+            ranks = {name: ranks.get(name, 1) for name in adapter.modules}
+        alphas = written_alphas(_style(adapter), ranks)
+        return {name: WrittenRank(rank, rank / alphas.get(name, rank)) for name, rank in ranks.items()}
 
+    def keys(self, adapter: AdapterContent, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+        keys = _style(adapter).keys
+        return {name: keys[name] for name in names}
 
-def _silent_alpha(
-    metadata: Mapping[str, str],
-    alphas: Mapping[str, str],
-    settings: PartSettings,
-    modules: Sequence[LoraModule],
-) -> list[str]:
-    """Describe an alpha that the metadata name and no tensor holds."""
-    key = next((key for key in _ALPHAS_IN_METADATA if key in metadata), None)
-    if key is None or alphas or settings.parts:
-        return []
-    if metadata[key] in {f"{module.rank}" for module in modules} | {f"{module.rank}.0" for module in modules}:
-        return []
-    return [
-        f"metadata name {key} = {metadata[key][:20]}, but no tensor holds an alpha: the scale 1 was taken, "
-        "and the entry is not written again"
-    ]
+    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, int]:
+        ranks = {name: entry.rank for name, entry in written.items()}
+        return {alpha_key(name): alpha for name, alpha in written_alphas(_style(adapter), ranks).items()}
+
+    def carried(self, adapter: AdapterContent, names: Collection[str]) -> dict[str, Stored]:
+        del names
+        return dict(adapter.carried)
+
+    def metadata(
+        self,
+        adapter: AdapterContent,
+        written: Mapping[str, WrittenRank],
+        certificate: Certificate | None,
+    ) -> dict[str, str]:
+        style = _style(adapter)
+        kept = {key: value for key, value in style.metadata.items() if not _STALE.fullmatch(key)}
+        if style.settings.parts:
+            ranks = {name: entry.rank for name, entry in written.items()}
+            kept[SETTINGS_KEY] = style.settings.rewritten(ranks)
+        if certificate:
+            kept[CERTIFICATE_KEY] = certificate.to_text(adapter.notes)
+        return kept
+
+    def settings_files(self, adapter: AdapterContent, profile: Profile) -> dict[str, str]:
+        del adapter, profile
+        return {}
+
+    def readers(self, profile: Profile) -> str:
+        del profile
+        return "what reads the keys of kohya's scripts or diffusers"
+
+    def carried_by_sum(self, adapter: AdapterContent, after: Collection[LoraModule]) -> dict[str, Stored]:
+        del after
+        return dict(adapter.carried)
+
+    def adds_up(self, key: str) -> bool:
+        return carried_tensors.is_added(key)
+
+    def sum_fields(
+        self, adapters: Sequence[AdapterContent], acting: Sequence[AdapterContent], *, ties_tables: bool
+    ) -> dict[str, Any]:
+        del acting, ties_tables
+        return {"config": {}, "key_style": _summed_style([_style(adapter) for adapter in adapters])}
 
 
-def alpha_key(name: str) -> str:
-    """Return the key of a module's alpha."""
-    return f"{name}.alpha"
+KOHYA = _Kohya()
 
 
-def metadata(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, str]:
-    """The file's own metadata, without what they say of the old ranks and factors."""
-    style = style_of(adapter)
-    kept = {key: value for key, value in style.metadata.items() if not _STALE.fullmatch(key)}
-    return kept | ({SETTINGS_KEY: style.settings.rewritten(ranks)} if style.settings.parts else {})
+def _style(adapter: AdapterContent) -> ImageStyle:
+    assert adapter.key_style is not None
+    return adapter.key_style
 
 
-def _refuse_other_methods(label: str, key: str) -> None:
-    for ending, method in _OTHER_METHODS.items():
-        if ending.fullmatch(key):
-            raise FormatError(f"{label}: tensor {key!r} belongs to {method}: only LoRA can be read")
-
-
-def _module(
-    tensors: Tensors, name: str, spelled: Spelled, alpha: str | None, settings: PartSettings
-) -> LoraModule:
-    keys = spelled.factors
-
-    def fail(reason: str) -> NoReturn:
-        raise FormatError(f"{tensors.label}: module {name!r}: {reason}")
-
-    for factor, word in (("A", "down"), ("B", "up")):
-        if factor not in keys:
-            fail(f"has no lora_{word}")
-    shapes = tensors.shapes()
-    a, b = shapes[keys["A"]], shapes[keys["B"]]
-    mid = shapes[keys["mid"]] if "mid" in keys else None
-    if len(a) < 2 or len(b) < 2 or 0 in (*a, *b) or math.prod(b[2:]) != 1:
-        fail(f"factors of shapes {list(b)} and {list(a)} are no matrices")
-    if mid is None and a[0] != b[1]:
-        fail(f"factors of shapes {list(b)} and {list(a)} do not fit each other")
-    if mid is not None and (len(mid) != 4 or mid[:2] != (b[1], a[0]) or math.prod(a[2:]) != 1):
-        fail(f"factors of shapes {list(b)}, {list(mid)} and {list(a)} do not fit each other")
-    rank = b[1]
-    a_tail = (a[1], *mid[2:]) if mid else a[1:]
-    shape = (b[0], math.prod(a_tail))
-
-    def factors() -> list[tuple[Matrix, Matrix]]:
-        left = tensors.matrix(keys["B"], b[0], rank)
-        if mid is None:
-            return [(left, tensors.matrix(keys["A"], rank, shape[1]))]
-        return [(left, arrays.matrix(_folded(tensors, keys, mid, a)))]
-
-    scaling = 1.0
-    if alpha is not None:
-        scaling = tensors.number(alpha) / rank
-    elif said := settings.of_module(name):
-        if said[0] != rank:
-            fail(f"has rank {rank}, but the settings in the metadata say {said[0]}")
-        scaling = said[1]
-    kind = "conv" if len(a_tail) > 1 else "linear"
-    return LoraModule(
-        name,
-        kind,  # type: ignore[arg-type]
-        shape,
-        rank,
-        scaling,
-        tensors.dtype(keys["B"]),
-        factors,
-        a_tail=tuple(a_tail),
-        b_tail=b[2:],
-        carried={} if spelled.bias is None else {"lora_B.bias": _bias(tensors, name, spelled.bias, b[0])},
-    )
-
-
-def _bias(tensors: Tensors, name: str, key: str, outputs: int) -> np.ndarray[Any, Any]:
-    """Read the bias that is added to the output of B, and scaled with it."""
-    shape = tensors.shapes()[key]
-    if shape != (outputs,):
-        raise FormatError(
-            f"{tensors.label}: module {name!r}: a bias of shape {list(shape)} does not fit {outputs} outputs"
+def _only_safetensors(folder: Path) -> Path:
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    if len(files) != 1:
+        found = (
+            "several .safetensors files: name one"
+            if files
+            else f"neither {CONFIG_FILE} nor a .safetensors file"
         )
-    vector: np.ndarray[Any, Any] = tensors.matrix(key, 1, outputs).to_array()[0]
-    return vector
+        raise FormatError(f"{folder}: holds {found}")
+    return files[0]
 
 
-def _folded(
-    tensors: Tensors, keys: Mapping[str, str], mid: tuple[int, ...], a: tuple[int, ...]
-) -> np.ndarray[Any, Any]:
-    """``A[r, in * kh * kw]`` of a convolution that is stored as ``up * mid * down``."""
-    kernel = tensors.matrix(keys["mid"], mid[0], math.prod(mid[1:])).to_array().reshape(mid)
-    down = tensors.matrix(keys["A"], a[0], a[1]).to_array()
-    folded: np.ndarray[Any, Any] = np.einsum("rskl,si->rikl", kernel.astype(np.float64), down)
-    return folded.reshape(mid[0], -1)
+def _needed(adapter: AdapterContent) -> set[str]:
+    """Return the modules with any tensor beside their factors: readers look for that beside factors."""
+    names = adapter.modules.keys()
+    others = {name for key in adapter.carried for name in carried_tensors.starts(key) if name in names}
+    return carried_tensors.with_own_tensors(adapter) | others
+
+
+def _summed_style(styles: Sequence[ImageStyle]) -> ImageStyle:
+    """Return the spelling of a sum of adapters: where they differ, the first adapter's."""
+    keys: dict[str, tuple[str, str]] = {}
+    parts: dict[str, Mapping[str, Any]] = {}
+    for style in reversed(styles):
+        keys |= style.keys
+        parts |= style.settings.parts
+    settings = PartSettings(parts, {})
+    # Diffusers takes settings for all parts or for none.
+    if any(settings.part_of(name) is None for name in keys):
+        settings = PartSettings({}, {})
+    return ImageStyle(keys, {}, settings, has_alphas=any(style.has_alphas for style in styles))

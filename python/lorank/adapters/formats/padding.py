@@ -1,33 +1,67 @@
-"""Ranks that a profile pads with zeros: told in the file, taken off again on reading.
+"""Ranks that a profile pads with zeros: recorded in the file's metadata, and removed on reading.
 
-Padding is a matter of the file, not of the adapter: counted as ranks, its zeros would let a rank ratio
-keep more than it says.
+Padding belongs to the file, not to the adapter: if its zeros counted as ranks, a rank ratio would keep too
+many values.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from lorank._core import FormatError, Matrix
-from lorank.adapters.content import LoraAdapter
-from lorank.adapters.module import LoraModule, in_memory
-from lorank.adapters.profiles import Layout
+from lorank._core import FormatError
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.factors import Factors, Pair, in_memory
+from lorank.adapters.metadata import RANKS_KEY
+from lorank.adapters.module import LoraModule
+from lorank.adapters.profiles import WrittenRank
 
-RANKS_KEY = "lorank.ranks"
-"""Metadata of a file with padded ranks: the true rank of every module, as JSON."""
+
+@dataclass(frozen=True, slots=True)
+class CutFactors:
+    """Factors without the zeros behind their rank.
+
+    Attributes
+    ----------
+    padded
+        The padded factors.
+    rank
+        The true rank.
+    name
+        Name of the module, for messages.
+    """
+
+    padded: Factors
+    rank: int
+    name: str
+
+    def __call__(self) -> Sequence[Pair]:
+        """Return the factors of the true rank.
+
+        Raises
+        ------
+        FormatError
+            If the factors have a larger rank.
+        """
+        pairs = [(b.to_array(), a.to_array()) for b, a in self.padded()]
+        if any(b[:, self.rank :].any() and a[self.rank :].any() for b, a in pairs):
+            raise FormatError(
+                f"module {self.name!r}: metadata {RANKS_KEY} state rank {self.rank}, but its factors have "
+                "more: write the adapter again from its source"
+            )
+        return [in_memory(b[:, : self.rank], a[: self.rank]) for b, a in pairs]
 
 
-def metadata(adapter: LoraAdapter, layouts: Mapping[str, Layout]) -> dict[str, str]:
-    """What a file tells of its padding; nothing if it has none."""
-    ranks = {name: adapter.modules[name].rank for name in layouts}
-    is_padded = any(ranks[name] != layout.rank for name, layout in layouts.items())
+def metadata(adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, str]:
+    """Return the metadata of padded ranks; empty if no rank is padded."""
+    ranks = {name: adapter.modules[name].rank for name in written}
+    is_padded = any(ranks[name] != entry.rank for name, entry in written.items())
     return {RANKS_KEY: json.dumps(ranks)} if is_padded else {}
 
 
-def removed(adapter: LoraAdapter, found: Mapping[str, str]) -> LoraAdapter:
-    """The adapter with its true ranks, where the file's metadata tell them."""
+def removed(adapter: AdapterContent, found: Mapping[str, str]) -> AdapterContent:
+    """Return an adapter with its true ranks, as far as a file's metadata record them."""
     if RANKS_KEY not in found:
         return adapter
     ranks = _ranks(found[RANKS_KEY])
@@ -42,6 +76,7 @@ def removed(adapter: LoraAdapter, found: Mapping[str, str]) -> LoraAdapter:
 
 
 def _ranks(text: str) -> dict[str, int] | None:
+    """Return the recorded ranks; None if the text holds none."""
     try:
         ranks = json.loads(text)
     except (ValueError, RecursionError):
@@ -53,11 +88,4 @@ def _ranks(text: str) -> dict[str, int] | None:
 def _cut(module: LoraModule, rank: int) -> LoraModule:
     if rank == module.rank:
         return module
-
-    def factors() -> list[tuple[Matrix, Matrix]]:
-        pairs = [(b.to_array(), a.to_array()) for b, a in module.factors()]
-        if any(b[:, rank:].any() and a[rank:].any() for b, a in pairs):
-            raise FormatError(f"module {module.name!r}: its metadata tell of rank {rank}, but it has more")
-        return [in_memory(b[:, :rank], a[:rank]) for b, a in pairs]
-
-    return replace(module, rank=rank, factors=factors)
+    return replace(module, rank=rank, factors=CutFactors(module.factors, rank, module.name))

@@ -1,386 +1,172 @@
-"""PEFT's names: from `adapter_config.json` and tensors to modules. Factors are not read yet."""
+"""PEFT's format: a folder with `adapter_config.json` and a file of tensors."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from lorank._core import FormatError, Matrix
+from lorank._core import FormatError
+from lorank._internal.json_files import read_json
 from lorank.adapters import carried as carried_tensors
-from lorank.adapters.content import LoraAdapter
-from lorank.adapters.formats import expert_layout
-from lorank.adapters.formats.expert_layout import Parameter
-from lorank.adapters.module import LoraModule, in_memory
-from lorank.adapters.tensors import Stored, Tensors
-from lorank.modules import naming
-from lorank.modules.weight import Kind
-from lorank.peft_format.settings import Settings, checked_kind
-from lorank.sources import arrays
+from lorank.adapters import profiles
+from lorank.adapters.certificate import Certificate
+from lorank.adapters.content import AdapterContent, Profile
+from lorank.adapters.formats import peft_keys, peft_reading, peft_settings
+from lorank.adapters.formats.base import AdapterFormat, AsStored, Place
+from lorank.adapters.formats.key_wrappers import Unwrapped
+from lorank.adapters.metadata import CERTIFICATE_FILE
+from lorank.adapters.module import LoraModule
+from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.stored import Stored
+from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
+from lorank.peft_format import config_file, nesting
+from lorank.peft_format.merged_settings import merged
+from lorank.peft_format.names import (
+    BASE_WEIGHT,
+    CONFIG_FILE,
+    PICKLED_WEIGHTS_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    is_in_layer,
+    layer_path,
+)
+from lorank.sources import recognise
+from lorank.sources.state_dict import read_pickle
 
-PREFIX = carried_tensors.PREFIX
-SPECTRAL_KEY = "lorank.spectral"
-"""Metadata of a file whose factors are in balanced spectral form."""
-
-_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE])(\.weight)?")
-_BIAS = re.compile(r"(?P<path>.+)\.lora_B\.bias")
-_KEY_OF_A_LIVE_MODEL = re.compile(r".+\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight|\.bias)?")
-
-# Names of convolutions: by the last two parts of a module's name.
-_CONVOLUTION = re.compile(r"(^|\.|_)(conv[^.]*|down_?sample[^.]*|patch_embed[^.]*)(\.[^.]+)?$", re.IGNORECASE)
-
-# MonteCLoRA's sampler matters in training alone, and is as wide as the rank was.
-_ONLY_FOR_TRAINING = ".lora_monteclora_sampler"
-
-
-class Scales(Protocol):
-    """Looks up the rank and the scaling of a module."""
-
-    def of(self, name: str) -> tuple[int, float]:
-        """Return the rank and the scaling of a module."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Layers:
-    """The ranks, scalings and parameters of live layers, in place of a file's settings.
-
-    Attributes
-    ----------
-    scales
-        The ranks and scalings of the layers.
-    parameters
-        Path -> name of the stacked parameter that a layer wraps.
-    """
-
-    scales: Scales
-    parameters: Mapping[str, str]
+_READERS = {
+    "compact": "PEFT and vLLM 0.32 or later",
+    "portable": "PEFT, vLLM, SGLang, LoRAX, llama.cpp and TensorRT-LLM",
+    "tensor-rank": "PEFT, vLLM 0.32 or later, llama.cpp and TensorRT-LLM",
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """An adapter, and the parts of its files whose layout is not today's.
+class _Peft(AdapterFormat):
+    """PEFT's folders."""
 
-    Attributes
-    ----------
-    adapter
-        The adapter with the names and orientation of today's PEFT.
-    swapped
-        Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
-    """
-
-    adapter: LoraAdapter
-    swapped: Sequence[Parameter] = ()
-
-
-def read(
-    tensors: Tensors,
-    config: Mapping[str, Any],
-    *,
-    contradictions: bool = False,
-    layers: Layers | None = None,
-) -> LoraAdapter:
-    """Read an adapter over PEFT's tensors; see `read_all`."""
-    return read_all(tensors, config, contradictions=contradictions, layers=layers).adapter
-
-
-def read_all(
-    tensors: Tensors,
-    config: Mapping[str, Any],
-    *,
-    contradictions: bool = False,
-    layers: Layers | None = None,
-    changed_base: bool = False,
-) -> Reading:
-    """Read an adapter over PEFT's tensors, and their layout.
-
-    Parameters
-    ----------
-    tensors, config
-        The contents of the two files.
-    contradictions
-        True to accept tensors of other ranks than the settings state. The scale is then that of the settings,
-        as in the layers that such files were saved from.
-    layers
-        The live layers that hold the tensors; None for a file.
-    changed_base
-        True to accept an initialisation that changes the base model: the factors then belong to changed
-        weights.
-
-    Raises
-    ------
-    FormatError
-        If the adapter is not LoRA, or tensors and settings contradict each other.
-    """
-    kind = checked_kind(tensors.label, config, changed_base=changed_base)
-    found = _Found.of(tensors)
-    settings = None if layers else Settings(tensors.label, config)
-    if layers:
-        parameters = {path: Parameter(name) for path, name in layers.parameters.items()}
-    else:
-        parameters = expert_layout.parameters(tensors, config, found.factors)
-    if settings and kind == "ADALORA":
-        _refuse_kernels(tensors.label, found.factors)
-    table = layers.scales if layers else settings
-    assert table is not None
-    modules = []
-    for path, keys in found.factors.items():
-        reader = _Reader(tensors, table, path, keys, parameters.get(path), contradictions)
-        module = reader.adalora() if kind == "ADALORA" else reader.module()
-        if settings and kind == "ADALORA":
-            module = replace(module, scaling=settings.adalora_scaling(module.rank))
-        if path in found.biases:
-            module = replace(module, carried={"lora_B.bias": reader.bias(found.biases[path])})
-        modules.append(module)
-    modules.sort(key=lambda module: naming.natural_key(module.name))
-    stacks = {module.name for module in modules if module.copies > 1}
-    swapped = [p for p in parameters.values() if p.layout == "earlier" and p.name in stacks]
-    notes = _notes(config, found.carried, kind, without_magnitude(config, found.carried, found.factors))
-    notes += _layout_notes(config, swapped)
-    tells_ranks = contradictions and kind == "LORA"
-    if tells_ranks and (other := sum(table.of(holder(m.name))[0] != m.rank for m in modules)):
-        notes.append(f"{other} modules have other ranks than the settings say: the settings' scale was kept")
-    adapter = LoraAdapter(
-        {module.name: module for module in modules},
-        dict(config),
-        found.carried,
-        notes,
-        label=tensors.label,
-        is_spectral=SPECTRAL_KEY in tensors.metadata,
-    )
-    return Reading(adapter, swapped)
-
-
-def holder(name: str) -> str:
-    """Return the module that decides the rank of a projection inside it, as in `nn.MultiheadAttention`."""
-    return name.partition(".base_layer.")[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The keys of a file, sorted out: factors by path and letter, biases by path, and the rest."""
-
-    factors: dict[str, dict[str, str]]
-    biases: dict[str, str]
-    carried: dict[str, Stored]
-
-    @classmethod
-    def of(cls, tensors: Tensors) -> _Found:
-        found = cls(defaultdict(dict), {}, {})
-        for key in tensors.shapes():
-            if (name := _KEY.fullmatch(key)) or (name := _BIAS.fullmatch(key)):
-                path = name["path"].removeprefix(PREFIX)
-                is_bias = name.re is _BIAS
-                table, entry = (found.biases, path) if is_bias else (found.factors[path], name["factor"])
-                if entry in table:
-                    raise FormatError(
-                        f"{tensors.label}: tensors {table[entry]!r} and {key!r} are the same thing twice"
-                    )
-                table[entry] = key
-            elif ".lora_diag" in key:
-                raise FormatError(f"{tensors.label}: tensor {key!r} belongs to KaSA: only LoRA can be read")
-            elif name := _KEY_OF_A_LIVE_MODEL.fullmatch(key):
-                raise FormatError(
-                    f"{tensors.label}: tensor {key!r} has an adapter's name ({name['adapter']!r}) in its "
-                    "key, as in a live model: PEFT does not load it; save the adapter with save_pretrained"
-                )
-            elif _ONLY_FOR_TRAINING not in key:
-                found.carried[key] = tensors.stored(key)
-        if not found.factors:
-            raise FormatError(f"{tensors.label}: holds no LoRA factors (keys that end with .lora_A.weight)")
-        if orphans := [key for path, key in found.biases.items() if path not in found.factors]:
-            raise FormatError(f"{tensors.label}: tensor {orphans[0]!r}: its module has no factors")
-        return found
-
-
-def dora_note(count: int) -> str:
-    """What to say of an adapter with magnitudes."""
-    return (
-        f"DoRA: {count} magnitude vectors are kept as they are; the certificate is about B A, before the "
-        "columns are normalised"
+    name = "peft"
+    key_prefix = PREFIX
+    holds_settings = True
+    rewrites_certificate = False
+    certificate_place = CERTIFICATE_FILE
+    card_entries = ("library_name: peft",)
+    carried_remark = (
+        "It holds more than factors (saved modules, biases or magnitudes), which not all of these load: "
+        "`lorank check` tells which do."
     )
 
-
-def without_magnitude(
-    config: Mapping[str, Any], carried: Mapping[str, Any], names: Iterable[str]
-) -> list[str]:
-    """Modules of a DoRA adapter whose file has no magnitudes: PEFT starts theirs anew."""
-    if not config.get("use_dora"):
-        return []
-    names = list(names)
-    found = set(carried_tensors.magnitudes(carried, set(names)).values())
-    return [name for name in names if name not in found]
-
-
-def _notes(
-    config: Mapping[str, Any], carried: Mapping[str, Any], kind: str, without: Sequence[str]
-) -> list[str]:
-    notes = []
-    if kind == "ADALORA":
-        notes.append("AdaLoRA: its values were folded into B; the result is a plain LoRA adapter")
-    if config.get("monteclora_config"):
-        notes.append("MonteCLoRA: its sampler, which only trains, was left out; the result is a plain LoRA")
-    if config.get("alora_invocation_tokens"):
-        notes.append("aLoRA: acts from its invocation tokens on; they are kept in the settings")
-    if config.get("use_rslora"):
-        notes.append("rsLoRA: its scaling lora_alpha / sqrt(r) was taken over")
-    magnitudes = carried_tensors.magnitudes(carried, ())
-    if config.get("use_dora") or magnitudes:
-        notes.append(dora_note(len(magnitudes)))
-    if without:
-        notes.append(f"DoRA: {len(without)} modules have no magnitude vector, the first is {without[0]}")
-    if others := len(carried) - len(magnitudes):
-        notes.append(f"{others} tensors that are no factors are kept as they are")
-    return notes
-
-
-def _layout_notes(config: Mapping[str, Any], stacks: Sequence[Parameter]) -> list[str]:
-    if not stacks:
-        return []
-    note = f"{len(stacks)} stacks of experts have inputs and outputs swapped, as PEFT before 0.19 wrote them"
-    if any(stack.contradicts_version for stack in stacks):
-        note += f": their shapes show it, although peft_version is {config.get('peft_version')}"
-    return [note]
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads the factors of one path within the adapter."""
-
-    tensors: Tensors
-    table: Scales
-    path: str
-    keys: Mapping[str, str]
-    parameter: Parameter | None
-    contradictions: bool = False
-
-    def module(self) -> LoraModule:
-        if "E" in self.keys:
-            self._fail("has lora_E, which is AdaLoRA's, but the settings say LORA")
-        a_shape, b_shape = self._shapes()
-        name = self.parameter.name if self.parameter else self.path
-        # A projection inside a module has the rank and scale of that module.
-        rank, scaling = self.table.of(name if self.parameter else holder(name))
-        if self.parameter is not None:
-            return self._stack(self.parameter, rank, scaling, a_shape, b_shape)
-        if len(b_shape) > 2 and a_shape[0] != b_shape[1] and a_shape[0] % b_shape[1] == 0:
-            self._fail(
-                f"is a convolution in {a_shape[0] // b_shape[1]} groups, whose update is no product of two "
-                "matrices: leave it out of the adapter"
-            )
-        if a_shape[0] != b_shape[1] or math.prod(b_shape[2:]) != 1:
-            self._fail(f"factors of shapes {list(b_shape)} and {list(a_shape)} do not fit each other")
-        if a_shape[0] != rank and not self.contradictions:
-            self._fail(
-                f"has rank {a_shape[0]}, but the settings say {rank}: `lorank check --fix` writes what the "
-                "tensors say"
-            )
-        rank = a_shape[0]
-        return LoraModule(
-            name,
-            self._kind(a_shape),
-            (b_shape[0], math.prod(a_shape[1:])),
-            rank,
-            scaling,
-            self._dtype(),
-            lambda: [self._pair((b_shape[0], math.prod(a_shape[1:])), rank)],
-            a_tail=a_shape[1:],
-            b_tail=b_shape[2:],
+    def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
+        config = config_file.read(path / CONFIG_FILE)
+        unwrapped = Unwrapped.of(_weights(path), config.get("target_modules"))
+        reading = peft_reading.read_all(
+            unwrapped.tensors, config, contradictions=contradictions, changed_base=changed_base
+        )
+        notes = [*([unwrapped.note()] if unwrapped.wrappers else []), *reading.adapter.notes]
+        adapter = replace(reading.adapter, label=str(path), notes=notes)
+        return AsStored(
+            adapter, unwrapped.tensors, unwrapped.wrappers, unwrapped.stored_as, tuple(reading.swapped)
         )
 
-    def _kind(self, a_shape: Sequence[int]) -> Kind:
-        embeds = {".lora_embedding_" in key for key in self.keys.values()}
-        if len(embeds) > 1:
-            self._fail("has one factor of an embedding and one of another layer")
-        return "embedding" if embeds.pop() else "linear" if len(a_shape) == 2 else "conv"
+    def certificate(self, path: Path, metadata: Mapping[str, str]) -> Callable[[], Any] | None:
+        del metadata
+        file = path / CERTIFICATE_FILE
+        return (lambda: read_json(file)) if file.is_file() else None
 
-    def _stack(
+    def place(self, target: Path) -> Place:
+        if target.suffix == ".safetensors":
+            raise ValueError(
+                f"{target}: a PEFT adapter is a folder, its settings beside its factors: name a folder"
+            )
+        return Place(target, WEIGHTS_FILE, is_alone=False, address=target)
+
+    def member_name(self, name: str) -> str:
+        return name
+
+    def written_ranks(self, adapter: AdapterContent, profile: Profile) -> dict[str, WrittenRank]:
+        return profiles.written_ranks(adapter, profile, _needed(adapter))
+
+    def keys(self, adapter: AdapterContent, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+        return peft_keys.factor_keys([adapter.modules[name] for name in names])
+
+    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, int]:
+        del adapter, written
+        return {}
+
+    def carried(self, adapter: AdapterContent, names: Collection[str]) -> dict[str, Stored]:
+        after = [module for name, module in adapter.modules.items() if name in names]
+        kept = {key: x for key, x in adapter.carried.items() if not _lost_its_layer(key, adapter, names)}
+        return nesting.respelled(kept, adapter.modules.values(), after)
+
+    def metadata(
         self,
-        parameter: Parameter,
-        rank: int,
-        scaling: float,
-        a_shape: Sequence[int],
-        b_shape: Sequence[int],
-    ) -> LoraModule:
-        """Experts: A is `(experts * r, in)`, expert slowest; B is `(out, r * experts)`, expert fastest."""
-        copies, rest = divmod(a_shape[0], rank)
-        if rest or len(a_shape) != 2 or len(b_shape) != 2 or b_shape[1] != a_shape[0]:
-            self._fail(f"factors of shapes {b_shape} and {a_shape} are no experts of rank {rank}")
-        stored = (b_shape[0], a_shape[1])
-        # A parameter of two dimensions had the same orientation in every release.
-        swapped = copies > 1 and parameter.layout == "earlier"
+        adapter: AdapterContent,
+        written: Mapping[str, WrittenRank],
+        certificate: Certificate | None,
+    ) -> dict[str, str]:
+        del adapter, written, certificate
+        return {}
 
-        def factors() -> list[tuple[Matrix, Matrix]]:
-            b, a = (matrix.to_array() for matrix in self._pair(stored, a_shape[0]))
-            parts = [(b[:, e::copies], a[e * rank : (e + 1) * rank]) for e in range(copies)]
-            return [in_memory(a.T, b.T) if swapped else in_memory(b, a) for b, a in parts]
+    def settings(self, adapter: AdapterContent, profile: Profile) -> dict[str, Any]:
+        """Return the `adapter_config.json` of an adapter that is written in a profile."""
+        ranks = {name: written.rank for name, written in self.written_ranks(adapter, profile).items()}
+        return peft_settings.settings(adapter, ranks, has_alphas=profile == "compact")
 
-        shape = (stored[1], stored[0]) if swapped else stored
-        return LoraModule(parameter.name, "expert", shape, rank, scaling, self._dtype(), factors, copies)
+    def settings_files(self, adapter: AdapterContent, profile: Profile) -> dict[str, str]:
+        content = self.settings(adapter, profile)
+        return {CONFIG_FILE: json.dumps(content, indent=2, sort_keys=True) + "\n"}
 
-    def adalora(self) -> LoraModule:
-        """``B (A * E)`` with a value per rank; the masks may have left a module none."""
-        if "E" not in self.keys:
-            self._fail("AdaLoRA without lora_E")
-        a_shape, b_shape = self._shapes(least=0)
-        rank, shape = a_shape[0], (b_shape[0], a_shape[1])
-        e_shape = self.tensors.shapes()[self.keys["E"]]
-        if len(b_shape) != 2 or len(a_shape) != 2 or b_shape[1] != rank or e_shape != (rank, 1):
-            shapes = " and ".join(str(list(shape)) for shape in (b_shape, e_shape, a_shape))
-            self._fail(f"factors of shapes {shapes} do not fit each other")
+    def readers(self, profile: Profile) -> str:
+        return _READERS[profile]
 
-        def factors() -> list[tuple[Matrix, Matrix]]:
-            b, a = self._pair(shape, rank)
-            values = self.tensors.matrix(self.keys["E"], rank, 1).to_array()
-            return [(b, arrays.matrix(a.to_array() * values))]
+    def carried_by_sum(self, adapter: AdapterContent, after: Collection[LoraModule]) -> dict[str, Stored]:
+        return nesting.respelled(adapter.carried, adapter.modules.values(), after)
 
-        scaling = self.table.of(self.path)[1]
-        return LoraModule(
-            self.path, "linear", shape, rank, scaling, self._dtype(), factors, a_tail=a_shape[1:]
-        )
+    def adds_up(self, key: str) -> bool:
+        del key
+        return False
 
-    def bias(self, key: str) -> np.ndarray[Any, Any]:
-        """What `lora_bias` adds to the outputs."""
-        outputs = self.tensors.shapes()[self.keys["B"]][0]
-        if self.tensors.shapes()[key] != (outputs,):
-            self._fail(f"a bias of shape {list(self.tensors.shapes()[key])} does not fit {outputs} outputs")
-        vector: np.ndarray[Any, Any] = self.tensors.matrix(key, 1, outputs).to_array()[0]
-        return vector
-
-    def _shapes(self, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B, with `least` as the smallest rank that can be."""
-        for factor in "AB":
-            if factor not in self.keys:
-                self._fail(f"has no lora_{factor}")
-        shapes = self.tensors.shapes()
-        a, b = shapes[self.keys["A"]], shapes[self.keys["B"]]
-        if len(a) < 2 or len(b) < 2 or 0 in (*a[1:], b[0], *b[2:]) or min(a[0], b[1]) < least:
-            self._fail(
-                f"factors of shapes {list(b)} and {list(a)} are no matrices: was a sharded model saved?"
-            )
-        return a, b
-
-    def _pair(self, shape: tuple[int, int], rank: int) -> tuple[Matrix, Matrix]:
-        b = self.tensors.matrix(self.keys["B"], shape[0], rank)
-        return b, self.tensors.matrix(self.keys["A"], rank, shape[1])
-
-    def _dtype(self) -> str:
-        return self.tensors.dtype(self.keys["B"])
-
-    def _fail(self, reason: str) -> NoReturn:
-        raise FormatError(f"{self.tensors.label}: module {self.path!r}: {reason}")
+    def sum_fields(
+        self, adapters: Sequence[AdapterContent], acting: Sequence[AdapterContent], *, ties_tables: bool
+    ) -> dict[str, Any]:
+        del adapters
+        config = merged([(adapter.label, adapter.config) for adapter in acting])
+        return {"config": config | ({"ensure_weight_tying": True} if ties_tables else {})}
 
 
-def _refuse_kernels(label: str, paths: Iterable[str]) -> None:
-    """Refuse AdaLoRA of convolutions: its factors are flat, and the file does not hold the kernel's shape."""
-    for path in paths:
-        if _CONVOLUTION.search(path):
-            raise FormatError(
-                f"{label}: module {path!r}: AdaLoRA of a convolution does not store the kernel's shape: load "
-                "it with PEFT, and read it from the live model by LoraAdapter.from_model"
-            )
+PEFT = _Peft()
+
+
+def _weights(folder: Path) -> Tensors:
+    if (folder / WEIGHTS_FILE).exists():
+        return FileTensors(folder / WEIGHTS_FILE)
+    pickled = folder / PICKLED_WEIGHTS_FILE
+    if pickled.exists():
+        return ArrayTensors(read_pickle(pickled), str(pickled))
+    if reason := recognise.other_adapter(folder, config_file.read(folder / CONFIG_FILE)):
+        raise FormatError(reason)
+    raise FormatError(f"{folder}: holds {CONFIG_FILE}, but neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}")
+
+
+def _needed(adapter: AdapterContent) -> set[str]:
+    """Return the modules whose layer is needed even at rank 0.
+
+    Beside modules with tensors of their own, these are modules that contain another adapted module (its name
+    leads through their layer), and modules whose table is saved: vLLM and llama.cpp skip
+    ``X.base_layer.weight`` and refuse ``X.weight``.
+    """
+    layers = {
+        key.removeprefix(PREFIX).removesuffix(BASE_WEIGHT)
+        for key in adapter.carried
+        if key.endswith(BASE_WEIGHT)
+    }
+    layers.update(outer for module in adapter.adapted for outer in nesting.around(module.name))
+    wrapping = {name for name, module in adapter.modules.items() if nesting.wrapped(module) in layers}
+    return carried_tensors.with_own_tensors(adapter) | wrapping
+
+
+def _lost_its_layer(key: str, adapter: AdapterContent, names: Collection[str]) -> bool:
+    """Return True for a tensor of a layer that is not written."""
+    name = layer_path(key)
+    return is_in_layer(key) and name in adapter.modules and name not in names

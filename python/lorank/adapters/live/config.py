@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorank.adapters.live.layers import AdaptedLayer
-from lorank.peft_format.lora_config import accidental_matches, rank_keys
 from lorank.peft_format.rank_groups import rank_owner
+from lorank.peft_format.rank_patterns import rank_keys
 from lorank.peft_format.scaling import alpha_of, divisor
+from lorank.peft_format.target_expressions import accidental_matches
 
 
 def write_config(config: Any, layers: Iterable[AdaptedLayer]) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.formats.peft import PEFT
 from lorank.adapters.live.config import target_modules
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel, is_lora_layer, is_training_wrapper
 from lorank.adapters.live.reading import plain
-from lorank.adapters.profiles import settings
 
 # Settings beside the layers, without effect: the model already has what they describe.
 _BESIDE_LAYERS = {
@@ -30,7 +30,7 @@ _BESIDE_LAYERS = {
 }
 
 
-def add_adapter(live: LiveModel, adapter: LoraAdapter, name: str) -> LiveModel:
+def add_adapter(live: LiveModel, adapter: AdapterContent, name: str) -> LiveModel:
     """Let PEFT make the layers of a new adapter, which is not active.
 
     Raises
@@ -40,7 +40,7 @@ def add_adapter(live: LiveModel, adapter: LoraAdapter, name: str) -> LiveModel:
     """
     import peft
 
-    content = settings(adapter, "compact")
+    content = PEFT.settings(adapter, "compact")
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig) if field.init}
     known = {key: value for key, value in content.items() if key in fields - {"peft_type", "runtime_config"}}
     config = peft.LoraConfig(**{**known, "inference_mode": False})

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from lorank.modules.live_modules import around, is_module
+from lorank.peft_format.names import BASE_LAYER, innermost
 from lorank.peft_format.scaling import alpha_of, divisor
 
 # Wrappers that hold slices of parameters instead of parameters.
@@ -204,7 +205,7 @@ def _walk(module: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         return
     is_layer = _is(module, "BaseTunerLayer")
     for name, child in module._modules.items():
-        if child is not None and (not is_layer or name == "base_layer"):
+        if child is not None and (not is_layer or name == BASE_LAYER):
             yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
@@ -229,6 +230,5 @@ def base_name(path: str, layer: Any) -> str:
     PEFT's wrappers of several parameters of one module are nested, each the base layer of the next.
     """
     parameter = getattr(layer, "parameter_name", None)
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
+    path = innermost(path)
     return path if parameter is None else f"{path}.{parameter}"

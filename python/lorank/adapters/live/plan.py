@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from lorank.adapters.content import LoraAdapter
-from lorank.adapters.formats.peft import PREFIX
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.factors import MatrixFactors, in_memory
 from lorank.adapters.live import tensors as live_tensors
 from lorank.adapters.live.groups import live_groups, tied_to
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel, is_training_wrapper
-from lorank.adapters.module import LoraModule, in_memory
-from lorank.adapters.profiles import unscaled
-from lorank.adapters.tensors import values_of
-from lorank.modules import naming
+from lorank.adapters.module import LoraModule
+from lorank.adapters.stored_factors import padded_factors
+from lorank.peft_format.name_matching import KnownNames
+from lorank.peft_format.names import BIAS, INSIDE, MAGNITUDE, PREFIX, TOKENS, layer_path
 
 OTHER_NAME = "put the adapter in under a name that the model does not have yet"
 
@@ -69,7 +69,7 @@ class Plan:
             layer.set_scaling(scaling)
 
 
-def planned(live: LiveModel, adapter: LoraAdapter, name: str) -> Plan:
+def planned(live: LiveModel, adapter: AdapterContent, name: str) -> Plan:
     """Return the changes that put an adapter into a model.
 
     Raises
@@ -79,11 +79,7 @@ def planned(live: LiveModel, adapter: LoraAdapter, name: str) -> Plan:
     """
     layers = live.layers(name)
     modules = _by_layer(adapter, layers)
-    magnitudes = {
-        key.removeprefix(PREFIX).partition(".lora_magnitude_vector")[0]
-        for key in adapter.carried
-        if ".lora_magnitude_vector" in key
-    }
+    magnitudes = {layer_path(key) for key in adapter.carried if f".{MAGNITUDE}" in key}
     plan = Plan()
     ties = tied_to(layers.values())
     ties_tables = bool(getattr(live.configs.get(name), "ensure_weight_tying", False))
@@ -103,20 +99,11 @@ def planned(live: LiveModel, adapter: LoraAdapter, name: str) -> Plan:
     return plan
 
 
-def found_name(name: str, known: Mapping[str, Any]) -> str | None:
-    """Return the known name that fits: the name itself, the only one that ends with it, or an end of it."""
-    if name in known:
-        return name
-    longer = [other for other in known if naming.is_suffix(name, other)]
-    if longer:
-        return longer[0] if len(longer) == 1 else None
-    return next((suffix for suffix in naming.suffixes(name) if suffix in known), None)
-
-
-def _by_layer(adapter: LoraAdapter, layers: Mapping[str, AdaptedLayer]) -> dict[str, LoraModule]:
+def _by_layer(adapter: AdapterContent, layers: Mapping[str, AdaptedLayer]) -> dict[str, LoraModule]:
+    known = KnownNames(layers)
     found: dict[str, LoraModule] = {}
     for module in adapter.modules.values():
-        if (name := found_name(module.name, layers)) is None:
+        if (name := known.only(module.name)) is None:
             continue
         if name in found:
             raise ValueError(f"{found[name].name!r} and {module.name!r} fit the same module of the model")
@@ -132,7 +119,7 @@ def _set_layer(plan: Plan, layer: AdaptedLayer, module: LoraModule | None, rank:
         new_b = np.zeros((b.shape[0], rank * layer.copies, *b.shape[2:]), np.float32)
         new_a = np.zeros((rank * layer.copies, *a.shape[1:]), np.float32)
     else:
-        new_b, new_a = unscaled(module, rank)
+        new_b, new_a = padded_factors(module, rank)
     kind = module is None or (module.kind == "embedding") == layer.is_embedding
     if not kind or new_a.shape != (rank * layer.copies, *a.shape[1:]) or new_b.shape[0] != b.shape[0]:
         raise ValueError(
@@ -142,7 +129,7 @@ def _set_layer(plan: Plan, layer: AdaptedLayer, module: LoraModule | None, rank:
     plan.set(a, new_a)
     plan.set(b, new_b)
     plan.layers.append((layer, rank, scaling))
-    bias = None if module is None else module.carried.get("lora_B.bias")
+    bias = None if module is None else module.carried.get(BIAS)
     if layer.bias is not None:
         plan.set(layer.bias, np.zeros(tuple(layer.bias.shape), np.float32) if bias is None else bias)
     elif bias is not None:
@@ -167,9 +154,9 @@ def _tie(
 
 def _transposed(head: LoraModule) -> LoraModule:
     """Return the update of a head as that of its embedding."""
-    pairs = [in_memory(head.A.T, head.B.T)] if head.rank else []
+    factors = MatrixFactors([in_memory(head.A.T, head.B.T)] if head.rank else [])
     shape = head.shape[::-1]
-    return replace(head, kind="embedding", shape=shape, factors=lambda: pairs, a_tail=shape[1:], carried={})
+    return replace(head, kind="embedding", shape=shape, factors=factors, a_tail=shape[1:], carried={})
 
 
 def _ratio(head: LoraModule, table: LoraModule) -> float:
@@ -204,25 +191,27 @@ def _owner(layer: AdaptedLayer) -> str:
     return layer.name.rpartition(".")[0]
 
 
-def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) -> None:
+def _set_others(plan: Plan, live: LiveModel, adapter: AdapterContent, name: str) -> None:
     """Plan the tensors beside factors: magnitudes, saved modules, tokens, trained parts of the base model."""
     left = {layer.name for layer in plan.dropped}
     own = {
-        f"{layer.path}.lora_magnitude_vector": layer.magnitude
+        f"{layer.path}.{MAGNITUDE}": layer.magnitude
         for layer in live.layers(name).values()
         if layer.magnitude is not None and layer.name not in left
     }
     originals = dict(_originals(live, name))
     saved = {key.removeprefix(PREFIX): x for key, x in live_tensors.saved_modules(live, name).items()}
-    base = {path.replace(".base_layer", ""): x for path, x in live_tensors.base_tensors(live).items()}
+    base = {path.replace(INSIDE, ""): x for path, x in live_tensors.base_tensors(live).items()}
+    names = {id(table): KnownNames(table) for table in (own, saved, base)}
     for key, stored in adapter.carried.items():
-        short = key.removeprefix(PREFIX).removesuffix(".weight" if "lora_magnitude" in key else "")
-        value = values_of(stored)
+        short = key.removeprefix(PREFIX).removesuffix(".weight" if MAGNITUDE in key else "")
+        value = stored.for_torch()
         tables = [(own, short), (saved, short)]
         if not _is_saved_module(adapter, short):
-            tables.append((base, short.replace(".base_layer", "")))
+            tables.append((base, short.replace(INSIDE, "")))
         for table, wanted in tables:
-            if (found := found_name(wanted, table)) is not None:
+            if (found := names[id(table)].only(wanted)) in table:
+                assert found is not None
                 _set_other(plan, key, table[found], value, is_shared=table is base)
                 originals.pop(found, None)
                 if table is own:
@@ -230,7 +219,7 @@ def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) ->
                 break
         else:
             raise ValueError(f"adapter {name!r} of the model has no tensor for {key!r}: {OTHER_NAME}")
-    if own and adapter.config.get("use_dora") and any(".lora_magnitude" in key for key in adapter.carried):
+    if own and adapter.config.get("use_dora") and any(MAGNITUDE in key for key in adapter.carried):
         raise ValueError(f"the adapter has no DoRA magnitudes for {next(iter(own))!r}: {OTHER_NAME}")
     known = {id(tensor) for tensor, _ in plan.values}
     for tensor, original in originals.values():
@@ -238,10 +227,10 @@ def _set_others(plan: Plan, live: LiveModel, adapter: LoraAdapter, name: str) ->
             plan.set(tensor, original)
 
 
-def _is_saved_module(adapter: LoraAdapter, path: str) -> bool:
+def _is_saved_module(adapter: AdapterContent, path: str) -> bool:
     """Return whether a tensor belongs to a module that was trained as a copy, not to the base model."""
     names = adapter.config.get("modules_to_save") or ()
-    return ".token_adapter." in path or any(f".{name}." in f".{path}" for name in names)
+    return TOKENS in path or any(f".{name}." in f".{path}" for name in names)
 
 
 def _set_other(plan: Plan, key: str, tensor: Any, value: Any, *, is_shared: bool) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from lorank._core import FormatError
 from lorank._internal import extras
-from lorank.adapters.content import LoraAdapter
-from lorank.adapters.formats import peft as peft_format
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.formats import peft_reading
 from lorank.adapters.live import tensors as live_tensors
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel
 from lorank.adapters.tensors import ArrayTensors
@@ -21,7 +21,7 @@ from lorank.adapters.tensors import ArrayTensors
 _KNOWN_VARIANTS = ("Dora", "ALora", "MiCA", "Velora", "Monteclora")
 
 
-def from_model(model: Any, adapter_name: str) -> LoraAdapter:
+def from_model(model: Any, adapter_name: str) -> AdapterContent:
     """Read an adapter over a live model's tensors; see `LoraAdapter.from_model`."""
     extras.require("peft", "peft", "for live models")
     live = LiveModel.of(model)
@@ -38,7 +38,7 @@ def from_model(model: Any, adapter_name: str) -> LoraAdapter:
     tensors = ArrayTensors(live_tensors.of(live, adapter_name, layers, config), f"adapter {adapter_name!r}")
     parameters = {layer.path: layer.name for layer in layers.values() if layer.is_stack}
     try:
-        adapter = peft_format.read(tensors, config, layers=peft_format.Layers(_Scales(layers), parameters))
+        adapter = peft_reading.read(tensors, config, layers=peft_reading.Layers(_Scales(layers), parameters))
     except FormatError as error:
         # No file can be damaged here: the fault lies in the model.
         raise ValueError(str(error)) from None
@@ -108,7 +108,7 @@ class _Scales:
 
     layers: Mapping[str, AdaptedLayer]
 
-    def of(self, name: str) -> tuple[int, float]:
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:
         """Return the rank and the scaling of a module."""
         layer = self.layers[name]
         if layer.is_adalora:
@@ -126,7 +126,7 @@ def _with_kernel(module: Any, layer: AdaptedLayer) -> Any:
     return replace(module, kind="conv", a_tail=tail, b_tail=(1,) * len(kernel))
 
 
-def _noted(adapter: LoraAdapter, layers: Mapping[str, AdaptedLayer]) -> LoraAdapter:
+def _noted(adapter: AdapterContent, layers: Mapping[str, AdaptedLayer]) -> AdapterContent:
     scaled = sum(
         not math.isclose(layer.nominal_scaling, layer.scaling, rel_tol=1e-6)
         for layer in layers.values()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorank.adapters.formats.peft import PREFIX
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel, is_lora_layer, is_training_wrapper
 from lorank.modules import naming
+from lorank.peft_format import names
+from lorank.peft_format.names import BASE_LAYER, BIAS, INSIDE, MAGNITUDE, PREFIX
 
 # The last names of tables that PEFT stores whole where they are adapted.
 _TABLES = ("embed_tokens", "lm_head")
@@ -29,20 +30,19 @@ def of(
 
 
 def _of_layer(layer: AdaptedLayer) -> Tensors:
-    stem = f"{PREFIX}{layer.path}.lora_"
     a, b = (factor.detach() for factor in layer.factors)
-    if layer.is_embedding:
-        found = {f"{stem}embedding_A": a, f"{stem}embedding_B": b}
-    elif layer.is_adalora:
+    if layer.is_adalora:
         values = layer.layer.lora_E[layer.adapter].detach()
         kept = values[:, 0] != 0  # A mask sets the values of removed ranks to zero.
-        found = {f"{stem}A": a[kept], f"{stem}B": b[:, kept], f"{stem}E": values[kept]}
+        keys: tuple[str, ...] = names.adalora_keys(layer.path)
+        found = dict(zip(keys, (b[:, kept], a[kept], values[kept]), strict=True))
     else:
-        found = {f"{stem}A.weight": a, f"{stem}B.weight": b}
+        keys = names.factor_keys(layer.path, is_embedding=layer.is_embedding)
+        found = dict(zip(keys, (b, a), strict=True))
     if layer.bias is not None:
-        found[f"{stem}B.bias"] = layer.bias.detach()
+        found[names.layer_key(layer.path, BIAS)] = layer.bias.detach()
     if layer.magnitude is not None:
-        found[f"{stem}magnitude_vector"] = layer.magnitude.detach()
+        found[names.layer_key(layer.path, MAGNITUDE)] = layer.magnitude.detach()
     return found
 
 
@@ -74,7 +74,7 @@ def _biases(live: LiveModel, which: str) -> Iterable[tuple[str, Any]]:
         return
     for path, tensor in base_tensors(live).items():
         module, _, name = path.rpartition(".")
-        if name == "bias" and (which == "all" or module.endswith("base_layer")):
+        if name == "bias" and (which == "all" or module.endswith(BASE_LAYER)):
             yield path, tensor
 
 
@@ -86,7 +86,7 @@ def _tables(live: LiveModel, config: Mapping[str, Any]) -> Iterable[tuple[str, A
         return
     for path, module in live.modules.items():
         if any(module is table for table in tables) and (is_lora_layer(module) or not is_adapted):
-            inner = f"{path}.base_layer" if is_lora_layer(module) else path
+            inner = f"{path}{INSIDE}" if is_lora_layer(module) else path
             yield from (
                 (f"{inner}.{name}", parameter)
                 for name, parameter in live.modules[inner]._parameters.items()

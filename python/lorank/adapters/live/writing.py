@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from lorank._internal import extras
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.formats.registry import format_of
 from lorank.adapters.live.config import write_config, write_targets
 from lorank.adapters.live.injection import add_adapter, add_layers, delete_layers, kept_state, remove_adapter
 from lorank.adapters.live.layers import LiveModel
-from lorank.adapters.live.plan import OTHER_NAME, found_name, planned
+from lorank.adapters.live.plan import OTHER_NAME, planned
 from lorank.adapters.live.reading import check, plain, settings, variant_of
 from lorank.adapters.profiles import nothing_left
-from lorank.peft_format.settings import CHANGES_THE_BASE
+from lorank.peft_format.initialization import changes_the_base
+from lorank.peft_format.name_matching import KnownNames
+from lorank.peft_format.names import INSIDE
 
 # Settings that decide the computation or number of layers: existing layers cannot change them.
 _STRUCTURE = (
@@ -26,7 +28,7 @@ _STRUCTURE = (
 )
 
 
-def into_model(adapter: LoraAdapter, model: Any, adapter_name: str) -> None:
+def into_model(adapter: AdapterContent, model: Any, adapter_name: str) -> None:
     """Replace or add an adapter; see `LoraAdapter.into_model`."""
     extras.require("peft", "peft", "for live models")
     live = LiveModel.of(model)
@@ -35,7 +37,7 @@ def into_model(adapter: LoraAdapter, model: Any, adapter_name: str) -> None:
             f"{type(model).__name__} is no PEFT model: save the adapter and load it with "
             "peft.PeftModel.from_pretrained(model, folder)"
         )
-    if adapter.format != "peft":
+    if not format_of(adapter).holds_settings:
         raise ValueError("an image adapter has no PEFT settings: it cannot be put into a PEFT model")
     if reason := nothing_left(adapter):
         raise ValueError(reason)
@@ -59,7 +61,7 @@ def into_model(adapter: LoraAdapter, model: Any, adapter_name: str) -> None:
             raise
 
 
-def _check_structure(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
+def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> None:
     """Refuse an adapter for which PEFT would build other layers than those that the model has."""
     layers = live.layers(name)
     for layer in layers.values():
@@ -79,8 +81,7 @@ def _check_structure(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
     config = settings(live, name, layers)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise ValueError(f"adapter {name!r} of the model is {kind}, not LoRA: {OTHER_NAME}")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE):
+    if init := changes_the_base(config):
         raise ValueError(
             f"adapter {name!r} of the model was initialised by {init!r}, which changes the base model: save "
             "the adapter and load it into the original model"
@@ -94,7 +95,7 @@ def _check_structure(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
             )
 
 
-def _replace(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
+def _replace(live: LiveModel, adapter: AdapterContent, name: str) -> None:
     """Set the values of a live adapter to those of another one; add the layers that it lacks."""
     missing = _missing(live, adapter, name)
     if missing:
@@ -121,17 +122,17 @@ def _replace(live: LiveModel, adapter: LoraAdapter, name: str) -> None:
 
 
 def _base_names(live: LiveModel) -> list[str]:
-    return [path for path in live.modules if ".base_layer" not in path]
+    return [path for path in live.modules if INSIDE not in path]
 
 
-def _missing(live: LiveModel, adapter: LoraAdapter, name: str) -> list[str]:
+def _missing(live: LiveModel, adapter: AdapterContent, name: str) -> list[str]:
     """Return the modules of the base model that the new adapter adapts and the live one does not."""
-    layers: Mapping[str, Any] = live.layers(name)
+    layers, modules = KnownNames(live.layers(name)), KnownNames(live.modules)
     missing = []
     for module in adapter.adapted:
-        if found_name(module.name, layers) is not None:
+        if layers.only(module.name) is not None:
             continue
-        found = None if module.kind == "expert" else found_name(module.name, live.modules)
+        found = None if module.kind == "expert" else modules.only(module.name)
         if found is None:
             raise ValueError(
                 f"{module.name!r} fits no module that adapter {name!r} of the model could adapt: the adapter "

@@ -10,13 +10,13 @@ from rich import box
 from rich.table import Table
 
 from lorank.adapters.certificate import Certificate
-from lorank.adapters.content import LoraAdapter
+from lorank.adapters.content import AdapterContent
 from lorank.runtimes import Verdict
 
 _STYLES = {"right": "green", "wrong": "red", "refuses": "yellow"}
 
 
-def module_table(adapter: LoraAdapter) -> Table:
+def module_table(adapter: AdapterContent) -> Table:
     """A row for every module."""
     table = _table(f"{adapter.label}: {len(adapter.modules)} modules")
     table.add_column("module", overflow="fold")
@@ -31,7 +31,7 @@ def module_table(adapter: LoraAdapter) -> Table:
     return table
 
 
-def summary(adapter: LoraAdapter) -> str:
+def summary(adapter: AdapterContent) -> str:
     """What else is known of an adapter, line by line."""
     ranks = [module.rank for module in adapter.adapted]
     scalings = sorted({module.scaling for module in adapter.adapted})
@@ -82,7 +82,7 @@ def kept_table(certificate: Certificate) -> Table:
     return table
 
 
-def family_table(members: Mapping[str, LoraAdapter]) -> Table:
+def family_table(members: Mapping[str, AdapterContent]) -> Table:
     """The members of a family side by side."""
     table = _table("family")
     table.add_column("member")

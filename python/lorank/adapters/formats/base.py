@@ -1,0 +1,194 @@
+"""The operations that differ between the formats of adapters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lorank.adapters.certificate import Certificate
+from lorank.adapters.content import AdapterContent, Format, Profile
+from lorank.adapters.formats.expert_layout import Parameter
+from lorank.adapters.module import LoraModule
+from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.stored import Stored
+from lorank.adapters.tensors import Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class AsStored:
+    """An adapter with the ranks of the file's tensors, and the differences between it and the file.
+
+    Attributes
+    ----------
+    adapter
+        The adapter with padding, and with the ranks of the tensors, whatever the settings state.
+    tensors
+        The tensors by their names without wrappers.
+    wrappers
+        The names of wrappers that keys of the file hold.
+    stored_as
+        Key without wrappers -> the file's key, for keys with a wrapper's name.
+    swapped
+        Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
+    """
+
+    adapter: AdapterContent
+    tensors: Tensors
+    wrappers: tuple[str, ...] = ()
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+    swapped: tuple[Parameter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The folder and the file that an adapter is written to.
+
+    Attributes
+    ----------
+    folder
+        The folder of all files.
+    weights
+        The name of the file of tensors within the folder.
+    is_alone
+        True if only the file of tensors is written, as the folder is not the adapter's own.
+    address
+        The path by which the adapter is read again.
+    """
+
+    folder: Path
+    weights: str
+    is_alone: bool
+    address: Path
+
+
+class AdapterFormat(ABC):
+    """A format of adapters.
+
+    Attributes
+    ----------
+    name
+        The value of `AdapterContent.format`.
+    key_prefix
+        The start of every key of the format's files; keys of other programs may lack it.
+    holds_settings
+        True if adapters have PEFT's settings, so that they can be put into a live model.
+    rewrites_certificate
+        True if the file of tensors holds the certificate, so that it is written again with the rounding
+        error, which is measured on the file.
+    certificate_place
+        The name of the file or of the metadata entry that holds the certificate.
+    card_entries
+        Lines of a model card's front matter.
+    carried_remark
+        A sentence of the card on tensors beside factors; empty if there is none.
+    """
+
+    name: ClassVar[Format]
+    key_prefix: ClassVar[str]
+    holds_settings: ClassVar[bool]
+    rewrites_certificate: ClassVar[bool]
+    certificate_place: ClassVar[str]
+    card_entries: ClassVar[Sequence[str]]
+    carried_remark: ClassVar[str]
+
+    @abstractmethod
+    def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
+        """Read the adapter at a path.
+
+        Parameters
+        ----------
+        path
+            The folder or file.
+        contradictions
+            True to accept settings that contradict the tensors.
+        changed_base
+            True to accept an initialisation that changed the base model.
+
+        Raises
+        ------
+        FormatError
+            If the files hold no LoRA adapter, or a damaged one.
+        """
+
+    @abstractmethod
+    def certificate(self, path: Path, metadata: Mapping[str, str]) -> Callable[[], Any] | None:
+        """Return a function that reads the certificate as JSON values; None if there is no certificate."""
+
+    @abstractmethod
+    def place(self, target: Path) -> Place:
+        """Return the folder and file to write for the path that a caller gives.
+
+        Raises
+        ------
+        ValueError
+            If the path does not suit the format.
+        """
+
+    @abstractmethod
+    def member_name(self, name: str) -> str:
+        """Return the name of a family member's folder or file."""
+
+    @abstractmethod
+    def written_ranks(self, adapter: AdapterContent, profile: Profile) -> dict[str, WrittenRank]:
+        """Return the rank and the scale of every written module."""
+
+    @abstractmethod
+    def keys(self, adapter: AdapterContent, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Return the keys of B and A of modules."""
+
+    @abstractmethod
+    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, int]:
+        """Return the alphas that are tensors of the file, by key."""
+
+    @abstractmethod
+    def carried(self, adapter: AdapterContent, names: Collection[str]) -> dict[str, Stored]:
+        """Return the carried tensors by key, for a file in which only the named modules have factors."""
+
+    @abstractmethod
+    def metadata(
+        self,
+        adapter: AdapterContent,
+        written: Mapping[str, WrittenRank],
+        certificate: Certificate | None,
+    ) -> dict[str, str]:
+        """Return the metadata of the file of tensors, without the entries that all formats have."""
+
+    @abstractmethod
+    def settings_files(self, adapter: AdapterContent, profile: Profile) -> dict[str, str]:
+        """Return the text of every file of settings beside the tensors, by name."""
+
+    @abstractmethod
+    def readers(self, profile: Profile) -> str:
+        """Return the programs that load an adapter in a profile, for the card."""
+
+    @abstractmethod
+    def carried_by_sum(self, adapter: AdapterContent, after: Collection[LoraModule]) -> dict[str, Stored]:
+        """Return an adapter's carried tensors by their keys in a sum that adapts other modules."""
+
+    @abstractmethod
+    def adds_up(self, key: str) -> bool:
+        """Return True for a carried tensor that a weighted sum of adapters adds up."""
+
+    @abstractmethod
+    def sum_fields(
+        self, adapters: Sequence[AdapterContent], acting: Sequence[AdapterContent], *, ties_tables: bool
+    ) -> dict[str, Any]:
+        """Return the settings and the spelling of keys of a sum, as fields of `AdapterContent`.
+
+        Parameters
+        ----------
+        adapters
+            All terms of the sum.
+        acting
+            The terms whose settings count.
+        ties_tables
+            True if the sum ties its output head to the embedding.
+
+        Raises
+        ------
+        ValueError
+            If settings of which a sum has one differ.
+        """

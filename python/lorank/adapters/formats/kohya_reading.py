@@ -1,0 +1,253 @@
+"""From the tensors and metadata of an image file to an adapter. No factors are read yet."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from lorank._core import FormatError
+from lorank.adapters import carried
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.factors import Pair, TensorFactors
+from lorank.adapters.formats import image_keys
+from lorank.adapters.formats.diffusers_settings import PartSettings
+from lorank.adapters.formats.image_keys import Spelled, alpha_key
+from lorank.adapters.formats.image_style import ImageStyle
+from lorank.adapters.formats.peft_notes import dora_note
+from lorank.adapters.metadata import SPECTRAL_KEY
+from lorank.adapters.module import LoraModule
+from lorank.adapters.tensors import Tensors
+from lorank.modules import naming
+from lorank.modules.weight import Kind
+from lorank.peft_format.names import BIAS, PREFIX
+from lorank.sources import arrays
+
+# Methods that are no product of two factors, by how their keys end.
+_OTHER_METHODS = {
+    re.compile(rf".*{ending}"): method
+    for ending, method in {
+        r"\.hada_\w+": "LoHa",
+        r"\.lokr_\w+": "LoKr",
+        r"\.oft_\w+": "OFT",
+        r"\.boft_\w+": "BOFT",
+        r"\.on_input": "IA3",
+        r"\.[ab][12]\.weight": "GLoRA",
+    }.items()
+}
+
+_ALPHAS_IN_METADATA = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
+
+
+def read(tensors: Tensors) -> AdapterContent:
+    """Read an adapter over a file's tensors.
+
+    Raises
+    ------
+    FormatError
+        If the file belongs to another method, which is named, or its factors do not fit each other.
+    """
+    found = _Found.of(tensors)
+    settings = PartSettings.of(tensors.label, tensors.metadata)
+    modules = [
+        _module(tensors, name, keys, found.alphas.get(name), settings) for name, keys in found.modules.items()
+    ]
+    modules.sort(key=lambda module: naming.natural_key(module.name))
+    style = ImageStyle(
+        {name: (keys.factors["B"], keys.factors["A"]) for name, keys in found.modules.items()},
+        dict(tensors.metadata),
+        settings,
+        has_alphas=any(key == alpha_key(name) for name, key in found.alphas.items()),
+    )
+    return AdapterContent(
+        {module.name: module for module in modules},
+        carried={key: tensors.stored(key) for key in found.others},
+        notes=[*found.notes(), *_silent_alpha(tensors.metadata, found.alphas, settings, modules)],
+        format="kohya",
+        label=tensors.label,
+        is_spectral=SPECTRAL_KEY in tensors.metadata,
+        key_style=style,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The keys of a file by their roles: modules, their alphas, and the rest."""
+
+    modules: dict[str, Spelled]
+    alphas: dict[str, str]
+    others: list[str]
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> _Found:
+        modules, others = image_keys.sorted_out(tensors)
+        for key in others:
+            _refuse_other_methods(tensors.label, key)
+        if not modules:
+            if added := [key for key in others if carried.is_added(key)]:
+                what = f"tensor {added[0]!r} belongs to a full difference"
+                raise FormatError(f"{tensors.label}: {what}: only LoRA can be read")
+            raise FormatError(f"{tensors.label}: holds no LoRA factors (lora_up/lora_down, lora_A/lora_B)")
+        if any(name.startswith(PREFIX) for name in modules):
+            raise FormatError(
+                f"{tensors.label}: has the names of PEFT but no adapter_config.json beside it, or was named "
+                "without its folder: give the folder that holds both, or the scale of the update is unknown"
+            )
+        alphas = image_keys.alphas(tensors, others, modules.keys())
+        used = set(alphas.values())
+        return cls(modules, alphas, [key for key in others if key not in used])
+
+    def notes(self) -> list[str]:
+        """Describe the normalised keys, and the tensors that are kept as they are."""
+        magnitudes = carried.magnitudes(self.others, self.modules.keys())
+        lost = [key for key in self.others if image_keys.is_alpha(key)]
+        added = [key for key in self.others if carried.is_added(key)]
+        rest = len(self.others) - len(magnitudes) - len(lost) - len(added)
+        notes = [dora_note(len(magnitudes))] if magnitudes else []
+        if lost:
+            notes.append(
+                f"{len(lost)} alphas belong to no module with factors and were not applied, the first is "
+                f"{lost[0]}"
+            )
+        if unusual := [key for name, key in self.alphas.items() if key != alpha_key(name)]:
+            notes.append(
+                f"{len(unusual)} alphas with unusual names were folded into the factors, the first was "
+                f"{unusual[0]}: programs that do not know the name scaled these modules by 1"
+            )
+        if added:
+            notes.append(f"{len(added)} full differences lie beside the factors, the first is {added[0]}")
+        if rest:
+            notes.append(f"{rest} tensors that are not factors are kept as they are")
+        if any("mid" in keys.factors for keys in self.modules.values()):
+            notes.append("mid kernels were folded into lora_down")
+        return notes
+
+
+def _silent_alpha(
+    metadata: Mapping[str, str],
+    alphas: Mapping[str, str],
+    settings: PartSettings,
+    modules: Sequence[LoraModule],
+) -> list[str]:
+    """Describe an alpha that the metadata name and no tensor holds."""
+    key = next((key for key in _ALPHAS_IN_METADATA if key in metadata), None)
+    if key is None or alphas or settings.parts:
+        return []
+    if metadata[key] in {f"{module.rank}" for module in modules} | {f"{module.rank}.0" for module in modules}:
+        return []
+    return [
+        f"metadata name {key} = {metadata[key][:20]}, but no tensor holds an alpha: the scale 1 was taken, "
+        "and the entry is not written again"
+    ]
+
+
+def _refuse_other_methods(label: str, key: str) -> None:
+    for ending, method in _OTHER_METHODS.items():
+        if ending.fullmatch(key):
+            raise FormatError(f"{label}: tensor {key!r} belongs to {method}: only LoRA can be read")
+
+
+def _module(
+    tensors: Tensors, name: str, spelled: Spelled, alpha: str | None, settings: PartSettings
+) -> LoraModule:
+    keys = spelled.factors
+    a, b, mid = _shapes(tensors, name, keys)
+    rank = b[1]
+    a_tail = (a[1], *mid[2:]) if mid else a[1:]
+    kind: Kind = "conv" if len(a_tail) > 1 else "linear"
+    stored = TensorFactors(tensors, keys["B"], keys["A"], (b[0], math.prod(a_tail)), rank)
+    return LoraModule(
+        name,
+        kind,
+        stored.shape,
+        rank,
+        _scaling(tensors, name, rank, alpha, settings),
+        tensors.dtype(keys["B"]),
+        stored if mid is None else KernelFactors(stored, keys["mid"], mid, a),
+        a_tail=tuple(a_tail),
+        b_tail=b[2:],
+        carried={} if spelled.bias is None else {BIAS: _bias(tensors, name, spelled.bias, b[0])},
+    )
+
+
+def _shapes(
+    tensors: Tensors, name: str, keys: Mapping[str, str]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+    """Return the shapes of A, B and mid, which fit each other; None for a module without mid."""
+
+    def fail(reason: str) -> NoReturn:
+        raise FormatError(f"{tensors.label}: module {name!r}: {reason}")
+
+    for factor, word in (("A", "down"), ("B", "up")):
+        if factor not in keys:
+            fail(f"has no lora_{word}")
+    shapes = tensors.shapes()
+    a, b = shapes[keys["A"]], shapes[keys["B"]]
+    mid = shapes[keys["mid"]] if "mid" in keys else None
+    if len(a) < 2 or len(b) < 2 or 0 in (*a, *b) or math.prod(b[2:]) != 1:
+        fail(f"factors of shapes {list(b)} and {list(a)} are no matrices")
+    if mid is None and a[0] != b[1]:
+        fail(f"factors of shapes {list(b)} and {list(a)} do not fit each other")
+    if mid is not None and (len(mid) != 4 or mid[:2] != (b[1], a[0]) or math.prod(a[2:]) != 1):
+        fail(f"factors of shapes {list(b)}, {list(mid)} and {list(a)} do not fit each other")
+    return a, b, mid
+
+
+def _scaling(tensors: Tensors, name: str, rank: int, alpha: str | None, settings: PartSettings) -> float:
+    """Return the scaling that a module's alpha or the settings in the metadata give; 1 without both."""
+    if alpha is not None:
+        return tensors.number(alpha) / rank
+    stated = settings.rank_and_scaling(name)
+    if stated is None:
+        return 1.0
+    if stated[0] != rank:
+        raise FormatError(
+            f"{tensors.label}: module {name!r}: has rank {rank}, but the settings in the metadata say "
+            f"{stated[0]}"
+        )
+    return stated[1]
+
+
+def _bias(tensors: Tensors, name: str, key: str, outputs: int) -> np.ndarray[Any, Any]:
+    """Read the bias that is added to the output of B, and scaled with it."""
+    shape = tensors.shapes()[key]
+    if shape != (outputs,):
+        raise FormatError(
+            f"{tensors.label}: module {name!r}: a bias of shape {list(shape)} does not fit {outputs} outputs"
+        )
+    vector: np.ndarray[Any, Any] = tensors.matrix(key, 1, outputs).to_array()[0]
+    return vector
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFactors:
+    """The factors of a convolution that is stored as ``up * mid * down``: mid is folded into A.
+
+    Attributes
+    ----------
+    stored
+        The stored tensors ``up`` and ``down``.
+    mid_key
+        Name of the tensor ``mid``.
+    mid, down
+        Shapes of ``mid (r, s, kh, kw)`` and ``down (s, in, 1, 1)``.
+    """
+
+    stored: TensorFactors
+    mid_key: str
+    mid: tuple[int, ...]
+    down: tuple[int, ...]
+
+    def __call__(self) -> Sequence[Pair]:
+        """Return ``B (out, r)`` and ``A (r, in * kh * kw)``."""
+        tensors = self.stored.tensors
+        kernel = tensors.matrix(self.mid_key, self.mid[0], math.prod(self.mid[1:])).to_array()
+        down = tensors.matrix(self.stored.a_key, self.down[0], self.down[1]).to_array()
+        folded: np.ndarray[Any, Any] = np.einsum(
+            "rskl,si->rikl", kernel.reshape(self.mid).astype(np.float64), down
+        )
+        return [(self.stored.b, arrays.matrix(folded.reshape(self.mid[0], -1)))]

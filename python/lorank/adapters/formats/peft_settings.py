@@ -1,0 +1,88 @@
+"""The `adapter_config.json` of an adapter that is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.formats.expert_layout import FIRST_VERSION, is_earlier
+from lorank.adapters.profiles import common_rank
+from lorank.modules import naming
+from lorank.peft_format.fields import ONLY_FOR_TRAINING
+from lorank.peft_format.rank_groups import rank_owner
+from lorank.peft_format.rank_patterns import rank_keys
+from lorank.peft_format.target_expressions import accidental_matches, as_expression, either, guard, only
+
+
+def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: bool) -> dict[str, Any]:
+    """Return the settings that give every module its rank, and the scale of its profile.
+
+    Parameters
+    ----------
+    adapter
+        The adapter.
+    ranks
+        Rank of each written module by name.
+    has_alphas
+        True to give every module an alpha that equals its rank.
+    """
+    common = common_rank(ranks)
+    modules = [adapter.modules[name] for name in ranks]
+    dropped = [name for name in adapter.modules if name not in ranks]
+    linear = [m.name for m in modules if m.kind != "expert" and rank_owner(m.name) == m.name]
+    stacks = [module.name for module in modules if module.kind == "expert"]
+    looked_up = {name: rank for name, rank in ranks.items() if rank_owner(name) == name}
+    patterns = {key: rank for rank, key in rank_keys(looked_up).items() if rank != common}
+    before = adapter.config
+    kept = None if dropped else _kept_targets(before, linear)
+    has_biases = any(key.endswith(".bias") for key in adapter.carried)
+    return {
+        **{key: value for key, value in before.items() if key not in ONLY_FOR_TRAINING},
+        "peft_type": "LORA",
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": patterns,
+        "alpha_pattern": dict(patterns) if has_alphas else {},
+        "use_rslora": False,
+        # PEFT loads biases by name, whatever `bias` is. Engines that cannot load biases read it.
+        "bias": (before.get("bias") if has_biases else None) or "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": kept or linear,
+        "exclude_modules": before.get("exclude_modules") if kept else _excluded(before, linear, dropped),
+        "target_parameters": stacks or None,
+        # PEFT refuses dropout beside adapted parameters, which experts one by one become on loading.
+        **({"lora_dropout": 0.0} if any(naming.is_in_experts(m.name) for m in modules) else {}),
+        # Stacks are written as PEFT lays them out today.
+        **({"peft_version": FIRST_VERSION} if stacks and is_earlier(before) else {}),
+    }
+
+
+def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] | None:
+    """Return the target modules of earlier settings; None if they do not select all that is written."""
+    targets, excluded = before.get("target_modules"), before.get("exclude_modules")
+    # A choice of layers is not written again: suffixes alone would select more.
+    if not isinstance(targets, (list, tuple)) or before.get("layers_to_transform") is not None:
+        return None
+    selects, excludes = naming.matcher(targets), naming.matcher(excluded or [])
+    # A merge may adapt more than its first adapter did.
+    return sorted(targets) if all(selects(name) and not excludes(name) for name in names) else None
+
+
+def _excluded(before: Mapping[str, Any], names: Sequence[str], dropped: Sequence[str]) -> str | None:
+    """Return an expression for modules that end with a full name of the list, but were not adapted.
+
+    Other modules than the adapted ones are not known. Earlier settings that exclude them are written again,
+    unless they match one of the names. A plain list of targets never left out a module that ends with a full
+    name.
+    """
+    targets, earlier = before.get("target_modules"), as_expression(before.get("exclude_modules"))
+    if targets is None:
+        return either(accidental_matches(names, dropped), guard(names))
+    is_plain = isinstance(targets, (list, tuple)) and before.get("layers_to_transform") is None
+    if not is_plain or (earlier and any(map(naming.matcher(earlier), names))):
+        return only(names)
+    selects = naming.matcher(targets)
+    # A merge may adapt what its first adapter did not select.
+    return either(accidental_matches(names, dropped), earlier) if all(map(selects, names)) else only(names)

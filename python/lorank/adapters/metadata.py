@@ -1,0 +1,13 @@
+"""Names of the entries and files that lorank adds to an adapter."""
+
+SPECTRAL_KEY = "lorank.spectral"
+"""Metadata of a file whose factors are in balanced spectral form."""
+
+RANKS_KEY = "lorank.ranks"
+"""Metadata of a file with padded ranks: the true rank of every module, as JSON."""
+
+CERTIFICATE_KEY = "lorank.certificate"
+"""Metadata of an image file: its certificate, as JSON."""
+
+CERTIFICATE_FILE = "lorank.json"
+"""The certificate beside a PEFT adapter."""

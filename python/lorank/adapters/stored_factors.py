@@ -1,0 +1,54 @@
+"""Factors as files store them: padded, scaled, experts interleaved, kernels unflattened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank.adapters.module import LoraModule
+from lorank.adapters.profiles import WrittenRank
+
+Array = npt.NDArray[Any]
+
+
+def stored_factors(module: LoraModule, written: WrittenRank) -> tuple[Array, Array]:
+    """Return B and A of a module as a file stores them."""
+    return padded_factors(module, written.rank, module.scaling * written.b_factor)
+
+
+def padded_factors(module: LoraModule, rank: int, factor: float = 1.0) -> tuple[Array, Array]:
+    """Return B, times a factor, and A in their stored shapes at a rank that is not below the module's."""
+    pairs = [(b.to_array(), a.to_array()) for b, a in module.factors()] if module.rank else []
+    pairs = (
+        pairs
+        or [(np.zeros((module.shape[0], 0), np.float32), np.zeros((0, module.shape[1]), np.float32))]
+        * module.copies
+    )
+    bs, as_ = zip(*[_padded(b, a, rank, factor) for b, a in pairs], strict=True)
+    if module.kind == "expert":
+        # A: expert slowest; B: expert fastest.
+        return np.stack(bs, axis=2).reshape(module.shape[0], -1), np.concatenate(as_)
+    b_shape, a_shape = stored_shapes(module, rank)
+    return bs[0].reshape(b_shape), as_[0].reshape(a_shape)
+
+
+def stored_shapes(module: LoraModule, rank: int) -> tuple[list[int], list[int]]:
+    """Return the stored shapes of B and A of a module that is not a stack."""
+    return [module.shape[0], rank, *module.b_tail], [rank, *(module.a_tail or module.shape[1:])]
+
+
+def is_stored_unchanged(module: LoraModule, written: WrittenRank) -> bool:
+    """Return True if factors are written without padding, scaling and interleaving."""
+    is_unscaled = module.scaling * written.b_factor == 1.0
+    return is_unscaled and module.rank == written.rank and module.kind != "expert"
+
+
+def _padded(b: Array, a: Array, rank: int, factor: float) -> tuple[Array, Array]:
+    missing = rank - a.shape[0]
+    if factor != 1.0:
+        b = (b.astype(np.float64) * factor).astype(b.dtype)
+    if missing:
+        b, a = np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
+    return np.ascontiguousarray(b), np.ascontiguousarray(a)

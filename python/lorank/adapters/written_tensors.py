@@ -1,0 +1,96 @@
+"""The tensors of an adapter's file, as the core writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank._core import Checkpoint, Matrix
+from lorank.adapters.content import AdapterContent
+from lorank.adapters.formats.base import AdapterFormat
+from lorank.adapters.module import LoraModule
+from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.stored import SAFETENSORS_NAMES, RawTensor, Stored, raw_bytes
+from lorank.adapters.stored_factors import is_stored_unchanged, stored_factors, stored_shapes
+from lorank.sources import arrays
+
+Array = npt.NDArray[Any]
+WrittenTensor = tuple[str, list[int], Matrix | tuple[Checkpoint, int] | bytes, str]
+"""Name, shape, values, and element type by safetensors' name."""
+
+
+def written_tensors(
+    adapter: AdapterContent,
+    form: AdapterFormat,
+    ranks: Mapping[str, WrittenRank],
+    keys: Mapping[str, tuple[str, str]],
+    dtype: str | None,
+) -> list[WrittenTensor]:
+    """Return all tensors of an adapter's file.
+
+    Parameters
+    ----------
+    adapter, form
+        The adapter and its format.
+    ranks
+        Rank and scale of every written module.
+    keys
+        Keys of B and A of every written module.
+    dtype
+        Element type of all factors; None for the type that each was stored in.
+    """
+    tensors: list[WrittenTensor] = []
+    for name, written in ranks.items():
+        module = adapter.modules[name]
+        own = dtype or module.dtype
+        tensors += _factors(module, written, keys[name], own)
+        for vector in module.carried.values():
+            scaled = vector * np.float32(module.scaling * written.b_factor)
+            tensors.append(_tensor(_bias_key(keys[name][0]), scaled, own))
+    # float32, as types of 16 bits do not hold every rank exactly.
+    tensors += [
+        _tensor(key, np.array(alpha, dtype=np.float32), "float32")
+        for key, alpha in form.alphas(adapter, ranks).items()
+    ]
+    return tensors + [_carried(key, x) for key, x in form.carried(adapter, ranks.keys()).items()]
+
+
+def _bias_key(b_key: str) -> str:
+    """Return the key of the bias beside a factor B."""
+    return f"{b_key.removesuffix('.weight')}.bias"
+
+
+def _factors(
+    module: LoraModule, written: WrittenRank, keys: tuple[str, str], dtype: str
+) -> list[WrittenTensor]:
+    """Return the module's B and A; the stored matrices themselves, if they need no change."""
+    if is_stored_unchanged(module, written):
+        ((b, a),) = module.factors()
+        b_shape, a_shape = stored_shapes(module, written.rank)
+        return [(keys[0], b_shape, b, _type_name(dtype)), (keys[1], a_shape, a, _type_name(dtype))]
+    return [_tensor(key, x, dtype) for key, x in zip(keys, stored_factors(module, written), strict=True)]
+
+
+def _type_name(dtype: str) -> str:
+    """Return safetensors' name of a type; bfloat16 for float8, for which there is no rounding rule here."""
+    return SAFETENSORS_NAMES.get(dtype, "BF16")
+
+
+def _tensor(key: str, values: Array, dtype: str) -> WrittenTensor:
+    rows = values.reshape(values.shape[0] if values.ndim else 1, -1)
+    return key, list(values.shape), arrays.matrix(rows), _type_name(dtype)
+
+
+def _carried(key: str, stored: Stored) -> WrittenTensor:
+    if stored.position is not None:  # The core copies the bytes.
+        return key, [], (stored.origin, stored.position), ""
+    if isinstance(stored.origin, RawTensor):
+        raw = stored.origin
+        return key, list(raw.shape), raw.data, SAFETENSORS_NAMES.get(raw.dtype, raw.dtype)
+    if stored.dtype not in ("", arrays.dtype_name(stored.origin)):
+        return _tensor(key, stored.origin, stored.dtype)
+    values, dtype, shape = raw_bytes(stored.origin, key)
+    return key, list(shape), values.tobytes(), dtype

@@ -1,0 +1,109 @@
+"""PARA: a trained adapter's update, decomposed, truncated where it hurts least, rebuilt smaller.
+
+Source: PARA, Post-Optimization Adaptive Rank Allocation for LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lorank._internal.threads import thread_count
+from lorank.adapters.certificate import Certificate, ModuleCertificate
+from lorank.adapters.content import Adapter, AdapterContent
+from lorank.adapters.module import LoraModule
+from lorank.compression.selection import Knobs, Mask, notes, select
+from lorank.compression.spectral_form import SpectralForm, Update, spectral_form, truncate
+from lorank.peft_format.rank_groups import rank_groups
+
+
+def compress(adapter: Adapter, knobs: Knobs, threads: int | None, progress: bool) -> Adapter:
+    """Truncate the updates of an adapter to where most of their energy is; see `lorank.compress`."""
+    forms = decomposed(adapter, threads, progress)
+    result = truncated(adapter, forms, knobs, f"compress, {knobs}", threads)
+    return replace(result, notes=[*result.notes, *_zeros(forms)])
+
+
+def _zeros(forms: Sequence[SpectralForm]) -> list[str]:
+    """Ranks that hold nothing yet count: another program's padding, or what was never trained."""
+    whole = sum(form.module.rank for form in forms)
+    zeros = whole - sum(int(np.count_nonzero(form.values)) for form in forms)
+    if not zeros:
+        return []
+    return [f"{zeros} of {whole} ranks were zero before (padding, or untrained); rank_ratio counts them"]
+
+
+def family(
+    adapter: Adapter, knobs: Mapping[float, Knobs], threads: int | None, progress: bool
+) -> dict[float, Adapter]:
+    """Truncate an adapter by several knobs from one decomposition; see `lorank.family`."""
+    forms = decomposed(adapter, threads, progress)
+    return {
+        rank: truncated(adapter, forms, chosen, f"family, {chosen}", threads)
+        for rank, chosen in knobs.items()
+    }
+
+
+def elastic(adapter: Adapter, threads: int | None, progress: bool) -> Adapter:
+    """Return an adapter in spectral form with all its non-zero values; see `lorank.elastic`."""
+    forms = decomposed(adapter, threads, progress)
+    return truncated(adapter, forms, Knobs(rank_ratio=1.0), "elastic parent, all singular values", threads)
+
+
+def decomposed(adapter: AdapterContent, threads: int | None, progress: bool) -> list[SpectralForm]:
+    """The spectral form of every adapted module."""
+    updates = [Update.of(module, is_spectral=adapter.is_spectral) for module in adapter.adapted]
+    return spectral_form(updates, thread_count(threads), progress)
+
+
+def truncated(
+    adapter: Adapter,
+    forms: Sequence[SpectralForm],
+    knobs: Knobs,
+    action: str,
+    threads: int | None = None,
+) -> Adapter:
+    """An adapter with the values that the knobs keep; `adapter` gives everything but the factors."""
+    groups = rank_groups([form.module for form in forms], adapter.config)
+    masks = select(forms, knobs, groups)
+    modules: dict[str, LoraModule] = dict(adapter.modules)
+    modules |= {module.name: module for module in truncate(forms, masks, thread_count(threads))}
+    return replace(
+        adapter,
+        modules=modules,
+        notes=[*adapter.notes, *notes(forms, knobs)],
+        is_spectral=True,
+        certificate=Certificate(action, _certificates(forms, masks)),
+    )
+
+
+def _certificates(forms: Sequence[SpectralForm], masks: Sequence[Mask]) -> list[ModuleCertificate]:
+    """One for every module; sums over its values are taken of all modules at once."""
+    if not forms:
+        return []
+    keep = np.concatenate(masks)
+    squares = np.square(np.concatenate([form.values for form in forms]))
+    largest = np.concatenate([form.largest_values for form in forms])
+    starts = np.cumsum([0, *(len(mask) for mask in masks[:-1])])
+    ranks = np.add.reduceat(keep, starts, dtype=np.int64).tolist()
+    kept = np.add.reduceat(np.where(keep, squares, 0.0), starts).tolist()
+    # What is dropped is summed by itself: the difference of two large sums would lose it.
+    dropped = np.add.reduceat(np.where(keep, 0.0, squares), starts).tolist()
+    next_values = np.maximum.reduceat(np.where(keep, 0.0, largest), starts).tolist()
+    return [
+        ModuleCertificate(
+            name=form.module.name,
+            rank_before=form.module.rank,
+            rank_after=rank,
+            parameters_before=form.num_parameters,
+            parameters_after=rank * form.module.cost,
+            energy=kept_energy + (dropped_energy + form.unseen_energy),
+            dropped_energy=dropped_energy + form.unseen_energy,
+            spectral_error=max(next_value, form.unseen_norm),
+        )
+        for form, rank, kept_energy, dropped_energy, next_value in zip(
+            forms, ranks, kept, dropped, next_values, strict=True
+        )
+    ]
