@@ -78,7 +78,7 @@ def _read(path: Path, header: dict[str, Any]) -> Iterable[ModuleSpectrum]:
             raise ValueError(found["format"])
         rows = [from_entry(json.loads(line)) for line in lines[1:]]
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path}: is no journal of lorank: {error!r}") from error
+        raise FormatError(f"{path}: is not a journal of lorank: {error!r}") from error
     different = [key for key in header if found.get(key) != header[key]]
     if different:
         raise ValueError(
