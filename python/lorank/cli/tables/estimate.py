@@ -131,7 +131,7 @@ def spectrum_picture(found: TaskEstimate, width: int, ascii_only: bool) -> Text:
 
 
 def _scale(logs: npt.NDArray[np.float64]) -> tuple[float, int, int]:
-    """Return the logarithm of the factor between rows, and the numbers of rows above and below the threshold."""
+    """Return the logarithm of the factor between rows, and the rows above and below the threshold."""
     highest, lowest = float(logs[0]), float(np.min(logs[np.isfinite(logs)]))
     if highest > 0:
         step = max(highest / _ROWS_ABOVE, _FINEST)
