@@ -15,7 +15,8 @@ Adapter = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder or .safetensors file to write.")]
 RankRatio = Annotated[
-    float | None, typer.Option(help="Keep this share of all singular values, the largest of all modules.")
+    float | None,
+    typer.Option(help="Keep this share of all singular values: the largest, across all modules."),
 ]
 AvgRank = Annotated[float | None, typer.Option(help="Keep this many singular values per module on average.")]
 Energy = Annotated[

@@ -30,7 +30,9 @@ def check(
     ] = None,
     fix: Annotated[
         Path | None,
-        typer.Option(help="Write the adapter to this folder in a form for these runtimes, and check that."),
+        typer.Option(
+            help="Write the adapter to this folder in a form for these runtimes, and check the result."
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -43,8 +45,8 @@ def check(
 ) -> None:
     """Check which runtimes load an adapter right, wrong, or not at all.
 
-    The exit status is 1 unless all runtimes load the adapter right: those of `--for`, or else those that read
-    its format.
+    The exit status is 1 unless every runtime of --for loads the adapter right;
+    without --for, every runtime that reads its format.
     """
     names = [name.strip() for value in runtime or [] for name in value.split(",")] or None
     for name in names or ():

@@ -32,7 +32,9 @@ from lorank.cli.spelling import spelled_as_options
 def merge(
     adapters: Annotated[
         list[str],
-        typer.Argument(help="Adapters with weights: A:0.7 B:0.3. Adapters without weights count equally."),
+        typer.Argument(
+            help="Adapters with weights, such as A:0.7 B:0.3; without weights, all count equally."
+        ),
     ],
     output: Output,
     rank_ratio: RankRatio = None,
