@@ -85,7 +85,7 @@ def analyze(
         )
     except KeyboardInterrupt:
         if resume is not None:
-            say(f"lorank: interrupted; the same command goes on from {resume}")
+            say(f"lorank: interrupted; the same command continues from {resume}")
         raise
     if output is not None:
         report.save(output)
@@ -97,7 +97,7 @@ def analyze(
 
 def _check_output_file(path: Path, overwrite: bool) -> None:
     if path.suffix not in REPORT_ENDINGS:
-        raise UsageError(f"{path}: reports end with {', '.join(REPORT_ENDINGS)}")
+        raise UsageError(f"{path}: the name of a report must end with {', '.join(REPORT_ENDINGS)}")
     check_new(path, overwrite)
     check_writable(path)
 

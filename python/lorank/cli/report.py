@@ -60,7 +60,8 @@ def report(
     names = set(naming.filtered(modules, parse_targets(include), parse_targets(exclude)))
     shown = with_rows(loaded, [row for row in loaded.modules if row.module in names])
     if not shown.modules:
-        raise ValueError(f"{file}: none of its {len(loaded)} matrices is left by --include and --exclude")
+        rows = f"{len(loaded)} {loaded.noun[1]}"
+        raise ValueError(f"{file}: none of its {rows} is selected by --include and --exclude")
     if html is not None:
         if not isinstance(shown, SpectralReport):
             raise UsageError(f"--html draws spectra, and {file} is a report of {shown.provides}")
