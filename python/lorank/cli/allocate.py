@@ -17,7 +17,7 @@ from lorank.allocation.rank_allocation import RankAllocation
 from lorank.cli.checks import check_choice, check_output_folder, parse_targets
 from lorank.cli.errors import UsageError
 from lorank.cli.options import Guess, Json, Overwrite, Quiet, Threads
-from lorank.cli.output import console, print_json, say
+from lorank.cli.output import console, print_json, print_message
 from lorank.cli.report_view import REPORT_ENDINGS, is_report, show_remark
 from lorank.cli.spelling import as_options, spelled_as_options
 from lorank.cli.tables import ranks
@@ -124,7 +124,7 @@ def allocate(
         return
     _show(allocation)
     if output is not None:
-        say(f"saved to {output / config_file.FILE_NAME}")
+        print_message(f"saved to {output / config_file.FILE_NAME}")
 
 
 def methods_help() -> str:

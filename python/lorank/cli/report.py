@@ -20,7 +20,7 @@ from lorank.cli.options import (
     Sort,
     Top,
 )
-from lorank.cli.output import say
+from lorank.cli.output import print_message
 from lorank.cli.report_view import ReportView, with_rows
 from lorank.modules import naming
 from lorank.report import SpectralReport
@@ -66,5 +66,5 @@ def report(
         if not isinstance(shown, SpectralReport):
             raise UsageError(f"--html draws spectra, and {file} is a report of {shown.provides}")
         shown.to_html(html)
-        say(f"saved to {html}")
+        print_message(f"saved to {html}")
     view.show(shown)
