@@ -20,8 +20,7 @@ from lorank.profiling.passes import (
 )
 from lorank.profiling.probe import probing
 from lorank.profiling.targets import Target, find_targets
-from lorank.report.rows import ModuleTask
-from lorank.report.tasks import TaskReport
+from lorank.report.tasks import ModuleTask, TaskReport
 from lorank.task_spectra import InputMoments, Space, TaskSpectrum
 
 

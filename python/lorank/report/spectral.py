@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lorank._internal import extras
 from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
-from lorank.report import files, html
+from lorank.report import files
 from lorank.report.base import Evidence, Report
 from lorank.report.columns import columns
 from lorank.report.rows import METRICS, ModuleSpectrum
@@ -131,6 +131,9 @@ class SpectralReport(Report[ModuleSpectrum]):
 
         The page plots each metric by block and type of module, and the spectra that were kept.
         """
+        # Imported here because `html` of the standard library slows down the import of lorank.
+        from lorank.report import html
+
         html.write_page(
             Path(path),
             self.modules,
