@@ -243,7 +243,7 @@ def test_wrong_types_of_model_and_optimizer_raise() -> None:
         with pytest.raises(TypeError, match="optimizer must be a torch optimizer, not"):
             DynamicRanks(model, optimizer, **OPTIONS)
     with pytest.raises(TypeError, match=r"ranks must be a mapping by module, not \[2\]"):
-        lorank.training.resize_lora(model, [2])  # type: ignore[arg-type]
+        lorank.training.resize_lora(model, [2])
 
 
 @pytest.mark.parametrize("options", [{"r_min": 0}, {"r_min": -1}, {"r_min": 1.5}, {"r_max": 12.5}])
