@@ -455,7 +455,7 @@ def test_hostile_indices_raise(tmp_path: Path, index: str, reason: str) -> None:
         ('{"weight_map": {"a": "missing.bin"}}', "missing.bin"),
         ('{"weight_map": {"absent.weight": "pytorch_model.bin"}}', "absent.weight"),
     ],
-    ids=["empty", "junk", "list", "no map", "deep", "number", "outside", "absolute", "no shard", "no tensor"],
+    ids=["empty", "junk", "list", "text", "deep", "number", "outside", "absolute", "no shard", "no tensor"],
 )
 def test_hostile_indices_of_pickles_raise(tmp_path: Path, index: str, reason: str) -> None:
     pickled(tmp_path)

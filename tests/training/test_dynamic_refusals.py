@@ -202,14 +202,14 @@ def test_invalid_options_raise(options: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("freeze_after", "warmup", "is_told"), [(6, 0, False), (5, 0, True), (12, 6, False), (11, 6, True)]
+    ("freeze_after", "warmup", "warns"), [(6, 0, False), (5, 0, True), (12, 6, False), (11, 6, True)]
 )
-def test_options_without_any_change_warn(freeze_after: int, warmup: int, is_told: bool) -> None:
+def test_options_without_any_change_warn(freeze_after: int, warmup: int, warns: bool) -> None:
     model = llama()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         DynamicRanks(model, adamw(model), **OPTIONS, freeze_after=freeze_after, warmup=warmup)
-    assert [("ranks will never change" in str(warning.message)) for warning in told] == [True] * is_told
+    assert [("ranks will never change" in str(warning.message)) for warning in caught] == [True] * warns
 
 
 def test_inactive_frozen_and_disabled_adapters_are_refused() -> None:
