@@ -1,4 +1,4 @@
-"""`fit_ranks` against its properties and a slow reference; budgets as users write them."""
+"""`fit_ranks` against its properties and a slow reference; parsed budgets."""
 
 from __future__ import annotations
 
