@@ -103,7 +103,7 @@ def test_settings_of_diffusers_are_read_and_written_again(tmp_path: Path) -> Non
     assert len(set(small.ranks.values())) > 1
     for profile in ("compact", "portable", "tensor-rank"):
         target = tmp_path / f"{profile}.safetensors"
-        small.save(target, profile)  # type: ignore[arg-type]
+        small.save(target, profile)
         for part in ("transformer", "text_encoder"):
             loaded = as_diffusers_loads(target, part)
             ours = {name: update for name, update in dense(small).items() if name in loaded}

@@ -24,7 +24,7 @@ def test_keys_and_scales_survive(style: str, alpha: float | None, tmp_path: Path
     for profile in ("compact", "portable", "tensor-rank"):
         small = lorank.compress(adapter, avg_rank=3, progress=False)
         target = tmp_path / f"{profile}.safetensors"
-        small.save(target, profile)  # type: ignore[arg-type]
+        small.save(target, profile)
         again = lorank.LoraAdapter.load(target)
         assert small.certificate is not None
         error = distance({name: dense(again)[name] for name in updates}, updates)

@@ -28,11 +28,11 @@ from tests.support.profiled_models import (
     images,
     label_batches,
     picture_batches,
-    seeded,
     t5,
     text_batches,
     vectors,
 )
+from tests.support.seeds import seeded
 
 
 def under(dtype: torch.dtype) -> Callable[[Any, Any], Any]:
