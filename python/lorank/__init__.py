@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lorank.runtimes import check
     from lorank.task_spectra import TaskSpectrum, task_spectrum
 
-# Imported when they are asked for: who analyses a model need not wait for what adapters need.
+# Imported at their first use, so that an analysis does not wait for the imports of adapters.
 _LAZY = {
     "GradientReport": "report.gradients",
     "TaskReport": "report.tasks",

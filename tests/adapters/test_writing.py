@@ -18,7 +18,7 @@ import lorank
 from lorank import _core
 from lorank._internal import atomic
 from lorank.adapters.writing import write_adapter
-from lorank.cli import adapters as commands
+from lorank.cli import compress, family
 from tests.support import tiny_models
 from tests.support.adapter_files import dense, distance, saved, trained
 from tests.support.command_line import ok, run
@@ -152,8 +152,8 @@ def test_saving_uses_the_given_number_of_threads(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(_core, "write_safetensors", counted)
     small.save(tmp_path / "one", threads=1)
     small.save(tmp_path / "all")
-    commands.compress(str(tmp_path / "source"), tmp_path / "line", avg_rank=2.0, threads=3, quiet=True)
-    commands.family(str(tmp_path / "source"), tmp_path / "family", "1,2", threads=2, quiet=True)
+    compress.compress(str(tmp_path / "source"), tmp_path / "line", avg_rank=2.0, threads=3, quiet=True)
+    family.family(str(tmp_path / "source"), tmp_path / "family", "1,2", threads=2, quiet=True)
     assert asked == [1, _core.available_threads(), 3, 2, 2, 2]
     with pytest.raises(ValueError, match="threads must be at least 1"):
         small.save(tmp_path / "none", threads=0)

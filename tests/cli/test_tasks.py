@@ -186,7 +186,7 @@ def test_curve_is_short_and_names_its_ranks(tmp_path: Path) -> None:
     assert named.split()[:2] == ["100", f"{content['predicted_r2'][100]:.4f}"]
     (named,) = [line for line in curve if "predicted rank" in line]
     assert int(named.split()[0]) == content["predicted_rank"]
-    assert "a bar is the largest of" in text
+    assert "a bar shows the largest of" in text
 
 
 def test_task_follows_its_options(archive: Path) -> None:
@@ -319,7 +319,7 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("huge.npz", "row 0 of X in huge.npz holds values beyond"),
         ("cut.npz", "cut.npz: cannot be read"),
         ("damaged.npz", "X in damaged.npz: cannot be read: Bad CRC-32"),
-        ("other.npz", "other.npz: is no .npz file"),
+        ("other.npz", "other.npz: is not an .npz file"),
         ("single.dat", "single.dat: holds one array"),
         ("X.npy other.npz.npy", "no such file"),
         ("X.npy cut.npy", "cut.npy: cannot be read"),

@@ -105,7 +105,7 @@ def test_rows_are_found_by_name_or_ending(report: lorank.SpectralReport) -> None
 def test_other_files_raise(tmp_path: Path, ending: str, content: bytes) -> None:
     path = tmp_path / f"report{ending}"
     path.write_bytes(content)
-    with pytest.raises(lorank.FormatError, match=rf"report\{ending}: is no lorank report"):
+    with pytest.raises(lorank.FormatError, match=rf"report\{ending}: is not a lorank report"):
         lorank.SpectralReport.load(path)
 
 
@@ -162,7 +162,7 @@ def test_journal_of_another_run_raises(checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="different fingerprint"):
         lorank.analyze(checkpoint, resume=journal)
     journal.write_text("something else\n")
-    with pytest.raises(lorank.FormatError, match="is no journal"):
+    with pytest.raises(lorank.FormatError, match="is not a journal"):
         lorank.analyze(checkpoint, resume=journal)
     with pytest.raises(ValueError, match="resume needs safetensors"):
         lorank.analyze({"a": np.eye(3)}, resume=tmp_path / "other")

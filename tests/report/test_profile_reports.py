@@ -83,10 +83,10 @@ def test_files_of_another_kind_raise(tmp_path: Path) -> None:
     for name, text in texts.items():
         (tmp_path / f"{name}.json").write_text(text)
     for name in [*texts, "t", "s"]:
-        with pytest.raises(lorank.FormatError, match=rf"{name}\.json: is no GradientReport"):
+        with pytest.raises(lorank.FormatError, match=rf"{name}\.json: is not a GradientReport"):
             lorank.GradientReport.load(tmp_path / f"{name}.json")
     for name in [*texts, "g", "s"]:
-        with pytest.raises(lorank.FormatError, match=rf"{name}\.json: is no TaskReport"):
+        with pytest.raises(lorank.FormatError, match=rf"{name}\.json: is not a TaskReport"):
             lorank.TaskReport.load(tmp_path / f"{name}.json")
 
 

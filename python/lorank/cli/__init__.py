@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lorank
-from lorank.cli import adapters, allocate, analyze, report, task
+from lorank.cli import allocate, analyze, check, compress, extract, family, info, merge, report, task
 from lorank.cli.errors import IncompleteError, UsageError
 from lorank.cli.output import say
 
@@ -22,8 +22,12 @@ app.command()(analyze.analyze)
 app.command()(report.report)
 app.command(epilog=allocate.methods_help())(allocate.allocate)
 app.command()(task.task)
-for command in adapters.COMMANDS:
-    app.command()(command)
+app.command()(compress.compress)
+app.command()(family.family)
+app.command()(merge.merge)
+app.command()(extract.extract)
+app.command()(check.check)
+app.command()(info.info)
 _debug = False
 
 

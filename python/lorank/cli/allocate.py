@@ -73,7 +73,10 @@ def allocate(
         ),
     ] = None,
     lora_alpha: Annotated[float, typer.Option(help="LoRA alpha at the average rank.")] = 8,
-    scale_rule: Annotated[str, typer.Option(help="constant or rank-stabilized.")] = "constant",
+    scale_rule: Annotated[
+        str,
+        typer.Option(help="constant: alpha / r, r the average rank. rank-stabilized: alpha / sqrt(rank)."),
+    ] = "constant",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for adapter_config.json and allocation.json."),

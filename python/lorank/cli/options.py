@@ -32,7 +32,7 @@ Guess = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Draw no progress bar.")]
 
 Sort = Annotated[str | None, typer.Option(help="Sort rows by name or by a metric.")]
-Descending = Annotated[bool, typer.Option("--descending", "-d", help="Sort from large to small.")]
+Descending = Annotated[bool, typer.Option("--descending", "-d", help="Sort in descending order.")]
 Top = Annotated[int | None, typer.Option(min=1, help="Show only this many rows.")]
 Columns = Annotated[
     str | None,

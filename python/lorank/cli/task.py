@@ -13,7 +13,7 @@ from lorank.cli.checks import check_choice
 from lorank.cli.errors import UsageError
 from lorank.cli.options import Json, Quiet
 from lorank.cli.output import console, print_json
-from lorank.cli.tables import tasks
+from lorank.cli.tables import estimate as tables
 from lorank.task_spectra import Space, TaskEstimate, TaskSpectrum
 from lorank.task_spectra.estimate import check_options
 from lorank.task_spectra.moments import checked_rows
@@ -64,7 +64,7 @@ def task(
     found = spectrum.estimate(noise=noise, leading=leading, space=space)  # type: ignore[arg-type]
     source = ", ".join(map(str, data))
     if json_output:
-        print_json({"source": source, **tasks.estimate_json(found)})
+        print_json({"source": source, **tables.estimate_json(found)})
         return
     d_in, d_out = inputs.values.shape[1], outputs.values[:1].size
     _show(found, f"{source}: {d_in} inputs, {d_out} outputs, {space} space")
@@ -98,9 +98,9 @@ def _name_bad_row(array: NamedArray, start: int, stop: int) -> None:
 def _show(found: TaskEstimate, title: str) -> None:
     terminal = console()
     ascii_only = terminal.options.ascii_only
-    terminal.print(tasks.estimate_table(found, title))
-    terminal.print(tasks.spectrum_picture(found, terminal.width, ascii_only), soft_wrap=True)
-    if (curve := tasks.curve_table(found, ascii_only)) is not None:
+    terminal.print(tables.estimate_table(found, title))
+    terminal.print(tables.spectrum_picture(found, terminal.width, ascii_only), soft_wrap=True)
+    if (curve := tables.curve_table(found, ascii_only)) is not None:
         terminal.print()
         terminal.print(curve)
     for flag in found.flags:

@@ -63,9 +63,9 @@ def load(path: Path) -> Content:
     except OSError as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
-        raise FormatError(f"{path}: is no lorank report: {error}") from error
+        raise FormatError(f"{path}: is not a lorank report: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}: is no lorank report: {error!r}") from error
+        raise FormatError(f"{path}: is not a lorank report: {error!r}") from error
     return content
 
 

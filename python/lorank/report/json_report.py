@@ -92,7 +92,7 @@ class JsonReport(Report[R]):
             rows = [cls.row_from_json(_read_identity(entry), entry) for entry in content["modules"]]
             return cls.assembled(rows, skipped_from_json(content["skipped"]), content)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise FormatError(f"{path}: is no {cls.format.removeprefix('lorank.')}: {error!r}") from error
+            raise FormatError(f"{path}: is not a {cls.format.removeprefix('lorank.')}: {error!r}") from error
 
     @classmethod
     def _json_path(cls, path: str | Path) -> Path:

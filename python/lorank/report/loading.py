@@ -48,9 +48,9 @@ def _class_of(path: Path) -> type[AnyReport]:
     try:
         content = read_json(path)
     except ValueError as error:
-        raise FormatError(f"{path}: is no lorank report: {error}") from error
+        raise FormatError(f"{path}: is not a lorank report: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if not isinstance(found, str) or found not in _CLASSES:
         reason = f"it is a {found}" if isinstance(found, str) else "it names no format"
-        raise FormatError(f"{path}: is no lorank report: {reason}")
+        raise FormatError(f"{path}: is not a lorank report: {reason}")
     return _CLASSES[found]

@@ -1,1 +1,1 @@
-"""Statistics of single spectra, a file each."""
+"""Statistics of single spectra, one per file."""

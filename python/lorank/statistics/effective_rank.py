@@ -7,14 +7,14 @@ import numpy.typing as npt
 
 
 def effective_rank(eigenvalues: npt.ArrayLike, energy: float) -> int:
-    """Fewest eigenvalues, largest first, that hold a share of their sum; 0 if all are zero.
+    """Return the smallest number of eigenvalues that hold a share of their sum; 0 if all are zero.
 
     Parameters
     ----------
     eigenvalues
-        Not negative, in any order; rounding below zero counts as zero.
+        Eigenvalues of a positive semidefinite matrix, in any order; negative ones count as zero.
     energy
-        The share, above 0 and at most 1.
+        Share of the sum, above 0 and at most 1.
 
     Raises
     ------
@@ -23,7 +23,8 @@ def effective_rank(eigenvalues: npt.ArrayLike, energy: float) -> int:
 
     Notes
     -----
-    Source: GARD, the energy-based effective rank. Sums count as equal within 1e-12 of the total.
+    Source: [GARD], the energy-based effective rank. Sums are equal if they differ by less than 1e-12 of the
+    total.
 
     Examples
     --------
@@ -38,6 +39,6 @@ def effective_rank(eigenvalues: npt.ArrayLike, energy: float) -> int:
     values = np.sort(np.clip(given, 0, None))[::-1]
     if not len(values) or values[0] == 0:
         return 0
-    # Relative to the largest: the sum of 1e300s is finite then.
+    # Division by the largest keeps the sums of huge values finite.
     sums = np.cumsum(values / values[0])
     return int(np.searchsorted(sums, energy * (1 - 1e-12) * sums[-1])) + 1

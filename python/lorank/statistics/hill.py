@@ -11,24 +11,24 @@ from lorank import _core
 
 
 def alpha_hill(eigenvalues: npt.ArrayLike, *, convention: Literal["median", "xmin_mid"] = "median") -> float:
-    """PL_Alpha_Hill, the Hill estimate of a spectrum's power-law exponent.
+    """Estimate the power-law exponent of a spectrum by the Hill estimator (PL_Alpha_Hill).
 
     ``alpha = 1 + k / sum_{i=1..k} ln(lambda_{n-i+1} / lambda_{n-k})`` with ``k = ceil(n/2)``, over
-    the ``n`` numerically non-zero eigenvalues (above ``p * eps * lambda_max``).
+    the ``n`` eigenvalues above ``p * eps * lambda_max``, in ascending order.
 
     Parameters
     ----------
     eigenvalues
         The ``p`` eigenvalues of ``W^T W``, in any order and unit.
     convention
-        ``"median"``: the paper's. ``"xmin_mid"``: threshold ``lambda[n // 2]``, itself part of the
-        tail, as in the published AlphaPruning and TempBalance code.
+        ``"median"``: the equation above. ``"xmin_mid"``: the threshold ``lambda[n // 2]`` is part of the
+        tail, as in the published code of [ALPHAPRUNING] and [TEMPBALANCE].
 
     Returns
     -------
     float
-        The exponent. ``nan`` with fewer than two non-zero eigenvalues (three for "xmin_mid"),
-        ``inf`` if the tail is all equal.
+        The exponent: ``nan`` with fewer than two non-zero eigenvalues (three for "xmin_mid"), ``inf`` if the
+        eigenvalues of the tail are equal.
 
     Raises
     ------
@@ -37,7 +37,12 @@ def alpha_hill(eigenvalues: npt.ArrayLike, *, convention: Literal["median", "xmi
 
     Notes
     -----
-    Source: Fine-Tuning Large Language Models using LoRA with Adaptive Rank Allocation Based on
-    Spectral Analysis, equation 2.
+    Source: [HTSR-LORA], equation 2; the estimator is that of [HILL].
+
+    Examples
+    --------
+    >>> import lorank
+    >>> round(lorank.alpha_hill([1.0, 2.0, 4.0, 8.0]), 4)
+    1.9618
     """
     return _core.alpha_hill(np.ravel(eigenvalues), convention)

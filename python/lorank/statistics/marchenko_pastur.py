@@ -11,7 +11,15 @@ from lorank import _core
 
 
 class MarchenkoPastur(NamedTuple):
-    """The bulk edge in units of the eigenvalues, and the number of eigenvalues above it."""
+    """The Marchenko-Pastur edge of a spectrum.
+
+    Attributes
+    ----------
+    edge
+        Upper edge of the bulk, in the unit of the eigenvalues.
+    spikes
+        Number of eigenvalues above the edge.
+    """
 
     edge: float
     spikes: int
@@ -20,7 +28,7 @@ class MarchenkoPastur(NamedTuple):
 def marchenko_pastur(
     eigenvalues: npt.ArrayLike, shape: tuple[int, int], *, scale: Literal["mean", "median"] = "mean"
 ) -> MarchenkoPastur:
-    """The Marchenko-Pastur bulk edge and the spikes beyond it.
+    """Compute the Marchenko-Pastur edge of a spectrum and the number of eigenvalues above it.
 
     ``edge = sigma^2 (1 + 1/sqrt(Q))^2`` with ``Q = max(out, in) / min(out, in)``.
 
@@ -29,25 +37,30 @@ def marchenko_pastur(
     eigenvalues
         All ``p = min(out, in)`` eigenvalues of ``W^T W``, in any order.
     shape
-        ``(out, in)`` of the weight; the order does not matter.
+        ``(out, in)`` of the weight, in any order.
     scale
-        Where ``sigma^2`` comes from. ``"mean"``: the mean eigenvalue. ``"median"``: the median
-        eigenvalue over the median of the unit law, which spikes do not inflate.
+        Estimate of ``sigma^2``. ``"mean"``: the mean eigenvalue. ``"median"``: the median eigenvalue over the
+        median of the law for ``sigma = 1``, which spikes do not inflate.
 
     Returns
     -------
     MarchenkoPastur
-        ``edge`` in units of the eigenvalues, ``spikes`` a count.
+        The edge, and the number of spikes above it.
 
     Raises
     ------
     ValueError
-        If the number of eigenvalues does not fit the shape, or one is not finite or negative.
+        If the number of eigenvalues does not fit the shape, or an eigenvalue is negative or not finite.
 
     Notes
     -----
-    Source: Fine-Tuning Large Language Models using LoRA with Adaptive Rank Allocation Based on
-    Spectral Analysis, equations 3 and 4.
+    Source: [HTSR-LORA], equations 3 and 4; the law is that of [MP].
+
+    Examples
+    --------
+    >>> import lorank
+    >>> lorank.marchenko_pastur([1.0, 1.0, 1.0, 1.0, 6.0], (5, 20))
+    MarchenkoPastur(edge=4.5, spikes=1)
     """
     out, fan_in = shape
     if out < 0 or fan_in < 0:

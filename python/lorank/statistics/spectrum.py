@@ -15,7 +15,7 @@ Accuracy = Literal["exact", "fast", "sampled"]
 
 
 def check_accuracy(accuracy: str) -> None:
-    """Raise ValueError for what is no accuracy."""
+    """Raise ValueError unless `accuracy` is a known accuracy."""
     if accuracy not in get_args(Accuracy):
         raise ValueError(
             f"accuracy must be 'exact' (float64), 'fast' (float32) or 'sampled' (estimates), not {accuracy!r}"
@@ -25,31 +25,32 @@ def check_accuracy(accuracy: str) -> None:
 def spectrum(
     W: Any, *, accuracy: Literal["exact", "fast"] = "exact", threads: int | None = None
 ) -> npt.NDArray[np.float64]:
-    """Eigenvalues of ``W^T W``: the squared singular values of a weight.
+    """Compute the eigenvalues of ``W^T W``: the squared singular values of a weight.
 
     Parameters
     ----------
     W
-        NumPy array or CPU torch tensor, shape ``(out, in)``: float64, float32, float16, bfloat16
-        or float8. Read in place where layout allows, never modified.
+        NumPy array or CPU torch tensor, shape ``(out, in)``, of float64, float32, float16, bfloat16 or float8
+        numbers. It is read in place if its layout allows, and is not modified.
     accuracy
-        ``"exact"``: float64 arithmetic whatever the input type. ``"fast"``: float32 for the Gram matrix
-        and its reduction; what lies below about ``1e-6`` of the largest eigenvalue is noise.
+        ``"exact"``: float64 arithmetic for every input type. ``"fast"``: float32 for the Gram matrix and its
+        reduction; eigenvalues below about ``1e-6`` of the largest one are noise.
     threads
-        At most so many (default: all that the process may use). The result does not depend on it.
+        Largest number of threads; by default all processors that the process may use. The result does not
+        depend on it.
 
     Returns
     -------
     numpy.ndarray
-        The ``p = min(out, in)`` eigenvalues, float64, ascending. The absolute error of each is a
-        small multiple of ``eps`` times the largest, ``eps`` that of float64 or float32.
+        The ``p = min(out, in)`` eigenvalues, float64, ascending, shape ``(p,)``. The absolute error of each
+        is a small multiple of ``eps * lambda_max``, with ``eps`` of float64 or float32.
 
     Raises
     ------
     NumericalError
-        If `W` holds NaN or infinite values, or values whose squares leave the range of float64.
+        If `W` holds NaN or infinite values, or values whose squares exceed the range of float64.
     TypeError, ValueError
-        If `W` is no 2-D floating-point array.
+        If `W` is not a 2-D floating-point array.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The estimate of a task for a terminal: numbers, a picture of the spectrum, the predicted curve."""
+"""The estimate of a task for a terminal: numbers, a plot of the spectrum, the predicted R^2."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.text import Text
 from lorank.report.json_values import plain
 from lorank.task_spectra import TaskEstimate
 
-# Of the picture: its widest, the values that it always shows, what the labels on its left take,
-# its rows above the threshold and in total.
+# Size of the plot: largest width and width of the labels, in characters; smallest number of values; rows
+# above the threshold, and in total.
 _WIDEST = 78
-_FEWEST_VALUES = 24
 _LABELS = 12
+_FEWEST_VALUES = 24
 _ROWS_ABOVE = 8
 _ROWS = 12
-# A row of the picture is a factor from a tenth to ten, if the values leave the choice.
+# Smallest and largest logarithm of the factor between two rows.
 _FINEST, _COARSEST = 0.1, math.log(10)
 
 _CURVE_WIDTH = 24
@@ -32,7 +32,7 @@ _ABOVE, _BELOW, _LINE = "green", "bright_black", "yellow"
 
 
 def estimate_json(found: TaskEstimate) -> dict[str, Any]:
-    """An estimate as values that JSON knows: nan is null, infinity is the string "inf"."""
+    """Return an estimate as JSON values: nan is null, infinity is the string "inf"."""
     return {
         "k_star": found.k_star,
         "predicted_rank": found.predicted_rank,
@@ -52,20 +52,20 @@ def estimate_json(found: TaskEstimate) -> dict[str, Any]:
 
 
 def estimate_table(found: TaskEstimate, title: str) -> Table:
-    """The ranks and the numbers behind them."""
+    """Return a table of the ranks and of the numbers that they follow from."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     unit = "Y over X" if found.space == "weights" else "Y"
     for name, value, remark in (
-        ("predicted rank", str(found.predicted_rank), "fewest with 95 % of the full rank's predicted R2"),
-        ("K*", str(found.k_star), "where the decay reaches the threshold tau"),
+        ("predicted rank", str(found.predicted_rank), "smallest with 95 % of the full rank's predicted R2"),
+        ("K*", str(found.k_star), "rank at which the decay reaches the threshold tau"),
         ("piecewise K*", str(found.piecewise.k_star), _pieces(found)),
         ("above tau", str(found.num_above), f"of {len(found.singular_values)} singular values"),
         ("rho", _number(found.rho), "decay from one value to the next, above tau"),
         ("tau", _number(found.tau), f"threshold, in units of {unit}"),
-        ("C", _number(found.leading), f"where the decay starts, in units of {unit}"),
+        ("C", _number(found.leading), f"start of the decay, in units of {unit}"),
         ("noise", _number(found.noise), "standard deviation, in units of Y"),
         ("samples", f"{found.num_samples:,}", ""),
     ):
@@ -74,6 +74,7 @@ def estimate_table(found: TaskEstimate, title: str) -> Table:
 
 
 def _pieces(found: TaskEstimate) -> str:
+    """Return the decay rates of the pieces with the values at which they start."""
     rates = [f"{rate:.4g}" for rate in found.piecewise.rhos]
     rates[1:] = [
         f"{rate} from value {start + 1}"
@@ -83,16 +84,16 @@ def _pieces(found: TaskEstimate) -> str:
 
 
 def spectrum_picture(found: TaskEstimate, width: int, ascii_only: bool) -> Text:
-    """Bars for the first singular values on a logarithmic scale, and a line at the threshold.
+    """Return a bar plot of the first singular values on a logarithmic scale, with a line at the threshold.
 
     Parameters
     ----------
     found
         The estimate.
     width
-        Columns of the terminal.
+        Width of the terminal, in characters.
     ascii_only
-        Whether it knows no blocks and lines.
+        True if the terminal shows ASCII characters only.
     """
     values, tau = found.singular_values, found.tau
     if not (tau > 0 and values[0] > 0):
@@ -122,7 +123,7 @@ def spectrum_picture(found: TaskEstimate, width: int, ascii_only: bool) -> Text:
         picture.append(cells[coloured:], style=_LINE if index == above else _BELOW)
     picture.append("\n" + " " * (_LABELS + 2) + _ticks(len(bars), each, pitch))
     if each > 1:
-        picture.append(f"\na bar is the largest of {each} values", style="dim")
+        picture.append(f"\na bar shows the largest of {each} values", style="dim")
     if count < len(values):
         rest = f"\n{len(values) - count:,} more values, down to {_number(float(values[-1]))}"
         picture.append(rest, style="dim")
@@ -130,7 +131,7 @@ def spectrum_picture(found: TaskEstimate, width: int, ascii_only: bool) -> Text:
 
 
 def _scale(logs: npt.NDArray[np.float64]) -> tuple[float, int, int]:
-    """The logarithm of a row's factor, and how many rows are above and below the threshold."""
+    """Return the logarithm of the factor between rows, and the rows above and below the threshold."""
     highest, lowest = float(logs[0]), float(np.min(logs[np.isfinite(logs)]))
     if highest > 0:
         step = max(highest / _ROWS_ABOVE, _FINEST)
@@ -145,9 +146,18 @@ def _scale(logs: npt.NDArray[np.float64]) -> tuple[float, int, int]:
 def _rows(
     heights: npt.NDArray[np.float64], above: int, below: int, pitch: int, ascii_only: bool
 ) -> list[str]:
-    """Bars from the top down, and between those above and below it the line at the threshold.
+    """Return the rows of the plot from the top down, with the line at the threshold between them.
 
-    Heights are in rows, from the threshold up.
+    Parameters
+    ----------
+    heights
+        Heights of the bars over the threshold, in rows.
+    above, below
+        Numbers of rows above and below the threshold.
+    pitch
+        Distance of two bars, in characters.
+    ascii_only
+        True to use ASCII characters only.
     """
     rows = [
         "".join(_block(height - row, _UPWARDS, ascii_only).ljust(pitch) for height in heights).rstrip()
@@ -159,20 +169,20 @@ def _rows(
 
 
 def _block(share: float, blocks: str, ascii_only: bool) -> str:
-    """One character, filled to a share."""
+    """Return one character that is filled to a share."""
     filled = min(max(share, 0.0), 1.0)
     if ascii_only:
         return "#" if filled >= 0.5 else " "
-    # The least that can be seen, of what there is.
+    # Positive shares get the smallest visible block at least.
     return blocks[max(round(filled * (len(blocks) - 1)), int(filled > 0))]
 
 
 def _ticks(bars: int, each: int, pitch: int) -> str:
-    """Which singular value a bar is, counted from 1, as often as there is room."""
+    """Return the line of numbers under the bars, counted from 1, as many as do not overlap."""
     line = ""
     for bar in range(bars):
         value = 1 + bar * each
-        # Without gaps in the counting, round numbers.
+        # Bars of one value each get round numbers.
         is_round = bar == 0 or each > 1 or value % 5 == 0
         if is_round and len(line) <= bar * pitch - (2 if line else 0):
             line = line.ljust(bar * pitch) + str(value)
@@ -180,7 +190,7 @@ def _ticks(bars: int, each: int, pitch: int) -> str:
 
 
 def curve_table(found: TaskEstimate, ascii_only: bool) -> Table | None:
-    """The predicted R^2 at telling ranks; None where it is undefined."""
+    """Return a table of the predicted R^2 at selected ranks; None if it is undefined."""
     curve = found.predicted_r2
     if np.isnan(curve[-1]):
         return None
@@ -212,7 +222,7 @@ def _named_ranks(found: TaskEstimate) -> dict[str, int]:
 
 
 def _shown_ranks(found: TaskEstimate) -> list[int]:
-    """None, powers of two, those with a name, and the neighbours of the predicted one."""
+    """Return zero, the powers of two, the ranks with a name, and the neighbours of the predicted rank."""
     full = len(found.predicted_r2) - 1
     powers = {1 << exponent for exponent in range(full.bit_length())}
     knee = {found.predicted_rank - 1, found.predicted_rank + 1}
