@@ -841,7 +841,7 @@ def test_a_damaged_state_is_refused(whole: tuple[Run, Path], tmp_path: Path, dam
     restore_ranks(model, checkpoint)
     run = trainer(model, tmp_path, GardCallback(**OPTIONS))
     with pytest.raises(
-        lorank.FormatError, match=r"lorank_gard.safetensors: is no saved state of GardCallback"
+        lorank.FormatError, match=r"lorank_gard.safetensors: not a saved state of GardCallback"
     ):
         run.train(resume_from_checkpoint=str(checkpoint))
     assert num_hooks(model) == 0
@@ -1499,7 +1499,7 @@ def test_bounds_that_no_rank_can_have(options: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "is no plain LoRA but a Dora.*: not supported"),
+        ({"use_dora": True}, "is a Dora.*, not plain LoRA: not supported"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "orthogonal"}, "PEFT loads even ranks only. Set init_lora_weights to True"),
     ],
