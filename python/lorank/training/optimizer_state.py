@@ -182,7 +182,7 @@ def _check_state(label: str, module: str, parameter: torch.nn.Parameter, state: 
         if not is_counter and not (is_known and is_plain):
             raise NotImplementedError(
                 f"module {module!r}: the state {key!r} of {label} cannot be carried over to another rank: "
-                "its values cannot be assigned to the ranks of a factor; use another optimizer"
+                "lorank has no rule for its values; use another optimizer"
             )
 
 
