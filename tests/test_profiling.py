@@ -337,7 +337,7 @@ def test_a_convolution_is_profiled_rightly_or_skipped(layer: Any, x_shape: tuple
     assert_true(report, true_gradients(model, batches, loss))
     assert len(report) + len(report.skipped) == 2
     if len(x_shape) in (3, 5) and not isinstance(layer, nn.Conv2d):
-        assert [skipped.reason for skipped in report.skipped] == ["a convolution that is not plainly 2-D"]
+        assert [skipped.reason for skipped in report.skipped] == ["a convolution that is grouped or not 2-D"]
 
 
 def test_inputs_of_any_rank_and_by_keyword() -> None:
@@ -724,7 +724,7 @@ def test_refusals_come_with_reasons(profile: Any) -> None:
             profile(model, nothing)
     with pytest.raises(ValueError, match=r"returned no loss: put labels into the batches, or give loss"):
         profile(model, [{"input_ids": batches[0]["input_ids"]}])
-    with pytest.raises(ValueError, match=r"a batch is a Tensor, no mapping: give loss="):
+    with pytest.raises(ValueError, match=r"a batch is a Tensor, not a mapping: give loss="):
         profile(model, [batches[0]["input_ids"]])
     singles: list[Any] = [
         batches[0],
