@@ -88,6 +88,6 @@ def _by_cholesky(scaled: Array) -> Array | None:
         inverse = np.linalg.inv(np.linalg.cholesky(scaled))
     except np.linalg.LinAlgError:
         return None
-    # Traces are upper bounds: that of the inverse of 1 / smallest eigenvalue, `size` of the largest eigenvalue.
+    # Upper bounds: the trace of the inverse for 1 / smallest eigenvalue, `size` for the largest eigenvalue.
     is_sure: bool = np.sum(np.square(inverse)) * size * size * _EPS < 1.0
     return inverse.T if is_sure else None
