@@ -68,7 +68,7 @@ def probing(targets: Sequence[Target], observer: Observer) -> Iterator[Probe]:
 
 
 class _ModuleTap:
-    """Passes the inputs and gradients of one module to the observer, as rows."""
+    """A tap that passes the inputs and gradients of one module to the observer, as rows."""
 
     def __init__(self, probe: Probe, index: int, target: Target, observer: Observer) -> None:
         self._probe, self._index, self._target, self._observer = probe, index, target, observer

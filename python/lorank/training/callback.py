@@ -18,11 +18,11 @@ from lorank.training.state import STATE_FILE, read_state, write_state
 
 
 class GardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Change the ranks of a LoRA model by its gradients while `transformers.Trainer` trains it.
+    """Dynamic rank allocation [GARD] for a LoRA model that `transformers.Trainer` trains.
 
     Ranks change between steps. The model computes the same function afterwards, except for the directions
-    that shrinking drops; optimizer, scheduler and gradient scaler go on. No rank changes after the last step
-    of the training.
+    that shrinking drops. Optimizer, scheduler and gradient scaler keep their state. No rank changes after the
+    last step of the training.
 
     Every change is appended to ``lora_ranks.csv`` in the output folder and to `history`. The logs of Trainer
     get ``lora_rank_mean``, ``lora_rank_min``, ``lora_rank_max`` and ``lora_parameters``. Trackers
@@ -58,7 +58,7 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     -----
     To resume, call ``restore_ranks(model, checkpoint)`` before
     ``Trainer.train(resume_from_checkpoint=checkpoint)``. Trainer loads the adapter before it calls any
-    callback; if ranks had changed, it raises RuntimeError ("size mismatch") without that call.
+    callback, and raises RuntimeError ("size mismatch") if the model's ranks differ from the checkpoint's.
 
     Examples
     --------

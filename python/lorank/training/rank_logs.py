@@ -28,7 +28,7 @@ def by_module(ranks: Mapping[str, int]) -> dict[str, int]:
 
 
 class ReadableConsole(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Remove the ranks of single modules, of which there can be hundreds, from logs to be printed."""
+    """A filter that keeps the ranks of single modules, possibly hundreds, off the console."""
 
     def on_log(self, *_args: Any, **kwargs: Any) -> None:
         """Remove the entries ``lora_rank/MODULE``."""
