@@ -257,7 +257,7 @@ def test_invalid_rank_bounds_raise(options: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "is no plain LoRA but a Dora.*: not supported"),
+        ({"use_dora": True}, "is a Dora.*, not plain LoRA: not supported"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "orthogonal"}, "PEFT loads even ranks only. Set init_lora_weights to True"),
     ],

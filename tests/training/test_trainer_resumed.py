@@ -126,7 +126,7 @@ def test_damaged_state_raises(full_run: tuple[Run, Path], tmp_path: Path, damage
     restore_ranks(model, checkpoint)
     run = trainer(model, tmp_path, GardCallback(**OPTIONS))
     with pytest.raises(
-        lorank.FormatError, match=r"lorank_gard.safetensors: is no saved state of GardCallback"
+        lorank.FormatError, match=r"lorank_gard.safetensors: not a saved state of GardCallback"
     ):
         run.train(resume_from_checkpoint=str(checkpoint))
     assert num_hooks(model) == 0
