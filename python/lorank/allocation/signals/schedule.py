@@ -19,7 +19,8 @@ import numpy as np
 
 from lorank.allocation.budget import is_integer
 from lorank.allocation.signals.registry import Signal, register
-from lorank.modules.roles import Depth, Role, Roles, check_expressions, depths_of, roles_of
+from lorank.modules.blocks import Depth, depths_of
+from lorank.modules.roles import Role, Roles, check_expressions, roles_of
 from lorank.modules.targets import AdaptedModule
 from lorank.report.base import Report
 from lorank.sources.base import Source
@@ -84,7 +85,7 @@ def linear_decay(
     r_base
         Rank in the first block (default: `r_max`).
     blocks
-        Regular expression for the number of a block, as in `lorank.modules.roles.numbered_block`.
+        Regular expression for the number of a block, as in `lorank.modules.blocks.numbered_block`.
 
     Raises
     ------
@@ -130,7 +131,7 @@ def empirical(
         Rank in the last blocks (default: `r_max`). Take a value below `r_max`: the ranks ``1.2 r_base`` of
         the middle blocks are clipped to `r_max`, and the modules are flagged.
     blocks
-        Regular expression for the number of a block, as in `lorank.modules.roles.numbered_block`.
+        Regular expression for the number of a block, as in `lorank.modules.blocks.numbered_block`.
 
     Raises
     ------
