@@ -11,7 +11,7 @@ from lorank.adapters.live import reading as live_reading
 from lorank.adapters.live import writing as live_writing
 from lorank.adapters.reading import read_adapter
 from lorank.adapters.writing import write_adapter
-from lorank.compression.selection import KnobArguments, checked_knobs
+from lorank.compression.knobs import KnobArguments, checked_knobs
 from lorank.compression.truncation import compress
 
 if TYPE_CHECKING:

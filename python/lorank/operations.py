@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorank.adapter import LoraAdapter
 from lorank.adapters.content import AdapterContent
 from lorank.compression import extraction, merging, truncation
-from lorank.compression.selection import KnobArguments, Knobs, checked_knobs
+from lorank.compression.knobs import KnobArguments, Knobs, checked_knobs
 from lorank.modules import naming
 from lorank.sources import AnySource
 
@@ -37,7 +37,7 @@ def compress(
         True to draw a progress bar on standard error, if that is a terminal.
     **knobs
         Exactly one of `rank_ratio`, `avg_rank`, `energy`, `budget` and `auto`; and `max_rank`,
-        `scope`, `keep`, `scores`. See `lorank.compression.selection.Knobs`.
+        `scope`, `keep`, `scores`. See `lorank.compression.knobs.Knobs`.
 
     Returns
     -------

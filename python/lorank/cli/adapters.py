@@ -39,7 +39,7 @@ from lorank.cli.options import (
 from lorank.cli.tables import adapters as tables
 from lorank.cli.tables.reports import rank_map
 from lorank.compression.extraction import DEFAULT_MAX_RANK
-from lorank.compression.selection import Knobs, with_counted_budget
+from lorank.compression.knobs import Knobs, with_counted_budget
 
 # Not a Path, which would turn an empty argument into the current folder.
 Adapter = Annotated[
