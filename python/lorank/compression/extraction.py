@@ -181,14 +181,14 @@ def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
 
 
 def _other_changes(before: Source, after: Source) -> list[str]:
-    """What differs and is no matrix of a module: an adapter cannot hold it."""
+    """Return notes on changes outside the matrices of modules, which an adapter cannot hold."""
     old, new = ({x.name: x for x in source.skipped if x.load is not None} for source in (before, after))
     changed = [name for name in old if name in new and not _are_equal(old[name], new[name])]
     some = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
     notes = [f"{len(changed)} tensors changed, which no adapter holds: {some}"] if changed else []
     only = ((before.label, [n for n in old if n not in new]), (after.label, [n for n in new if n not in old]))
     return notes + [
-        f"{len(names)} tensors that are no matrices are in {label} only, the first is {names[0]}"
+        f"{len(names)} tensors that are not matrices are in {label} only, the first is {names[0]}"
         for label, names in only
         if names
     ]
