@@ -293,8 +293,8 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (lambda t: t.pop(KEY), "has no lora_A"),
         (lambda t: t.update({KEY: t[KEY][:5]}), "do not fit each other"),
-        (lambda t: t.update({KEY: np.zeros((0, 32), np.float32)}), "are no matrices"),
-        (lambda t: t.update({KEY: np.zeros(32, np.float32)}), "are no matrices"),
+        (lambda t: t.update({KEY: np.zeros((0, 32), np.float32)}), "are not matrices"),
+        (lambda t: t.update({KEY: np.zeros(32, np.float32)}), "are not matrices"),
         (lambda t: t.clear(), "holds no LoRA factors"),
     ],
 )

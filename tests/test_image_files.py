@@ -127,7 +127,7 @@ def test_an_alpha_beside_the_settings_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "holds a list, no settings"),
         ('{"transformer.r": "6"}', "r is '6'"),
         ('{"transformer.r": 5, "text_encoder.r": 6}', "has rank 6, but the settings in the metadata say 5"),

@@ -174,5 +174,5 @@ def test_a_model_without_peft_is_refused_by_name() -> None:
     adapter = lorank.LoraAdapter.from_model(
         trained(tiny_models.llama(), LoraConfig(target_modules=["q_proj"]))
     )
-    with pytest.raises(TypeError, match="LlamaForCausalLM is no PEFT model"):
+    with pytest.raises(TypeError, match="LlamaForCausalLM is not a PEFT model"):
         lorank.compress(adapter, avg_rank=2, progress=False).into_model(tiny_models.llama())
