@@ -74,8 +74,7 @@ class LoraAdapter(AdapterContent):
         FileNotFoundError, OSError
             If the files cannot be read.
         FormatError
-            If the files are damaged, or hold another kind of adapter (LoHa, LoKr, IA3, ...). The message names
-            the kind.
+            If the files are damaged, or hold another kind of adapter (LoHa, LoKr, IA3, ...).
 
         Examples
         --------
@@ -130,9 +129,9 @@ class LoraAdapter(AdapterContent):
 
         Layers change in place to the adapter's ranks and scalings. PEFT's config of the adapter changes with
         them, so that a saved model computes the same after loading. Parameters stay the same objects; where
-        ranks change, build the optimizer again. Modules of rank 0 lose the adapter. Other adapters, the active
-        adapters, the modes of layers and the choice of trained parameters do not change. A new adapter is
-        neither active nor trained. If an error is raised, the model does not change.
+        ranks change, build the optimizer again. Modules of rank 0 lose the adapter. Other adapters, the
+        active adapters, the modes of layers and the choice of trained parameters do not change. A new adapter
+        is neither active nor trained. If an error is raised, the model does not change.
 
         Parameters
         ----------
