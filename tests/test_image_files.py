@@ -128,7 +128,7 @@ def test_an_alpha_beside_the_settings_wins(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("{", "is not JSON"),
-        ("[]", "holds a list, no settings"),
+        ("[]", "holds a list, not settings"),
         ('{"transformer.r": "6"}', "r is '6'"),
         ('{"transformer.r": 5, "text_encoder.r": 6}', "has rank 6, but the settings in the metadata say 5"),
         ('{"transformer.r": 6, "transformer.init_lora_weights": "pissa"}', "changes the base model"),
