@@ -58,7 +58,7 @@ def test_masked_modules_keep_the_scale_of_their_initial_rank(
         ("lora_B", (32, 9), "do not fit each other"),
         ("lora_E", (9, 1), "do not fit each other"),
         ("lora_E", (6,), "do not fit each other"),
-        ("lora_A", (6, 0), "are no matrices"),
+        ("lora_A", (6, 0), "are not matrices"),
     ],
 )
 def test_unfitting_factors_raise(factor: str, shape: tuple[int, ...], reason: str, tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def test_initialisations_that_change_the_base_raise_with_their_name(init: str, t
     [
         (lambda t: t.pop(KEY), "has no lora_A"),
         (lambda t: t.update({KEY: t[KEY][:5]}), "do not fit each other"),
-        (lambda t: t.update({KEY: np.zeros((0, 32), np.float32)}), "are no matrices"),
-        (lambda t: t.update({KEY: np.zeros(32, np.float32)}), "are no matrices"),
+        (lambda t: t.update({KEY: np.zeros((0, 32), np.float32)}), "are not matrices"),
+        (lambda t: t.update({KEY: np.zeros(32, np.float32)}), "are not matrices"),
         (lambda t: t.clear(), "holds no LoRA factors"),
     ],
 )
