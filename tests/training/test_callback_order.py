@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
 from lorank.training import GardCallback
+from tests.support import tiny_models
 
 
 class Tracker(transformers.TrainerCallback):  # type: ignore[misc]
