@@ -41,6 +41,7 @@ TOP_LEVEL = {
     "report",
     "runtimes",
     "sources",
+    "statistics",
     "task_spectra",
     "training",
 }
