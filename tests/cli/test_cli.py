@@ -160,7 +160,7 @@ def test_allocate_follows_its_options(
             "--avg-rank 2.0 is not feasible: ranks go from 4 to 32",
         ),
         (("allocate", "{checkpoint}", "--lora-alpha", "-3"), "lora_alpha must be a positive number"),
-        (("report", "{checkpoint}"), "reports end with"),
+        (("report", "{checkpoint}"), "must end with"),
         (("report", "nope.parquet"), "nope.parquet: no such file"),
     ],
 )

@@ -393,7 +393,7 @@ def test_load_report_of_other_files_raises(checkpoint: Path, gradients: Path, tm
             load_report(damaged)
     with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
         load_report(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="reports end with"):
+    with pytest.raises(ValueError, match="must end with"):
         load_report(checkpoint)
 
 
@@ -469,8 +469,8 @@ def test_methods_that_need_profiles_refuse_checkpoints(
 
 def test_report_of_another_kind_fails(gradients: Path, tasks: Path) -> None:
     for source, method, message in (
-        (tasks, "gard", "needs a report of gradients, and {} is one of tasks"),
-        (gradients, "htsr", "needs a report of spectra, and {} is one of gradients"),
+        (tasks, "gard", "needs a report of gradients, and {} is a report of tasks"),
+        (gradients, "htsr", "needs a report of spectra, and {} is a report of gradients"),
     ):
         result = run("allocate", source, "-m", method, "--avg-rank", 8)
         assert result.returncode == 2

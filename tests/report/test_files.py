@@ -110,7 +110,7 @@ def test_other_files_raise(tmp_path: Path, ending: str, content: bytes) -> None:
 
 
 def test_unknown_endings_and_missing_files_raise(report: lorank.SpectralReport, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="reports end with"):
+    with pytest.raises(ValueError, match="must end with"):
         report.save(tmp_path / "report.txt")
     with pytest.raises(FileNotFoundError):
         lorank.SpectralReport.load(tmp_path / "none.json")

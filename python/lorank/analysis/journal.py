@@ -67,9 +67,8 @@ class Journal:
 
 
 def _read(path: Path, header: dict[str, Any]) -> Iterable[ModuleSpectrum]:
-    lines = path.read_text("utf-8").split("\n")[
-        :-1
-    ]  # An interruption cut off the part after the last newline.
+    # An interruption may have cut off the part after the last newline.
+    lines = path.read_text("utf-8").split("\n")[:-1]
     if not lines:
         return []
     try:

@@ -10,7 +10,7 @@ import typer
 import lorank
 from lorank.cli import allocate, analyze, check, compress, extract, family, info, merge, report, task
 from lorank.cli.errors import IncompleteError, UsageError
-from lorank.cli.output import say
+from lorank.cli.output import print_message
 
 app = typer.Typer(
     help="LoRA ranks from spectra: before, during and after fine-tuning.",
@@ -78,5 +78,5 @@ def _message(error: BaseException) -> str:
 
 def _fail(message: str, status: int) -> None:
     first_line = message.strip().splitlines()[0] if message.strip() else "unknown error"
-    say(f"lorank: {first_line}")
+    print_message(f"lorank: {first_line}")
     sys.exit(status)

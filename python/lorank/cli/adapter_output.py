@@ -1,4 +1,4 @@
-"""The written adapter, and the output about it."""
+"""The files and tables of a command that writes an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.profiles import PROFILES
 from lorank.adapters.writing import write_adapter
 from lorank.cli.checks import check_choice, check_new, check_output_folder
-from lorank.cli.output import console, print_json, say
+from lorank.cli.output import console, print_json, print_message
 from lorank.cli.spelling import as_options
 from lorank.cli.tables import adapters as tables
 from lorank.cli.tables.ranks import rank_map
@@ -83,8 +83,8 @@ class AdapterOutput:
         terminal.print(tables.certificate_table(certificate))
         for note in adapter.notes:
             terminal.print(as_options(note), style="dim", soft_wrap=True, markup=False)
-        say_notes(written.notes)
-        say(f"saved to {written.path}")
+        print_notes(written.notes)
+        print_message(f"saved to {written.path}")
 
 
 def check_form(profile: str, dtype: str | None) -> None:
@@ -102,10 +102,10 @@ def check_output(path: Path, overwrite: bool) -> None:
         check_output_folder(path, overwrite)
 
 
-def say_notes(notes: Iterable[str]) -> None:
+def print_notes(notes: Iterable[str]) -> None:
     """Print notes of the library to standard error."""
     for note in notes:
-        say(as_options(note))
+        print_message(as_options(note))
 
 
 def adapter_json(adapter: AdapterContent, dtype: str | None = None) -> dict[str, Any]:

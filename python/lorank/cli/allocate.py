@@ -17,7 +17,7 @@ from lorank.allocation.rank_allocation import RankAllocation
 from lorank.cli.checks import check_choice, check_output_folder, parse_targets
 from lorank.cli.errors import UsageError
 from lorank.cli.options import Guess, Json, Overwrite, Quiet, Threads
-from lorank.cli.output import console, print_json, say
+from lorank.cli.output import console, print_json, print_message
 from lorank.cli.report_view import REPORT_ENDINGS, is_report, show_remark
 from lorank.cli.spelling import as_options, spelled_as_options
 from lorank.cli.tables import ranks
@@ -31,9 +31,9 @@ from lorank.sources.guesses import doubtful
 
 # The way to make a report, by the evidence that a method needs.
 _MAKERS: Mapping[Evidence, str] = {
-    "spectra": "make it by lorank analyze MODEL -o report.json",
-    "gradients": "make it in Python by lorank.profile_gradients(model, batches).save('report.json')",
-    "tasks": "make it in Python by lorank.profile_tasks(model, batches).save('report.json')",
+    "spectra": "make one with lorank analyze MODEL -o report.json",
+    "gradients": "make one in Python with lorank.profile_gradients(model, batches).save('report.json')",
+    "tasks": "make one in Python with lorank.profile_tasks(model, batches).save('report.json')",
 }
 
 
@@ -124,7 +124,7 @@ def allocate(
         return
     _show(allocation)
     if output is not None:
-        say(f"saved to {output / config_file.FILE_NAME}")
+        print_message(f"saved to {output / config_file.FILE_NAME}")
 
 
 def methods_help() -> str:
@@ -206,11 +206,11 @@ def _evidence(source: str, method: str, progress: bool) -> AnyReport | Source:
         with waiting(OPENING, enabled=progress):
             return open_source(found)
     if not isinstance(found, str):
-        difference = f"is one of {provided}"
+        difference = f"is a report of {provided}"
     elif Path(source).suffix in REPORT_ENDINGS and not Path(source).exists():
         raise FileNotFoundError(f"{source}: no such file")
     else:
-        difference = "is none"
+        difference = "is not a report"
     raise UsageError(
         f"--method {method} needs a report of {needs}, and {source} {difference}: {_MAKERS[needs]}"
     )

@@ -24,7 +24,7 @@ from lorank.cli.options import (
     Threads,
     Top,
 )
-from lorank.cli.output import say
+from lorank.cli.output import print_message
 from lorank.cli.report_view import REPORT_ENDINGS, ReportView, is_report
 from lorank.report import METRICS, SpectralReport
 from lorank.statistics.spectrum import Accuracy
@@ -85,19 +85,19 @@ def analyze(
         )
     except KeyboardInterrupt:
         if resume is not None:
-            say(f"lorank: interrupted; the same command goes on from {resume}")
+            print_message(f"lorank: interrupted; the same command continues from {resume}")
         raise
     if output is not None:
         report.save(output)
     view.show(report)
     if output is not None and not json_output:
-        say(f"saved to {output}")
+        print_message(f"saved to {output}")
     _check_complete(report)
 
 
 def _check_output_file(path: Path, overwrite: bool) -> None:
     if path.suffix not in REPORT_ENDINGS:
-        raise UsageError(f"{path}: reports end with {', '.join(REPORT_ENDINGS)}")
+        raise UsageError(f"{path}: the name of a report must end with {', '.join(REPORT_ENDINGS)}")
     check_new(path, overwrite)
     check_writable(path)
 

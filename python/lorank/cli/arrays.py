@@ -44,7 +44,7 @@ class NamedArray:
 
 
 def check_files(paths: Sequence[Path], x: str | None, y: str | None) -> None:
-    """Raise UsageError unless the files and names can be samples, before any file is read."""
+    """Raise UsageError for a wrong number or kind of files, before any file is read."""
     endings = [path.suffix.lower() for path in paths]
     if len(paths) > 2 or endings == [".npy"] or (len(paths) == 2 and ".npz" in endings):
         raise UsageError(_FILES)

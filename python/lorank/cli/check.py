@@ -10,11 +10,11 @@ import typer
 
 import lorank
 from lorank import runtimes
-from lorank.cli.adapter_output import check_output, say_notes
+from lorank.cli.adapter_output import check_output, print_notes
 from lorank.cli.checks import check_choice
 from lorank.cli.errors import IncompleteError
 from lorank.cli.options import Json, Overwrite
-from lorank.cli.output import console, print_json, say
+from lorank.cli.output import console, print_json, print_message
 from lorank.cli.tables import verdicts as tables
 
 
@@ -57,8 +57,10 @@ def check(
         verdicts = lorank.check(adapter, names, base=base)
     else:
         mended = runtimes.mend(adapter, fix, names, base=base, overwrite=overwrite)
-        say_notes(mended.written.notes)
-        say(f"saved to {fix} in the profile {mended.profile}; the verdicts are about what was written")
+        print_notes(mended.written.notes)
+        print_message(
+            f"saved to {fix} in the profile {mended.profile}; the verdicts are those of the written files"
+        )
         verdicts = list(mended.verdicts)
     if json_output:
         print_json([asdict(verdict) for verdict in verdicts])

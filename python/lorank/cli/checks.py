@@ -16,7 +16,7 @@ def parse_targets(values: list[str] | None) -> naming.Targets:
         return None
     if any(value.startswith("re:") for value in values):
         if len(values) > 1:
-            raise UsageError("re: takes one regular expression and nothing beside it")
+            raise UsageError("re: takes one regular expression, without other names")
         expression = values[0].removeprefix("re:")
         try:
             naming.matcher(expression)

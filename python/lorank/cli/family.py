@@ -15,11 +15,11 @@ from lorank.adapters.formats.registry import format_of
 from lorank.adapters.profiles import nothing_left
 from lorank.adapters.writing import write_adapter
 from lorank.cli.adapter_options import Adapter, DtypeOption, ProfileOption
-from lorank.cli.adapter_output import adapter_json, check_form, say_notes
+from lorank.cli.adapter_output import adapter_json, check_form, print_notes
 from lorank.cli.checks import check_output_folder
 from lorank.cli.errors import UsageError
 from lorank.cli.options import Json, Overwrite, Quiet, Threads
-from lorank.cli.output import console, print_json, say
+from lorank.cli.output import console, print_json, print_message
 from lorank.cli.tables import adapters as tables
 
 
@@ -53,14 +53,14 @@ def family(
             member, target, cast(Profile, profile), dtype, overwrite=overwrite, threads=threads
         )
         stored[name] = written.stored_parameters
-        say_notes(f"{name}: {note}" for note in written.notes)
-    say_notes(remove_stale(output, members))
+        print_notes(f"{name}: {note}" for note in written.notes)
+    print_notes(remove_stale(output, members))
     if json_output:
         content = {name: adapter_json(member, dtype) for name, member in members.items()}
         print_json({name: {**content[name], "stored_parameters": stored[name]} for name in members})
         return
     console().print(tables.family_table(members))
-    say(f"saved to {output}")
+    print_message(f"saved to {output}")
 
 
 def _average_ranks(text: str) -> list[float]:

@@ -12,7 +12,7 @@ from rich.console import Console
 _WIDTH_WITHOUT_TERMINAL = 160
 
 
-def say(message: str) -> None:
+def print_message(message: str) -> None:
     """Print a line for people to standard error."""
     print(message, file=sys.stderr)  # noqa: T201
 

@@ -20,7 +20,7 @@ from lorank.cli.options import (
     Sort,
     Top,
 )
-from lorank.cli.output import say
+from lorank.cli.output import print_message
 from lorank.cli.report_view import ReportView, with_rows
 from lorank.modules import naming
 from lorank.report import SpectralReport
@@ -60,10 +60,11 @@ def report(
     names = set(naming.filtered(modules, parse_targets(include), parse_targets(exclude)))
     shown = with_rows(loaded, [row for row in loaded.modules if row.module in names])
     if not shown.modules:
-        raise ValueError(f"{file}: none of its {len(loaded)} matrices is left by --include and --exclude")
+        rows = f"{len(loaded)} {loaded.noun[1]}"
+        raise ValueError(f"{file}: none of its {rows} is selected by --include and --exclude")
     if html is not None:
         if not isinstance(shown, SpectralReport):
             raise UsageError(f"--html draws spectra, and {file} is a report of {shown.provides}")
         shown.to_html(html)
-        say(f"saved to {html}")
+        print_message(f"saved to {html}")
     view.show(shown)

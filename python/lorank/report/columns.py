@@ -47,7 +47,7 @@ def to_entries(rows: Sequence[ModuleSpectrum]) -> list[dict[str, Any]]:
 
 
 def from_entry(entry: Mapping[str, Any]) -> ModuleSpectrum:
-    """Return the row of an entry, whose flags are a list or the text that `columns` makes of it.
+    """Return the row of an entry, whose flags are a list, or a text with "; " between them.
 
     Raises
     ------

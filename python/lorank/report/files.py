@@ -71,7 +71,7 @@ def load(path: Path) -> Content:
 
 def _by_suffix(path: Path, table: Mapping[str, Any]) -> Any:
     if path.suffix not in table:
-        raise ValueError(f"{path}: reports end with {', '.join(table)}")
+        raise ValueError(f"{path}: the name of a report must end with {', '.join(table)}")
     return table[path.suffix]
 
 

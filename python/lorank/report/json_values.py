@@ -17,7 +17,7 @@ def plain(value: Any) -> Any:
 
 
 def number(value: Any) -> float:
-    """Return the number that `plain` made a value of; an empty cell of a table is nan, too."""
+    """Return the number of a value that `plain` returned; nan for None and for an empty cell of a table."""
     return math.nan if value in (None, "") else float(value)
 
 
@@ -27,5 +27,5 @@ def skipped_to_json(skipped: Iterable[Skipped]) -> list[dict[str, Any]]:
 
 
 def skipped_from_json(content: Sequence[Mapping[str, Any]]) -> list[Skipped]:
-    """Return the skipped tensors that `skipped_to_json` made values of."""
+    """Return the skipped tensors of values that `skipped_to_json` returned."""
     return [Skipped(entry["name"], tuple(entry["shape"]), entry["reason"]) for entry in content]

@@ -1,4 +1,4 @@
-"""The effective rank of gradients: the eigenvalues that hold a share of the energy."""
+"""The effective rank of gradients: the number of eigenvalues that hold a share of the energy."""
 
 from __future__ import annotations
 
