@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from lorank.task_spectra import InputMoments, TaskEstimate, TaskSpectrum
 from lorank.training import DynamicRanks, RankChange, RankUpdate
-from lorank.training.options import GardArguments, GardOptions
+from lorank.training.options import GardOptions
 
 Copy = Callable[[Any], Any]
 copies = pytest.mark.parametrize(
@@ -125,10 +125,3 @@ def test_copies_of_input_moments_are_shared_by_the_tasks_copied_with_them(copied
 def test_copies_of_options_equal_them(copied: Copy) -> None:
     options = GardOptions(budget="0.5%", interval=30, r_max=8)
     assert copied(options) == options
-
-
-def test_every_option_has_a_type_for_keyword_arguments() -> None:
-    assert {field.name: field.type for field in fields(GardOptions)} == {
-        name: kind.__forward_arg__ for name, kind in GardArguments.__annotations__.items()
-    }
-    assert GardOptions(**GardOptions(interval=30).arguments()) == GardOptions(interval=30)

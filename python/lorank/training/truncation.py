@@ -12,7 +12,7 @@ import torch
 from lorank._core import NumericalError
 from lorank.adapters.live.layers import AdaptedLayer
 
-# Smallest ratio of extreme singular values at which a factor may serve as the basis.
+# Ratio of the smallest to the largest singular value from which on A is the basis, however good B is.
 _ILL_CONDITIONED = 1e-3
 
 
