@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorank.adapters.content import Format, Profile
+from lorank.adapters.content import Profile
 from lorank.adapters.module import LoraModule
 from lorank.peft_format.names import PREFIX, layer_path
 from lorank.peft_format.scaling import divisor
@@ -65,7 +65,7 @@ class Runtime:
     needs_prefix
         True if it finds no key without the prefix `base_model.model.`.
     reads
-        The format that it reads; None if it reads neither.
+        The files that it reads: PEFT's folders, image adapters' files, or neither.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Runtime:
     unknown: Unknown = "ignores"
     by_suffix: bool = False
     needs_prefix: bool = True
-    reads: Format | None = "peft"
+    reads: Literal["folders", "image files", "neither"] = "folders"
 
     def misses(self, a: Found) -> dict[str, str]:
         """Find the modules that its loader does not find by their keys, and why."""
