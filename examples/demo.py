@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 def lorank(*arguments: str | Path) -> None:
-    """Run the command line tool as a user would."""
+    """Print and run a command of lorank."""
     command = [str(Path(sys.executable).with_name("lorank")), *map(str, arguments)]
     print(f"\n$ lorank {' '.join(map(str, arguments))}", flush=True)
     subprocess.run(command, check=True)
 
 
 def build_peft_model(checkpoint: Path, allocation_file: Path) -> None:
-    """Adapt the model with the allocated ranks and look at every adapter layer."""
+    """Adapt the model with the allocated ranks; compare them with the ranks of its adapter layers."""
     print("\nBuilding the PEFT model with these ranks ...", flush=True)
     import transformers
     from peft import get_peft_model

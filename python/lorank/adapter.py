@@ -11,7 +11,7 @@ from lorank.adapters.live import reading as live_reading
 from lorank.adapters.live import writing as live_writing
 from lorank.adapters.reading import read_adapter
 from lorank.adapters.writing import write_adapter
-from lorank.compression.selection import KnobArguments, checked_knobs
+from lorank.compression.knobs import KnobArguments, checked_knobs
 from lorank.compression.truncation import compress
 
 if TYPE_CHECKING:
@@ -19,7 +19,26 @@ if TYPE_CHECKING:
 
 
 class LoraAdapter(AdapterContent):
-    """A trained adapter. See `AdapterContent` for its attributes."""
+    """A trained adapter: its modules, settings, and all other tensors of its files.
+
+    An adapter can be pickled and copied. A pickled or deep copy holds the values of all tensors, and depends
+    neither on the adapter's files nor on a live model. See `lorank.adapters.content.AdapterContent` for the
+    attributes.
+
+    Examples
+    --------
+    >>> import peft, torch
+    >>> import lorank
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+    >>> config = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
+    >>> adapter = lorank.LoraAdapter.from_model(peft.get_peft_model(model, config))
+    >>> adapter
+    LoraAdapter("adapter 'default'", peft, 2 modules, ranks 4 to 4, 96 parameters)
+    >>> adapter.ranks
+    {'0': 4, '1': 4}
+    >>> adapter.modules["0"]
+    LoraModule('0', linear, 6x8, rank 4, scaling 2, float32)
+    """
 
     __slots__ = ()
 
@@ -37,7 +56,7 @@ class LoraAdapter(AdapterContent):
         progress: bool = False,
         **knobs: Unpack[KnobArguments],
     ) -> LoraAdapter:
-        """Read an adapter; factors stay on disk until they are needed.
+        """Read an adapter. Factors stay on disk until they are needed.
 
         Parameters
         ----------
@@ -45,23 +64,37 @@ class LoraAdapter(AdapterContent):
             A PEFT folder (`adapter_config.json` and `adapter_model.safetensors` or `.bin`), or a
             `.safetensors` file with the keys of kohya or diffusers.
         threads, progress
-            As in `compress`.
+            As in `lorank.compress`, for `knobs`.
         **knobs
-            As in `compress`: the adapter is cut to them, without a decomposition if it is elastic.
+            Arguments of `lorank.compress`, to truncate the adapter. An elastic adapter is truncated without a
+            decomposition.
 
         Raises
         ------
         FileNotFoundError, OSError
-            If it cannot be read.
+            If the files cannot be read.
         FormatError
-            If it is damaged, or an adapter of another kind (LoHa, LoKr, IA3, ...), which is named.
+            If the files are damaged, or hold another kind of adapter (LoHa, LoKr, IA3, ...).
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import peft, torch
+        >>> import lorank
+        >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     adapter = lorank.LoraAdapter.load(folder, avg_rank=2)
+        >>> adapter.ranks
+        {'0': 2}
         """
         adapter = cls.from_content(read_adapter(path))
         return compress(adapter, checked_knobs(knobs), threads, progress) if knobs else adapter
 
     @classmethod
     def from_model(cls, peft_model: Any, adapter_name: str = "default") -> LoraAdapter:
-        """Read an adapter of a live model; its tensors are not copied.
+        """Read an adapter of a live model without copies of its tensors.
 
         Parameters
         ----------
@@ -70,33 +103,42 @@ class LoraAdapter(AdapterContent):
             transformers and diffusers, `peft.inject_adapter_in_model`). It may be compiled or wrapped for
             data parallelism.
         adapter_name
-            The name of the adapter to read.
+            Name of the adapter to read.
 
         Raises
         ------
         TypeError
             If the model is not a `torch.nn.Module`.
         ValueError
-            If the model has no such adapter, the adapter's update is not a product of two factors, or its
+            If the model lacks the adapter, the adapter's update is not a product of two factors, or its
             factors are sharded or have no values.
+
+        Examples
+        --------
+        >>> import peft, torch
+        >>> import lorank
+        >>> config = peft.LoraConfig(r=4, target_modules=["0"])
+        >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config)
+        >>> lorank.LoraAdapter.from_model(model).modules["0"].A.shape
+        (4, 8)
         """
         return cls.from_content(live_reading.from_model(peft_model, adapter_name))
 
     def into_model(self, peft_model: Any, adapter_name: str = "default") -> None:
-        """Put the adapter into a live model; it replaces an adapter of the same name.
+        """Put the adapter into a live model, in place of an adapter of the same name.
 
-        The layers change in place to the adapter's ranks and scalings, and PEFT's config of the adapter
-        follows, so that a saved model computes the same after loading. Parameters stay the same objects; an
-        optimizer has to be built anew where ranks change. Modules of rank 0 lose the adapter. Other adapters,
-        the active adapters, the modes of layers and the choice of trained parameters stay as they are; a new
-        adapter is neither active nor trained. Nothing changes if an error is raised.
+        Layers change in place to the adapter's ranks and scalings. PEFT's config of the adapter changes with
+        them, so that a saved model computes the same after loading. Parameters stay the same objects; where
+        ranks change, build the optimizer again. Modules of rank 0 lose the adapter. Other adapters, the
+        active adapters, the modes of layers and the choice of trained parameters do not change. A new adapter
+        is neither active nor trained. If an error is raised, the model does not change.
 
         Parameters
         ----------
         peft_model
             A model as for `from_model`.
         adapter_name
-            The name of an adapter of the model, or a new one.
+            Name of an adapter of the model, or a new name.
 
         Raises
         ------
@@ -105,6 +147,17 @@ class LoraAdapter(AdapterContent):
         ValueError
             If the adapter is not in PEFT's format, names or shapes do not fit the model, or the adapter of
             that name is of another kind (DoRA, AdaLoRA, other saved modules) or merged.
+
+        Examples
+        --------
+        >>> import peft, torch
+        >>> import lorank
+        >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config)
+        >>> adapter = lorank.LoraAdapter.from_model(model)
+        >>> lorank.compress(adapter, avg_rank=2, progress=False).into_model(model)
+        >>> model.peft_config["default"].r
+        2
         """
         live_writing.into_model(self, peft_model, adapter_name)
 
@@ -126,15 +179,15 @@ class LoraAdapter(AdapterContent):
         profile
             ``"compact"``: true ranks (PEFT, vLLM); experts that are modules of their own are padded to their
             largest rank, as PEFT stacks them. ``"portable"``: all ranks padded to the largest, right in
-            every runtime. ``"tensor-rank"``: true ranks and no `alpha_pattern` (PEFT, recent
+            every runtime. ``"tensor-rank"``: true ranks and an empty `alpha_pattern` (PEFT, recent
             vLLM, llama.cpp, TensorRT-LLM).
         dtype
-            The factors' element type, by name or as torch's own (default: as they were stored).
+            Element type of the factors, by name or as torch's own (default: as they were stored).
         overwrite
             True to replace the files of another adapter. A `README.md` that lorank did not write is
             kept in any case.
         threads
-            The largest number of threads (default: all that the process may use).
+            Largest number of threads (default: all that the process may use).
 
         Returns
         -------
@@ -144,11 +197,22 @@ class LoraAdapter(AdapterContent):
         Raises
         ------
         FileExistsError
-            If the target holds something and `overwrite` is false.
+            If the target holds files and `overwrite` is false.
         ValueError
-            If no module has any rank left, `threads` is not positive, or a PEFT adapter's folder is named
-            like a file.
+            If every rank is 0, `threads` is not positive, or a PEFT adapter's folder is named like a file.
         NumericalError
-            If a value does not fit the element type; nothing is written then.
+            If a value does not fit the element type. Nothing is written in this case.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import peft, torch
+        >>> import lorank
+        >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config)
+        >>> adapter = lorank.LoraAdapter.from_model(model)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     adapter.save(folder, "portable", "bfloat16").name
+        'adapter_model.safetensors'
         """
         return write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite, threads=threads).path

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorank.adapter import LoraAdapter
 from lorank.adapters.content import AdapterContent
 from lorank.compression import extraction, merging, truncation
-from lorank.compression.selection import KnobArguments, Knobs, checked_knobs
+from lorank.compression.knobs import KnobArguments, Knobs, checked_knobs
 from lorank.modules import naming
 from lorank.sources import AnySource
 
@@ -24,40 +24,51 @@ def compress(
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
-    """Truncate the updates of an adapter to where most of their energy is.
+    """Truncate the updates of an adapter to the singular values with most of their energy.
 
     Parameters
     ----------
     adapter
         An adapter, or its path.
     threads
-        The largest number of threads (default: all that the process may use). The result does not depend on
-        it.
+        Largest number of threads (default: all that the process may use). The result does not depend on it.
     progress
         True to draw a progress bar on standard error, if that is a terminal.
     **knobs
         Exactly one of `rank_ratio`, `avg_rank`, `energy`, `budget` and `auto`; and `max_rank`,
-        `scope`, `keep`, `scores`. See `lorank.compression.selection.Knobs`.
+        `scope`, `keep`, `scores`. See `lorank.compression.knobs.Knobs`.
 
     Returns
     -------
     LoraAdapter
-        In balanced spectral form, every scaling 1, with its `certificate`.
+        The adapter in balanced spectral form, with scaling 1 in every module, and with its `certificate`.
 
     Raises
     ------
     ValueError
-        If not exactly one knob is given, or one is out of range.
+        If not exactly one knob is given, or a knob is out of range.
     TypeError
-        If there is no such knob, or `adapter` is none.
+        If a knob is unknown, or `adapter` is neither an adapter nor a path.
     NumericalError
         If factors hold NaN or infinite values.
 
     Notes
     -----
-    Source: PARA, equations 2 to 14. The pool of singular values is that of the scaled updates of all
-    modules. The error certificate is exact: ``||dW - dW_hat||_F`` is the root of the sum of the
-    squares of what was dropped.
+    Source: [PARA], equations 2 to 14. The singular values of the scaled updates of all modules compete. The
+    certificate is exact: ``||dW - dW_hat||_F`` is the root of the sum of the squares of the dropped values.
+
+    Examples
+    --------
+    >>> import peft, torch
+    >>> import lorank
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+    >>> config = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
+    >>> adapter = lorank.LoraAdapter.from_model(peft.get_peft_model(model, config))
+    >>> small = lorank.compress(adapter, rank_ratio=0.5, progress=False)
+    >>> sum(small.ranks.values())
+    4
+    >>> 0 < small.certificate.relative_error < 1
+    True
     """
     chosen = checked_knobs(knobs)
     return truncation.compress(_loaded(adapter), chosen, threads, progress)
@@ -70,12 +81,36 @@ def family(
     threads: int | None = None,
     progress: bool = True,
 ) -> dict[float, LoraAdapter]:
-    """Children of an adapter at several average ranks, from one decomposition.
+    """Truncate an adapter to several average ranks, from one decomposition.
+
+    Parameters
+    ----------
+    adapter
+        An adapter, or its path.
+    avg_ranks
+        Average ranks of the results.
+    threads, progress
+        As in `compress`.
+
+    Returns
+    -------
+    dict
+        Average rank -> truncated adapter.
 
     Raises
     ------
     ValueError
-        If an average rank is negative, or none is given.
+        If an average rank is negative, or `avg_ranks` is empty.
+
+    Examples
+    --------
+    >>> import peft, torch
+    >>> import lorank
+    >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config)
+    >>> members = lorank.family(lorank.LoraAdapter.from_model(model), [1, 3], progress=False)
+    >>> {rank: member.ranks for rank, member in members.items()}
+    {1: {'0': 1}, 3: {'0': 3}}
     """
     if not avg_ranks:
         raise ValueError("give at least one average rank")
@@ -86,7 +121,30 @@ def family(
 def elastic(
     adapter: LoraAdapter | str | Path, *, threads: int | None = None, progress: bool = True
 ) -> LoraAdapter:
-    """The adapter in spectral form with all its non-zero values: any budget is cut from it at load time."""
+    """Bring an adapter into spectral form with all its non-zero singular values.
+
+    The result can be truncated by any knobs on loading, without another decomposition.
+
+    Parameters
+    ----------
+    adapter
+        An adapter, or its path.
+    threads, progress
+        As in `compress`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import peft, torch
+    >>> import lorank
+    >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config)
+    >>> parent = lorank.elastic(lorank.LoraAdapter.from_model(model), progress=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = parent.save(folder)
+    ...     lorank.LoraAdapter.load(folder, avg_rank=1).ranks
+    {'0': 1}
+    """
     return truncation.elastic(_loaded(adapter), threads, progress)
 
 
@@ -99,41 +157,56 @@ def merge(
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
-    """The best adapter of given ranks for ``sum_j weight_j * dW_j``.
+    """Compute the best adapter of given ranks for ``sum_j weight_j * dW_j``.
 
     Parameters
     ----------
     adapters
-        Adapters or their paths. Of one base model; ranks, scalings and adapted modules may differ.
+        Adapters of one base model, or their paths. Ranks, scalings and adapted modules may differ.
     weights
-        One each, negative ones subtract (default: equal, summing to 1).
+        A weight for each adapter; negative weights subtract (default: equal weights with sum 1).
     force
         True to merge adapters whose base models have different names, or that share no module.
     threads, progress
         As in `compress`.
     **knobs
-        As in `compress`; `rank_ratio` is of the sum of all ranks.
+        As in `compress`. `rank_ratio` refers to the sum of all ranks.
 
     Returns
     -------
     LoraAdapter
-        With its `certificate`, whose error is against the exact weighted sum.
+        The adapter with its `certificate`, which compares it with the exact weighted sum.
 
     Raises
     ------
     ValueError
-        If weights do not fit, formats or shapes of one module differ, an adapter has DoRA magnitudes, which
-        do not add up, module names of one differ from another's by a prefix, settings of which a sum has one
-        (task type, biases, trained tokens) differ, or one adapter has factors for a module that another saves
-        as a whole; without `force`, if base models have different names, or an adapter shares no module with
-        the others.
+        If
+
+        - the number of weights differs from that of adapters,
+        - formats, or the shapes of one module, differ,
+        - an adapter has DoRA magnitudes, which do not add up,
+        - module names of one adapter differ from another's by a prefix,
+        - settings of which a sum has one (task type, biases, trained tokens) differ,
+        - one adapter has factors for a module that another saves as a whole,
+        - without `force`: base models have different names, or an adapter shares no module with the others.
     TypeError
-        If there is no such knob, or what is given are no adapters.
+        If a knob is unknown, or `adapters` is not a list of adapters or paths.
 
     Notes
     -----
     The terms are stacked, ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, and decomposed by
-    QR and a small SVD: the dense update never exists.
+    QR and a small SVD. The dense update is never formed.
+
+    Examples
+    --------
+    >>> import peft, torch
+    >>> import lorank
+    >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config, "a")
+    >>> model.add_adapter("b", config)
+    >>> a, b = (lorank.LoraAdapter.from_model(model, name) for name in "ab")
+    >>> lorank.merge([a, b], [0.7, 0.3], avg_rank=5, progress=False).ranks
+    {'0': 5}
     """
     chosen = checked_knobs(knobs)
     if isinstance(adapters, (str, Path, LoraAdapter)):
@@ -154,32 +227,34 @@ def extract(
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
-    """The best adapter of given ranks for the difference of two models.
+    """Compute the best adapter of given ranks for the difference of two models.
 
     Parameters
     ----------
     base, tuned
-        The model before and after: anything that `analyze` takes. Read matrix by matrix.
+        The model before and after fine-tuning, as `analyze` takes them. They are read matrix by matrix.
     include, exclude
-        Which modules, as in `analyze`: leave out embeddings and heads that an engine cannot adapt.
+        The modules to extract or to leave out, as in `analyze`. Leave out embeddings and heads if an engine
+        cannot adapt them.
     prefix
-        Put before every module's name, such as ``"bert"`` where the checkpoint says ``encoder.layer.0``
+        A prefix for the names of all modules, such as ``"bert"`` if the checkpoint has ``encoder.layer.0``
         and the model to adapt ``bert.encoder.layer.0``.
     guess
-        True to go on where the model's code is not at hand and names and shapes leave doubts about the kinds
-        of its modules: see `lorank.modules.facts.ModelFacts`.
+        True to continue if the model's code is not available, and names and shapes leave doubts about the
+        kinds of its modules: see `lorank.modules.facts.ModelFacts`.
     threads, progress
         As in `compress`.
     **knobs
-        As in `compress`, without `rank_ratio`. `max_rank` (default 128) also bounds what is computed;
-        a `budget` may be a share of the base model's parameters, such as ``"0.5%"``.
+        As in `compress`, without `rank_ratio`. `max_rank` (default 128) also bounds the computed values.
+        A `budget` may be a share of the base model's parameters, such as ``"0.5%"``.
 
     Returns
     -------
     LoraAdapter
-        With its `certificate`, against the dense differences. Its `notes` name what an adapter cannot hold:
-        changed tensors that are not matrices, modules that PEFT cannot adapt, tensors of one model only; and
-        the model whose names its modules have. Modules that share a weight get the same update.
+        The adapter with its `certificate`, which compares it with the dense differences. Its `notes` name the
+        model that its module names come from, and the changes that an adapter cannot hold: tensors that are
+        not matrices, modules that PEFT cannot adapt, tensors of one model only. Modules that share a weight
+        get the same update.
 
     Raises
     ------
@@ -191,7 +266,19 @@ def extract(
     Notes
     -----
     ``||W_tuned - W_base||_F^2`` is that of the dense difference. Differences with a side of at most 512
-    are decomposed in full, larger ones by randomised subspace iteration.
+    are decomposed in full, larger ones by randomised subspace iteration [HMT].
+
+    Examples
+    --------
+    >>> import copy
+    >>> import torch
+    >>> import lorank
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+    >>> tuned = copy.deepcopy(base)
+    >>> with torch.no_grad():
+    ...     _ = tuned[0].weight.add_(torch.outer(torch.ones(6), torch.ones(8)))
+    >>> lorank.extract(base, tuned, energy=0.99, progress=False).ranks
+    {'0': 1, '1': 0}
     """
     content = extraction.extract(
         base,

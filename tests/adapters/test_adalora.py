@@ -47,7 +47,7 @@ def test_masked_modules_keep_the_scale_of_their_initial_rank(
     expected = outputs(loaded(tiny_models.llama(), folder))
     for profile in ("compact", "portable", "tensor-rank"):
         whole = lorank.compress(adapter, rank_ratio=1.0, progress=False)
-        whole.save(tmp_path / profile, profile)  # type: ignore[arg-type]
+        whole.save(tmp_path / profile, profile)
         got = outputs(loaded(tiny_models.llama(), tmp_path / profile))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
@@ -58,7 +58,7 @@ def test_masked_modules_keep_the_scale_of_their_initial_rank(
         ("lora_B", (32, 9), "do not fit each other"),
         ("lora_E", (9, 1), "do not fit each other"),
         ("lora_E", (6,), "do not fit each other"),
-        ("lora_A", (6, 0), "are no matrices"),
+        ("lora_A", (6, 0), "are not matrices"),
     ],
 )
 def test_unfitting_factors_raise(factor: str, shape: tuple[int, ...], reason: str, tmp_path: Path) -> None:

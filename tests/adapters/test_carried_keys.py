@@ -126,7 +126,7 @@ class Mixed(torch.nn.Module):
 def test_peft_loads_layers_inside_a_layer_without_rank(weak: str, tmp_path: Path) -> None:
     def mixed() -> Any:
         model = net()
-        model.experts = Mixed()  # type: ignore[assignment]
+        model.experts = Mixed()
         return model
 
     config = LoraConfig(
@@ -201,7 +201,7 @@ def test_merging_refuses_a_layer_round_an_adapted_module(tmp_path: Path) -> None
         ("b", LoraConfig(r=2, target_modules=["first"], target_parameters=["experts.weights"])),
     ):
         model = net()
-        model.experts = Mixed()  # type: ignore[assignment]
+        model.experts = Mixed()
         made(model, tmp_path / name, config)
     with pytest.raises(ValueError, match=r"'experts.inner' lies inside 'experts', which another adapter"):
         lorank.merge([tmp_path / "a", tmp_path / "b"], rank_ratio=1.0, progress=False)

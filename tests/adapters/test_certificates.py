@@ -85,7 +85,7 @@ def test_padding_does_not_count_as_rank(tmp_path: Path) -> None:
     assert f"{small.num_parameters:,} parameters" in (tmp_path / "b" / "README.md").read_text()
 
 
-def retold(folder: Path, ranks: str) -> lorank.LoraAdapter:
+def with_stated_ranks(folder: Path, ranks: str) -> lorank.LoraAdapter:
     path = folder / "adapter_model.safetensors"
     with safe_open(path, "np") as file:
         metadata = file.metadata()
@@ -104,9 +104,9 @@ def test_wrong_ranks_in_the_metadata_are_ignored_or_raise(tmp_path: Path) -> Non
         json.dumps(dict.fromkeys(small.ranks, 99)),
         json.dumps(dict.fromkeys(small.ranks, "1")),
     ):
-        again = retold(tmp_path / "b", ranks)
+        again = with_stated_ranks(tmp_path / "b", ranks)
         assert set(again.ranks.values()) == {largest}
         assert any("do not fit and were ignored" in note for note in again.notes)
-    fewer = retold(tmp_path / "b", json.dumps(dict.fromkeys(small.ranks, 1)))
+    fewer = with_stated_ranks(tmp_path / "b", json.dumps(dict.fromkeys(small.ranks, 1)))
     with pytest.raises(lorank.FormatError, match="state rank 1, but its factors have more"):
         lorank.compress(fewer, rank_ratio=1.0, progress=False)

@@ -204,7 +204,7 @@ def transformer_case(kind: str, model: Any, tensors: dict[str, torch.Tensor]) ->
 
 CASES: dict[str, Callable[[], Any]] = {
     **{
-        f"sd, alpha {alpha}": lambda alpha=alpha: (  # type: ignore[misc]
+        f"sd, alpha {alpha}": lambda alpha=alpha: (
             of_sd(alpha),
             lambda: pipeline("StableDiffusionPipeline", unet=unet(), text_encoder=text_encoder()),
         )
@@ -216,7 +216,7 @@ CASES: dict[str, Callable[[], Any]] = {
         factors(sd3(), lambda n: f"transformer.{n}", in_blocks, LETTERS, None),
     ),
     **{
-        f"flux with biases, alpha {alpha}": lambda alpha=alpha: transformer_case(  # type: ignore[misc]
+        f"flux with biases, alpha {alpha}": lambda alpha=alpha: transformer_case(
             "FluxPipeline", flux, of_flux_with_biases(alpha)
         )
         for alpha in (2.0, None)
@@ -271,7 +271,7 @@ def test_diffusers_loads_the_same_update(case: str, tmp_path: Path) -> None:
     assert set(small.ranks.values()) == {0, 1, 2, 3, 4}
     for profile in ("compact", "portable"):
         target = tmp_path / f"{profile}.safetensors"
-        small.save(target, profile)  # type: ignore[arg-type]
+        small.save(target, profile)
         got = loaded(make(), target)
         assert got.keys() <= expected.keys()
         for name, (update, added) in expected.items():

@@ -103,7 +103,7 @@ def test_settings_of_diffusers_are_read_and_written_again(tmp_path: Path) -> Non
     assert len(set(small.ranks.values())) > 1
     for profile in ("compact", "portable", "tensor-rank"):
         target = tmp_path / f"{profile}.safetensors"
-        small.save(target, profile)  # type: ignore[arg-type]
+        small.save(target, profile)
         for part in ("transformer", "text_encoder"):
             loaded = as_diffusers_loads(target, part)
             ours = {name: update for name, update in dense(small).items() if name in loaded}
@@ -127,8 +127,8 @@ def test_alpha_tensors_take_precedence_over_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "is no JSON"),
-        ("[]", "holds a list, no settings"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list, not settings"),
         ('{"transformer.r": "6"}', "r is '6'"),
         ('{"transformer.r": 5, "text_encoder.r": 6}', "has rank 6, but the settings in the metadata say 5"),
         ('{"transformer.r": 6, "transformer.init_lora_weights": "pissa"}', "changes the base model"),

@@ -24,7 +24,7 @@ def test_keys_and_scales_survive(style: str, alpha: float | None, tmp_path: Path
     for profile in ("compact", "portable", "tensor-rank"):
         small = lorank.compress(adapter, avg_rank=3, progress=False)
         target = tmp_path / f"{profile}.safetensors"
-        small.save(target, profile)  # type: ignore[arg-type]
+        small.save(target, profile)
         again = lorank.LoraAdapter.load(target)
         assert small.certificate is not None
         error = distance({name: dense(again)[name] for name in updates}, updates)
@@ -124,7 +124,7 @@ def test_other_methods_raise_with_their_name(key: str, method: str, tmp_path: Pa
     [
         ({"m.lora_up.weight": None}, "has no lora_up"),
         ({"m.lora_down.weight": np.ones((5, 4), np.float32)}, "do not fit each other"),
-        ({"m.lora_up.weight": np.ones(3, np.float32)}, "are no matrices"),
+        ({"m.lora_up.weight": np.ones(3, np.float32)}, "are not matrices"),
         ({"m.lora_mid.weight": np.ones((2, 2), np.float32)}, "do not fit each other"),
     ],
 )

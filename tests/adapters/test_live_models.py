@@ -171,5 +171,5 @@ def test_model_without_peft_raises_with_its_class() -> None:
     adapter = lorank.LoraAdapter.from_model(
         trained(tiny_models.llama(), LoraConfig(target_modules=["q_proj"]))
     )
-    with pytest.raises(TypeError, match="LlamaForCausalLM is no PEFT model"):
+    with pytest.raises(TypeError, match="LlamaForCausalLM is not a PEFT model"):
         lorank.compress(adapter, avg_rank=2, progress=False).into_model(tiny_models.llama())

@@ -40,7 +40,7 @@ def test_variants_with_another_update_raise_with_their_name(
     settings: dict[str, Any], method: str, tmp_path: Path
 ) -> None:
     folder = plain(tmp_path / "a", **settings)
-    with pytest.raises(lorank.FormatError, match=f"is a {method} adapter .* whose update is no product"):
+    with pytest.raises(lorank.FormatError, match=f"is a {method} adapter .* whose update is not a product"):
         lorank.LoraAdapter.load(folder)
 
 

@@ -229,6 +229,6 @@ def test_existing_folders_are_not_overwritten(tmp_path: Path) -> None:
     adapter.save(tmp_path / "b", overwrite=True)
     assert (tmp_path / "b" / "precious").exists()
     with pytest.raises(ValueError, match="profile must be one of"):
-        adapter.save(tmp_path / "c", "tiny")  # type: ignore[arg-type]
+        adapter.save(tmp_path / "c", "tiny")
     with pytest.raises(ValueError, match="dtype must be"):
-        adapter.save(tmp_path / "c", dtype="int8")  # type: ignore[arg-type]
+        adapter.save(tmp_path / "c", dtype="int8")

@@ -91,7 +91,7 @@ def test_placement_adapts_its_modules_only(report: lorank.SpectralReport) -> Non
     }
     for placement, names in parts.items():
         wanted = {f"model.layers.{i}.{name}" for i in range(3) for name in names}
-        found = lorank.allocate(report, r_min=1, avg_rank=6, placement=placement)  # type: ignore[arg-type]
+        found = lorank.allocate(report, r_min=1, avg_rank=6, placement=placement)
         assert set(found.ranks) == set(found.scores) == wanted
         # Modules keep the order of the model; the budget covers the adapted modules.
         assert list(found.ranks) == [row.name for row in report if row.name in wanted]
@@ -99,7 +99,7 @@ def test_placement_adapts_its_modules_only(report: lorank.SpectralReport) -> Non
         assert set(found.other_modules) == {row.name for row in report} - wanted
         assert found.num_parameters == price(found)
         budget = price(found) + 5
-        spent = lorank.allocate(report, r_min=1, budget=budget, placement=placement)  # type: ignore[arg-type]
+        spent = lorank.allocate(report, r_min=1, budget=budget, placement=placement)
         assert 0 <= budget - spent.num_parameters < max(sum(SHAPES[name]) for name in names)
     assert lorank.allocate(report, placement="all").ranks == lorank.allocate(report).ranks
     # Scores are normalised over adapted modules only, as if the others were excluded by name.
@@ -115,7 +115,7 @@ def test_placements_select_from_the_targets(report: lorank.SpectralReport) -> No
     with pytest.raises(
         ValueError, match="placement must be one of 'attention', 'feed-forward', 'all', not 'mlp'"
     ):
-        lorank.allocate(report, placement="mlp")  # type: ignore[arg-type]
+        lorank.allocate(report, placement="mlp")
 
 
 def test_unusual_names_need_roles_only_if_roles_are_used() -> None:
@@ -129,7 +129,7 @@ def test_unusual_names_need_roles_only_if_roles_are_used() -> None:
     with pytest.raises(ValueError, match=r"the role of 'model\.layers\.0\.mixer\.mix_in' cannot be read"):
         lorank.allocate(weights, "uniform", placement="attention")
     for placement, name in (("attention", "mix_in"), ("feed-forward", "widen")):
-        found = lorank.allocate(weights, "uniform", placement=placement, roles=roles)  # type: ignore[arg-type]
+        found = lorank.allocate(weights, "uniform", placement=placement, roles=roles)
         assert list(found.ranks) == [f"model.layers.{i}.mixer.{name}" for i in range(2)]
     # The method uses the same roles.
     heavy = lorank.allocate(
@@ -178,7 +178,7 @@ def test_invalid_bounds_raise(
 
 def test_numpy_integers_are_accepted_as_bounds(report: lorank.SpectralReport) -> None:
     low: Any = np.int64(2)
-    found = lorank.allocate(report, "uniform", r_min=low, r_max=np.int32(6), r_base=np.int64(5))  # type: ignore[arg-type]
+    found = lorank.allocate(report, "uniform", r_min=low, r_max=np.int32(6), r_base=np.int64(5))
     assert set(found.ranks.values()) == {5}
     assert all(type(rank) is int for rank in found.ranks.values())
     narrow: dict[str, Any] = {"r_min": np.uint8(3), "r_max": np.uint8(8), "r_base": np.uint8(1)}
@@ -201,7 +201,7 @@ def test_no_rank_exceeds_a_side_of_its_matrix(report: lorank.SpectralReport) -> 
 
 def test_side_below_r_min_bounds_the_rank(report: lorank.SpectralReport) -> None:
     for options in ({}, {"avg_rank": 12}, {"budget": "50%"}):
-        found = lorank.allocate(report, r_min=12, r_max=20, **options)  # type: ignore[arg-type]
+        found = lorank.allocate(report, r_min=12, r_max=20, **options)
         narrow = {name: rank for name, rank in found.ranks.items() if name.endswith("k_proj")}
         assert set(narrow.values()) == {8}
         assert set(narrow) <= set(found.flags)

@@ -1,4 +1,4 @@
-"""`fit_ranks` against its properties and a slow reference; budgets as users write them."""
+"""`fit_ranks` against its properties and a slow reference; parsed budgets."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_non_integer_budget_raises(budget: Any) -> None:
 
 def test_small_integer_types_do_not_overflow() -> None:
     low: Any = np.int8(1)
-    ranks = lorank.fit_ranks([1.0, 2.0], np.array([200, 200], np.uint8), low, np.int8(127), np.int32(50_800))  # type: ignore[arg-type]
+    ranks = lorank.fit_ranks([1.0, 2.0], np.array([200, 200], np.uint8), low, np.int8(127), np.int32(50_800))
     assert ranks.tolist() == [127, 127]
 
 
@@ -331,7 +331,7 @@ def test_budgets_are_parsed(budget: int | str, parameters: int) -> None:
 @pytest.mark.parametrize("budget", [-1, "-3", "many", "5x", "%", "-1%", "nan%", "inf%", 0.5, True, ""])
 def test_invalid_budgets_raise(budget: object) -> None:
     with pytest.raises(ValueError, match=r"budget|percentage"):
-        parse_budget(budget, 10_000)  # type: ignore[arg-type]
+        parse_budget(budget, 10_000)
 
 
 def test_share_of_an_unknown_size_raises() -> None:

@@ -146,7 +146,7 @@ def test_experts_are_averaged() -> None:
     spikes = [float(np.mean([row.mp_spikes for row in stack]))]
     spikes += [row.mp_spikes for row in report if row.expert is None]
     assert got.ranks is not None
-    assert got.ranks.tolist() == by_hand(alphas, spikes, 1, 100)  # type: ignore[arg-type]
+    assert got.ranks.tolist() == by_hand(alphas, spikes, 1, 100)
 
 
 @pytest.mark.parametrize(

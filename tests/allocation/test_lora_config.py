@@ -225,7 +225,7 @@ def test_settings_decided_by_the_allocation_raise(name: str) -> None:
 def test_unknown_scale_rule_raises() -> None:
     allocation = lorank.allocate({"a.weight": np.eye(3)}, "uniform")
     with pytest.raises(ValueError, match="scale_rule must be"):
-        allocation.to_lora_config(scale_rule="wild")  # type: ignore[arg-type]
+        allocation.to_lora_config(scale_rule="wild")
 
 
 def test_names_missing_from_the_model_raise(tmp_path: Path) -> None:

@@ -224,9 +224,9 @@ def test_every_column_is_readable_on_a_narrow_terminal(checkpoint: Path, tmp_pat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
-@pytest.mark.parametrize(("width", "is_told"), [(80, True), (130, False)])
+@pytest.mark.parametrize(("width", "has_note"), [(80, True), (130, False)])
 def test_narrow_terminal_names_hidden_columns(
-    checkpoint: Path, tmp_path: Path, width: int, is_told: bool
+    checkpoint: Path, tmp_path: Path, width: int, has_note: bool
 ) -> None:
     ok("analyze", checkpoint, "-o", tmp_path / "report.json")
     terminal, inside = os.openpty()
@@ -241,9 +241,9 @@ def test_narrow_terminal_names_hidden_columns(
     text = os.read(terminal, 1 << 16).decode()
     os.close(terminal)
     assert "alpha" in text
-    told = "not shown: powerlaw_distance, stable_rank, effective_rank, spectral_norm; use a wider terminal"
-    assert (told in text) == is_told
-    assert ("not shown" in text) == is_told
+    note = "not shown: powerlaw_distance, stable_rank, effective_rank, spectral_norm; use a wider terminal"
+    assert (note in text) == has_note
+    assert ("not shown" in text) == has_note
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

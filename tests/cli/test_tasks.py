@@ -503,7 +503,7 @@ def test_help_describes_every_method() -> None:
         # The documentation of the method describes every option that the command line lists.
         parameters = str(method.function.__doc__).partition("Parameters\n")[2].partition("Notes\n")[0]
         assert all(re.search(rf"^\s+(\w+, )*{option}\b", parameters, re.M) for option in method.options)
-    assert "Rank r_base - (r_base - r_min) i / (L - 1) in block i of L" in shown
+    assert "Give rank r_base - (r_base - r_min) i / (L - 1) in block i of L" in shown
 
 
 def ranks(*arguments: object) -> dict[str, int]:

@@ -178,7 +178,7 @@ def test_changed_tensors_outside_module_matrices_are_noted(tmp_path: Path) -> No
         assert changed.startswith("5 tensors changed")
         assert {"norm.bias", "position", "A_log", "scalar", "resized.bias"} >= set(changed_names(changed)[:3])
         for name in ("gone.bias", "new.bias"):
-            assert any("1 tensors that are no matrices are in" in n and n.endswith(name) for n in notes)
+            assert any("1 tensors that are not matrices are in" in n and n.endswith(name) for n in notes)
 
 
 def test_parameters_of_live_models_are_compared() -> None:

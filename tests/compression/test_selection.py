@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import lorank
 from lorank import _core
 from lorank.adapters.module import LoraModule
-from lorank.compression.selection import KnobArguments, Knobs, checked_knobs, select
+from lorank.compression.knobs import KnobArguments, Knobs, checked_knobs
+from lorank.compression.selection import select
 from lorank.compression.spectral_form import SpectralForm, Triplets
 
 
@@ -205,9 +206,9 @@ def test_automatic_threshold_keeps_modules_of_two_values() -> None:
         ({"avg_rank": 2, "scope": "layer"}, "scope must be"),
         ({"avg_rank": 2, "keep": "some"}, "keep must be"),
         ({"budget": 100, "scope": "module"}, "contradicts"),
-        ({"budget": "abc"}, "budget=abc is no number of parameters"),
-        ({"budget": "-5"}, "budget=-5 is no number"),
-        ({"budget": -5}, "budget=-5 is no number"),
+        ({"budget": "abc"}, "budget=abc is not a number of parameters"),
+        ({"budget": "-5"}, "budget=-5 is not a number"),
+        ({"budget": -5}, "budget=-5 is not a number"),
         ({"budget": "50%"}, "does not know its base model's size"),
         ({"energy": 0.9, "keep": "smallest"}, "rank_ratio or avg_rank only"),
         ({"budget": 9, "scores": {}}, "rank_ratio or avg_rank only"),

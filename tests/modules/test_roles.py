@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorank.modules import roles
-from lorank.modules.roles import Block, Depth
+from lorank.modules.blocks import Block, Depth, depths_of, numbered_block
 
 HIDDEN: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
 WIDE: dict[str, Any] = {**HIDDEN, "intermediate_size": 48}
@@ -226,7 +226,7 @@ def expected_role(classes: str) -> str | None:
 def test_every_linear_layer_has_its_role_and_depth(name: str) -> None:
     model, stacks = built(name), ARCHITECTURES[name][3]
     names = list(adaptable(model))
-    depths, found = roles.depths_of(names), roles.roles_of(names)
+    depths, found = depths_of(names), roles.roles_of(names)
     seen = dict.fromkeys(stacks, 0)
     for module, depth, role in zip(names, depths, found, strict=True):
         stack = next((stack for stack in stacks if module.startswith(f"{stack}.")), None)
@@ -248,7 +248,7 @@ def test_stages_are_numbered_consecutively() -> None:
     with torch.device("meta"):
         model = tf.SwinForImageClassification(config)
     names = list(adaptable(model))
-    for name, depth, role in zip(names, roles.depths_of(names), roles.roles_of(names), strict=True):
+    for name, depth, role in zip(names, depths_of(names), roles.roles_of(names), strict=True):
         if found := re.search(r"layers\.(\d)\.blocks\.(\d)\.(\w+)", name):
             assert depth == Depth(2 * int(found[1]) + int(found[2]), 5), name
             assert role == ("attention" if found[3] == "attention" else "feed-forward"), name
@@ -262,7 +262,7 @@ def test_albert_has_one_shared_block() -> None:
         model = tf.AlbertForSequenceClassification(tf.AlbertConfig(**TEXT, embedding_size=16))
     names = [name for name in adaptable(model) if "albert_layers" in name]
     assert len(names) == 6
-    assert set(roles.depths_of(names)) == {Depth(0, 1)}
+    assert set(depths_of(names)) == {Depth(0, 1)}
     assert roles.roles_of(names) == ["attention"] * 4 + ["feed-forward"] * 2
 
 
@@ -270,7 +270,7 @@ def test_state_space_model_has_blocks_but_no_roles() -> None:
     config = tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
     with torch.device("meta"):
         names = list(adaptable(tf.MambaForCausalLM(config)))
-    assert Depth(1, 2) in roles.depths_of(names)
+    assert Depth(1, 2) in depths_of(names)
     with pytest.raises(ValueError, match=r"role of 'backbone.layers.0.mixer.\w+'.*roles=\{'mixer.\w+'"):
         roles.roles_of(names)
     mixers = roles.roles_of(names, {r".*\.mixer\..*": "attention"})
@@ -308,7 +308,7 @@ def test_state_space_model_has_blocks_but_no_roles() -> None:
 def test_names_of_other_libraries_have_blocks_and_roles(
     name: str, block: tuple[str, int] | None, role: str | None
 ) -> None:
-    assert roles.numbered_block(name) == (None if block is None else Block(block[0], (block[1],)))
+    assert numbered_block(name) == (None if block is None else Block(block[0], (block[1],)))
     assert roles.roles_of([name]) == [role]
 
 
@@ -328,7 +328,7 @@ def test_innermost_part_of_a_name_determines_the_role() -> None:
     ],
 )
 def test_stages_are_parts_of_the_block_number(name: str, number: tuple[int, ...] | None) -> None:
-    block = roles.numbered_block(name)
+    block = numbered_block(name)
     assert (block and block.number) == number
 
 
@@ -337,26 +337,26 @@ def test_stages_are_parts_of_the_block_number(name: str, number: tuple[int, ...]
 )
 def test_unknown_lists_raise(name: str) -> None:
     with pytest.raises(ValueError, match=rf"the block of '{re.escape(name)}'.*blocks=r'"):
-        roles.depths_of(["layers.0.q_proj", name])
+        depths_of(["layers.0.q_proj", name])
 
 
 def test_option_suggested_by_the_error_works() -> None:
     with pytest.raises(ValueError, match="give blocks") as error:
-        roles.numbered_block("backbone.units.3.attn.q")
+        numbered_block("backbone.units.3.attn.q")
     advice = str(error.value).split("blocks=r'")[1].rstrip("'")
-    assert roles.numbered_block("backbone.units.3.attn.q", advice) == Block("backbone.units", (3,))
+    assert numbered_block("backbone.units.3.attn.q", advice) == Block("backbone.units", (3,))
 
 
 def test_custom_blocks_determine_depths() -> None:
     names = ["a.units.0.x", "a.units.5.x", "b.units.5.y", "a.units.5.y", "a.layers.1.x"]
-    assert roles.depths_of(names, r"units\.(\d+)") == [
+    assert depths_of(names, r"units\.(\d+)") == [
         Depth(0, 2),
         Depth(1, 2),
         Depth(0, 1),
         Depth(1, 2),
         None,
     ]
-    either = roles.depths_of(["down.1.x", "up.0.x"], r"down\.(\d+)|up\.(\d+)")
+    either = depths_of(["down.1.x", "up.0.x"], r"down\.(\d+)|up\.(\d+)")
     assert either == [Depth(0, 1), Depth(0, 1)]
 
 
@@ -372,7 +372,7 @@ def test_custom_blocks_determine_depths() -> None:
 )
 def test_malformed_blocks_raise(blocks: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        roles.depths_of(["layers.0.q_proj"], blocks)
+        depths_of(["layers.0.q_proj"], blocks)
 
 
 def test_custom_roles_take_precedence_and_match_complete_parts() -> None:
@@ -410,12 +410,12 @@ def test_placements_select_roles() -> None:
 
 @given(st.sets(st.integers(0, 200), min_size=1))
 def test_depths_count_existing_blocks_in_numeric_order(numbers: set[int]) -> None:
-    depths = roles.depths_of([f"layers.{number}.q_proj" for number in numbers])
+    depths = depths_of([f"layers.{number}.q_proj" for number in numbers])
     order = sorted(numbers)
     assert depths == [Depth(order.index(number), len(order)) for number in numbers]
 
 
 def test_depths_count_blocks_of_other_modules() -> None:
     others = [f"layers.{number}.norm" for number in range(4)] + ["parts.9.x", "decoder.layers.7.norm", "head"]
-    assert roles.depths_of(["layers.2.q_proj", "head"], others=others) == [Depth(2, 4), None]
-    assert roles.depths_of(["u.1.x"], r"u\.(\w+)", ["u.0.y", "u.out.z", "v.5.x"]) == [Depth(1, 2)]
+    assert depths_of(["layers.2.q_proj", "head"], others=others) == [Depth(2, 4), None]
+    assert depths_of(["u.1.x"], r"u\.(\w+)", ["u.0.y", "u.out.z", "v.5.x"]) == [Depth(1, 2)]

@@ -28,11 +28,11 @@ from tests.support.profiled_models import (
     images,
     label_batches,
     picture_batches,
-    seeded,
     t5,
     text_batches,
     vectors,
 )
+from tests.support.seeds import seeded
 
 
 def under(dtype: torch.dtype) -> Callable[[Any, Any], Any]:
@@ -122,7 +122,7 @@ def test_convolutions_are_profiled_correctly_or_skipped(layer: Any, x_shape: tup
     assert_true(report, true_gradients(model, batches, loss))
     assert len(report) + len(report.skipped) == 2
     if len(x_shape) in (3, 5) and not isinstance(layer, nn.Conv2d):
-        assert [skipped.reason for skipped in report.skipped] == ["a convolution that is not plainly 2-D"]
+        assert [skipped.reason for skipped in report.skipped] == ["a convolution that is grouped or not 2-D"]
 
 
 def test_inputs_of_any_dimension_and_by_keyword_are_profiled() -> None:

@@ -16,12 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lorank
 from lorank.training import DynamicRanks
+from tests.support.seeds import seeded
 
 Loss = Callable[[Any, Any], Any]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Potential(nn.Module):

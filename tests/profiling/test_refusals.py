@@ -89,7 +89,7 @@ def test_invalid_arguments_raise_with_reasons(profile: Any) -> None:
             profile(model, nothing)
     with pytest.raises(ValueError, match=r"returned no loss: put labels into the batches, or give loss"):
         profile(model, [{"input_ids": batches[0]["input_ids"]}])
-    with pytest.raises(ValueError, match=r"a batch is a Tensor, no mapping: give loss="):
+    with pytest.raises(ValueError, match=r"a batch is a Tensor, not a mapping: give loss="):
         profile(model, [batches[0]["input_ids"]])
     singles: list[Any] = [
         batches[0],
@@ -124,16 +124,16 @@ def test_invalid_options_raise_before_any_batch_is_drawn() -> None:
             lorank.profile_gradients(model, never(), energy=energy)
     for sketch in (0, -1, True, 2.5, "8"):
         with pytest.raises(ValueError, match=r"sketch must be a positive integer, or None"):
-            lorank.profile_gradients(model, never(), sketch=sketch)  # type: ignore[arg-type]
+            lorank.profile_gradients(model, never(), sketch=sketch)
 
 
 def test_invalid_task_options_raise() -> None:
     model, batches = tiny_models.llama(), text_batches(2)
     for folds in (1, 0, 2.0):
         with pytest.raises(ValueError, match="folds must be an integer of at least 2"):
-            lorank.profile_tasks(model, batches, folds=folds)  # type: ignore[arg-type]
+            lorank.profile_tasks(model, batches, folds=folds)
     with pytest.raises(ValueError, match="space must be 'weights' or 'prediction'"):
-        lorank.profile_tasks(model, batches, folds=2, space="log")  # type: ignore[arg-type]
+        lorank.profile_tasks(model, batches, folds=2, space="log")
 
 
 def root_of_zero(model: Any, x: torch.Tensor) -> Any:

@@ -16,7 +16,8 @@ from lorank.profiling.sketch import GradientSketches
 from lorank.profiling.targets import find_targets
 from tests.support import tiny_models
 from tests.support.live_tensors import live_numbers, only_new_tensors
-from tests.support.profiled_models import COUNT, Readers, called, seeded, text_batches, vectors
+from tests.support.profiled_models import COUNT, Readers, called, text_batches, vectors
+from tests.support.seeds import seeded
 
 
 @pytest.mark.parametrize("size", [48, 10**6])

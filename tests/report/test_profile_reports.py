@@ -91,7 +91,7 @@ def test_files_of_another_kind_raise(tmp_path: Path) -> None:
 
 
 def test_numpy_integers_are_saved(tmp_path: Path) -> None:
-    report = lorank.profile_gradients(Readers(), vectors(), loss=called, sketch=np.int64(4))  # type: ignore[arg-type]
+    report = lorank.profile_gradients(Readers(), vectors(), loss=called, sketch=np.int64(4))
     report.save(tmp_path / "report.json")
     assert lorank.GradientReport.load(tmp_path / "report.json").sketch == 4
 

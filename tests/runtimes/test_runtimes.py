@@ -209,7 +209,7 @@ def test_lorax_drops_small_ranks(tmp_path: Path) -> None:
     assert "pads ranks" not in of(tmp_path / "b", r=8)["lorax"].reason
 
 
-def taken(key: str, runtime: str) -> bool | None:
+def accepts(key: str, runtime: str) -> bool | None:
     """Return True if a runtime that raises at unknown tensors accepts a tensor; None if it ignores it."""
     if key.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")):
         return True  # The weight of the base model is redundant.
@@ -246,7 +246,7 @@ def test_runtimes_for_factors_only_refuse_other_tensors(name: str, tmp_path: Pat
     found = of(tmp_path, **BESIDE_FACTORS[name])
     keys = load_file(tmp_path / "adapter_model.safetensors")
     for runtime in ("vllm", "vllm-old", "llama.cpp", "tensorrt-llm"):
-        answers = {taken(key, runtime) for key in keys}
+        answers = {accepts(key, runtime) for key in keys}
         saves = runtime.startswith("vllm") and "modules_to_save" in BESIDE_FACTORS[name]
         expected = "refuses" if saves or False in answers else "wrong" if None in answers else "right"
         assert found[runtime].status == expected, (runtime, found[runtime])
@@ -354,8 +354,8 @@ def test_ranks_that_contradict_the_settings_are_fixed(tmp_path: Path) -> None:
     text = run("check", folder, "--for", "peft,vllm", "--fix", tmp_path / "b")
     assert text.returncode == 0, text.stderr
     tensors = load_file(folder / "adapter_model.safetensors")
-    mended = lorank.LoraAdapter.load(tmp_path / "b")
-    for name, module in mended.modules.items():
+    fixed = lorank.LoraAdapter.load(tmp_path / "b")
+    for name, module in fixed.modules.items():
         a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
         np.testing.assert_allclose(module.scaling * module.B @ module.A, b @ a, atol=1e-6)
     assert "the settings' scale was kept" in (tmp_path / "b" / "README.md").read_text()

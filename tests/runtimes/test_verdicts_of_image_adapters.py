@@ -111,9 +111,9 @@ def test_verdicts_agree_with_diffusers(name: str, tmp_path: Path) -> None:
     assert comfy.status == "right"
     fixed = run("check", file, "--for", "diffusers,comfyui", "--fix", tmp_path / "b.safetensors")
     assert fixed.returncode == 0, fixed.stdout + fixed.stderr
-    mended = in_diffusers(tmp_path / "b.safetensors")
+    fixed = in_diffusers(tmp_path / "b.safetensors")
     for key, update in truth.items():
-        np.testing.assert_allclose(mended[key], update, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(fixed[key], update, rtol=1e-4, atol=1e-5)
 
 
 def transformer_file(

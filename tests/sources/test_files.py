@@ -217,16 +217,15 @@ def test_truncated_pickles_raise(tmp_path: Path, keep: float) -> None:
 
 
 @pytest.mark.parametrize("layout", ["sparse", "compressed"])
-def test_sparse_tensor_is_skipped_or_refused(tmp_path: Path, layout: str) -> None:
+def test_sparse_tensor_is_skipped(tmp_path: Path, layout: str) -> None:
     path, weight = tmp_path / "model.pt", torch.eye(3)
     tensor = weight.to_sparse() if layout == "sparse" else weight.to_sparse_csr()
     torch.save({"a.weight": tensor, "b.weight": torch.ones(2, 2)}, path)
-    try:
-        report = lorank.analyze(path)
-    except (lorank.LorankError, ValueError, TypeError) as error:
-        assert "a.weight" in str(error)  # noqa: PT017
-    else:
-        assert {"a.weight", "a"} & {entry.name for entry in (*report.skipped, *report)}
+    report = lorank.analyze(path)
+    assert [row.name for row in report] == ["b"]
+    assert [(entry.name, entry.reason.partition(":")[0]) for entry in report.skipped] == [
+        ("a.weight", "a sparse tensor")
+    ]
     assert "Traceback" not in command("analyze", path).stderr
 
 
@@ -307,10 +306,7 @@ def test_conv1d_and_linear_layers_are_distinguished(
 def test_damaged_configuration_is_ignored(tmp_path: Path, config: str) -> None:
     single(tmp_path)
     (tmp_path / "config.json").write_text(config)
-    try:
-        assert rows(tmp_path) == rows(WEIGHTS)
-    except (lorank.FormatError, ValueError) as error:
-        assert "config.json" in str(error)  # noqa: PT017
+    assert rows(tmp_path) == rows(WEIGHTS)
 
 
 def test_tied_tensors_count_once(tmp_path: Path) -> None:
@@ -459,7 +455,7 @@ def test_hostile_indices_raise(tmp_path: Path, index: str, reason: str) -> None:
         ('{"weight_map": {"a": "missing.bin"}}', "missing.bin"),
         ('{"weight_map": {"absent.weight": "pytorch_model.bin"}}', "absent.weight"),
     ],
-    ids=["empty", "junk", "list", "no map", "deep", "number", "outside", "absolute", "no shard", "no tensor"],
+    ids=["empty", "junk", "list", "text", "deep", "number", "outside", "absolute", "no shard", "no tensor"],
 )
 def test_hostile_indices_of_pickles_raise(tmp_path: Path, index: str, reason: str) -> None:
     pickled(tmp_path)

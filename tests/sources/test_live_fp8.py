@@ -367,7 +367,7 @@ def test_gptq_layers_need_a_dequantizing_method() -> None:
         {"weight": torch.zeros(8, 24, dtype=torch.uint8), "weight_scale": torch.ones(1)},
         {"weight": torch.zeros(32, 24, dtype=torch.int8), "weight_scales": torch.ones(24)},
     ],
-    ids=["unknown scales", "scales that do not fit", "ternary of another library", "EETQ"],
+    ids=["unknown scales", "unfitting scales", "ternary of another library", "EETQ"],
 )
 def test_codes_that_cannot_be_dequantized_are_skipped_and_counted(tensors: dict[str, Any]) -> None:
     model = model_of(proj=module_of(**tensors), other=nn.Linear(4, 4))

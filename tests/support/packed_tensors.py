@@ -100,7 +100,7 @@ def _gptq(bits: int, **more: Tensor) -> dict[str, Tensor]:
 
 
 def _fp8(scale: str, *tensor: Any) -> dict[str, Tensor]:
-    return {f"{P}.weight": ("F8_E4M3", (OUT, IN)), f"{P}.{scale}": tensor}  # type: ignore[dict-item]  # a tuple
+    return {f"{P}.weight": ("F8_E4M3", (OUT, IN)), f"{P}.{scale}": tensor}
 
 
 FULL = OUT * IN

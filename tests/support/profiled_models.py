@@ -14,14 +14,11 @@ from torch import nn
 import lorank
 from tests.support import tiny_models
 from tests.support.devices import on
+from tests.support.seeds import seeded
 
 Batches = list[Any]
 COUNT = 6
 QUERY = "model.layers.0.self_attn.q_proj"
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def text_batches(count: int = COUNT, length: int = 10, labels: int | None = None) -> Batches:

@@ -88,7 +88,7 @@ def test_refused_batch_changes_nothing() -> None:
         with pytest.raises(ValueError, match=message):
             stream.update(bad_X, bad_Y)
     assert_same(stream.estimate(), before, 0)
-    with pytest.raises(ValueError, match="10 folds cannot take in 3"):
+    with pytest.raises(ValueError, match="10 folds cannot be merged with 3"):
         stream.merge(TaskSpectrum(folds=3))
     narrow = TaskSpectrum()
     narrow.update(X[:, :2], Y)

@@ -310,9 +310,9 @@ def test_windows_without_gradients_keep_ranks_and_warn() -> None:
 
     model, seen = llama(r=2), []
     pattern = "step 6: no gradient reached any adapted module in the last 4 steps, so ranks stay as they are"
-    with pytest.warns(UserWarning, match=pattern) as told:
+    with pytest.warns(UserWarning, match=pattern) as caught:
         updates = trained(model, loss_of=loss_of, between=lambda model, _: seen.append(ranks(model)))
-    assert sum("no gradient" in str(warning.message) for warning in told) == 1
+    assert sum("no gradient" in str(warning.message) for warning in caught) == 1
     assert {rank for found in seen[:silent] for rank in found.values()} == {2}
     assert [update.step for update in updates] == [18]
     # Windows without gradients are excluded from smoothing.

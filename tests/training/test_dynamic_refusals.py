@@ -202,14 +202,14 @@ def test_invalid_options_raise(options: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("freeze_after", "warmup", "is_told"), [(6, 0, False), (5, 0, True), (12, 6, False), (11, 6, True)]
+    ("freeze_after", "warmup", "warns"), [(6, 0, False), (5, 0, True), (12, 6, False), (11, 6, True)]
 )
-def test_options_without_any_change_warn(freeze_after: int, warmup: int, is_told: bool) -> None:
+def test_options_without_any_change_warn(freeze_after: int, warmup: int, warns: bool) -> None:
     model = llama()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         DynamicRanks(model, adamw(model), **OPTIONS, freeze_after=freeze_after, warmup=warmup)
-    assert [("ranks will never change" in str(warning.message)) for warning in told] == [True] * is_told
+    assert [("ranks will never change" in str(warning.message)) for warning in caught] == [True] * warns
 
 
 def test_inactive_frozen_and_disabled_adapters_are_refused() -> None:
@@ -243,7 +243,7 @@ def test_wrong_types_of_model_and_optimizer_raise() -> None:
         with pytest.raises(TypeError, match="optimizer must be a torch optimizer, not"):
             DynamicRanks(model, optimizer, **OPTIONS)
     with pytest.raises(TypeError, match=r"ranks must be a mapping by module, not \[2\]"):
-        lorank.training.resize_lora(model, [2])  # type: ignore[arg-type]
+        lorank.training.resize_lora(model, [2])
 
 
 @pytest.mark.parametrize("options", [{"r_min": 0}, {"r_min": -1}, {"r_min": 1.5}, {"r_max": 12.5}])
@@ -257,7 +257,7 @@ def test_invalid_rank_bounds_raise(options: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "is no plain LoRA but a Dora.*: not supported"),
+        ({"use_dora": True}, "is a Dora.*, not plain LoRA: not supported"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "orthogonal"}, "PEFT loads even ranks only. Set init_lora_weights to True"),
     ],

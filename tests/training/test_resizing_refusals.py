@@ -21,10 +21,10 @@ from tests.support.resizable_models import LLAMA, Mixed, assert_untouched, linea
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"q_proj": 3}, "ranks: 'q_proj' fits several adapted modules"),
-        ({"0.self_attn.k_proj": 3}, "'0.self_attn.k_proj' is no adapted module"),
-        ({"0.self_attn.q_proj": 3, "model.layers.0.self_attn.q_proj": 3}, "two names fit"),
-        ({"0.self_attn.q_proj": 0}, "rank 0: PEFT has no ranks below 1"),
+        ({"q_proj": 3}, "ranks: 'q_proj' matches several adapted modules"),
+        ({"0.self_attn.k_proj": 3}, "'0.self_attn.k_proj' matches no adapted module"),
+        ({"0.self_attn.q_proj": 3, "model.layers.0.self_attn.q_proj": 3}, "two names match"),
+        ({"0.self_attn.q_proj": 0}, "rank 0 is below 1, the smallest rank in PEFT"),
         ({"0.self_attn.q_proj": -1}, "rank -1"),
         ({"0.self_attn.q_proj": 2.5}, "must be an integer, not 2.5"),
         ({"0.self_attn.q_proj": True}, "must be an integer, not True"),
@@ -49,7 +49,7 @@ def test_unresizable_modules_are_refused_by_name_and_stay_unchanged() -> None:
             assert_untouched(model, before)
 
     dora = get_peft_model(Mixed(), LoraConfig(r=4, target_modules=["first", "last"], use_dora=True))
-    refused(dora, NotImplementedError, "'last' is no plain LoRA but a Dora")
+    refused(dora, NotImplementedError, "'last' is a Dora.*, not plain LoRA")
     merged = mixed()
     merged.merge_adapter()
     refused(merged, ValueError, "'last': adapter 'default' is merged")

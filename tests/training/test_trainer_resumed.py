@@ -107,13 +107,13 @@ def rewritten(path: Path, change: Any) -> None:
     ],
     ids=[
         "garbage",
-        "cut off",
+        "truncated",
         "no header",
         "another header",
-        "a tensor less",
+        "missing tensor",
         "no step",
         "no ranks",
-        "a step that is no number",
+        "step as text",
         "fewer modules",
         "another shape",
     ],
@@ -126,7 +126,7 @@ def test_damaged_state_raises(full_run: tuple[Run, Path], tmp_path: Path, damage
     restore_ranks(model, checkpoint)
     run = trainer(model, tmp_path, GardCallback(**OPTIONS))
     with pytest.raises(
-        lorank.FormatError, match=r"lorank_gard.safetensors: is no saved state of GardCallback"
+        lorank.FormatError, match=r"lorank_gard.safetensors: not a saved state of GardCallback"
     ):
         run.train(resume_from_checkpoint=str(checkpoint))
     assert num_hooks(model) == 0

@@ -1,4 +1,4 @@
-"""What a truncation left out, exactly, from the singular values that it dropped."""
+"""The exact error of a truncation, from the singular values that it dropped."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ModuleCertificate:
-    """One module.
+    """The error of truncating one module.
 
     Attributes
     ----------
     name
-        The module.
+        Name of the module.
     rank_before, rank_after
-        Its ranks.
+        Rank before and after the truncation.
     parameters_before, parameters_after
-        Parameters of its factors.
+        Number of parameters of its factors.
     energy
-        ``||dW||_F^2`` of its update before.
+        ``||dW||_F^2`` of the update before the truncation.
     dropped_energy
         ``||dW - dW_hat||_F^2``.
     spectral_error
-        ``||dW - dW_hat||_2``: the largest singular value dropped. Of a dense difference with both sides
-        above 512 an estimate from below, as its values are.
+        ``||dW - dW_hat||_2``: the largest dropped singular value. For a dense difference with both sides
+        above 512, an estimate from below, as its singular values are.
     """
 
     name: str
@@ -46,22 +46,22 @@ class ModuleCertificate:
 
     @property
     def retained_energy(self) -> float:
-        """The share of the energy that is kept; 1 for an update of zero."""
+        """Share of the energy that is kept; 1 for an update of zero."""
         return 1.0 - self.dropped_energy / self.energy if self.energy > 0 else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers as values that JSON knows."""
+        """Return all fields and the errors as JSON values."""
         numbers = {name: getattr(self, name) for name in _FIELDS}
         return {**numbers, "error": self.error, "retained_energy": self.retained_energy}
 
     @classmethod
     def from_json(cls, content: Any) -> ModuleCertificate:
-        """What `to_json` wrote.
+        """Return the certificate that `to_json` gave.
 
         Raises
         ------
         ValueError
-            If it is something else.
+            If the content is not such a certificate.
         """
         if not isinstance(content, dict) or not isinstance(content.get("name"), str):
             raise ValueError("a module without a name")
@@ -78,18 +78,18 @@ _FIELDS = tuple(field.name for field in fields(ModuleCertificate))
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """All modules together.
+    """The error of truncating an adapter.
 
     Attributes
     ----------
     action
-        What was done, in words.
+        Description of the operation.
     modules
-        One entry a module, in the adapter's order.
+        Certificates of all modules, in the adapter's order.
     rounding_error
-        ``||.||_F`` between the truncated update and what was written, where factors were rounded to a
-        narrower type than float32; None before saving, and for float32. What was read and written again
-        has the sum of both roundings, a bound.
+        ``||.||_F`` between the truncated update and the written one, where factors were rounded to fewer than
+        32 bits; None before saving, and for float32. After reading and writing again, the sum of both
+        rounding errors, which is an upper bound.
     """
 
     action: str
@@ -103,38 +103,38 @@ class Certificate:
 
     @property
     def norm(self) -> float:
-        """``||dW||_F`` over all modules, before."""
+        """``||dW||_F`` over all modules, before the truncation."""
         return math.sqrt(math.fsum(module.energy for module in self.modules))
 
     @property
     def relative_error(self) -> float:
-        """The error by the norm; 0 for an update of zero."""
+        """Error divided by the norm; 0 for an update of zero."""
         return self.error / self.norm if self.norm > 0 else 0.0
 
     @property
     def spectral_error(self) -> float:
-        """The largest singular value dropped anywhere."""
+        """Largest dropped singular value of all modules."""
         return max((module.spectral_error for module in self.modules), default=0.0)
 
     @property
     def retained_energy(self) -> float:
-        """The share of the energy that is kept; 1 for an update of zero."""
+        """Share of the energy that is kept; 1 for an update of zero."""
         energy = math.fsum(module.energy for module in self.modules)
         dropped = math.fsum(module.dropped_energy for module in self.modules)
         return 1.0 - dropped / energy if energy > 0 else 1.0
 
     @property
     def parameters_before(self) -> int:
-        """Parameters of all factors before."""
+        """Number of parameters of all factors before the truncation."""
         return sum(module.parameters_before for module in self.modules)
 
     @property
     def parameters_after(self) -> int:
-        """Parameters of all factors after."""
+        """Number of parameters of all factors after the truncation."""
         return sum(module.parameters_after for module in self.modules)
 
     def with_rounding(self, added: float) -> Certificate:
-        """The same with what rounding added to it."""
+        """Return the certificate with a further rounding error."""
         return replace(self, rounding_error=(self.rounding_error or 0.0) + added)
 
     def __repr__(self) -> str:
@@ -145,7 +145,7 @@ class Certificate:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Totals and modules as values that JSON knows."""
+        """Return totals and modules as JSON values."""
         totals = (
             "error",
             "norm",
@@ -164,12 +164,12 @@ class Certificate:
 
     @classmethod
     def from_json(cls, content: Any) -> Certificate:
-        """What `to_json` wrote; totals are computed anew.
+        """Return the certificate that `to_json` gave; totals are computed again.
 
         Raises
         ------
         ValueError
-            If it is something else.
+            If the content is not such a certificate.
         """
         if not isinstance(content, dict) or not isinstance(content.get("action"), str):
             raise ValueError("no action")
@@ -181,7 +181,7 @@ class Certificate:
         return cls(content["action"], [ModuleCertificate.from_json(module) for module in modules], rounding)
 
     def to_text(self, notes: Sequence[str] = ()) -> str:
-        """The same, and an adapter's notes, as a JSON text with a line for every module."""
+        """Return the certificate and an adapter's notes as JSON, with a line for every module."""
         content = {**self.to_json(), "notes": list(notes)}
         modules = ",\n".join(json.dumps(module) for module in content.pop("modules"))
         return f'{json.dumps(content)[:-1]}, "modules": [\n{modules}\n]}}\n'

@@ -1,4 +1,4 @@
-"""A folder of one adapter in many sizes: an elastic parent and its children."""
+"""Folders of families: an elastic parent, and its children of several ranks."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from lorank.adapters.metadata import CERTIFICATE_FILE
 from lorank.peft_format.names import CONFIG_FILE, WEIGHTS_FILE
 
 _MEMBER = re.compile(r"elastic|rank-[0-9.e+-]+")
-_OURS = {CERTIFICATE_FILE, CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+_FILES = {CERTIFICATE_FILE, CONFIG_FILE, WEIGHTS_FILE, "README.md"}
 
 
 def remove_stale(folder: Path, members: Collection[str]) -> list[str]:
-    """Remove an earlier family's members that these do not replace, so that no other adapter's lie beside.
+    """Remove the members of an earlier family that the new ones do not replace.
 
     Parameters
     ----------
     folder
-        Where the family is.
+        The family's folder.
     members
-        What is in it from now on.
+        Names of the new members.
 
     Returns
     -------
     list of str
-        Notes of what has the name of a member, but files of somebody else in it: that stays.
+        Notes on folders with a member's name that stay, as they hold files of other programs.
     """
     notes = []
     for path in sorted(folder.iterdir()):
         if path.name in members or not path.is_dir() or not _MEMBER.fullmatch(path.name):
             continue
         files = {file.name for file in path.iterdir()}
-        if CERTIFICATE_FILE not in files or files - _OURS:
+        if CERTIFICATE_FILE not in files or files - _FILES:
             notes.append(f"{path} was kept: not all of it was written by lorank")
             continue
         for file in files:

@@ -180,7 +180,7 @@ def _write_card(job: _Job, staging: Path, certificate: Certificate | None) -> li
 
 
 def _padding_note(job: _Job) -> list[str]:
-    """Return the number of stored parameters, and an advice, if ranks are padded."""
+    """Return a note with the number of stored parameters, if ranks are padded."""
     adapter, stored = job.adapter, job.stored_parameters
     if stored == adapter.num_parameters:
         return []

@@ -106,14 +106,10 @@ def allocate(
     registered.check_options(method, method_options)
     with waiting(OPENING, enabled=progress):
         opened = signal_source if isinstance(signal_source, Report) else open_source(signal_source)
-    every = adaptable_modules(_matrices(opened))
-    check_roles([module.name for module in every], roles)
-    facts = _facts(opened)
-    adapted, refused = _without_refused(_selected(opened, every, targets, facts), facts)
-    modules = _placed(adapted, placement, roles)
+    modules, refused, others = _selection(opened, targets, placement, roles)
+    names = [module.name for module in modules]
     evidence = opened
     if registered.needs == "spectra" and isinstance(opened, Source):
-        names = [module.name for module in modules]
         evidence = analyze(opened, include=names, threads=threads, progress=progress)
     registered.check_evidence(method, evidence)
     signal = registered.function(evidence, modules, r_min, r_max, **method_options)
@@ -121,19 +117,29 @@ def allocate(
     ranks = _ranks(signal, modules, limits, evidence)
     if ranks is None:
         raise ValueError(f"method {method!r} needs a budget or avg_rank")
-    names = [module.name for module in modules]
-    chosen = set(names)
     return RankAllocation(
         modules,
         dict(zip(names, (int(rank) for rank in ranks), strict=True)),
         dict(zip(names, (float(score) for score in signal.scores), strict=True)),
         method,
-        _others(every, facts, chosen),
+        others,
         {**refused, **_with_caps(signal.flags, modules, ranks, r_max)},
         _label(evidence),
         evidence.num_parameters,
-        facts,
+        _facts(opened),
     )
+
+
+def _selection(
+    opened: Report[Any] | Source, targets: naming.Targets, placement: Placement, roles: Roles
+) -> tuple[list[AdaptedModule], dict[str, str], list[str]]:
+    """Return the modules to adapt, flags of modules that PEFT refuses, and the names of all other modules."""
+    every = adaptable_modules(_matrices(opened))
+    check_roles([module.name for module in every], roles)
+    facts = _facts(opened)
+    adapted, refused = _without_refused(_targeted(opened, every, targets, facts), facts)
+    modules = _placed(adapted, placement, roles)
+    return modules, refused, _others(every, facts, {module.name for module in modules})
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +176,7 @@ def _matrices(evidence: Report[Any] | Source) -> Iterable[Matrix]:
     return [matrix.info for matrix in evidence.matrices]
 
 
-def _selected(
+def _targeted(
     evidence: Report[Any] | Source,
     every: Sequence[AdaptedModule],
     targets: naming.Targets,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Budget: TypeAlias = "int | str"
-"""A number of parameters (``500_000``, ``"500k"``, ``"1.5M"``), or a percentage of the base model's."""
+"""A number of parameters (``500_000``, ``"500k"``, ``"1.5M"``), or a percentage (``"0.5%"``)."""
 
 _COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbB]?)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -71,7 +71,7 @@ def _share(budget: str, num_parameters: int | None, unknown: str) -> float:
             f"{budget} of an unknown number of parameters{unknown and ': '}{unknown}; "
             "give the budget as a number of parameters"
         )
-    # Rounding must not turn an exact product (0.5 % of 10,000) into one less.
+    # Rounding must not turn an exact product (0.5 % of 10,000) into the next smaller integer.
     return percent * num_parameters / 100 * (1 + 4 * np.finfo(float).eps)
 
 
@@ -115,8 +115,8 @@ def fit_ranks(
     Raises
     ------
     ValueError
-        If an argument is malformed, or if no ranks within the bounds cost as much or as little as the
-        budget; the message states the feasible range.
+        If an argument is malformed, or the budget is below the cost of the lowest ranks or above the cost of
+        the highest; the message states the feasible range.
 
     Examples
     --------

@@ -6,7 +6,7 @@ from typing import Any
 
 from lorank.cli.errors import UsageError
 from lorank.cli.spelling import spelled_as_options
-from lorank.compression.selection import Knobs, with_counted_budget
+from lorank.compression.knobs import Knobs, with_counted_budget
 
 _AMOUNTS = ("rank_ratio", "avg_rank", "energy", "budget", "auto")
 

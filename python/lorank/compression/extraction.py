@@ -1,4 +1,4 @@
-"""An adapter from a full fine-tune: the difference of two checkpoints, truncated."""
+"""The truncated difference of two models as an adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorank._internal.threads import thread_count
 from lorank.adapters.content import AdapterContent
 from lorank.adapters.module import LoraModule
 from lorank.compression import twins
-from lorank.compression.selection import checked_knobs, with_counted_budget
+from lorank.compression.knobs import checked_knobs, with_counted_budget
 from lorank.compression.spectral_form import SpectralForm, Triplets
 from lorank.compression.truncation import truncated
 from lorank.modules import naming
@@ -45,7 +45,7 @@ def extract(
     if knobs.get("rank_ratio") is not None:
         raise ValueError("rank_ratio has no meaning for a dense difference: use avg_rank, energy or budget")
     given = {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
-    # A slip is found before anything is opened, of whatever size the base model is.
+    # Wrong knobs are found before any file is opened, whatever the size of the base model.
     checked_knobs(with_counted_budget(given, 0))
     with waiting(OPENING, enabled=progress):
         before, after = open_source(base), open_source(tuned)
@@ -63,7 +63,7 @@ def extract(
     found, copies = (held, []) if before.skeleton else _without_copies(held)
     every, tying, tied = twins.added(found, before, exclude)
     forms = [_renamed(form, prefix) for form in every]
-    whole = AdapterContent(
+    total = AdapterContent(
         {form.module.name: form.module for form in forms},
         config={
             "peft_type": "LORA",
@@ -75,7 +75,7 @@ def extract(
         notes=[*notes, *refused, *copies, *tied],
         label=f"{after.label} - {before.label}",
     )
-    return truncated(whole, forms, chosen, f"extract {whole.label}, {chosen}", threads)
+    return truncated(total, forms, chosen, f"extract {total.label}, {chosen}", threads)
 
 
 def _targets(forms: Sequence[SpectralForm], before: Source, prefix: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _targets(forms: Sequence[SpectralForm], before: Source, prefix: str) -> dict
 
 
 def _name_of(base: AnySource) -> str | None:
-    """How PEFT would find the base model again; None for what lives in memory and has no name."""
+    """Return the path or hub id of the base model; None for a model in memory that has no name."""
     if isinstance(base, (str, Path)):
         return str(base)
     name = getattr(base, "name_or_path", None)
@@ -102,7 +102,7 @@ def _renamed(form: SpectralForm, prefix: str) -> SpectralForm:
 
 
 def _idle(exclude: naming.Targets, *sources: Source) -> list[str]:
-    """Entries of `exclude` that select nothing: slips of the pen, most likely."""
+    """Return notes on entries of `exclude` that select nothing, which are probably misspelt."""
     names = {matrix.info.module for source in sources for matrix in source.matrices}
     names = names.union(*(others for source in sources for others in source.facts.ties.values()))
     entries = [exclude] if isinstance(exclude, str) else [[entry] for entry in exclude or ()]
@@ -181,7 +181,7 @@ def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
 
 
 def _other_changes(before: Source, after: Source) -> list[str]:
-    """What differs and is no matrix of a module: an adapter cannot hold it."""
+    """Return notes on changes outside the matrices of modules, which an adapter cannot hold."""
     old, new = before.skipped_values, after.skipped_values
     shapes = [{entry.name: entry.shape for entry in source.skipped} for source in (before, after)]
     changed = [
@@ -193,7 +193,7 @@ def _other_changes(before: Source, after: Source) -> list[str]:
     notes = [f"{len(changed)} tensors changed, which no adapter holds: {some}"] if changed else []
     only = ((before.label, [n for n in old if n not in new]), (after.label, [n for n in new if n not in old]))
     return notes + [
-        f"{len(names)} tensors that are no matrices are in {label} only, the first is {names[0]}"
+        f"{len(names)} tensors that are not matrices are in {label} only, the first is {names[0]}"
         for label, names in only
         if names
     ]
@@ -204,9 +204,9 @@ def _are_equal(a: _core.Matrix, b: _core.Matrix) -> bool:
 
 
 def _without_copies(forms: Sequence[SpectralForm]) -> tuple[list[SpectralForm], list[str]]:
-    """The forms without output heads that are stored copies of the embedding, and what to note.
+    """Return the forms without output heads that are stored copies of the embedding, and notes.
 
-    Tied weights change alike, to the last bit: two matrices of models that were trained apart do not.
+    Changes of tied weights are equal to the last bit, changes of separate weights are not.
     """
     embeddings = [form for form in forms if form.module.kind == "embedding" and form.energy > 0]
     kept, notes = [], []
@@ -226,7 +226,7 @@ def _change_alike(a: SpectralForm, b: SpectralForm) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Leading:
-    """The leading triplets of a difference, the energy of all of it, and the value that comes next."""
+    """The leading triplets of a difference, the energy of the difference, and the next singular value."""
 
     part: Triplets
     energy: float
@@ -234,7 +234,7 @@ class _Leading:
 
 
 def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) -> list[SpectralForm]:
-    """Every module's leading triplets; as many pairs at a time as keep memory bounded."""
+    """Return every module's leading triplets; lazy matrices are read in batches of one for each thread."""
     found: dict[int, _Leading] = {}
     work = sum(math.prod(pair.base.info.shape) for pair in pairs)
     with progress_bar("subtracting", work, enabled=progress) as advance:
@@ -270,7 +270,7 @@ def _subtracted(
 
 
 def _is_swapped(matrix: SourceMatrix) -> bool:
-    """Whether the loaded matrix is the transpose of the update: PEFT transposes that of an embedding."""
+    """Return True if the loaded matrix is the transpose of PEFT's update, as for an embedding."""
     return matrix.transposed != (matrix.info.kind == "embedding")
 
 
@@ -292,7 +292,7 @@ def _form(matrix: SourceMatrix, results: Sequence[_Leading]) -> SpectralForm:
         a_tail=matrix.kernel or shape[1:],
         b_tail=(1,) * (len(matrix.kernel) - 1),
     )
-    # Rounding must not invent energy where all values were computed.
+    # Where all values were computed, a difference of the two energies is rounding.
     unseen = energy - kept if len(parts[0].singular_values) < min(shape) else 0.0
     following = max(result.following for result in results)
     return SpectralForm(module, parts, max(unseen, 0.0), following, is_dense=True)

@@ -1,4 +1,4 @@
-"""Fisher importance: how much the loss minds each singular value of an adapter."""
+"""Fisher importance: the sensitivity of the loss to each singular value of an adapter."""
 
 from __future__ import annotations
 
@@ -27,35 +27,56 @@ def fisher_scores(
     adapter_name: str = "default",
     loss: Loss | None = None,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Scores of an elastic adapter's singular values, for `compress(..., scores=...)`.
+    """Compute scores of an elastic adapter's singular values, for `compress(..., scores=...)`.
 
     Parameters
     ----------
     peft_model
-        A live PEFT model that holds an adapter in balanced spectral form: what `elastic` returned and
+        A live PEFT model with an adapter in balanced spectral form: one that `elastic` returned and
         `LoraAdapter.into_model` put in, or a saved one that PEFT loaded.
     batches
         Validation batches: mappings that the model takes as keyword arguments, labels included.
     adapter_name
-        Which adapter.
+        Name of the adapter.
     loss
-        ``loss(model, batch)`` (default: the model's own).
+        Function ``loss(model, batch)`` (default: the model's own loss).
 
     Returns
     -------
     dict
-        Module name -> one score per singular value, float64: the sum over the entries of its column of
-        ``B`` and its row of ``A`` of the mean squared gradient over the batches.
+        Module name -> one score per singular value, float64. A score is the mean over the batches of the
+        squared gradient, summed over the entries of the value's column of ``B`` and row of ``A``.
 
     Raises
     ------
     ValueError
-        If there is no batch, the model has no such adapter, or a module's factors are no singular vectors.
+        If there is no batch, the model lacks the adapter, or a module's factors are not singular vectors.
 
     Notes
     -----
-    Source: PARA, the ablation of importance scores. Parameters, gradients and the training mode are
-    left as they were.
+    Source: [PARA], the ablation of importance scores. Parameters, gradients and the training mode do not
+    change.
+
+    Examples
+    --------
+    >>> import peft, torch
+    >>> import lorank
+    >>> class Model(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.q_proj = torch.nn.Linear(8, 4)
+    ...     def forward(self, x):
+    ...         return self.q_proj(x)
+    >>> config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    >>> model = peft.get_peft_model(Model(), config)
+    >>> adapter = lorank.LoraAdapter.from_model(model)
+    >>> lorank.elastic(adapter, progress=False).into_model(model)
+    >>> batches = [{"x": torch.randn(3, 8)}]
+    >>> scores = lorank.fisher_scores(
+    ...     model, batches, loss=lambda model, batch: model(**batch).square().mean()
+    ... )
+    >>> {name: values.shape for name, values in scores.items()}
+    {'q_proj': (2,)}
     """
     torch = extras.require("torch", "peft", "for gradients")
     from lorank.profiling import passes  # Imports torch.
@@ -83,7 +104,7 @@ def fisher_scores(
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout."""
+    """Turn dropout off while the block runs."""
     training = model.training
     try:
         model.eval()
@@ -93,18 +114,18 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _check_spectral(adapter: AdapterContent) -> None:
-    """A score belongs to a singular value: columns that mix them have none."""
+    """Refuse factors that are not singular vectors: a score belongs to one singular value."""
     for module in adapter.adapted:
         for b, a in module.factors():
             if not all(are_orthogonal(side, module.dtype) for side in (b.to_array().T, a.to_array())):
                 raise ValueError(
-                    f"module {module.name!r}: its factors are no singular vectors: put "
+                    f"module {module.name!r}: its factors are not singular vectors: put "
                     "lorank.elastic(adapter) into the model first"
                 )
 
 
 def _factors(peft_model: Any, adapter_name: str) -> dict[str, Any]:
-    """The adapter's factors by the names that its file would give them."""
+    """Return the adapter's factors by their keys in a file."""
     name_of_factor = factor_pattern(adapter_name)
     return {
         found[1] + (found[2] or ""): parameter
@@ -114,7 +135,7 @@ def _factors(peft_model: Any, adapter_name: str) -> dict[str, Any]:
 
 
 def _by_value(adapter: AdapterContent, means: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
-    """Sums over the entries of every column of B and row of A."""
+    """Return sums over the entries of every column of B and row of A."""
     squares = peft_reading.read(ArrayTensors(means, adapter.label), adapter.config)
     scores = {}
     for name, module in squares.modules.items():

@@ -35,7 +35,7 @@ def check_one_model(adapters: Sequence[AdapterContent], *, force: bool) -> None:
     if len(bases) > 1:
         named = "; ".join(f"{base} of {label}" for base, label in reversed(bases.items()))
         raise ValueError(
-            f"the adapters' base models have different names ({named}): a sum needs one base model. If  "
+            f"the adapters' base models have different names ({named}): a sum needs one base model. If "
             "the names mean the same model, force=True merges the adapters"
         )
     for adapter in adapters:
@@ -49,7 +49,7 @@ def check_one_model(adapters: Sequence[AdapterContent], *, force: bool) -> None:
 
 
 def ties_tables(adapters: Sequence[AdapterContent]) -> bool:
-    """Return whether a sum ties its output head to the embedding (`ensure_weight_tying`).
+    """Return True if a sum ties its output head to the embedding (`ensure_weight_tying`).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Several adapters as one: the weighted sum of their updates, truncated."""
+"""The weighted sum of several adapters' updates, truncated."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lorank.adapters.content import Adapter, AdapterContent
 from lorank.adapters.formats.registry import format_of
 from lorank.adapters.module import LoraModule
 from lorank.compression.carried_sum import carried_sum
+from lorank.compression.knobs import Knobs
 from lorank.compression.mergeable import check_one_model, ties_tables
-from lorank.compression.selection import Knobs
 from lorank.compression.spectral_form import Term, Update, spectral_form
 from lorank.compression.truncation import truncated
 from lorank.modules import naming
@@ -53,7 +53,7 @@ def merge(
     forms = spectral_form(
         [u for u in updates if u.module.rank], thread_count(threads), progress, label="merging"
     )
-    whole = replace(
+    total = replace(
         parts[0],
         modules=modules,
         carried=others,
@@ -61,7 +61,7 @@ def merge(
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
         **settings,
     )
-    return truncated(whole, forms, knobs, f"merge of {whole.label}, {knobs}", threads)
+    return truncated(total, forms, knobs, f"merge of {total.label}, {knobs}", threads)
 
 
 def _has(adapter: AdapterContent, name: str) -> bool:
@@ -69,7 +69,7 @@ def _has(adapter: AdapterContent, name: str) -> bool:
 
 
 def _acts(module: LoraModule) -> bool:
-    """Return whether a module adds anything to outputs: a product of factors, or a bias."""
+    """Return True if a module adds anything to outputs: a product of factors, or a bias."""
     return module.rank > 0 or bool(module.carried)
 
 
@@ -89,13 +89,13 @@ def _checked_weights(adapters: Sequence[AdapterContent], weights: Sequence[float
 
 
 def _check_prefixes(adapters: Sequence[AdapterContent]) -> None:
-    """Refuse names that differ by a prefix: the sum would hold both, and PEFT would load half of it."""
+    """Refuse names that differ by a prefix: the sum would hold both, and PEFT would load one of them."""
     owners = {name: adapter for adapter in reversed(adapters) for name in adapter.modules}
     for adapter in adapters:
         for name in adapter.modules:
             for short in proper_suffixes(name):
                 other = owners.get(short)
-                # Names that lie in one adapter together are two modules of one model.
+                # Two names within one adapter belong to two modules of the model.
                 if other is not None and short not in adapter.modules and name not in other.modules:
                     raise ValueError(
                         f"{adapter.label} adapts {name!r}, but {other.label} adapts {short!r}: names of one "
@@ -160,7 +160,7 @@ def _check_layers(
 
 def _notes(adapters: Sequence[AdapterContent]) -> list[str]:
     notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
-    # The same model may be a hub id here and a folder there; shapes have been compared.
+    # One model may be named by a hub id and by a folder; shapes have been compared.
     bases = {adapter.base_model for adapter in adapters if adapter.base_model}
     if len(bases) > 1:
         notes.append(f"base models are called {', '.join(sorted(bases))}: a sum is one of one base model")

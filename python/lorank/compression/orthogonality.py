@@ -1,4 +1,4 @@
-"""Whether factors are what a file's flag says: singular vectors, each as long as its value wants it."""
+"""Checks that factors are singular vectors, as the flag of a file states."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# The cosines that rounding to a type gives two vectors that were orthogonal: twice its relative error.
-# Energies err by the product of the two sides' cosines, a ten-thousandth at the very most.
+# Largest cosines between vectors that were orthogonal before they were rounded to a type: twice the type's
+# relative error. The relative error of energies is the product of the cosines of both sides, below 1e-4.
 _ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 _COMPUTED = 2.0**-12
 
 
 def are_orthogonal(vectors: npt.NDArray[Any], dtype: str) -> bool:
-    """Whether vectors are finite, and orthogonal up to the rounding of the type that they were stored in.
+    """Return True if vectors are finite, and orthogonal up to the rounding of their stored type.
 
     Parameters
     ----------
     vectors
-        ``(k, n)``, one a row. Vectors of zeros are orthogonal to all.
+        Vectors ``(k, n)``, one in a row. A vector of zeros is orthogonal to all others.
     dtype
-        The stored element type by NumPy's name.
+        Stored element type by NumPy's name.
     """
     wide = vectors.astype(np.float64)
     if not np.all(np.isfinite(wide)):

@@ -15,7 +15,7 @@ Array = npt.NDArray[np.float64]
 
 
 class ProductSvd(NamedTuple):
-    """``U @ diag(s) @ Vt``: ``U (out, k)``, ``s (k,)`` descending, ``Vt (k, in)``."""
+    """``U @ diag(s) @ Vt``: ``U (out, k)``, ``s (k,)`` descending, ``Vt (k, in)``, all float64."""
 
     U: Array
     s: Array
@@ -23,17 +23,17 @@ class ProductSvd(NamedTuple):
 
 
 def product_svd(B: Any, A: Any) -> ProductSvd:
-    """The thin SVD of ``B @ A``, which is never formed.
+    """Compute the thin SVD of ``B @ A`` without forming the product.
 
     Parameters
     ----------
     B, A
-        NumPy arrays or CPU torch tensors, ``(out, r)`` and ``(r, in)``, of any floating-point type.
+        Factors ``(out, r)`` and ``(r, in)``: NumPy arrays or CPU torch tensors of any floating-point type.
 
     Returns
     -------
     ProductSvd
-        In float64, of the `k` singular values that are not zero up to rounding.
+        The `k` singular values that are not zero up to rounding, and their vectors.
 
     Raises
     ------
@@ -44,7 +44,15 @@ def product_svd(B: Any, A: Any) -> ProductSvd:
 
     Notes
     -----
-    Source: PARA, equations 2 to 5: QR of both factors, SVD of the small core.
+    Source: [PARA], equations 2 to 5: QR of both factors, SVD of the small core.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lorank
+    >>> B, A = np.array([[3.0], [4.0]]), np.array([[2.0, 0.0]])
+    >>> lorank.product_svd(B, A).s
+    array([10.])
     """
     left, right = (arrays.matrix(x).to_array().astype(np.float64) for x in (B, A))
     terms = [(arrays.matrix(left), arrays.matrix(right), 1.0)]
@@ -55,6 +63,6 @@ def product_svd(B: Any, A: Any) -> ProductSvd:
         lambda receive: _core.rebuild([(decomposition, kept.tolist())], 1, receive)
     )
     columns, rows = b.to_array(), a.to_array()
-    # Balanced columns and rows are as long as the root of their value.
+    # The length of balanced columns and rows is the root of their value.
     roots = np.sqrt(values[kept])
     return ProductSvd(columns / roots, values[kept], rows / roots[:, None])

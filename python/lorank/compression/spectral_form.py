@@ -1,4 +1,4 @@
-"""Updates in balanced spectral form: from here on, every truncation is a choice of columns."""
+"""Updates in balanced spectral form, in which every truncation is a choice of columns."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Term = tuple[_core.Matrix, _core.Matrix, float]
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a module's new factors are made of.
+    """The terms of a module's new update.
 
     Attributes
     ----------
     module
-        Its name, kind and shape; its rank is the sum of the terms'.
+        The module's name, kind and shape; its rank is the sum of the ranks of the terms.
     terms
-        Returns, for every copy, the products ``weight * B @ A`` that are summed up.
+        Returns, for every copy, the products ``weight * B @ A`` to add up.
     is_spectral
-        Whether there is one term that is said to be in spectral form already. It is looked at before it
-        is believed.
+        True if a flag of the file states that there is one term, in spectral form. The form is checked before
+        it is used.
     """
 
     module: LoraModule
@@ -43,16 +43,16 @@ class Update:
 
     @classmethod
     def of(cls, module: LoraModule, *, is_spectral: bool = False) -> Update:
-        """A module as it is."""
+        """Return the update of a module itself."""
         return cls(module, lambda: [[(b, a, module.scaling)] for b, a in module.factors()], is_spectral)
 
 
 class Part(Protocol):
-    """One copy's update: its singular values, descending, float64, and a way to its factors."""
+    """The decomposed update of one copy: the core's decomposition, or `Triplets`."""
 
     @property
     def singular_values(self) -> npt.NDArray[np.float64]:
-        """``(k,)``, descending."""
+        """Singular values ``(k,)``, descending, float64."""
         ...
 
 
@@ -77,20 +77,20 @@ class Triplets:
 
 @dataclass(frozen=True)
 class SpectralForm:
-    """A module's update, decomposed.
+    """The decomposed update of a module.
 
     Attributes
     ----------
     module
-        As it was before.
+        The module before truncation.
     parts
-        One per copy, all of one `k`.
+        The decomposed update of every copy, all with the same number of values.
     unseen_energy
-        What ``||dW||_F^2`` is beyond the values' squares, where only the leading ones were computed.
+        ``||dW||_F^2`` minus the squares of the values, where only the leading values were computed.
     unseen_norm
         The largest of the values that were not computed.
     is_dense
-        Whether it is a difference of dense weights, no product of factors.
+        True for a difference of dense weights, False for a product of factors.
     """
 
     module: LoraModule
@@ -101,23 +101,23 @@ class SpectralForm:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that the update was given by."""
+        """Number of parameters that gave the update."""
         module = self.module
         return module.copies * math.prod(module.shape) if self.is_dense else module.num_parameters
 
     @property
     def energy(self) -> float:
-        """``||dW||_F^2``."""
+        """``||dW||_F^2``, computed values or not."""
         return self.unseen_energy + float(np.square(self.values).sum())
 
     @cached_property
     def values(self) -> npt.NDArray[np.float64]:
-        """The singular values; of several copies the root of the sum of their squares."""
+        """Singular values; for several copies, the root of the sum of their squares."""
         return combined_values([part.singular_values for part in self.parts])
 
     @property
     def largest_values(self) -> npt.NDArray[np.float64]:
-        """The largest of the copies' singular values: the spectral norm of leaving one out."""
+        """Largest of the copies' singular values: the spectral error of leaving one out."""
         if len(self.parts) == 1:
             return self.values
         largest: npt.NDArray[np.float64] = np.max([part.singular_values for part in self.parts], axis=0)
@@ -127,9 +127,18 @@ class SpectralForm:
 def truncate(
     forms: Sequence[SpectralForm], masks: Sequence[npt.NDArray[np.bool_]], threads: int
 ) -> list[LoraModule]:
-    """The modules with the values of masks, scaling 1.
+    """Return modules that keep the values of masks, with scaling 1.
 
-    Factors that follow from a file's are computed when they are asked for, others are in memory.
+    Parameters
+    ----------
+    forms, masks
+        Decomposed updates, and a mask of the values to keep for each.
+    threads
+        Number of threads.
+
+    Notes
+    -----
+    Factors of decompositions are computed when they are first read; those of `Triplets` are in memory.
     """
     factors: list[list[tuple[_core.Matrix, _core.Matrix] | None]] = [
         [None] * len(form.parts) for form in forms
@@ -169,14 +178,23 @@ def spectral_form(
 ) -> list[SpectralForm]:
     """Decompose updates, in parallel.
 
+    Parameters
+    ----------
+    updates
+        The updates.
+    threads
+        Number of threads.
+    progress
+        True to draw a progress bar.
+    label
+        Label of the progress bar.
+
     Raises
     ------
     NumericalError
-        If factors hold NaN or infinite values.
+        If factors hold NaN or infinite values; the message names the module.
     MemoryError, OSError
         If memory or threads run out, or a file cannot be read.
-
-    The message names the module.
     """
     forms: dict[int, SpectralForm] = {}
     with progress_bar(label, len(updates), enabled=progress) as advance:
@@ -188,10 +206,9 @@ def spectral_form(
 
 
 def _batches(updates: Sequence[Update]) -> Iterator[list[int]]:
-    """Plain modules all at once, stacks one by one.
+    """Yield the indices of plain modules together, and those of stacks one by one.
 
-    The factors of plain modules stay on disk until a worker needs them; experts are taken apart in
-    memory.
+    Factors of plain modules stay on disk until a worker needs them. Those of experts are copied to memory.
     """
     yield [i for i, update in enumerate(updates) if update.module.copies == 1]
     yield from ([i] for i, update in enumerate(updates) if update.module.copies > 1)
@@ -202,7 +219,7 @@ def _decomposed(
 ) -> Iterator[tuple[int, SpectralForm]]:
     jobs: list[tuple[int, Sequence[Term]]] = []
     for i in batch:
-        if updates[i].is_spectral and (form := _as_it_is(updates[i])):
+        if updates[i].is_spectral and (form := _unchanged(updates[i])):
             yield i, form
         else:
             jobs += [(i, terms) for terms in updates[i].terms()]
@@ -217,17 +234,17 @@ def _decomposed(
         yield i, SpectralForm(updates[i].module, found)
 
 
-def _as_it_is(update: Update) -> SpectralForm | None:
-    """The form of factors that are singular vectors already; None if they are not, whatever a file says.
+def _unchanged(update: Update) -> SpectralForm | None:
+    """Return the form of factors that are singular vectors already; None if they are not.
 
-    Balanced columns have the length of the root of their value, and so have the rows.
+    In balanced factors, the length of every column of B and row of A is the root of the singular value.
     """
     parts = []
     for ((b, a, scaling),) in update.terms():
         columns, rows = b.to_array().T, a.to_array()
         if not all(are_orthogonal(side, update.module.dtype) for side in (columns, rows)):
             return None
-        # Another profile may have moved a factor from one side to the other.
+        # Profiles other than "compact" scale B alone.
         length, width = (np.linalg.norm(x.astype(np.float64), axis=1) for x in (columns, rows))
         size = abs(scaling)
         balance = np.sqrt(np.divide(size * width, length, out=np.zeros_like(length), where=length > 0))
@@ -235,7 +252,7 @@ def _as_it_is(update: Update) -> SpectralForm | None:
         inverse = np.divide(size, balance, out=np.zeros_like(length), where=balance > 0)
         rows = (rows * inverse[:, None]).astype(rows.dtype)
         values = size * length * width
-        # Rounding, or another program, may have left near equals in another order.
+        # Rounding may have changed the order of nearly equal values.
         order = np.argsort(-values, kind="stable")
         parts.append(Triplets(columns[order], values[order], rows[order]))
     return SpectralForm(update.module, parts)

@@ -1,6 +1,6 @@
-"""PARA: a trained adapter's update, decomposed, truncated where it hurts least, rebuilt smaller.
+"""Truncation of a trained adapter's updates by their singular values.
 
-Source: PARA, Post-Optimization Adaptive Rank Allocation for LoRA.
+Source: [PARA].
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from lorank._internal.threads import thread_count
 from lorank.adapters.certificate import Certificate, ModuleCertificate
 from lorank.adapters.content import Adapter, AdapterContent
 from lorank.adapters.module import LoraModule
-from lorank.compression.selection import Knobs, Mask, notes, select
+from lorank.compression.knobs import Knobs
+from lorank.compression.selection import Mask, notes, select
 from lorank.compression.spectral_form import SpectralForm, Update, spectral_form, truncate
 from lorank.peft_format.rank_groups import rank_groups
 
@@ -27,12 +28,12 @@ def compress(adapter: Adapter, knobs: Knobs, threads: int | None, progress: bool
 
 
 def _zeros(forms: Sequence[SpectralForm]) -> list[str]:
-    """Ranks that hold nothing yet count: another program's padding, or what was never trained."""
-    whole = sum(form.module.rank for form in forms)
-    zeros = whole - sum(int(np.count_nonzero(form.values)) for form in forms)
+    """Return a note on ranks whose singular value is zero, as `rank_ratio` counts them."""
+    total = sum(form.module.rank for form in forms)
+    zeros = total - sum(int(np.count_nonzero(form.values)) for form in forms)
     if not zeros:
         return []
-    return [f"{zeros} of {whole} ranks were zero before (padding, or untrained); rank_ratio counts them"]
+    return [f"{zeros} of {total} ranks were zero before (padding, or untrained); rank_ratio counts them"]
 
 
 def family(
@@ -53,7 +54,7 @@ def elastic(adapter: Adapter, threads: int | None, progress: bool) -> Adapter:
 
 
 def decomposed(adapter: AdapterContent, threads: int | None, progress: bool) -> list[SpectralForm]:
-    """The spectral form of every adapted module."""
+    """Return the spectral form of every adapted module."""
     updates = [Update.of(module, is_spectral=adapter.is_spectral) for module in adapter.adapted]
     return spectral_form(updates, thread_count(threads), progress)
 
@@ -65,7 +66,21 @@ def truncated(
     action: str,
     threads: int | None = None,
 ) -> Adapter:
-    """An adapter with the values that the knobs keep; `adapter` gives everything but the factors."""
+    """Return an adapter that keeps the singular values that knobs select.
+
+    Parameters
+    ----------
+    adapter
+        The adapter, which gives everything but the factors.
+    forms
+        Decomposed updates of its modules.
+    knobs
+        The number of values to keep.
+    action
+        Description of the operation, for the certificate.
+    threads
+        Number of threads; None for all that the process may use.
+    """
     groups = rank_groups([form.module for form in forms], adapter.config)
     masks = select(forms, knobs, groups)
     modules: dict[str, LoraModule] = dict(adapter.modules)
@@ -80,7 +95,7 @@ def truncated(
 
 
 def _certificates(forms: Sequence[SpectralForm], masks: Sequence[Mask]) -> list[ModuleCertificate]:
-    """One for every module; sums over its values are taken of all modules at once."""
+    """Return the certificate of every module; NumPy sums over the values of all modules at once."""
     if not forms:
         return []
     keep = np.concatenate(masks)
@@ -89,7 +104,7 @@ def _certificates(forms: Sequence[SpectralForm], masks: Sequence[Mask]) -> list[
     starts = np.cumsum([0, *(len(mask) for mask in masks[:-1])])
     ranks = np.add.reduceat(keep, starts, dtype=np.int64).tolist()
     kept = np.add.reduceat(np.where(keep, squares, 0.0), starts).tolist()
-    # What is dropped is summed by itself: the difference of two large sums would lose it.
+    # Dropped values have a sum of their own: the difference of two large sums would lose small values.
     dropped = np.add.reduceat(np.where(keep, 0.0, squares), starts).tolist()
     next_values = np.maximum.reduceat(np.where(keep, 0.0, largest), starts).tolist()
     return [

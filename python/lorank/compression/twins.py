@@ -1,4 +1,4 @@
-"""Modules that share a weight: an update of it belongs to each of them."""
+"""Modules that share a weight, and so have one update."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Conversion:
 
     @property
     def names(self) -> list[str]:
-        """The checkpoint's tensors."""
+        """The names of the checkpoint's tensors."""
         return [name for names in self.sources.values() for name in names]
 
     def run(self, fetch: Fetch, expert: int | None = None) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Conversion:
         Parameters
         ----------
         fetch
-            Reads a tensor of the checkpoint.
+            A function that reads a tensor of the checkpoint.
         expert
             The number of an expert, to return stacks of its matrix alone; None for the complete parameters.
         """

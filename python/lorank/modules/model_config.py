@@ -11,6 +11,7 @@ from typing import Any
 from lorank._internal.json_files import read_json
 
 FILE_NAME = "config.json"
+"""The file that holds the configuration of a model."""
 
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files beside `config.json` that held the settings of a quantization before they moved into that file."""
@@ -22,7 +23,7 @@ _QUANTIZATION = ("quantization_config", "compression_config", "quantization")
 _DEPTHS = re.compile(
     r".*(?:layers?|blocks?|depths?|experts?|stages?|levels?|heads?|codebooks?|quantizers?)", re.IGNORECASE
 )
-# A model has at least one tensor a layer. Some layers are shared, and files may hold a part of a model.
+# A model has at least one tensor per layer, but layers may be shared, and files may hold a part of a model.
 _LAYERS_A_TENSOR = 16
 _ALWAYS_ALLOWED = 4096
 # transformers gives every label a name. The largest data sets have some 20,000 classes.
@@ -49,7 +50,7 @@ class ModelConfig:
     def read(cls, path: Path) -> ModelConfig:
         """Read the configuration in a folder or beside a file of weights.
 
-        The settings of a quantization are taken from a file of their own if `config.json` has none.
+        The settings of a quantization are read from a separate file if `config.json` has none.
         """
         folder = path if path.is_dir() else path.parent
         config = cls(_object_in(folder / FILE_NAME) or {}, folder)
@@ -62,7 +63,7 @@ class ModelConfig:
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing is known of the model."""
+        """True if the configuration holds no settings."""
         return not self.content
 
     @property
@@ -90,7 +91,7 @@ class ModelConfig:
 
     @property
     def num_experts(self) -> Any:
-        """The number of experts in a block, as it is written; None if it is not given."""
+        """The number of experts in a block, unchecked; None if it is not given."""
         text = self._of_text
         return text.get("num_local_experts") or text.get("num_experts")
 

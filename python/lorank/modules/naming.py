@@ -133,6 +133,22 @@ def expression(text: str) -> re.Pattern[str]:
         raise ValueError(f"{short} is not a regular expression: {error}") from None
 
 
+def option_expression(option: str, text: str) -> re.Pattern[str]:
+    """Compile a regular expression that is the value of an option.
+
+    Raises
+    ------
+    ValueError
+        If it is not a regular expression; the message names the option.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{option} must be a regular expression, not {text!r}")
+    try:
+        return expression(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
 def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
     """Return a function that returns True for names that targets select.
 

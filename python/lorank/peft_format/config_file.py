@@ -23,12 +23,12 @@ def read(path: Path) -> dict[str, Any]:
     Raises
     ------
     FormatError
-        If the file holds no JSON object.
+        If the file does not hold a JSON object.
     """
     try:
         config = read_json(path)
     except ValueError as error:
-        raise FormatError(f"{path}: is no JSON: {error}") from error
+        raise FormatError(f"{path}: is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise FormatError(f"{path}: holds a {type(config).__name__}, not an adapter's settings")
     return config

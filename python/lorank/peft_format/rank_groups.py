@@ -1,4 +1,4 @@
-"""Modules whose updates PEFT holds at one rank: ties, attention in one module, experts one by one.
+"""Groups of modules to which PEFT gives one rank: ties, attention in one module, separate experts.
 
 A stack of experts under one parameter needs no group: it is one module with copies.
 """
@@ -24,7 +24,7 @@ _OUTWARD = re.compile(r"down|out|w2|wo$")
 
 
 class Adapted(Protocol):
-    """The properties that a group depends on; `LoraModule` and `AdaptedModule` have them."""
+    """The properties of a module that groups depend on, as of `LoraModule` and `AdaptedModule`."""
 
     @property
     def name(self) -> str:
@@ -33,12 +33,12 @@ class Adapted(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """What the module does with its weight."""
+        """The operation of the module on its weight."""
         ...
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the weight or of the update, whichever way round an embedding's is."""
+        """The shape of the weight or of the update, in either order for an embedding."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The scale of an update in PEFT: alpha divided by the rank, or by its root."""
+"""The scale of an update in PEFT: alpha divided by the rank, or by its root ([RSLORA])."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def divisor(rank: float, rank_stabilized: bool) -> float:
 
 
 def alpha_of(scaling: float, rank: int, rank_stabilized: bool) -> float:
-    """Return the alpha from which PEFT computes a scaling: to the bit, where such an alpha exists."""
+    """Return the alpha from which PEFT computes a scaling, bit by bit if such an alpha exists."""
     by = divisor(rank, rank_stabilized)
     product = scaling * by
     candidates = [

@@ -75,7 +75,9 @@ def _compiled(
 ) -> dict[re.Pattern[str], Value]:
     pattern = config.get(key) or {}
     if not isinstance(pattern, Mapping):
-        raise FormatError(f"{label}: the settings' {key} is a {type(pattern).__name__}, no table of modules")
+        raise FormatError(
+            f"{label}: the settings' {key} is a {type(pattern).__name__}, not a table of modules"
+        )
     try:
         return {
             compiled_key(name): checked(label, f"{key}[{name!r}]", value) for name, value in pattern.items()

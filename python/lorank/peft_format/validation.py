@@ -62,13 +62,14 @@ def checked_kind(label: str, config: Mapping[str, Any], *, changed_base: bool = 
     for key, method in _OTHER_UPDATES.items():
         if config.get(key) not in (None, False):
             raise FormatError(
-                f"{label}: is a {method} adapter ({key} is set), whose update is no product of two factors: "
-                "only LoRA (and AdaLoRA) can be read"
+                f"{label}: is a {method} adapter ({key} is set), whose update is not a product of two "
+                "factors: only LoRA (and AdaLoRA) can be read"
             )
     if (init := changes_the_base(config)) and not changed_base:
         raise FormatError(
-            f"{label}: was initialised by {init!r}, which changes the base model: its factors are no update "
-            "of the original weights. Save it again with PEFT's path_initial_model_for_weight_conversion"
+            f"{label}: was initialised by {init!r}, which changes the base model: its factors are not an "
+            "update of the original weights. Save it again with PEFT's "
+            "path_initial_model_for_weight_conversion"
         )
     for key, (wanted, fits) in _TYPES.items():
         if (value := config.get(key)) is not None and not fits(value):

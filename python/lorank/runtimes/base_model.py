@@ -91,7 +91,8 @@ class BaseModel:
         try:
             source: Source = open_source(path)
         except (OSError, ValueError, FormatError) as error:
-            raise ValueError(f"{path}: {unknown.reason}, and no weights give the names of modules") from error
+            reason = f"{unknown.reason}, and there are no weights to read names from"
+            raise ValueError(f"{path}: {reason}") from error
         # PEFT's update of an embedding has the shape of the transposed table.
         shapes = {
             m.info.module: m.info.shape[::-1] if m.info.kind == "embedding" else m.info.shape

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorank.adapters.content import Profile
+from lorank.adapters.formats.registry import format_of
 from lorank.adapters.profiles import PROFILES
 from lorank.adapters.reading import read_as_stored
 from lorank.peft_format.names import PREFIX
@@ -139,12 +140,12 @@ def _verdict(runtime: Runtime, a: Found, spoiled: Sequence[tuple[str, str]]) -> 
 
 def _other_format(runtime: Runtime, a: Found) -> str:
     """Return the reason for refusing the format; empty if the runtime reads it."""
-    if runtime.reads == a.adapter.format:
+    if runtime.reads == format_of(a.adapter).files:
         return ""
     return {
-        "peft": "reads PEFT folders only",
-        "kohya": "reads files of image adapters only, no PEFT folders",
-        None: "reads files of its own format only",
+        "folders": "reads PEFT folders only",
+        "image files": "reads files of image adapters only, no PEFT folders",
+        "neither": "reads files of its own format only",
     }[runtime.reads]
 
 

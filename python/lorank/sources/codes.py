@@ -160,7 +160,7 @@ def element_type(dtype: str) -> str:
 
     Examples
     --------
-    >>> element_type("BF16"), element_type("torch.bfloat16".removeprefix("torch.")), element_type("F8_E4M3")
+    >>> element_type("BF16"), element_type("bfloat16"), element_type("F8_E4M3")
     ('bf16', 'bf16', 'fp8')
     """
     name = dtype.lower().replace("_", "")

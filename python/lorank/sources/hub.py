@@ -22,12 +22,12 @@ def local_path(source: str | Path, download: Callable[[str], Path]) -> Path:
     source
         A path, or a hub id ``name`` or ``name@revision``.
     download
-        Returns the local folder of a hub id: `download_model` or `download_config`.
+        A function that returns the local folder of a hub id: `download_model` or `download_config`.
 
     Raises
     ------
     FileNotFoundError
-        If no file or folder has the name, and it is no hub id that can be downloaded.
+        If no file or folder has the name, and no hub model of that id can be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -64,7 +64,7 @@ def _snapshot(hub_id: str, choices: Sequence[list[str]], is_complete: Callable[[
     choices
         Lists of patterns of file names, in the order in which they are tried.
     is_complete
-        Returns True for a folder that holds all the files that are needed.
+        A function that returns True for a folder with all necessary files.
 
     Raises
     ------

@@ -1,6 +1,7 @@
 """Finds the packed weights among the tensors of a checkpoint, and their parts.
 
-The number of a model's parameters is counted here, because codes and parts do not count as they are stored.
+The number of a model's parameters is counted here, because a packed weight has another number of parameters
+than its codes have elements.
 """
 
 from __future__ import annotations

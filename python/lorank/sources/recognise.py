@@ -107,7 +107,7 @@ def _contents(names: Collection[str], expected: str) -> str:
 
 
 def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
-    """Return the names without PEFT of a model's tensors, by their stored names, without adapters.
+    """Return the name in the base model by the stored name of each tensor; leave out those of adapters.
 
     Raises
     ------

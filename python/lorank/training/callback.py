@@ -18,11 +18,11 @@ from lorank.training.state import STATE_FILE, read_state, write_state
 
 
 class GardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Change the ranks of a LoRA model by its gradients while `transformers.Trainer` trains it.
+    """Dynamic rank allocation [GARD] for a LoRA model that `transformers.Trainer` trains.
 
     Ranks change between steps. The model computes the same function afterwards, except for the directions
-    that shrinking drops; optimizer, scheduler and gradient scaler go on. No rank changes after the last step
-    of the training.
+    that shrinking drops. Optimizer, scheduler and gradient scaler keep their state. No rank changes after the
+    last step of the training.
 
     Every change is appended to ``lora_ranks.csv`` in the output folder and to `history`. The logs of Trainer
     get ``lora_rank_mean``, ``lora_rank_min``, ``lora_rank_max`` and ``lora_parameters``. Trackers
@@ -58,16 +58,26 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     -----
     To resume, call ``restore_ranks(model, checkpoint)`` before
     ``Trainer.train(resume_from_checkpoint=checkpoint)``. Trainer loads the adapter before it calls any
-    callback; if ranks had changed, it raises RuntimeError ("size mismatch") without that call.
+    callback, and raises RuntimeError ("size mismatch") if the model's ranks differ from the checkpoint's.
 
     Examples
     --------
+    >>> import tempfile
+    >>> import torch
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
     >>> from lorank.training import GardCallback
-    >>> gard = GardCallback(budget="500k", interval=100)
-    >>> gard.history
-    []
-    >>> trainer = Trainer(model, arguments, train_dataset=texts, callbacks=[gard])  # doctest: +SKIP
-    >>> trainer.train()  # doctest: +SKIP
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_hidden_layers=1, **sizes))
+    >>> model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    >>> texts = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    >>> gard = GardCallback(interval=4, window=2)
+    >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
+    ...     arguments = TrainingArguments(folder, max_steps=6, report_to="none", save_strategy="no")
+    ...     result = Trainer(model, arguments, train_dataset=texts, callbacks=[gard]).train()
+    {'train_runtime': ...'lora_rank_mean': ...'lora_parameters': ...}
+    >>> [update.step for update in gard.history]
+    [4]
     """
 
     @lists_options
@@ -157,27 +167,29 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
                 return folder / STATE_FILE
         raise ValueError(
             f"the run resumes at step {state.global_step}, but {folders[0]} holds no {STATE_FILE}: pass "
-            "GardCallback(checkpoint=...), the folder that the run comes from"
+            "GardCallback(checkpoint=...), the folder from which the run resumes"
         )
 
 
 def _check_arguments(args: TrainingArguments) -> None:
+    """Raise NotImplementedError for arguments under which ranks cannot change."""
     for option, name in (("fsdp", "FSDP"), ("deepspeed", "DeepSpeed"), ("torch_compile", "torch.compile")):
         if getattr(args, option, None):
             raise NotImplementedError(
-                f"TrainingArguments({option}=...): ranks cannot be changed under {name}, which remembers "
+                f"TrainingArguments({option}=...): ranks cannot be changed under {name}, which depends on "
                 "the shapes of parameters; use profile_gradients and static ranks"
             )
     if args.n_gpu > 1:
         raise NotImplementedError(
-            f"{args.n_gpu} devices in one process: Trainer would copy the model to each of them for every "
-            "batch (DataParallel), and copies cannot be watched: start one process per device (torchrun "
-            f"--nproc-per-node={args.n_gpu}), or show it one device (CUDA_VISIBLE_DEVICES=0)"
+            f"{args.n_gpu} devices in one process: Trainer would copy the model to each device for every "
+            "batch (DataParallel), and gradients of copies cannot be observed: start one process per device "
+            f"(torchrun --nproc-per-node={args.n_gpu}), or use one device (CUDA_VISIBLE_DEVICES=0)"
         )
     if args.load_best_model_at_end:
         raise NotImplementedError(
             "TrainingArguments(load_best_model_at_end=True): Trainer cannot load a checkpoint with other "
-            "ranks than the last; take the best checkpoint's folder with PeftModel.from_pretrained"
+            "ranks than the last; after the training, load the best checkpoint's folder with "
+            "PeftModel.from_pretrained"
         )
 
 
@@ -186,7 +198,10 @@ def _load(dynamic: DynamicRanks, path: Path, step: int) -> None:
     try:
         dynamic.load_state_dict(read_state(path))
     except FormatError as error:
-        raise FormatError(f"{path}: is no saved state of GardCallback: {error}") from error
+        raise FormatError(f"{path}: not a saved state of GardCallback: {error}") from error
     if dynamic.steps != step:
         dynamic.close()
-        raise FormatError(f"{path}: was saved at step {dynamic.steps}, the run resumes at step {step}")
+        raise FormatError(
+            f"{path}: was saved at step {dynamic.steps}, but the run resumes at step {step}: pass the "
+            "checkpoint of that step"
+        )

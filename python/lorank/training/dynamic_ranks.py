@@ -63,7 +63,7 @@ class RankUpdate:
 
 
 class DynamicRanks:
-    """Change the ranks of a live PEFT model by its gradients, in a custom training loop.
+    """Dynamic rank allocation [GARD] for a live PEFT model in a custom training loop.
 
     With `transformers.Trainer`, use `GardCallback`, which has the same options.
 
@@ -97,9 +97,9 @@ class DynamicRanks:
     first one. If no gradient reaches any module in a window, ranks stay as they are, with one warning for
     the training.
 
-    Memory beside the model while a window is open: ``modules * window * k^2`` numbers, the projections, and,
-    while the loss of a batch lives, the projected inputs and the outputs of the first modules, before which
-    nothing is trained. Between windows the projections stay; after the last change nothing does.
+    An open window needs memory for ``modules * window * k^2`` numbers, for the projections, and, until the
+    loss of a batch is freed, for the projected inputs and for the outputs of modules before the first
+    trained one. The projections stay between windows, and are freed after the last change.
 
     Examples
     --------
@@ -244,12 +244,14 @@ class DynamicRanks:
         FormatError
             If the state is damaged or of another kind.
         ValueError
-            If the model has other ranks than the state, or an open window another `sketch`.
+            If the ranks of the state differ from the model's, or the sketches of an open window have another
+            size than the option `sketch`.
         """
         loaded = GardState.from_dict(state)
         if loaded.sketches and loaded.sketch != self._window.size:
             raise ValueError(
-                f"the state is within a window of sketch={loaded.sketch}, not {self._window.size}"
+                f"the state is within a window of sketch={loaded.sketch}: pass it in place of "
+                f"sketch={self._window.size}"
             )
         if loaded.ranks != self.ranks:
             raise ValueError(
@@ -303,6 +305,7 @@ class DynamicRanks:
             )
 
     def _report(self, rows: Sequence[ModuleGradients], num_batches: int) -> GradientReport:
+        """Return the report of a window."""
         return GradientReport(
             rows,
             (),
@@ -343,7 +346,7 @@ def _resizable_targets(model: Any, options: GardOptions) -> FoundTargets:
     layers = lora_layers(model, name)
     check_not_compiled(model)
     check_one_device_a_process(model)
-    data_parallel_wrappers(model)  # Raises for wrappers that remember shapes.
+    data_parallel_wrappers(model)  # Raises for wrappers that depend on shapes.
     check_weights(model)
     found = named_targets(model, live.from_module(model), layers)
     if not found.chosen:

@@ -28,7 +28,7 @@ def by_module(ranks: Mapping[str, int]) -> dict[str, int]:
 
 
 class ReadableConsole(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Remove the ranks of single modules, of which there can be hundreds, from logs to be printed."""
+    """A filter that keeps the ranks of single modules, possibly hundreds, off the console."""
 
     def on_log(self, *_args: Any, **kwargs: Any) -> None:
         """Remove the entries ``lora_rank/MODULE``."""
@@ -40,8 +40,8 @@ class ReadableConsole(TrainerCallback):  # type: ignore[misc]  # transformers is
 def go_before_trackers(callback: TrainerCallback) -> None:
     """Move a callback before all others, and those that print to the end, behind a `ReadableConsole`.
 
-    Trainer hands one dictionary of logs to its callbacks in turn, trackers first. Trackers therefore see what
-    the callback adds to the logs only if it comes before them. Call this from an event of the callback.
+    Trainer passes one dictionary of logs to its callbacks in turn, trackers first. Entries that the callback
+    adds reach trackers only if the callback comes before them. Call this from an event of the callback.
     """
     handler = _calling_handler(callback)
     if handler is None:
@@ -56,10 +56,10 @@ def go_before_trackers(callback: TrainerCallback) -> None:
 
 
 def _calling_handler(callback: TrainerCallback) -> Any:
-    """Return the handler that is calling a callback; None if something else does.
+    """Return the handler that is calling a callback; None if other code is calling it.
 
-    A callback gets no reference to Trainer or its handler, and transformers has no other way to order
-    callbacks, so that the handler is taken from the call stack.
+    A callback gets no reference to Trainer or its handler, and the order of callbacks can only be set there.
+    So the handler is taken from the call stack.
     """
     frame = inspect.currentframe()
     while frame is not None:

@@ -23,7 +23,7 @@ _HEADER = "lorank.gard"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GardState:
-    """What a resumed training needs to go on.
+    """Counters, averages and open window of dynamic rank allocation, for a resumed training.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class GardState:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> GardState:
-        """Check what `to_dict` returned.
+        """Make a state from the result of `to_dict`.
 
         Raises
         ------
@@ -88,12 +88,12 @@ def write_state(content: Mapping[str, Any], path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote.
+    """Read a file of `write_state`, as the dictionary that was written.
 
     Raises
     ------
     FormatError
-        If the file is malformed or lacks a tensor.
+        If the file is malformed or a tensor is missing.
     """
     try:
         with safe_open(path, "pt") as file:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Format, Profile
@@ -71,6 +71,8 @@ class AdapterFormat(ABC):
     ----------
     name
         The value of `AdapterContent.format`.
+    files
+        The kind of files, as in `lorank.runtimes.rules.Runtime.reads`.
     key_prefix
         The start of every key of the format's files; keys of other programs may lack it.
     holds_settings
@@ -87,6 +89,7 @@ class AdapterFormat(ABC):
     """
 
     name: ClassVar[Format]
+    files: ClassVar[Literal["folders", "image files"]]
     key_prefix: ClassVar[str]
     holds_settings: ClassVar[bool]
     rewrites_certificate: ClassVar[bool]

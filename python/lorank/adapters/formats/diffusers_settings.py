@@ -1,4 +1,4 @@
-"""The settings that diffusers keeps in a file's metadata: PEFT's, under the name of each model part."""
+"""The settings in the metadata of diffusers' files: those of PEFT, for each part of a pipeline."""
 
 from __future__ import annotations
 
@@ -20,19 +20,27 @@ KEY = "lora_adapter_metadata"
 
 @dataclass(frozen=True, slots=True)
 class PartSettings:
-    """Settings by the part of a pipeline (``"unet"``, ``"transformer"``, ...) that they are about."""
+    """Settings of the parts of a pipeline, such as ``"unet"`` or ``"transformer"``.
+
+    Attributes
+    ----------
+    parts
+        Settings by the part's name.
+    tables
+        Ranks and scalings by the part's name.
+    """
 
     parts: Mapping[str, Mapping[str, Any]] = field(repr=False)
     tables: Mapping[str, Settings] = field(repr=False)
 
     @classmethod
     def of(cls, label: str, metadata: Mapping[str, str]) -> PartSettings:
-        """What a file's metadata say; nothing if they are silent.
+        """Return the settings in a file's metadata, which may hold none.
 
         Raises
         ------
         FormatError
-            If they are no JSON object, or no settings of LoRA.
+            If the entry is not a JSON object with settings of LoRA.
         """
         if KEY not in metadata:
             return cls({}, {})
@@ -40,9 +48,9 @@ class PartSettings:
         try:
             content = parse_json(metadata[KEY])
         except ValueError as error:
-            raise FormatError(f"{label}: is no JSON: {error}") from error
+            raise FormatError(f"{label}: is not JSON: {error}") from error
         if not isinstance(content, dict):
-            raise FormatError(f"{label}: holds a {type(content).__name__}, no settings")
+            raise FormatError(f"{label}: holds a {type(content).__name__}, not settings")
         parts: dict[str, dict[str, Any]] = defaultdict(dict)
         for key, value in content.items():
             part, _, setting = key.rpartition(".")
@@ -52,16 +60,16 @@ class PartSettings:
         return cls(dict(parts), {part: Settings(label, settings) for part, settings in parts.items()})
 
     def part_of(self, name: str) -> str | None:
-        """The part that a module belongs to, if there are settings for it."""
+        """Return the part that a module belongs to; None if it has no settings."""
         return next((part for part in self.parts if not part or name.startswith(f"{part}.")), None)
 
     def rank_and_scaling(self, name: str) -> tuple[int, float] | None:
-        """The rank and the scaling that the settings give a module; None if they do not speak of it."""
+        """Return the rank and the scaling of a module; None if its part has no settings."""
         part = self.part_of(name)
         return None if part is None else self.tables[part].rank_and_scaling(_within(part, name))
 
     def rewritten(self, ranks: Mapping[str, int]) -> str:
-        """The metadata for modules of other ranks, every scale 1."""
+        """Return the metadata for modules of other ranks, with scale 1."""
         by_part: dict[str, dict[str, int]] = defaultdict(dict)
         for name, rank in ranks.items():
             if (part := self.part_of(name)) is not None:

@@ -31,7 +31,7 @@ _GATED = re.compile(r"gate_up|w13")
 _AFTER_ALL = re.compile(r"down|out|w2|wo$")
 _AFTER_THE_GATE = re.compile(r"(?<!gate_)up|w3|v1|wi_1")
 
-# Names of models whose stacks are stored (in, out): those that declare it, and those that do not.
+# Names of models whose stacks are stored (in, out): models that declare it, and models that do not.
 _DECLARED = re.compile(r"gpt[-_]?oss", re.IGNORECASE)
 _UNDECLARED = re.compile(r"llama[-_]?4", re.IGNORECASE)
 _MAY_BE_UNDECLARED = ".feed_forward.experts"
@@ -178,7 +178,7 @@ def _candidates(config: Mapping[str, Any], targets: Sequence[str], module: str, 
 
 
 def _is_selected(config: Mapping[str, Any], module: str) -> bool:
-    """Return whether `target_modules` selects a module."""
+    """Return True if `target_modules` selects a module."""
     targets = config.get("target_modules")
     if targets is None:
         return False

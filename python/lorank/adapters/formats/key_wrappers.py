@@ -22,7 +22,7 @@ ANYWHERE = (
     "_checkpoint_wrapped_module",
     "_forward_module",
 )
-"""Attributes of `torch.compile`, FSDP, checkpointing and DeepSpeed, which models never use themselves."""
+"""Attributes of `torch.compile`, FSDP, checkpointing and DeepSpeed, which models do not use themselves."""
 
 AT_THE_FRONT = "module"
 """The attribute of data parallelism. Models use the name too, so it counts only at the front."""
@@ -89,7 +89,7 @@ class Unwrapped:
 
 
 def _front(keys: Iterable[str], targets: Any) -> bool:
-    """Return whether every key has the wrapper of data parallelism at the front of the model's name."""
+    """Return True if every key has the wrapper of data parallelism at the front of the model's name."""
     front = f"{AT_THE_FRONT}."
     if isinstance(targets, (list, tuple)) and any(str(target).startswith(front) for target in targets):
         return False

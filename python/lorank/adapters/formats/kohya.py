@@ -42,6 +42,7 @@ class _Kohya(AdapterFormat):
     """Image adapters' files."""
 
     name = "kohya"
+    files = "image files"
     key_prefix = ""
     holds_settings = False
     rewrites_certificate = True

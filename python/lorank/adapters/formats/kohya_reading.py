@@ -1,4 +1,4 @@
-"""From the tensors and metadata of an image file to an adapter. No factors are read yet."""
+"""Reads the modules of an image file; their factors stay on disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lorank.modules.weight import Kind
 from lorank.peft_format.names import BIAS, PREFIX
 from lorank.sources import arrays
 
-# Methods that are no product of two factors, by how their keys end.
+# Methods whose update is not a product of two factors, by the ends of their keys.
 _OTHER_METHODS = {
     re.compile(rf".*{ending}"): method
     for ending, method in {
@@ -189,7 +189,7 @@ def _shapes(
     a, b = shapes[keys["A"]], shapes[keys["B"]]
     mid = shapes[keys["mid"]] if "mid" in keys else None
     if len(a) < 2 or len(b) < 2 or 0 in (*a, *b) or math.prod(b[2:]) != 1:
-        fail(f"factors of shapes {list(b)} and {list(a)} are no matrices")
+        fail(f"factors of shapes {list(b)} and {list(a)} are not matrices")
     if mid is None and a[0] != b[1]:
         fail(f"factors of shapes {list(b)} and {list(a)} do not fit each other")
     if mid is not None and (len(mid) != 4 or mid[:2] != (b[1], a[0]) or math.prod(a[2:]) != 1):
@@ -206,7 +206,7 @@ def _scaling(tensors: Tensors, name: str, rank: int, alpha: str | None, settings
         return 1.0
     if stated[0] != rank:
         raise FormatError(
-            f"{tensors.label}: module {name!r}: has rank {rank}, but the settings in the metadata say "
+            f"{tensors.label}: module {name!r}: has rank {rank}, but the settings in the metadata state "
             f"{stated[0]}"
         )
     return stated[1]

@@ -47,6 +47,7 @@ class _Peft(AdapterFormat):
     """PEFT's folders."""
 
     name = "peft"
+    files = "folders"
     key_prefix = PREFIX
     holds_settings = True
     rewrites_certificate = False

@@ -57,7 +57,7 @@ def of_settings(
     if without := without_magnitude(config, carried, names):
         notes.append(f"DoRA: {len(without)} modules have no magnitude vector, the first is {without[0]}")
     if others := len(carried) - len(magnitudes):
-        notes.append(f"{others} tensors that are no factors are kept as they are")
+        notes.append(f"{others} tensors that are not factors are kept as they are")
     return notes
 
 

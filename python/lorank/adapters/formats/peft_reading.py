@@ -1,4 +1,4 @@
-"""From the settings and tensors of a PEFT adapter to its modules. No factors are read yet."""
+"""Reads the modules of an adapter from PEFT's settings and tensors; factors are not loaded."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """An adapter, and the parts of its files whose layout is not today's.
+    """An adapter, and the stacks whose stored layout is not today's.
 
     Attributes
     ----------
@@ -134,9 +134,11 @@ def read_all(
     swapped = [p for p in parameters.values() if p.layout == "earlier" and p.name in stacks]
     notes = peft_notes.of_settings(config, found.carried, kind, found.factors)
     notes += peft_notes.of_experts(config, swapped)
-    tells_ranks = contradictions and kind == "LORA"
-    if tells_ranks and (other := sum(table.rank_and_scaling(holder(m.name))[0] != m.rank for m in modules)):
-        notes.append(f"{other} modules have other ranks than the settings say: the settings' scale was kept")
+    has_ranks = contradictions and kind == "LORA"
+    if has_ranks and (other := sum(table.rank_and_scaling(holder(m.name))[0] != m.rank for m in modules)):
+        notes.append(
+            f"{other} modules have other ranks than the settings state: the settings' scale was kept"
+        )
     adapter = AdapterContent(
         {module.name: module for module in modules},
         dict(config),
@@ -170,15 +172,15 @@ class _Reader:
             return self._stack(self.parameter, rank, scaling, a_shape, b_shape)
         if len(b_shape) > 2 and a_shape[0] != b_shape[1] and a_shape[0] % b_shape[1] == 0:
             self._fail(
-                f"is a convolution in {a_shape[0] // b_shape[1]} groups, whose update is no product of two "
-                "matrices: leave it out of the adapter"
+                f"is a convolution in {a_shape[0] // b_shape[1]} groups, whose update is not a product of "
+                "two matrices: leave it out of the adapter"
             )
         if a_shape[0] != b_shape[1] or math.prod(b_shape[2:]) != 1:
             self._fail(f"factors of shapes {list(b_shape)} and {list(a_shape)} do not fit each other")
         if a_shape[0] != rank and not self.contradictions:
             self._fail(
-                f"has rank {a_shape[0]}, but the settings say {rank}: `lorank check --fix` writes what the "
-                "tensors say"
+                f"has rank {a_shape[0]}, but the settings say {rank}: `lorank check --fix` writes the ranks "
+                "of the tensors"
             )
         rank = a_shape[0]
         return LoraModule(
@@ -207,10 +209,10 @@ class _Reader:
         a_shape: Sequence[int],
         b_shape: Sequence[int],
     ) -> LoraModule:
-        """Experts: A is `(experts * r, in)`, expert slowest; B is `(out, r * experts)`, expert fastest."""
+        """Return the module of a stack of experts; see `StackFactors` for the stored layout."""
         copies, rest = divmod(a_shape[0], rank)
         if rest or len(a_shape) != 2 or len(b_shape) != 2 or b_shape[1] != a_shape[0]:
-            self._fail(f"factors of shapes {b_shape} and {a_shape} are no experts of rank {rank}")
+            self._fail(f"factors of shapes {b_shape} and {a_shape} do not fit experts of rank {rank}")
         stored = (b_shape[0], a_shape[1])
         # A parameter of two dimensions had the same orientation in every release.
         swapped = copies > 1 and parameter.layout == "earlier"
@@ -219,7 +221,7 @@ class _Reader:
         return LoraModule(parameter.name, "expert", shape, rank, scaling, self._dtype(), factors, copies)
 
     def adalora(self) -> LoraModule:
-        """``B (A * E)`` with a value per rank; the masks may have left a module none."""
+        """Return a module of AdaLoRA; its masks may have left rank 0."""
         if "E" not in self.keys:
             self._fail("AdaLoRA without lora_E")
         a_shape, b_shape = self._shapes(least=0)
@@ -235,7 +237,7 @@ class _Reader:
         )
 
     def bias(self, key: str) -> np.ndarray[Any, Any]:
-        """What `lora_bias` adds to the outputs."""
+        """Return the bias of `lora_bias`, ``(out,)``."""
         outputs = self.tensors.shapes()[self.keys["B"]][0]
         if self.tensors.shapes()[key] != (outputs,):
             self._fail(f"a bias of shape {list(self.tensors.shapes()[key])} does not fit {outputs} outputs")
@@ -243,7 +245,7 @@ class _Reader:
         return vector
 
     def _shapes(self, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B, with `least` as the smallest rank that can be."""
+        """Return the shapes of A and B; `least` is the smallest allowed rank."""
         for factor in "AB":
             if factor not in self.keys:
                 self._fail(f"has no lora_{factor}")
@@ -251,7 +253,7 @@ class _Reader:
         a, b = shapes[self.keys["A"]], shapes[self.keys["B"]]
         if len(a) < 2 or len(b) < 2 or 0 in (*a[1:], b[0], *b[2:]) or min(a[0], b[1]) < least:
             self._fail(
-                f"factors of shapes {list(b)} and {list(a)} are no matrices: was a sharded model saved?"
+                f"factors of shapes {list(b)} and {list(a)} are not matrices: was a sharded model saved?"
             )
         return a, b
 

@@ -1,1 +1,1 @@
-"""Adapters in live PEFT models: reading them, and putting them in."""
+"""Reads adapters from live PEFT models, and puts them into live models."""

@@ -1,4 +1,4 @@
-"""Ranks, alphas and targets of live layers, written into PEFT's config."""
+"""Writes the ranks, alphas and targets of live layers into PEFT's config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adds PEFT's layers of an adapter to a live model, or removes them; all else stays as it is."""
+"""Adds layers of an adapter to a live model, or removes them; the rest of the model does not change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorank.adapters.live.config import target_modules
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel, is_lora_layer, is_training_wrapper
 from lorank.adapters.live.reading import plain
 
-# Settings beside the layers, without effect: the model already has what they describe.
+# Settings that do not concern layers, with values that turn them off: the model already has their parts.
 _BESIDE_LAYERS = {
     "bias": "none",
     "modules_to_save": None,
@@ -31,7 +31,7 @@ _BESIDE_LAYERS = {
 
 
 def add_adapter(live: LiveModel, adapter: AdapterContent, name: str) -> LiveModel:
-    """Let PEFT make the layers of a new adapter, which is not active.
+    """Add the layers of a new adapter, which is not active.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def add_adapter(live: LiveModel, adapter: AdapterContent, name: str) -> LiveMode
 
 
 def add_layers(live: LiveModel, name: str, modules: Sequence[str]) -> LiveModel:
-    """Let PEFT make layers of an adapter that the model has in further modules."""
+    """Add layers of an adapter of the model to further modules."""
     config = live.configs.get(name)
     if config is None:
         raise ValueError(

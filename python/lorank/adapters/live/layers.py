@@ -1,4 +1,4 @@
-"""The LoRA layers of a live model, which may be a PeftModel or have injected layers, and may be wrapped."""
+"""The LoRA layers of a live model: a PeftModel, or a model with injected layers, wrapped or not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AdaptedLayer:
 
     @property
     def rank(self) -> int:
-        """The rank."""
+        """Rank of the layer."""
         return int(self.layer.r[self.adapter])
 
     @property
@@ -49,7 +49,7 @@ class AdaptedLayer:
 
     @property
     def is_adalora(self) -> bool:
-        """True if a value per rank stands between the factors, which are bare parameters."""
+        """True if the update is ``B E A`` with bare parameters, as in AdaLoRA."""
         return self.adapter in getattr(self.layer, "lora_E", {})
 
     @property
@@ -59,7 +59,7 @@ class AdaptedLayer:
 
     @property
     def copies(self) -> int:
-        """The number of updates that share the rank: the experts of a stack, else 1."""
+        """Number of updates that share the rank: the experts of a stack, else 1."""
         return int(self.layer.num_experts) if self.is_stack else 1
 
     @property
@@ -90,19 +90,19 @@ class AdaptedLayer:
 
     @property
     def alpha(self) -> float:
-        """The alpha."""
+        """Alpha of the layer."""
         return float(self.layer.lora_alpha[self.adapter])
 
     @property
     def nominal_scaling(self) -> float:
-        """The scaling that rank and alpha give, with which a saved adapter will be loaded."""
+        """Scaling that rank and alpha give, as in the layer after saving and loading."""
         nominal = self.alpha / divisor(self.rank, self.is_rank_stabilized)
-        # Not every scaling is a quotient of floats: within rounding, the scaling in force is exact.
+        # A quotient of floats may differ from the exact scaling by rounding.
         return self.scaling if math.isclose(nominal, self.scaling, rel_tol=1e-12) else nominal
 
     @property
     def scaling(self) -> float:
-        """The scaling in force; PEFT can change it for a while."""
+        """Scaling that the layer applies now; PEFT can change it temporarily."""
         return float(self.layer.scaling[self.adapter])
 
     def set_rank(self, rank: int) -> None:
@@ -170,13 +170,13 @@ class LiveModel:
 
     @property
     def configs(self) -> dict[str, Any]:
-        """PEFT's configs by the names of adapters, as far as the model keeps them."""
+        """PEFT's configs by the names of adapters; empty if the model keeps none."""
         found = [getattr(wrapper, "peft_config", None) for wrapper in self.wrappers]
         return next((configs for configs in found if isinstance(configs, dict)), {})
 
     @cached_property
     def modules(self) -> dict[str, Any]:
-        """All modules of the base model and PEFT's layers by path, without parts of the latter."""
+        """All modules of the base model and PEFT's layers by path, without the parts of these layers."""
         return dict(_walk(self.base, "", set()))
 
     @property
@@ -210,17 +210,17 @@ def _walk(module: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def is_lora_layer(module: Any) -> bool:
-    """Return whether a module is a LoRA layer of PEFT, AdaLoRA's included."""
+    """Return True if a module is a LoRA layer of PEFT, AdaLoRA's included."""
     return _is(module, "LoraLayer")
 
 
 def is_training_wrapper(module: Any) -> bool:
-    """Return whether a module keeps a trained copy of another (`modules_to_save`), or of tokens."""
+    """Return True if a module keeps a trained copy of another module (`modules_to_save`) or of tokens."""
     return _is(module, "AuxiliaryTrainingWrapper")
 
 
 def _is(module: Any, name: str) -> bool:
-    """Return whether one of a module's classes is PEFT's of that name."""
+    """Return True if one of a module's classes is PEFT's class of that name."""
     return any(base.__name__ == name and base.__module__.startswith("peft.") for base in type(module).__mro__)
 
 

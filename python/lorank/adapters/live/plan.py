@@ -1,4 +1,4 @@
-"""The changes that put an adapter into a live model, all of them known before the first is made."""
+"""Plans the changes that put an adapter into a live model, before the first change is made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorank.peft_format.names import BIAS, INSIDE, MAGNITUDE, PREFIX, TOKENS, la
 
 OTHER_NAME = "put the adapter in under a name that the model does not have yet"
 
-# The relative difference by rounding up to which the updates of tied tables are one update.
+# Largest relative difference between the updates of tied tables, as rounding causes.
 _ALIKE = 1e-3
 
 
@@ -46,7 +46,7 @@ class Plan:
     dropped: list[AdaptedLayer] = field(default_factory=list)
 
     def set(self, tensor: Any, value: Any) -> None:
-        """Record a copy of a tensor's new values, as they may be part of the model itself."""
+        """Record a copy of a tensor's new values, which may be part of the model itself."""
         import torch
 
         values = torch.as_tensor(value).detach()
@@ -168,9 +168,9 @@ def _ratio(head: LoraModule, table: LoraModule) -> float:
         table_b, table_a = table.scaling * table.B.astype(np.float64), table.A.astype(np.float64)
     product = float(((table_a @ b) * (a @ table_b).T).sum())
     square = float(((table_a @ table_a.T) * (table_b.T @ table_b)).sum())
-    whole = float(((a @ a.T) * (b.T @ b)).sum())
+    norm = float(((a @ a.T) * (b.T @ b)).sum())
     ratio = product / square if square > 0 else 1.0
-    if abs(whole - ratio * product) > _ALIKE**2 * max(whole, square):
+    if abs(norm - ratio * product) > _ALIKE**2 * max(norm, square):
         raise ValueError(
             f"modules {table.name!r} and {head.name!r} share one update in the model, but have two "
             f"in the adapter: {OTHER_NAME}, with ensure_weight_tying=False"
@@ -228,7 +228,7 @@ def _set_others(plan: Plan, live: LiveModel, adapter: AdapterContent, name: str)
 
 
 def _is_saved_module(adapter: AdapterContent, path: str) -> bool:
-    """Return whether a tensor belongs to a module that was trained as a copy, not to the base model."""
+    """Return True if a tensor belongs to a module that was trained as a copy, not to the base model."""
     names = adapter.config.get("modules_to_save") or ()
     return TOKENS in path or any(f".{name}." in f".{path}" for name in names)
 

@@ -1,4 +1,4 @@
-"""Adapters of live models: the tensors of PEFT's layers, read where they lie."""
+"""Reads adapters of live models from PEFT's layers, without copies of tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def from_model(model: Any, adapter_name: str) -> AdapterContent:
     try:
         adapter = peft_reading.read(tensors, config, layers=peft_reading.Layers(_Scales(layers), parameters))
     except FormatError as error:
-        # No file can be damaged here: the fault lies in the model.
+        # The fault lies in the model, not in a file.
         raise ValueError(str(error)) from None
     modules = {name: _with_kernel(module, layers[name]) for name, module in adapter.modules.items()}
     return _noted(replace(adapter, modules=modules), layers)
@@ -61,7 +61,7 @@ def settings(live: LiveModel, adapter_name: str, layers: Mapping[str, AdaptedLay
 
 
 def plain(value: Any) -> Any:
-    """Return settings as JSON's values: PEFT keeps lists of names as sets, and options as enumerations."""
+    """Return settings as JSON values: PEFT keeps lists of names as sets, and options as enumerations."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
@@ -70,7 +70,7 @@ def plain(value: Any) -> Any:
 
 
 def check(layer: AdaptedLayer) -> None:
-    """Refuse a layer whose update is not that of its factors, or whose factors cannot be read.
+    """Refuse a layer whose update is not the product of its factors, or whose factors cannot be read.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def variant_of(layer: AdaptedLayer) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Scales:
-    """The ranks and scalings that live layers apply, `scale_layer` and its like included."""
+    """The ranks and scalings that live layers apply, after `scale_layer` and the like."""
 
     layers: Mapping[str, AdaptedLayer]
 
@@ -112,7 +112,7 @@ class _Scales:
         """Return the rank and the scaling of a module."""
         layer = self.layers[name]
         if layer.is_adalora:
-            # AdaLoRA divides by a number of ranks of its own.
+            # AdaLoRA divides by its own count of ranks.
             return layer.rank, layer.scaling / (float(layer.layer.ranknum[layer.adapter]) + 1e-5)
         return layer.rank, layer.scaling
 

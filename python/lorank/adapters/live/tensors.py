@@ -1,4 +1,4 @@
-"""The tensors of a live adapter by the names that PEFT's files give them."""
+"""The tensors of a live adapter by their keys in PEFT's files."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _adapts_tables(live: LiveModel, config: Mapping[str, Any]) -> bool:
 
 
 def _was_resized(model: Any, config: Mapping[str, Any]) -> bool:
-    """Return True if a local copy of the base model has another vocabulary size."""
+    """Return True if the stored base model has another vocabulary size."""
     name, own = config.get("base_model_name_or_path"), getattr(model, "config", None)
     size, load = getattr(own, "vocab_size", None), getattr(type(own), "from_pretrained", None)
     if not name or not size or load is None:

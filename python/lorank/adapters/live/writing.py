@@ -34,7 +34,7 @@ def into_model(adapter: AdapterContent, model: Any, adapter_name: str) -> None:
     live = LiveModel.of(model)
     if not live.adapters:
         raise TypeError(
-            f"{type(model).__name__} is no PEFT model: save the adapter and load it with "
+            f"{type(model).__name__} is not a PEFT model: save the adapter and load it with "
             "peft.PeftModel.from_pretrained(model, folder)"
         )
     if not format_of(adapter).holds_settings:
@@ -62,12 +62,12 @@ def into_model(adapter: AdapterContent, model: Any, adapter_name: str) -> None:
 
 
 def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> None:
-    """Refuse an adapter for which PEFT would build other layers than those that the model has."""
+    """Refuse an adapter that needs other layers than those of the model."""
     layers = live.layers(name)
     for layer in layers.values():
         if layer.is_adalora:
             raise ValueError(
-                f"adapter {name!r} of the model is AdaLoRA, whose layers hold no plain LoRA: save the "
+                f"adapter {name!r} of the model is AdaLoRA, whose layers do not hold plain LoRA: save the "
                 "adapter and load it into the base model with peft.PeftModel.from_pretrained(model, folder)"
             )
         if name in layer.layer.merged_adapters:
@@ -136,7 +136,7 @@ def _missing(live: LiveModel, adapter: AdapterContent, name: str) -> list[str]:
         if found is None:
             raise ValueError(
                 f"{module.name!r} fits no module that adapter {name!r} of the model could adapt: the adapter "
-                "belongs to another model, or to another version of its code, which names modules otherwise"
+                "belongs to another model, or to another version of its code, with other names of modules"
             )
         missing.append(found)
     return missing

@@ -65,7 +65,7 @@ def htsr(
     convention: Literal["median", "xmin_mid"] = "median",
     scale: Literal["mean", "median"] = "mean",
 ) -> Signal:
-    """Score ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised; ranks are linear in the score.
+    """Score modules by ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised; ranks are linear in it.
 
     Parameters
     ----------

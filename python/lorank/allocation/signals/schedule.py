@@ -19,7 +19,8 @@ import numpy as np
 
 from lorank.allocation.budget import is_integer
 from lorank.allocation.signals.registry import Signal, register
-from lorank.modules.roles import Depth, Role, Roles, check_expressions, depths_of, roles_of
+from lorank.modules.blocks import Depth, depths_of
+from lorank.modules.roles import Role, Roles, check_expressions, roles_of
 from lorank.modules.targets import AdaptedModule
 from lorank.report.base import Report
 from lorank.sources.base import Source
@@ -45,7 +46,7 @@ def _check(r_base: int | None = None, blocks: str | None = None, roles: Roles = 
 def uniform(
     report: Any, modules: Sequence[AdaptedModule], r_min: int, r_max: int, *, r_base: int | None = None
 ) -> Signal:
-    """Rank `r_base` for every module: plain LoRA, the baseline of every comparison.
+    """Give every module rank `r_base`: plain LoRA, the baseline of every comparison.
 
     Parameters
     ----------
@@ -71,7 +72,7 @@ def linear_decay(
     r_base: int | None = None,
     blocks: str | None = None,
 ) -> Signal:
-    """Rank ``r_base - (r_base - r_min) i / (L - 1)`` in block `i` of `L`, counted from 0.
+    """Give rank ``r_base - (r_base - r_min) i / (L - 1)`` in block `i` of `L`, counted from 0.
 
     Section 3.1.1: from `r_base` in the first block to `r_min` in the last; `r_base` for ``L = 1``.
 
@@ -84,7 +85,7 @@ def linear_decay(
     r_base
         Rank in the first block (default: `r_max`).
     blocks
-        Regular expression for the number of a block, as in `lorank.modules.roles.numbered_block`.
+        Regular expression for the number of a block, as in `lorank.modules.blocks.numbered_block`.
 
     Raises
     ------
@@ -115,7 +116,7 @@ def empirical(
     r_base: int | None = None,
     blocks: str | None = None,
 ) -> Signal:
-    """Rank ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, then `r_base`.
+    """Give rank ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, then `r_base`.
 
     Section 3.1.3: in block `i` of `L`, ``0.6 r_base`` for ``i < 0.3 L``, ``1.2 r_base`` for
     ``0.3 L <= i < 0.7 L``, else `r_base`; `r_base` for ``L = 1``.
@@ -130,7 +131,7 @@ def empirical(
         Rank in the last blocks (default: `r_max`). Take a value below `r_max`: the ranks ``1.2 r_base`` of
         the middle blocks are clipped to `r_max`, and the modules are flagged.
     blocks
-        Regular expression for the number of a block, as in `lorank.modules.roles.numbered_block`.
+        Regular expression for the number of a block, as in `lorank.modules.blocks.numbered_block`.
 
     Raises
     ------
@@ -159,7 +160,7 @@ def attention_heavy(
     r_base: int | None = None,
     roles: Roles = None,
 ) -> Signal:
-    """Rank `r_base` for attention, ``max(r_min, r_base / 2)`` for feed-forward.
+    """Give rank `r_base` to attention, ``max(r_min, r_base / 2)`` to feed-forward.
 
     Section 3.1.2.
 

@@ -17,7 +17,7 @@ from lorank.report import SpectralReport
 
 @register("stable-rank", needs="spectra")
 def stable_rank(report: SpectralReport, modules: Sequence[AdaptedModule], r_min: int, r_max: int) -> Signal:
-    """Score ``||W||_F^2 / ||W||_2^2`` of the weight; needs a budget.
+    """Score modules by the stable rank of their weight, ``||W||_F^2 / ||W||_2^2``; needs a budget.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ def task(
     *,
     estimate: Literal["k_star", "predicted_rank"] = "k_star",
 ) -> Signal:
-    """Rank K*; ``estimate="predicted_rank"`` takes the smallest rank that predicts nearly as well as all.
+    """Give rank K*, or the smallest rank that predicts held-out tokens nearly as well as the full one.
 
     Ranks are clipped to the bounds. The score is ``max(rank - r_min, 0)``.
 

@@ -100,7 +100,7 @@ DIFFUSERS = Runtime(
     _diffusers_refuses,
     _diffusers_loses,
     profiles=("compact", "portable", "tensor-rank"),
-    reads="kohya",
+    reads="image files",
 )
 
 COMFYUI = Runtime(
@@ -110,5 +110,5 @@ COMFYUI = Runtime(
     loses=_comfyui_loses,
     remark=_comfyui_remark,
     profiles=("compact", "portable", "tensor-rank"),
-    reads="kohya",
+    reads="image files",
 )

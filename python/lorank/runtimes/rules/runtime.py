@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorank.adapters.content import Format, Profile
+from lorank.adapters.content import Profile
 from lorank.adapters.module import LoraModule
 from lorank.peft_format.names import PREFIX, layer_path
 from lorank.peft_format.scaling import divisor
@@ -68,7 +68,7 @@ class Runtime:
     needs_prefix
         True if keys without the prefix `base_model.model.` are not found.
     reads
-        The format that is read; None if the runtime reads a format of its own.
+        The files that are read: PEFT's folders, files of image adapters, or neither.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Runtime:
     unknown: Unknown = "ignores"
     by_suffix: bool = False
     needs_prefix: bool = True
-    reads: Format | None = "peft"
+    reads: Literal["folders", "image files", "neither"] = "folders"
 
     def misses(self, a: Found) -> dict[str, str]:
         """Return a reason by the name of each module that is not found by its key."""

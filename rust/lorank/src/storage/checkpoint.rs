@@ -47,18 +47,16 @@ impl Checkpoint {
     /// ```
     /// use lorank::checkpoint::Checkpoint;
     ///
-    /// let folder = std::env::temp_dir().join("lorank-checkpoint-example");
-    /// std::fs::create_dir_all(&folder).unwrap();
+    /// let folder = tempfile::tempdir().unwrap();
     /// let header = br#"{"w":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}"#;
     /// let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     /// bytes.extend_from_slice(header);
     /// bytes.extend_from_slice(&[0; 8]);
-    /// std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
+    /// std::fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
     ///
-    /// let checkpoint = Checkpoint::open(&folder).unwrap();
+    /// let checkpoint = Checkpoint::open(folder.path()).unwrap();
     /// assert_eq!(checkpoint.tensors[0].info.name, "w");
     /// assert_eq!(checkpoint.tensors[0].info.shape, [1, 2]);
-    /// # std::fs::remove_dir_all(&folder).unwrap();
     /// ```
     pub fn open(path: &Path) -> Result<Self> {
         let metadata = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;

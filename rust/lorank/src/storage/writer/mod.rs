@@ -51,12 +51,12 @@ const RUN: u64 = 1 << 20;
 /// use lorank::safetensors::SafetensorsFile;
 /// use lorank::safetensors_writer::{Content, OutTensor, write};
 ///
-/// let path = std::env::temp_dir().join("lorank-writer-example.safetensors");
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("w.safetensors");
 /// let content = Content::F64 { values: &[1.0, 2.0], dtype: DType::Bf16 };
 /// let tensor = OutTensor { name: "w".into(), shape: vec![2], content };
 /// write(&path, &[tensor], &BTreeMap::new(), 1, &CancelToken::default()).unwrap();
 /// assert_eq!(SafetensorsFile::open(&path).unwrap().tensors()[0].dtype, "BF16");
-/// # std::fs::remove_file(&path).unwrap();
 /// ```
 pub fn write(
     path: &Path,

@@ -1,0 +1,168 @@
+"""Knobs: the number of singular values to keep, and the modules that compete for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict, cast
+
+import numpy.typing as npt
+
+from lorank.allocation.budget import Budget, parse_budget
+
+Scores = Mapping[str, npt.ArrayLike]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs:
+    """The number of singular values to keep, given by exactly one of the first five fields.
+
+    Attributes
+    ----------
+    rank_ratio
+        Share of all singular values to keep, from 0 to 1: gamma of [PARA].
+    avg_rank
+        Average number of values to keep per module.
+    energy
+        Share of the energy to keep with as few values as possible, from 0 to 1: epsilon of [PARA]. The
+        total includes values that `max_rank` forbids.
+    budget
+        Number of parameters to keep, such as ``500_000`` or ``"1.5M"``; values with the most energy per
+        parameter come first.
+    auto
+        True to keep the values above each module's own noise: a heuristic without a parameter.
+    max_rank
+        Largest rank of a module.
+    scope
+        ``"global"``: modules compete. ``"module"``: one rank for all modules, or an energy for each.
+    keep
+        ``"largest"``, or ``"smallest"`` for the study of reverse pruning.
+    scores
+        One score per singular value, by module name, in place of the values: larger is kept first.
+    """
+
+    rank_ratio: float | None = None
+    avg_rank: float | None = None
+    energy: float | None = None
+    budget: Budget | None = None
+    auto: bool = False
+    max_rank: int | None = None
+    scope: Literal["global", "module"] = "global"
+    keep: Literal["largest", "smallest"] = "largest"
+    scores: Scores | None = None
+
+    def __post_init__(self) -> None:
+        given = [
+            name for name in ("rank_ratio", "avg_rank", "energy", "budget") if getattr(self, name) is not None
+        ]
+        given += ["auto"] if self.auto else []
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of rank_ratio, avg_rank, energy, budget and auto"
+                + (f", not {' and '.join(given)}" if given else "")
+            )
+        _check_range("rank_ratio", self.rank_ratio, 1.0)
+        _check_range("energy", self.energy, 1.0)
+        _check_range("avg_rank", self.avg_rank, math.inf)
+        if self.budget is not None:
+            parameters_of(self.budget)
+        if self.max_rank is not None and self.max_rank < 0:
+            raise ValueError(f"max_rank={self.max_rank} cannot be negative")
+        if self.scope not in ("global", "module"):
+            raise ValueError(f"scope must be 'global' or 'module', not {self.scope!r}")
+        if self.keep not in ("largest", "smallest"):
+            raise ValueError(f"keep must be 'largest' or 'smallest', not {self.keep!r}")
+        if self.budget is not None and self.scope == "module":
+            raise ValueError("a parameter budget is shared by all modules: scope='module' contradicts it")
+        counted = self.rank_ratio is not None or self.avg_rank is not None
+        if (self.keep == "smallest" or self.scores is not None) and not counted:
+            raise ValueError("keep='smallest' and scores go with rank_ratio or avg_rank only")
+
+    @property
+    def keep_nothing(self) -> bool:
+        """True if no value is kept, whatever the adapter."""
+        parameters = None if self.budget is None else parameters_of(self.budget)
+        return 0 in (self.rank_ratio, self.avg_rank, self.energy, parameters, self.max_rank)
+
+    def __str__(self) -> str:
+        names = ("rank_ratio", "avg_rank", "energy", "budget")
+        name = next((name for name in names if getattr(self, name) is not None), "auto")
+        parts = [f"{name}={getattr(self, name)}", f"{self.scope} scope"]
+        parts += [f"max_rank={self.max_rank}"] if self.max_rank is not None else []
+        parts += ["smallest kept"] if self.keep == "smallest" else []
+        parts += ["custom scores"] if self.scores is not None else []
+        return ", ".join(parts)
+
+
+class KnobArguments(TypedDict, total=False):
+    """The fields of `Knobs` as keyword arguments, for functions that pass them on."""
+
+    rank_ratio: float | None
+    avg_rank: float | None
+    energy: float | None
+    budget: Budget | None
+    auto: bool
+    max_rank: int | None
+    scope: Literal["global", "module"]
+    keep: Literal["largest", "smallest"]
+    scores: Scores | None
+
+
+def _check_range(name: str, value: float | None, most: float) -> None:
+    if value is not None and (not 0 <= value <= most or value == math.inf):
+        limits = f"between 0 and {most:g}" if most < math.inf else "0 or a finite number above it"
+        raise ValueError(f"{name}={value} is not {limits}")
+
+
+def with_counted_budget(
+    knobs: Mapping[str, object], num_parameters: int | None, unknown: str = ""
+) -> dict[str, Any]:
+    """Return knobs whose budget is a number of parameters, computed from a share of the base model.
+
+    Raises
+    ------
+    ValueError
+        If the budget ends with a per cent sign and is not a share, or the size is unknown, for the reason
+        `unknown`.
+    """
+    budget = knobs.get("budget")
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        return {**knobs, "budget": parse_budget(budget, num_parameters, unknown)}
+    return dict(knobs)
+
+
+def checked_knobs(knobs: Mapping[str, object]) -> Knobs:
+    """Return knobs from keyword arguments.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a field of `Knobs`.
+    ValueError
+        If not exactly one of the first five is given, or one is out of range.
+    """
+    known = [field.name for field in fields(Knobs)]
+    if unknown := [name for name in knobs if name not in known]:
+        raise TypeError(f"no knob {unknown[0]!r}: choose among {', '.join(known)}")
+    return Knobs(**cast("dict[str, Any]", dict(knobs)))
+
+
+def parameters_of(budget: Budget) -> int:
+    """Return the number of parameters of a budget.
+
+    Raises
+    ------
+    ValueError
+        If the budget is a share of the base model, or not a number.
+    """
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        raise ValueError(
+            f"budget={budget}: an adapter does not know its base model's size: give a number of parameters"
+        )
+    try:
+        return parse_budget(budget, None)
+    except ValueError:
+        raise ValueError(
+            f"budget={budget} is not a number of parameters: give one such as 500000, 500k or 1.5M"
+        ) from None
