@@ -460,7 +460,7 @@ def test_methods_that_need_profiles_refuse_checkpoints(
         result = run("allocate", source, "-m", method, "--avg-rank", 8)
         assert result.returncode == 2
         maker = {"gard": "lorank.profile_gradients", "task": "lorank.profile_tasks"}[method]
-        assert f"in Python by {maker}(model, batches).save(" in result.stderr
+        assert f"in Python with {maker}(model, batches).save(" in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
     missing = run("allocate", gradients.with_name("missing.json"), "-m", method, "--avg-rank", 8)
     assert missing.returncode == 1
