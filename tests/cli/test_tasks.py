@@ -152,7 +152,7 @@ def test_task_prints_the_numbers_of_the_library(archive: Path) -> None:
     assert content["predicted_r2"] == found.predicted_r2.tolist()
     lines = [line.split() for line in ok("task", archive).splitlines()]
     assert ["rho", f"{found.rho:.4g}", "decay"] in [line[:3] for line in lines]
-    assert ["K*", str(found.k_star), "where"] in [line[:3] for line in lines]
+    assert ["K*", str(found.k_star), "rank"] in [line[:3] for line in lines]
     assert ["noise", f"{found.noise:.4g}", "standard"] in [line[:3] for line in lines]
     assert ["samples", "600"] in lines
 

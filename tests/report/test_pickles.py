@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import lorank
-from lorank.report.rows import ModuleGradients, ModuleTask
+from lorank.report.gradients import ModuleGradients
+from lorank.report.tasks import ModuleTask
 from lorank.sources.base import Skipped
 
 LONG = "model.language_model." + "layers.0.a_module_with_a_name." * 3

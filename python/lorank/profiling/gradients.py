@@ -18,8 +18,7 @@ from lorank.profiling.passes import (
 from lorank.profiling.probe import probing
 from lorank.profiling.sketch import GradientSketches, spectrum
 from lorank.profiling.targets import Target, find_targets
-from lorank.report.gradients import GradientReport
-from lorank.report.rows import ModuleGradients
+from lorank.report.gradients import GradientReport, ModuleGradients
 from lorank.statistics.effective_rank import effective_rank
 
 

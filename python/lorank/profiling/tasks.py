@@ -15,8 +15,7 @@ from lorank.profiling.probe import probing
 from lorank.profiling.targets import Target, find_targets
 from lorank.profiling.task_memory import passes_within
 from lorank.profiling.task_sums import TaskSums
-from lorank.report.rows import ModuleTask
-from lorank.report.tasks import TaskReport
+from lorank.report.tasks import ModuleTask, TaskReport
 from lorank.task_spectra import InputMoments, Space, TaskSpectrum
 
 

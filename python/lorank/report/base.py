@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -10,7 +9,6 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from lorank._internal.equality import ByValue
 from lorank._internal.short_text import counted, listing
 from lorank.modules import naming
-from lorank.report.html_table import html_table
 from lorank.report.rows import Row
 from lorank.sources.base import Skipped
 
@@ -19,8 +17,7 @@ Evidence = Literal["spectra", "gradients", "tasks"]
 
 R = TypeVar("R", bound=Row, covariant=True)
 
-# Rows of a table in a notebook, and numbers of a line.
-_ROWS = 10
+# Numbers of a row in a `repr`.
 _NUMBERS = 3
 
 
@@ -80,9 +77,10 @@ class Report(ByValue, Generic[R]):
 
     def _repr_html_(self) -> str:
         """Return the first rows as a table, for notebooks."""
-        rest = f"<p>... {len(self) - _ROWS:,} more</p>" if len(self) > _ROWS else ""
-        table = html_table(self.modules[:_ROWS], self.leading)
-        return f"<p>{html.escape(self._title())}</p>{table}{rest}"
+        # Imported here because `html` of the standard library slows down the import of lorank.
+        from lorank.report.html_table import notebook_table
+
+        return notebook_table(self._title(), self.modules, self.leading)
 
     def _title(self) -> str:
         facts = [counted(len(self), *self.noun)]

@@ -1,4 +1,4 @@
-"""The result of profiling gradients."""
+"""The result of profiling gradients, and its rows."""
 
 from __future__ import annotations
 
@@ -7,15 +7,57 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
+from lorank.modules.weight import Kind
 from lorank.report.base import Evidence
 from lorank.report.json_report import JsonReport
-from lorank.report.rows import ModuleGradients
+from lorank.report.rows import Row
 from lorank.sources.base import Skipped
 from lorank.statistics.effective_rank import effective_rank
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class ModuleGradients(Row):
+    """The gradients of one module.
+
+    Attributes
+    ----------
+    name
+        Dotted name of the module.
+    module
+        Name by which PEFT adapts the module.
+    kind
+        Role of the weight: ``"linear"``, ``"embedding"``, ``"conv"`` or ``"expert"``.
+    shape
+        ``(out, in)``.
+    effective_rank
+        Smallest number of eigenvalues that hold the share `energy` of their sum; a fraction once it is
+        smoothed over time. 0 if no gradient reached the module.
+    eigenvalues
+        Eigenvalues of ``C_ab = <G_a, G_b> / M`` for batches `a`, `b` of `M`, descending, float64, shape
+        ``(M,)``; in the unit of the squared gradient of a weight.
+    flags
+        Remarks on the module, such as ``"no gradient reached it"``.
+    """
+
+    leading: ClassVar[Sequence[str]] = ("effective_rank", "mean_square")
+
+    name: str
+    module: str
+    kind: Kind
+    shape: tuple[int, int]
+    effective_rank: float
+    eigenvalues: npt.NDArray[np.float64]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared Frobenius norm of the gradient, ``trace(C)``."""
+        return float(self.eigenvalues.sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -46,7 +88,7 @@ class GradientReport(JsonReport[ModuleGradients]):
     Examples
     --------
     >>> import numpy as np, lorank
-    >>> from lorank.report.rows import ModuleGradients
+    >>> from lorank.report.gradients import ModuleGradients
     >>> row = ModuleGradients(
     ...     name="layers.0.q_proj",
     ...     module="layers.0.q_proj",

@@ -1,4 +1,4 @@
-"""Rows of a report as an HTML table."""
+"""Rows of a report as HTML tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import html
 from collections.abc import Iterable, Sequence
 
 from lorank.report.rows import Row
+
+# Rows of a table in a notebook.
+_ROWS = 10
 
 
 def html_table(rows: Iterable[Row], columns: Sequence[str]) -> str:
@@ -17,3 +20,9 @@ def html_table(rows: Iterable[Row], columns: Sequence[str]) -> str:
         flagged = ' class="flagged"' if row.flags else ""
         body.append(f"<tr{flagged}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+
+
+def notebook_table(title: str, rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Return the HTML of a title and a table of the first rows."""
+    rest = f"<p>... {len(rows) - _ROWS:,} more</p>" if len(rows) > _ROWS else ""
+    return f"<p>{html.escape(title)}</p>{html_table(rows[:_ROWS], columns)}{rest}"

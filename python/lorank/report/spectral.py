@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lorank._internal import extras
 from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
-from lorank.report import files, html
+from lorank.report import files
 from lorank.report.base import Evidence, Report
 from lorank.report.columns import columns
 from lorank.report.rows import METRICS, ModuleSpectrum
@@ -78,6 +78,13 @@ class SpectralReport(Report[ModuleSpectrum]):
         include, exclude
             A list of names or suffixes, or one regular expression for whole names, as in PEFT's
             ``target_modules``.
+
+        Examples
+        --------
+        >>> import numpy as np, lorank
+        >>> report = lorank.analyze({f"layers.{i}.mlp.weight": np.eye(4) for i in range(3)})
+        >>> [row.name for row in report.select(exclude=["layers.1.mlp"])]
+        ['layers.0.mlp', 'layers.2.mlp']
         """
         names = set(naming.filtered({row.module for row in self.modules}, include, exclude))
         rows = [row for row in self.modules if row.module in names]
@@ -96,6 +103,14 @@ class SpectralReport(Report[ModuleSpectrum]):
 
         The columns are the identity, the metrics, and the flags joined by "; ". Metrics and counts of a
         matrix without a spectrum are NaN.
+
+        Examples
+        --------
+        >>> import numpy as np, lorank
+        >>> report = lorank.analyze({"mlp.weight": np.diag([1.0, 2.0, 3.0])})
+        >>> report.to_pandas()[["name", "out", "in", "spectral_norm"]]
+          name  out  in  spectral_norm
+        0  mlp    3   3            3.0
         """
         pandas = extras.require("pandas", "report", "for data frames")
         frame: pd.DataFrame = pandas.DataFrame(columns(self.modules))
@@ -130,7 +145,17 @@ class SpectralReport(Report[ModuleSpectrum]):
         """Write a self-contained page with interactive plots and a table (extra ``report``).
 
         The page plots each metric by block and type of module, and the spectra that were kept.
+
+        Examples
+        --------
+        >>> import tempfile, numpy as np, lorank
+        >>> report = lorank.analyze({"mlp.weight": np.diag([1.0, 2.0, 3.0])}, keep_eigenvalues=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report.to_html(f"{folder}/report.html")
         """
+        # Imported here because `html` of the standard library slows down the import of lorank.
+        from lorank.report import html
+
         html.write_page(
             Path(path),
             self.modules,
@@ -150,6 +175,16 @@ class SpectralReport(Report[ModuleSpectrum]):
             If the file is not a report.
         ValueError
             If the name has another ending than those of `save`.
+
+        Examples
+        --------
+        >>> import tempfile, numpy as np, lorank
+        >>> report = lorank.analyze({"mlp.weight": np.diag([1.0, 2.0, 3.0])})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report.save(f"{folder}/report.parquet")
+        ...     loaded = lorank.SpectralReport.load(f"{folder}/report.parquet")
+        >>> loaded["mlp"].frobenius_norm == report["mlp"].frobenius_norm
+        True
         """
         rows, header = files.load(Path(path))
         return cls(rows, **header)

@@ -1,4 +1,4 @@
-"""The result of profiling tasks."""
+"""The result of profiling tasks, and its rows."""
 
 from __future__ import annotations
 
@@ -7,15 +7,59 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
+from lorank.modules.weight import Kind
 from lorank.report.base import Evidence
 from lorank.report.json_report import JsonReport
 from lorank.report.json_values import number, plain
-from lorank.report.rows import ModuleTask
+from lorank.report.rows import Row
 from lorank.sources.base import Skipped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class ModuleTask(Row):
+    """The task of one module: the regression of minus its output gradients on its inputs.
+
+    Attributes
+    ----------
+    name
+        Dotted name of the module.
+    module
+        Name by which PEFT adapts the module.
+    kind
+        Role of the weight: ``"linear"``, ``"embedding"``, ``"conv"`` or ``"expert"``.
+    shape
+        ``(out, in)``.
+    k_star, predicted_rank, num_above
+        Ranks, as in `TaskEstimate`; 0 if they are unknown.
+    rho, tau, noise
+        Decay rate, threshold and noise, as in `TaskEstimate`; nan if they are unknown.
+    singular_values, predicted_r2
+        Spectrum of the task, and the predicted R^2 by rank, as in `TaskEstimate`.
+    flags
+        Remarks on the module.
+    """
+
+    leading: ClassVar[Sequence[str]] = ("k_star", "predicted_rank", "num_above", "rho", "tau", "noise")
+
+    name: str
+    module: str
+    kind: Kind
+    shape: tuple[int, int]
+    k_star: int
+    predicted_rank: int
+    rho: float
+    tau: float
+    noise: float
+    num_above: int
+    singular_values: npt.NDArray[np.float64]
+    predicted_r2: npt.NDArray[np.float64]
+    flags: tuple[str, ...] = ()
+
 
 _COUNTS = ("k_star", "predicted_rank", "num_above")
 _NUMBERS = ("rho", "tau", "noise")
@@ -46,7 +90,7 @@ class TaskReport(JsonReport[ModuleTask]):
     Examples
     --------
     >>> import numpy as np, lorank
-    >>> from lorank.report.rows import ModuleTask
+    >>> from lorank.report.tasks import ModuleTask
     >>> row = ModuleTask(
     ...     name="layers.0.q_proj",
     ...     module="layers.0.q_proj",

@@ -21,8 +21,7 @@ from lorank.modules.targets import AdaptedModule
 from lorank.peft_format.initialization import check_config
 from lorank.profiling.passes import check_weights
 from lorank.profiling.targets import FoundTargets, named_targets
-from lorank.report.gradients import GradientReport
-from lorank.report.rows import ModuleGradients
+from lorank.report.gradients import GradientReport, ModuleGradients
 from lorank.sources import live
 from lorank.training import optimizer_state
 from lorank.training.data_parallel import of_first_process

@@ -9,7 +9,7 @@ import torch
 
 from lorank.profiling.gradients import gradient_row
 from lorank.profiling.targets import Target
-from lorank.report.rows import ModuleGradients
+from lorank.report.gradients import ModuleGradients
 from lorank.training.data_parallel import of_first_process
 
 

@@ -7,12 +7,15 @@ share of the sum over all modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorank.allocation.signals.registry import Signal, flags_of_skipped, register
 from lorank.modules.targets import AdaptedModule
-from lorank.report.gradients import GradientReport
+
+if TYPE_CHECKING:
+    from lorank.report.gradients import GradientReport
 
 
 @register("gard", needs="gradients")

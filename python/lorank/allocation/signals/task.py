@@ -6,13 +6,15 @@ Source: [KSTAR]. The estimate per module of a model is an open problem of that p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from lorank.allocation.signals.registry import Signal, flags_of_skipped, register
 from lorank.modules.targets import AdaptedModule
-from lorank.report.tasks import TaskReport
+
+if TYPE_CHECKING:
+    from lorank.report.tasks import TaskReport
 
 
 def _check(estimate: str = "k_star") -> None:

@@ -24,8 +24,7 @@ from lorank.report.tasks import TaskReport
 _COLUMN_WIDTH = 12
 _NAME_WIDTH = 44
 
-# Reasons that name another tensor; without the name, many tensors have the same reason.
-_TIED = re.compile(r"^tied to .*")
+# A reason that names another tensor; without the name, many tensors have the same reason.
 _OF_PACKED = re.compile(r"^(scale|part) of the packed weight \S+")
 
 
@@ -116,7 +115,8 @@ def skipped_summary(report: Report[Any]) -> str:
     if not report.skipped:
         return ""
     reasons = Counter(
-        _OF_PACKED.sub(r"\1 of a packed weight", _TIED.sub("tied", entry.reason)) for entry in report.skipped
+        "tied" if entry.is_tied else _OF_PACKED.sub(r"\1 of a packed weight", entry.reason)
+        for entry in report.skipped
     )
     listed = [
         reason if len(reasons) == 1 else f"{count:,} x {reason}" for reason, count in reasons.most_common()
