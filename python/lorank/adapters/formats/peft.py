@@ -34,7 +34,6 @@ from lorank.peft_format.names import (
     layer_path,
 )
 from lorank.sources import recognise
-from lorank.sources.state_dict import read_pickle
 
 _READERS = {
     "compact": "PEFT and vLLM 0.32 or later",
@@ -144,6 +143,8 @@ def _weights(folder: Path) -> Tensors:
         return FileTensors(folder / WEIGHTS_FILE)
     pickled = folder / PICKLED_WEIGHTS_FILE
     if pickled.exists():
+        from lorank.sources.state_dict import read_pickle  # Slow to import, and rarely needed.
+
         return ArrayTensors(read_pickle(pickled), str(pickled))
     if reason := recognise.other_adapter(folder, config_file.read(folder / CONFIG_FILE)):
         raise FormatError(reason)
