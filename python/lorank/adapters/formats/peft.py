@@ -53,8 +53,8 @@ class _Peft(AdapterFormat):
     certificate_place = CERTIFICATE_FILE
     card_entries = ("library_name: peft",)
     carried_remark = (
-        "It holds more than factors (saved modules, biases or magnitudes), which not all of these load: "
-        "`lorank check` tells which do."
+        "It holds more than factors (saved modules, biases or magnitudes), which not all of these programs "
+        "load: `lorank check` shows which do."
     )
 
     def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
