@@ -5,10 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := build-demo
 FIGURES := build-bench
+COVERAGE := build-coverage
 
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
-.PHONY: help demo test test-rust test-python sweep bench lint format clean
+.PHONY: help demo test test-rust test-python coverage sweep bench picture lint format clean
 
 help: ## Show the verbs.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -21,7 +22,7 @@ $(VENV)/installed: pyproject.toml Cargo.toml Cargo.lock $(RUST_SOURCES)
 	touch $@
 
 demo: $(VENV)/installed ## Analyse a real model, allocate ranks, build the PEFT model.
-	$(BIN)/python tests/demo.py $(DEMO)
+	$(BIN)/python examples/demo.py $$($(BIN)/python -m tests.support.material minilm) $(DEMO)
 
 test: test-rust test-python ## Run all tests.
 
@@ -31,6 +32,9 @@ test-rust:
 test-python: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
+coverage: $(VENV)/installed ## Run the Python tests with branch coverage (about 15 minutes); see build-coverage.
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term --cov-report html:$(COVERAGE)
+
 sweep: $(VENV)/installed ## Allocate for and extract from every architecture of transformers (about 3 minutes).
 	$(BIN)/pytest -m slow -s
 
@@ -38,21 +42,25 @@ bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	mkdir -p $(FIGURES)
 	cargo bench --package lorank --bench phases -- --json $(abspath $(FIGURES))/phases.json
-	$(BIN)/python benches/spectra.py --json $(FIGURES)/spectra.json
-	PYTHONPATH=tests $(BIN)/python benches/analyze.py --json $(FIGURES)/analyze.json
-	$(BIN)/python benches/compress.py --json $(FIGURES)/compress.json
-	$(BIN)/python benches/selection.py --json $(FIGURES)/selection.json
-	PYTHONPATH=tests $(BIN)/python benches/threads.py --json $(FIGURES)/threads.json
-	$(BIN)/python benches/growth.py --json $(FIGURES)/growth.json
-	$(BIN)/python benches/table.py $(FIGURES)
-	$(BIN)/python benches/fit_ranks.py
-	$(BIN)/python benches/imports.py
-	$(BIN)/python benches/peft_build.py
-	$(BIN)/python benches/task_spectra.py
-	PYTHONPATH=tests $(BIN)/python benches/adapter_accuracy.py
-	PYTHONPATH=tests $(BIN)/python benches/gradients.py
-	PYTHONPATH=tests $(BIN)/python benches/schedules.py
-	PYTHONPATH=tests $(BIN)/python benches/methods.py
+	$(BIN)/python -m benches.spectra --json $(FIGURES)/spectra.json
+	$(BIN)/python -m benches.analyze --json $(FIGURES)/analyze.json
+	$(BIN)/python -m benches.compress --json $(FIGURES)/compress.json
+	$(BIN)/python -m benches.selection --json $(FIGURES)/selection.json
+	$(BIN)/python -m benches.threads --json $(FIGURES)/threads.json
+	$(BIN)/python -m benches.growth --json $(FIGURES)/growth.json
+	$(BIN)/python -m benches.table $(FIGURES)
+	$(BIN)/python -m benches.fit_ranks
+	$(BIN)/python -m benches.imports
+	$(BIN)/python -m benches.peft_build
+	$(BIN)/python -m benches.task_spectra
+	$(BIN)/python -m benches.adapter_accuracy
+	$(BIN)/python -m benches.gradients
+	$(BIN)/python -m benches.schedules
+	$(BIN)/python -m benches.methods
+
+picture: $(VENV)/installed ## Draw the picture of the README.
+	$(BIN)/python docs/pictures/ranks.py $$($(BIN)/python -m tests.support.material smollm2) \
+		"SmolLM2-135M: a LoRA rank for every layer" docs/pictures/ranks.svg
 
 lint: $(VENV)/installed ## Check format, lints, types and stubs.
 	cargo fmt --all --check
@@ -60,6 +68,7 @@ lint: $(VENV)/installed ## Check format, lints, types and stubs.
 	RUSTDOCFLAGS='--deny warnings' cargo doc --release --package lorank --no-deps
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell benches docs examples python rust tests *.md
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.13
 	$(BIN)/python -m mypy.stubtest lorank._core
@@ -70,4 +79,4 @@ format: $(VENV)/installed ## Rewrite files in the house format.
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove everything that the other verbs made.
-	rm -rf $(VENV) target $(DEMO) $(FIGURES) dist
+	rm -rf $(VENV) target $(DEMO) $(FIGURES) $(COVERAGE) dist

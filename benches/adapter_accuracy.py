@@ -1,9 +1,9 @@
-"""What compression costs in accuracy: ``PYTHONPATH=tests python benches/adapter_accuracy.py``.
+"""Accuracy after compression: ``python -m benches.adapter_accuracy``.
 
-MiniLM with an adapter of rank 16 on all linear layers, trained on film reviews (minutes, once), then
-compressed four ways at three sizes: PARA (largest values anywhere), local pruning (one rank
-everywhere), Fisher importance (squared gradients on other reviews in place of the values) and reverse
-pruning (smallest values).
+MiniLM has an adapter of rank 16 on all linear layers, trained on film reviews (minutes, once). The adapter
+is compressed in four ways to three sizes: PARA (largest values of all modules), local pruning (equal
+ranks), Fisher importance (squared gradients on other reviews replace the values) and reverse pruning
+(smallest values).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from peft import PeftModel
 
 import lorank
-import reviews
+from tests.support import reviews
 
 FISHER_REVIEWS = 512
 
@@ -26,7 +26,7 @@ def accuracy(adapter: lorank.LoraAdapter, data: list[dict[str, object]]) -> floa
 
 
 def fisher(parent: lorank.LoraAdapter) -> dict[str, object]:
-    """Scores of the singular values, from reviews that neither training nor the accuracy uses."""
+    """Return scores of the singular values from reviews outside the training and test data."""
     with tempfile.TemporaryDirectory() as folder:
         parent.save(folder, overwrite=True)
         model = PeftModel.from_pretrained(reviews.base_model(), folder)

@@ -1,10 +1,10 @@
-"""`lorank analyze` end to end against its peers, in one run: ``python benches/analyze.py``.
+"""`lorank analyze` end to end against its peers in one run: ``python -m benches.analyze``.
 
-SmolLM2-135M, file to numbers. Every contender runs in a process of its own, in turn, so that neither
-memory nor thread pools are shared; the clock starts after imports. lorank reads the weights without their
-`config.json`: with it, it would ask transformers for the model. The peers: weightwatcher's `analyze()`,
-once with `mp_fit=True`, and the loop that people write by hand: load with safetensors, Gram matrix in
-float64, `torch.linalg.eigvalsh`, Hill estimator and spikes.
+Every contender reads SmolLM2-135M in a new process, in turn, so that memory and thread pools are not
+shared; the clock starts after imports. lorank reads the weights without their `config.json`, as it would
+otherwise ask transformers for the model. The peers are weightwatcher's `analyze()`, once with
+`mp_fit=True`, and a hand-written loop: load with safetensors, Gram matrix in float64,
+`torch.linalg.eigvalsh`, Hill estimator and spikes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import measuring
+from benches import measuring
 
 LORANK = """
 import lorank
@@ -57,7 +57,7 @@ def run(path, mp_fit, threads):
     return dict(zip(details.longname, details.alpha))
 """
 
-# name -> code, arguments, and at most so many runs
+# name -> code, arguments, largest number of runs
 CONTENDERS = {
     "exact": (LORANK, ["exact"], 99),
     "fast": (LORANK, ["fast"], 99),
@@ -73,7 +73,7 @@ def main() -> None:
     options.add_argument("--without-weightwatcher", action="store_true")
     arguments = options.parse_args()
     if arguments.model is None:
-        from material import smollm2
+        from tests.support.material import smollm2
 
         arguments.model = smollm2()
     contenders = dict(CONTENDERS)

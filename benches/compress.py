@@ -1,10 +1,11 @@
-"""`lorank compress` and `lorank merge` against their peers, in one run: ``python benches/compress.py``.
+"""`lorank compress` and `lorank merge` against their peers in one run: ``python -m benches.compress``.
 
-An adapter of LLaMA-7B's shapes (224 modules), folder to folder with the disk cached, against the loop
-that people write by hand: load with safetensors, QR of both factors, SVD of the core, global threshold,
-rebuild, save. And the merge of two adapters of one 4096x4096 module, and of four whole ones, against PEFT's
-`add_weighted_adapter(combination_type="svd")`, of which the latter would take an hour and is extrapolated
-from four modules. Every contender runs in a process of its own; the clock starts after imports.
+The adapter has the shapes of LLaMA-7B (224 modules) and is compressed folder to folder with cached files.
+The peer is a hand-written loop: load with safetensors, QR of both factors, SVD of the core, global
+threshold, rebuild, save. Merges of two adapters of one 4096x4096 module and of four complete adapters are
+compared with PEFT's `add_weighted_adapter(combination_type="svd")`. The time of PEFT for complete adapters
+would be an hour and is extrapolated from four modules. Every contender runs in a new process; the clock
+starts after imports.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-import measuring
+from benches import measuring
 
 SHAPES = {
     **{f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"},
@@ -122,7 +123,7 @@ def run(source, count, threads):
 
 
 def write_adapter(folder: Path, modules: dict[str, tuple[int, int]], rank: int, seed: int = 0) -> int:
-    """An adapter with decaying singular values; returns its bytes."""
+    """Write an adapter with decaying singular values; return its size in bytes."""
     rng = np.random.default_rng(seed)
     decay = np.geomspace(1, 0.02, rank).astype(np.float32)
     tensors = {}
@@ -139,7 +140,7 @@ def write_adapter(folder: Path, modules: dict[str, tuple[int, int]], rank: int, 
 
 
 def compare(rank: int, layers: int, threads: int, repeats: int, scratch: Path) -> list[measuring.Run]:
-    """Folder to folder, and the same work on tensors in memory."""
+    """Compare compressions folder to folder, and of tensors in memory."""
     modules = modules_of(layers)
     source = scratch / f"adapter-{rank}"
     size = write_adapter(source, modules, rank)
@@ -160,7 +161,7 @@ def compare(rank: int, layers: int, threads: int, repeats: int, scratch: Path) -
 
 
 def compare_merges(layers: int, threads: int, repeats: int, scratch: Path) -> list[measuring.Run]:
-    """Two adapters of one module, and four of all; of these PEFT's time is that of four modules, scaled."""
+    """Compare merges of two adapters of one module, and of four of all modules, extrapolating PEFT's time."""
     modules = modules_of(layers)
     for k in range(2):
         write_adapter(scratch / "pair" / str(k), {"proj": (4096, 4096)}, 16, seed=k)
@@ -170,7 +171,7 @@ def compare_merges(layers: int, threads: int, repeats: int, scratch: Path) -> li
     rows = []
     for work, count, mine, theirs, scale in (
         ("merge 2 of 1 module 4096x4096", 2, "pair", "pair", 1.0),
-        # Four modules cost what their shapes do: attention's output and the feed-forward block's three.
+        # The four modules have all shapes: the attention output and the three of the feed-forward block.
         (
             f"merge 4 of {len(modules)} modules, r=16",
             4,
@@ -188,7 +189,7 @@ def compare_merges(layers: int, threads: int, repeats: int, scratch: Path) -> li
 
 
 def _cost(modules: dict[str, tuple[int, int]]) -> float:
-    """What an SVD of every module costs, up to a constant."""
+    """Return the cost of an SVD of every module, up to a constant."""
     return sum(min(shape) ** 2 * max(shape) for shape in modules.values())
 
 
@@ -197,7 +198,7 @@ def _cost_of_four(modules: dict[str, tuple[int, int]]) -> float:
 
 
 def modules_of(layers: int) -> dict[str, tuple[int, int]]:
-    """LLaMA-7B's, or some of its layers."""
+    """Return the modules and shapes of the first layers of LLaMA-7B."""
     return {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in SHAPES.items()}
 
 

@@ -1,4 +1,4 @@
-"""Time of `fit_ranks` as modules grow: ``python benches/fit_ranks.py``."""
+"""Time of `fit_ranks` against the number of modules: ``python -m benches.fit_ranks``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What gradient spectra cost, and what sketches keep: ``PYTHONPATH=tests python benches/gradients.py``.
+"""Cost of gradient spectra and accuracy of sketches: ``python -m benches.gradients``.
 
-MiniLM on film reviews, 32 reviews of 48 tokens a batch. A plain training step of its LoRA adapter
-against the same step while `DynamicRanks` looks on, in turns; and the effective ranks of 16 batches by
-sketches of several sizes against the exact ones.
+MiniLM reads film reviews, 32 reviews of 48 tokens a batch. A plain training step of its LoRA adapter
+alternates with a step under `DynamicRanks`. Effective ranks of 16 batches from sketches of several sizes
+are compared with exact ones.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lorank
-import reviews
 from lorank.training import DynamicRanks
+from tests.support import reviews
 
 
 class Training:
-    """A LoRA adapter in training, on one batch over and over."""
+    """A LoRA adapter trained on one repeated batch."""
 
     def __init__(self) -> None:
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
@@ -33,7 +33,7 @@ class Training:
         self.batch = reviews.batches(0, 32)[0]
 
     def step(self, dynamic: DynamicRanks | None = None) -> float:
-        """Seconds of a step; with `dynamic`, of one that it looks on at."""
+        """Return the seconds of a step, with DynamicRanks if given."""
         start = time.perf_counter()
         self.model(**self.batch).loss.backward()
         self.optimizer.step()
@@ -44,10 +44,10 @@ class Training:
 
 
 def overhead(size: int, pairs: int, threads: int) -> dict[str, Any]:
-    """Seconds of a plain and of a watched step, medians, and the median of the ratios of pairs."""
+    """Return median seconds of a plain step and of one with DynamicRanks, and the median ratio of pairs."""
     torch.set_num_threads(threads)
     plain, watched = Training(), Training()
-    # One window that stays open: ranks would change after the last step.
+    # One window stays open: ranks would change only after the last step.
     steps = {"interval": pairs + 2, "window": pairs + 2}
     with DynamicRanks(watched.model, watched.optimizer, sketch=size, **steps) as dynamic:
         plain.step(), watched.step(dynamic)
@@ -58,7 +58,7 @@ def overhead(size: int, pairs: int, threads: int) -> dict[str, Any]:
 
 
 def agreement(sizes: list[int], count: int) -> list[dict[str, Any]]:
-    """Share of modules whose effective rank is within one of the exact one."""
+    """Return the share of modules whose effective rank differs from the exact one by at most one."""
     model = reviews.base_model()
     batches = reviews.batches(0, 32 * count)
     found = lorank.profile_gradients(model, batches, sketch=None, progress=False)

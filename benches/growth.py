@@ -1,8 +1,9 @@
-"""How cost grows with models and adapters: ``python benches/growth.py``.
+"""Cost against the size of models and adapters: ``python -m benches.growth``.
 
-`lorank.analyze` of Llama-like checkpoints of random bfloat16 weights: layers of one shape are added, then
-shapes grow, from 10 million to 2 billion parameters. `lorank.compress` of adapters of 10 to 1,000 modules.
-Time, peak memory, and what a predicted operation costs; every run is a process of its own, files are cached.
+`lorank.analyze` reads Llama-like checkpoints of random bfloat16 weights with more and more layers of one
+shape, then of growing shapes, from 10 million to 2 billion parameters. `lorank.compress` reads adapters of
+10 to 1,000 modules. The results are time, peak memory and time per predicted operation; every run is a new
+process with cached files.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-import compress
-import measuring
+from benches import compress, measuring
 
 ANALYZE = """
 import lorank
@@ -24,7 +24,7 @@ def run(path, threads):
     assert not any(row.flags for row in found)
 """
 
-# hidden size, feed-forward size, layers: one shape with more and more layers, then growing shapes.
+# Hidden size, feed-forward size, layers: one shape with more and more layers, then growing shapes.
 LAYERS = [(768, 2048, layers) for layers in (2, 4, 8, 16, 32)]
 SHAPES = [
     (288, 768, 9),
@@ -38,7 +38,7 @@ MODULES = (10, 30, 100, 300, 1000)
 
 
 def matrices(hidden: int, inner: int, layers: int) -> dict[str, tuple[int, int]]:
-    """Attention with a quarter of the heads for keys and values, and a gated feed-forward block."""
+    """Return shapes of layers with few key-value heads (a quarter) and a gated feed-forward block."""
     layer = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (hidden // 4, hidden),
@@ -52,13 +52,13 @@ def matrices(hidden: int, inner: int, layers: int) -> dict[str, tuple[int, int]]
 
 
 def operations(shape: tuple[int, int]) -> float:
-    """Half a Gram matrix and its reduction to tridiagonal form."""
+    """Return the operations of half a Gram matrix and its reduction to tridiagonal form."""
     short, long = min(shape), max(shape)
     return short**2 * long + 4 / 3 * short**3
 
 
 def write_checkpoint(folder: Path, hidden: int, inner: int, layers: int) -> int:
-    """A shard a layer, as bfloat16 of a normal distribution; the number of parameters."""
+    """Write a shard of normal bfloat16 weights per layer; return the number of parameters."""
     import json
 
     import ml_dtypes

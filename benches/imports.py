@@ -1,4 +1,4 @@
-"""What `import lorank` costs over `import numpy`: ``python benches/imports.py``. Must stay under 0.1 s."""
+"""Time of `import lorank` after `import numpy`: ``python -m benches.imports``. The limit is 0.1 s."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benches share: runs in fresh processes, ratios pair by pair, results as JSON."""
+"""Shared parts of the benches: runs in new processes, ratios of pairs, results as JSON."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ print("RESULT " + json.dumps(found))
 """
 
 _MEMORY = 768 << 20
-"""Bytes that were in use just before a run: more than lorank takes, and less than what makes a virtual
-machine give free memory back to its host, which may happen to a gigabyte and more."""
+"""Bytes that are touched before a run: more than lorank uses, and less than the free memory (a gigabyte or
+more) that a virtual machine may return to its host."""
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -43,17 +43,17 @@ def weights_alone(model: Path, folder: Path) -> Path:
 
 
 def fresh(code: str, *arguments: object, threads: int) -> Run:
-    """``run(*arguments, threads)`` of some code in a process of its own; the clock starts after imports.
+    """Run ``run(*arguments, threads)`` of some code in a new process; the clock starts after imports.
 
-    It starts a tenth of a second after them: the threads that importing NumPy starts (OpenBLAS's) spin on a
-    processor of their own for some fifty milliseconds. A result with a key "seconds" is its own clock.
+    It starts a tenth of a second after imports, as the threads of OpenBLAS, which start with NumPy, occupy a
+    processor for some fifty milliseconds. A result with a key "seconds" replaces the measured time.
 
-    The run begins with memory that was used just before. In a virtual machine, other pages are the host's to
-    find: 160 MB of them took 0.2 s to half a second, as long as it takes to compute what they hold, or twice.
+    Each run starts after memory was touched and freed, so that the virtual machine already owns those pages.
+    160 MB of other pages took 0.2 to 0.5 s, one to two times the time of the computation itself.
     """
     _use_memory()
     environment = os.environ | dict.fromkeys(_THREADS, str(threads)) | {"HF_HUB_OFFLINE": "1"}
-    # Modules that are imported late are compiled once, as anywhere, not in every process.
+    # Modules imported late are compiled once instead of in every process.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, "-c", code + _HARNESS, str(threads), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -67,11 +67,11 @@ def fresh(code: str, *arguments: object, threads: int) -> Run:
 
 
 def fresh_to_folder(code: str, *arguments: object, threads: int) -> Run:
-    """`fresh` for what writes a folder, its last argument, from a disk at rest.
+    """Run code that writes a folder, its last argument, with an idle disk; remove the folder.
 
-    What earlier runs wrote is on disk before this one starts: the kernel writes it on a processor of its own,
-    which takes it from two threads, but not from one. And the folder goes at once: were it to stay, the next
-    would lie in other memory.
+    Files of earlier runs are on disk before this run starts: otherwise the kernel writes them on a processor
+    that two threads need, but one thread does not. The folder is removed immediately, as the next run would
+    otherwise use other memory.
     """
     os.sync()
     found = fresh(code, *arguments, threads=threads)
@@ -80,19 +80,19 @@ def fresh_to_folder(code: str, *arguments: object, threads: int) -> Run:
 
 
 def _use_memory() -> None:
-    """Use memory and give it back."""
+    """Touch memory and free it."""
     with mmap.mmap(-1, _MEMORY) as memory:
         for page in range(0, _MEMORY, mmap.PAGESIZE):
             memory[page] = 1
 
 
 def median(runs: Sequence[Run]) -> float:
-    """The median of their seconds."""
+    """Return the median seconds of runs."""
     return float(statistics.median(run["seconds"] for run in runs))
 
 
 def compared(work: str, against: str, mine: Sequence[Run], theirs: Sequence[Run], **more: object) -> Run:
-    """A row: medians, and the median of ratios pair by pair, so that a drift of the machine cancels."""
+    """Return a row with medians and the median ratio of pairs, in which drifts of the machine cancel."""
     seconds = [median(runs) for runs in (mine, theirs)]
     ratios = [other["seconds"] / own["seconds"] for own, other in zip(mine, theirs, strict=True)]
     row = {"work": work, "against": against, "lorank": seconds[0], "peer": seconds[1]}
@@ -100,13 +100,13 @@ def compared(work: str, against: str, mine: Sequence[Run], theirs: Sequence[Run]
 
 
 def show(row: Run) -> None:
-    """A row as a line, at once: what is long shows how far it is."""
+    """Print a row immediately, so that long benches show their progress."""
     line = "{work:46} {lorank:9.4f} s   {against:38} {peer:9.3f} s {ratio:7.2f}x".format(**row)
     print(line, flush=True)
 
 
 def parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
-    """The options of every bench."""
+    """Return a parser with the options of every bench."""
     found = argparse.ArgumentParser(description=doc)
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--repeats", type=int, default=repeats)
@@ -115,7 +115,7 @@ def parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
 
 
 def write(path: Path | None, threads: int, rows: Sequence[Run]) -> None:
-    """The rows as JSON, if somebody wants them."""
+    """Write the rows as JSON if a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"threads": threads, "rows": list(rows)}, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""All methods at one budget on one task: ``PYTHONPATH=tests python benches/methods.py``.
+"""All methods at one budget on one task: ``python -m benches.methods``.
 
-MiniLM learns to tell fresh from rotten film reviews (all linear layers adapted, the head trained too).
-Every method spends what uniform ranks of `--avg-rank` would cost. The data's order, the head and the
-adapters' first values depend on the seed. Runs that are in `--json` already are not repeated.
+MiniLM learns to classify film reviews as fresh or rotten (all linear layers adapted, the head trained,
+too). The budget of every method is the cost of uniform ranks of `--avg-rank`. The order of the data, the
+head and the initial adapters depend on the seed. Runs that `--json` already contains are not repeated.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ import torch
 from peft import get_peft_model
 
 import lorank
-import reviews
 from lorank.training import DynamicRanks
+from tests.support import reviews
 
 BOUNDS = {"r_min": 2, "r_max": 32}
-# The empirical schedule gives its middle blocks 1.2 times this, which must not exceed r_max.
+# The empirical schedule multiplies r_base by 1.2 in middle blocks, which must not exceed r_max.
 EMPIRICAL_BASE = 26
 LORA_ALPHA = 16
 LEARNING_RATE = 2e-3
 
 
 def from_weights(method: str, **options: Any) -> Callable[..., lorank.RankAllocation]:
-    """Ranks from the model alone."""
+    """Return a function that allocates ranks from weights."""
     return lambda model, _data, budget: lorank.allocate(
         model, method, budget=budget, progress=False, **BOUNDS, **options
     )
 
 
 def from_gradients(model: Any, data: list[Any], budget: int) -> lorank.RankAllocation:
-    """Static GARD over 16 batches of the training data."""
+    """Return static GARD ranks from 16 batches of the training data."""
     report = lorank.profile_gradients(model, data[:16], progress=False)
     return lorank.allocate(report, "gard", budget=budget, **BOUNDS)
 
 
 def from_tasks(model: Any, data: list[Any], budget: int) -> lorank.RankAllocation:
-    """K* per module over 16 batches of the training data."""
+    """Return K* of every module from 16 batches of the training data."""
     report = lorank.profile_tasks(model, data[:16], progress=False)
     return lorank.allocate(report, "task", budget=budget, **BOUNDS)
 
@@ -62,7 +62,7 @@ METHODS: dict[str, Callable[..., lorank.RankAllocation]] = {
 
 
 def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One training run and what came of it."""
+    """Return the results of one training run."""
     model = reviews.base_model()
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.classifier.weight, std=0.02)
@@ -97,11 +97,11 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
 def train(
     model: Any, data: list[Any], arguments: argparse.Namespace, budget: int | None
 ) -> tuple[list[float], int]:
-    """Losses by step, and the most parameters that the adapter had."""
+    """Return the loss of every step and the largest number of adapter parameters."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     steps = arguments.epochs * len(data)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    # With a budget ranks move, four times in the first half of the run.
+    # With a budget, ranks change four times in the first half of the run.
     interval = max(steps // 8, 1)
     options = {"interval": interval, "window": min(16, interval), "freeze_after": steps // 2, **BOUNDS}
     dynamic = None if budget is None else DynamicRanks(model, optimizer, budget=budget, **options)
@@ -127,7 +127,7 @@ def train(
 
 @torch.no_grad()
 def evaluation(model: Any, data: list[Any]) -> dict[str, float]:
-    """Accuracy and mean loss on held-out reviews."""
+    """Return accuracy and mean loss on held-out reviews."""
     right, losses = 0, []
     for batch in data:
         found = model(**batch)

@@ -1,8 +1,7 @@
-"""Time to build a PEFT model of a thousand adapted modules: ``python benches/peft_build.py``.
+"""Time to build a PEFT model of a thousand adapted modules: ``python -m benches.peft_build``.
 
-PEFT looks every module's rank up by regular expressions. The same model is adapted with one rank for
-all, with the allocation's configuration (one key a rank), and with one key a module, which is what
-people write by hand.
+PEFT finds the rank of every module by regular expressions. The same model is adapted with one rank for all
+modules, with the configuration of an allocation (one key per rank), and with one key per module.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Training with ranks that differ: ``PYTHONPATH=tests python benches/schedules.py``.
+"""Training with different ranks by layer: ``python -m benches.schedules``.
 
-200 film reviews, MiniLM, learning rate 3e-4 and `lora_alpha` 32, as where NaN was reported for ranks that
-differ by layer. Every schedule is trained with the allocation's own alphas (a scale for all modules), and
-beside it with one `lora_alpha` for all ranks, as a `rank_pattern` alone would do.
+The setting is one for which NaN was reported: 200 film reviews, MiniLM, learning rate 3e-4 and `lora_alpha`
+32. Every schedule is trained with the alphas of the allocation (one scale for all modules) and with one
+`lora_alpha` for all ranks, as from a `rank_pattern` alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import lorank
-import reviews
+from tests.support import reviews
 
 SCHEDULES = ("uniform", "linear-decay", "attention-heavy", "empirical")
 SETTINGS = {"lora_alpha": 32, "lr": 3e-4, "examples": 200, "r_base": 16, "r_min": 4, "r_max": 32}
 
 
 def run(method: str, rule: str, epochs: int, seed: int) -> dict[str, Any]:
-    """Losses and gradient norms of one run, without clipping."""
+    """Return losses and gradient norms of one run without clipping."""
     model = reviews.base_model()
     allocation = lorank.allocate(
         model,
@@ -89,7 +89,7 @@ def main() -> None:
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
-    # One alpha for all ranks is what was reported to fail; the default rule must not.
+    # Failures were reported for one alpha for all ranks; the default rule must not fail.
     if failed := [row["method"] for row in rows if row["rule"] == "constant" and not row["finite"]]:
         raise SystemExit(f"not finite under the default scale rule: {', '.join(failed)}")
 

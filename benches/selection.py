@@ -1,7 +1,8 @@
-"""Which of ten million values are kept, against NumPy: ``python benches/selection.py``.
+"""Selection among ten million values against NumPy: ``python -m benches.selection``.
 
-By energy (the fewest that hold a share of the sum of squares) against sort and cumulative sum, and by count
-against `numpy.partition`. Runs in turns in one process; NumPy and this selection are serial.
+The selection by energy (the fewest values that hold a share of the sum of squares) is compared with sort
+and cumulative sum, the selection by count with `numpy.partition`. Runs alternate in one process; both are
+serial.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-import measuring
+from benches import measuring
 from lorank import _core
 
 

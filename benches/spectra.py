@@ -1,13 +1,13 @@
-"""All eigenvalues of one matrix, exact, fast and sampled, against torch: ``python benches/spectra.py``.
+"""All eigenvalues of one matrix, exact, fast and sampled, against torch: ``python -m benches.spectra``.
 
-float32 Gaussian matrices in memory. The peers: the Gram matrix in float64 and `torch.linalg.eigvalsh`, and
-`torch.linalg.svdvals` in float32, which is torch's way to what "fast" gives. Runs in turns, every one in a
-process of its own, after a first one that is not counted.
+The matrices are Gaussian, float32, in memory. The peers are the Gram matrix in float64 with
+`torch.linalg.eigvalsh`, and `torch.linalg.svdvals` in float32 for "fast". Contenders take turns, every run
+in a new process; the first run is not counted.
 """
 
 from __future__ import annotations
 
-import measuring
+from benches import measuring
 
 MATRIX = """
 import numpy as np

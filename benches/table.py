@@ -1,9 +1,9 @@
-"""The figures of a run as a table, and a warning where ratios fell: ``python benches/table.py FOLDER``.
+"""The results of a run as a table, with warnings for lower ratios: ``python -m benches.table FOLDER``.
 
-Reads the JSON files that the other benches wrote into a folder, prints their comparisons as Markdown, and
-sets their ratios beside those of `ratios.json`, which belong to the last release. Ratios, not times, as those
-are another machine's. It only warns: ratios differ between machines, too. ``--keep`` makes these the ratios
-to compare with from now on.
+The JSON files of the other benches in a folder become a Markdown table, and their ratios are compared with
+`ratios.json`, the ratios of the last release. Ratios are compared instead of times, as times depend on the
+machine; ratios depend on it less, so lower ratios only warn. ``--keep`` replaces the ratios to compare
+with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 KEPT = Path(__file__).parent / "ratios.json"
 
-# A ratio that is so much of the kept one is no news: pairs on a busy machine differ by that.
+# Smallest share of the kept ratio without a warning: pairs on a busy machine differ by this much.
 TOLERANCE = 0.8
 
 

@@ -1,11 +1,12 @@
-"""Ranks read off samples, against the best rank on fresh ones: ``python benches/task_spectra.py``.
+"""Ranks from samples against the best rank on fresh samples: ``python -m benches.task_spectra``.
 
-The ten synthetic tasks of "Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation" (tables 3.2 to
-3.4), its numbers beside ours, and six tasks whose spectra have plateaus or change their rate of decay.
-The best rank is the paper's: the smallest with 95 % of the full rank's R^2 on fresh samples.
+The tasks are the ten synthetic ones of "Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation"
+(tables 3.2 to 3.4), with the numbers of the paper, and six tasks whose spectra have plateaus or change
+their rate of decay. The best rank is that of the paper: the smallest with 95 % of the full rank's R^2 on
+fresh samples.
 
-On the task 'small' the fit alone gives a median K* of 9; as K* never exceeds the number of values above the
-noise threshold, of which there are 8, it is 8.
+For the task 'small' the fit alone gives a median K* of 9. K* never exceeds the number of values above the
+noise threshold, which is 8, so the result is 8.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ESTIMATORS = ("plain", "prediction", "piecewise", "predicted")
 
 @dataclass(frozen=True)
 class Task:
-    """A spectrum, how it is sampled, and what the paper has: estimated rho, K*, r_opt, R^2."""
+    """A spectrum, its sampling, and the results of the paper: estimated rho, K*, r_opt, R^2."""
 
     name: str
     values: Array
@@ -45,7 +46,7 @@ def geometric(rho: float) -> Array:
 
 
 def pieces(*parts: tuple[int, float, float]) -> Array:
-    """Runs of ``count`` values from ``top`` down at the rate ``rho``, then zeros."""
+    """Return pieces of ``count`` values that decay from ``top`` at the rate ``rho``, then zeros."""
     runs = [top * rho ** -np.arange(float(count)) for count, top, rho in parts]
     values = np.concatenate([*runs, np.zeros(D_OUT)])
     return values[:D_OUT]
@@ -75,7 +76,7 @@ OTHER_TASKS = (
 
 @dataclass
 class Row:
-    """What was measured on a task, an entry per seed."""
+    """Measurements of a task, an entry per seed."""
 
     task: Task
     ranks: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in ESTIMATORS})
@@ -87,31 +88,31 @@ class Row:
     seconds: list[float] = field(default_factory=list)
 
     def median(self, name: str) -> float:
-        """Of the ranks of one estimator."""
+        """Return the median rank of an estimator."""
         return float(np.median(self.ranks[name]))
 
     def error(self, name: str) -> float:
-        """Mean distance to the best rank."""
+        """Return the mean distance to the best rank."""
         return float(np.mean(np.abs(np.subtract(self.ranks[name], self.r_opt))))
 
     def count_error(self, name: str) -> float:
-        """Mean distance to the number of true values above the noise."""
+        """Return the mean distance to the number of true values above the noise."""
         truth = self.above_edge if name == "prediction" else self.above
         return float(np.mean(np.abs(np.subtract(self.ranks[name], truth))))
 
     def match(self, name: str) -> bool:
-        """The paper's rule, on medians."""
+        """Return True if the medians satisfy the rule of the paper."""
         return abs(self.median(name) - float(np.median(self.r_opt))) <= 2
 
     def content(self) -> dict[str, object]:
-        """For JSON, which has no NaN."""
+        """Return the row for JSON, without NaN."""
         rho = [None if np.isnan(value) else value for value in self.rho]
         content = asdict(self) | {"task": self.task.name, "paper": self.task.paper, "rho": rho}
         return content | {"error": {name: self.error(name) for name in ESTIMATORS}}
 
 
 def samples(task: Task, seed: int) -> tuple[Array, Array, Array, Array]:
-    """Inputs and targets to estimate from, and fresh ones."""
+    """Return inputs and targets for the estimate, and fresh ones."""
     rng = np.random.default_rng(seed)
     left = np.linalg.qr(rng.standard_normal((D_IN, D_IN)))[0][:, :D_OUT]
     right = np.linalg.qr(rng.standard_normal((D_OUT, D_OUT)))[0]
@@ -124,7 +125,7 @@ def samples(task: Task, seed: int) -> tuple[Array, Array, Array, Array]:
 
 
 def fresh_r2(X: Array, Y: Array, fresh_X: Array, fresh_Y: Array) -> Array:
-    """R^2 on fresh samples, uniform average over outputs, of least squares cut to the ranks 1, 2, ..."""
+    """Return R^2 on fresh samples, averaged over outputs, of least squares truncated to ranks 1, 2, ..."""
     left, values, right = np.linalg.svd(np.linalg.lstsq(X, Y, rcond=None)[0], full_matrices=False)
     spread = np.sum(np.square(fresh_Y - fresh_Y.mean(axis=0)), axis=0)
     curve = []
@@ -136,7 +137,7 @@ def fresh_r2(X: Array, Y: Array, fresh_X: Array, fresh_Y: Array) -> Array:
 
 def measure(task: Task, seeds: int) -> Row:
     row = Row(task)
-    # The paper's tasks are made so that C = 1; ours have no unit, and take the leading value.
+    # The tasks of the paper have C = 1; the others use the leading value.
     leading = 1.0 if task.paper else None
     for seed in range(seeds):
         drawn = samples(task, seed)
@@ -145,7 +146,7 @@ def measure(task: Task, seeds: int) -> Row:
         row.seconds.append(time.perf_counter() - start)
         exact = task_spectrum(*drawn[:2], space="prediction")
         curve = fresh_r2(*drawn)
-        # A full rank without any R^2 is beaten by every rank: argmax then finds the first.
+        # Every rank is better than a full rank without R^2: argmax then finds the first.
         row.r_opt.append(1 + int(np.argmax(curve >= 0.95 * curve[-1])))
         row.rho.append(found.rho)
         row.r2.append(float(curve[found.k_star - 1]))

@@ -1,8 +1,8 @@
-"""How much faster two threads are than one, beside a product's own ratio: ``python benches/threads.py``.
+"""Speed of two threads against one, beside the ratio of a product: ``python -m benches.threads``.
 
-All eigenvalues of a large matrix, the spectra of a model, and the compression of an adapter, each in turns
-with one thread and with several. The product is torch's, float64, of two square matrices. Every run is a
-process of its own.
+The works are all eigenvalues of a large matrix, the spectra of a model, and the compression of an adapter,
+each in turns with one thread and with several. The product is one of square float64 matrices in torch.
+Every run is a new process.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import compress
-import measuring
-import spectra
+from benches import compress, measuring, spectra
 
 PRODUCT = """
 import time, torch
@@ -37,7 +35,7 @@ def main() -> None:
     options = measuring.parser(__doc__, repeats=7)
     options.add_argument("--layers", type=int, default=32, help="of the adapter")
     arguments = options.parse_args()
-    from material import smollm2
+    from tests.support.material import smollm2
 
     threads, rows = arguments.threads, []
     with tempfile.TemporaryDirectory() as folder:

@@ -4,11 +4,14 @@ from typing import TYPE_CHECKING
 
 from lorank._core import FormatError, LorankError, NumericalError, __version__
 from lorank._internal.lazy import lazy_names
+from lorank.allocation.allocate import allocate
 from lorank.allocation.budget import fit_ranks
-from lorank.allocation.rank_allocation import RankAllocation, allocate
+from lorank.allocation.rank_allocation import RankAllocation
 from lorank.analysis.matrices import analyze
-from lorank.analysis.single import MarchenkoPastur, alpha_hill, marchenko_pastur, spectrum
 from lorank.report import ModuleSpectrum, SpectralReport
+from lorank.statistics.hill import alpha_hill
+from lorank.statistics.marchenko_pastur import MarchenkoPastur, marchenko_pastur
+from lorank.statistics.spectrum import spectrum
 
 if TYPE_CHECKING:
     from lorank import training
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from lorank.runtimes import check
     from lorank.task_spectra import TaskSpectrum, task_spectrum
 
-# Imported when they are asked for: who analyses a model need not wait for what adapters need.
+# Imported at their first use, so that an analysis does not wait for the imports of adapters.
 _LAZY = {
     "GradientReport": "report.gradients",
     "TaskReport": "report.tasks",

@@ -1,1 +1,1 @@
-"""Tools without any knowledge of LoRA: optional packages, threads, progress, files written whole."""
+"""Tools that do not depend on LoRA: optional packages, lazy names, threads, progress, files, equality."""

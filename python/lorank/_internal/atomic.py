@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lorank._internal.core_calls import reworded
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`, renamed onto it when the block ends without an error.
+    """Yield a temporary path beside `target`, which replaces `target` when the block ends without an error.
 
     Raises
     ------
     OSError
-        If the folder cannot be written to; the target is then as it was.
+        If the folder cannot be written to. The target does not change.
     """
-    with made_folder(target.parent):
+    with _made_folder(target.parent):
         temporary = _beside(target.parent, f"{target.name}.", target.suffix)
         try:
             temporary.touch(exist_ok=False)
@@ -38,8 +38,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def made_folder(folder: Path) -> Iterator[None]:
-    """A folder that exists within the block; where it fails, what was made and is still empty goes again."""
+def _made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents; if the block fails, remove the empty folders that were made."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,23 +53,28 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
-    """A temporary folder whose files appear in `folder` when the block ends without an error.
+    """Yield a temporary folder whose files move to `folder` when the block ends without an error.
 
-    A folder that does not exist appears as a whole. In one that does, all files are complete before the
-    first of them takes its place, and the `stale` ones that are not replaced go.
+    A new folder appears with all its files at once. In an existing folder, files are replaced when all new
+    ones are complete. Errors of the block name files by their final paths, and `folder` does not change.
+
+    Parameters
+    ----------
+    folder
+        The final folder.
+    stale
+        Names of files in an existing folder to remove unless they are replaced.
 
     Raises
     ------
     OSError
-        If there is no place for them.
+        If the folder cannot be written to.
     LorankError, MemoryError
-        If the block raises one.
-
-    The message names the file as it would have been called, and `folder` is then as it was.
+        If the block raises it.
     """
     is_new = not folder.exists()
     place = folder.parent if is_new else folder
-    with made_folder(place):
+    with _made_folder(place):
         staging = _beside(place, f"{folder.name}.")
         try:
             staging.mkdir()
@@ -104,12 +109,12 @@ def _move(staging: Path, folder: Path, stale: Sequence[str], *, is_new: bool) ->
 
 
 def check_writable(target: Path) -> None:
-    """Find out now, before hours of work, whether a file or folder can be made there.
+    """Check that a file or folder can be made at a path, before long work.
 
     Raises
     ------
     OSError
-        If it cannot.
+        If the folder that would hold it cannot be written to.
     """
     existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     existing = target.absolute().parent if existing == target and target.is_file() else existing
@@ -121,14 +126,14 @@ def check_writable(target: Path) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a text file as a whole."""
+    """Write a text file, which appears complete or not at all."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, "utf-8")
 
 
 def _beside(folder: Path, beginning: str, end: str = "") -> Path:
-    """A hidden name that nothing in the folder has.
+    """Return a hidden path in a folder that does not exist yet.
 
-    What `tempfile` makes is private; what is made by such a name is as open as any other file or folder.
+    Files made at this path get the default permissions; `tempfile` would make them private.
     """
     return folder / f".{beginning}{secrets.token_hex(8)}{end}"

@@ -1,4 +1,4 @@
-"""Calls of the core that hand their results to a callback, in the order in which they are ready."""
+"""Calls of the core that pass each result to a callback as it becomes ready."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def collect(
     name_of
         Returns the name of the module at an index; None for inputs without a name.
     on_result
-        Takes the index of each result when the result is ready; None if nobody waits for single results.
+        Receives the index of each result when the result is ready.
 
     Raises
     ------
@@ -51,11 +51,11 @@ def reworded(error: Exception, change: Callable[[str], str]) -> Exception:
     Parameters
     ----------
     error
-        An exception of the core, or one that this function made.
+        An exception of the core, or one that this function returned.
     change
-        Makes the new message from the old one.
+        Returns the new message for the old one.
     """
     if isinstance(error, OSError) and error.strerror is not None:
-        # Python chooses the class by the number, and adds the name of the file to the message.
+        # Python chooses the class by the error number, and adds the file name to the message.
         return OSError(error.errno, change(error.strerror), error.filename)
     return type(error)(change(str(error)))

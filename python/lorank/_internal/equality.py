@@ -11,7 +11,7 @@ import numpy as np
 
 
 class ByValue:
-    """A dataclass (with ``eq=False``) whose objects are equal if all their fields are."""
+    """Base of dataclasses (with ``eq=False``) whose objects are equal if all their fields are."""
 
     __slots__ = ()
 
@@ -21,7 +21,7 @@ class ByValue:
         own: Any = self
         return all(_same(getattr(self, field.name), getattr(other, field.name)) for field in fields(own))
 
-    __hash__ = None  # type: ignore[assignment]  # As arrays have none.
+    __hash__ = None  # type: ignore[assignment]  # Arrays cannot be hashed.
 
 
 def _same(one: Any, other: Any) -> bool:

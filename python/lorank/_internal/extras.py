@@ -12,16 +12,16 @@ def require(module: str, extra: str, purpose: str) -> Any:
     Parameters
     ----------
     module
-        Its import name.
+        Import name of the dependency.
     extra
-        lorank's extra that installs it.
+        Extra of lorank that installs the dependency.
     purpose
-        What it is needed for, as the end of a sentence.
+        Purpose of the dependency, as the end of a sentence.
 
     Raises
     ------
     ImportError
-        If it is not installed: says how to install it.
+        If the dependency is not installed. The message has the command that installs it.
     """
     try:
         return importlib.import_module(module)

@@ -8,25 +8,25 @@ from typing import Any
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises
     ------
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     ValueError
-        If it is no JSON, or nested so deeply that the parser gives up.
+        If the file is not JSON, or is nested too deeply for the parser.
     """
     return parse_json(path.read_text("utf-8"))
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text holds.
+    """Return the content of a JSON text.
 
     Raises
     ------
     ValueError
-        If it is no JSON, or nested so deeply that the parser gives up.
+        If the text is not JSON, or is nested too deeply for the parser.
     """
     try:
         return json.loads(text)

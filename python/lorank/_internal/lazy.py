@@ -1,4 +1,4 @@
-"""Names that a package imports when they are asked for."""
+"""Public names of a package that are imported at their first use."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ def lazy_names(
     packages: Collection[str] = (),
     needs_torch_for: str | None = None,
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__`.
+    """Return the `__getattr__` and `__dir__` of a package.
+
+    `__dir__` lists the public names, ``__all__``, and the double-underscore names of the package. Modules
+    inside the package, which imports bind as attributes, are not listed.
 
     Parameters
     ----------
     package
-        Its ``__name__``.
+        ``__name__`` of the package.
     places
-        Name -> the module of the package that defines it.
+        Module inside the package that defines a name, by that name.
     packages
-        Names of packages within it.
+        Names of public packages inside the package.
     needs_torch_for
-        What all of them need torch for, if they do: the end of a sentence.
+        Purpose for which all the names need torch, as the end of a sentence; None if they do not need it.
     """
     content = vars(sys.modules[package])
 
@@ -41,4 +44,8 @@ def lazy_names(
         content[name] = getattr(import_module(f"{package}.{places[name]}"), name)
         return content[name]
 
-    return get, lambda: sorted({*content, *places, *packages})
+    def listed() -> list[str]:
+        special = {name for name in content if name.startswith("__") and name.endswith("__")}
+        return sorted(special.union(content["__all__"]))
+
+    return get, listed

@@ -1,4 +1,4 @@
-"""Signs of long work, on the terminal only: a progress bar, or a line where the end is not known."""
+"""Progress of long work on a terminal: a bar, or a line if the length of the work is unknown."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(title: str, total: int, *, enabled: bool) -> Iterator[Callable[[int, str], None]]:
-    """Yield a function that takes finished work, in units of `total`, and a word on what it was.
+    """Draw a progress bar, and yield the function that advances it.
 
-    Nothing is drawn when disabled or when standard error is no terminal.
+    The function takes the finished work, in the unit of `total`, and the name of the finished item. Nothing
+    is drawn if `enabled` is False or standard error is not a terminal.
     """
     if not enabled or not sys.stderr.isatty():
         yield lambda _amount, _label: None
@@ -35,9 +36,9 @@ def progress_bar(title: str, total: int, *, enabled: bool) -> Iterator[Callable[
 
 @contextmanager
 def waiting(title: str, *, enabled: bool) -> Iterator[None]:
-    """Show a line while work goes on whose length is not known.
+    """Show a line during work of unknown length.
 
-    Nothing is drawn when disabled or when standard error is not a terminal.
+    Nothing is drawn if `enabled` is False or standard error is not a terminal.
     """
     if not enabled or not sys.stderr.isatty():
         yield

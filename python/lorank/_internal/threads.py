@@ -1,4 +1,4 @@
-"""How many threads a call may use."""
+"""The number of threads of a call."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from lorank import _core
 
 
 def thread_count(threads: int | None) -> int:
-    """`threads`, or all processors of this process for None.
+    """Return `threads`, or the number of processors that the process may use for None.
 
     Raises
     ------
     ValueError
-        If it is not positive.
+        If `threads` is not positive.
     """
     if threads is None:
         return _core.available_threads()

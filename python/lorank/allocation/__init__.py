@@ -1,1 +1,1 @@
-"""From evidence to ranks: signals, budgets, and the allocation that PEFT loads."""
+"""Allocation of ranks to modules: the signals of methods, budgets, and the result that PEFT loads."""

@@ -1,4 +1,4 @@
-"""Budgets, and the one way in which scores become integer ranks under them."""
+"""Budgets, and the conversion of scores to integer ranks under a budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Budget: TypeAlias = "int | str"
-"""Parameters (``500_000``, ``"500k"``, ``"1.5M"``) or a share of the base model's (``"0.5%"``)."""
+"""A number of parameters (``500_000``, ``"500k"``, ``"1.5M"``), or a percentage (``"0.5%"``)."""
 
 _COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbB]?)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -27,14 +27,21 @@ def parse_budget(budget: Budget, num_parameters: int | None, unknown: str = "") 
     budget
         An integer, or a string: a count with an optional unit, or a percentage.
     num_parameters
-        Parameters of the whole base model, for percentages; None if unknown.
+        Number of parameters of the base model, for percentages; None if unknown.
     unknown
-        The reason why that number is unknown.
+        The reason why `num_parameters` is None.
 
     Raises
     ------
     ValueError
-        If it is no budget, or a percentage of an unknown number.
+        If the budget is malformed or negative, or a percentage of an unknown number of parameters.
+
+    Examples
+    --------
+    >>> parse_budget("1.5k", None)
+    1500
+    >>> parse_budget("0.5%", 1_000_000)
+    5000
     """
     if is_integer(budget):
         parameters = float(budget)
@@ -44,7 +51,7 @@ def parse_budget(budget: Budget, num_parameters: int | None, unknown: str = "") 
         parameters = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
     else:
         raise ValueError(
-            f"a budget is a number of parameters (500000, '500k') or a share ('0.5%'), not {budget!r}"
+            f"a budget is a number of parameters (500000, '500k') or a percentage ('0.5%'), not {budget!r}"
         )
     if parameters < 0:
         raise ValueError(f"a budget cannot be negative: {budget!r}")
@@ -52,6 +59,7 @@ def parse_budget(budget: Budget, num_parameters: int | None, unknown: str = "") 
 
 
 def _share(budget: str, num_parameters: int | None, unknown: str) -> float:
+    """Return the number of parameters that a percentage stands for."""
     try:
         percent = float(budget[:-1])
     except ValueError:
@@ -63,7 +71,7 @@ def _share(budget: str, num_parameters: int | None, unknown: str) -> float:
             f"{budget} of an unknown number of parameters{unknown and ': '}{unknown}; "
             "give the budget as a number of parameters"
         )
-    # Rounding must not turn an exact product (0.5 % of 10,000) into one less.
+    # Rounding must not turn an exact product (0.5 % of 10,000) into the next smaller integer.
     return percent * num_parameters / 100 * (1 + 4 * np.finfo(float).eps)
 
 
@@ -77,39 +85,38 @@ def fit_ranks(
     at_least: npt.ArrayLike | None = None,
     at_most: npt.ArrayLike | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Integer ranks, proportional in the score, that use a budget up.
+    """Fit integer ranks that grow in proportion to scores to a budget.
 
-    ``r_l = r_min + c * score_l``, rounded half up and clipped to ``[r_min, r_max]``, with the
-    largest ``c`` whose total cost fits; what is left goes out by largest remainder until no module
-    below its bound can take one more rank.
+    ``r_l = r_min + c * score_l``, rounded half up and clipped to ``[r_min, r_max]``, with the largest ``c``
+    whose total cost is within the budget. The rest of the budget is spent on single ranks in the order of
+    the remainders, largest first, until it pays for no further rank of a module below its bound.
 
     Parameters
     ----------
     scores
-        One per module, finite and >= 0, in any unit.
+        Score of each module, finite and >= 0, in any unit.
     costs
-        Cost of one rank in each module (``out + in`` parameters), positive integers.
+        Parameters of one rank in each module (``out + in``), positive integers.
     r_min, r_max
         Bounds of every rank, ``0 <= r_min <= r_max``.
     budget
-        What ``sum(ranks * costs)`` must not exceed, an integer.
+        Upper bound of ``sum(ranks * costs)``, an integer.
     at_least, at_most
-        Narrower bounds of single modules, one per module, within ``[r_min, r_max]``: where ranks may
-        only move so far from what they are. `at_most` may be below `r_min`, where a matrix has no room
-        for that.
+        Bounds of single modules, one per module, within ``[r_min, r_max]``; for ranks that may change by a
+        limited number only. `at_most` may be below `r_min` if the matrix has a lower rank.
 
     Returns
     -------
     numpy.ndarray
-        Ranks, int64, in the order of the scores. Deterministic: ties go to the higher score, then
-        to the earlier module. At equal cost and bounds a higher score never gets a lower rank, and
-        equal scores differ by at most one.
+        Ranks, int64, in the order of the scores. They are deterministic: at equal remainders the higher
+        score comes first, then the earlier module. At equal costs and bounds a higher score never gets a
+        lower rank, and the ranks of equal scores differ by one at most.
 
     Raises
     ------
     ValueError
-        If an argument is malformed, or the budget lies outside what `r_min` and `r_max` can use;
-        the message states the feasible range.
+        If an argument is malformed, or the budget is below the cost of the lowest ranks or above the cost of
+        the highest; the message states the feasible range.
 
     Examples
     --------
@@ -123,7 +130,7 @@ def fit_ranks(
         raise ValueError(f"budget must be an integer, not {budget!r}")
     if len(score) == 0:
         return np.zeros(0, dtype=np.int64)
-    # Ranks above r_min: adding r_min first would round the remainders.
+    # These are ranks above r_min: adding r_min first would round the remainders.
     high = _bounds("at_most", r_max if at_most is None else at_most, (0, r_max), len(score)) - r_min
     low = np.minimum(0, high)
     if at_least is not None:
@@ -133,13 +140,13 @@ def fit_ranks(
     fixed = r_min * int(cost.sum())
     least, most = fixed + int(low @ cost), fixed + int(high @ cost)
     if not least <= budget <= most:
-        what = "lower r_min or choose fewer" if budget < least else "raise r_max or choose more"
+        advice = "lower r_min or choose fewer" if budget < least else "raise r_max or choose more"
         raise ValueError(
             f"budget {budget:,} is not feasible: ranks from {r_min} to {r_max} of {len(score)} modules "
-            f"cost {least:,} to {most:,}; {what} modules"
+            f"cost {least:,} to {most:,}; {advice} modules"
         )
     largest = score.max()
-    # Scores count relative to each other; all zero means all equal.
+    # Only ratios of scores matter. Scores that are all zero count as equal.
     relative = score / largest if largest > 0 else np.ones_like(score)
     left = int(budget) - fixed
     gains, exact = _proportional(relative, cost, low, high, left)
@@ -148,12 +155,12 @@ def fit_ranks(
 
 
 def rank_bounds(r_min: int, r_max: int) -> tuple[int, int]:
-    """The bounds as Python's integers, which no arithmetic overflows.
+    """Return the bounds of ranks as integers of Python, which do not overflow.
 
     Raises
     ------
     ValueError
-        Unless they are integers and ``0 <= r_min <= r_max``.
+        If they are not integers with ``0 <= r_min <= r_max``.
     """
     for name, bound in (("r_min", r_min), ("r_max", r_max)):
         if not is_integer(bound):
@@ -164,11 +171,12 @@ def rank_bounds(r_min: int, r_max: int) -> tuple[int, int]:
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is an integer of Python's or NumPy's; a bool is none."""
+    """Return True for an integer of Python or NumPy; False for a bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _bounds(name: str, bounds: npt.ArrayLike, within: tuple[int, int], count: int) -> npt.NDArray[np.int64]:
+    """Return the checked bounds of every module."""
     given: npt.NDArray[Any] = np.asarray(bounds)
     if given.shape not in ((), (count,)) or not np.issubdtype(given.dtype, np.integer):
         raise ValueError(f"{name} must hold one integer per module")
@@ -180,10 +188,13 @@ def _bounds(name: str, bounds: npt.ArrayLike, within: tuple[int, int], count: in
 def _checked(
     scores: npt.ArrayLike, costs: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return the checked scores and costs as arrays."""
     score = np.asarray(scores, dtype=np.float64)
     cost: npt.NDArray[Any] = np.asarray(costs)
     if score.ndim != 1 or cost.shape != score.shape:
-        raise ValueError(f"one score and one cost per module, got shapes {score.shape} and {cost.shape}")
+        raise ValueError(
+            f"every module needs one score and one cost, got shapes {score.shape} and {cost.shape}"
+        )
     if not np.all(np.isfinite(score)) or np.any(score < 0):
         raise ValueError("scores must be finite and not negative")
     if cost.dtype == bool or (cost.size and (np.any(cost != np.floor(cost)) or np.any(cost < 1))):
@@ -194,8 +205,9 @@ def _checked(
 def _rounded(
     exact: npt.NDArray[np.float64], low: npt.NDArray[np.int64], high: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
+    """Round half up and clip to bounds."""
     whole = np.floor(exact)
-    # Not floor(x + 0.5): that sum rounds up to 1 for the number just below 0.5.
+    # floor(x + 0.5) would be wrong: the sum of 0.5 and the number just below 0.5 rounds to 1.
     rounded: npt.NDArray[np.int64] = np.clip(whole + (exact - whole >= 0.5), low, high).astype(np.int64)
     return rounded
 
@@ -207,18 +219,18 @@ def _proportional(
     high: npt.NDArray[np.int64],
     budget: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """``c * score``, rounded for the largest `c` that fits the budget, and exact at its limit.
+    """Return ``c * score``, rounded for the largest `c` within the budget, and exact at the limit of `c`.
 
-    The limit is the smallest float64 `c` that does not fit: there, not one bit below, remainders are
-    what they are in exact arithmetic, and ties among them are ties.
+    The limit is the smallest float64 `c` that exceeds the budget. At this number, and not one bit below,
+    remainders that are equal in exact arithmetic are equal.
 
-    Positive float64 numbers have the order of their bit patterns, so bisection over the patterns
-    ends at that very number after 63 steps, whatever the scale of the scores.
+    Positive float64 numbers have the order of their bit patterns, so bisection over the patterns ends at
+    the limit after 63 steps, whatever the scale of the scores.
     """
 
     def exact(pattern: int) -> npt.NDArray[np.float64]:
         c = np.array(pattern, dtype=np.int64).view(np.float64)
-        # Clipped, as a larger product says no more and would lose the remainder's digits.
+        # A product above the bound would only lose digits of the remainder.
         product: npt.NDArray[np.float64] = np.minimum(c * score, high + 1.0)
         return product
 
@@ -242,7 +254,7 @@ def _hand_out(
     high: npt.NDArray[np.int64],
     left: int,
 ) -> None:
-    """Give single ranks to the largest remainders, in place, while any module can take one."""
+    """Add single ranks to the modules with the largest remainders, in place, while the budget lasts."""
     queue: list[tuple[float, float, int]] = [
         (float(gains[i] - exact[i]), -float(score[i]), i)
         for i in range(len(gains))
@@ -251,7 +263,7 @@ def _hand_out(
     heapq.heapify(queue)
     while queue:
         negative_remainder, negative_score, i = heapq.heappop(queue)
-        # A module that has become too dear stays so: what is left only shrinks.
+        # A module that costs too much now costs too much later: the rest of the budget only shrinks.
         if cost[i] > left:
             continue
         gains[i] += 1
@@ -261,12 +273,21 @@ def _hand_out(
 
 
 def average_rank_budget(avg_rank: float, modules: Sequence[object], r_min: int, r_max: int) -> int:
-    """The number of ranks that an average allows, for `fit_ranks` with costs of one.
+    """Return the number of ranks that an average allows, for `fit_ranks` with costs of one.
+
+    Parameters
+    ----------
+    avg_rank
+        Average rank over the modules.
+    modules
+        The modules that get a rank.
+    r_min, r_max
+        Bounds of every rank.
 
     Raises
     ------
     ValueError
-        If it is no number, or lies outside the bounds of every rank.
+        If `avg_rank` is not a number within the bounds.
     """
     if isinstance(avg_rank, bool) or not isinstance(avg_rank, Real):
         raise ValueError(f"avg_rank must be a number, not {avg_rank!r}")

@@ -1,9 +1,9 @@
-"""From a signal and a budget to a rank for every module."""
+"""The result of an allocation: a rank for every adapted module."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,19 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorank._core import FormatError
+from lorank._internal import extras
 from lorank._internal.atomic import write_text
 from lorank._internal.json_files import read_json
-from lorank._internal.progress import waiting
-from lorank.allocation import signals
-from lorank.allocation.budget import Budget, average_rank_budget, fit_ranks, parse_budget, rank_bounds
-from lorank.modules import naming
+from lorank._internal.short_text import counted, listing
 from lorank.modules.facts import ModelFacts
-from lorank.modules.roles import Placement, Roles, check_roles, in_placement
-from lorank.modules.targets import AdaptedModule, Matrix, adaptable_modules, targeted
+from lorank.modules.targets import AdaptedModule
 from lorank.peft_format import lora_config
 from lorank.peft_format.lora_config import ScaleRule
-from lorank.report.base import Report
-from lorank.sources import OPENING, AnySource, Source, open_source
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -31,31 +26,40 @@ if TYPE_CHECKING:
 _FORMAT = "lorank.RankAllocation"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RankAllocation:
-    """Ranks of modules.
+    """The rank of every adapted module.
 
     Attributes
     ----------
     modules
         The adapted modules, in the model's order.
     ranks
-        Module name -> rank, in the same order.
+        Rank of each module by its name, in the same order.
     scores
-        Module name -> what its method said.
+        Score of each module by its name, in the unit of the method.
     method
-        The method's name.
+        Name of the method.
     other_modules
-        Modules of the model that are not adapted: patterns must not touch them.
+        Names of the modules that are not adapted, which the patterns of a `LoraConfig` must not match.
     flags
-        Remarks on single modules, by name; also on those that get no rank because they could not be
-        profiled.
+        Remarks by the name of the module, also on modules that get no rank.
     source
-        What the ranks were derived from.
+        Name of the source that the ranks were derived from.
     base_parameters
-        Parameters of the whole base model, None if unknown.
+        Number of parameters of the base model; None if unknown.
     facts
         Facts about the model beside its matrices.
+
+    Examples
+    --------
+    >>> import lorank, numpy
+    >>> weights = {"q_proj.weight": numpy.eye(8), "up_proj.weight": numpy.ones((32, 8))}
+    >>> allocation = lorank.allocate(weights, "uniform", r_min=1, r_max=4, progress=False)
+    >>> allocation.ranks
+    {'q_proj': 4, 'up_proj': 4}
+    >>> allocation.num_parameters, allocation.average_rank
+    (224, 4.0)
     """
 
     modules: Sequence[AdaptedModule]
@@ -68,9 +72,17 @@ class RankAllocation:
     base_parameters: int | None = None
     facts: ModelFacts = field(default_factory=ModelFacts)
 
+    def __repr__(self) -> str:
+        title = (
+            f"RankAllocation of {self.source or 'an unnamed model'} by {self.method}: "
+            f"{counted(len(self.modules), 'module')}, {counted(self.num_parameters, 'parameter')}"
+        )
+        lines = (f"{name}: rank {rank}" for name, rank in self.ranks.items())
+        return listing(title, lines, len(self.ranks), "allocation.ranks")
+
     @property
     def num_parameters(self) -> int:
-        """Parameters of the adapter: ``sum rank * copies * (out + in)``."""
+        """Number of parameters of the adapter: ``sum rank * copies * (out + in)``."""
         return sum(self.ranks[module.name] * module.cost for module in self.modules)
 
     @property
@@ -81,30 +93,28 @@ class RankAllocation:
     def to_lora_config(
         self, model: Any = None, *, scale_rule: ScaleRule = "constant", **lora_config_kwargs: Any
     ) -> LoraConfig:
-        """A `peft.LoraConfig` with these ranks.
+        """Return a `peft.LoraConfig` with these ranks.
 
         Parameters
         ----------
         model
-            The model that will be adapted, before PEFT. With it, names are resolved to those of its
-            own modules, and one that fits no module, or several, is an error. Without it, names
-            match as suffixes, so that prefixes may differ.
+            The base model, before PEFT adapts it. If it is given, names are resolved to names of its
+            modules, and a name that fits no module, or several, is an error. If not, names match as
+            suffixes, so that prefixes may differ.
         scale_rule
-            ``"constant"``: every module is scaled by ``lora_alpha / r``, `r` the rounded average
-            rank, as in plain LoRA. ``"rank-stabilized"``: by ``lora_alpha / sqrt(rank)``.
+            ``"constant"`` scales every module by ``lora_alpha / r`` as plain LoRA does, with `r` the rounded
+            average rank; ``"rank-stabilized"`` scales by ``lora_alpha / sqrt(rank)``.
         **lora_config_kwargs
-            Everything else of `LoraConfig`: `lora_alpha`, `lora_dropout`, `task_type`, ...
+            The other arguments of `LoraConfig`: `lora_alpha`, `lora_dropout`, `task_type`, ...
 
         Raises
         ------
         ImportError
-            Without PEFT (extra ``peft``).
+            If PEFT (extra ``peft``) is not installed.
         ValueError
-            If `r`, patterns, targets or `use_rslora` are passed (they are the allocation's), or if
+            If an argument sets `r`, patterns, targets or `use_rslora`, which the allocation sets, or if
             names do not fit the model.
         """
-        from lorank._internal import extras
-
         peft = extras.require("peft", "peft", "to build a LoraConfig")
         settings = self.lora_settings(model, scale_rule=scale_rule, **lora_config_kwargs)
         config: LoraConfig = peft.LoraConfig(**settings)
@@ -113,7 +123,18 @@ class RankAllocation:
     def lora_settings(
         self, model: Any = None, *, scale_rule: ScaleRule = "constant", **lora_config_kwargs: Any
     ) -> dict[str, Any]:
-        """The arguments of `to_lora_config`'s result, without PEFT: for `adapter_config.json`."""
+        """Return the arguments of `LoraConfig` as JSON values; PEFT is not needed.
+
+        The parameters are those of `to_lora_config`.
+
+        Examples
+        --------
+        >>> import lorank, numpy
+        >>> allocation = lorank.allocate({"q.weight": numpy.eye(8)}, "uniform", r_max=4, progress=False)
+        >>> settings = allocation.lora_settings(lora_alpha=16)
+        >>> settings["r"], settings["target_modules"]
+        (4, ['q'])
+        """
         return lora_config.settings(
             self.modules,
             self.ranks,
@@ -125,11 +146,11 @@ class RankAllocation:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the allocation as JSON; the file appears whole or not at all."""
+        """Write the allocation to a JSON file, which is complete or does not appear."""
         write_text(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
 
     def to_json(self) -> dict[str, Any]:
-        """The allocation as values that JSON knows."""
+        """Return the allocation as JSON values."""
         modules = [
             {
                 "name": module.name,
@@ -158,12 +179,12 @@ class RankAllocation:
 
     @classmethod
     def load(cls, path: str | Path) -> RankAllocation:
-        """Read what `save` wrote.
+        """Read an allocation that `save` wrote.
 
         Raises
         ------
         FormatError
-            If the file is no allocation.
+            If the file does not hold an allocation.
         """
         try:
             content = read_json(Path(path))
@@ -185,210 +206,4 @@ class RankAllocation:
                 ModelFacts.from_json(content["model"]) if "model" in content else ModelFacts(),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise FormatError(f"{path}: is no rank allocation: {error!r}") from error
-
-
-def allocate(
-    signal_source: Report[Any] | AnySource,
-    method: str = "htsr",
-    *,
-    r_min: int = 4,
-    r_max: int = 32,
-    budget: Budget | None = None,
-    avg_rank: float | None = None,
-    targets: naming.Targets = None,
-    placement: Placement = "all",
-    roles: Roles = None,
-    threads: int | None = None,
-    progress: bool = True,
-    **method_options: Any,
-) -> RankAllocation:
-    """Choose a rank for every adapted module.
-
-    Parameters
-    ----------
-    signal_source
-        A report: of `analyze`, `profile_gradients` or `profile_tasks`. Or anything that `analyze`
-        reads (it is then analysed if the method needs spectra).
-    method
-        How the ranks are found; a budget scales what exceeds `r_min`.
-
-        - ``"htsr"``: linear in ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised, of the weights'
-          spectra; options `weight_alpha`, `weight_spikes`, `more_for`, `granularity`, `convention`, `scale`.
-        - ``"gard"``: in proportion to the effective ranks of gradients, ``r_eff / sum(r_eff)``; needs a
-          budget; no options.
-        - ``"task"``: K* of each module's inputs and gradients, or with ``estimate="predicted_rank"`` the
-          smallest rank that predicts held-out tokens nearly as well as the full one.
-        - ``"linear-decay"``: ``r_base - (r_base - r_min) i / (L - 1)`` in block `i` of `L`; options `r_base`,
-          `blocks`.
-        - ``"attention-heavy"``: `r_base` for attention, ``max(r_min, r_base / 2)`` for feed-forward; options
-          `r_base`, `roles`.
-        - ``"empirical"``: ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, `r_base`
-          in the rest; options `r_base`, `blocks`. As no rank exceeds `r_max`, take an `r_base` below it;
-          modules that are cut are flagged.
-        - ``"uniform"``: `r_base` everywhere; option `r_base`.
-
-        `r_base` is `r_max` by default; `blocks` tells where a block's number is in unusual names.
-    r_min, r_max
-        Bounds of every rank, ``0 <= r_min <= r_max``. No module's rank exceeds ``min(out, in)``,
-        even where that is below `r_min`: more would be wasted. Modules at that bound are flagged.
-    budget
-        Parameters of the adapter: a number, ``"500k"``, or ``"0.5%"`` of the base model's.
-    avg_rank
-        Instead of `budget`: the average of the ranks; less where the matrices allow no such average.
-        With neither, the method's own formula holds.
-    targets
-        Which modules: a list of names or suffixes, or one regular expression for whole names,
-        exactly as PEFT reads ``target_modules``; ``"all-linear"`` or None for every linear layer
-        and stack of experts but the output head and the experts' routers.
-    placement
-        ``"attention"`` or ``"feed-forward"`` to adapt those of the targets alone.
-    roles
-        What modules with unusual names do, as in `lorank.modules.roles.roles_of`: for `placement` and the
-        method ``"attention-heavy"``.
-    threads, progress
-        For the analysis, if there is one: as in `analyze`.
-    **method_options
-        Those of the method: see `lorank.allocation.signals`.
-
-    Returns
-    -------
-    RankAllocation
-        Its parameters never exceed the budget, and no module below its bound could take one more
-        rank within it.
-
-    Raises
-    ------
-    ValueError
-        If no module is selected, the bounds are none, the budget is infeasible (the message states
-        the range) or a share of a base model of unknown size, both `budget` and `avg_rank` are
-        given, the method needs one of them, or it needs another report; if `roles` fit no module.
-    """
-    r_min, r_max = rank_bounds(r_min, r_max)
-    if budget is not None and avg_rank is not None:
-        raise ValueError("give either budget or avg_rank")
-    registered = signals.find(method)
-    if roles is not None and "roles" in registered.options:
-        method_options["roles"] = roles
-    registered.check_options(method, method_options)
-    with waiting(OPENING, enabled=progress):
-        opened = signal_source if isinstance(signal_source, Report) else open_source(signal_source)
-    every = adaptable_modules(_matrices(opened))
-    check_roles([module.name for module in every], roles)
-    facts = _facts(opened)
-    adapted, refused = _without_refused(_selected(opened, every, targets, facts), facts)
-    modules = _placed(adapted, placement, roles)
-    evidence = opened
-    if registered.needs == "spectra" and isinstance(opened, Source):
-        from lorank.analysis.matrices import analyze
-
-        names = [module.name for module in modules]
-        evidence = analyze(opened, include=names, threads=threads, progress=progress)
-    registered.check_evidence(method, evidence)
-    signal = registered.function(evidence, modules, r_min, r_max, **method_options)
-    # More than its matrix has no module can use.
-    caps = np.array([min(r_max, *module.shape) for module in modules], dtype=np.int64)
-    if budget is not None:
-        limit = parse_budget(budget, evidence.num_parameters, evidence.unknown_parameters)
-        costs = [module.cost for module in modules]
-        ranks = fit_ranks(signal.scores, costs, r_min, r_max, limit, at_most=caps)
-    elif avg_rank is not None:
-        limit = min(average_rank_budget(avg_rank, modules, r_min, r_max), int(caps.sum()))
-        ranks = fit_ranks(signal.scores, np.ones(len(modules)), r_min, r_max, limit, at_most=caps)
-    elif signal.ranks is not None:
-        ranks = np.minimum(signal.ranks, caps)
-    else:
-        raise ValueError(f"method {method!r} needs a budget or avg_rank")
-    names = [module.name for module in modules]
-    chosen = set(names)
-    return RankAllocation(
-        modules,
-        dict(zip(names, (int(rank) for rank in ranks), strict=True)),
-        dict(zip(names, (float(score) for score in signal.scores), strict=True)),
-        method,
-        _others(every, facts, chosen),
-        {**refused, **_with_caps(signal.flags, modules, ranks, r_max)},
-        _label(evidence),
-        evidence.num_parameters,
-        facts,
-    )
-
-
-def _matrices(evidence: Report[Any] | Source) -> Iterable[Matrix]:
-    """Return the identities of the matrices of a report or source."""
-    if isinstance(evidence, Report):
-        return evidence.modules
-    return [matrix.info for matrix in evidence.matrices]
-
-
-def _selected(
-    evidence: Report[Any] | Source,
-    every: Sequence[AdaptedModule],
-    targets: naming.Targets,
-    facts: ModelFacts,
-) -> list[AdaptedModule]:
-    """Return the modules that `targets` selects; where there are none, name packed weights as the cause."""
-    try:
-        return targeted(every, targets, facts.ties)
-    except ValueError as error:
-        packed = [skipped for skipped in evidence.skipped if skipped.reason.startswith("packed")]
-        if not packed:
-            raise
-        raise ValueError(
-            f"{error}; {len(packed)} weights were not read, the first is {packed[0].name}: {packed[0].reason}"
-        ) from None
-
-
-def _facts(evidence: Report[Any] | Source) -> ModelFacts:
-    """Return the facts about the model; reports of gradients and tasks hold none."""
-    return getattr(evidence, "facts", ModelFacts())
-
-
-def _others(every: Sequence[AdaptedModule], facts: ModelFacts, chosen: set[str]) -> list[str]:
-    """Return the names of the modules that are not adapted, those without a row included."""
-    names = [module.name for module in every]
-    names += facts.modules
-    return [name for name in dict.fromkeys(names) if name not in chosen]
-
-
-def _without_refused(
-    modules: Sequence[AdaptedModule], facts: ModelFacts
-) -> tuple[list[AdaptedModule], dict[str, str]]:
-    """Return the modules that PEFT can adapt, and flags of the others.
-
-    Raises
-    ------
-    ValueError
-        If there are only others.
-    """
-    held = [module for module in modules if module.name not in facts.refused]
-    names = [module.name for module in modules if module.name in facts.refused]
-    if not held:
-        raise ValueError(
-            f"none of the {len(names)} modules can be adapted: {names[0]}: {facts.refused[names[0]]}"
-        )
-    return held, {name: f"not adapted: {facts.refused[name]}" for name in names}
-
-
-def _with_caps(
-    flags: Mapping[str, str], modules: Sequence[AdaptedModule], ranks: Iterable[int], r_max: int
-) -> dict[str, str]:
-    """The flags, and a remark where a matrix allows no larger rank."""
-    found = dict(flags)
-    for module, rank in zip(modules, ranks, strict=True):
-        if rank >= min(module.shape) and rank < r_max:
-            remark = f"a {module.shape[0]}x{module.shape[1]} matrix has no larger rank"
-            found[module.name] = f"{found[module.name]}; {remark}" if module.name in found else remark
-    return found
-
-
-def _label(evidence: Report[Any] | Source) -> str:
-    return evidence.source if isinstance(evidence, Report) else evidence.label
-
-
-def _placed(modules: list[AdaptedModule], placement: Placement, roles: Roles) -> list[AdaptedModule]:
-    wanted = in_placement([module.name for module in modules], placement, roles)
-    chosen = [module for module, is_wanted in zip(modules, wanted, strict=True) if is_wanted]
-    if not chosen:
-        raise ValueError(f"placement {placement!r} selects none of the {len(modules)} modules")
-    return chosen
+            raise FormatError(f"{path}: is not a rank allocation: {error!r}") from error

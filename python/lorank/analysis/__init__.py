@@ -1,1 +1,1 @@
-"""Spectra of single matrices and of whole models."""
+"""The analysis of a model: from its matrices to a report."""

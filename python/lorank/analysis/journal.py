@@ -1,4 +1,4 @@
-"""The journal of a long analysis: what is done survives an interruption."""
+"""The journal of an analysis, from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ from types import TracebackType
 from typing import Any
 
 from lorank._core import FormatError
-from lorank.report import ModuleSpectrum, SpectralReport
-from lorank.report.files import from_json, to_json
+from lorank.report.columns import from_entry, to_entries
+from lorank.report.rows import ModuleSpectrum
 
 _FORMAT = "lorank.journal"
 
 
 class Journal:
-    """An append-only file: a line that says what is analysed, then a line a finished matrix.
+    """An append-only file with a header line, and a line for each finished matrix.
 
     Parameters
     ----------
     path
-        The file; made if it is not there.
+        Path of the file, which is made if it does not exist.
     identity
-        What the run depends on: the source's fingerprint and the options that change results.
+        Fingerprint of the source, and the options that change results.
+
+    Attributes
+    ----------
+    finished
+        Rows of the matrices that earlier runs finished, by name.
 
     Raises
     ------
     FormatError
-        If the file is no journal.
+        If the file is not a journal.
     ValueError
-        If it belongs to another source or other options.
+        If the journal belongs to another source or to other options.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
@@ -46,7 +51,7 @@ class Journal:
 
     def add(self, row: ModuleSpectrum) -> None:
         """Write a finished row to disk."""
-        self._write(to_json(SpectralReport([row]))["modules"][0])
+        self._write(to_entries([row])[0])
 
     def _write(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps(entry) + "\n")
@@ -62,18 +67,17 @@ class Journal:
 
 
 def _read(path: Path, header: dict[str, Any]) -> Iterable[ModuleSpectrum]:
-    lines = path.read_text("utf-8").split("\n")[:-1]  # what follows the last newline was cut off
+    # An interruption may have cut off the part after the last newline.
+    lines = path.read_text("utf-8").split("\n")[:-1]
     if not lines:
         return []
     try:
         found = json.loads(lines[0])
         if found["format"] != _FORMAT:
             raise ValueError(found["format"])
-        entries = [json.loads(line) for line in lines[1:]]
-        template = {"format": "lorank.SpectralReport", "version": 1, "source": "", "accuracy": "exact"}
-        rows = from_json({**template, "num_parameters": None, "skipped": [], "modules": entries}).modules
+        rows = [from_entry(json.loads(line)) for line in lines[1:]]
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path}: is no journal of lorank: {error!r}") from error
+        raise FormatError(f"{path}: is not a journal of lorank: {error!r}") from error
     different = [key for key in header if found.get(key) != header[key]]
     if different:
         raise ValueError(
@@ -84,7 +88,7 @@ def _read(path: Path, header: dict[str, Any]) -> Iterable[ModuleSpectrum]:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line that an interruption left without its end."""
+    """Remove a last line without its newline, which an interruption left."""
     with path.open("r+b") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)

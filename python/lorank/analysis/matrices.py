@@ -1,4 +1,4 @@
-"""From a source to a report: every matrix analysed, in parallel and in bounded memory."""
+"""The analysis of all matrices of a source, in parallel and in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lorank._internal import core_calls
 from lorank._internal.progress import progress_bar, waiting
 from lorank._internal.threads import thread_count
 from lorank.analysis.journal import Journal
-from lorank.analysis.single import Accuracy, check_accuracy
 from lorank.modules import naming
 from lorank.report import ModuleSpectrum, SpectralReport
 from lorank.sources import OPENING, AnySource, SourceMatrix, open_source
+from lorank.statistics.spectrum import Accuracy, check_accuracy
 
 
 def analyze(
@@ -31,64 +31,80 @@ def analyze(
     progress: bool = True,
     keep_eigenvalues: bool = False,
 ) -> SpectralReport:
-    """Spectral metrics of every weight matrix of a model.
+    """Compute spectral metrics of every weight matrix of a model.
 
     Parameters
     ----------
     source
-        A safetensors file, a shard index, a folder of shards; a ``.bin``, ``.pt`` or ``.pth`` state
-        dict; a hub id (``name`` or ``name@revision``, the local cache first); a mapping name ->
-        array; a live ``torch.nn.Module``.
+        A safetensors file, a shard index or a folder of shards; a ``.bin``, ``.pt`` or ``.pth`` state dict; a
+        hub id (``name`` or ``name@revision``, looked up in the local cache first); a mapping of names to
+        arrays; or a live ``torch.nn.Module``.
     include, exclude
-        Which modules: a list of names or suffixes, or one regular expression for whole names,
-        exactly as PEFT reads ``target_modules``.
+        Modules to select and to leave out: a list of names or suffixes, or one regular expression for whole
+        names, as in PEFT's ``target_modules``.
     accuracy
-        ``"exact"``: float64 arithmetic. ``"fast"``: float32 for the Gram matrices and their reduction,
-        float64 again for a matrix whose error bounds would not hold the exponent to 1e-3 and the
-        spikes to 1, or of whose eigenvalues more than one in 32 could be zero, and for those that are 32
-        times as long as wide, as tables of embeddings are. The rows tell which
-        (`accuracy`), and the bounds. ``"sampled"``: estimates by stochastic Lanczos quadrature where
-        both sides are 2048 or more, ``"fast"`` elsewhere: a tenth of the time at 8192x8192. The exponent
-        and the spikes come with error bars (`alpha_hill_error`, `mp_spikes_error`) that covered the exact
-        values of 98 % of the matrices of two real models; the other metrics come without, and kept
-        eigenvalues are quantiles.
+        Arithmetic of the analysis.
+
+        - ``"exact"``: float64.
+        - ``"fast"``: float32 for the Gram matrices and their reduction. A matrix is analysed in float64 if
+          its error bounds exceed 1e-3 for the exponent or 1 for the spikes, if more than one in 32 of its
+          eigenvalues may be zero, or if it is at least 32 times as long as wide, as embeddings are. The
+          `accuracy` of a row names the arithmetic of its matrix.
+        - ``"sampled"``: estimates by stochastic Lanczos quadrature [SLQ] if both sides are at least 2048,
+          ``"fast"`` for other matrices. At 8192x8192 it takes a tenth of the time. The exponent and the
+          spikes have error bars (`alpha_hill_error`, `mp_spikes_error`), which covered the exact values of
+          98 % of the matrices of two real models. The other metrics have none. Kept eigenvalues are
+          quantiles.
     threads
-        At most so many (default: all that the process may use). The numbers do not depend on it.
+        Largest number of threads; by default all processors that the process may use. The numbers do not
+        depend on it.
     resume
-        A journal file: every finished matrix is written there, and a run that finds one goes on
-        where it ended. For sources on disk. With a journal, a lack of memory or a defect met by one matrix
-        does not stop the others: the run raises at its end, and the next run tries that matrix again.
+        Path of a journal, for sources on disk. Each finished matrix is written to the journal, and a run that
+        finds the journal continues from it. If the memory does not suffice for one matrix, or the analysis of
+        one meets a defect of lorank, the others are still analysed; the run raises the error at its end, and
+        the next run tries that matrix again.
     progress
-        Draw a progress bar on standard error, if that is a terminal.
+        True to draw a progress bar on standard error, if that is a terminal.
     keep_eigenvalues
-        Keep each matrix's spectrum in its row.
+        True to keep the spectrum of each matrix in its row.
 
     Returns
     -------
     SpectralReport
-        One row a matrix (one per expert of a stack), and what was skipped and why. A matrix with
-        NaN or infinite values has a row with a flag and no numbers.
+        A row for each matrix, also for each expert of a stack, and the skipped tensors. A matrix with NaN or
+        infinite values has a row with a flag and no numbers.
 
     Raises
     ------
     FileNotFoundError, OSError
         If the source cannot be read.
     FormatError
-        If a file is damaged; the message names file, tensor and reason.
+        If a file is damaged. The message names file, tensor and reason.
     ValueError
-        If nothing is left to analyse, or the journal belongs to another run.
+        If no matrix is selected, or the journal belongs to another run.
     MemoryError, OSError
-        If the system has no memory for a matrix, or does not start threads; fewer `threads` need less of
+        If the system lacks the memory for a matrix, or cannot start threads. Fewer `threads` need less of
         both.
     LorankError
-        If the analysis of a matrix meets a defect of lorank. The message asks to report it.
+        If the analysis of a matrix meets a defect of lorank. The message asks for a report of it.
 
     Notes
     -----
-    Memory: per thread one matrix as stored, plus about ``p^2 + 700 p`` float64 numbers with
-    ``p = min(out, in)``. Matrices so large that a core needs some seconds for them are
-    done one at a time by all threads together. ``accuracy="sampled"`` takes ``out * in`` float32
-    numbers instead.
+    Each thread needs the memory of one matrix as stored, and of about ``p^2 + 700 p`` float64 numbers with
+    ``p = min(out, in)``; ``accuracy="sampled"`` needs ``out * in`` float32 numbers instead. All threads
+    together analyse a matrix that would take one core some seconds.
+
+    Examples
+    --------
+    >>> import numpy as np, lorank
+    >>> weights = {"layers.0.mlp.weight": np.diag([1.0, 2.0, 3.0]), "norm.weight": np.ones(3)}
+    >>> report = lorank.analyze(weights, keep_eigenvalues=True)
+    >>> round(report["layers.0.mlp"].stable_rank, 4)
+    1.5556
+    >>> report["layers.0.mlp"].eigenvalues.round(12)
+    array([1., 4., 9.])
+    >>> report.skipped
+    (Skipped(name='norm.weight', shape=(3,), reason='1-D tensor'),)
     """
     check_accuracy(accuracy)
     count = thread_count(threads)
@@ -144,9 +160,11 @@ def _analyze_batch(
     finish: Callable[[SourceMatrix, ModuleSpectrum], None],
     fail: Callable[[Exception], None],
 ) -> None:
+    """Analyse matrices in parallel, and pass each row to `finish` and each exception to `fail`."""
+
     def on_result(index: int, outcome: Any) -> None:
         matrix = batch[index]
-        # Only a property of the numbers is a result: it would be the same in any other run.
+        # Values that are not finite fail in every run, so that failure is the row's result.
         if isinstance(outcome, _core.NumericalError):
             finish(matrix, ModuleSpectrum.failed(matrix.info, str(outcome)))
         elif isinstance(outcome, Exception):
@@ -164,7 +182,7 @@ def _incomplete(failures: Sequence[Exception], total: int, journal: str | Path |
 
 
 def _batches(matrices: Sequence[SourceMatrix], threads: int) -> Iterator[Sequence[SourceMatrix]]:
-    """All matrices that cost no memory before they are read, then the lazy ones, a few at a time."""
+    """Yield all matrices that can be read in place, then the lazy ones, one for each thread at a time."""
     direct = [matrix for matrix in matrices if not matrix.lazy]
     if direct:
         yield direct
@@ -174,18 +192,20 @@ def _batches(matrices: Sequence[SourceMatrix], threads: int) -> Iterator[Sequenc
 
 
 def _work(matrix: SourceMatrix) -> int:
-    """Arithmetic that a matrix takes, in thousands of multiplications."""
+    """Return the arithmetic that a matrix needs, in thousands of multiplications."""
     short, long = sorted(matrix.info.shape)
     return max(1, int(np.ceil(short * short * (long + 4 * short) / 1000)))
 
 
 def _fingerprint(fingerprint: str | None) -> str:
+    """Return a fingerprint; raise ValueError if the source has none."""
     if fingerprint is None:
-        raise ValueError("resume needs safetensors files on disk: only their content can be recognised again")
+        raise ValueError("resume needs safetensors files on disk, whose content the journal can identify")
     return fingerprint
 
 
 def _nothing_to_analyse(label: str, available: int, include: naming.Targets, exclude: naming.Targets) -> str:
     if not available:
         return f"{label}: holds no weight matrix"
-    return f"{label}: none of its {available} matrices is left by include={include!r} and exclude={exclude!r}"
+    selection = f"include={include!r} and exclude={exclude!r}"
+    return f"{label}: none of its {available} matrices is selected by {selection}"

@@ -1,4 +1,4 @@
-"""The command line. One thin function a command: arguments in, library call, tables out."""
+"""The command line: a function for each command, which calls the library and prints tables."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 import lorank
-from lorank.cli import adapters, spectra, tasks
-from lorank.cli.options import IncompleteError, UsageError, say
+from lorank.cli import allocate, analyze, check, compress, extract, family, info, merge, report, task
+from lorank.cli.errors import IncompleteError, UsageError
+from lorank.cli.output import print_message
 
 app = typer.Typer(
     help="LoRA ranks from spectra: before, during and after fine-tuning.",
@@ -17,11 +18,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(spectra.analyze)
-app.command()(spectra.report)
-app.command(epilog=spectra.methods_help())(spectra.allocate)
-for command in (*tasks.COMMANDS, *adapters.COMMANDS):
-    app.command()(command)
+app.command()(analyze.analyze)
+app.command()(report.report)
+app.command(epilog=allocate.methods_help())(allocate.allocate)
+app.command()(task.task)
+app.command()(compress.compress)
+app.command()(family.family)
+app.command()(merge.merge)
+app.command()(extract.extract)
+app.command()(check.check)
+app.command()(info.info)
 _debug = False
 
 
@@ -33,9 +39,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     del version
@@ -44,7 +50,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: one clear line and status 1 for errors, 2 for bad usage."""
+    """Run the command line; an error prints one line and exits with status 1, or 2 for wrong usage."""
     try:
         app()
     except UsageError as error:
@@ -72,5 +78,5 @@ def _message(error: BaseException) -> str:
 
 def _fail(message: str, status: int) -> None:
     first_line = message.strip().splitlines()[0] if message.strip() else "unknown error"
-    say(f"lorank: {first_line}")
+    print_message(f"lorank: {first_line}")
     sys.exit(status)

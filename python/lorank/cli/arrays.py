@@ -1,4 +1,4 @@
-"""Samples in .npy and .npz files of unknown origin."""
+"""Samples in .npy and .npz files from any program."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank._core import FormatError
-from lorank.cli.options import UsageError
+from lorank.cli.errors import UsageError
 
 _FILES = "give one .npz file that holds X and Y, or two .npy files: X.npy Y.npy"
 _NPY, _NPZ = b"\x93NUMPY", b"PK"
-# What numpy, zipfile and their decoders raise for damaged files, beside OSError.
+# Exceptions of numpy, zipfile and their decoders for damaged files, beside OSError.
 _UNREADABLE = (
     ValueError,
     TypeError,
@@ -37,30 +37,37 @@ _UNREADABLE = (
 
 @dataclass(frozen=True, slots=True)
 class NamedArray:
-    """An array, and what messages call it."""
+    """An array with its name in messages."""
 
     name: str
     values: npt.NDArray[Any]
 
 
 def check_files(paths: Sequence[Path], x: str | None, y: str | None) -> None:
-    """Refuse what cannot be meant, before anything is read."""
+    """Raise UsageError for a wrong number or kind of files, before any file is read."""
     endings = [path.suffix.lower() for path in paths]
     if len(paths) > 2 or endings == [".npy"] or (len(paths) == 2 and ".npz" in endings):
         raise UsageError(_FILES)
     if len(paths) == 2 and (x is not None or y is not None):
-        raise UsageError("--x and --y name arrays of an .npz file: an .npy file holds one only")
+        raise UsageError("--x and --y name arrays of an .npz file: an .npy file holds one array")
 
 
 def open_samples(paths: Sequence[Path], x: str | None, y: str | None) -> tuple[NamedArray, NamedArray]:
-    """`X` and `Y` from one .npz file, or mapped into memory from two .npy files.
+    """Read `X` and `Y` from one .npz file, or map them into memory from two .npy files.
+
+    Parameters
+    ----------
+    paths
+        One .npz file, or two .npy files.
+    x, y
+        Names of the arrays in the .npz file; None for X and Y.
 
     Raises
     ------
     FormatError
-        If a file is damaged or holds Python objects.
+        If a file is damaged or holds Python objects, or an array is missing.
     ValueError
-        If an array is missing, or the two are no samples of one task.
+        If the shapes of the arrays are not those of samples, or do not agree.
     """
     if len(paths) == 1:
         inputs, outputs = _from_archive(paths[0], x, y)
@@ -83,12 +90,12 @@ def _member(path: Path, archive: Any, key: str) -> NamedArray:
     with _reading(name):
         values = archive[key]
     if not isinstance(values, np.ndarray):
-        raise FormatError(f"{name}: is no array")
+        raise FormatError(f"{name}: is not an array")
     return NamedArray(name, values)
 
 
 def _key(path: Path, keys: Sequence[str], option: str, wanted: str | None) -> str:
-    """The key of that name, in any case of its letters."""
+    """Return the key of that name, or the only one that differs from it in the case of its letters."""
     name = option.upper() if wanted is None else wanted
     alike = [key for key in keys if key.lower() == name.lower()]
     if name in alike:
@@ -101,13 +108,13 @@ def _key(path: Path, keys: Sequence[str], option: str, wanted: str | None) -> st
 
 def _mapped(path: Path) -> NamedArray:
     _check_magic(path, _NPY, ".npy")
-    # A header may claim any size; what does not fit the file is an error without a warning.
+    # A header may claim any size: a size beyond the file raises an error, without a warning of numpy.
     with _reading(str(path)), np.errstate(over="ignore"):
         return NamedArray(str(path), np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def _check_magic(path: Path, magic: bytes, ending: str) -> None:
-    """Refuse other files by their first bytes: numpy takes them for pickles."""
+    """Raise FormatError for the first bytes of another format, which numpy would read as a pickle."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.is_dir():
@@ -117,11 +124,12 @@ def _check_magic(path: Path, magic: bytes, ending: str) -> None:
     if start == _NPY != magic:
         raise ValueError(f"{path}: holds one array: {_FILES}")
     if not start.startswith(magic):
-        raise FormatError(f"{path}: is no {ending} file")
+        raise FormatError(f"{path}: is not an {ending} file")
 
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
+    """Raise every error of the block as a FormatError that names the file."""
     try:
         yield
     except (FormatError, UsageError):

@@ -23,7 +23,7 @@ from lorank.compression.spectral_form import SpectralForm, Triplets
 from lorank.compression.truncation import truncated
 from lorank.modules import naming
 from lorank.peft_format.target_expressions import accidental_matches
-from lorank.sources import OPENING, AnySource, Skipped, Source, SourceMatrix, open_source
+from lorank.sources import OPENING, AnySource, Source, SourceMatrix, open_source
 from lorank.sources.guesses import doubtful
 
 DEFAULT_MAX_RANK = 128
@@ -182,8 +182,13 @@ def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
 
 def _other_changes(before: Source, after: Source) -> list[str]:
     """Return notes on changes outside the matrices of modules, which an adapter cannot hold."""
-    old, new = ({x.name: x for x in source.skipped if x.load is not None} for source in (before, after))
-    changed = [name for name in old if name in new and not _are_equal(old[name], new[name])]
+    old, new = before.skipped_values, after.skipped_values
+    shapes = [{entry.name: entry.shape for entry in source.skipped} for source in (before, after)]
+    changed = [
+        name
+        for name in old
+        if name in new and not (shapes[0][name] == shapes[1][name] and _are_equal(old[name](), new[name]()))
+    ]
     some = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
     notes = [f"{len(changed)} tensors changed, which no adapter holds: {some}"] if changed else []
     only = ((before.label, [n for n in old if n not in new]), (after.label, [n for n in new if n not in old]))
@@ -194,10 +199,8 @@ def _other_changes(before: Source, after: Source) -> list[str]:
     ]
 
 
-def _are_equal(a: Skipped, b: Skipped) -> bool:
-    assert a.load is not None
-    assert b.load is not None
-    return a.shape == b.shape and np.array_equal(a.load().to_array(), b.load().to_array(), equal_nan=True)
+def _are_equal(a: _core.Matrix, b: _core.Matrix) -> bool:
+    return np.array_equal(a.to_array(), b.to_array(), equal_nan=True)
 
 
 def _without_copies(forms: Sequence[SpectralForm]) -> tuple[list[SpectralForm], list[str]]:

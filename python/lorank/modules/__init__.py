@@ -1,1 +1,1 @@
-"""Modules of models: their kinds, shapes, names and ties, as the models' own code describes them."""
+"""Modules of models: their kinds, shapes, names and ties, from the models' code or from names alone."""

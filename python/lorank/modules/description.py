@@ -1,8 +1,8 @@
-"""A checkpoint's model and the parameters that its tensors become, described in a separate process.
+"""Describes the model of a checkpoint and the parameters that its tensors become, in a separate process.
 
-Building a model imports torch and its libraries: seconds, a gigabyte and their messages. Where they are
-loaded already, this process builds the model; elsewhere a child process describes it as JSON, and this one
-stays small. A hostile config costs no more than the child's time limit.
+Building a model imports torch and its libraries, which costs seconds and a gigabyte of memory. If they are
+loaded already, this process builds the model. If not, a child process describes it as JSON, and this process
+stays small. A hostile configuration costs at most the time limit of the child.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 
 from lorank.modules.building import Unknown, build, library_of, model_of
 from lorank.modules.loading import Conversion, Placement, place
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Weight
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The child takes the parent's own search path, never the folder that it happens to run in.
+# The child uses the search path of the parent, and never adds the folder in which it runs.
 _CHILD = """
 import json, sys
 question = json.load(sys.stdin)
@@ -31,7 +32,7 @@ sys.path[:] = question["path"]
 from lorank.modules.description import answer
 answer(question)
 """
-_TIME_LIMIT = 600.0
+_TIME_LIMIT = 600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +51,13 @@ class Description:
     placement: Placement
 
 
-def describe(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Description | Unknown:
+def describe_model(config: ModelConfig, shapes: Shapes) -> Description | Unknown:
     """Describe the model of a checkpoint.
 
     Parameters
     ----------
-    folder
-        The folder that holds `config.json`.
     config
-        Its content; empty if there is no such file.
+        The model's configuration.
     shapes
         The shapes of the checkpoint's tensors by name, without packed ones.
     """
@@ -66,8 +65,13 @@ def describe(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Descrip
     if isinstance(library, Unknown):
         return library
     if library in sys.modules or not sys.executable:
-        return _described(folder, config, shapes)
-    question = {"path": [*map(str, sys.path)], "folder": str(folder), "config": config, "shapes": shapes}
+        return _described(config, shapes)
+    question = {
+        "path": [*map(str, sys.path)],
+        "folder": str(config.folder),
+        "config": config.content,
+        "shapes": shapes,
+    }
     try:
         child = subprocess.run(
             [sys.executable, "-c", _CHILD],
@@ -83,24 +87,26 @@ def describe(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Descrip
     except ValueError:
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
         return Unknown(f"{library} could not describe the model: {lines[-1][:200]}", True)
-    return _from_json(content, folder, config, shapes)
+    return _from_json(content, config, shapes)
 
 
 def answer(question: Mapping[str, Any]) -> None:
-    """Describe the model of a question and print the answer: the work of the child process."""
-    out, sys.stdout = sys.stdout, sys.stderr  # the libraries' own messages must not mix with the answer
+    """Describe the model of a question and print the answer, in the child process."""
+    out, sys.stdout = sys.stdout, sys.stderr  # messages of the libraries must not mix with the answer
     shapes = {name: tuple(shape) for name, shape in question["shapes"].items()}
-    found = _described(Path(question["folder"]), question["config"], shapes)
+    found = _described(ModelConfig(question["config"], Path(question["folder"])), shapes)
     json.dump(_to_json(found), out)
     out.flush()
 
 
-def _described(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Description | Unknown:
-    model = build(folder, config, shapes.keys())
+def _described(config: ModelConfig, shapes: Shapes) -> Description | Unknown:
+    """Describe the model in this process."""
+    model = build(config, shapes.keys())
     return model if isinstance(model, Unknown) else Description(model, place(shapes, model))
 
 
 def _to_json(found: Description | Unknown) -> dict[str, Any]:
+    """Return a description as JSON values."""
     if isinstance(found, Unknown):
         return {"reason": found.reason, "is_foreign": found.is_foreign}
     skeleton, placement = found.skeleton, found.placement
@@ -118,9 +124,8 @@ def _to_json(found: Description | Unknown) -> dict[str, Any]:
     }
 
 
-def _from_json(
-    content: Mapping[str, Any], folder: Path, config: Mapping[str, Any], shapes: Shapes
-) -> Description | Unknown:
+def _from_json(content: Mapping[str, Any], config: ModelConfig, shapes: Shapes) -> Description | Unknown:
+    """Return the description that `_to_json` wrote."""
     if "reason" in content:
         return Unknown(content["reason"], content["is_foreign"])
     weights = [
@@ -131,7 +136,7 @@ def _from_json(
         content["label"],
         {weight.name: weight for weight in weights},
         content["owners"],
-        partial(model_of, folder, config, list(shapes)),
+        partial(model_of, config, list(shapes)),
         tuple(content["modules"]),
         content["model_type"],
     )

@@ -1,4 +1,4 @@
-"""Layers whose weight or settings a model's own code reads, past the layer that PEFT puts in their place."""
+"""Finds layers whose weight or settings a model's code reads directly, past the layer of PEFT."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SETTINGS = (
     "stride|kernel_size|padding|dilation|groups|in_channels|out_channels"
     "|num_embeddings|embedding_dim|padding_idx"
 )
-# What a weight is asked for beside its values.
+# Attributes of a weight that are not its values.
 _NO_VALUES = "dtype|device|shape|size|ndim|dim|numel|requires_grad"
-# Methods that set weights up, exchange them or fit them to other sizes, and those of base classes.
+# Methods that initialise, exchange or resize weights: they do not compute with them.
 _NO_PASS = re.compile(r"^__|init|tie|reset|resize|[gs]et_|prune|weight_norm|interpolate")
 _LIBRARIES = (
     "torch.",
@@ -27,16 +27,16 @@ _NOT_CODE = re.compile(r"#[^\n]*|\"\"\".*?\"\"\"", re.DOTALL)
 
 @cache
 def direct_read(holder: object, leaf: str, *, despite_calls: bool = False) -> str:
-    """Return what a module's code reads of one of its layers; empty if it only calls the layer.
+    """Return the attribute of a layer that a module's code reads; empty if the code only calls the layer.
 
     Parameters
     ----------
     holder
-        The class of the module that holds the layer: its methods but those that set weights up count.
+        The class of the module that holds the layer. Methods that initialise or resize weights do not count.
     leaf
-        The attribute's name.
+        The name of the layer in the module.
     despite_calls
-        True if a read counts although the code calls the layer, too.
+        True if a read counts even though the code also calls the layer.
     """
     layer = rf"\bself\.{re.escape(leaf)}\b"
     text = _source(holder)
@@ -47,13 +47,13 @@ def direct_read(holder: object, leaf: str, *, despite_calls: bool = False) -> st
     found = re.search(rf"{layer}\.(?P<setting>{_SETTINGS})\b", text)
     if found:
         return found["setting"]
-    # A function that pads the input is handed the convolution itself.
+    # A function that pads the input takes the convolution as an argument.
     return "padding" if re.search(rf"padding\([^()]*{layer}(?![.(])", text) else ""
 
 
 @cache
 def _source(holder: object) -> str:
-    """Return the source of a class's computations without comments; empty where it is not at hand."""
+    """Return the source of a class's computations without comments; empty if it is not available."""
     texts = []
     for name, method in inspect.getmembers(holder, inspect.isfunction):
         if not _NO_PASS.search(name) and not method.__module__.startswith(_LIBRARIES):

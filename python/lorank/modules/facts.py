@@ -1,4 +1,4 @@
-"""Facts about a model beside its matrices; reports keep them, so that ranks fit what PEFT can adapt."""
+"""Facts about a model beside its matrices. Reports keep them, so that allocation respects PEFT's limits."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class ModelFacts:
     Attributes
     ----------
     class_name
-        The model's class, whose code named the modules; empty if names were guessed from the files.
+        The class of the model, whose code names the modules; empty if names were guessed from the files.
     doubts
         The reasons why guessed names, kinds or orientations may be wrong.
     refused
-        The reason why PEFT cannot adapt a module, by the module's name.
+        The reason why PEFT cannot adapt a module, by the name of the module.
     ties
-        The further modules that share a weight, by the module that has its row.
+        The further modules that share a weight, by the name of the module that has the row in the report.
     modules
-        The names of all modules, containers and norms included: a target must not reach another module.
+        The names of all modules with containers and norms, none of which a target may match by mistake.
     reason
-        The reason why names were guessed; empty where they were not, and where it is one of the doubts.
+        The reason why names were guessed; empty if they were not, or if `doubts` holds the reason.
     """
 
     class_name: str = ""
@@ -41,7 +41,7 @@ class ModelFacts:
 
     @property
     def remark(self) -> str:
-        """The sentence that a report shows once where names were guessed; empty where they were not."""
+        """The sentence that a report shows if names were guessed; empty if they were not."""
         if not self.are_guessed:
             return ""
         reason = f" ({self.reason})" if self.reason else ""

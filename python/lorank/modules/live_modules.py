@@ -1,12 +1,12 @@
-"""The modules of a live model under the names that they have without wrappers."""
+"""Walks the modules of a live model under the names that they have without wrappers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# The attributes in which wrappers of PEFT and of torch keep the module that they wrap, by their base classes:
-# those around a model or a part of it, and PEFT's own layers.
+# The attribute in which a wrapper of PEFT or torch keeps the wrapped module, by library and base class:
+# wrappers around a model or a part of it, and layers of PEFT.
 _AROUND = {
     "peft.": {"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"},
     "torch.": {
@@ -44,7 +44,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def around(module: Any) -> list[Any]:
-    """Return a module with the wrappers around it, outermost first: the last is the module itself.
+    """Return the wrappers around a module, outermost first, and the module itself as the last entry.
 
     Layers of PEFT do not count as wrappers here.
     """

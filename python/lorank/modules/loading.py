@@ -1,8 +1,8 @@
 """Maps the tensors of a checkpoint to the parameters of the loaded model.
 
-transformers renames, splits, stacks and transposes tensors as it loads a checkpoint. Its own rules decide
-which tensors make up which parameter, and its own operations convert them, one expert at a time where a
-parameter is a stack: memory stays bounded by a few matrices.
+transformers renames, splits, stacks and transposes tensors when it loads a checkpoint. This module applies
+the rules and operations of transformers. Stacks are converted one expert at a time, so that memory stays
+bounded by a few matrices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from lorank.modules.skeleton import Skeleton
 
 Fetch = Callable[[str, "int | None"], Any]
-"""Returns a checkpoint's tensor by its name, as a torch tensor: all of it, or one matrix of a stack."""
+"""A function that returns a tensor of a checkpoint by its name: the tensor, or one matrix of a stack."""
 
 # The errors of transformers' operations for tensors that they do not fit.
 _MISFITS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, StopIteration)
@@ -30,15 +30,15 @@ class Conversion:
     Attributes
     ----------
     target
-        The first parameter's name, by which transformers calls the conversion.
+        The name of the first parameter, by which transformers identifies the conversion.
     sources
         Names of the checkpoint's tensors by the pattern that they match, in transformers' order.
     skeleton
         The model.
     targets
-        Every parameter that the conversion makes.
+        The names of the parameters that the conversion makes.
     by_expert
-        True if every expert of a stack can be converted by itself.
+        True if each expert of a stack can be converted alone.
     """
 
     target: str
@@ -49,18 +49,18 @@ class Conversion:
 
     @property
     def names(self) -> list[str]:
-        """The checkpoint's tensors."""
+        """The names of the checkpoint's tensors."""
         return [name for names in self.sources.values() for name in names]
 
     def run(self, fetch: Fetch, expert: int | None = None) -> dict[str, Any]:
-        """Return the parameters by name; with `expert`, stacks of that expert's matrix alone.
+        """Convert the tensors and return the parameters by name.
 
         Parameters
         ----------
         fetch
-            Reads a tensor of the checkpoint.
+            A function that reads a tensor of the checkpoint.
         expert
-            The expert's number in its stack; None for all of the parameters.
+            The number of an expert, to return stacks of its matrix alone; None for the complete parameters.
         """
         model = self.skeleton.model
         converter = copy.deepcopy(_converters(self.skeleton)[next(iter(self.sources))])
@@ -72,7 +72,7 @@ class Conversion:
 
 
 def _parts(names: Sequence[str], expert: int | None) -> list[tuple[str, int | None]]:
-    """Return which tensors to read for an expert: its own, or its part of the only one."""
+    """Return the tensors to read for an expert: one of its own, or its matrix in a stack."""
     if expert is None:
         return [(name, None) for name in names]
     return [(names[0], expert)] if len(names) == 1 else [(names[expert], None)]
@@ -85,11 +85,11 @@ class Placement:
     Attributes
     ----------
     renamed
-        The parameter's name by the tensor's, for tensors that are loaded as they are.
+        The name of the parameter by the name of the tensor, for tensors that are loaded unchanged.
     conversions
         Computations of parameters from one or several tensors.
     strangers
-        The reason by name, for tensors that belong to no parameter of the model.
+        The reason by the name of the tensor, for tensors that belong to no parameter of the model.
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
@@ -97,9 +97,9 @@ class Placement:
     strangers: dict[str, str] = field(default_factory=dict)
 
     def misfit(self, shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> str:
-        """Return how the model differs from most of a checkpoint's tensors; empty if it does not.
+        """Return the difference between the model and most tensors; empty if most tensors fit.
 
-        A resized vocabulary is a difference of a few tensors, not of most. Buffers fit by their names.
+        A resized vocabulary changes a few tensors, not most of them. Buffers fit by their names.
         """
         converted = sum(len(conversion.names) for conversion in self.conversions)
         if 2 * (len(self.renamed) + converted) < len(shapes):
@@ -146,14 +146,14 @@ def place(shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> Placemen
 
 
 def loaded_name(name: str, skeleton: Skeleton) -> tuple[str, bool]:
-    """Return the parameter that a checkpoint's tensor is loaded into, and True if it is a part of that."""
+    """Return the parameter that a tensor is loaded into, and True if the tensor is a part of it."""
     target, pattern = _targets(skeleton)(name)
     return target, bool(pattern)
 
 
 @lru_cache(maxsize=2)
 def _targets(skeleton: Skeleton) -> Callable[[str], tuple[str, str]]:
-    """Return a function from a tensor's name to its parameter and the pattern of the conversion, if any."""
+    """Return a function from the name of a tensor to its parameter and the pattern of its conversion."""
     model = skeleton.model
     prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
     if prefix is None:
@@ -176,6 +176,7 @@ def _targets(skeleton: Skeleton) -> Callable[[str], tuple[str, str]]:
 
 @lru_cache(maxsize=2)
 def _rules(skeleton: Skeleton) -> list[Any]:
+    """Return the rules by which transformers loads a model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return list(get_model_conversion_mapping(skeleton.model))
@@ -183,7 +184,7 @@ def _rules(skeleton: Skeleton) -> list[Any]:
 
 @lru_cache(maxsize=2)
 def _converters(skeleton: Skeleton) -> dict[str, Any]:
-    """Return transformers' conversions of a model by their patterns, in its order."""
+    """Return the conversions of a model by their patterns, in the order of transformers."""
     from transformers.core_model_loading import WeightConverter
 
     rules = [rule for rule in _rules(skeleton) if isinstance(rule, WeightConverter)]
@@ -191,7 +192,7 @@ def _converters(skeleton: Skeleton) -> dict[str, Any]:
 
 
 def _older_targets(model: Any, state: Mapping[str, Any], prefix: str) -> Callable[[str], tuple[str, str]]:
-    """Return the function for transformers before 5, which renames and adds or drops a model's prefix."""
+    """Return the function of `_targets` for transformers before 5, which renames and handles a prefix."""
     renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
 
     def target_of(name: str) -> tuple[str, str]:
@@ -212,7 +213,7 @@ def _older_targets(model: Any, state: Mapping[str, Any], prefix: str) -> Callabl
 def _checked(
     conversion: Conversion, shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton
 ) -> tuple[Conversion, str]:
-    """Run a conversion without values; return it, or the reason why it does not fit the model."""
+    """Run a conversion without values; return it completed, and the reason if it does not fit the model."""
     import torch
 
     def fetch(name: str, part: int | None) -> Any:
@@ -240,7 +241,7 @@ def _is_by_expert(
     fetch: Fetch,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool:
-    """Return True if one expert's tensors give that expert's matrices of every parameter."""
+    """Return True if the tensors of one expert give the matrices of that expert in every parameter."""
     counts = {shape[0] for shape in whole.values()}
     if len(counts) != 1 or any(len(shape) != 3 for shape in whole.values()):
         return False
@@ -257,5 +258,5 @@ def _is_by_expert(
 
 
 def _loading_order(name: str) -> list[tuple[int, str]]:
-    """Return the key by which transformers sorts names: parts that are numbers by their value."""
+    """Return the key by which transformers sorts names: numbers sort by value."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -1,4 +1,4 @@
-"""What a module's dotted name tells: its block, its role, whether a target selects it."""
+"""The dotted names of modules: their special kinds, blocks and suffixes, and targets that select them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 Targets: TypeAlias = "str | Sequence[str] | None"
-"""Which modules: suffixes, or one regular expression, exactly as PEFT reads `target_modules`."""
+"""A selection of modules: names and suffixes, or one regular expression, as in PEFT's `target_modules`."""
 
 ALL_LINEAR = "all-linear"
 
@@ -32,44 +32,44 @@ _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a module looks up rows by index, judged by the last part of its name."""
+    """Return True if a module looks up rows by index, judged by the last part of its name."""
     return _EMBEDDING.fullmatch(name.rpartition(".")[2]) is not None
 
 
 def is_output_head(name: str) -> bool:
-    """Whether a module maps hidden states to logits; PEFT's "all-linear" leaves it out."""
+    """Return True if a module maps hidden states to logits; "all-linear" of PEFT leaves it out."""
     parts = name.split(".")
     return not _OUTPUT_HEADS.isdisjoint(parts) or parts[:2] == ["cls", "predictions"]
 
 
 def is_router(name: str) -> bool:
-    """Whether a module distributes tokens over experts; adapting it is rarely wanted."""
+    """Return True if a module distributes tokens over experts; it is rarely adapted."""
     return without_parameter(name).rpartition(".")[2] in _ROUTERS
 
 
 def is_parameter(name: str) -> bool:
-    """Return True for the name of a weight, which PEFT adapts by the parameter's own name."""
+    """Return True for the name of a weight; PEFT adapts it by the name of the parameter."""
     return name.endswith(".weight")
 
 
 def without_parameter(name: str) -> str:
-    """Return the name of the module, given its own name or that of its weight."""
+    """Return the name of a module, given that name or the name of its weight."""
     return name.removesuffix(".weight")
 
 
 def spellings(name: str) -> list[str]:
-    """Return the names by which a module is selected: its own, and that without its parameter."""
+    """Return the names that select a module: its name, and the name without its parameter."""
     return list(dict.fromkeys([name, without_parameter(name)]))
 
 
 def is_in_experts(name: str) -> bool:
-    """Whether a parameter belongs to a container of experts."""
+    """Return True if a parameter belongs to a container of experts."""
     parts = name.split(".")
     return any(part == "experts" or "moe" in part for part in parts)
 
 
 def block_of(name: str) -> str:
-    """The block that a module belongs to: its name up to the first number, or its own name.
+    """Return the block of a module: its name up to the first number, or its name if it has none.
 
     Examples
     --------
@@ -88,12 +88,24 @@ def block_of(name: str) -> str:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """A key that sorts names with their numbers as numbers: block 2 before block 10."""
+    """Return a key that sorts numbers in names by value.
+
+    Examples
+    --------
+    >>> sorted(["block.10", "block.2"], key=natural_key)
+    ['block.2', 'block.10']
+    """
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in _NUMBERS.split(name)]
 
 
 def suffixes(name: str) -> Iterator[str]:
-    """The dotted suffixes of a name, longest first: the name itself, then without its first part, ..."""
+    """Yield the dotted suffixes of a name, longest first.
+
+    Examples
+    --------
+    >>> list(suffixes("layers.0.q_proj"))
+    ['layers.0.q_proj', '0.q_proj', 'q_proj']
+    """
     yield name
     dot = name.find(".")
     while dot >= 0:
@@ -102,49 +114,76 @@ def suffixes(name: str) -> Iterator[str]:
 
 
 def is_suffix(short: str, name: str) -> bool:
-    """Whether `short` is `name` or a dotted suffix of it."""
+    """Return True if `short` is `name` or a dotted suffix of it."""
     return name == short or name.endswith(f".{short}")
 
 
 def expression(text: str) -> re.Pattern[str]:
-    """A regular expression of unknown origin, compiled.
+    """Compile a regular expression of unknown origin.
 
     Raises
     ------
     ValueError
-        If it is none, or one that Python gives up on.
+        If it is malformed, or too large or too deep for Python.
     """
     try:
         return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         short = repr(text if len(text) <= 80 else f"{text[:77]}...")
-        raise ValueError(f"{short} is no regular expression: {error}") from None
+        raise ValueError(f"{short} is not a regular expression: {error}") from None
 
 
-def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
-    """A test for names: a string is matched in full, a list holds names or suffixes.
+def option_expression(option: str, text: str) -> re.Pattern[str]:
+    """Compile a regular expression that is the value of an option.
 
     Raises
     ------
     ValueError
-        If the string is no regular expression.
+        If it is not a regular expression; the message names the option.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{option} must be a regular expression, not {text!r}")
+    try:
+        return expression(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that returns True for names that targets select.
+
+    Parameters
+    ----------
+    targets
+        A regular expression for whole names, or a list of names and suffixes.
+
+    Raises
+    ------
+    ValueError
+        If the string is not a regular expression.
+
+    Examples
+    --------
+    >>> is_target = matcher(["q_proj"])
+    >>> is_target("layers.0.q_proj"), is_target("layers.0.k_proj")
+    (True, False)
     """
     if isinstance(targets, str):
         pattern = expression(targets)
         return lambda name: pattern.fullmatch(name) is not None
-    wanted = frozenset(targets)
-    if not wanted:
+    selected = frozenset(targets)
+    if not selected:
         return lambda _: False
-    return lambda name: not wanted.isdisjoint(suffixes(name))
+    return lambda name: not selected.isdisjoint(suffixes(name))
 
 
 def check_known(targets: Targets, names: Iterable[str]) -> None:
-    """Refuse a list with an entry that selects nothing: a slip of the pen would go unseen.
+    """Check that every entry of a list selects a name, so that a misspelt entry is an error.
 
     Raises
     ------
     ValueError
-        If there is one; a regular expression may select nothing.
+        If an entry selects no name. A regular expression may select none.
     """
     if targets is None or isinstance(targets, str):
         return
@@ -154,7 +193,7 @@ def check_known(targets: Targets, names: Iterable[str]) -> None:
 
 
 def filtered(names: Iterable[str], include: Targets, exclude: Targets) -> list[str]:
-    """The names that `include` selects (all for None) and `exclude` does not.
+    """Return the names that `include` selects (all for None) and `exclude` does not.
 
     Raises
     ------

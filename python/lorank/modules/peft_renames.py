@@ -1,7 +1,7 @@
-"""Targets that PEFT renames: names of experts' layers in transformers 4, which transformers 5 stacks.
+"""Targets that PEFT renames: layers of experts in transformers 4, which transformers 5 stacks.
 
-For some mixtures of experts PEFT takes every target that ends with such a name for the experts, the layers of
-dense and shared blocks included. Those can be adapted by the names of their parameters alone.
+For some mixtures of experts, PEFT takes every target that ends with such a name for a stack of experts, even
+layers of dense and shared blocks. Those layers can only be adapted by the names of their parameters.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 from functools import cache
 from typing import Any
 
-# The last parts of names that PEFT 0.21 takes for experts, by the family of models.
+# The last parts of names that PEFT 0.21 takes for experts, by family of models.
 _RENAMED = {
     "mixtral": {"gate", "w1", "w2", "w3"},
     "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
@@ -18,7 +18,7 @@ _RENAMED = {
 
 
 def renames_target(module: str, model_type: str) -> bool:
-    """Return True if PEFT would take a module's name for that of experts.
+    """Return True if PEFT takes the name of a module for a name of experts.
 
     Parameters
     ----------
@@ -32,10 +32,7 @@ def renames_target(module: str, model_type: str) -> bool:
 
 @cache
 def _families() -> dict[str, Any]:
-    """Return the family of every model type, by transformers' own table and PEFT's one addition.
-
-    transformers 4 has no such table.
-    """
+    """Return the family of every model type, by the table of transformers 5 and PEFT's addition to it."""
     if importlib.util.find_spec("transformers") is None:
         return {}
     try:

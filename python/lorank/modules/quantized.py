@@ -1,8 +1,8 @@
-"""Weights of live models in a quantization library's own tensors, and the library's way to dequantize them.
+"""Weights of live models in tensors of a quantization library: their true shapes, and their values.
 
-bitsandbytes 4- and 8-bit, torch's and torchao's and quanto's tensor subclasses, HQQ modules: each is
-dequantized by the library that quantized it, one matrix at a time. The module `dequantized` reads codes in
-plain tensors.
+Supported are bitsandbytes 4- and 8-bit, tensor subclasses of torch, torchao and quanto, and modules of HQQ.
+The library that quantized a weight dequantizes it, one matrix at a time. Codes in plain tensors are
+dequantized by `lorank.sources.dequantized`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def is_quantized(module: Any, parameter: Any) -> bool:
-    """Whether a parameter's values are codes rather than numbers."""
+    """Return True if a parameter holds codes instead of numbers."""
     return (
         _bits(parameter) is not None
         or getattr(parameter, "is_quantized", False)
@@ -30,7 +30,7 @@ def is_hqq(module: Any, parameter: Any) -> bool:
 
 
 def shape(parameter: Any, module: Any = None) -> tuple[int, ...]:
-    """The shape of the dequantized weight."""
+    """Return the shape of the dequantized weight."""
     if is_hqq(module, parameter):
         return tuple(module.meta["shape"])
     state = getattr(parameter, "quant_state", None)
@@ -49,7 +49,7 @@ def module_shape(module: Any) -> tuple[int, ...] | None:
 
 
 def loader(module: Any, parameter: Any) -> Callable[[], Any] | None:
-    """A function that returns the dequantized float32 weight, or None if there is no way back."""
+    """Return a function that dequantizes the weight to float32; None if the library has no such function."""
     bits = _bits(parameter)
     if bits == 4 and getattr(parameter, "quant_state", None) is not None:
         return partial(_bitsandbytes_4bit, parameter)
@@ -63,7 +63,7 @@ def loader(module: Any, parameter: Any) -> Callable[[], Any] | None:
 
 
 def _bits(parameter: Any) -> int | None:
-    """4 or 8 for a parameter of bitsandbytes."""
+    """Return 4 or 8 for a parameter of bitsandbytes, None for others."""
     names = {base.__name__ for base in type(parameter).__mro__}
     if "Params4bit" in names:
         return 4
@@ -71,12 +71,13 @@ def _bits(parameter: Any) -> int | None:
 
 
 def _is_foreign_tensor(parameter: Any) -> bool:
-    """Whether it is a quantization library's own kind of tensor, with a way back to numbers."""
+    """Return True for a tensor subclass of a quantization library that can be dequantized."""
     library = type(parameter).__module__.partition(".")[0]
     return library != "torch" and hasattr(parameter, "dequantize")
 
 
 def _own_dequantize(quantized: Any) -> Any:
+    """Dequantize by the method of the tensor or module."""
     return quantized.dequantize().detach().float()
 
 
@@ -93,5 +94,5 @@ def _bitsandbytes_8bit(module: Any, parameter: Any) -> Any:
     if scales is None:
         scales = getattr(getattr(module, "state", None), "SCB", None)
     if scales is None:
-        return codes.float()  # not quantized yet: that happens on the way to the device
+        return codes.float()  # bitsandbytes quantizes the weight when it moves to the device
     return bitsandbytes.functional.int8_vectorwise_dequant(codes, scales).float()

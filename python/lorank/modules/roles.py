@@ -1,79 +1,22 @@
-"""What a module's dotted name tells of its place: which block it is in, and what it does there.
+"""The role of a module, attention or feed-forward, read from its dotted name.
 
-Read from the name alone, by tables of how transformers, timm and open_clip name things. What the
-tables do not know is an error that says which option helps; nothing is guessed.
+Tables list the names that transformers, timm and open_clip give to modules. A name outside the tables is an
+error, whose message names the option that helps; nothing is guessed.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 from lorank.modules import naming
+from lorank.modules.blocks import has_number, is_outside, match_of_block
 
 Role = Literal["attention", "feed-forward"]
 Placement = Literal["attention", "feed-forward", "all"]
 Roles: TypeAlias = "Mapping[str, Role | None] | None"
-"""A user's own roles: regular expressions for runs of whole parts of a name, and what they mean."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A numbered block of a model.
-
-    Attributes
-    ----------
-    stack
-        What holds it: an encoder's and a decoder's blocks are in different stacks.
-    number
-        Its number there; with stages (Swin), the stage's number and the block's within it.
-    """
-
-    stack: str
-    number: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Depth:
-    """How deep a block lies, counted over the blocks of its stack that are known.
-
-    Attributes
-    ----------
-    index
-        Position of the block, ``0 <= index < count``.
-    count
-        Blocks in the stack: `L`.
-    """
-
-    index: int
-    count: int
-
-
-# How lists of blocks are called. Nested lists first: the numbers of all groups order the blocks.
-_BLOCKS = tuple(
-    re.compile(rf"(?:^|\.){expression}(?=\.|$)")
-    for expression in (
-        r"layers\.(\d+)\.blocks\.(\d+)",  # Swin
-        r"stages\.(\d+)\.(?:layers|blocks)\.(\d+)",  # ConvNeXt
-        r"block\.(\d+)\.(\d+)",  # SegFormer
-        # ALBERT shares one layer among all depths, unless configured to have more.
-        r"albert_layer_groups\.(\d+)\.albert_layers\.(\d+)",
-        # What lies between two stages is in no block. Further numbers (T5's sub-layers, experts) say
-        # nothing of depth.
-        r"(?:layers?|h|blocks?|resblocks|(?:single_)?transformer_blocks|(?:en|de)coder_layers)"
-        r"\.(\d+)(?!\.downsampl|\d)",
-    )
-)
-
-# Parts of names of what lies before, between or after the blocks, whatever it is made of.
-_OUTSIDE = re.compile(
-    r"embeddings?|patch_embed\w*|feature_extractor|feature_projection|downsample|downsampling_layer"
-    r"|merger|connector|\w*projector|pooler|heads?|\w*classifier"
-)
+"""Roles given by a user: role by the regular expression for a run of whole parts of a name."""
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _FEED_FORWARD = re.compile(
@@ -81,7 +24,7 @@ _FEED_FORWARD = re.compile(
     r"|(?:shared_)?experts?|\w*moe\w*",
     re.IGNORECASE,
 )
-# Last parts that tell where no part above them does: OPT's fc1 lies directly in the block.
+# Last parts of names that show a role if no part above them does: OPT's fc1 lies directly in the block.
 _LEAVES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"[qkvo]_proj|qkv(?:_proj)?|query|key|value|query_key_value|c_attn|Wqkv"), "attention"),
     (
@@ -92,108 +35,27 @@ _LEAVES: tuple[tuple[re.Pattern[str], Role], ...] = (
         "feed-forward",
     ),
 )
-# BERT's feed-forward output; its attention's is `attention.output.dense`.
+# The feed-forward output of BERT; the output of its attention is `attention.output.dense`.
 _BERT_OUTPUT = "output.dense"
 
 
-def block_of(name: str, blocks: str | None = None) -> Block | None:
-    r"""The numbered block that a module is in, or None if it is in none (poolers, heads).
-
-    Parameters
-    ----------
-    name
-        The module's dotted name.
-    blocks
-        A regular expression to search for instead of the known ones, whose groups are the block's
-        number (several: stages first). What comes before the first group names the stack. Names
-        without a match are in no block.
-
-    Raises
-    ------
-    ValueError
-        If the name has a number that may or may not be a block's, or `blocks` does not give numbers.
-
-    Examples
-    --------
-    >>> block_of("decoder.block.11.layer.2.DenseReluDense.wi")
-    Block(stack='decoder.block', number=(11,))
-    >>> block_of("backbone.units.3.mixer.in_proj", blocks=r"units\.(\d+)")
-    Block(stack='backbone.units', number=(3,))
-    """
-    found = _known_block(name) if blocks is None else _compiled("blocks", blocks).search(name)
-    if found is not None:
-        return _block(found, name)
-    if blocks is None and _has_number(name) and not _is_outside(name):
-        before = naming.block_of(name).split(".")[-2:-1]
-        example = r"\.".join([*map(re.escape, before), r"(\d+)"])
-        raise ValueError(
-            f"cannot tell the block of {name!r} by its name: give blocks, a regular expression with the "
-            f"block's number in a group, such as blocks=r'{example}'"
-        )
-    return None
-
-
-def depths_of(
-    names: Sequence[str], blocks: str | None = None, others: Iterable[str] = ()
-) -> list[Depth | None]:
-    """How deep every module lies in its stack; None for those in no numbered block.
-
-    Blocks are counted where they hold one of `names` or of `others`: if nothing else is known than
-    modules of blocks 6 to 11, block 6 is the first of six.
-
-    Parameters
-    ----------
-    names
-        The modules' dotted names.
-    blocks
-        As in `block_of`.
-    others
-        Further modules of the model; those whose names cannot be read are passed over.
-
-    Raises
-    ------
-    ValueError
-        If a name cannot be read, or `blocks` matches none of them.
-    """
-    found = [block_of(name, blocks) for name in names]
-    if blocks is not None and names and not any(found):
-        raise ValueError(f"blocks={blocks!r} matches none of {len(names)} modules ({names[0]}, ...)")
-    numbers: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-    for block in (*found, *_readable_blocks(others, blocks)):
-        if block is not None:
-            numbers[block.stack].add(block.number)
-    order = {
-        Block(stack, number): Depth(index, len(present))
-        for stack, present in numbers.items()
-        for index, number in enumerate(sorted(present))
-    }
-    return [None if block is None else order[block] for block in found]
-
-
-def _readable_blocks(names: Iterable[str], blocks: str | None) -> Iterator[Block | None]:
-    for name in names:
-        with suppress(ValueError):
-            yield block_of(name, blocks)
-
-
 def roles_of(names: Sequence[str], roles: Roles = None) -> list[Role | None]:
-    r"""What every module does: ``"attention"``, ``"feed-forward"``, or None for neither.
+    r"""Return the role of each module: ``"attention"``, ``"feed-forward"``, or None for neither.
 
-    Neither are embeddings, poolers, heads, experts' routers, and whatever is in no block.
+    Embeddings, poolers, heads, routers of experts and all modules outside blocks have neither role.
 
     Parameters
     ----------
     names
         The modules' dotted names.
     roles
-        A user's own, asked first: regular expressions that match a run of whole parts of a name
-        (``"mixer"``, ``r"mixer\.(in|out)_proj"``, ``r".*\.mixer\..*"``), each with a role or None.
-        The first that matches counts.
+        Role or None by a regular expression that matches a run of whole parts of a name (``"mixer"``,
+        ``r"mixer\.(in|out)_proj"``, ``r".*\.mixer\..*"``). The first match decides, before the tables.
 
     Raises
     ------
     ValueError
-        If a module of a block is none that is known, or `roles` is malformed.
+        If a module in a block has an unknown name, or `roles` is malformed.
 
     Examples
     --------
@@ -207,9 +69,9 @@ def roles_of(names: Sequence[str], roles: Roles = None) -> list[Role | None]:
 
 
 def check_expressions(blocks: str | None, roles: Roles) -> None:
-    """Raise ValueError if an expression is none, or maps to no role."""
+    """Raise ValueError if an expression is malformed, or a value is not a role."""
     if blocks is not None:
-        _compiled("blocks", blocks)
+        naming.option_expression("blocks", blocks)
     _compiled_roles(roles)
 
 
@@ -225,29 +87,33 @@ def check_roles(names: Sequence[str], roles: Roles) -> None:
 
 
 def in_placement(names: Sequence[str], placement: Placement, roles: Roles = None) -> list[bool]:
-    """Which modules a placement adapts.
+    """Return True for each module that a placement adapts.
 
-    Source: Adaptive LoRA: Layerwise Rank Allocation for Parameter-Efficient Fine-Tuning, section 2.4.
+    Source: [SCHEDULES], section 2.4.
 
     Parameters
     ----------
     names
         The modules' dotted names.
     placement
-        ``"attention"`` or ``"feed-forward"``: the modules of that role alone. ``"all"``: every
-        module, whatever its name.
+        ``"attention"`` or ``"feed-forward"`` for the modules of that role, ``"all"`` for every module.
     roles
         As in `roles_of`.
 
     Returns
     -------
     list of bool
-        One per name, in their order.
+        One value per name, in the same order.
 
     Raises
     ------
     ValueError
-        If `placement` is no placement, or a role is needed and cannot be read.
+        If `placement` has another value, or a role is needed and cannot be read.
+
+    Examples
+    --------
+    >>> in_placement(["h.0.attn.c_proj", "h.0.mlp.c_proj"], "attention")
+    [True, False]
     """
     if placement not in get_args(Placement):
         raise ValueError(
@@ -259,18 +125,19 @@ def in_placement(names: Sequence[str], placement: Placement, roles: Roles = None
 
 
 def _role_of(name: str, own: Sequence[tuple[re.Pattern[str], Role | None]]) -> Role | None:
+    """Return the role of one module, by a user's expressions and then by the tables."""
     for expression, role in own:
         if expression.fullmatch(name):
             return role
-    found = _known_block(name)
-    # The parts above the block name the model, which may be called anything.
+    found = match_of_block(name)
+    # The parts above the block name the model and show no role.
     inside = name if found is None else name[found.end() + 1 :]
     parts = inside.split(".")
     if naming.is_embedding(name) or naming.is_output_head(name) or naming.is_router(name):
         return None
-    if "router" in parts or (found is None and _is_outside(name)):
+    if "router" in parts or (found is None and is_outside(name)):
         return None
-    # The innermost part that says something: a group of layers may be called after one of them.
+    # The innermost part decides, because a group of layers may be named after one of them.
     for part in reversed(parts):
         if _ATTENTION.search(part):
             return "attention"
@@ -281,60 +148,25 @@ def _role_of(name: str, own: Sequence[tuple[re.Pattern[str], Role | None]]) -> R
     for leaves, role in _LEAVES:
         if leaves.fullmatch(parts[-1]):
             return role
-    if found is None and not _has_number(name):
+    if found is None and not has_number(name):
         return None
     above = ".".join(parts[-2:])
     raise ValueError(
-        f"cannot tell the role of {name!r} by its name: give roles, such as "
+        f"the role of {name!r} cannot be read from its name: give roles, such as "
         f"roles={{{above!r}: 'attention'}} ('attention', 'feed-forward' or None for neither)"
     )
 
 
-def _known_block(name: str) -> re.Match[str] | None:
-    """The first known list of blocks in a name, if no other list comes before it."""
-    for expression in _BLOCKS:
-        if found := expression.search(name):
-            # A number at the very start is a wrapper's (nn.Sequential, sentence-transformers).
-            above = name[: found.start()].split(".")[1:]
-            return None if any(part.isdecimal() for part in above) else found
-    return None
-
-
-def _block(found: re.Match[str], name: str) -> Block:
-    groups = [i + 1 for i, text in enumerate(found.groups()) if text is not None]
-    if not groups or not all(found[i].isdecimal() for i in groups):
-        raise ValueError(
-            f"blocks={found.re.pattern!r} gives no number for {name!r}: the block's number must be a group"
-        )
-    return Block(name[: found.start(groups[0])].rstrip("."), tuple(int(found[i]) for i in groups))
-
-
-def _has_number(name: str) -> bool:
-    return any(part.isdecimal() for part in name.split("."))
-
-
-def _is_outside(name: str) -> bool:
-    return naming.is_output_head(name) or any(_OUTSIDE.fullmatch(part) for part in name.split("."))
-
-
-def _compiled(option: str, expression: str) -> re.Pattern[str]:
-    if not isinstance(expression, str):
-        raise ValueError(f"{option} must be a regular expression, not {expression!r}")
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{option}: {expression!r} is no regular expression: {error}") from None
-
-
 def _compiled_roles(roles: Roles) -> list[tuple[re.Pattern[str], Role | None]]:
+    """Compile and check a user's roles."""
     if roles is None:
         return []
     if not isinstance(roles, Mapping):
-        raise ValueError(f"roles must map regular expressions to roles, not be {roles!r}")
+        raise ValueError(f"roles must map regular expressions to roles, got {roles!r}")
     for expression, role in roles.items():
         if role is not None and role not in get_args(Role):
             raise ValueError(
                 f"roles: {expression!r} must be 'attention', 'feed-forward' or None, not {role!r}"
             )
-        _compiled("roles", expression)
+        naming.option_expression("roles", expression)
     return [(re.compile(rf"(?:.*\.)?(?:{expression})(?:\..*)?"), role) for expression, role in roles.items()]

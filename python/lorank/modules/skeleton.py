@@ -1,4 +1,4 @@
-"""The skeleton of a model: every parameter's name, role, shape and ties, without any values."""
+"""The skeleton of a model: name, kind, shape and ties of every parameter, without values."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Any
 from lorank.modules import quantized
 from lorank.modules.facts import ModelFacts
 from lorank.modules.live_modules import named_modules
-from lorank.modules.weight import Weight, describe
+from lorank.modules.weight import Weight, describe_weight
 
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """The parameters of a model as its code describes them.
+    """The parameters of a model, as its code describes them.
 
     Attributes
     ----------
     label
         The name of the model's class.
     weights
-        Every parameter by its name, tied ones under each of their names, in the model's order.
+        Every parameter by its name, in the model's order; a tied parameter has an entry for each name.
     owners
-        For every further name of a tied parameter, its first name.
+        The first name of a tied parameter by each of its further names.
     make_model
-        Returns the model: built on the meta device, or a live one.
+        A function that returns the model: built on the meta device, or a live one.
     modules
-        The dotted names of all modules, containers and layers without weights included.
+        The dotted names of all modules, with containers and layers without weights.
     model_type
-        The `model_type` of the model's config; empty if it has none.
+        The `model_type` of the model's configuration; empty if it has none.
     """
 
     label: str
@@ -44,19 +44,19 @@ class Skeleton:
 
     @cached_property
     def model(self) -> Any:
-        """The model; its library is imported and it is built when it is first asked for."""
+        """The model, built at the first access, which also imports its library."""
         return self.make_model()
 
     @classmethod
     def of_model(cls, model: Any, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Skeleton:
-        """Read the skeleton of a `torch.nn.Module`; wrappers of PEFT and of torch are left out.
+        """Read the skeleton of a `torch.nn.Module`, without wrappers of PEFT and torch.
 
         Parameters
         ----------
         model
             The model.
         shapes
-            The true shapes of weights that are stored as codes, by the parameters' names.
+            The true shapes of weights that are stored as codes, by the name of the parameter.
         """
         weights: dict[str, Weight] = {}
         owners: dict[str, str] = {}
@@ -69,7 +69,7 @@ class Skeleton:
             for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 name = prefix + local
                 shape = (shapes or {}).get(name) or quantized.shape(parameter, module)
-                weights[name] = describe(prefix, local, module, shape, parent, model_type)
+                weights[name] = describe_weight(prefix, local, module, shape, parent, model_type)
                 first = first_names.setdefault(id(parameter), name)
                 if first != name:
                     owners[name] = first
@@ -77,13 +77,13 @@ class Skeleton:
         return cls(type(model).__name__, weights, owners, lambda: model, names, model_type)
 
     def num_parameters(self, stored: Mapping[str, tuple[int, ...]]) -> int:
-        """Return the number of parameters of the whole model, tied ones once.
+        """Return the number of parameters of the model; tied parameters count once.
 
         Parameters
         ----------
         stored
-            The shapes of parameters in the files, by name: a vocabulary may have been resized without its
-            config.
+            The shapes of parameters in the files, by name. They differ from the model's if the vocabulary was
+            resized without a change of the configuration.
         """
         return sum(
             math.prod(stored.get(name, weight.shape))
@@ -92,7 +92,7 @@ class Skeleton:
         )
 
     def facts(self, modules: Collection[str]) -> ModelFacts:
-        """Return the facts about the model whose given modules have rows."""
+        """Return the facts about the model; `modules` are the names of modules with a row in the report."""
         groups: dict[str, list[Weight]] = defaultdict(list)
         for name, weight in self.weights.items():
             groups[self.owners.get(name, name)].append(weight)
@@ -107,6 +107,6 @@ class Skeleton:
 
 
 def _parent(prefix: str) -> str:
-    """Return the prefix of the module that holds the module of a prefix."""
+    """Return the prefix of the parent of a module, given the prefix of the module."""
     above = prefix.removesuffix(".").rpartition(".")[0]
     return f"{above}." if above else ""

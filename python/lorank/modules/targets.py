@@ -34,13 +34,18 @@ class AdaptedModule:
     Attributes
     ----------
     name
-        The module's (or stacked parameter's) dotted name.
+        The dotted name of the module, or of the stacked parameter.
     kind
-        What it does with its weight.
+        The operation that the module performs with its weight.
     shape
-        ``(out, in)`` of its matrix.
+        Shape ``(out, in)`` of the matrix.
     copies
-        Matrices that share its rank: the experts of a stack, else 1.
+        Number of matrices that share the rank: the experts of a stack, else 1.
+
+    Examples
+    --------
+    >>> AdaptedModule("layers.0.mlp.experts.down_proj", "expert", (64, 32), copies=8).cost
+    768
     """
 
     name: str
@@ -50,12 +55,12 @@ class AdaptedModule:
 
     @property
     def cost(self) -> int:
-        """Parameters of one rank: ``copies * (out + in)``."""
+        """Number of parameters of one rank: ``copies * (out + in)``."""
         return self.copies * sum(self.shape)
 
 
 def adaptable_modules(matrices: Iterable[Matrix]) -> list[AdaptedModule]:
-    """Return the modules of matrices; the experts of one stack are one module."""
+    """Return the modules that hold matrices; the experts of one stack are one module."""
     by_module: dict[str, list[Matrix]] = defaultdict(list)
     for matrix in matrices:
         by_module[matrix.module].append(matrix)
@@ -70,21 +75,23 @@ def targeted(
     targets: naming.Targets,
     ties: Mapping[str, Sequence[str]] | None = None,
 ) -> list[AdaptedModule]:
-    """Return the modules that `targets` selects, read as in `allocate`.
+    """Return the modules that targets select.
 
-    A module that PEFT adapts by the name of its weight is selected by its own name, too.
+    A module that PEFT adapts by the name of its weight is also selected by the name of the module.
 
     Parameters
     ----------
-    modules, targets
-        The modules, and which of them.
+    modules
+        The modules of the model.
+    targets
+        Names, suffixes or an expression, as in `lorank.allocate`.
     ties
-        The further modules that share a module's weight, by its name.
+        The further modules that share the weight of a module, by the name of that module.
 
     Raises
     ------
     ValueError
-        If there are none, or a target is a module that shares the weight of another one.
+        If no module is selected, or a target is a module that shares the weight of another one.
     """
     if targets is None or targets == naming.ALL_LINEAR:
         chosen = [
@@ -109,7 +116,7 @@ def targeted(
 
 
 def _check_untied(targets: naming.Targets, known: Iterable[str], ties: Mapping[str, Sequence[str]]) -> None:
-    """Raise ValueError for a target in a list that selects nothing but a module tied to another."""
+    """Raise ValueError for a target in a list that selects only a module tied to another."""
     if targets is None or isinstance(targets, str):
         return
     suffixes = {suffix for name in known for suffix in naming.suffixes(name)}

@@ -1,4 +1,4 @@
-"""One parameter of a model, as the class of the module that holds it describes it."""
+"""The description of one parameter of a model, from the class of the module that holds it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lorank.modules.peft_renames import renames_target
 
 Kind = Literal["linear", "embedding", "conv", "expert"]
 
-# PEFT 0.21 refuses these modules of models whose scan reads the weights itself, past any adapter.
+# PEFT 0.21 refuses these modules of models whose scan reads the weights directly, past any adapter.
 _MAMBA_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_MODULES = {"out_proj", "conv1d"}
 
-# Linear layers of models with a `forward` of their own that computes the same as torch's.
+# Classes of linear layers whose own `forward` computes the same as torch's.
 _PRODUCTS = {"FalconLinear"}
 
-# An attribute by which modules that hold a stack of matrices count them.
+# Attributes that hold the number of matrices in a stack.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_codebooks", "num_linears")
 
 
@@ -31,14 +31,15 @@ class Weight:
     name
         The parameter's dotted name in the model.
     module
-        The name by which PEFT adapts it: the module's, or the parameter's own for a stack of experts and for
-        a matrix of a class that PEFT does not know.
+        The name by which PEFT adapts the parameter: the name of the module, or of the parameter for a stack
+        of experts and for a matrix in a class that PEFT does not support.
     kind
-        The role of the weight; None for parameters that are not the weight matrix of a module.
+        The operation that the module performs with the weight; None for parameters that are not the weight
+        matrix of a module.
     shape
-        The parameter's shape in the model, dequantized.
+        The dequantized shape of the parameter in the model.
     transposed
-        True if the matrices are stored ``(in, out)``.
+        True if the matrices are stored as ``(in, out)``.
     refused
         The reason why PEFT cannot adapt the module; empty if it can.
     """
@@ -51,23 +52,25 @@ class Weight:
     refused: str = ""
 
 
-def describe(
+def describe_weight(
     prefix: str, local: str, module: Any, shape: tuple[int, ...], parent: Any, model_type: str
 ) -> Weight:
-    """Describe the parameter `local` of a module.
+    """Describe a parameter of a module.
 
     Parameters
     ----------
     prefix
-        The module's dotted name and a dot; empty for the model itself.
+        The dotted name of the module and a dot; empty for the outermost module.
     local
-        The parameter's name within the module.
-    module, parent
-        The module that holds the parameter, and the module that holds that one (None at the top).
+        The name of the parameter in the module.
+    module
+        The module that holds the parameter.
     shape
-        The parameter's shape.
+        The dequantized shape of the parameter.
+    parent
+        The module that holds the module; None for the outermost module.
     model_type
-        The `model_type` of the whole model's config; empty if it has none.
+        The `model_type` of the model's configuration; empty if it has none.
     """
     name = prefix + local
     owner = prefix.removesuffix(".")
@@ -85,12 +88,12 @@ def describe(
         return Weight(name, target, kind, shape, transposed, refused)
     if len(shape) != 2:
         return Weight(name, name, None, shape)
-    # PEFT knows no layer for the class (a router, say), but adapts any parameter by its own name.
+    # PEFT has no layer for the class (a router, for example), but adapts any parameter by its name.
     return Weight(name, name, "linear", shape, refused=refused)
 
 
 def kind_of(module: Any) -> tuple[Kind | None, bool]:
-    """Return the kind of a module by its class, and True if its weight is stored ``(in, out)``."""
+    """Return the kind of a module by its class, and True if its weight is stored as ``(in, out)``."""
     classes = {base.__name__ for base in type(module).__mro__}
     if "Embedding" in classes:
         return "embedding", False
@@ -105,7 +108,7 @@ _AT_THE_TOP = "PEFT adapts no parameter of the outermost module"
 
 
 def _is_stack(module: Any, name: str, local: str, shape: tuple[int, ...]) -> bool:
-    """Return True for a tensor of one matrix per expert (per codebook, ...)."""
+    """Return True for a tensor that stacks one matrix per expert, codebook or the like."""
     if any(base.__name__ == "_ConvNd" for base in type(module).__mro__):
         return False
     counted = any(getattr(module, attribute, None) == shape[0] for attribute in _COUNTS)
@@ -113,7 +116,7 @@ def _is_stack(module: Any, name: str, local: str, shape: tuple[int, ...]) -> boo
 
 
 def _refused(owner: str, module: Any, parent: Any, model_type: str) -> str:
-    """Return the reason why PEFT cannot adapt a module, or an empty string."""
+    """Return the reason why PEFT cannot adapt a module; empty if it can."""
     classes = {base.__name__ for base in type(module).__mro__}
     if not owner:
         return "PEFT adapts modules of a model, not the model itself"
@@ -140,9 +143,10 @@ def _refused(owner: str, module: Any, parent: Any, model_type: str) -> str:
 
 
 def _has_own_forward(module: Any) -> bool:
-    """Return True for a linear layer of a model's code that computes more, a router of logits and scores say.
+    """Return True for a linear layer of transformers whose own `forward` computes more than the product.
 
-    PEFT would add an update to whatever it returns; as a parameter, its weight is replaced instead.
+    A router that returns logits and scores is one. PEFT's layer would add the update to the returned value.
+    If the weight is adapted as a parameter, the update is added to the weight instead.
     """
     classes = type(module).__mro__
     if not any(base.__name__ == "Linear" for base in classes):
@@ -160,7 +164,7 @@ def _is_plain_convolution(module: Any) -> bool:
 
 
 def _is_plain_lookup(module: Any) -> bool:
-    """Return True for an embedding that looks rows up, and at most scales them, as PEFT does."""
+    """Return True for an embedding that looks up rows and at most scales them, which PEFT repeats."""
     for base in type(module).__mro__:
         if "forward" in vars(base):
             return base.__module__.startswith("torch.nn") or hasattr(module, "embed_scale")

@@ -1,4 +1,4 @@
-"""What a live model's forward and backward passes tell of its modules."""
+"""Gradient and task spectra of a live model's modules, from forward and backward passes."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,9 @@
-"""Gradient checkpointing in a model of which nothing is trained.
+"""Gradient checkpointing in a model without trained parameters.
 
-The reentrant kind records a block only if one of the tensors given to it requires a gradient, and the
-inputs of a frozen model do not. To mark inputs or embeddings would be a guess at what a model does with
-them: some mark theirs themselves, some take embeddings for inputs. So every checkpointed block gets one
-more tensor, which requires a gradient and which the block does not see.
+Reentrant checkpoints record a block only if one of its input tensors requires a gradient, which the inputs of
+a frozen model do not. Inputs or embeddings cannot be marked from outside for every model: some models mark
+them themselves, and some take embeddings as inputs. So every checkpointed block gets an extra input that
+requires a gradient, and does not use it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _apply: Callable[..., Any] = CheckpointFunction.apply
 
 @contextmanager
 def trainable_checkpoints() -> Iterator[None]:
-    """Let reentrant checkpoints record their blocks, whatever their inputs are."""
+    """Make reentrant checkpoints record their blocks for any inputs, within the context."""
     _enter(1)
     try:
         yield
@@ -33,7 +33,7 @@ def trainable_checkpoints() -> Iterator[None]:
 
 
 def _enter(step: int) -> None:
-    """Replace torch's own function while any thread is within `trainable_checkpoints`."""
+    """Replace torch's function while any thread is within `trainable_checkpoints`."""
     global _depth
     with _lock:
         _depth += step
@@ -44,10 +44,10 @@ def _enter(step: int) -> None:
 
 
 def _recorded(function: Callable[..., Any], preserve_random_state: bool, *inputs: Any) -> Any:
-    """Call `CheckpointFunction.apply` with one more input, and with tensors given by keyword as inputs.
+    """Call `CheckpointFunction.apply` with an extra input, and with tensor keywords as inputs.
 
-    transformers binds keywords to the function, where torch does not see them: for every block that takes
-    them, their gradients would pass once more through the graph before the blocks.
+    transformers binds keywords to the function, out of torch's sight. Gradients of such tensors would pass
+    through the graph before the blocks again for each block that uses them.
     """
     keywords = function.keywords if isinstance(function, partial) else {}
     names = [

@@ -1,4 +1,4 @@
-"""Gradient spectra of a live model, before any training."""
+"""Gradient spectra of a live model before training [GARD]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from lorank.profiling.passes import (
 from lorank.profiling.probe import probing
 from lorank.profiling.sketch import GradientSketches, spectrum
 from lorank.profiling.targets import Target, find_targets
-from lorank.report.gradients import GradientReport, ModuleGradients, effective_rank
+from lorank.report.gradients import GradientReport
+from lorank.report.rows import ModuleGradients
+from lorank.statistics.effective_rank import effective_rank
 
 
 def profile_gradients(
@@ -33,63 +35,75 @@ def profile_gradients(
     seed: int = 0,
     progress: bool = True,
 ) -> GradientReport:
-    """Spectra of the gradients of the base model's weights over mini-batches: static GARD.
+    """Compute spectra of the gradients of the base model's weights over mini-batches.
 
-    The weights are not trained and get no `.grad`: ``G = sum delta x^T`` follows from what passes
-    through each module. Of every batch a ``k x k`` projection is kept, not the gradient: extra memory is
-    ``modules * M * k^2`` numbers, the projections ``modules * k (out + in)``, and the projected inputs
-    of one batch.
+    The weights are not trained and get no `.grad`: ``G = sum delta x^T`` follows from the inputs and output
+    gradients of each module. A ``k x k`` projection of each batch's gradient is kept. Memory beside the
+    model: ``modules * M * k^2`` numbers for `M` batches, ``modules * k (out + in)`` for the projections,
+    and the projected inputs of one batch.
 
     Parameters
     ----------
     model
-        A torch model: plain, or with PEFT adapters (their base modules are what is profiled). It stays
-        in the mode that it is in: dropout counts if it is training.
+        A torch model, plain or with PEFT adapters, whose base modules are profiled. Its mode stays the same:
+        dropout is active in training mode.
     batches
-        Mappings that the model takes as keyword arguments, labels included; anything with `loss`. No
-        effective rank exceeds their number: `allocate` remarks on modules that reach it, of which more
-        batches would tell more.
+        Mappings of the model's keyword arguments, labels included; batches of any type if `loss` is given.
+        Their number is an upper bound of effective ranks: `allocate` flags modules that reach it, because
+        more batches may show larger ranks.
     energy
-        The share of the spectrum that the effective rank holds.
+        Share of the spectrum that the effective rank holds, in (0, 1].
     sketch
-        `k`, the projections' size; None for whole gradients (exact, for small models).
+        Size `k` of the random projections; None for exact gradients, in small models.
     targets
-        Which modules, as in `allocate`.
+        Modules to profile, as in `allocate`.
     max_batches
-        Stop after so many: `M` is what memory grows with.
+        Largest number of batches `M`; None for all.
     loss
-        ``loss(model, batch)`` (default: the model's own).
+        A function ``loss(model, batch)``; by default the model's own loss.
     seed
-        Of the projections.
+        Seed of the random projections.
     progress
-        Whether to show a bar on a terminal.
+        Draw a progress bar on standard error, if that is a terminal.
 
     Returns
     -------
     GradientReport
-        For ``allocate(report, method="gard", budget=...)``. Parameters, their gradients and the
-        model's mode are left as they were.
+        Input of ``allocate(report, method="gard", budget=...)``. Parameters, their gradients and the model's
+        mode are left unchanged.
 
     Raises
     ------
     ImportError
         Without torch (extra ``peft``).
     TypeError
-        If `model` is no module, or `batches` a single batch.
+        If `model` is not a module, or `batches` is a single batch.
     ValueError
-        If there is no batch, no loss, a loss or gradient that is not finite, or an option is out of
-        range.
+        If there is no batch or no loss, a loss or gradient is not finite, or an option is out of range.
 
     Notes
     -----
-    Source: GARD, static variant. ``C_ab = <G_a, G_b> / M``; the effective rank is the smallest number
-    of eigenvalues of C that hold `energy` of their sum.
+    Source: [GARD], static variant. With ``C_ab = <G_a, G_b> / M``, the effective rank is the smallest number
+    of eigenvalues of C that hold the share `energy` of their sum.
 
-    A loss may hold gradients itself (forces, gradient penalties): backward passes that it runs are not
-    counted, but the terms that they add to the gradient of the loss are. Modules that Accelerate offloads are
-    profiled as others; layers whose weight cannot be read are in `skipped` with the reason.
+    If the loss contains gradients itself (forces, gradient penalties), its own backward passes do not count,
+    but the terms that they add to the gradient of the loss do. Modules that Accelerate offloads are profiled
+    like others. Layers whose weight cannot be read are in `skipped`, with the reason.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import lorank
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    >>> batches = [torch.randn(16, 8) for _ in range(6)]
+    >>> report = lorank.profile_gradients(model, batches, loss=lambda model, x: model(x).square().mean())
+    >>> [row.name for row in report], report.num_batches
+    (['0', '2'], 6)
+    >>> all(1 <= row.effective_rank <= 6 for row in report)
+    True
     """
-    effective_rank([1.0], energy)  # Refused before any work.
+    effective_rank([1.0], energy)  # Checks `energy` before any pass.
     model = checked_model(model)
     check_batches(batches)
     found = find_targets(model, targets)
@@ -119,7 +133,7 @@ def profile_gradients(
 
 
 def gradient_row(target: Target, sketches: list[torch.Tensor | None], energy: float) -> ModuleGradients:
-    """The row of a module, from one sketch per batch."""
+    """Return the row of a module, from one sketch for each batch."""
     info = target.info
     values = spectrum(sketches)
     flags = () if values.any() else ("no gradient reached it",)
@@ -135,7 +149,7 @@ def gradient_row(target: Target, sketches: list[torch.Tensor | None], energy: fl
 
 
 def check_finite(targets: Iterable[Target], sketches: list[torch.Tensor | None], when: str) -> None:
-    """Raise ValueError if a sketch holds NaN or infinite values."""
+    """Raise ValueError if a sketch has NaN or infinite values; `when` names the batch."""
     for target, sketch in zip(targets, sketches, strict=True):
         if sketch is not None and not torch.isfinite(sketch).all():
             raise ValueError(f"{when}: the gradient of {target.info.name} holds NaN or infinite values")

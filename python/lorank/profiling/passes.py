@@ -1,4 +1,4 @@
-"""Forward and backward passes that leave a model as it was."""
+"""Forward and backward passes that leave a model unchanged."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Loss = Callable[[Any, Any], Any]
 
 
 def checked_model(model: Any) -> Any:
-    """The model to run: without what is wrapped around it.
+    """Return the model without compilers' and parallel wrappers.
 
-    A compiler's wrapper does not see hooks that come later, and copies of the model on other devices
-    would share its hooks.
+    Compiled code does not call hooks that were added after compilation, and copies of the model on other
+    devices would share its hooks.
 
     Raises
     ------
     TypeError
-        If it is no torch module.
+        If the model is not a torch module.
     ValueError
         As `check_weights`.
     """
@@ -39,27 +39,28 @@ def checked_model(model: Any) -> Any:
 
 
 def _unwrapped(model: Any) -> Any:
+    """Return the model within any wrappers."""
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return _unwrapped(model.module)
     return _unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model
 
 
 def check_weights(model: Any) -> None:
-    """Raise ValueError for weights without values, or that autograd does not follow."""
-    # Offloaded weights are on the meta device except during a call.
+    """Raise ValueError for weights on the meta device, or made in inference mode."""
+    # Offloaded weights are on the meta device between calls.
     elsewhere = offloaded.loaders(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta and id(parameter) not in elsewhere:
             raise ValueError(f"{name} is on the meta device: load the model's weights first")
         if parameter.is_inference():
             raise ValueError(
-                f"{name} was made under torch.inference_mode(), where autograd follows nothing: build or "
-                "load the model outside of it"
+                f"{name} was made under torch.inference_mode(), which excludes it from autograd: build or "
+                "load the model outside of inference mode"
             )
 
 
 def check_batches(batches: Any) -> None:
-    """Raise TypeError for what cannot be one batch after the other, a single batch for one."""
+    """Raise TypeError if `batches` is not an iterable of batches, but for example a single batch."""
     if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, torch.Tensor, str)):
         what = type(batches).__name__
         raise TypeError(f"batches must be an iterable of batches, not {what}: put a single batch in a list")
@@ -67,7 +68,7 @@ def check_batches(batches: Any) -> None:
 
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """No parameter takes a gradient within the block; afterwards all is as it was, running means too."""
+    """Freeze all parameters within the context; restore `requires_grad` and running means afterwards."""
     before = [
         (module, name, parameter.requires_grad)
         for module in model.modules()
@@ -80,7 +81,7 @@ def frozen(model: Any) -> Iterator[None]:
             module.get_parameter(name).requires_grad_(False)
         yield
     finally:
-        # By name: Accelerate puts other parameters in the place of those that it offloads.
+        # By name, because Accelerate replaces the parameters that it offloads.
         for module, name, required in before:
             module.get_parameter(name).requires_grad_(required)
         for buffer, value in buffers:
@@ -96,14 +97,14 @@ def backward_passes(
     max_batches: int | None,
     progress: bool,
 ) -> Iterator[int]:
-    """Run forward and backward, and yield the number of batches so far after each.
+    """Run a forward and a backward pass for each batch, and yield the number of batches so far.
 
-    The probe counts the backward pass of the loss, but not those that the loss runs itself.
+    The probe counts the backward pass of the loss, but not the backward passes within the loss.
 
     Raises
     ------
     ValueError
-        If there is no batch, a loss is missing, no scalar, or not finite.
+        If there is no batch, or a loss is missing, not a scalar, or not finite.
     """
     total = len(batches) if isinstance(batches, Sized) else max_batches
     total = total if max_batches is None or total is None else min(total, max_batches)
@@ -111,7 +112,7 @@ def backward_passes(
     probe.is_counting = False
     with progress_bar("profiling", total or 0, enabled=progress and total is not None) as report:
         for count, batch in enumerate(islice(batches, max_batches), 1):
-            # Whatever the caller has switched off.
+            # The caller may have switched autograd off.
             with torch.inference_mode(False), torch.enable_grad(), trainable_checkpoints():
                 value = _checked_loss(model, batch, loss, count - 1)
                 if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
@@ -123,14 +124,14 @@ def backward_passes(
                 with probe.counting():
                     value.backward()
             report(1, f"loss {value.item():.4g}")
-            del value  # With it goes what hooks keep of this batch, before there is the next.
+            del value  # Frees the tensors that hooks keep for this batch, before the next one.
             yield count
     if not count:
         raise ValueError("no batches: profiling needs at least one")
 
 
 def _checked_loss(model: Any, batch: Any, loss: Loss | None, index: int) -> torch.Tensor:
-    """Return the loss of a batch; refuse a loss that differentiates by frozen parameters."""
+    """Return the loss of a batch; raise ValueError for a loss that differentiates by frozen parameters."""
     try:
         return loss_of(model, batch, loss)
     except RuntimeError as error:
@@ -138,17 +139,17 @@ def _checked_loss(model: Any, batch: Any, loss: Loss | None, index: int) -> torc
             raise
         raise ValueError(
             f"batch {index}: the loss differentiates by the model's parameters, which are frozen while "
-            f"profiling, or by a tensor that requires none ({error})"
+            f"profiling, or by a tensor that requires no gradient ({error})"
         ) from error
 
 
 def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
-    """The loss of a batch, on the model's device: the model's own, or what the caller's function says.
+    """Return the loss of a batch on the model's device, by the caller's function or the model's own.
 
     Raises
     ------
     ValueError
-        If the model returns none.
+        If the model returns no loss.
     """
     batch = _moved(batch, model)
     if loss is not None:
@@ -156,7 +157,7 @@ def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
     elif isinstance(batch, Mapping):
         value = getattr(model(**batch), "loss", None)
     else:
-        raise ValueError(f"a batch is a {type(batch).__name__}, no mapping: give loss=f(model, batch)")
+        raise ValueError(f"a batch is a {type(batch).__name__}, not a mapping: give loss=f(model, batch)")
     if value is None:
         raise ValueError(
             "the model returned no loss: put labels into the batches, or give loss=f(model, batch)"
@@ -166,7 +167,7 @@ def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
 
 
 def _moved(batch: Any, model: Any) -> Any:
-    """Return the batch on the model's device, in tensors that autograd may keep and that get no `.grad`."""
+    """Return the batch on the model's device, as tensors apart from the caller's graphs and `.grad`."""
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
     if isinstance(batch, Mapping):
         return {key: _moved_value(value, device) for key, value in batch.items()}
@@ -179,5 +180,5 @@ def _moved_value(value: Any, device: torch.device | None) -> Any:
         return moved
     if moved.is_inference():
         return moved.clone()
-    # The caller's tensor gets no gradient from here, and autograd may not pass through its graph twice.
+    # Detached: the caller's tensor gets no `.grad`, and its graph is not freed by a backward pass.
     return moved.detach().requires_grad_() if moved.requires_grad else moved

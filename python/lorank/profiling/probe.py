@@ -1,9 +1,9 @@
 """Inputs and output gradients of modules, observed while other code runs the model.
 
-The gradient of a frozen weight is never computed by autograd, but it is ``G = sum delta x^T`` over the
-tokens: all that is needed passes through the module. A forward hook sees `x` and puts a tap on the module's
-output, which sees `delta` during the backward pass. So every backward pass counts once, also under gradient
-checkpointing, where forward passes run twice.
+Autograd does not compute the gradient of a frozen weight, but the gradient is ``G = sum delta x^T`` over
+tokens, and both factors pass through the module. A forward hook receives `x` and puts a tap on the module's
+outputs; the tap receives `delta` during the backward pass. So each backward pass counts once, also under
+gradient checkpointing, which runs forward passes twice.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Observer(Protocol):
     """Receives inputs and output gradients of modules."""
 
     def see_input(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Return the part to keep of the inputs ``(tokens, in)`` of the `index`-th module."""
+        """Return the part of a module's inputs ``(tokens, in)`` to keep until the backward pass."""
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
-        """Take the output gradients ``(tokens, out)``, with what was kept."""
+        """Receive a module's output gradients ``(tokens, out)``, and the kept part of its inputs."""
 
     def see_inner(self, index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
-        """Take rows of ``delta x^T`` that a gradient within the loss adds."""
+        """Receive rows of a term ``delta^T x`` of the gradient, due to a gradient within the loss."""
 
 
 class Probe:
@@ -50,10 +50,10 @@ class Probe:
 
 @contextmanager
 def probing(targets: Sequence[Target], observer: Observer) -> Iterator[Probe]:
-    """Let an observer see all passes through the targets' modules within the block.
+    """Report all passes through the targets' modules to an observer, within the context.
 
-    A backward pass counts if it computes the gradient of every leaf, as `loss.backward()` does. A pass that a
-    loss runs for some tensors, as `torch.autograd.grad` by positions or pixels, does not count.
+    A backward pass counts if it computes the gradient of every leaf, as `loss.backward()` does. A backward
+    pass for selected tensors, as in `torch.autograd.grad` by positions or pixels, does not count.
     """
     probe = Probe()
     handles = [
@@ -68,7 +68,7 @@ def probing(targets: Sequence[Target], observer: Observer) -> Iterator[Probe]:
 
 
 class _ModuleTap:
-    """Hands the inputs and gradients of one module to the observer, as rows."""
+    """A tap that passes the inputs and gradients of one module to the observer, as rows."""
 
     def __init__(self, probe: Probe, index: int, target: Target, observer: Observer) -> None:
         self._probe, self._index, self._target, self._observer = probe, index, target, observer
@@ -77,7 +77,7 @@ class _ModuleTap:
         return self
 
     def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the outputs with a tap; a copy of the model has the same hooks, and its outputs get none."""
+        """Return the outputs with a tap, or None for a copy of the module, which has the same hooks."""
         if module is not self._target.module or not torch.is_grad_enabled():
             return None
         return tapped(args[0] if args else kwargs["input"], output, self)
@@ -101,25 +101,25 @@ class _ModuleTap:
 
 
 def _apart(tensor: torch.Tensor, work: Callable[[], Any]) -> Any:
-    """Do work that autograd does not record and autocast does not narrow."""
+    """Run `work` without autograd, and without autocast to a lower precision."""
     with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
         return work()
 
 
 def rows_in(target: Target, x: torch.Tensor) -> torch.Tensor:
-    """Inputs as ``(tokens, in)``: for a convolution, a row per position of the kernel."""
+    """Return inputs as ``(tokens, in)``; for a convolution, one row for each position of the kernel."""
     if not target.kernel:
         return x.reshape(-1, x.shape[-1])
     layer = target.module
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    # By the layer's own list: what is one-sided, as under "same", is so here.
+    # By the layer's own list, because padding may be one-sided, as it is for "same".
     padded = pad(_images(x).float(), layer._reversed_padding_repeated_twice, mode)
     patches = unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
 def rows_out(target: Target, gradient: torch.Tensor) -> torch.Tensor:
-    """Output gradients as ``(tokens, out)``."""
+    """Return output gradients as ``(tokens, out)``."""
     if not target.kernel:
         return gradient.reshape(-1, gradient.shape[-1])
     pixels = _images(gradient).flatten(2)
@@ -127,5 +127,5 @@ def rows_out(target: Target, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _images(tensor: torch.Tensor) -> torch.Tensor:
-    """Images as ``(count, channels, height, width)``, however many dimensions count them."""
+    """Return images as ``(count, channels, height, width)``, with leading dimensions joined."""
     return tensor.reshape(-1, *tensor.shape[-3:])

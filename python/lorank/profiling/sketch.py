@@ -1,7 +1,7 @@
-"""Gradients of weights, kept small: two-sided random projections, one sum per batch.
+"""Two-sided random projections of the gradients of weights, summed over a batch.
 
-``P_out G P_in`` with entries of variance ``1/k`` keeps inner products of gradients in expectation, and
-follows from projected inputs and projected output gradients: the gradient itself is never formed.
+``P_out G P_in`` with entries of variance ``1/k`` preserves inner products of gradients in expectation. The
+projection follows from projected inputs and projected output gradients: the gradient itself is never formed.
 """
 
 from __future__ import annotations
@@ -17,35 +17,40 @@ from lorank.allocation.budget import is_integer
 from lorank.profiling.targets import Target
 
 
+def check_sketch(size: int | None) -> None:
+    """Raise ValueError for a size of projections that is neither a positive integer nor None."""
+    if size is not None and (not is_integer(size) or size < 1):
+        raise ValueError(f"sketch must be a positive integer, or None for no sketch, not {size!r}")
+
+
 class GradientSketches:
-    """An observer that sums up, for every target, the gradient of one batch after the other.
+    """An observer that sums the projected gradient of each module over a batch.
 
     Parameters
     ----------
     targets
         The modules.
     size
-        `k`, the projections' size. Sides that are no longer stay as they are, and without it all do.
+        Size `k` of the projections; None for exact gradients. Sides of up to `k` are not projected.
     seed
-        Of the projections, with the module's name.
+        Seed of the projections, with the module's name.
     """
 
     def __init__(self, targets: Sequence[Target], size: int | None, seed: int = 0) -> None:
-        if size is not None and (not is_integer(size) or size < 1):
-            raise ValueError(f"sketch must be a positive integer, or None for no sketch, not {size!r}")
+        check_sketch(size)
         self._targets = targets
-        self.size = None if size is None else int(size)  # NumPy's integers are none that JSON knows.
+        self.size = None if size is None else int(size)  # JSON cannot write NumPy integers.
         self._seed = seed
         self._projections: dict[tuple[int, str], torch.Tensor | None] = {}
         self._current: list[torch.Tensor | None] = [None] * len(targets)
         self._devices: dict[int, torch.device] = {}
 
     def see_input(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """``x P_in``, ``(tokens, k)``."""
+        """Return ``x P_in``, shape ``(tokens, k)``."""
         return self._projected(index, "in", x)
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
-        """Add ``P_out delta^T x P_in`` to the batch's sketch."""
+        """Add ``P_out delta^T x P_in`` to the module's sketch."""
         delta = self._projected(index, "out", delta)
         gradient = delta.T @ kept.to(delta.device)
         self._devices[index] = gradient.device
@@ -57,36 +62,36 @@ class GradientSketches:
         self.see_gradient(index, self.see_input(index, x), delta)
 
     def take(self) -> list[torch.Tensor | None]:
-        """The sketches of all that was seen since the last call, None where no gradient came by."""
+        """Return the sketch of each module since the last call, None for modules without a gradient."""
         taken, self._current = self._current, [None] * len(self._targets)
         return taken
 
     def take_all(self) -> list[torch.Tensor]:
-        """The same with zeros where no gradient came by: for sums over processes."""
-        return [
-            self._nothing(index) if sketch is None else sketch for index, sketch in enumerate(self.take())
-        ]
+        """Return the result of `take` with zeros in place of None, for sums over processes."""
+        return [self._zeros(index) if sketch is None else sketch for index, sketch in enumerate(self.take())]
 
     def shape(self, index: int) -> tuple[int, int]:
-        """The shape of a module's sketch."""
+        """Return the shape of a module's sketch."""
         out, fan_in = self._targets[index].info.shape
         return (out, fan_in) if self.size is None else (min(out, self.size), min(fan_in, self.size))
 
     def device(self, index: int) -> torch.device:
-        """Return the device of a module's sketch: that of its gradients, or of the module before any."""
+        """Return the device of a module's sketch: the device of its gradients, or at first of its weight."""
         module = self._targets[index].module
         device: torch.device = module.weight.device
         is_offloaded = device.type == "meta" and hasattr(module, "_hf_hook")
         return self._devices.get(index, torch.device("cpu") if is_offloaded else device)
 
     def drop_projections(self) -> None:
-        """Free them; they are drawn again, the same, when they are needed."""
+        """Free the projections; the same ones are drawn again on the next use."""
         self._projections.clear()
 
-    def _nothing(self, index: int) -> torch.Tensor:
+    def _zeros(self, index: int) -> torch.Tensor:
+        """Return the sketch of a gradient of zeros."""
         return torch.zeros(self.shape(index), device=self.device(index))
 
     def _projected(self, index: int, side: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows times the projection of a side, in float32."""
         rows = rows.float()
         if (index, side) not in self._projections:
             self._projections[index, side] = self._projection(index, side, rows.shape[1])
@@ -98,7 +103,7 @@ class GradientSketches:
         return rows @ matrix
 
     def _projection(self, index: int, side: str, length: int) -> torch.Tensor | None:
-        """``(length, k)``, or None for the identity. Drawn on the CPU: the same on every device."""
+        """Draw a projection ``(length, k)`` on the CPU, equal for all devices; None for the identity."""
         if self.size is None or self.size >= length:
             return None
         name = f"{self._seed}/{side}/{self._targets[index].info.name}"
@@ -108,9 +113,9 @@ class GradientSketches:
 
 
 def spectrum(sketches: Sequence[torch.Tensor | None]) -> npt.NDArray[np.float64]:
-    """Eigenvalues of ``C_ab = <G_a, G_b> / M`` of one module's sketches, descending, not negative.
+    """Return the eigenvalues of ``C_ab = <G_a, G_b> / M`` of a module's sketches, descending, at least 0.
 
-    Batches that did not reach the module count as zeros.
+    A sketch is None for a batch without a gradient of the module, which counts as zero.
     """
     count = len(sketches)
     seen = [sketch.flatten().double() for sketch in sketches if sketch is not None]

@@ -1,12 +1,12 @@
-"""Autograd functions that see every use of a frozen weight, through gradients of gradients too.
+"""Autograd functions that observe every use of a frozen weight, in gradients of gradients too.
 
-A linear layer or convolution computes ``y = W x``. Its backward pass computes ``W^T delta``, and the
-backward pass of that one (a loss that holds a gradient) ``W v`` again. Each of these is an application of
-`W`, and each adds a term to the gradient of `W`: ``delta x^T`` for the first, ``delta v^T`` for the second,
-where `v` is the gradient of what the inner backward pass returned.
+A linear layer or convolution computes ``y = W x``. Its backward pass computes ``W^T delta``. If the loss
+contains a gradient, the backward pass of that backward pass computes ``W v``, where `v` is the gradient of
+the inner result. Each of these applications of `W` adds a term to the gradient of `W`: ``delta x^T`` for
+the first, ``delta v^T`` for the second.
 
-The functions here behave as a second weight of zeros beside `W` would: they change no value, and autograd
-leads to them exactly the pairs of which the gradient of `W` is the sum, at every order.
+The functions here act as a second weight of zeros beside `W`: they change no value, and autograd passes them
+exactly the pairs whose products sum to the gradient of `W`, at every order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 with torch.inference_mode(False), torch.enable_grad():
     _ANCHOR = torch.zeros((), requires_grad=True)
-    """Requires a gradient and gets none, so that outputs require one even if nothing else is trained."""
+    """A leaf that requires a gradient but gets none, so that outputs require one in a frozen model."""
     _END = get_gradient_edge(_ANCHOR).node
 
 
@@ -39,22 +39,22 @@ class Tap(Protocol):
         ...
 
     def see(self, kept: Any, delta: torch.Tensor) -> None:
-        """Take the gradient of the outputs, with what was kept of the inputs."""
+        """Receive the gradient of the outputs, and the kept part of the inputs."""
         ...
 
     def see_inner(self, x: torch.Tensor, delta: torch.Tensor) -> None:
-        """Take one term ``delta x^T`` that an inner backward pass adds to the weight's gradient."""
+        """Receive a term ``delta x^T`` that an inner backward pass adds to the weight's gradient."""
         ...
 
 
 def tapped(x: torch.Tensor, y: torch.Tensor, tap: Tap) -> torch.Tensor:
-    """Return the outputs `y` of a module with inputs `x`, with a tap: they are to be used in place of `y`."""
+    """Return the outputs `y` of a module with inputs `x`, with a tap; use them in place of `y`."""
     watched: torch.Tensor = _Outputs.apply(x, y, _ANCHOR, tap)
     return watched
 
 
 class _Like(NamedTuple):
-    """Shape, type and place of a tensor."""
+    """Shape, element type and device of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -65,17 +65,17 @@ class _Like(NamedTuple):
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
     def zeros(self) -> torch.Tensor:
-        """Return zeros that take the memory of one."""
+        """Return zeros of this shape in the memory of one element."""
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 class _Outputs(torch.autograd.Function):  # type: ignore[misc]  # torch leaves it untyped
-    """The outputs of a module, unchanged."""
+    """The identity of a module's outputs, with a tap in the backward pass."""
 
     @staticmethod
     def forward(x: torch.Tensor, y: torch.Tensor, anchor: torch.Tensor, tap: Tap) -> torch.Tensor:
         del x, anchor, tap
-        # Not a view of y: later operations may change the result in place.
+        # Detached, not a view of y, because later operations may change the result in place.
         return y.detach()
 
     @staticmethod
@@ -134,7 +134,7 @@ class _Application(torch.autograd.Function):  # type: ignore[misc]  # torch leav
 
     @staticmethod
     def jvp(ctx: Any, given: Any, *_: Any) -> Any:
-        raise NotImplementedError("forward-mode derivatives of a backward pass are not followed")
+        raise NotImplementedError("forward-mode derivatives of a backward pass are not supported")
 
     @staticmethod
     def vmap(
@@ -151,5 +151,5 @@ class _Application(torch.autograd.Function):  # type: ignore[misc]  # torch leav
 
 
 def _batched(info: Any, place: int | None, tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor with the batch first, repeated where it has no batch."""
+    """Return the tensor with the batch dimension first, repeated if it has no batch dimension."""
     return tensor.expand(info.batch_size, *tensor.shape) if place is None else tensor.movedim(place, 0)

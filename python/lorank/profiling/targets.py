@@ -1,4 +1,4 @@
-"""Which modules of a live model can be profiled: those whose gradient follows from inputs and outputs."""
+"""The modules of a live model whose weight gradients follow from inputs and output gradients."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Target:
     Attributes
     ----------
     info
-        What it is, under the name that it has without PEFT.
+        Name (without PEFT's prefixes), kind and shape of the module.
     module
-        The live module; within PEFT's wrapper, the one that is wrapped.
+        The live module; for a PEFT layer, its base layer.
     kernel
-        ``(kh, kw)`` of a convolution.
+        Kernel size ``(kh, kw)`` of a convolution; empty for other modules.
     """
 
     info: MatrixInfo
@@ -34,15 +34,15 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
-    """The modules to profile, and what else there is to say of the model.
+class FoundTargets:
+    """The modules to profile, and the selected modules that cannot be profiled.
 
     Attributes
     ----------
     chosen
-        In the model's order.
+        Modules to profile, in the model's order.
     skipped
-        Modules that were asked for and cannot be profiled, with reasons.
+        Selected modules that cannot be profiled, with reasons.
     source
         The model as a source of weights.
     """
@@ -52,13 +52,13 @@ class Targets:
     source: Source
 
 
-def find_targets(model: Any, targets: naming.Targets) -> Targets:
-    """The modules of a live model that `targets` selects, as `allocate` reads it.
+def find_targets(model: Any, targets: naming.Targets) -> FoundTargets:
+    """Return the modules of a live model that `targets` selects, as in `allocate`.
 
     Raises
     ------
     ValueError
-        If none is left.
+        If no selected module can be profiled.
     """
     source = live.from_module(model)
     unread = _unread(model, source)
@@ -71,11 +71,11 @@ def find_targets(model: Any, targets: naming.Targets) -> Targets:
     if not found.chosen:
         raise ValueError(f"targets {targets!r} select no module of {source.label} that can be profiled")
     left_out = [skipped for name, skipped in unread.items() if name in names]
-    return Targets(found.chosen, (*found.skipped, *left_out), source)
+    return FoundTargets(found.chosen, (*found.skipped, *left_out), source)
 
 
 def _unread(model: Any, source: Source) -> dict[str, Skipped]:
-    """Return the layers whose weight the source could not read, as it is quantized or partitioned."""
+    """Return the layers whose weight the source could not read, because it is quantized or partitioned."""
     modules = {prefix.removesuffix("."): module for prefix, module in named_modules(model)}
     read = {matrix.info.module for matrix in source.matrices}
     found: dict[str, Skipped] = {}
@@ -90,8 +90,18 @@ def _unread(model: Any, source: Source) -> dict[str, Skipped]:
     return found
 
 
-def named_targets(model: Any, source: Source, names: Container[str]) -> Targets:
-    """The modules of these names; `source` is the model as a source of weights."""
+def named_targets(model: Any, source: Source, names: Container[str]) -> FoundTargets:
+    """Return the modules of given names.
+
+    Parameters
+    ----------
+    model
+        The live model.
+    source
+        The model as a source of weights.
+    names
+        Names of modules without PEFT's prefixes.
+    """
     modules = {prefix.removesuffix("."): module for prefix, module in named_modules(model)}
     chosen: list[Target] = []
     skipped: dict[str, Skipped] = {}
@@ -102,15 +112,17 @@ def named_targets(model: Any, source: Source, names: Container[str]) -> Targets:
         module = modules.get(naming.without_parameter(info.module))
         if module is None or info.kind in ("expert", "embedding") or kind_of(module)[0] is None:
             what = f"an {info.kind}" if info.kind != "linear" else f"a {type(module).__name__}"
-            reason = f"{what}: its gradient does not follow from what goes in and out"
+            reason = f"{what}: its gradient does not follow from inputs and output gradients"
             skipped[info.module] = Skipped(info.module, info.shape, reason)
         elif info.kind == "conv" and not _is_plain_convolution(module):
-            skipped[info.module] = Skipped(info.module, info.shape, "a convolution that is not plainly 2-D")
+            reason = "a convolution that is grouped or not 2-D"
+            skipped[info.module] = Skipped(info.module, info.shape, reason)
         else:
             chosen.append(Target(info, module, matrix.kernel[1:]))
-    return Targets(chosen, tuple(skipped.values()), source)
+    return FoundTargets(chosen, tuple(skipped.values()), source)
 
 
 def _is_plain_convolution(module: Any) -> bool:
+    """Return True for a two-dimensional convolution without groups."""
     names = {base.__name__ for base in type(module).__mro__}
     return "Conv2d" in names and module.groups == 1

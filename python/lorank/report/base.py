@@ -1,53 +1,58 @@
-"""What every report is: rows about modules, from which a method can choose ranks."""
+"""The base of all reports: rows about modules, from which a method can choose ranks."""
 
 from __future__ import annotations
 
+import html
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from lorank._internal.equality import ByValue
+from lorank._internal.short_text import counted, listing
 from lorank.modules import naming
-from lorank.modules.weight import Kind
+from lorank.report.html_table import html_table
+from lorank.report.rows import Row
 from lorank.sources.base import Skipped
 
 Evidence = Literal["spectra", "gradients", "tasks"]
-"""What a report knows of its modules: of their weights, of their gradients, of their data."""
-
-
-class Row(Protocol):
-    """What identifies a row of any report; as in `MatrixInfo`."""
-
-    @property
-    def name(self) -> str:
-        """The matrix's or module's name."""
-
-    @property
-    def module(self) -> str:
-        """What an adapter would name."""
-
-    @property
-    def kind(self) -> Kind:
-        """What it does with its weight."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-
+"""The kind of evidence that a report holds: spectra of weights, gradients, or tasks of modules."""
 
 R = TypeVar("R", bound=Row, covariant=True)
 
+# Rows of a table in a notebook, and numbers of a line.
+_ROWS = 10
+_NUMBERS = 3
+
 
 class Report(ByValue, Generic[R]):
-    """Rows in the model's order, by position and by name."""
+    """Rows in the order of the model, by position and by name.
+
+    A report is data: it can be pickled, copied and compared.
+    """
 
     __slots__ = ()
 
     provides: ClassVar[Evidence]
+    columns: ClassVar[Sequence[str]]
+    """Names of a row's numbers, in the order of tables."""
+    leading: ClassVar[Sequence[str]]
+    """Names of the numbers that short tables show."""
+    noun: ClassVar[tuple[str, str]] = ("module", "modules")
+    """The noun for the rows, singular and plural."""
+
     modules: Sequence[R]
     skipped: Sequence[Skipped]
     source: str
     num_parameters: int | None
     unknown_parameters: str
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the measurement as JSON values, by name."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values: nan is null, infinity is the string "inf"."""
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -56,16 +61,40 @@ class Report(ByValue, Generic[R]):
         return iter(self.modules)
 
     def __getitem__(self, name: str) -> R:
-        """The row of that name, or the only row whose name ends with it.
+        """Return the row of that name, or the only row whose name ends with it.
 
         Raises
         ------
         KeyError
-            If no row, or more than one, fits.
+            If no row or several rows fit.
         """
         exact = [row for row in self.modules if row.name == name]
         found = exact or [row for row in self.modules if naming.is_suffix(name, row.name)]
         if len(found) == 1:
             return found[0]
-        what = f"{len(found)} modules end with" if found else "no module is named"
-        raise KeyError(f"{what} {name!r}")
+        reason = f"{len(found)} modules end with" if found else "no module is named"
+        raise KeyError(f"{reason} {name!r}")
+
+    def __repr__(self) -> str:
+        return listing(self._title(), map(_line, self), len(self), "report.modules or report.to_pandas()")
+
+    def _repr_html_(self) -> str:
+        """Return the first rows as a table, for notebooks."""
+        rest = f"<p>... {len(self) - _ROWS:,} more</p>" if len(self) > _ROWS else ""
+        table = html_table(self.modules[:_ROWS], self.leading)
+        return f"<p>{html.escape(self._title())}</p>{table}{rest}"
+
+    def _title(self) -> str:
+        facts = [counted(len(self), *self.noun)]
+        if self.skipped:
+            facts.append(f"{counted(len(self.skipped), 'tensor')} skipped")
+        if self.num_parameters is not None:
+            facts.append(counted(self.num_parameters, "parameter"))
+        facts += [f"{name}={value!r}" for name, value in self.settings().items()]
+        return f"{type(self).__name__} of {self.source or 'an unnamed model'}: {', '.join(facts)}"
+
+
+def _line(row: Row) -> str:
+    known = [column for column in row.leading[:_NUMBERS] if row.number(column) is not None]
+    facts = [f"{column} {row.text(column)}" for column in known]
+    return f"{row.name} ({row.shape[0]}x{row.shape[1]}): {', '.join([*facts, *row.flags])}"

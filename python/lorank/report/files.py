@@ -1,203 +1,176 @@
-"""Reports as JSON, parquet and CSV."""
+"""Spectral reports as JSON, parquet and CSV files: rows, and a header with the other fields."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple, TypedDict
 
 from lorank._core import FormatError
 from lorank._internal import extras
 from lorank._internal.atomic import atomic_path, write_text
 from lorank._internal.json_files import read_json
 from lorank.modules.facts import ModelFacts
-from lorank.report.json_report import number, plain
-from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
+from lorank.report.columns import columns, from_entry, to_entries
+from lorank.report.json_values import skipped_from_json, skipped_to_json
+from lorank.report.rows import COUNTS, METRICS, ModuleSpectrum
 from lorank.sources.base import Skipped
 
-_FORMAT = "lorank.SpectralReport"
+FORMAT = "lorank.SpectralReport"
 _VERSION = 1
-_COUNTS = {"num_nonzero", "num_unresolved", "mp_spikes", "mp_spikes_error", "mp_spikes_median"}
 
 
-def save(report: SpectralReport, path: Path) -> None:
-    """Write a report in the format that the path's ending names."""
+class Header(TypedDict):
+    """The fields of a `SpectralReport` beside its rows."""
+
+    skipped: Sequence[Skipped]
+    source: str
+    accuracy: str
+    num_parameters: int | None
+    unknown_parameters: str
+    facts: ModelFacts
+
+
+class Content(NamedTuple):
+    """The content of a file."""
+
+    rows: list[ModuleSpectrum]
+    header: Header
+
+
+def save(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> None:
+    """Write rows and header in the format that the path's ending names; CSV holds rows only."""
     writers = {".json": _save_json, ".parquet": _save_parquet, ".csv": _save_csv}
-    _by_suffix(path, writers)(report, path)
+    _by_suffix(path, writers)(path, rows, header)
 
 
-def load(path: Path) -> SpectralReport:
-    """Read a report in the format that the path's ending names."""
+def load(path: Path) -> Content:
+    """Read a file in the format that its ending names.
+
+    Raises
+    ------
+    FormatError
+        If the file is not a report.
+    """
     readers = {".json": _load_json, ".parquet": _load_parquet, ".csv": _load_csv}
     reader = _by_suffix(path, readers)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        report: SpectralReport = reader(path)
+        content: Content = reader(path)
     except OSError as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
-        raise FormatError(f"{path}: is no lorank report: {error}") from error
+        raise FormatError(f"{path}: is not a lorank report: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}: is no lorank report: {error!r}") from error
-    return report
+        raise FormatError(f"{path}: is not a lorank report: {error!r}") from error
+    return content
 
 
 def _by_suffix(path: Path, table: Mapping[str, Any]) -> Any:
     if path.suffix not in table:
-        raise ValueError(f"{path}: reports end with {', '.join(table)}")
+        raise ValueError(f"{path}: the name of a report must end with {', '.join(table)}")
     return table[path.suffix]
 
 
-def columns(report: SpectralReport) -> dict[str, list[Any]]:
-    """The rows as columns of plain values, without eigenvalues."""
-    rows = report.modules
-    table: dict[str, list[Any]] = {
-        "name": [row.name for row in rows],
-        "module": [row.module for row in rows],
-        "kind": [row.kind for row in rows],
-        "out": [row.shape[0] for row in rows],
-        "in": [row.shape[1] for row in rows],
-        "dtype": [row.dtype for row in rows],
-        "expert": [row.expert for row in rows],
-        "accuracy": [row.accuracy for row in rows],
-    }
-    table |= {metric: [_value(row, metric) for row in rows] for metric in METRICS}
-    table["flags"] = ["; ".join(row.flags) for row in rows]
-    return table
+def to_json(rows: Sequence[ModuleSpectrum], header: Header) -> dict[str, Any]:
+    """Return JSON values: nan and counts without a spectrum are null, infinity is the string "inf"."""
+    return {**_header_to_json(header), "modules": to_entries(rows)}
 
 
-def _value(row: ModuleSpectrum, metric: str) -> Any:
-    """A number of a row; None for a count where there was nothing to count in."""
-    return None if metric in _COUNTS and not row.has_spectrum else getattr(row, metric)
+def _from_json(content: Mapping[str, Any]) -> Content:
+    header = _header_from_json(content)
+    return Content([from_entry(entry) for entry in content["modules"]], header)
 
 
-def to_json(report: SpectralReport) -> dict[str, Any]:
-    """The report as values that JSON knows: nan, and a count of nothing, is null, infinity "inf"."""
-    table = columns(report)
-    modules = [
-        dict(zip(table, map(plain, values), strict=True)) for values in zip(*table.values(), strict=True)
-    ]
-    for row, entry in zip(report.modules, modules, strict=True):
-        entry["flags"] = list(row.flags)
-        if row.eigenvalues is not None:
-            entry["eigenvalues"] = row.eigenvalues.tolist()
-    return {**_header(report), "modules": modules}
-
-
-def from_json(content: Mapping[str, Any]) -> SpectralReport:
-    """The inverse of `to_json`."""
-    return _report(content, [_row(entry, tuple(entry["flags"])) for entry in content["modules"]])
-
-
-def _header(report: SpectralReport) -> dict[str, Any]:
+def _header_to_json(header: Header) -> dict[str, Any]:
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "version": _VERSION,
-        "source": report.source,
-        "accuracy": report.accuracy,
-        "num_parameters": report.num_parameters,
-        "model": report.facts.to_json(),
-        "unknown_parameters": report.unknown_parameters,
-        "skipped": [{"name": s.name, "shape": s.shape, "reason": s.reason} for s in report.skipped],
+        "source": header["source"],
+        "accuracy": header["accuracy"],
+        "num_parameters": header["num_parameters"],
+        "model": header["facts"].to_json(),
+        "unknown_parameters": header["unknown_parameters"],
+        "skipped": skipped_to_json(header["skipped"]),
     }
 
 
-def _report(header: Mapping[str, Any], rows: list[ModuleSpectrum]) -> SpectralReport:
-    if header["format"] != _FORMAT or header["version"] > _VERSION:
-        raise ValueError(f"format {header['format']!r}, version {header['version']}")
-    skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in header["skipped"]]
-    facts = ModelFacts.from_json(header["model"]) if "model" in header else ModelFacts()
-    return SpectralReport(
-        rows,
-        skipped,
-        header["source"],
-        header["accuracy"],
-        header["num_parameters"],
-        header.get("unknown_parameters", ""),
-        facts,
+def _header_from_json(content: Mapping[str, Any]) -> Header:
+    if content["format"] != FORMAT or content["version"] > _VERSION:
+        raise ValueError(f"format {content['format']!r}, version {content['version']}")
+    return Header(
+        skipped=skipped_from_json(content["skipped"]),
+        source=content["source"],
+        accuracy=content["accuracy"],
+        num_parameters=content["num_parameters"],
+        unknown_parameters=content.get("unknown_parameters", ""),
+        facts=ModelFacts.from_json(content["model"]) if "model" in content else ModelFacts(),
     )
 
 
-def _row(entry: Mapping[str, Any], flags: tuple[str, ...]) -> ModuleSpectrum:
-    metrics: dict[str, Any] = {
-        name: int(entry[name] or 0) if name in _COUNTS else number(entry[name]) for name in METRICS
-    }
-    eigenvalues, expert = entry.get("eigenvalues"), entry["expert"]
-    return ModuleSpectrum(
-        name=entry["name"],
-        module=entry["module"],
-        kind=entry["kind"],
-        shape=(int(entry["out"]), int(entry["in"])),
-        dtype=entry["dtype"],
-        expert=None if expert in (None, "") else int(expert),
-        accuracy=entry["accuracy"],
-        flags=flags,
-        eigenvalues=None if eigenvalues is None else np.asarray(eigenvalues, dtype=np.float64),
-        **metrics,
-    )
+def _save_json(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> None:
+    write_text(path, json.dumps(to_json(rows, header), indent=1, allow_nan=False) + "\n")
 
 
-def _save_json(report: SpectralReport, path: Path) -> None:
-    write_text(path, json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
+def _load_json(path: Path) -> Content:
+    return _from_json(read_json(path))
 
 
-def _load_json(path: Path) -> SpectralReport:
-    return from_json(read_json(path))
-
-
-def _save_csv(report: SpectralReport, path: Path) -> None:
-    table = columns(report)
+def _save_csv(path: Path, rows: Sequence[ModuleSpectrum], _header: Header) -> None:
+    table = columns(rows)
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(table)
         writer.writerows(zip(*table.values(), strict=True))
 
 
-def _load_csv(path: Path) -> SpectralReport:
+def _load_csv(path: Path) -> Content:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if missing := columns(SpectralReport([])).keys() - set(reader.fieldnames or ()):
+        if missing := columns([]).keys() - set(reader.fieldnames or ()):
             raise ValueError(f"without columns {', '.join(sorted(missing))}")
-        rows = [_row(entry, _split_flags(entry["flags"])) for entry in reader]
+        rows = [from_entry(entry) for entry in reader]
     unknown = "the report was read from CSV, which keeps rows only, unlike JSON and parquet"
-    facts = ModelFacts(doubts=(unknown,))
-    return SpectralReport(rows, source=str(path), unknown_parameters=unknown, facts=facts)
+    header = Header(
+        skipped=(),
+        source=str(path),
+        accuracy="exact",
+        num_parameters=None,
+        unknown_parameters=unknown,
+        facts=ModelFacts(doubts=(unknown,)),
+    )
+    return Content(rows, header)
 
 
-def _split_flags(text: str) -> tuple[str, ...]:
-    return tuple(text.split("; ")) if text else ()
-
-
-def _save_parquet(report: SpectralReport, path: Path) -> None:
+def _save_parquet(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> None:
     pyarrow = extras.require("pyarrow", "report", "for parquet files")
     parquet = extras.require("pyarrow.parquet", "report", "for parquet files")
-    table = columns(report)
-    if any(row.eigenvalues is not None for row in report.modules):
-        table["eigenvalues"] = [row.eigenvalues for row in report.modules]
+    table = columns(rows)
+    if any(row.eigenvalues is not None for row in rows):
+        table["eigenvalues"] = [row.eigenvalues for row in rows]
     arrays = {name: pyarrow.array(values, type=_arrow_type(pyarrow, name)) for name, values in table.items()}
-    content = pyarrow.table(arrays).replace_schema_metadata({_FORMAT: json.dumps(_header(report))})
+    metadata = {FORMAT: json.dumps(_header_to_json(header))}
+    content = pyarrow.table(arrays).replace_schema_metadata(metadata)
     with atomic_path(path) as temporary:
         parquet.write_table(content, temporary)
 
 
 def _arrow_type(pyarrow: Any, column: str) -> Any:
-    if column in {"out", "in", "expert", *_COUNTS}:
+    if column in {"out", "in", "expert", *COUNTS}:
         return pyarrow.int64()
     if column in METRICS:
         return pyarrow.float64()
     return pyarrow.list_(pyarrow.float64()) if column == "eigenvalues" else pyarrow.string()
 
 
-def _load_parquet(path: Path) -> SpectralReport:
+def _load_parquet(path: Path) -> Content:
     parquet = extras.require("pyarrow.parquet", "report", "for parquet files")
     content = parquet.read_table(path)
     metadata = content.schema.metadata or {}
-    if _FORMAT.encode() not in metadata:
+    if FORMAT.encode() not in metadata:
         raise ValueError("a parquet file of another program")
-    header = json.loads(metadata[_FORMAT.encode()])
-    return _report(header, [_row(entry, _split_flags(entry["flags"])) for entry in content.to_pylist()])
+    header = _header_from_json(json.loads(metadata[FORMAT.encode()]))
+    return Content([from_entry(entry) for entry in content.to_pylist()], header)

@@ -1,4 +1,4 @@
-"""The result of profiling gradients: one row a module."""
+"""The result of profiling gradients."""
 
 from __future__ import annotations
 
@@ -7,77 +7,66 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from lorank._internal.equality import ByValue
-from lorank.modules.weight import Kind
 from lorank.report.base import Evidence
 from lorank.report.json_report import JsonReport
+from lorank.report.rows import ModuleGradients
 from lorank.sources.base import Skipped
+from lorank.statistics.effective_rank import effective_rank
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ModuleGradients(ByValue):
-    """What is known of one module's gradients.
-
-    Attributes
-    ----------
-    name, module, kind, shape
-        As in `MatrixInfo`; `shape` is ``(out, in)``.
-    effective_rank
-        Fewest eigenvalues that hold the report's `energy` of their sum; a fraction once it has been
-        smoothed over time. 0 if no gradient reached the module.
-    eigenvalues
-        Of ``C_ab = <G_a, G_b> / M``, descending, float64, one per batch; in units of the loss per
-        weight, squared.
-    flags
-        What a reader of the row should know.
-    """
-
-    name: str
-    module: str
-    kind: Kind
-    shape: tuple[int, int]
-    effective_rank: float
-    eigenvalues: npt.NDArray[np.float64]
-    flags: tuple[str, ...] = ()
-
-    @property
-    def mean_square(self) -> float:
-        """The mean squared Frobenius norm of the gradient, ``trace(C)``."""
-        return float(self.eigenvalues.sum())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class GradientReport(JsonReport[ModuleGradients]):
-    """Gradient spectra of the modules of a model.
+    """The gradient spectra of a model's modules, one row each, as `profile_gradients` returns them.
+
+    A report is data: it can be iterated, pickled, copied and compared.
 
     Attributes
     ----------
     modules
-        One row a module, in the model's order.
+        Row of each module, in the order of the model.
     skipped
-        Modules without a row, with reasons.
+        Modules without a row, each with the reason.
     source
-        The model.
+        Name of the model.
     num_parameters
-        Parameters of the base model, tied ones once; None if unknown.
+        Number of parameters of the base model, tied ones counted once; None if unknown.
     energy
-        The share of the spectrum that effective ranks hold.
+        Share of the spectrum that the effective ranks hold.
     sketch
-        The size of the random projections, None for none.
+        Size of the random projections; None without projections.
     num_batches
-        Batches that were seen: `M`.
+        Number of batches, `M`.
     unknown_parameters
         The reason why `num_parameters` is None.
+
+    Examples
+    --------
+    >>> import numpy as np, lorank
+    >>> from lorank.report.rows import ModuleGradients
+    >>> row = ModuleGradients(
+    ...     name="layers.0.q_proj",
+    ...     module="layers.0.q_proj",
+    ...     kind="linear",
+    ...     shape=(8, 8),
+    ...     effective_rank=2.0,
+    ...     eigenvalues=np.array([3.0, 1.0, 0.0]),
+    ... )
+    >>> report = lorank.GradientReport([row], source="model", energy=0.9, num_batches=3)
+    >>> report
+    GradientReport of model: 1 module, energy=0.9, sketch=None, num_batches=3
+      layers.0.q_proj (8x8): effective_rank 2, mean_square 4
+    >>> report.with_energy(0.7)["q_proj"].effective_rank
+    1.0
     """
 
     provides: ClassVar[Evidence] = "gradients"
     format: ClassVar[str] = "lorank.GradientReport"
-    columns: ClassVar[Sequence[str]] = ("effective_rank", "mean_square")
+    columns: ClassVar[Sequence[str]] = ModuleGradients.leading
+    leading: ClassVar[Sequence[str]] = ModuleGradients.leading
 
     modules: Sequence[ModuleGradients]
     skipped: Sequence[Skipped] = ()
@@ -89,7 +78,13 @@ class GradientReport(JsonReport[ModuleGradients]):
     unknown_parameters: str = ""
 
     def with_energy(self, energy: float) -> GradientReport:
-        """The same spectra, with effective ranks for another share of them."""
+        """Return the report of the same spectra, with effective ranks for another share of the energy.
+
+        Parameters
+        ----------
+        energy
+            The share, above 0 and at most 1.
+        """
         rows = [
             replace(row, effective_rank=float(effective_rank(row.eigenvalues, energy)))
             for row in self.modules
@@ -97,14 +92,14 @@ class GradientReport(JsonReport[ModuleGradients]):
         return replace(self, modules=rows, energy=energy)
 
     def settings(self) -> dict[str, Any]:
-        """What the file's header says beside what every report's does."""
+        """Return the settings of the profile as JSON values, by name."""
         return {"energy": self.energy, "sketch": self.sketch, "num_batches": self.num_batches}
 
     @classmethod
     def assembled(
         cls, rows: Sequence[ModuleGradients], skipped: Sequence[Skipped], header: Mapping[str, Any]
     ) -> Self:
-        """The report of what a file holds."""
+        """Return the report of rows and a file's header."""
         sketch = header["sketch"]
         return cls(
             rows,
@@ -119,50 +114,13 @@ class GradientReport(JsonReport[ModuleGradients]):
 
     @staticmethod
     def row_to_json(row: ModuleGradients) -> dict[str, Any]:
-        """What a row holds beside its identity."""
+        """Return the values of a row beside its identity."""
         return {"effective_rank": row.effective_rank, "eigenvalues": row.eigenvalues.tolist()}
 
     @staticmethod
     def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> ModuleGradients:
-        """The inverse."""
+        """Return the row of an identity and the values that `row_to_json` returned."""
         eigenvalues = np.asarray(entry["eigenvalues"], dtype=np.float64)
         return ModuleGradients(
             **identity, effective_rank=float(entry["effective_rank"]), eigenvalues=eigenvalues
         )
-
-
-def effective_rank(eigenvalues: npt.ArrayLike, energy: float) -> int:
-    """Fewest eigenvalues, largest first, that hold a share of their sum; 0 if all are zero.
-
-    Parameters
-    ----------
-    eigenvalues
-        Not negative, in any order; rounding below zero counts as zero.
-    energy
-        The share, above 0 and at most 1.
-
-    Raises
-    ------
-    ValueError
-        If the share is out of range, or an eigenvalue is not finite.
-
-    Notes
-    -----
-    Source: GARD, the energy-based effective rank. Sums count as equal within 1e-12 of the total.
-
-    Examples
-    --------
-    >>> effective_rank([4.0, 3.0, 2.0, 1.0], energy=0.7)
-    2
-    """
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy must be above 0 and at most 1, not {energy!r}")
-    given = np.asarray(eigenvalues, dtype=np.float64)
-    if not np.all(np.isfinite(given)):
-        raise ValueError("eigenvalues must be finite")
-    values = np.sort(np.clip(given, 0, None))[::-1]
-    if not len(values) or values[0] == 0:
-        return 0
-    # Relative to the largest: the sum of 1e300s is finite then.
-    sums = np.cumsum(values / values[0])
-    return int(np.searchsorted(sums, energy * (1 - 1e-12) * sums[-1])) + 1

@@ -1,4 +1,4 @@
-"""A report as one self-contained page: pictures that answer to the mouse, and the table."""
+"""Spectra as a self-contained HTML page: interactive plots and a table."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import numpy as np
 
 from lorank._internal import extras
 from lorank._internal.atomic import write_text
+from lorank._internal.short_text import counted
 from lorank.modules import naming
-from lorank.report.spectral import METRICS, ModuleSpectrum, SpectralReport
+from lorank.report.html_table import html_table
+from lorank.report.rows import METRICS, ModuleSpectrum
+from lorank.sources.base import Skipped
 
 _FIRST_METRIC = "alpha_hill"
 _STYLE = """
@@ -26,29 +29,54 @@ th:first-child, td:first-child, td:last-child { text-align: left } .flagged { co
 """
 
 
-def write_html(report: SpectralReport, path: Path) -> None:
-    """Write the page: needs no network and no other file to be read."""
+def write_page(
+    path: Path,
+    rows: Sequence[ModuleSpectrum],
+    skipped: Sequence[Skipped],
+    *,
+    title: str,
+    num_parameters: int | None,
+    accuracy: str,
+) -> None:
+    """Write a page that needs neither a network nor another file.
+
+    Parameters
+    ----------
+    path
+        The file to write.
+    rows
+        Rows of the matrices.
+    skipped
+        Tensors without a row.
+    title
+        Name of the analysed source.
+    num_parameters
+        Number of parameters of the model; None if unknown.
+    accuracy
+        Requested accuracy of the analysis.
+    """
     graph_objects = extras.require("plotly.graph_objects", "report", "for HTML reports")
-    figures = [_by_block(graph_objects, report.modules)]
-    if kept := [row for row in report.modules if row.eigenvalues is not None]:
+    figures = [_by_block(graph_objects, rows)]
+    if kept := [row for row in rows if row.eigenvalues is not None]:
         figures.append(_spectra(graph_objects, kept))
     pictures = "\n".join(
         figure.to_html(full_html=False, include_plotlyjs=position == 0)
         for position, figure in enumerate(figures)
     )
-    parameters = "" if report.num_parameters is None else f", {report.num_parameters:,} parameters"
-    title = html.escape(report.source)
+    parameters = "" if num_parameters is None else f", {counted(num_parameters, 'parameter')}"
+    escaped = html.escape(title)
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
-        f"<p>{len(report)} matrices{parameters}; accuracy: {html.escape(report.accuracy)}.</p>"
-        f"{pictures}<h2>Matrices</h2>{_table(report.modules)}{_skipped(report)}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escaped}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{escaped}</h1>"
+        f"<p>{counted(len(rows), 'matrix', 'matrices')}{parameters}; accuracy: {html.escape(accuracy)}.</p>"
+        f'{pictures}<h2>Matrices</h2><div class="scroll">{html_table(rows, METRICS)}</div>'
+        f"{_skipped_list(skipped)}</body></html>\n"
     )
     write_text(path, page)
 
 
 def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
-    """One line per module type over the blocks of the model; a menu chooses the metric."""
+    """Return a plot with one line per module type over the blocks; a menu selects the metric."""
     blocks: dict[str, list[ModuleSpectrum]] = {}
     for row in rows:
         block = naming.block_of(row.module)
@@ -75,7 +103,7 @@ def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
     ]
     figure.update_layout(
         title="Metrics by block",
-        # All blocks in the report's order, whichever of them the first module type is in.
+        # Without this, plotly orders blocks by the first line that has them.
         xaxis={"categoryorder": "array", "categoryarray": [naming.block_of(row.module) for row in rows]},
         yaxis_title=_FIRST_METRIC,
         height=560,
@@ -93,7 +121,7 @@ def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
 
 
 def _spectra(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
-    """The eigenvalue density of one matrix at a time, with its bulk edge; a menu chooses the matrix."""
+    """Return a histogram of eigenvalues with the Marchenko-Pastur edge; a menu selects the matrix."""
     figure = graph_objects.Figure()
     for position, row in enumerate(rows):
         assert row.eigenvalues is not None
@@ -120,6 +148,7 @@ def _spectra(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
 
 
 def _edge(row: ModuleSpectrum) -> list[dict[str, Any]]:
+    """Return a dashed line at the Marchenko-Pastur edge; empty if the edge is undefined."""
     if not row.mp_edge > 0:
         return []
     x = math.log10(row.mp_edge)
@@ -127,27 +156,17 @@ def _edge(row: ModuleSpectrum) -> list[dict[str, Any]]:
 
 
 def _finite(rows: Sequence[ModuleSpectrum], metric: str) -> list[float | None]:
+    """Return a metric of rows, with None for values that are not finite."""
     values = (float(getattr(row, metric)) for row in rows)
     return [value if math.isfinite(value) else None for value in values]
 
 
-def _table(rows: Sequence[ModuleSpectrum]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("module", "shape", *METRICS, "note"))
-    body = []
-    for row in rows:
-        cells = [row.name, f"{row.shape[0]}x{row.shape[1]}"]
-        cells += [f"{getattr(row, metric):.4g}" for metric in METRICS]
-        cells.append("; ".join(row.flags))
-        flagged = ' class="flagged"' if row.flags else ""
-        body.append(f"<tr{flagged}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>'
-
-
-def _skipped(report: SpectralReport) -> str:
-    if not report.skipped:
+def _skipped_list(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
         return ""
     items = "".join(
         f"<li>{html.escape(entry.name)} ({'x'.join(map(str, entry.shape))}): {html.escape(entry.reason)}</li>"
-        for entry in report.skipped
+        for entry in skipped
     )
-    return f"<details><summary>{len(report.skipped)} tensors skipped</summary><ul>{items}</ul></details>"
+    summary = f"{counted(len(skipped), 'tensor')} skipped"
+    return f"<details><summary>{summary}</summary><ul>{items}</ul></details>"

@@ -1,9 +1,8 @@
-"""Reports that are kept as JSON, and dispatch by what a file says it is."""
+"""Reports that are kept as JSON."""
 
 from __future__ import annotations
 
 import json
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from lorank._internal import extras
 from lorank._internal.atomic import write_text
 from lorank._internal.json_files import read_json
 from lorank.report.base import R, Report
+from lorank.report.json_values import plain, skipped_from_json, skipped_to_json
+from lorank.report.rows import Row
 from lorank.sources.base import Skipped
 
 if TYPE_CHECKING:
@@ -24,35 +25,30 @@ _VERSION = 1
 
 
 class JsonReport(Report[R]):
-    """A report whose subclass says what a row holds beside its identity, and what its header holds."""
+    """A report whose subclass defines the values of a row beside its identity, and of the header."""
 
     __slots__ = ()
 
     format: ClassVar[str]
-    columns: ClassVar[Sequence[str]]
-    """The numbers of a row that tables show."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What the header holds beside what every report's does."""
+    """The format that the file's header names."""
 
     @classmethod
     @abstractmethod
     def assembled(cls, rows: Sequence[Any], skipped: Sequence[Skipped], header: Mapping[str, Any]) -> Self:
-        """The report of what a file holds."""
+        """Return the report of rows and a file's header."""
 
     @staticmethod
     @abstractmethod
     def row_to_json(row: Any) -> dict[str, Any]:
-        """What a row holds beside its identity."""
+        """Return the values of a row beside its identity."""
 
     @staticmethod
     @abstractmethod
     def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
-        """The inverse."""
+        """Return the row of an identity and the values that `row_to_json` returned."""
 
     def to_json(self) -> dict[str, Any]:
-        """The report as values that JSON knows: nan is null, infinity is the string "inf"."""
+        """Return the report as JSON values: nan is null, infinity is the string "inf"."""
         return {
             "format": self.format,
             "version": _VERSION,
@@ -60,7 +56,7 @@ class JsonReport(Report[R]):
             "num_parameters": self.num_parameters,
             "unknown_parameters": self.unknown_parameters,
             **self.settings(),
-            "skipped": [{"name": s.name, "shape": s.shape, "reason": s.reason} for s in self.skipped],
+            "skipped": skipped_to_json(self.skipped),
             "modules": [
                 {**_identity(row), **{k: plain(v) for k, v in self.row_to_json(row).items()}}
                 for row in self.modules
@@ -68,7 +64,7 @@ class JsonReport(Report[R]):
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON; the file appears whole or not at all.
+        """Write the report to a JSON file, which appears complete or not at all.
 
         Raises
         ------
@@ -79,14 +75,14 @@ class JsonReport(Report[R]):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises
         ------
         FormatError
-            If the file is no such report.
+            If the file is not a report of this class.
         ValueError
-            If its name does not end with ``.json``.
+            If the name does not end with ``.json``.
         """
         path = cls._json_path(path)
         try:
@@ -94,10 +90,9 @@ class JsonReport(Report[R]):
             if content["format"] != cls.format or content["version"] > _VERSION:
                 raise ValueError(f"format {content['format']!r}, version {content['version']}")
             rows = [cls.row_from_json(_read_identity(entry), entry) for entry in content["modules"]]
-            skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in content["skipped"]]
-            return cls.assembled(rows, skipped, content)
+            return cls.assembled(rows, skipped_from_json(content["skipped"]), content)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise FormatError(f"{path}: is no {cls.format.removeprefix('lorank.')}: {error!r}") from error
+            raise FormatError(f"{path}: is not a {cls.format.removeprefix('lorank.')}: {error!r}") from error
 
     @classmethod
     def _json_path(cls, path: str | Path) -> Path:
@@ -106,7 +101,10 @@ class JsonReport(Report[R]):
         return Path(path)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A data frame, one row a module: identity, numbers, flags joined by "; " (extra ``report``)."""
+        """Return a data frame with a row for each module (extra ``report``).
+
+        The columns are the identity, the numbers, and the flags joined by "; ".
+        """
         pandas = extras.require("pandas", "report", "for data frames")
         frame: pd.DataFrame = pandas.DataFrame(
             [
@@ -116,7 +114,7 @@ class JsonReport(Report[R]):
                     "out": row.shape[0],
                     "in": row.shape[1],
                     **{column: getattr(row, column) for column in self.columns},
-                    "flags": "; ".join(getattr(row, "flags", ())),
+                    "flags": "; ".join(row.flags),
                 }
                 for row in self.modules
             ]
@@ -124,19 +122,7 @@ class JsonReport(Report[R]):
         return frame
 
 
-def plain(value: Any) -> Any:
-    """A value that JSON knows."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else repr(value)
-    return value
-
-
-def number(value: Any) -> float:
-    """The inverse for numbers; in tables nothing stands for nan."""
-    return math.nan if value in (None, "") else float(value)
-
-
-def _identity(row: Any) -> dict[str, Any]:
+def _identity(row: Row) -> dict[str, Any]:
     return {
         "name": row.name,
         "module": row.module,

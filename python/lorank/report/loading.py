@@ -1,4 +1,4 @@
-"""Saved reports of any kind."""
+"""Saved reports of any class."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
+from lorank.report import files
 from lorank.report.gradients import GradientReport
 from lorank.report.spectral import SpectralReport
 from lorank.report.tasks import TaskReport
@@ -14,14 +15,14 @@ from lorank.report.tasks import TaskReport
 AnyReport: TypeAlias = SpectralReport | GradientReport | TaskReport
 
 _CLASSES: dict[str, type[AnyReport]] = {
-    "lorank.SpectralReport": SpectralReport,
+    files.FORMAT: SpectralReport,
     GradientReport.format: GradientReport,
     TaskReport.format: TaskReport,
 }
 
 
 def load_report(path: str | Path) -> AnyReport:
-    """Read a saved report; a JSON file says itself of which kind it is.
+    """Read a saved report of any class, which a JSON file names.
 
     Parameters
     ----------
@@ -31,9 +32,9 @@ def load_report(path: str | Path) -> AnyReport:
     Raises
     ------
     FormatError
-        If the file is no report.
+        If the file is not a report.
     ValueError
-        For another ending.
+        If the name has another ending.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -47,9 +48,9 @@ def _class_of(path: Path) -> type[AnyReport]:
     try:
         content = read_json(path)
     except ValueError as error:
-        raise FormatError(f"{path}: is no lorank report: {error}") from error
-    says = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(says, str) or says not in _CLASSES:
-        why = f"it is a {says}" if isinstance(says, str) else "it names no format"
-        raise FormatError(f"{path}: is no lorank report: {why}")
-    return _CLASSES[says]
+        raise FormatError(f"{path}: is not a lorank report: {error}") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(found, str) or found not in _CLASSES:
+        reason = f"it is a {found}" if isinstance(found, str) else "it names no format"
+        raise FormatError(f"{path}: is not a lorank report: {reason}")
+    return _CLASSES[found]

@@ -1,4 +1,4 @@
-"""The result of profiling what modules have to learn: one row a module."""
+"""The result of profiling tasks."""
 
 from __future__ import annotations
 
@@ -7,75 +7,69 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from lorank._internal.equality import ByValue
-from lorank.modules.weight import Kind
 from lorank.report.base import Evidence
-from lorank.report.json_report import JsonReport, number, plain
+from lorank.report.json_report import JsonReport
+from lorank.report.json_values import number, plain
+from lorank.report.rows import ModuleTask
 from lorank.sources.base import Skipped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ModuleTask(ByValue):
-    """The task of one module: from its inputs to minus the gradients of its outputs.
-
-    Attributes
-    ----------
-    name, module, kind, shape
-        As in `MatrixInfo`; `shape` is ``(out, in)``.
-    k_star, predicted_rank, rho, tau, noise, num_above, singular_values, predicted_r2
-        As in `TaskEstimate`; nan and 0 where nothing is known.
-    flags
-        What a reader of the row should know.
-    """
-
-    name: str
-    module: str
-    kind: Kind
-    shape: tuple[int, int]
-    k_star: int
-    predicted_rank: int
-    rho: float
-    tau: float
-    noise: float
-    num_above: int
-    singular_values: npt.NDArray[np.float64]
-    predicted_r2: npt.NDArray[np.float64]
-    flags: tuple[str, ...] = ()
-
 
 _COUNTS = ("k_star", "predicted_rank", "num_above")
 _NUMBERS = ("rho", "tau", "noise")
 _ARRAYS = ("singular_values", "predicted_r2")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TaskReport(JsonReport[ModuleTask]):
-    """Task spectra of the modules of a model.
+    """The task spectra of a model's modules, one row each, as `profile_tasks` returns them.
+
+    A report is data: it can be iterated, pickled, copied and compared.
 
     Attributes
     ----------
     modules
-        One row a module, in the model's order.
+        Row of each module, in the order of the model.
     skipped
-        Modules without a row, with reasons.
+        Modules without a row, each with the reason.
     source
-        The model.
+        Name of the model.
     num_parameters
-        Parameters of the base model, tied ones once; None if unknown.
+        Number of parameters of the base model, tied ones counted once; None if unknown.
     num_samples
-        Rows (tokens) to which a gradient came back, in the module where they were most.
+        Number of rows (tokens) that received a gradient, in the module with most of them.
     unknown_parameters
         The reason why `num_parameters` is None.
+
+    Examples
+    --------
+    >>> import numpy as np, lorank
+    >>> from lorank.report.rows import ModuleTask
+    >>> row = ModuleTask(
+    ...     name="layers.0.q_proj",
+    ...     module="layers.0.q_proj",
+    ...     kind="linear",
+    ...     shape=(8, 8),
+    ...     k_star=2,
+    ...     predicted_rank=1,
+    ...     rho=0.5,
+    ...     tau=0.1,
+    ...     noise=1.0,
+    ...     num_above=3,
+    ...     singular_values=np.array([0.4, 0.2, 0.1]),
+    ...     predicted_r2=np.array([0.0, 0.3, 0.3, 0.3]),
+    ... )
+    >>> lorank.TaskReport([row], source="model", num_samples=64)
+    TaskReport of model: 1 module, num_samples=64
+      layers.0.q_proj (8x8): k_star 2, predicted_rank 1, num_above 3
     """
 
     provides: ClassVar[Evidence] = "tasks"
     format: ClassVar[str] = "lorank.TaskReport"
-    columns: ClassVar[Sequence[str]] = (*_COUNTS, *_NUMBERS)
+    columns: ClassVar[Sequence[str]] = ModuleTask.leading
+    leading: ClassVar[Sequence[str]] = ModuleTask.leading
 
     modules: Sequence[ModuleTask]
     skipped: Sequence[Skipped] = ()
@@ -85,14 +79,14 @@ class TaskReport(JsonReport[ModuleTask]):
     unknown_parameters: str = ""
 
     def settings(self) -> dict[str, Any]:
-        """What the file's header says beside what every report's does."""
+        """Return the settings of the profile as JSON values, by name."""
         return {"num_samples": self.num_samples}
 
     @classmethod
     def assembled(
         cls, rows: Sequence[ModuleTask], skipped: Sequence[Skipped], header: Mapping[str, Any]
     ) -> Self:
-        """The report of what a file holds."""
+        """Return the report of rows and a file's header."""
         return cls(
             rows,
             skipped,
@@ -104,13 +98,13 @@ class TaskReport(JsonReport[ModuleTask]):
 
     @staticmethod
     def row_to_json(row: ModuleTask) -> dict[str, Any]:
-        """What a row holds beside its identity."""
+        """Return the values of a row beside its identity."""
         numbers = {name: getattr(row, name) for name in (*_COUNTS, *_NUMBERS)}
         return numbers | {name: [plain(x) for x in getattr(row, name).tolist()] for name in _ARRAYS}
 
     @staticmethod
     def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> ModuleTask:
-        """The inverse."""
+        """Return the row of an identity and the values that `row_to_json` returned."""
         values: dict[str, Any] = {name: int(entry[name]) for name in _COUNTS}
         values |= {name: number(entry[name]) for name in _NUMBERS}
         values |= {name: np.array([number(x) for x in entry[name]]) for name in _ARRAYS}

@@ -1,4 +1,4 @@
-"""The runtimes that serve adapters: what each does with one, and the profile that suits them."""
+"""The runtimes that load adapters: their rules, verdicts about adapters, and the profile that suits them."""
 
 from lorank.runtimes.mending import Mended, bad, mend
 from lorank.runtimes.rules import RUNTIMES

@@ -12,32 +12,32 @@ from lorank._core import FormatError
 from lorank.adapters.module import LoraModule
 from lorank.modules import naming
 from lorank.modules.building import Unknown
-from lorank.modules.description import describe
+from lorank.modules.description import describe_model
 from lorank.modules.facts import ModelFacts
 from lorank.modules.live_modules import is_module
 from lorank.modules.loading import loaded_name
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Weight
-from lorank.sources import Source, open_source
-from lorank.sources.files import config_folder, read_config
+from lorank.sources import Source, hub, open_source
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """Modules of a base model as an adapter names them.
+    """The modules of a base model, by the names that an adapter gives them.
 
     Attributes
     ----------
     label
         The name of the model in messages.
     shapes
-        ``(out, in)`` of every module's matrix, as PEFT orients it, by the name that PEFT adapts it by.
+        Shape ``(out, in)`` of the matrix of each module in PEFT's orientation, by the name that PEFT uses.
     containers
-        The names of all modules, those without a matrix included.
+        The names of all modules, with those that hold no matrix.
     facts
         Facts about the model beside its matrices.
     skeleton
-        The model's own description; None if names were guessed.
+        The skeleton of the model; None if names were guessed.
     """
 
     label: str
@@ -53,30 +53,30 @@ class BaseModel:
         Parameters
         ----------
         base
-            A folder with a `config.json`, that file, a hub id, a file or folder of weights, a live model.
+            A folder with a `config.json`, that file, a hub id, a file or folder of weights, or a live model.
         adapted
-            The names of an adapter's modules: they decide between a model with and without a head, where the
-            config names no class.
+            The names of an adapter's modules. They decide between a model with and without a head if the
+            configuration names no class.
 
         Raises
         ------
         FileNotFoundError
             If no file, folder or hub model has that name.
         ValueError
-            If neither the config nor the weights show the names of modules.
+            If neither the configuration nor the weights give the names of modules.
         """
         if is_module(base):
             return cls._by_skeleton(Skeleton.of_model(base))
-        path = config_folder(base)
-        config = read_config(path)
+        path = hub.local_path(base, hub.download_config)
         names = dict.fromkeys((f"{name}.weight" for name in adapted), ())
-        found = describe(path if path.is_dir() else path.parent, config, names)
+        found = describe_model(ModelConfig.read(path), names)
         if isinstance(found, Unknown):
             return cls._by_weights(path, found)
         return cls._by_skeleton(found.skeleton)
 
     @classmethod
     def _by_skeleton(cls, skeleton: Skeleton) -> BaseModel:
+        """Describe a model by its skeleton."""
         shapes = {}
         for weight in skeleton.weights.values():
             if weight.kind and (shape := _as_peft_reads(weight)) is not None:
@@ -87,12 +87,12 @@ class BaseModel:
 
     @classmethod
     def _by_weights(cls, path: Path, unknown: Unknown) -> BaseModel:
+        """Describe a model by the names and shapes of its weights."""
         try:
             source: Source = open_source(path)
         except (OSError, ValueError, FormatError) as error:
-            raise ValueError(
-                f"{path}: {unknown.reason}, and there are no weights to read names from"
-            ) from error
+            reason = f"{unknown.reason}, and there are no weights to read names from"
+            raise ValueError(f"{path}: {reason}") from error
         # PEFT's update of an embedding has the shape of the transposed table.
         shapes = {
             m.info.module: m.info.shape[::-1] if m.info.kind == "embedding" else m.info.shape
@@ -102,7 +102,7 @@ class BaseModel:
         return cls(source.label, shapes, frozenset(parents | shapes.keys()), source.facts)
 
     def missing(self, modules: Iterable[LoraModule]) -> dict[str, str]:
-        """Return the reason by name, for modules of an adapter that the model lacks."""
+        """Return a reason by name for every module of an adapter that the model lacks."""
         found = {}
         for module in modules:
             if not self._has(module.name):
@@ -110,13 +110,14 @@ class BaseModel:
         return found
 
     def misfits(self, modules: Iterable[LoraModule]) -> list[str]:
-        """Return the reasons for modules whose update has another shape than the weight."""
+        """Return a reason for every module whose update has another shape than the weight."""
         reasons = []
         for module in modules:
             shape = self.shapes.get(self._own_name(module.name))
             if shape is not None and shape != module.shape:
                 reasons.append(
-                    f"{module.name} has an update of {module.shape}, but {self.label} {shape} there"
+                    f"the update of {module.name} has shape {module.shape}, but its weight in {self.label} "
+                    f"has {shape}"
                 )
         return reasons
 
@@ -126,6 +127,7 @@ class BaseModel:
         return next((f"{m.name}: {reasons[m.name]}" for m in modules if m.name in reasons), "")
 
     def _has(self, name: str) -> bool:
+        """Return True if the model has a module of that name, or of a name that it gets on loading."""
         if self._own_name(name) in self.shapes or name in self.containers:
             return True
         # The model may hold experts in stacks that the adapter names one by one.
@@ -135,7 +137,7 @@ class BaseModel:
         return self.skeleton is not None and self._loaded(name)[0] in self.skeleton.weights
 
     def _own_name(self, name: str) -> str:
-        """Return the loaded model's name of a module to which older releases gave another."""
+        """Return the name of a module in the loaded model; older releases may have used another name."""
         if name in self.shapes or self.skeleton is None:
             return name
         if f"{name}.weight" in self.shapes:
@@ -145,11 +147,12 @@ class BaseModel:
         return weight.module if weight is not None and weight.kind and not is_part else name
 
     def _loaded(self, name: str) -> tuple[str, bool]:
+        """Return the parameter that a module's weight is loaded into, and True if it is a part of it."""
         assert self.skeleton is not None
         return loaded_name(f"{name}.weight", self.skeleton)
 
     def _advice(self, name: str) -> str:
-        """Return the closest name of the model, with what precedes it; empty if nothing is close."""
+        """Return a hint with the most similar name in the model; empty if there is none."""
         for suffix in naming.suffixes(name):
             close = [own for own in self.shapes if naming.is_suffix(suffix, own)]
             if close and "." in suffix:
@@ -158,7 +161,7 @@ class BaseModel:
 
 
 def _as_peft_reads(weight: Weight) -> tuple[int, int] | None:
-    """Return ``(out, in)`` of a weight's matrix, of one expert for a stack."""
+    """Return shape ``(out, in)`` of a weight's matrix, of one expert for a stack; None for other weights."""
     shape = weight.shape
     if weight.kind == "expert" and len(shape) == 3:
         rows, cols = shape[1:]
@@ -172,6 +175,6 @@ def _as_peft_reads(weight: Weight) -> tuple[int, int] | None:
 
 
 def _above(name: str) -> list[str]:
-    """Return the names of all modules that hold a module."""
+    """Return the names of a module's ancestors."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]

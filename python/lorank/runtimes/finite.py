@@ -1,4 +1,4 @@
-"""Tensors that hold NaN or infinite values: every runtime loads them, and computes nothing but NaN."""
+"""Finds tensors with NaN or infinite values, which every runtime loads and computes NaN from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lorank._core import Checkpoint
 from lorank.adapters.tensors import Tensors
 
-# The number of values that are read at a time: 512 KiB in float32, which stay in the processor's cache.
+# The number of values that are read at a time: 512 KiB in float32, which fit in the processor's cache.
 _PART = 1 << 17
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "F8_E4M3", "F8_E5M2")
@@ -23,12 +23,12 @@ def not_finite(tensors: Tensors) -> list[tuple[str, str]]:
     Parameters
     ----------
     tensors
-        An adapter's tensors, read a part at a time.
+        The tensors of an adapter.
 
     Returns
     -------
     list of (str, str)
-        Key, and ``"NaN"`` or ``"Inf"``, in the order of the file.
+        Key of each tensor with ``"NaN"`` or ``"Inf"``, in the order of the file.
     """
     found = []
     for key, shape in tensors.shapes().items():
@@ -44,14 +44,14 @@ def not_finite(tensors: Tensors) -> list[tuple[str, str]]:
 
 
 def _parts(tensors: Tensors, key: str, shape: tuple[int, ...]) -> Iterator[npt.NDArray[np.floating]]:
-    """Read a tensor in parts of equal size, as near to the wanted size as its factors allow."""
+    """Yield a tensor in parts of equal size, as close to `_PART` as the divisors of its size allow."""
     size = math.prod(shape)
     stored = tensors.stored(key)
     if stored.position is None or not isinstance(stored.origin, Checkpoint):
         yield tensors.matrix(key, 1, size).to_array()
         return
-    wanted = math.ceil(size / _PART)
-    near = (parts for step in range(size) for parts in (wanted + step, wanted - step) if parts > 0)
+    target = math.ceil(size / _PART)
+    near = (parts for step in range(size) for parts in (target + step, target - step) if parts > 0)
     count = next(parts for parts in near if size % parts == 0)
     for index in range(count):
         yield stored.origin.matrix(stored.position, 1, size // count, index).to_array()

@@ -1,4 +1,4 @@
-"""An adapter as a runtime finds it: its tensors and settings, and how far they agree."""
+"""The properties of an adapter's files that decide how runtimes load them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NUMBERED = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<block>\d+)\.(?P<kind>.+)")
 
 
 def _is_table(module: LoraModule) -> bool:
-    """Return whether a module maps tokens to vectors or back."""
+    """Return True if a module maps tokens to vectors or back."""
     return module.kind == "embedding" or naming.is_output_head(module.name)
 
 
@@ -39,9 +39,9 @@ class Found:
     Attributes
     ----------
     stored
-        The adapter with the ranks of its tensors, and how its keys are spelled.
+        The adapter with the ranks of its tensors and the spelling of its keys.
     base
-        The base model; None where none was given.
+        The base model; None if none was given.
     """
 
     stored: AsStored
@@ -49,7 +49,7 @@ class Found:
 
     @property
     def adapter(self) -> AdapterContent:
-        """The adapter with the ranks of its tensors, whatever the settings say."""
+        """The adapter with the ranks of its tensors, independent of the settings."""
         return self.stored.adapter
 
     @property
@@ -64,32 +64,32 @@ class Found:
 
     @property
     def rank(self) -> float:
-        """The settings' one rank."""
+        """The global rank in the settings."""
         return float(self.config.get("r", DEFAULT_RANK))
 
     @property
     def alpha(self) -> float:
-        """The settings' one alpha."""
+        """The global alpha in the settings."""
         return float(self.config.get("lora_alpha", DEFAULT_ALPHA))
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank that a tensor has, padding included."""
+        """The largest rank of a tensor, with padding."""
         return max((module.rank for module in self.modules), default=0)
 
     @property
     def rank_stabilized(self) -> bool:
-        """Whether alpha is divided by the root of the rank."""
+        """True if alpha is divided by the square root of the rank [RSLORA]."""
         return bool(self.config.get("use_rslora"))
 
     @property
     def dora(self) -> bool:
-        """Whether magnitudes go with the factors."""
+        """True if the adapter has magnitudes beside the factors [DORA]."""
         return bool(self.config.get("use_dora"))
 
     @property
     def alora(self) -> bool:
-        """True if the update acts from its invocation tokens on, not on every token."""
+        """True if the update applies only after its invocation tokens."""
         return bool(self.config.get("alora_invocation_tokens"))
 
     @property
@@ -99,7 +99,7 @@ class Found:
 
     @cached_property
     def adalora(self) -> bool:
-        """Whether the file has AdaLoRA's names and its third factor."""
+        """True if the file has the names and the third factor of AdaLoRA."""
         return checked_kind(self.adapter.label, self.config, changed_base=True) == "ADALORA"
 
     @property
@@ -109,24 +109,24 @@ class Found:
 
     @property
     def tied(self) -> bool:
-        """True if the settings ask for one update of the embedding and the head."""
+        """True if the settings require one update for the embedding and the head."""
         return bool(self.config.get("ensure_weight_tying"))
 
     @property
     def shares_tables(self) -> bool | None:
-        """True if embedding and head are tied, as the settings or the base model show; None if unknown."""
+        """True if embedding and head are tied by the settings or in the base model; None if unknown."""
         if self.tied or self.base is None:
             return True if self.tied else None
         return bool(self.base.facts.ties)
 
     @property
     def swapped(self) -> tuple[Parameter, ...]:
-        """Stacks of experts whose factors lie as PEFT before 0.19 wrote them."""
+        """Stacks of experts whose factors have the layout of PEFT before 0.19."""
         return self.stored.swapped
 
     @cached_property
     def alphas(self) -> dict[str, float]:
-        """The alphas of an image adapter's file, by module; a module without one is left out."""
+        """The alpha in an image adapter's file by the name of each module that has one."""
         tensors, keys = self.stored.tensors, self.stored.tensors.shapes()
         named = {module.name: alpha_key(module.name) for module in self.modules}
         return {name: tensors.number(key) for name, key in named.items() if key in keys}
@@ -149,38 +149,38 @@ class Found:
 
     @property
     def stacks(self) -> list[LoraModule]:
-        """Parameters that hold all experts in one tensor."""
+        """Modules whose parameter holds several experts in one tensor."""
         return [module for module in self.modules if module.copies > 1]
 
     @cached_property
     def separate_experts(self) -> SeparateExperts:
-        """Experts that are modules of their own, as transformers 4 had them."""
+        """Experts that are separate modules, as in transformers 4."""
         return SeparateExperts.of(self.modules)
 
     def of_another_rank(self) -> list[LoraModule]:
-        """Modules whose tensors have another rank than the settings' one."""
+        """Return the modules whose tensors have another rank than the global one."""
         return [module for module in self.modules if module.rank != self.rank]
 
     @cached_property
     def settings(self) -> Settings:
-        """The settings as PEFT looks them up."""
+        """The settings, with PEFT's lookup of patterns."""
         return Settings(self.adapter.label, self.config)
 
     @cached_property
     def misfits(self) -> list[tuple[LoraModule, int]]:
-        """Modules whose tensors have another rank than the settings give them, and that rank."""
+        """Modules whose tensors have another rank than the settings give them, each with that rank."""
         if self.adalora:
             return []
         ranks = [(module, self.settings.rank_and_scaling(holder(module.name))[0]) for module in self.modules]
         return [(module, rank) for module, rank in ranks if module.rank != rank]
 
     def of_kinds(self, *kinds: str) -> list[LoraModule]:
-        """Modules of these kinds."""
+        """Return the modules of these kinds."""
         return [module for module in self.modules if module.kind in kinds]
 
     @cached_property
     def wrapped(self) -> dict[str, str]:
-        """Module name -> the file's key of one of its factors, where that holds a wrapper's name."""
+        """The key of a factor by the name of the module, for keys that hold the name of a wrapper."""
         owners: dict[str, str] = {}
         for clean, key in self.stored.stored_as.items():
             owners.setdefault(layer_path(clean), key)
@@ -196,12 +196,12 @@ class Found:
 
     @cached_property
     def unselected(self) -> list[str]:
-        """Names of modules that have tensors, but that the settings' targets leave out."""
+        """Names of modules that have tensors although the targets in the settings leave them out."""
         targets, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
-        # Where tables are tied, PEFT adapts them all if it adapts one.
+        # If tables are tied and PEFT adapts one of them, it adapts all.
         names = [m.name for m in self.modules if m.kind != "expert" and not (self.tied and _is_table(m))]
         if targets is None:
-            # PEFT then adapts only the parameters.
+            # Without target_modules, PEFT adapts only the parameters.
             return names if self.config.get("target_parameters") else []
         if targets == naming.ALL_LINEAR:
             return []
@@ -209,7 +209,7 @@ class Found:
         return [name for name in names if not selects(holder(name)) or excludes(holder(name))]
 
     def unequal_tables(self) -> tuple[LoraModule, LoraModule] | None:
-        """Embedding and head whose ranks differ, although the settings tie them."""
+        """Return an embedding and a head of different ranks that the settings tie; None if there are none."""
         if not self.tied:
             return None
         tables: dict[tuple[int, ...], list[LoraModule]] = defaultdict(list)
@@ -223,7 +223,7 @@ class Found:
         return None
 
     def blocks(self) -> dict[str, dict[str, set[int]]]:
-        """The numbers of the blocks that are adapted, by the stack they are in and the type of module."""
+        """Return the numbers of adapted blocks by the name of their stack and the type of module."""
         found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for module in self.modules:
             if numbered := _NUMBERED.fullmatch(module.name):
@@ -231,9 +231,9 @@ class Found:
         return found
 
     def incomplete_types(self) -> list[str]:
-        """Module types that some blocks of the model are known to adapt and others not.
+        """Return the types of modules that are adapted in some blocks and not in others.
 
-        How many blocks the model has is not known, but that there are those up to the last adapted one.
+        The number of blocks in the model is unknown; the blocks up to the last adapted one are counted.
         """
         missing = []
         for kinds in self.blocks().values():

@@ -1,4 +1,4 @@
-"""Writes an adapter again so that runtimes load it right, and checks the written files."""
+"""Writes an adapter again so that runtimes load it correctly, and checks the written files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lorank.runtimes.verdicts import Verdict, check, right_profile
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """A written adapter, and the verdicts about it.
+    """A mended adapter and the verdicts about it.
 
     Attributes
     ----------
     profile
-        The profile that it was written in.
+        The profile of the written adapter.
     written
         The record of writing.
     verdicts
@@ -40,11 +40,24 @@ def mend(
     base: Any | None = None,
     overwrite: bool = False,
 ) -> Mended:
-    """Write an adapter again in the first profile that every runtime loads right.
+    """Write an adapter again in the first profile that every runtime loads correctly.
 
-    The profile that suits the runtimes by their scales comes first. Where the written adapter is not right
-    in all of them, as for experts of unequal ranks, it is written in the portable profile, and the better
-    of both is kept.
+    The first profile is the one that suits the scales of the runtimes. If a runtime does not load the result
+    correctly, as with experts of unequal ranks, the adapter is written in the portable profile. The profile
+    that more runtimes load correctly is kept.
+
+    Parameters
+    ----------
+    adapter
+        The adapter to mend: a PEFT folder, or an image adapter's file.
+    target
+        The folder or file to write.
+    runtimes
+        Names of runtimes (default: all).
+    base
+        The base model, as in `check`.
+    overwrite
+        True to replace files at the target.
 
     Raises
     ------
@@ -68,9 +81,15 @@ def mend(
 
 
 def bad(verdicts: Sequence[Verdict], runtimes: Sequence[str] | None = None) -> list[str]:
-    """List the runtimes that do not load an adapter right.
+    """Return the names of the runtimes that do not load an adapter correctly.
 
-    Where none were asked for by name, those that read no adapters of its format do not count.
+    Parameters
+    ----------
+    verdicts
+        The verdicts about the adapter.
+    runtimes
+        The runtimes that were asked for by name. If none were, runtimes that do not read the format of the
+        adapter are left out.
     """
     counted = [verdict for verdict in verdicts if runtimes or verdict.reads_format]
     return [verdict.runtime for verdict in counted if verdict.status != "right"]

@@ -1,7 +1,7 @@
-"""Experts that are modules of their own, `experts.N.gate_proj`, as transformers 4 had them.
+"""Experts that are separate modules, `experts.N.gate_proj`, as in transformers 4.
 
-transformers 5 holds the experts of a block in stacks, gate and up in one. What is loaded into such a model
-has to fit in one stack: one rank for all experts, gate and up together.
+transformers 5 stacks the experts of a block, gate and up in one parameter. An adapter for such a model needs
+one rank for all experts of a stack, and gate and up together.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _FUSED = dict(zip(GATES, UPS, strict=True)) | dict(zip(UPS, GATES, strict=True))
 
 @dataclass(frozen=True, slots=True)
 class SeparateExperts:
-    """The experts of every block, by the container that they lie in and the type of module.
+    """The experts of every block that are separate modules.
 
     Attributes
     ----------
     by_stack
-        Container -> type -> expert's number -> module.
+        The module by the name of the container, the type of module and the number of the expert.
     """
 
     by_stack: Mapping[str, Mapping[str, Mapping[int, LoraModule]]]
@@ -46,20 +46,20 @@ class SeparateExperts:
 
     @property
     def modules(self) -> list[LoraModule]:
-        """All experts' modules."""
+        """The modules of all experts."""
         return [m for kinds in self.by_stack.values() for experts in kinds.values() for m in experts.values()]
 
     def unequal(self) -> str:
-        """Name the first container whose experts have several ranks; empty if there is none."""
+        """Return a message about the first container whose experts have several ranks; empty if none has."""
         for stack, kinds in self.by_stack.items():
             for kind, experts in kinds.items():
                 ranks = sorted({module.rank for module in experts.values()})
                 if len(ranks) > 1:
-                    return f"the experts' {kind} of {stack} have ranks from {ranks[0]} to {ranks[-1]}"
+                    return f"{kind} of the experts in {stack} has ranks from {ranks[0]} to {ranks[-1]}"
         return ""
 
     def without_partner(self) -> str:
-        """Name the first container that adapts one of gate and up without the other; empty if none does."""
+        """Return a message about the first container with gate or up alone; empty if there is none."""
         for stack, kinds in self.by_stack.items():
             for kind in kinds:
                 if kind in _FUSED and _FUSED[kind] not in kinds:
@@ -67,10 +67,10 @@ class SeparateExperts:
         return ""
 
     def missing(self) -> str:
-        """Name the first expert that a container leaves out, as far as the others show; empty if none."""
+        """Return a message about the first expert that lacks an adapter; empty if there is none."""
         for stack, kinds in self.by_stack.items():
             count = 1 + max(max(experts) for experts in kinds.values())
             for kind, experts in kinds.items():
                 if absent := set(range(count)) - set(experts):
-                    return f"{stack}.{min(absent)}.{kind} has no adapter, other experts have"
+                    return f"{stack}.{min(absent)}.{kind} has no adapter, but other experts have one"
         return ""

@@ -1,6 +1,6 @@
-"""What runtimes make of an adapter's files: which load it right, wrong, or not at all.
+"""Verdicts about an adapter's files: which runtimes load them right, wrong, or not at all.
 
-Each multiplies ``B A`` by a scale of its own formula; the right one is PEFT's, ``alpha_l / r_l`` with the
+Each runtime multiplies ``B A`` by a scale of its own. The right scale is PEFT's: ``alpha_l / r_l``, with the
 patterns.
 """
 
@@ -28,23 +28,24 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One runtime's treatment of an adapter.
+    """The verdict about an adapter in one runtime.
 
     Attributes
     ----------
     runtime
-        Its name.
+        The name of the runtime.
     status
-        ``"right"``, ``"wrong"`` (loads, and computes something else) or ``"refuses"``.
+        ``"right"``, ``"wrong"`` if the runtime loads the adapter and computes something else, or
+        ``"refuses"``.
     reason
-        The reason in a line; a remark where the status is right.
+        The reason on one line, with the runtime as its subject; a remark if the status is right.
     factors
-        Smallest and largest ratio of the applied scale to the right one, 0 for a module that is left out;
-        None if the adapter is not loaded.
+        Smallest and largest ratio of the applied scale to the right one over all modules, 0 for a module that
+        is left out; None if the adapter is not loaded.
     version
-        The version of the runtime that its rules were read from.
+        The version of the runtime whose rules were used.
     reads_format
-        False where the runtime reads no adapters of this format, whatever is in them.
+        False if the runtime reads no adapters of this format.
     """
 
     runtime: str
@@ -58,47 +59,63 @@ class Verdict:
 def check(
     folder: str | Path, runtimes: Sequence[str] | None = None, *, base: Any | None = None
 ) -> list[Verdict]:
-    """Judge what every runtime does with an adapter.
+    """Find the runtimes that load an adapter right, wrong, or not at all.
 
     Parameters
     ----------
     folder
-        A PEFT adapter folder, or an image adapter's `.safetensors` file. Nothing is decomposed; values are
-        read once, a part at a time, to find those that are not finite.
+        A PEFT adapter folder, or an image adapter's `.safetensors` file. Its values are read once, a part at
+        a time, to find those that are not finite.
     runtimes
-        Some of `RUNTIMES`' names (default: all).
+        Names in `RUNTIMES` (default: all).
     base
-        The base model: a folder with its `config.json`, that file, a hub id, or a live model. With it, names
-        that match no module, shapes that do not fit and modules that PEFT cannot adapt are found.
+        The base model: a folder with its `config.json`, that file, a hub id, or a live model. If it is given,
+        names that match no module, shapes that do not fit and modules that PEFT cannot adapt are found.
 
     Returns
     -------
     list of Verdict
-        In the order of `RUNTIMES`.
+        One verdict per runtime, in the order of `RUNTIMES`.
 
     Raises
     ------
     FormatError, OSError
-        If the adapter cannot be read: no runtime loads it then.
+        If the adapter cannot be read, so that no runtime loads it.
     ValueError
-        For an unknown runtime, or a base model whose modules are not known.
+        If a runtime is unknown, or the modules of the base model are.
 
     Notes
     -----
-    Where tensors have another rank than the settings say, the settings' scale is taken for the right one:
-    so does the layer in memory that such files are saved from.
+    If tensors have another rank than the settings, the scale in the settings counts as the right one, because
+    the live layer from which such files are saved uses it.
+
+    Examples
+    --------
+    >>> import json, pathlib, tempfile
+    >>> import lorank, numpy, safetensors.numpy
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["q"]}
+    >>> _ = (folder / "adapter_config.json").write_text(json.dumps(settings))
+    >>> shapes = {"lora_A": (4, 16), "lora_B": (16, 4)}
+    >>> tensors = {f"base_model.model.q.{x}.weight": numpy.ones(s, "float32") for x, s in shapes.items()}
+    >>> safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    >>> for verdict in lorank.check(folder, ["peft", "lorax"]):
+    ...     print(verdict.runtime, verdict.status, verdict.factors)
+    PEFT right (1.0, 1.0)
+    LoRAX wrong (0.5, 0.5)
     """
-    wanted = list(RUNTIMES) if runtimes is None else list(runtimes)
-    if unknown := [name for name in wanted if name not in RUNTIMES]:
+    selected = list(RUNTIMES) if runtimes is None else list(runtimes)
+    if unknown := [name for name in selected if name not in RUNTIMES]:
         raise ValueError(f"no runtime {unknown[0]!r}: choose among {', '.join(RUNTIMES)}")
     stored = read_as_stored(folder)
     model = None if base is None else BaseModel.of(base, stored.adapter.modules)
     found = Found(stored, model)
     spoiled = not_finite(stored.tensors)
-    return [_verdict(RUNTIMES[name], found, spoiled) for name in RUNTIMES if name in wanted]
+    return [_verdict(RUNTIMES[name], found, spoiled) for name in RUNTIMES if name in selected]
 
 
 def _verdict(runtime: Runtime, a: Found, spoiled: Sequence[tuple[str, str]]) -> Verdict:
+    """Return the verdict about an adapter in one runtime; `spoiled` are tensors that are not finite."""
     if other := _other_format(runtime, a):
         return Verdict(runtime.name, "refuses", other, version=runtime.version, reads_format=False)
     missed = runtime.misses(a)
@@ -122,48 +139,49 @@ def _verdict(runtime: Runtime, a: Found, spoiled: Sequence[tuple[str, str]]) -> 
 
 
 def _other_format(runtime: Runtime, a: Found) -> str:
-    """Refuse the format that a runtime does not read."""
+    """Return the reason for refusing the format; empty if the runtime reads it."""
     if runtime.reads == format_of(a.adapter).files:
         return ""
     return {
         "folders": "reads PEFT folders only",
-        "image files": "reads image adapters' files only, no PEFT folders",
+        "image files": "reads files of image adapters only, no PEFT folders",
         "neither": "reads files of its own format only",
     }[runtime.reads]
 
 
 def _unknown_names(runtime: Runtime, missed: dict[str, str]) -> str:
-    """Refuse names that a loader stops at."""
+    """Return the reason for refusing unknown names; empty if the runtime ignores them."""
     if not missed or runtime.unknown == "ignores":
         return ""
     return f"stops at names that the model lacks: {next(iter(missed.values()))}"
 
 
 def _unfit_shapes(a: Found) -> str:
-    """Refuse updates that do not fit the base model's weights."""
+    """Return the reason for refusing updates that do not fit the base model; empty if all fit."""
     reasons = a.base.misfits(a.modules) if a.base is not None else []
     return f"sizes do not match: {reasons[0]}" if reasons else ""
 
 
 def _not_found(missed: dict[str, str], count: int) -> Iterable[str]:
-    """Report modules that a loader passes over without an error."""
+    """Yield a reason if modules are left out without an error."""
     if missed:
         all_of = "all" if len(missed) == count else f"{len(missed)} of"
         yield f"leaves out {all_of} {count} modules without an error: {next(iter(missed.values()))}"
 
 
 def _not_numbers(spoiled: Sequence[tuple[str, str]]) -> Iterable[str]:
-    """Report tensors with values that are not finite."""
+    """Yield a reason if tensors hold values that are not finite."""
     if spoiled:
         key, value = spoiled[0]
         owner, found, rest = key.removeprefix(PREFIX).rpartition(".lora_")
         factor = rest.removesuffix(".weight")
         named = f"lora_{factor} of {owner}" if found else key
         others = f", and {len(spoiled) - 1} other tensors hold such values" if len(spoiled) > 1 else ""
-        yield f"computes no numbers: {named} holds {value}{others}"
+        yield f"computes NaN, because {named} holds {value}{others}"
 
 
 def _scaled(ratios: Sequence[float]) -> Iterable[str]:
+    """Yield a reason if a scale differs from the right one."""
     low, high = min(ratios, default=1.0), max(ratios, default=1.0)
     if max(abs(low - 1), abs(high - 1)) <= _TOLERANCE:
         return
@@ -174,9 +192,20 @@ def _scaled(ratios: Sequence[float]) -> Iterable[str]:
 
 
 def right_profile(runtimes: Sequence[str] | None = None) -> Profile:
-    """Choose the first profile that, by the table of scales, every one of the runtimes loads right."""
-    wanted = RUNTIMES if runtimes is None else runtimes
+    """Return the first profile that every runtime loads right by its scale.
+
+    Parameters
+    ----------
+    runtimes
+        Names in `RUNTIMES` (default: all).
+
+    Examples
+    --------
+    >>> right_profile(["vllm"]), right_profile(["vllm", "sglang"])
+    ('compact', 'portable')
+    """
+    selected = RUNTIMES if runtimes is None else runtimes
     for profile in PROFILES[:1] + PROFILES[2:]:
-        if all(profile in RUNTIMES[name].profiles for name in wanted):
+        if all(profile in RUNTIMES[name].profiles for name in selected):
             return profile
     return "portable"

@@ -1,4 +1,4 @@
-"""Where weights come from: files, hub ids, state dicts, live models. One reader each."""
+"""Sources of weights: files, hub models, state dicts and live models, with one reader each."""
 
 from __future__ import annotations
 
@@ -12,34 +12,44 @@ AnySource: TypeAlias = "str | Path | Mapping[str, object] | object"
 """A path, a hub id, a mapping name -> array, a live `torch.nn.Module`, or an opened `Source`."""
 
 OPENING = "reading names and asking for the model"
-"""The line to show while a source is opened, which may import transformers."""
+"""The message that is shown while a source is opened, which may import transformers."""
 
 __all__ = ["OPENING", "AnySource", "MatrixInfo", "Skipped", "Source", "SourceMatrix", "open_source"]
 
 
 def open_source(source: AnySource) -> Source:
-    """Open whatever a user may call a source, without reading its weights yet.
+    """Open a source; its weights are read later.
 
     Parameters
     ----------
     source
         A safetensors file, a shard index or a folder of them; a `.bin`, `.pt` or `.pth` state dict;
-        a hub id (the local cache is asked first); a mapping name -> array; a `torch.nn.Module`.
+        a hub id (the local cache comes first); a mapping name -> array; a `torch.nn.Module`.
 
     Returns
     -------
     Source
-        The matrices that can be analysed, and what is skipped and why.
+        The matrices that can be analysed, and the skipped tensors with the reasons.
 
     Raises
     ------
     FileNotFoundError
-        If it is neither a path nor a hub id that can be had.
+        If a string is neither a path nor a hub id that can be downloaded.
     FormatError
         If a file is damaged or hostile.
     TypeError
-        If it is none of the above.
+        If the source is of another type.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> source = open_source({"q_proj.weight": numpy.eye(4), "q_proj.bias": numpy.zeros(4)})
+    >>> [(matrix.info.name, matrix.info.shape) for matrix in source.matrices]
+    [('q_proj', (4, 4))]
+    >>> [(skipped.name, skipped.reason) for skipped in source.skipped]
+    [('q_proj.bias', '1-D tensor')]
     """
+    # Each reader is imported when it is needed: modules that use only the types of this package start faster.
     from lorank.modules.live_modules import is_module
     from lorank.sources import files, live, state_dict
 

@@ -1,6 +1,6 @@
-"""NumPy arrays and torch tensors as matrices for the core, without a copy where layout allows.
+"""NumPy arrays and torch tensors as matrices for the core, without a copy if their strides allow.
 
-torch is never imported here: whoever hands over a tensor has imported it.
+torch is imported only for values that are tensors of torch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 
 from lorank._core import Matrix
-from lorank.sources.layout import FLOAT_TYPES
 
-# Containers by which types that NumPy lacks cross to the core.
+# Element types with a spectrum: the name in NumPy and torch by the name in any library.
+FLOAT_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+} | {name: name for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
+
+# The integer types, of torch and of NumPy, as which the core receives types that NumPy lacks.
 _CONTAINERS = {
     "bfloat16": ("uint16", np.uint16),
     "float8_e4m3fn": ("uint8", np.uint8),
@@ -21,30 +30,30 @@ _CONTAINERS = {
 
 
 def is_array(value: object) -> bool:
-    """Whether something has a shape and elements."""
+    """Return True for a NumPy array or a torch tensor."""
     return isinstance(value, np.ndarray) or is_tensor(value)
 
 
 def is_tensor(value: object) -> bool:
-    """Whether something is a torch tensor."""
+    """Return True for a torch tensor, without importing torch."""
     return any(
         base.__module__.startswith("torch") and base.__name__ == "Tensor" for base in type(value).__mro__
     )
 
 
 def dtype_name(value: Any) -> str:
-    """The element type's name, as NumPy, torch and ml_dtypes spell it."""
-    # NumPy's str() of a type in the other byte order is ">f8"; torch's types have no name.
+    """Return the name of the element type, as NumPy, torch and ml_dtypes spell it."""
+    # str() of a NumPy type in the other byte order is ">f8". Types of torch have no attribute `name`.
     return str(getattr(value.dtype, "name", value.dtype)).removeprefix("torch.")
 
 
 def is_dense(value: Any) -> bool:
-    """Whether the elements lie in strided memory, all of them."""
+    """Return True if all elements lie in strided memory."""
     return not is_tensor(value) or str(value.layout) == "torch.strided"
 
 
 def identity(value: Any) -> object:
-    """Equal for arrays that are the same memory with the same shape."""
+    """Return a key that is equal for arrays of the same memory, shape and strides."""
     if is_tensor(value):
         if value.device.type == "meta" or value.numel() == 0:
             return id(value)
@@ -55,17 +64,17 @@ def identity(value: Any) -> object:
 
 
 def needs_copy(value: Any) -> bool:
-    """Whether turning it into a matrix takes memory of its own."""
+    """Return True if the conversion to a matrix copies the values."""
     return is_tensor(value) and value.device.type != "cpu"
 
 
 def matrix(value: Any) -> Matrix:
-    """A 2-D array or tensor for the core.
+    """Convert a 2-D array or tensor to a matrix for the core.
 
     Raises
     ------
     TypeError
-        If the elements are no floating-point numbers, or live on torch's meta device.
+        If the elements are not floating-point numbers, or the tensor is on the meta device of torch.
     """
     name = dtype_name(value)
     if name not in FLOAT_TYPES:
@@ -85,7 +94,7 @@ def matrix(value: Any) -> Matrix:
 
 
 def as_numpy(values: Any) -> np.ndarray[Any, Any]:
-    """Anything like an array, a tensor of any element type and device included, for NumPy to compute with."""
+    """Convert an array, or a tensor of any element type and device, to a NumPy array."""
     if is_tensor(values):
         values = values.detach().cpu()
         if dtype_name(values) in _CONTAINERS:
@@ -95,14 +104,14 @@ def as_numpy(values: Any) -> np.ndarray[Any, Any]:
 
 
 def content(values: Any) -> bytes | None:
-    """Return the bytes of an array's elements; None on torch's meta device, where it has no values."""
+    """Return the bytes of an array's elements; None for a tensor on the meta device, which has no values."""
     if is_tensor(values) and values.device.type == "meta":
         return None
     return readable(as_numpy(values)).tobytes()
 
 
 def readable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The array itself, or a copy where strides or byte order keep the core from reading it."""
+    """Return the array, or a copy if the core cannot read its strides or byte order."""
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     regular = all(

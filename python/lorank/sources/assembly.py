@@ -1,10 +1,10 @@
-"""Assembles a source from the tensors of a checkpoint: matrices with the names of the loaded model."""
+"""Assembles a source from the tensors of a checkpoint, with the names of the loaded model."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,26 +14,27 @@ from lorank.modules.building import Unknown
 from lorank.modules.description import Description
 from lorank.modules.facts import ModelFacts
 from lorank.modules.loading import Conversion, Placement
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.sources import arrays, guesses
 from lorank.sources.base import Skipped, Source, SourceMatrix
-from lorank.sources.layout import FLOAT_TYPES, Layout, matrices_of
 from lorank.sources.packing import Packing, total
 from lorank.sources.quantization import Quantization
+from lorank.sources.tensor_matrices import MatrixFinder, matrices_of
 
 
 class StoredTensors(Protocol):
-    """Named tensors that are read one matrix at a time."""
+    """Named tensors of a checkpoint, which are read one matrix at a time."""
 
     is_unordered: bool
-    """True if the order of the tensors is a writer's, not the model's."""
+    """True if the tensors are in the order of a file, not of the model."""
 
     def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return every tensor's element type and shape, in order."""
+        """Return the element type and shape of every tensor by its name, in order."""
         ...
 
     def is_lazy(self, name: str) -> bool:
-        """Return True if a matrix of the tensor takes memory of its own."""
+        """Return True if reading a matrix of the tensor copies its values."""
         ...
 
     def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
@@ -41,7 +42,7 @@ class StoredTensors(Protocol):
         ...
 
     def shared_with(self, name: str) -> str | None:
-        """Return the earlier tensor of the same memory and shape, if there is one."""
+        """Return the first tensor of the same memory and shape; None for the first one itself."""
         ...
 
     def are_equal(self, a: str, b: str) -> bool:
@@ -49,7 +50,7 @@ class StoredTensors(Protocol):
         ...
 
     def content(self, name: str) -> bytes | None:
-        """Return a tensor's bytes; None if they cannot be read."""
+        """Return the bytes of a tensor; None if they cannot be read."""
         ...
 
     @property
@@ -61,7 +62,7 @@ class StoredTensors(Protocol):
 def assemble(
     label: str,
     tensors: StoredTensors,
-    config: Mapping[str, Any],
+    config: ModelConfig,
     ask: Callable[[Mapping[str, tuple[int, ...]]], Description | Unknown],
 ) -> Source:
     """Open a source over a checkpoint's tensors.
@@ -71,14 +72,14 @@ def assemble(
     label
         The name of the source in tables and reports.
     tensors
-        The checkpoint.
+        The tensors of the checkpoint.
     config
-        The model's `config.json`; empty if there is none.
+        The model's configuration.
     ask
-        Describes the model, given the shapes of the tensors that are not packed.
+        A function that describes the model, given the shapes of the tensors that are not packed.
     """
     entries = tensors.entries()
-    packing = Packing(entries, Quantization.of(config), tensors.content, tensors.metadata)
+    packing = Packing(entries, Quantization(config.quantization), tensors.content, tensors.metadata)
     plain = {name: shape for name, (_, shape) in entries.items() if packing.reason(name) is None}
     found = ask(plain)
     if isinstance(found, Unknown):
@@ -91,12 +92,12 @@ def assemble(
 
 
 def _by_names(
-    label: str, tensors: StoredTensors, config: Mapping[str, Any], packing: Packing, unknown: Unknown
+    label: str, tensors: StoredTensors, config: ModelConfig, packing: Packing, unknown: Unknown
 ) -> Source:
-    """Open a source whose model is not known, by names and shapes alone."""
+    """Open a source whose model is unknown, by names and shapes of tensors."""
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
-    layout = Layout(shapes, config, has_packed=bool(packing.codes))
+    finder = MatrixFinder(shapes, config, has_packed=bool(packing.codes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     counts: list[int | str] = []
@@ -106,9 +107,9 @@ def _by_names(
             continue
         counts.append(packing.parameters(name))
         if reason := packing.reason(name):
-            skipped.append(Skipped(name, shape, reason, _row(tensors, name)))
+            skipped.append(Skipped(name, shape, reason))
         else:
-            _sort_out(tensors, layout, name, matrices, skipped)
+            _sort_out(tensors, finder, name, matrices, skipped)
     num_parameters, unknown_parameters = total(counts)
     return Source(
         label,
@@ -119,13 +120,14 @@ def _by_names(
         facts=ModelFacts(
             doubts=guesses.doubts(shapes, unknown), reason="" if unknown.is_foreign else unknown.reason
         ),
+        skipped_values=_rows(tensors, skipped),
     )
 
 
 def _by_skeleton(
     label: str,
     tensors: StoredTensors,
-    config: Mapping[str, Any],
+    config: ModelConfig,
     packing: Packing,
     model: Skeleton,
     placement: Placement,
@@ -134,7 +136,7 @@ def _by_skeleton(
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
     described = {name: model.weights[to] for name, to in placement.renamed.items() if to in model.weights}
-    layout = Layout(shapes, config, described, bool(packing.codes))
+    finder = MatrixFinder(shapes, config, described, bool(packing.codes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
     copies = _copies(tensors, model, placement)
@@ -142,39 +144,45 @@ def _by_skeleton(
         if owner := tensors.shared_with(name) or copies.get(name):
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
         elif reason := packing.reason(name):
-            skipped.append(Skipped(name, shape, reason, _row(tensors, name)))
+            skipped.append(Skipped(name, shape, reason))
         elif name in placement.strangers:
-            skipped.append(Skipped(name, shape, placement.strangers[name], _row(tensors, name)))
+            skipped.append(Skipped(name, shape, placement.strangers[name]))
         elif name in described:
-            _sort_out(tensors, layout, name, matrices, skipped)
+            _sort_out(tensors, finder, name, matrices, skipped)
         elif name in placement.renamed:
-            skipped.append(Skipped(name, shape, "a buffer of the model", _row(tensors, name)))
+            skipped.append(Skipped(name, shape, "a buffer of the model"))
     for conversion in placement.conversions:
         matrices += _converted(tensors, conversion, model)
     facts = model.facts({matrix.info.module for matrix in matrices})
     plain = {to: shapes[name] for name, to in placement.renamed.items() if packing.reason(name) is None}
     return Source(
-        label, _ordered(matrices), tuple(skipped), model.num_parameters(plain), facts=facts, skeleton=model
+        label,
+        _ordered(matrices),
+        tuple(skipped),
+        model.num_parameters(plain),
+        facts=facts,
+        skeleton=model,
+        skipped_values=_rows(tensors, skipped),
     )
 
 
 def _ordered(matrices: Sequence[SourceMatrix]) -> tuple[SourceMatrix, ...]:
-    # Writers sort by type and by name as text: block 10 before block 2.
+    """Sort matrices by name with numbers by value: files sort block 10 before block 2."""
     return tuple(sorted(matrices, key=lambda matrix: naming.natural_key(matrix.info.name)))
 
 
 def _sort_out(
     tensors: StoredTensors,
-    layout: Layout,
+    finder: MatrixFinder,
     name: str,
     matrices: list[SourceMatrix],
     skipped: list[Skipped],
 ) -> None:
     """Add a tensor's matrices to `matrices`, or the tensor with the reason to `skipped`."""
     dtype, shape = tensors.entries()[name]
-    found = layout.matrices(name, dtype)
+    found = finder.matrices(name, dtype)
     if isinstance(found, str):
-        skipped.append(Skipped(name, shape, found, _row(tensors, name)))
+        skipped.append(Skipped(name, shape, found))
         return
     matrices += [
         SourceMatrix(
@@ -188,15 +196,20 @@ def _sort_out(
     ]
 
 
-def _row(tensors: StoredTensors, name: str) -> Callable[[], Matrix] | None:
-    """Return a function that reads a tensor as one row; None if it holds no numbers to read."""
-    dtype, shape = tensors.entries()[name]
-    size = math.prod(shape)
-    return partial(tensors.matrix, name, 1, size) if size > 0 and dtype in FLOAT_TYPES else None
+def _rows(tensors: StoredTensors, skipped: Iterable[Skipped]) -> dict[str, Callable[[], Matrix]]:
+    """Return functions that read skipped tensors, each as one row; tied and empty ones are left out."""
+    entries = tensors.entries()
+    return {
+        entry.name: partial(tensors.matrix, entry.name, 1, size)
+        for entry in skipped
+        if not entry.is_tied
+        and (size := math.prod(entry.shape)) > 0
+        and entries[entry.name][0] in arrays.FLOAT_TYPES
+    }
 
 
 def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> dict[str, str]:
-    """Return the tensors that are stored copies of a tied tensor, each with the name of that tensor.
+    """Return the name of the original by the name of each stored copy of a tied tensor.
 
     transformers ties two stored tensors only if they are equal.
     """
@@ -214,8 +227,8 @@ def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> di
 
 
 def _converted(tensors: StoredTensors, conversion: Conversion, model: Skeleton) -> Iterator[SourceMatrix]:
-    """Yield the matrices of parameters that are computed from several tensors, each when it is read."""
-    dtype = FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
+    """Yield the matrices of parameters that are computed from several tensors when they are read."""
+    dtype = arrays.FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
     if dtype is None:
         return
     for name, weight in model.weights.items():
@@ -237,7 +250,7 @@ def _computed(
     rows: int,
     cols: int,
 ) -> Matrix:
-    """Return a matrix of a converted parameter: of one expert by itself, or of the whole."""
+    """Return a matrix of a converted parameter; with `part`, only the tensors of one expert are converted."""
     import torch
 
     def fetch(name: str, expert: int | None) -> Any:

@@ -1,38 +1,36 @@
-"""What every source hands over: a list of matrices, and a list of what is no matrix."""
+"""The types of every source: its matrices, and the tensors that are skipped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from lorank._core import Matrix
 from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
+from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Kind
-
-if TYPE_CHECKING:
-    from lorank.modules.skeleton import Skeleton
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixInfo:
-    """One matrix of a model.
+    """The identity of one matrix of a model.
 
     Attributes
     ----------
     name
-        The module's dotted name; an expert's is its parameter's name with its number in brackets.
+        The dotted name of the module; for an expert, the name of the stacked parameter and the number of the
+        expert in brackets.
     module
-        The module, or for experts the stacked parameter, that an adapter would name.
+        The name by which an adapter targets the module; for an expert, the name of the stacked parameter.
     kind
-        What the module does with its weight.
+        The operation that the module performs with its weight.
     shape
-        `(out, in)`; kernels of convolutions are flattened to `(out, in * kh * kw)`.
+        Shape ``(out, in)``; kernels of convolutions are flattened to ``(out, in * kh * kw)``.
     dtype
         The stored element type.
     expert
-        The expert's number in its stack, else None.
+        The number of the expert in its stack; None for other matrices.
     """
 
     name: str
@@ -45,39 +43,46 @@ class MatrixInfo:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A tensor without a row in the report, and why.
+    """A tensor without a row in the report.
 
     Attributes
     ----------
-    name, shape, reason
-        What was found.
-    load
-        Returns its values as one row, where it holds floating-point numbers that can be read.
+    name
+        Name of the tensor.
+    shape
+        Shape of the tensor; empty if it has none.
+    reason
+        The reason why the tensor has no row.
     """
 
     name: str
     shape: tuple[int, ...]
     reason: str
-    load: Callable[[], Matrix] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_tied(self) -> bool:
+        """True if the tensor shares its values with another tensor."""
+        return self.reason.startswith("tied to ")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceMatrix:
-    """A matrix and the way to its values.
+    """A matrix of a source, whose values are read on demand.
 
     Attributes
     ----------
     info
-        What it is.
+        The identity of the matrix.
     load
-        Returns the matrix for the core; cheap unless the source is `lazy`.
+        A function that returns the matrix for the core. It costs no memory unless `lazy` is True.
     lazy
-        Whether `load` materialises the values (dequantizes, copies from a device): such matrices
-        are loaded a few at a time.
+        True if `load` dequantizes values or copies them from a device; such matrices are loaded a few at a
+        time.
     transposed
-        Whether `load` returns ``(in, out)``: how Conv1D layers and some experts are stored.
+        True if `load` returns ``(in, out)``, as Conv1D layers and some experts are stored.
     kernel
-        ``(in, kh, kw)`` of a convolution, whose matrix is flattened.
+        Shape ``(in, kh, kw)`` of the kernel of a convolution, whose matrix is flattened; empty for other
+        matrices.
     """
 
     info: MatrixInfo
@@ -94,22 +99,23 @@ class Source:
     Attributes
     ----------
     label
-        What to call it in tables and reports.
+        The name of the source in tables and reports.
     matrices
-        In the source's own order.
+        The matrices that can be analysed, in the order of the source.
     skipped
-        Everything else.
+        The other tensors.
     num_parameters
-        Parameters of the whole model, tied ones once; None where that is unknown.
+        Number of parameters of the model, tied ones once; None if unknown.
     fingerprint
-        Identifies the content of files, so that an interrupted run can be resumed; None for what
-        lives in memory.
+        Digest of the files, by which an interrupted run can be resumed; None for sources in memory.
     unknown_parameters
         The reason why `num_parameters` is None.
     facts
         Facts about the model beside its matrices.
     skeleton
-        The model's own description, by which its matrices are named; None if names were guessed.
+        The skeleton of the model, by which its matrices are named; None if names were guessed.
+    skipped_values
+        Functions that read skipped tensors of floating-point numbers, each as one row, by tensor name.
     """
 
     label: str
@@ -120,12 +126,15 @@ class Source:
     unknown_parameters: str = ""
     facts: ModelFacts = field(default_factory=ModelFacts)
     skeleton: Skeleton | None = field(default=None, repr=False)
+    skipped_values: Mapping[str, Callable[[], Matrix]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> Source:
-        """The same source with the matrices whose module is included and not excluded."""
+        """Return the source with only the matrices whose module is included and not excluded."""
         if include is None and exclude is None:
             return self
-        # The name of its module, too, selects a parameter that PEFT adapts by its own name.
+        # A parameter that PEFT adapts by its name is also selected by the name of its module.
         spellings = {m.info.module: set(naming.spellings(m.info.module)) for m in self.matrices}
         names = set().union(*spellings.values())
         included = set(naming.filtered(names, include, None))

@@ -1,8 +1,8 @@
 """A tensor of codes among the tensors of its checkpoint.
 
-Names of tensors are templates: ``{w}`` is the weight's full name (``layers.0.q_proj.weight``, or
-``layers.0.mlp.experts.gate_up_proj`` of a stack), ``{m}`` its module, ``{p}`` and ``{l}`` the part of
-``{w}`` before its last dot and the part behind it.
+Names of tensors are given as templates: ``{w}`` is the full name of the weight (``layers.0.q_proj.weight``,
+or ``layers.0.mlp.experts.gate_up_proj`` of a stack), ``{m}`` the name of its module, ``{p}`` and ``{l}`` the
+parts of ``{w}`` before and after its last dot.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from lorank.sources.quantization import Quantization
 
 
-class Stored(NamedTuple):
+class TensorSpec(NamedTuple):
     """The element type (a name of `element_type`) and the shape of a stored tensor."""
 
     type: str
@@ -30,7 +30,7 @@ class Stored(NamedTuple):
 
     @property
     def last(self) -> int:
-        """The last dimension; 0 for a single number."""
+        """The last dimension; 0 for a scalar."""
         return self.shape[-1] if self.shape else 0
 
 
@@ -41,70 +41,79 @@ class Packed:
     Attributes
     ----------
     name
-        The tensor's name.
+        The name of the tensor.
     weight
-        The full name of the weight that it stands for.
+        The full name of the weight that the codes encode.
     codes
-        Its type and shape.
+        Element type and shape of the codes.
     tensors
-        Every tensor of the checkpoint.
+        Element type and shape of every tensor of the checkpoint by its name.
     quantization
         The quantization that the model's configuration declares.
     values
-        Returns the numbers in a small tensor of integers, by name; None where they cannot be read.
+        A function that returns the numbers in a small tensor of integers by its name; None if they cannot be
+        read.
     text
-        Returns the text in a small tensor of bytes, or in the file's metadata, by name.
+        A function that returns the text in a small tensor of bytes, or in the file's metadata, by name.
     has_scales
-        True where any tensor beside the codes has a name with "scale" or the like.
+        True if a tensor beside the codes has a name with "scale" or the like.
     scale
-        The scales, if they have one of the names in `SCALES`.
+        The scales, if their name is one of `SCALES`.
     """
 
     name: str
     weight: str
-    codes: Stored
-    tensors: Mapping[str, Stored]
+    codes: TensorSpec
+    tensors: Mapping[str, TensorSpec]
     quantization: Quantization
     values: Callable[[str], list[int] | None]
     text: Callable[[str], str | None]
     has_scales: bool = False
-    scale: Stored | None = None
+    scale: TensorSpec | None = None
 
     @property
     def module(self) -> str:
-        """The name of the module whose weight it is."""
+        """The name of the module that holds the weight."""
         return module_of(self.weight)
 
     def named(self, template: str) -> str:
-        """Return the name that a template stands for."""
+        """Return the name of a template for this weight."""
         return name_of(template, self.weight)
 
-    def find(self, *templates: str) -> Stored | None:
-        """Return the first of some tensors that the checkpoint holds."""
+    def find(self, *templates: str) -> TensorSpec | None:
+        """Return the first of several tensors that the checkpoint holds; None if it holds none of them."""
         for template in templates:
             if (found := self.tensors.get(self.named(template))) is not None:
                 return found
         return None
 
     def numbers(self, template: str) -> tuple[int, ...]:
-        """Return the numbers in a small tensor; none where one of them is not positive."""
+        """Return the numbers in a small tensor; an empty tuple unless all are positive."""
         name = self.named(template)
         found = self.values(name) if name in self.tensors else None
         return tuple(found) if found and all(number > 0 for number in found) else ()
 
     @property
     def bits(self) -> int | None:
-        """Bits of a code, by the configuration."""
+        """Bits of a code in the configuration; None if unknown."""
         return self.quantization.bits(self.module)
 
 
 def module_of(weight: str) -> str:
-    """Return the module of a weight: the name without ``.weight``; a stack of experts is named by itself."""
+    """Return the module of a weight: the name without ``.weight``; for a stack of experts its own name."""
     return weight.removesuffix(".weight") if weight != "weight" else ""
 
 
 def name_of(template: str, weight: str) -> str:
-    """Return the name that a template stands for, beside a weight of that full name."""
+    """Return the name of a template for a weight of that full name.
+
+    Examples
+    --------
+    >>> name_of("{m}.scales", "layers.0.q_proj.weight")
+    'layers.0.q_proj.scales'
+    >>> name_of("{p}._{l}_qdata", "layers.0.q_proj.weight")
+    'layers.0.q_proj._weight_qdata'
+    """
     start, rest = template[:3], template[3:]
     if start == "{w}":
         return weight + rest
@@ -115,15 +124,15 @@ def name_of(template: str, weight: str) -> str:
 
 
 Shape = tuple[int, ...]
-"""The shape of a weight; of one dimension where only the number of its values is known."""
+"""The shape of a weight; one dimension if only the number of its values is known."""
 
-WORDS = {"i8": 8, "u8": 8, "i16": 16, "u16": 16, "i32": 32, "u32": 32, "i64": 64, "u64": 64}
-"""Bits of integers, by element type."""
+INTEGER_BITS = {"i8": 8, "u8": 8, "i16": 16, "u16": 16, "i32": 32, "u32": 32, "i64": 64, "u64": 64}
+"""Bits of integers by element type."""
 
-WIDTHS = {**WORDS, "fp8": 8, "e8m0": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64}
-"""Bits of element types."""
+ELEMENT_BITS = {**INTEGER_BITS, "fp8": 8, "e8m0": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64}
+"""Bits by element type."""
 
-INTEGERS = frozenset(WORDS)
+INTEGERS = frozenset(INTEGER_BITS)
 """Element types of integers."""
 
 EXPONENTS = frozenset({"u8", "e8m0"})
@@ -143,11 +152,17 @@ SCALES = (
     "{w}s_scaling_factor",
     "{w}_quantizer.scale",
 )
-"""Names of the scales of a tensor of codes, over all libraries."""
+"""Templates of the names of scales, over all libraries."""
 
 
 def element_type(dtype: str) -> str:
-    """Return one name for an element type that safetensors, torch and NumPy spell in different ways."""
+    """Return one name for an element type that safetensors, torch and NumPy spell in different ways.
+
+    Examples
+    --------
+    >>> element_type("BF16"), element_type("bfloat16"), element_type("F8_E4M3")
+    ('bf16', 'bf16', 'fp8')
+    """
     name = dtype.lower().replace("_", "")
     if name in ("f8e4m3", "f8e5m2") or (name.startswith(("float8e4m3", "float8e5m2", "f8e4m3", "f8e5m2"))):
         return "fp8"
@@ -161,5 +176,5 @@ def element_type(dtype: str) -> str:
 
 
 def little_endian(type_: str) -> np.dtype[np.generic] | None:
-    """Return NumPy's type of the integers of that name; None for others."""
-    return np.dtype(f"<{type_[0]}{WORDS[type_] // 8}") if type_ in WORDS else None
+    """Return the little-endian NumPy type of an integer element type; None for other types."""
+    return np.dtype(f"<{type_[0]}{INTEGER_BITS[type_] // 8}") if type_ in INTEGER_BITS else None

@@ -1,4 +1,4 @@
-"""The values of packed weights of live models, by the formulas of their schemes, in float32.
+"""Dequantizes packed weights of live models to float32, by the formulas of their schemes.
 
 A stack of experts is dequantized one expert at a time.
 """
@@ -15,12 +15,12 @@ from lorank.sources.codes import SCALES, name_of
 from lorank.sources.packing import Codes
 
 Loader = Callable[[int | None], Any]
-"""Returns the weight, or an expert of it by its number."""
+"""A function that returns the weight for None, or the matrix of an expert by its number."""
 
 # The values of 4-bit floats (e2m1), by code.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-# Modules that keep one scale an output as a row vector, whatever the weight's orientation.
+# Classes that keep one scale per output as a row vector, and the dimension of outputs in their weight.
 _SCALES_OF_OUTPUTS = {"CompressedTensorsFP8Linear": 0, "FbgemmFp8Llama4TextExperts": 2}
 
 
@@ -31,15 +31,15 @@ class LiveCodes:
     Attributes
     ----------
     codes
-        The packed weight that the codes stand for.
+        The packed weight that the codes encode.
     name
         The name of the tensor of codes.
     module
         The module that holds the codes.
     tensors
-        Every parameter and buffer of the model, by name.
+        Every parameter and buffer of the model by its name.
     block_size
-        ``(out, in)`` of the blocks that share a scale, where the model's configuration declares it.
+        Shape ``(out, in)`` of the blocks that share a scale; None unless the configuration declares it.
     """
 
     codes: Codes
@@ -50,7 +50,7 @@ class LiveCodes:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """The weight's true shape: by the codes, else by the module's features."""
+        """The true shape of the weight, by the codes or by the features of the module; None if unknown."""
         shape, features = self.codes.shape, ("out_features", "in_features")
         if (shape is None or len(shape) < 2) and self.codes.weight.endswith("weight"):
             sizes = [getattr(self.module, name, None) for name in features]
@@ -60,22 +60,22 @@ class LiveCodes:
 
     @property
     def values(self) -> Any:
-        """The codes themselves."""
+        """The tensor of codes."""
         return self.tensors[self.name]
 
     def find(self, *templates: str) -> Any:
-        """Return the first of some tensors that the model holds; None if there is none."""
+        """Return the first of several tensors that the model holds; None if it holds none of them."""
         names = (name_of(template, self.codes.weight) for template in templates)
         return next((self.tensors[name] for name in names if name in self.tensors), None)
 
     @property
     def is_of(self) -> set[str]:
-        """Names of the module's classes."""
+        """The names of the module's classes."""
         return {base.__name__ for base in type(self.module).__mro__}
 
 
 def loader(live: LiveCodes) -> Loader | None:
-    """Return a function that dequantizes the weight, or None where no formula is known."""
+    """Return a function that dequantizes the weight; None if no formula is known."""
     shape = live.shape
     if shape is None:
         return None
@@ -86,7 +86,7 @@ def loader(live: LiveCodes) -> Loader | None:
 
 
 def _own_way(live: LiveCodes, shape: tuple[int, ...]) -> Callable[[], Any] | None:
-    """Return the module's own function that dequantizes, as in gptqmodel and in transformers for Gemma."""
+    """Return the function of the module that dequantizes, as in gptqmodel and in transformers for Gemma."""
     module, local = live.module, live.name.rpartition(".")[2]
     if local == "qweight" and hasattr(module, "dequantize_weight"):
         return lambda: _oriented(module.dequantize_weight(), shape)
@@ -160,7 +160,7 @@ def _grid(
 def _block_sizes(
     grid: tuple[int, ...], shape: tuple[int, ...], declared: tuple[int, int] | None
 ) -> tuple[int, ...] | None:
-    """Return the rows and columns (and experts) that share a scale; the last blocks may be cut off."""
+    """Return the size of a block that shares a scale in each dimension; the last blocks may be smaller."""
     wanted = (*(None for _ in shape[2:]), *(declared or (None, None)))
     sizes = []
     for count, size, block in zip(grid, shape, wanted, strict=True):
@@ -178,7 +178,7 @@ def _block_sizes(
 
 
 def _spread(scales: Any, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Any:
-    """Repeat scales for every value; broadcasting does that where a dimension has one scale."""
+    """Repeat scales for each value; dimensions with one scale are left to broadcasting."""
     for dimension, (block, size) in enumerate(zip(blocks, shape, strict=True)):
         if scales.shape[dimension] > 1 and block > 1:
             scales = scales.repeat_interleave(block, dim=dimension).narrow(dimension, 0, size)
@@ -186,7 +186,7 @@ def _spread(scales: Any, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Any
 
 
 def _as_numbers(scale: Any) -> Any:
-    """Convert scales to float32; bytes are exponents."""
+    """Convert scales to float32; bytes hold exponents of two."""
     import torch
 
     scale = scale.detach()
@@ -194,11 +194,12 @@ def _as_numbers(scale: Any) -> Any:
 
 
 def _as_floats(codes: Any) -> Any:
+    """Convert codes that are numbers to float32."""
     return codes.float()
 
 
 def _unpacked_fours(codes: Any) -> Any:
-    """Unpack 4-bit floats, two a byte, the low one first."""
+    """Unpack 4-bit floats, two per byte, the low one first."""
     import torch
 
     table = torch.tensor(_E2M1, dtype=torch.float32, device=codes.device)
@@ -208,6 +209,7 @@ def _unpacked_fours(codes: Any) -> Any:
 
 
 def _blocks_of_fours(live: LiveCodes, _: tuple[int, ...]) -> Loader | None:
+    """Dequantize blocks of 4-bit floats along the last dimension with one exponent per block."""
     scales = live.find("{w}_scales")
     if scales is None or tuple(scales.shape) != tuple(live.values.shape[:-1]):
         return None
@@ -242,7 +244,7 @@ def _nvfp4(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
 
 
 def _pack_quantized(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
-    """Dequantize signed integers in words of 32 bits: ``(q - z) * scale`` by groups of columns."""
+    """Dequantize signed integers in 32-bit words: ``(q - z) * scale`` by groups of columns."""
     rows, cols = shape if len(shape) == 2 else (0, 0)
     bits = next((b for b in (4, 8, 2) if -(-cols * b // 32) == live.values.shape[-1]), 0)
     scale, zeros, groups = (live.find(f"{{w}}_{part}") for part in ("scale", "zero_point", "g_idx"))
@@ -283,7 +285,7 @@ def _unpacked_words(words: Any, bits: int) -> Any:
 
 
 def _bitnet(live: LiveCodes, _shape: tuple[int, ...]) -> Loader | None:
-    """Dequantize ternary values, a quarter of the rows in two bits each; `BitLinear` divides by its scale."""
+    """Dequantize ternary values: a quarter of the rows in every two bits, divided by the scale."""
     scale = live.find("{w}_scale")
     if scale is None or "BitLinear" not in live.is_of:
         return None
@@ -312,4 +314,4 @@ _LOADERS: Mapping[str, Callable[[LiveCodes, tuple[int, ...]], Loader | None]] = 
     "pack-quantized integers": _pack_quantized,
     "BitNet": _bitnet,
 }
-"""Scheme -> how its loader is built."""
+"""The function that builds a loader, by the name of the scheme."""

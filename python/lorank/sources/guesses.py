@@ -1,4 +1,4 @@
-"""Names and shapes that a guess without the model's code may get wrong."""
+"""Doubts about names, kinds and orientations that were guessed without the model's code."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def doubts(shapes: Mapping[str, tuple[int, ...]], unknown: Unknown) -> tuple[str
 
 
 def doubtful(label: str, facts: ModelFacts, action: str) -> str:
-    """Return the message of an error: an action that would rely on doubtful guesses."""
+    """Return the error message for an action that would rely on doubtful guesses."""
     return (
         f"{label}: {facts.remark}: {action} needs the model's code (a config.json beside the weights and "
-        "transformers or diffusers, or the live model); guess=True goes on without it"
+        "transformers or diffusers, or the live model); guess=True continues without it"
     )
 
 
 def _some(names: Iterable[str]) -> str:
+    """Return the first names of a list, for messages."""
     names = list(names)
     return ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")

@@ -1,4 +1,4 @@
-"""Live torch models, quantized ones included."""
+"""Sources of live torch models, with quantized and offloaded weights."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 from lorank._core import Matrix
 from lorank.modules import quantized
 from lorank.modules.live_modules import is_module, named_modules
+from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.sources import arrays, dequantized, offloaded
 from lorank.sources.base import Skipped, Source, SourceMatrix
-from lorank.sources.layout import FLOAT_TYPES, Layout
 from lorank.sources.live_packing import LivePacking, declared_by
 from lorank.sources.packing import total
+from lorank.sources.tensor_matrices import MatrixFinder
 
 
 def from_module(model: Any) -> Source:
-    """Open a source over a live model's parameters, which stay where they are.
+    """Open a source over the parameters of a live model, which stay where they are.
 
-    Modules that share a parameter are tied: the first counts, the others are skipped. Quantized weights are
-    dequantized, and offloaded ones fetched, one matrix at a time. Adapters of PEFT are left out: the base
-    model is analysed, under the names that it has without PEFT, a compiler or data parallelism.
+    Modules that share a parameter are tied: the first one counts, the others are skipped. Quantized weights
+    are dequantized and offloaded weights are read one matrix at a time. Adapters of PEFT are left out: the
+    source is the base model, with its names without PEFT, a compiler or data parallelism.
     """
     weights = list(_weights(model))
     packed = LivePacking(
@@ -31,9 +32,10 @@ def from_module(model: Any) -> Source:
     )
     shapes = {name: shape for name, weight, shape in weights if not weight.is_buffer} | packed.shapes
     skeleton = Skeleton.of_model(model, shapes)
-    layout = Layout(shapes, {}, skeleton.weights, bool(packed.shapes))
+    finder = MatrixFinder(shapes, ModelConfig(), skeleton.weights, bool(packed.shapes))
     matrices: list[SourceMatrix] = []
     skipped: list[Skipped] = []
+    values: dict[str, Callable[[], Matrix]] = {}
     owners: dict[int, str] = {}
     counts: list[int | str] = []
     ties = offloaded.ties(model)
@@ -46,10 +48,11 @@ def from_module(model: Any) -> Source:
             skipped.append(Skipped(name, shape, f"tied to {owner}"))
             continue
         counts.append(packed.parameters(name) if weight.is_direct else math.prod(shape))
-        found = packed.reason(name) or _matrices(layout, name, weight, packed.loader(name))
+        found = packed.reason(name) or _matrices(finder, name, weight, packed.loader(name))
         if isinstance(found, str):
-            load = partial(_as_row, weight.values) if weight.is_readable else None
-            skipped.append(Skipped(name, shape, found, load))
+            skipped.append(Skipped(name, shape, found))
+            if weight.is_readable:
+                values[name] = partial(_as_row, weight.values)
         else:
             matrices += found
     for hidden, count in _hidden_weights(model):
@@ -66,11 +69,12 @@ def from_module(model: Any) -> Source:
         unknown_parameters=unknown,
         facts=facts,
         skeleton=skeleton,
+        skipped_values=values,
     )
 
 
 class _Weight:
-    """A parameter or buffer, the module that owns it, and the way to its values if they are offloaded."""
+    """A parameter or buffer of a module; `elsewhere` reads its values if they are offloaded."""
 
     __slots__ = ("elsewhere", "is_buffer", "module", "parameter")
 
@@ -93,20 +97,20 @@ class _Weight:
 
     @property
     def has_values(self) -> bool:
-        """True if the weight has values."""
+        """True if the values are in the tensor or offloaded."""
         return self.elsewhere is not None or self.parameter.device.type != "meta"
 
     @property
     def is_direct(self) -> bool:
-        """Whether the parameter is a plain tensor of floats that can be read in place."""
+        """True for a plain tensor, which can be read in place."""
         return not quantized.is_quantized(self.module, self.parameter)
 
     @property
     def is_readable(self) -> bool:
-        """Whether it is such a tensor, holds something, and lies somewhere."""
+        """True for a plain tensor of floating-point numbers that is not empty and has values."""
         parameter = self.parameter
         has_values = self.has_values and parameter.numel() > 0
-        return self.is_direct and has_values and arrays.dtype_name(parameter) in FLOAT_TYPES
+        return self.is_direct and has_values and arrays.dtype_name(parameter) in arrays.FLOAT_TYPES
 
 
 def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
@@ -122,7 +126,10 @@ def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
 
 
 def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
-    """Yield weights behind a method or in buffers of unknown codes, and their numbers of parameters."""
+    """Yield weights that are not parameters, each with its number of values or why it is unknown.
+
+    They are behind a method, computed from other parameters, or codes in buffers.
+    """
     for prefix, module in named_modules(model):
         kind = type(module).__name__
         if "weight" in getattr(module, "parametrizations", ()):
@@ -137,24 +144,25 @@ def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
         elif getattr(module, "weight", None) is None:
             for local, buffer in module.named_buffers(recurse=False):
                 if "weight" in local and buffer.ndim >= 2 and not buffer.dtype.is_floating_point:
-                    reason = f"quantized ({kind}), and its library offers no way back"
+                    reason = f"quantized ({kind}), and its library cannot dequantize it"
                     unknown = f"{prefix}{local} holds codes of an unknown scheme ({kind})"
                     yield Skipped(prefix + local, tuple(buffer.shape), reason), unknown
 
 
 def _kernel_experts(prefix: str, module: Any) -> Iterator[tuple[Skipped, int | str]]:
-    """Yield experts that transformers has given to a kernel, which keeps them in its own order."""
+    """Yield experts that transformers passed to a kernel, which stores them in an order of its own."""
     hidden, inner = module.hidden_size, module.intermediate_size
     for local, sizes in (("gate_up_proj", (hidden, 2 * inner)), ("down_proj", (inner, hidden))):
         if local not in module._parameters:
             shape = (module.num_experts, *sizes)
-            reason = "quantized (MXFP4, in a kernel's order), with no known way back to its values"
+            reason = "quantized (MXFP4, in a kernel's order), with no known formula to dequantize it"
             yield Skipped(prefix + local, shape, reason), math.prod(shape)
 
 
 def _matrices(
-    layout: Layout, name: str, weight: _Weight, packed: tuple[str, dequantized.Loader] | None
+    finder: MatrixFinder, name: str, weight: _Weight, packed: tuple[str, dequantized.Loader] | None
 ) -> list[SourceMatrix] | str:
+    """Return the matrices of a weight, or the reason why it is skipped."""
     parameter = weight.parameter
     if not weight.has_values:
         return "on the meta device: it has no values"
@@ -168,8 +176,8 @@ def _matrices(
     else:
         dtype, load = "float32", quantized.loader(weight.module, parameter)
         if load is None:
-            return f"quantized ({type(parameter).__name__}), and its library offers no way back"
-    found = layout.matrices(name, dtype)
+            return f"quantized ({type(parameter).__name__}), and its library cannot dequantize it"
+    found = finder.matrices(name, dtype)
     if isinstance(found, str):
         return found
     is_elsewhere = packed is not None or weight.elsewhere is not None
@@ -186,12 +194,14 @@ def _matrices(
 
 
 def _load(values: Callable[[], Any], index: int, rows: int, cols: int) -> Matrix:
+    """Read one matrix of a tensor."""
     tensor = values()
     tensor = tensor[index] if tensor.ndim == 3 and tuple(tensor.shape[1:]) == (rows, cols) else tensor
     return arrays.matrix(tensor if tensor.ndim == 2 else tensor.reshape(rows, cols))
 
 
 def _load_packed(load: dequantized.Loader, expert: int | None, rows: int, cols: int) -> Matrix:
+    """Dequantize one matrix of a packed weight."""
     return arrays.matrix(load(expert).reshape(rows, cols).contiguous())
 
 

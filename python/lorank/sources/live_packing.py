@@ -1,4 +1,4 @@
-"""The weights of a live model that are codes in plain tensors."""
+"""Packed weights of live models: codes in plain tensors, and the tensors beside them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from lorank.sources.quantization import Quantization
 
 
 class LivePacking:
-    """The weights of a live model that are codes in plain tensors.
+    """The packed weights of a live model.
 
     Parameters
     ----------
     tensors
-        Name -> module and tensor, of every parameter and buffer that is not a library's own kind.
+        Module and tensor by name, for every parameter and buffer that is a plain tensor.
     quantization
         The quantization that the model's configuration declares.
+
+    Attributes
+    ----------
+    shapes
+        The true shape of each packed weight by its full name, if it is known.
     """
 
     def __init__(self, tensors: Mapping[str, tuple[Any, Any]], quantization: Quantization) -> None:
@@ -34,26 +39,26 @@ class LivePacking:
         self.shapes = {x.codes.weight: x.shape for x in self._codes.values() if x.shape is not None}
 
     def holds(self, name: str) -> bool:
-        """Return True for codes and for parts of packed weights."""
+        """Return True for the codes and for other parts of packed weights."""
         return name in self._codes or name in self._packing.parts
 
     def parameters(self, name: str) -> int | str:
-        """Return the number of parameters that a tensor stands for, or the reason why it is unknown."""
+        """Return the number of parameters that a tensor encodes, or the reason why it is unknown."""
         codes = self._codes.get(name)
         if codes is not None and codes.shape is not None:
             return math.prod(codes.shape)
         return self._packing.parameters(name)
 
     def reason(self, name: str) -> str | None:
-        """Return the reason for skipping a tensor; None for plain tensors and codes with a formula."""
+        """Return the reason for skipping a tensor; None for plain weights and codes with a known formula."""
         codes = self._codes.get(name)
         if codes is not None and dequantized.loader(codes) is None:
             kind = type(codes.module).__name__
-            return f"quantized ({codes.codes.scheme.name} in {kind}), with no known way back to its values"
+            return f"quantized ({codes.codes.scheme.name} in {kind}), with no known formula to dequantize it"
         return self._packing.part_reason(name)
 
     def loader(self, name: str) -> tuple[str, dequantized.Loader] | None:
-        """Return the full name of a packed weight and the function that dequantizes it."""
+        """Return the full name of a packed weight and the function that dequantizes it; None for others."""
         codes = self._codes.get(name)
         load = None if codes is None else dequantized.loader(codes)
         return None if codes is None or load is None else (codes.codes.weight, load)

@@ -1,4 +1,4 @@
-"""Weights that Accelerate keeps elsewhere: on the meta device between calls, with values behind a hook."""
+"""Weights that Accelerate offloads: on the meta device between calls, with values behind a hook."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def loaders(model: Any) -> dict[int, Callable[[], Any]]:
-    """Return functions that read the values of offloaded parameters, by the parameters' `id`."""
+    """Return a function that reads the values of each offloaded parameter, by its `id`."""
     return {
         id(parameter): partial(_value, hook.weights_map, name)
         for hook, name, parameter in _offloaded(model)
@@ -17,10 +17,10 @@ def loaders(model: Any) -> dict[int, Callable[[], Any]]:
 
 
 def ties(model: Any) -> dict[int, int]:
-    """Return the `id` of the first of equal offloaded tables by the `id` of each.
+    """Return the `id` of the first of equal offloaded tables, by the `id` of each table.
 
-    Offloading separates tied tables, on disk even under two names. Only parameters of the shape of an
-    embedding are read to compare them.
+    Offloading stores tied tables separately, on disk even under two names. Only parameters with the shape of
+    an embedding are read and compared.
     """
     tables = {
         tuple(parameter.shape)
@@ -42,7 +42,7 @@ def ties(model: Any) -> dict[int, int]:
 
 
 def _offloaded(model: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Yield hooks with the names and parameters that they offload."""
+    """Yield each hook with the name and the parameter that it offloads."""
     for module in model.modules():
         for hook in _hooks(module):
             recurse = bool(getattr(hook, "place_submodules", False))
@@ -52,7 +52,7 @@ def _offloaded(model: Any) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _hooks(module: Any) -> Iterator[Any]:
-    """Yield the hooks of a module that offload it."""
+    """Yield the hooks that offload a module."""
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "offload", False) is True and hasattr(one, "weights_map"):
@@ -60,9 +60,11 @@ def _hooks(module: Any) -> Iterator[Any]:
 
 
 def _value(weights: Mapping[str, Any], name: str) -> Any:
+    """Read an offloaded tensor."""
     return weights[name].detach()
 
 
 def _are_equal(a: Any, b: Any) -> bool:
+    """Return True if two tensors are the same memory or hold equal values."""
     same: bool = a.shape == b.shape and a.dtype == b.dtype and (a.data_ptr() == b.data_ptr() or a.equal(b))
     return same

@@ -1,6 +1,7 @@
-"""Packed weights among the tensors of a checkpoint, their parts, and the number of a model's parameters.
+"""Finds the packed weights among the tensors of a checkpoint, and their parts.
 
-No other place decides that number.
+The number of a model's parameters is counted here, because a packed weight has another number of parameters
+than its codes have elements.
 """
 
 from __future__ import annotations
@@ -13,27 +14,27 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorank.modules import naming
-from lorank.sources.codes import INTEGERS, SCALES, Packed, Stored, element_type, little_endian
+from lorank.sources.codes import INTEGERS, SCALES, Packed, TensorSpec, element_type, little_endian
 from lorank.sources.quantization import Quantization
 from lorank.sources.schemes import Scheme, schemes_of
 
-# Names of tensors that accompany codes, over all libraries; they count only beside codes.
+# Names of tensors that accompany codes, over all libraries. They are recognised only beside codes.
 _PART = re.compile(r"scal|zero|absmax|amax|quant|SCB|_idx|_shape|bitsandbytes__")
 _SCALE = re.compile(r"scal|absmax|amax|SCB|SU|SV|suh|svh")
 
-# Names that only quantization libraries give, for parts whose codes are in another file.
+# Names that occur only in quantized checkpoints, for parts whose codes are in another file.
 _UNMISTAKABLE = re.compile(
     r"(weight|\w+_proj)_(scale|scale_inv|scale_2|global_scale|zero_point|g_idx)|weight_shape|qzeros|g_idx|qscale_\w+"
     r"|scale_(weight|input)|(nested_)?(absmax|quant_map)|SCB|(input|output)_(scale|global_scale|zero_point)|(\w+_)?scales"
 )
 
-# Scales of the cache of keys and values, and the mark of ComfyUI's files.
+# Scales of the key-value cache, and the marker of ComfyUI's files.
 _OF_THE_MODEL = re.compile(
     r"(.*\.)?([kvq]|kv|kv_cache|[kvq]_cache|prob\w*)_(scale|zero_point)|(.*\.)?scaled_fp8"
 )
 
 _SMALL = 1 << 16
-"""Elements of tensors that are read to find a shape."""
+"""Largest number of elements in a tensor that is read to find a shape."""
 
 _FLOATS = frozenset({"f64", "f32", "f16", "bf16", "fp8", "fp4"})
 
@@ -45,12 +46,12 @@ class Codes:
     Attributes
     ----------
     weight
-        The full name of the weight that they stand for.
+        The full name of the weight.
     scheme
-        How they are packed.
+        The scheme by which it is packed.
     shape
-        The weight's true shape, of one dimension where only the number of its values is known; None
-        where neither is.
+        The true shape of the weight; one dimension if only the number of its values is known, None if that is
+        unknown, too.
     """
 
     weight: str
@@ -59,7 +60,7 @@ class Codes:
 
     @property
     def num_parameters(self) -> int | None:
-        """Values of the weight, None where the checkpoint does not state them."""
+        """Number of values of the weight; None if the checkpoint does not state it."""
         return None if self.shape is None else int(np.prod(self.shape, dtype=object))
 
 
@@ -70,11 +71,11 @@ class Part:
     Attributes
     ----------
     weight
-        The full name of the weight; empty where it is in another file.
+        The full name of the weight; empty if the weight is in another file.
     scheme
-        The scheme's name.
+        The name of the scheme.
     is_scale
-        True for scales, judged by the name.
+        True for a scale, judged by its name.
     """
 
     weight: str
@@ -88,13 +89,20 @@ class Packing:
     Parameters
     ----------
     tensors
-        Name -> element type and shape of every tensor.
+        Element type and shape of every tensor by its name.
     quantization
         The quantization that the configuration declares.
     content
-        Returns the bytes of a small tensor by name; None if they cannot be read.
+        A function that returns the bytes of a small tensor by its name; None if they cannot be read.
     metadata
         The metadata of the files.
+
+    Attributes
+    ----------
+    codes
+        The codes of packed weights by the name of the tensor.
+    parts
+        The other parts of packed weights by the name of the tensor.
     """
 
     def __init__(
@@ -104,7 +112,9 @@ class Packing:
         content: Callable[[str], bytes | None] = lambda _: None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self._tensors = {name: Stored(element_type(dtype), shape) for name, (dtype, shape) in tensors.items()}
+        self._tensors = {
+            name: TensorSpec(element_type(dtype), shape) for name, (dtype, shape) in tensors.items()
+        }
         self._sorted = sorted(self._tensors)
         self._quantization = quantization
         self._content = content
@@ -130,13 +140,13 @@ class Packing:
         """Return the reason for skipping a part of a packed weight; None for other tensors."""
         if (part := self.parts.get(name)) is None:
             return None
-        what = "scale" if part.is_scale else "part"
+        noun = "scale" if part.is_scale else "part"
         if not part.weight:
-            return f"{what} of packed weights ({part.scheme})"
-        return f"{what} of the packed weight {part.weight} ({part.scheme})"
+            return f"{noun} of packed weights ({part.scheme})"
+        return f"{noun} of the packed weight {part.weight} ({part.scheme})"
 
     def parameters(self, name: str) -> int | str:
-        """Return the number of parameters that a tensor stands for, or the reason why it is unknown."""
+        """Return the number of parameters that a tensor encodes, or the reason why it is unknown."""
         if name in self.parts:
             return 0
         stored = self._tensors[name]
@@ -154,6 +164,7 @@ class Packing:
         return 0
 
     def _find(self, name: str) -> None:
+        """Record a tensor as codes, with the parts beside it, if a scheme explains it."""
         stored = self._tensors[name]
         if stored.size == 0:
             return
@@ -174,6 +185,7 @@ class Packing:
                 return
 
     def _packed(self, name: str, weight: str) -> Packed:
+        """Return a tensor as a candidate for the codes of a weight."""
         packed = Packed(
             name, weight, self._tensors[name], self._tensors, self._quantization, self._numbers, self._text
         )
@@ -184,7 +196,8 @@ class Packing:
         return replace(packed, has_scales=has_scales, scale=scale)
 
     def _parts_of(self, packed: Packed, scheme: Scheme) -> Iterator[str]:
-        # Scales have names of parts beside the codes; those of a weight without a module have no prefix.
+        """Yield the names of the parts of a packed weight."""
+        # `_beside` finds scales by their prefix; only those of a weight without a module have no prefix.
         marks = () if scheme.marks is SCALES and packed.module else scheme.marks
         for template in (*marks, *scheme.parts):
             if (name := packed.named(template)) in self._tensors and name != packed.name:
@@ -192,7 +205,7 @@ class Packing:
         yield from self._beside(packed)
 
     def _beside(self, packed: Packed) -> Iterator[str]:
-        """Yield the names of tensors beside codes that are named as parts are."""
+        """Yield the tensors beside codes that have the names of parts."""
         prefixes = {packed.weight}
         if packed.module and packed.module != packed.weight:
             prefixes.add(f"{packed.module}.")
@@ -207,7 +220,7 @@ class Packing:
                     yield name
 
     def _find_alone(self, name: str) -> None:
-        """Find parts of the whole model, and parts whose codes are in another file."""
+        """Record a part of the model, or a part whose codes are in another file."""
         scheme = self._quantization.method or "quantized"
         leaf = name.rpartition(".")[2]
         is_part = _OF_THE_MODEL.fullmatch(name) is not None
@@ -215,6 +228,7 @@ class Packing:
             self.parts[name] = Part("", scheme, bool(_SCALE.search(leaf)))
 
     def _numbers(self, name: str) -> list[int] | None:
+        """Return the numbers in a small tensor of integers; None if they cannot be read."""
         stored = self._tensors[name]
         dtype = little_endian(stored.type)
         content = self._content(name) if dtype is not None and stored.size <= _SMALL else None
@@ -223,6 +237,7 @@ class Packing:
         return [int(number) for number in np.frombuffer(content, dtype=dtype)]
 
     def _text(self, name: str) -> str | None:
+        """Return the text in the metadata or in a small tensor of bytes; None if it cannot be read."""
         if name in self._metadata:
             return self._metadata[name]
         stored = self._tensors.get(name)
@@ -233,7 +248,7 @@ class Packing:
 
 
 def total(counts: Iterable[int | str]) -> tuple[int | None, str]:
-    """Add numbers of parameters; return None and the reason where one of them is unknown."""
+    """Return the sum of numbers of parameters; None and the reason if one of them is unknown."""
     number = 0
     for count in counts:
         if isinstance(count, str):
@@ -243,7 +258,7 @@ def total(counts: Iterable[int | str]) -> tuple[int | None, str]:
 
 
 def _weight_named(name: str, template: str) -> str | None:
-    """Return the weight whose codes have that name, None if the template does not fit it."""
+    """Return the weight whose codes have that name; None if the name does not fit the template."""
     if template == "{w}":
         return name
     if template == "{p}._{l}_qdata":

@@ -1,19 +1,10 @@
-"""The quantization that a model's configuration declares."""
+"""The settings of the quantization that a model's configuration declares."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
-
-from lorank._internal.json_files import read_json
-
-# Keys of `config.json` under which libraries keep their settings.
-_KEYS = ("quantization_config", "compression_config", "quantization")
-
-# Files beside `config.json`, of models that were written before the settings moved into that file.
-FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 _BITS = ("bits", "w_bit", "num_bits", "nbits", "weight_bits")
 _ACTIVATIONS = {"input_activations", "output_activations", "kv_cache_scheme"}
@@ -22,19 +13,24 @@ _TYPES = {"int2": 2, "int4": 4, "int8": 8, "float8": 8}
 
 
 class Quantization:
-    """The settings of a quantization library, whose spelling differs from library to library.
+    """The settings of a quantization, which every library spells in its own way.
 
     Parameters
     ----------
     settings
-        The library's own mapping; empty for a model that is not quantized.
+        The mapping in the configuration; empty for a model that is not quantized.
 
     Attributes
     ----------
     method
-        The library or method, in lower case; empty where none is declared.
+        The name of the library or method in lower case; empty if it is not declared.
     is_declared
-        True where the configuration declares any quantization.
+        True if the configuration declares a quantization.
+
+    Examples
+    --------
+    >>> Quantization({"quant_method": "gptq", "bits": 4}).bits("layers.0.q_proj")
+    4
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -46,37 +42,26 @@ class Quantization:
         self.method = next((name.lower() for name in names if isinstance(name, str)), "")
         self._text = json.dumps(settings, default=str).lower()
 
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Quantization:
-        """Return the settings that a `config.json` holds, at its top or in its `text_config`."""
-        for place in (config, config.get("text_config")):
-            if isinstance(place, Mapping):
-                for key in _KEYS:
-                    found = place.get(key)
-                    if isinstance(found, Mapping) and found:
-                        return cls(found)
-        return cls({})
-
     @property
     def is_float8(self) -> bool:
-        """True where weights, some or all, are declared to be 8-bit floats."""
+        """True if some weights are declared to be 8-bit floats."""
         return any(word in self._text for word in _FLOAT8) or any(
             group.get("type") == "float" and group.get("num_bits") == 8 for group in _mappings(self._settings)
         )
 
     @property
     def is_bitsandbytes_4bit(self) -> bool:
-        """True where bitsandbytes is declared to hold 4 bits a weight."""
+        """True if 4-bit quantization of bitsandbytes is declared."""
         return self._settings.get("load_in_4bit") is True
 
     @property
     def is_bitsandbytes_8bit(self) -> bool:
-        """True where bitsandbytes is declared to hold 8 bits a weight."""
+        """True if 8-bit quantization of bitsandbytes is declared."""
         return self._settings.get("load_in_8bit") is True
 
     @property
     def block_size(self) -> tuple[int, int] | None:
-        """``(out, in)`` of the blocks that share a scale, where it is declared."""
+        """Shape ``(out, in)`` of the blocks that share a scale; None if it is not declared."""
         found = self._settings.get("weight_block_size")
         if isinstance(found, (list, tuple)) and len(found) == 2:
             rows, cols = found
@@ -85,7 +70,7 @@ class Quantization:
         return None
 
     def bits(self, module: str) -> int | None:
-        """Return the bits of a code of that module; None where the settings do not determine them."""
+        """Return the bits of a code in a module; None if the settings do not determine them."""
         for place in _mappings(self._settings):
             own = place.get(module)
             if isinstance(own, Mapping) and (found := _bits_within(own)):
@@ -94,7 +79,7 @@ class Quantization:
         return found.pop() if len(found) == 1 else None
 
     def features(self, module: str) -> tuple[int, int] | None:
-        """Return ``(out, in)`` of a module, where the settings list its `out_features` and `in_features`."""
+        """Return ``(out, in)`` of a module, by its `out_features` and `in_features`; None if unknown."""
         for place in _mappings(self._settings):
             own = place.get(module)
             if isinstance(own, Mapping):
@@ -102,20 +87,6 @@ class Quantization:
                 if all(isinstance(size, int) and size > 0 for size in sizes):
                     return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]  # checked the line before
         return None
-
-
-def with_quantization(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Return a configuration, with the settings of a quantization file beside it if it has none itself."""
-    if Quantization.of(config).is_declared:
-        return config
-    for name in FILES:
-        try:
-            settings = read_json(folder / name)
-        except (OSError, ValueError):
-            continue
-        if isinstance(settings, Mapping):
-            return {**config, "quantization_config": settings}
-    return config
 
 
 def _mappings(settings: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
@@ -128,6 +99,7 @@ def _mappings(settings: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[s
 
 
 def _bits_within(settings: Mapping[str, Any]) -> set[int]:
+    """Return all numbers of bits that settings name."""
     found = set()
     for place in _mappings(settings):
         found |= {place[key] for key in _BITS if type(place.get(key)) is int and 1 <= place[key] <= 16}

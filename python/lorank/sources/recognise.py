@@ -1,6 +1,6 @@
-"""Recognises what a path or a set of tensors holds: a model, an adapter, or neither.
+"""Recognises the content of a path or of a set of tensors: a model, an adapter, or neither.
 
-Commands about models and commands about adapters ask here, so that each refuses the input of the others with
+Readers of models and readers of adapters use these checks, so that each refuses the input of the other with
 an error that names the right command.
 """
 
@@ -13,11 +13,12 @@ from typing import Any
 
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
+from lorank.modules.model_config import FILE_NAME as CONFIG
 
 _SETTINGS = "adapter_config.json"
 _PIPELINE = "model_index.json"
 
-# Patterns of the keys of adapters, with the module in front, and the kind of the adapter.
+# Kind of the adapter by the pattern of its keys, which the name of the module precedes.
 _ADAPTERS = {
     re.compile(rf"(?P<module>.+?){key}"): kind
     for key, kind in {
@@ -36,7 +37,7 @@ _ADAPTERS = {
 }
 _READABLE = ("LoRA", "DoRA", "LORA", "ADALORA")
 
-# Files of adapters, of trainings and of tokenizers, which hold no weights of a model.
+# Files without weights of a model: those of adapters, training runs and tokenizers.
 _ADAPTER_FILES = re.compile(r"adapter_model\.(?:safetensors|bin)|(?:\d+_)?adapters\.safetensors")
 _TRAINING_FILES = re.compile(
     r"(?:optimizer|scheduler|scaler|rng_state\w*|training_args|random_states\w*|lorank_gard)(?:_\d+)?\.\w+"
@@ -76,13 +77,13 @@ def model_weights(path: Path, label: str) -> Path:
 
 
 def _may_be_model(name: str) -> bool:
-    """Return whether a file of this name can hold a model's weights, or an index of them."""
+    """Return True if a file of this name may hold weights of a model, or an index of them."""
     is_weights = name.endswith((".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json"))
     return is_weights and not _ADAPTER_FILES.fullmatch(name) and not _TRAINING_FILES.fullmatch(name)
 
 
 def _pipeline(label: str, folder: Path) -> str:
-    """Return the message for a pipeline of diffusers, whose models lie in folders of their own."""
+    """Return the error message for a pipeline of diffusers, whose models are in subfolders."""
     parts = sorted(
         part.name
         for part in folder.iterdir()
@@ -92,18 +93,21 @@ def _pipeline(label: str, folder: Path) -> str:
     return f"{label}: is a pipeline of diffusers{models}"
 
 
-def _contents(names: Collection[str], wanted: str) -> str:
+def _contents(names: Collection[str], expected: str) -> str:
     """Describe a folder without weights, as the end of a sentence."""
     if not names:
         return ": the folder is empty"
-    for files, content in ((_TRAINING_FILES, "the state of a training"), (_TOKENIZER_FILES, "a tokenizer")):
+    for files, content in (
+        (_TRAINING_FILES, "the state of a training run"),
+        (_TOKENIZER_FILES, "a tokenizer"),
+    ):
         if any(map(files.fullmatch, names)):
-            return f", but {content}: name the folder of the {wanted}"
-    return ", but a model's settings" if "config.json" in names else ""
+            return f", but {content}: name the folder of the {expected}"
+    return ", but a model's settings" if CONFIG in names else ""
 
 
 def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
-    """Return the tensors of a model by their names without PEFT; factors of adapters are left out.
+    """Return the name in the base model by the stored name of each tensor; leave out those of adapters.
 
     Raises
     ------
@@ -120,19 +124,19 @@ def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
     return {name: _without_peft(name) for name in names if _method(name) is None and not _COPY.search(name)}
 
 
-def left_out(name: str) -> str:
-    """Return the reason why `base_tensors` leaves a tensor out."""
+def exclusion_reason(name: str) -> str:
+    """Return the reason why `base_tensors` does not return a tensor."""
     return "trained by PEFT beside the base weight" if _COPY.search(name) else "a factor of an adapter"
 
 
 def check_adapter_folder(path: Path) -> None:
-    """Raise FormatError for a folder without an adapter: a model's, or one without weights."""
+    """Raise FormatError for a folder that holds a model or no weights."""
     names = sorted(file.name for file in path.iterdir())
     weights = [name for name in names if _may_be_model(name)]
     is_model = any(name.endswith(".index.json") for name in weights) or any(
         name.startswith(("model", "pytorch_model")) for name in weights
     )
-    if is_model or ("config.json" in names and weights):
+    if is_model or (CONFIG in names and weights):
         raise FormatError(_not_an_adapter(str(path), "a model"))
     if not weights and not any(map(_ADAPTER_FILES.fullmatch, names)):
         found = _contents(names, "adapter")
@@ -151,7 +155,7 @@ def check_adapter_tensors(label: str, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Return the reason why a folder with an adapter's settings, but without PEFT's weights, is not read."""
+    """Return the reason why a folder with an adapter's settings but without weights of PEFT is not read."""
     names = [file.name for file in folder.iterdir()]
     if any(name.endswith("adapters.safetensors") for name in names) and "peft_type" not in settings:
         return f"{folder}: is an adapter of MLX, which is not read: convert it to PEFT's format"
@@ -161,11 +165,12 @@ def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _method(name: str) -> str | None:
+    """Return the kind of the adapter that has a key of this name; None for other tensors."""
     return next((kind for key, kind in _ADAPTERS.items() if key.fullmatch(name)), None)
 
 
 def _owners(names: Iterable[str]) -> dict[str, str]:
-    """Return the modules that have factors, with the kind of the adapter."""
+    """Return the kind of the adapter by the name of each module with factors."""
     found: dict[str, str] = {}
     for name in names:
         for key, kind in _ADAPTERS.items():
@@ -176,7 +181,7 @@ def _owners(names: Iterable[str]) -> dict[str, str]:
 
 
 def _holds_model(names: Iterable[str], owners: Collection[str]) -> bool:
-    """Return whether most modules with factors have their base weight, too."""
+    """Return True if most modules with factors also have their base weight."""
     based = {
         name.rpartition(".")[0].partition(".base_layer")[0]
         for name in names
@@ -186,11 +191,13 @@ def _holds_model(names: Iterable[str], owners: Collection[str]) -> bool:
 
 
 def _without_peft(name: str) -> str:
+    """Return the name of a tensor in the base model."""
     name = name.removeprefix(_PREFIX)
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _not_a_model(label: str, folder: Path) -> str:
+    """Return the error message for an adapter's folder where a model is expected."""
     settings = _settings(folder)
     if "peft_type" not in settings:
         is_mlx = any(name.name.endswith("adapters.safetensors") for name in folder.iterdir())
@@ -200,6 +207,7 @@ def _not_a_model(label: str, folder: Path) -> str:
 
 
 def _refusal(label: str, content: str, base: Any = None) -> str:
+    """Return the error message for content that is not a model."""
     text = f"{label}: is {content}, not a model"
     if content.endswith(tuple(f"({kind})" for kind in _READABLE)):
         text += ": `lorank info`, `lorank compress` and `lorank check` read adapters"
@@ -209,6 +217,7 @@ def _refusal(label: str, content: str, base: Any = None) -> str:
 
 
 def _not_an_adapter(label: str, content: str) -> str:
+    """Return the error message for content that is not an adapter."""
     return (
         f"{label}: holds {content}, not an adapter: `lorank analyze` reads models, and `lorank extract` "
         "makes an adapter of two of them"
@@ -216,6 +225,7 @@ def _not_an_adapter(label: str, content: str) -> str:
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:
+    """Return an adapter's settings; empty if they cannot be read."""
     try:
         settings = read_json(folder / _SETTINGS)
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""The schemes by which checkpoints pack weights: one row a scheme, in the order in which they are tried.
+"""The table of schemes by which checkpoints pack weights, in the order in which they are tried.
 
-Names of tensors are the templates of `codes`.
+Names of tensors are templates, as `lorank.sources.codes` defines them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorank.sources.quantization import Quantization
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """One way of packing weights.
+    """A scheme of packing weights.
 
     Attributes
     ----------
@@ -25,20 +25,21 @@ class Scheme:
     codes
         The template of the tensor of codes.
     types
-        Element types of the codes; empty for any.
+        Element types of the codes; empty for any type.
     marks
-        Templates of which the checkpoint holds one at least; without marks, the other conditions decide.
+        Templates of tensors of which the checkpoint holds at least one. If there are none, the other
+        conditions decide.
     shape
-        The weight's true shape, or None where the checkpoint does not state it.
+        A function that returns the true shape of the weight; None if the checkpoint does not state it.
     fits
-        A further condition on shapes or on the configuration.
+        A function that checks a further condition on shapes or on the configuration.
     parts
-        Templates of further tensors that belong to the weight and have no "scale" or the like in
-        their names.
+        Templates of further tensors of the weight whose names hold no "scale" or the like.
     declared
-        True for a configuration that makes the marks unnecessary: they may be in another file.
+        A function that returns True for configurations that make the marks unnecessary, as these may be in
+        another file.
     is_live
-        True where the weight of a loaded model can be dequantized.
+        True if the weight of a loaded model can be dequantized.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Scheme:
     is_live: bool = True
 
     def holds(self, packed: Packed) -> bool:
-        """Return True where this scheme explains a tensor whose name and type fit."""
+        """Return True if this scheme explains a tensor whose name and type fit."""
         least = 1 if self.codes == "{w}" else 2
         if len(packed.codes.shape) < least:
             return False
@@ -354,10 +355,10 @@ SCHEMES: tuple[Scheme, ...] = (
         declared=lambda q: q.is_float8,
     ),
 )
-"""Every scheme; the first that holds is taken."""
+"""Every scheme; the first that explains a tensor is used."""
 
 
 @cache
 def schemes_of(element_type: str) -> tuple[Scheme, ...]:
-    """Return the schemes whose codes may be of that type, in their order."""
+    """Return the schemes whose codes may have an element type, in their order."""
     return tuple(scheme for scheme in SCHEMES if not scheme.types or element_type in scheme.types)

@@ -1,4 +1,4 @@
-"""State dicts: pickled by torch, or any mapping name -> array."""
+"""Sources of state dicts: pickled by torch, or mappings name -> array."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lorank._internal import extras
 from lorank._internal.json_files import read_json
 from lorank.modules import quantized
 from lorank.modules.building import Unknown
+from lorank.modules.model_config import ModelConfig
 from lorank.sources import arrays, recognise
 from lorank.sources.assembly import assemble
 from lorank.sources.base import Skipped, Source
@@ -24,22 +25,22 @@ from lorank.sources.base import Skipped, Source
 # Keys under which training frameworks wrap a state dict.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
-# Where torch names what a pickle refers to beside tensors and plain containers.
+# The part of torch's message that names a refused global of a pickle.
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
     """Open a source over arrays that stay where they are.
 
-    Tensors that share memory and shape are tied: the first name counts, the others are skipped.
+    Tensors that share memory and shape are tied: the first one counts, the others are skipped.
     """
     tensors = StoredArrays(mapping, label)
-    source = assemble(label, tensors, {}, lambda _: Unknown("arrays come without their model"))
+    source = assemble(label, tensors, ModelConfig(), lambda _: Unknown("arrays come without their model"))
     return replace(source, skipped=(*tensors.skipped, *source.skipped))
 
 
 class StoredArrays:
-    """Arrays and tensors of a mapping, which stay where they are, by the names that they have without PEFT.
+    """Arrays and tensors of a mapping, by their names without PEFT; values stay where they are.
 
     Raises
     ------
@@ -55,16 +56,16 @@ class StoredArrays:
         self.skipped: list[Skipped] = []
         self._values: dict[str, Any] = {}
         self._shared: dict[str, str] = {}
-        # Tensors of a quantization library's own kind, which can be dequantized.
+        # Tensor subclasses of quantization libraries, which can be dequantized.
         self._own_kinds: set[str] = set()
         owners: dict[object, str] = {}
         if unnamed := [name for name in mapping if not isinstance(name, str)]:
-            raise TypeError(f"names are strings, got {unnamed[0]!r}")
+            raise TypeError(f"names must be strings, got {unnamed[0]!r}")
         base = recognise.base_tensors(label, mapping)
         for key, value in mapping.items():
             name = base.get(key, key)
             if key not in base:
-                self.skipped.append(Skipped(key, _shape(value), recognise.left_out(key)))
+                self.skipped.append(Skipped(key, _shape(value), recognise.exclusion_reason(key)))
             elif not arrays.is_array(value):
                 self.skipped.append(Skipped(name, (), f"{type(value).__name__}, not an array"))
             elif not arrays.is_dense(value):
@@ -80,18 +81,19 @@ class StoredArrays:
         self._entries = {name: (self._type(name), quantized.shape(x)) for name, x in self._values.items()}
 
     def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return every tensor's element type and shape, in the mapping's order."""
+        """Return the element type and shape of every tensor, in the order of the mapping."""
         return self._entries
 
     def _type(self, name: str) -> str:
+        """Return the element type of a tensor, dequantized."""
         return "float32" if name in self._own_kinds else arrays.dtype_name(self._values[name])
 
     def is_lazy(self, name: str) -> bool:
-        """Return True if a matrix of the tensor takes memory of its own."""
+        """Return True if reading a matrix of the tensor copies its values."""
         return name in self._own_kinds or arrays.needs_copy(self._values[name])
 
     def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
-        """Return the `index`-th matrix of a tensor: itself, an expert of a stack, or a flattened kernel."""
+        """Return the `index`-th matrix: the tensor, an expert of a stack, or a flattened kernel."""
         value = self._values[name]
         if name in self._own_kinds and (load := quantized.loader(None, value)) is not None:
             value = load()
@@ -102,7 +104,7 @@ class StoredArrays:
         return arrays.matrix(value)
 
     def shared_with(self, name: str) -> str | None:
-        """Return the earlier tensor of the same memory and shape, if there is one."""
+        """Return the first tensor of the same memory and shape; None for the first one itself."""
         return self._shared.get(name)
 
     def are_equal(self, a: str, b: str) -> bool:
@@ -111,16 +113,17 @@ class StoredArrays:
         return first.dtype == second.dtype and np.array_equal(first, second, equal_nan=True)
 
     def content(self, name: str) -> bytes | None:
-        """Return a tensor's bytes; None if they cannot be read."""
+        """Return the bytes of a tensor; None if they cannot be read."""
         return arrays.content(self._values[name])
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """An empty mapping, as arrays have no metadata."""
+        """The metadata of the files: empty, as arrays have none."""
         return {}
 
 
 def _shape(value: Any) -> tuple[int, ...]:
+    """Return the shape of an array; an empty shape for other values."""
     return tuple(value.shape) if arrays.is_array(value) else ()
 
 
@@ -139,40 +142,42 @@ def read_pickles(path: Path) -> Mapping[str, Any]:
 
 
 def read_pickle(file: Path) -> Mapping[str, Any]:
-    """The named tensors of a file written by `torch.save`, mapped into memory; no code in it runs.
+    """Return the named tensors of a file written by `torch.save`, mapped into memory; no code in it runs.
 
     Raises
     ------
     FormatError
-        If it holds anything but a state dict.
+        If the file does not hold a state dict.
     """
     return _unwrapped(file, _unpickled(file))
 
 
 def _unpickled(file: Path) -> Any:
+    """Return the content of a pickled file."""
     torch = extras.require("torch", "peft", "to read .bin, .pt and .pth files")
     try:
-        # Files of torch before 1.6 are no archives and cannot be mapped.
+        # Files of torch before 1.6 are not archives and cannot be mapped.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a broken pickle can raise anything
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # the file could not be opened; without a name, it is cut off and could not be mapped
+            raise  # the file cannot be opened; an error without a name comes from a truncated file
         raise FormatError(
-            f"{file}: is no state dict that can be read safely (weights only): {_reason(error)}"
+            f"{file}: is not a state dict that can be read safely (weights only): {_reason(error)}"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """Why a pickle was refused, without torch's advice to switch the safety off."""
+    """Return the reason why torch refused a pickle, without its advice to disable the check."""
     if refused := _REFUSED_GLOBAL.search(str(error)):
         return f"it refers to {refused[1]}"
-    told = str(error).split("WeightsUnpickler error:")[-1].strip()
-    if not told or told.startswith("Weights only load failed"):
+    message = str(error).split("WeightsUnpickler error:")[-1].strip()
+    if not message or message.startswith("Weights only load failed"):
         return "it holds more than tensors and plain containers"
-    return told.splitlines()[0]
+    return message.splitlines()[0]
 
 
 def _unwrapped(file: Path, content: Any) -> Mapping[str, Any]:
+    """Return the state dict in the content of a file, without the wrappers of training frameworks."""
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -182,7 +187,7 @@ def _unwrapped(file: Path, content: Any) -> Mapping[str, Any]:
 
 
 def _pickle_files(path: Path) -> Mapping[Path, set[str]]:
-    """The files to read, with the tensors that an index says are in them."""
+    """Return the files to read, each with the tensors that an index places in it."""
     if path.is_file() and not path.name.endswith(".json"):
         return {path: set()}
     index = path if path.is_file() else next(iter(sorted(path.glob("*.bin.index.json"))), None)
@@ -191,20 +196,21 @@ def _pickle_files(path: Path) -> Mapping[Path, set[str]]:
     single = path / "pytorch_model.bin"
     found = [single] if single.exists() else sorted(path.glob("*.bin"))
     if len(found) != 1:
-        what = (
+        content = (
             "several .bin files and no index: name one of them" if found else "no .safetensors or .bin file"
         )
-        raise FormatError(f"{path}: holds {what}")
+        raise FormatError(f"{path}: holds {content}")
     return {found[0]: set()}
 
 
 def _shards(index: Path) -> Mapping[Path, set[str]]:
+    """Return the shards that an index lists, each with the tensors in it."""
     try:
         places = sorted(
             (str(shard), shard, tensor) for tensor, shard in read_json(index)["weight_map"].items()
         )
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FormatError(f"{index}: is no shard index: {error!r}") from error
+        raise FormatError(f"{index}: is not a shard index: {error!r}") from error
     shards: dict[Path, set[str]] = defaultdict(set)
     for name, shard, tensor in places:
         if name != shard or Path(name).name != name or name in {"", ".", ".."}:

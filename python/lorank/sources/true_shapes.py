@@ -1,55 +1,55 @@
-"""The true shape of a packed weight, from the shapes of its codes and of the tensors beside them."""
+"""Computes the true shape of a packed weight from its codes and from the tensors beside them."""
 
 from __future__ import annotations
 
 import json
 import math
 
-from lorank.sources.codes import EXPONENTS, WIDTHS, WORDS, Packed, Shape, Stored
+from lorank.sources.codes import ELEMENT_BITS, EXPONENTS, INTEGER_BITS, Packed, Shape, TensorSpec
 
 
 def as_stored(packed: Packed) -> Shape | None:
-    """Return the shape of the codes: one code an element."""
+    """Return the shape of the codes, for one code per element."""
     return packed.codes.shape
 
 
 def twice_as_wide(packed: Packed) -> Shape | None:
-    """Return the shape of two codes an element, along the last dimension."""
+    """Return the shape for two codes per element along the last dimension."""
     *rest, last = packed.codes.shape
     return (*rest, 2 * last)
 
 
 def blocks(packed: Packed) -> Shape | None:
-    """Return the shape of two codes a byte, of blocks along the last dimension."""
+    """Return the shape for two codes per byte, in blocks along the last dimension."""
     *rest, groups, size = packed.codes.shape
     return (*rest, 2 * groups * size)
 
 
 def four_times_as_high(packed: Packed) -> Shape | None:
-    """Return the shape of four codes an element, along the first dimension."""
+    """Return the shape for four codes per element along the first dimension."""
     first, *rest = packed.codes.shape
     return (4 * first, *rest)
 
 
 def twice_as_high(packed: Packed) -> Shape | None:
-    """Return the shape of two codes an element, along the first dimension."""
+    """Return the shape for two codes per element along the first dimension."""
     first, *rest = packed.codes.shape
     return (2 * first, *rest)
 
 
 def flat(packed: Packed, bits: int | None) -> Shape | None:
     """Return the number of codes of `bits` bits that the tensor's bytes hold."""
-    width = WIDTHS.get(packed.codes.type)
+    width = ELEMENT_BITS.get(packed.codes.type)
     if bits is None or width is None:
         return None
-    # Three bits do not divide a word: ten codes share 32 bits.
+    # Three bits do not divide 32: ten codes share a word of 32 bits.
     per_word = 10 if (bits, width) == (3, 32) else width // bits if width % bits == 0 else 0
     return (packed.codes.size * per_word,) if per_word else None
 
 
 def bitsandbytes(packed: Packed) -> Shape | None:
-    """Return the shape in the quantization state, if it fits the bytes; else two codes a byte."""
-    count = packed.codes.size * WIDTHS.get(packed.codes.type, 8) // 4
+    """Return the shape in the quantization state if it fits the bytes; else their number of codes."""
+    count = packed.codes.size * ELEMENT_BITS.get(packed.codes.type, 8) // 4
     for kind in ("nf4", "fp4"):
         text = packed.text(packed.named(f"{{w}}.quant_state.bitsandbytes__{kind}"))
         try:
@@ -63,7 +63,7 @@ def bitsandbytes(packed: Packed) -> Shape | None:
 
 
 def pack_quantized(packed: Packed) -> Shape | None:
-    """Return `weight_shape` if it fits the words; else the shape by configured bits, if they fill words."""
+    """Return `weight_shape` if it fits the 32-bit words; else the shape by the configured bits."""
     *rest, words = packed.codes.shape
     stored = packed.numbers("{w}_shape")
     if (
@@ -77,9 +77,9 @@ def pack_quantized(packed: Packed) -> Shape | None:
 
 
 def gptq(packed: Packed) -> Shape | None:
-    """Return ``(out, in)``: `in` by the column indices, or by the zero points' or the configured bits."""
+    """Return ``(out, in)``: `in` by the column indices, the zero points or the configured bits."""
     *rest, words, out = packed.codes.shape
-    width = WORDS[packed.codes.type]
+    width = INTEGER_BITS[packed.codes.type]
     indices, zeros = packed.find("{m}.g_idx"), packed.find("{m}.qzeros")
     if indices is not None and words < indices.last <= words * width:
         return (*rest, out, indices.last)
@@ -91,7 +91,7 @@ def gptq(packed: Packed) -> Shape | None:
 
 
 def is_awq(packed: Packed) -> bool:
-    """Return True where words run along `out`, as the scales show."""
+    """Return True if codes are packed along `out`, as the scales show."""
     scales = packed.find("{m}.scales")
     if scales is None or len(scales.shape) != len(packed.codes.shape):
         return packed.quantization.method == "awq"
@@ -99,25 +99,25 @@ def is_awq(packed: Packed) -> bool:
 
 
 def awq(packed: Packed) -> Shape | None:
-    """Return ``(out, in)`` where words run along `out`; for other layouts the number of codes."""
+    """Return ``(out, in)`` if codes are packed along `out`; the number of codes for other layouts."""
     *rest, rows, words = packed.codes.shape
-    scales, width = packed.find("{m}.scales"), WORDS[packed.codes.type]
+    scales, width = packed.find("{m}.scales"), INTEGER_BITS[packed.codes.type]
     if scales is not None and scales.size and scales.last % words == 0 and width * words >= 2 * scales.last:
         return (*rest, scales.last, rows)
     return flat(packed, packed.bits or 4)
 
 
 def hqq(packed: Packed) -> Shape | None:
-    """Return `shape` if it is stored and fits; else the number of codes, by the stored or configured bits."""
+    """Return the stored `shape` if it fits; else the number of codes by the stored or configured bits."""
     stored, bits = packed.numbers("{m}.shape"), packed.numbers("{m}.nbits")
-    capacity = packed.codes.size * WIDTHS.get(packed.codes.type, 8)
+    capacity = packed.codes.size * ELEMENT_BITS.get(packed.codes.type, 8)
     if stored and math.prod(stored) <= capacity:
         return stored
     return flat(packed, bits[0] if bits else packed.bits)
 
 
 def torchao(packed: Packed) -> Shape | None:
-    """Return the shape by the class in the file's metadata: packed classes keep their shape there."""
+    """Return the shape in the file's metadata, where packed classes keep it."""
     if packed.codes.type == "fp8":
         return packed.codes.shape
     try:
@@ -126,18 +126,18 @@ def torchao(packed: Packed) -> Shape | None:
         shape = tuple(int(size) for size in data.get("shape") or ())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if shape and 0 < math.prod(shape) <= 8 * packed.codes.size * WIDTHS.get(packed.codes.type, 8):
+    if shape and 0 < math.prod(shape) <= 8 * packed.codes.size * ELEMENT_BITS.get(packed.codes.type, 8):
         return shape
     return packed.codes.shape if kind.startswith("Int8") else None
 
 
 def quanto(packed: Packed) -> Shape | None:
-    """Return the shape of plain codes of 8 bits; for others the number of codes, by the configured bits."""
+    """Return the shape of 8-bit codes; for others their number by the configured bits."""
     return packed.codes.shape if packed.codes.type in ("i8", "fp8") else flat(packed, packed.bits)
 
 
 def aqlm(packed: Packed) -> Shape | None:
-    """Return the shape by groups of values, whose sizes the codebooks show."""
+    """Return the shape by the size of groups of values in the codebooks."""
     books, codes = packed.find("{m}.codebooks"), packed.codes.shape
     if books is None or len(books.shape) != 4 or len(codes) < 2:
         return None
@@ -150,7 +150,7 @@ def vptq(packed: Packed) -> Shape | None:
 
 
 def higgs(packed: Packed) -> Shape | None:
-    """Return the shape of ``(out bits / 16, in)`` words; the table has a value for every code."""
+    """Return the shape for words of shape ``(out bits / 16, in)``; the size of the table shows the bits."""
     table = packed.find("{m}.tables")
     bits = table.size.bit_length() - 1 if table is not None else 0
     rows, cols = packed.codes.shape
@@ -158,7 +158,7 @@ def higgs(packed: Packed) -> Shape | None:
 
 
 def quip(packed: Packed) -> Shape | None:
-    """Return ``(out, in)`` by the lengths of the signs of both sides."""
+    """Return ``(out, in)`` by the lengths of the sign vectors of both sides."""
     out, fan_in = packed.find("{m}.SV"), packed.find("{m}.SU")
     return (out.size, fan_in.size) if out is not None and fan_in is not None else None
 
@@ -176,60 +176,61 @@ def exl3(packed: Packed) -> Shape | None:
 
 
 def mlx(packed: Packed) -> Shape | None:
-    """Return the shape of words along the last dimension, by the bits of the configuration or of floats."""
+    """Return the shape for 32-bit words along the last dimension, by the configured bits or by the scales."""
     *rest, words = packed.codes.shape
     bits, scales = packed.bits, packed.find("{m}.scales")
     if bits is None and scales is not None and scales.type == "u8":
-        # Floats of 4 bits, or of 8 bits with one scale for 32 of them.
+        # Codes are floats: of 8 bits if 32 of them share a scale, else of 4 bits.
         bits = 8 if words == 8 * scales.last else 4
     return (*rest, words * 32 // bits) if bits else None
 
 
 def by_bits(packed: Packed) -> Shape | None:
-    """Return the shape of codes of the configured bits, which fill bytes along the last dimension."""
+    """Return the shape for codes of the configured bits, packed in bytes along the last dimension."""
     *rest, last = packed.codes.shape
     bits = packed.bits
     return (*rest, last * 8 // bits) if bits in (2, 4, 8) else None
 
 
-def _scale(packed: Packed) -> Stored:
-    return packed.scale or Stored("", ())
+def _scale(packed: Packed) -> TensorSpec:
+    """Return the scales, an empty tensor if there are none."""
+    return packed.scale or TensorSpec("", ())
 
 
 def has_shared_exponents(packed: Packed) -> bool:
-    """Return True where bytes hold the exponents of 32 codes each."""
+    """Return True if each scale is a byte with the exponent of 32 codes of a row."""
     *rows, cols = packed.codes.shape
     scale = _scale(packed)
     return scale.type in EXPONENTS and scale.shape == (*rows, -(-cols // 32))
 
 
 def has_four_bit_groups(packed: Packed) -> bool:
-    """Return True where every scale is that of 32 codes of a row, two a byte."""
+    """Return True if each scale belongs to 32 codes of a row, two codes per byte."""
     *rows, cols = packed.codes.shape
     scale = _scale(packed)
-    # A column of plain numbers is more likely one scale for each row of 16 integers of 8 bits.
+    # A single column of plain numbers more likely holds one scale for each row of 16 8-bit integers.
     is_clear = scale.type in EXPONENTS or scale.last > 1
     return is_clear and scale.shape == (*rows, cols // 16) and cols % 16 == 0
 
 
 def has_float8_scales(packed: Packed) -> bool:
-    """Return True where the scales are 8-bit floats."""
+    """Return True if the scales are 8-bit floats."""
     return _scale(packed).type == "fp8"
 
 
 def is_half_as_high(packed: Packed) -> bool:
-    """Return True where a scale belongs to every row, and a row of bytes to two of them."""
+    """Return True if there is one scale per row and half as many rows of bytes."""
     scale = _scale(packed)
     return len(scale.shape) == 2 and scale.shape[0] == 2 * packed.codes.shape[0]
 
 
 def has_one_scale(packed: Packed) -> bool:
-    """Return True where one scale holds for the whole weight."""
+    """Return True if one scale holds for the whole weight."""
     return _scale(packed).size == 1
 
 
 def has_scales_of_rows(packed: Packed) -> bool:
-    """Return True where a scale holds for a whole row (or for a whole column of a transposed weight)."""
+    """Return True if each scale holds for a row, or for a column of a transposed weight."""
     *_, rows, cols = packed.codes.shape if len(packed.codes.shape) > 1 else (1, *packed.codes.shape)
     shape = [size for size in _scale(packed).shape if size != 1]
     shape = shape[1:] if len(packed.codes.shape) == 3 and shape[:1] == [packed.codes.shape[0]] else shape

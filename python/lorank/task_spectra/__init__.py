@@ -1,4 +1,4 @@
-"""Task spectra: the rank that a data set wants, before any training."""
+"""Task spectra [KSTAR]: the rank of a task, estimated from samples before training."""
 
 from lorank.task_spectra.decay import PiecewiseDecay
 from lorank.task_spectra.estimate import Space, TaskEstimate

@@ -1,4 +1,4 @@
-"""How well weights of every rank predict samples that they were not fitted to."""
+"""The error of weights of every rank on held-out samples."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy.typing as npt
 from lorank.task_spectra.least_squares import Array
 from lorank.task_spectra.moments import InputMoments, others
 
-# An output that varies less than this, relative to its size, is constant as far as sums of squares tell.
+# Ratio of an output's variation to its sum of squares, up to which the variation may be a rounding error.
 _STEADY = 1e-12
-# The share of the full-rank R^2 that the predicted rank must reach: the paper's criterion.
+# Share of the full rank's R^2 that the predicted rank reaches: the criterion of [KSTAR].
 _ENOUGH = 0.95
 
 NO_FOLDS = "too few samples for cross-validation: no predicted R2"
@@ -25,16 +25,16 @@ NOTHING_PREDICTED = "no rank predicts better than the mean: predicted_rank is 1"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetMoments:
-    """Sums with `Y`, by fold.
+    """Sums over targets `Y`, for each fold.
 
     Attributes
     ----------
     cross
         ``X^T Y``, shape ``(folds, d_in, d_out)``.
     squares
-        Diagonal of ``Y^T Y``, shape ``(folds, d_out)``.
+        Sums of squares of `Y`, the diagonal of ``Y^T Y``, shape ``(folds, d_out)``.
     sums
-        Column sums of `Y`, shape ``(folds, d_out)``.
+        Sums of `Y`, shape ``(folds, d_out)``.
     """
 
     cross: Array
@@ -43,17 +43,17 @@ class TargetMoments:
 
 
 class PredictedRank(NamedTuple):
-    """A rank, and what was out of the ordinary."""
+    """A rank, and flags for exceptional cases."""
 
     rank: int
     flags: tuple[str, ...]
 
 
 def held_out_errors(inputs: InputMoments, targets: TargetMoments) -> Array:
-    """Squared errors of weights of every rank on the fold left out, summed over all folds.
+    """Compute squared errors of weights of every rank on held-out folds, summed over all folds.
 
-    For every fold: least squares on the others, truncated to each rank in turn by its singular value
-    decomposition; all from the sums, no sample is needed.
+    The weights for a fold are the least-squares weights of the other folds, truncated to each rank by their
+    singular value decomposition. All errors follow from sums, without the samples.
 
     Returns
     -------
@@ -66,16 +66,16 @@ def held_out_errors(inputs: InputMoments, targets: TargetMoments) -> Array:
         weights = inputs.factor(without=fold).solve(others(targets.cross, fold))
         errors += targets.squares[fold]
         errors[1:] += np.cumsum(_gains(weights, inputs.gram(fold), targets.cross[fold]), axis=0)
-    # Rounding of sums of squares, where a prediction is exact.
+    # Exact predictions may have negative errors by rounding.
     return np.maximum(errors, 0.0)
 
 
 def _gains(weights: Array, gram: Array, cross: Array) -> Array:
-    """What every singular direction adds to the squared errors of one fold, shape ``(p, d_out)``.
+    """Compute the change of one fold's squared errors by each singular direction, shape ``(p, d_out)``.
 
-    With ``W_r = P[:, :r] V[:r]`` and ``Z = P^T X^T X P``, rank `r` adds to output `j` the terms of
-    ``||X W_r - Y||^2`` in which its index occurs: ``-2 (P^T X^T Y) V``, ``Z V V`` with itself and twice
-    that with every rank before it.
+    With ``W_r = P[:, :r] V[:r]`` and ``Z = P^T X^T X P``, direction `r` adds to output `j` the terms of
+    ``||X W_r - Y||^2`` that contain its index: ``-2 (P^T X^T Y)_rj V_rj``, ``Z_rr V_rj^2``, and
+    ``2 Z_sr V_sj V_rj`` for every direction `s` before it.
     """
     left, right = _directions(weights)
     mixed = left.T @ gram @ left
@@ -86,11 +86,11 @@ def _gains(weights: Array, gram: Array, cross: Array) -> Array:
 
 
 def _directions(weights: Array) -> tuple[Array, Array]:
-    """``P, V`` with ``W = P V``, whose first `r` columns and rows are the best rank `r`.
+    """Return ``P, V`` with ``W = P V``, where ``P[:, :r] V[:r]`` is the best approximation of rank `r`.
 
-    By eigendecomposition of the smaller Gram matrix, several times faster than a singular value
-    decomposition. Only directions of less than ``sqrt(eps)`` times the largest value may mix, and
-    what they explain is below the rounding of a squared error.
+    They are computed by eigendecomposition of the smaller Gram matrix, several times faster than a singular
+    value decomposition. Directions with singular values below ``sqrt(eps)`` times the largest one may be
+    mixed; their contribution is below the rounding error of a squared error.
     """
     largest = float(np.max(np.abs(weights)))
     scaled = weights / largest if largest > 0 else weights
@@ -102,13 +102,13 @@ def _directions(weights: Array) -> tuple[Array, Array]:
 
 
 def predicted_r2(errors: Array, targets: TargetMoments, num_samples: int) -> tuple[Array, tuple[str, ...]]:
-    """R^2 on held-out samples, the mean over all outputs that vary, and flags.
+    """Compute R^2 on held-out samples, the mean over all outputs that vary.
 
     Returns
     -------
     numpy.ndarray
-        Shape ``(p + 1,)``, entry `r` for rank `r`; all ``nan`` if no output varies or there is one
-        sample only.
+        R^2 of rank `r` in entry `r`, shape ``(p + 1,)``; all ``nan`` if no output varies or there is only one
+        sample.
     tuple of str
         Flags.
     """
@@ -125,10 +125,10 @@ def predicted_r2(errors: Array, targets: TargetMoments, num_samples: int) -> tup
 
 
 def rank_from_curve(curve: Array) -> PredictedRank:
-    """The smallest rank, at least 1, that reaches 95 % of the R^2 of the full rank.
+    """Return the smallest rank, at least 1, that reaches 95 % of the full rank's R^2.
 
-    Where that is not positive, the smallest rank whose R^2 is: what the rule tends to as it falls to
-    zero. Where none is, 1.
+    If the full rank's R^2 is not positive, return the smallest rank with a positive R^2, which is the limit
+    of the rule for R^2 toward zero. If there is none, return 1.
     """
     full = float(curve[-1])
     if np.isnan(full):

@@ -1,4 +1,4 @@
-"""How fast a spectrum decays to its noise, and the rank at which it gets there."""
+"""The decay rate of a spectrum, and the rank at which the spectrum reaches the noise."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _EPS = float(np.finfo(np.float64).eps)
 TOO_FEW = "fewer than two values above the noise: rho is undefined"
 NO_DECAY = "no decay above the noise: every value above it counts"
 
-# Points that a segment needs: a line through two fits anything.
+# Fewest values of a piece: a line fits any two values exactly.
 _FEWEST = 3
-_MOST_SEGMENTS = 3
-# Deviations of less than one per cent from a line are no structure.
+_MOST_PIECES = 3
+# Smallest standard deviation of logarithms from a line that counts as structure: one per cent of a value.
 _FINEST = 0.01
 
 
@@ -30,9 +30,9 @@ class Decay:
     rho
         Decay rate; ``nan`` with fewer than two values above the threshold.
     k_star
-        ``ceil(ln(C / tau) / ln rho)``, at least 1 and at most the number of values above `tau`.
+        Rank ``ceil(ln(C / tau) / ln rho)``, at least 1 and at most the number of values above `tau`.
     flags
-        What was out of the ordinary.
+        Exceptional cases.
     """
 
     rho: float
@@ -42,17 +42,16 @@ class Decay:
 
 @dataclass(frozen=True, slots=True)
 class PiecewiseDecay:
-    """Decay whose rate changes: up to three straight pieces of the logarithms.
+    """Geometric decay in up to three pieces: the logarithms of each piece follow a line.
 
     Attributes
     ----------
     k_star
-        The rank at which the last piece falls to `tau`, at least 1 and at most the number of values
-        above `tau`.
+        Rank at which the last piece falls to `tau`, at least 1 and at most the number of values above `tau`.
     breakpoints
-        Index of the first value of every piece but the first; empty if one piece does.
+        Index of the first value of each piece after the first; empty for one piece.
     rhos
-        Decay rate of every piece; 1 on a plateau. Empty with fewer than two values above `tau`.
+        Decay rate of each piece; 1 on a plateau. Empty with fewer than two values above `tau`.
     """
 
     k_star: int
@@ -61,16 +60,21 @@ class PiecewiseDecay:
 
 
 def count_above(values: Array, tau: float, resolution: float) -> int:
-    """The number of values above the threshold and above what rounding leaves of zeros.
+    """Count values above the threshold and above rounding errors.
 
     Parameters
     ----------
     values
-        Descending.
+        Singular values, descending.
     tau
-        The threshold, in the unit of the values.
+        Threshold, in the unit of the values.
     resolution
-        Share of the largest value under which a value may be rounding only.
+        Share of the largest value up to which a value may be a rounding error.
+
+    Examples
+    --------
+    >>> count_above(np.array([4.0, 2.0, 1.0, 1e-17]), tau=0.0, resolution=1e-15)
+    3
     """
     if not len(values):
         return 0
@@ -78,18 +82,23 @@ def count_above(values: Array, tau: float, resolution: float) -> int:
 
 
 def decay(values: Array, above: int, tau: float, leading: float) -> Decay:
-    """Decay rate and K*, equations 4 and 6 of the paper.
+    """Compute decay rate and K*: [KSTAR], equations 4 and 6.
 
     Parameters
     ----------
     values
         Singular values, descending.
     above
-        How many of them count.
+        Number of values above the threshold.
     tau
         Threshold, in the unit of the values.
     leading
-        `C`, in the unit of the values.
+        The constant `C`, in the unit of the values.
+
+    Examples
+    --------
+    >>> decay(np.array([8.0, 4.0, 2.0, 1.0]), above=3, tau=1.5, leading=8.0).k_star
+    3
     """
     if above < 2:
         return Decay(math.nan, 1, (TOO_FEW,))
@@ -100,20 +109,26 @@ def decay(values: Array, above: int, tau: float, leading: float) -> Decay:
 
 
 def piecewise_decay(values: Array, above: int, tau: float) -> PiecewiseDecay:
-    """Decay in up to three pieces, as many as the Bayesian information criterion pays for.
+    """Fit a decay in up to three pieces, with the number of pieces by the information criterion [BIC].
 
-    A piece is a least-squares line through at least three logarithms; the pieces need not meet, so
-    that a step between two plateaus is a breakpoint. With `m` values, `s` pieces and the residual sum
-    of squares `S`, the choice minimises ``m ln(S / m) + 3 s ln m``: two parameters and a start each.
+    A piece is a least-squares line through at least three logarithms. Pieces need not meet, so that a step
+    between two plateaus is a breakpoint. For `m` values, `s` pieces and the residual sum of squares `S`, the
+    criterion is ``m ln(S / m) + 3 s ln m``: three parameters for each piece, slope, height and start.
 
     Parameters
     ----------
     values
         Singular values, descending.
     above
-        How many of them count.
+        Number of values above the threshold.
     tau
         Threshold, in the unit of the values.
+
+    Examples
+    --------
+    >>> values = np.concatenate([100 * 0.99 ** np.arange(5), 10 * 0.5 ** np.arange(5)])
+    >>> piecewise_decay(values, above=10, tau=0.1).breakpoints
+    (5,)
     """
     if above < 2:
         return PiecewiseDecay(1, (), ())
@@ -128,39 +143,40 @@ def piecewise_decay(values: Array, above: int, tau: float) -> PiecewiseDecay:
 
 
 def _crossing(height: float, slope: float, most: int) -> int:
-    """Steps down a line, from `height` over the threshold, until it is reached."""
+    """Return the number of steps in which a line falls by `height`, at least 1 and at most `most`."""
     steps = min(height / -slope, float(most))
-    # A quotient that is an integer but for rounding is that integer.
+    # Less a rounding error, so that a quotient of an integer is not rounded up.
     return max(math.ceil(steps - 1e-9), 1)
 
 
 def _line(logs: Array) -> tuple[float, float]:
-    """Slope and value at index 0 of the least-squares line through ``(k, logs[k])``."""
+    """Return slope and value at index 0 of the least-squares line through ``(k, logs[k])``."""
     k = np.arange(len(logs)) - (len(logs) - 1) / 2
     slope = float(k @ logs / (k @ k)) if len(logs) > 1 else 0.0
     return slope, float(np.mean(logs)) + slope * float(k[0])
 
 
 def _pieces(starts: tuple[int, ...], count: int) -> list[tuple[int, int]]:
+    """Return start and stop of each piece."""
     return list(zip(starts, (*starts[1:], count), strict=True))
 
 
 def _best_starts(logs: Array) -> tuple[int, ...]:
-    """Where the pieces start, first 0: dynamic programming over the ends of pieces."""
+    """Return the starts of the best pieces, by dynamic programming over their ends."""
     count = len(logs)
     sums = _running_sums(logs - np.mean(logs))
-    # costs[s][stop]: least misfit of s + 1 pieces that cover the values before `stop`.
-    costs = np.full((_MOST_SEGMENTS, count + 1), np.inf)
-    origin = np.zeros((_MOST_SEGMENTS, count + 1), dtype=np.int64)
+    # costs[s][stop]: smallest misfit of s + 1 pieces that cover the values before `stop`.
+    costs = np.full((_MOST_PIECES, count + 1), np.inf)
+    origin = np.zeros((_MOST_PIECES, count + 1), dtype=np.int64)
     for stop in range(min(_FEWEST, count), count + 1):
         misfits = _misfits(sums, stop)
         costs[0, stop] = misfits[0]
-        for pieces in range(1, _MOST_SEGMENTS):
+        for pieces in range(1, _MOST_PIECES):
             joined = costs[pieces - 1, : len(misfits)] + misfits
             origin[pieces, stop] = start = int(np.argmin(joined))
             costs[pieces, stop] = joined[start]
     variances = np.maximum(costs[:, count] / count, _FINEST**2)
-    scores = count * np.log(variances) + 3 * math.log(count) * np.arange(1, _MOST_SEGMENTS + 1)
+    scores = count * np.log(variances) + 3 * math.log(count) * np.arange(1, _MOST_PIECES + 1)
     starts = [count]
     for pieces in range(int(np.argmin(scores)), -1, -1):
         starts.insert(0, int(origin[pieces, starts[0]]))
@@ -168,13 +184,13 @@ def _best_starts(logs: Array) -> tuple[int, ...]:
 
 
 def _running_sums(logs: Array) -> Array:
-    """Of ``y``, ``k y`` and ``y^2``: row `i` over the values before `i`."""
+    """Return running sums of ``y``, ``k y`` and ``y^2``; row `i` sums the values before `i`."""
     terms = np.stack([logs, np.arange(len(logs)) * logs, np.square(logs)], axis=1)
     return np.concatenate([np.zeros((1, 3)), np.cumsum(terms, axis=0)])
 
 
 def _misfits(sums: Array, stop: int) -> Array:
-    """Residual sum of squares of the line through the values from every allowed start to `stop`."""
+    """Return the residual sum of squares of the line from each allowed start to `stop`."""
     starts = np.arange(max(stop - _FEWEST, 0) + 1)
     length = stop - starts
     y, ky, yy = (sums[stop] - sums[starts]).T

@@ -1,4 +1,4 @@
-"""What the sums over a task's samples tell of the rank that it wants."""
+"""Estimates of a task's rank from sums over its samples [KSTAR]."""
 
 from __future__ import annotations
 
@@ -22,40 +22,39 @@ _EPS = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TaskEstimate:
-    """The spectrum of a task, and the ranks that it calls for.
+    """The spectrum of a task, and the ranks that follow from it.
 
     Attributes
     ----------
     k_star
-        Rank at which the decay reaches the noise: ``ceil(ln(C / tau) / ln rho)``, at least 1 and at
-        most `num_above`.
+        Rank at which the decay reaches the noise, ``ceil(ln(C / tau) / ln rho)``, at least 1 and at most
+        `num_above`.
     predicted_rank
         Smallest rank, at least 1, with 95 % of the full rank's predicted R^2.
     predicted_r2
-        R^2 on held-out samples for the ranks ``0, 1, ..., p``, shape ``(p + 1,)``, so that entry `r` is
-        that of rank `r`; uniform average over outputs, as in scikit-learn. ``nan`` where it is
-        undefined.
+        R^2 on held-out samples of rank `r` in entry `r`, shape ``(p + 1,)``; the uniform average over
+        outputs, as in scikit-learn. ``nan`` if undefined.
     piecewise
-        The same decay with up to three rates, and the rank at which the last reaches the noise.
+        The decay with up to three rates, and the rank at which its last piece reaches the noise.
     singular_values
-        Of the least-squares weights, in units of `Y` over units of `X`; in prediction space those of
-        ``Q^T Y``, in units of `Y`. Descending, shape ``(p,)``, ``p = min(d_in, d_out)``.
+        Singular values of the least-squares weights, in units of `Y` over units of `X`; in prediction space
+        those of ``Q^T Y``, in units of `Y`. Descending, shape ``(p,)``, ``p = min(d_in, d_out)``.
     rho
-        Decay rate of the values above `tau`; ``nan`` with fewer than two of them.
+        Decay rate of the values above `tau`; ``nan`` with fewer than two such values.
     tau
         Noise threshold, in the unit of the singular values.
     noise
-        Standard deviation of the noise per output entry, in units of `Y`: as given or estimated.
+        Standard deviation of the noise in an entry of `Y`, in units of `Y`, given or estimated.
     leading
-        `C`: the largest singular value, or as given.
+        The constant `C`: the largest singular value, or the given one.
     num_above
         Number of singular values above `tau`.
     num_samples
-        Rows.
+        Number of rows of `X` and `Y`.
     space
-        ``"weights"`` or ``"prediction"``.
+        Space of the singular values, ``"weights"`` or ``"prediction"``.
     flags
-        What was out of the ordinary, in words; empty if nothing was.
+        Descriptions of exceptional cases.
     """
 
     k_star: int
@@ -74,7 +73,7 @@ class TaskEstimate:
 
 
 def check_options(noise: float | None, leading: float | None, space: str) -> None:
-    """Raise ValueError for options that no estimate can be made with."""
+    """Raise ValueError for options of `task_spectrum` that are out of range."""
     for name, value in (("noise", noise), ("leading", leading)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, not {value!r}")
@@ -90,7 +89,7 @@ def estimate(
     leading: float | None,
     space: Space,
 ) -> TaskEstimate:
-    """The estimate from the sums; options as for `task_spectrum`, and checked."""
+    """Compute the estimate from sums; options are those of `task_spectrum`, checked by `check_options`."""
     n, (_, d_in, d_out) = inputs.num_samples, targets.cross.shape
     whole = inputs.factor()
     cross = np.sum(targets.cross, axis=0)
@@ -103,7 +102,7 @@ def estimate(
         noise, noise_flags = _noise(targets, projected, errors, n)
         flags += noise_flags
     if space == "prediction":
-        # Fewer columns than d_in where X lacks rank: Q^T Y has no noise but in its own rows.
+        # Q^T Y has as many rows with noise as the rank of X, which may be less than d_in.
         values = _singular_values(projected, min(d_in, d_out))
         tau = noise * (math.sqrt(whole.rank) + math.sqrt(d_out))
     else:
@@ -132,6 +131,7 @@ def estimate(
 
 
 def _sample_flags(n: int, d_in: int, rank: int) -> tuple[str, ...]:
+    """Return a flag if the least-squares weights are not unique."""
     if n <= d_in:
         return (f"{n} samples for {d_in} inputs: least squares of smallest norm",)
     if rank < d_in:
@@ -140,26 +140,27 @@ def _sample_flags(n: int, d_in: int, rank: int) -> tuple[str, ...]:
 
 
 def _noise(targets: TargetMoments, projected: Array, errors: Array, n: int) -> tuple[float, tuple[str, ...]]:
-    """Standard deviation of the residuals, and flags.
+    """Return the standard deviation of the noise, and flags.
 
-    Where as many directions as samples leave no residuals, that of the best rank's held-out errors: it
-    holds the error of the weights too, so that it is too large rather than too small.
+    The standard deviation is that of the residuals. If `X` has as many directions as samples, there are no
+    residuals, and it is that of the smallest held-out errors over ranks. These contain the error of the
+    weights too, so that the noise is overestimated rather than underestimated.
     """
     rank, d_out = projected.shape
     energy = float(np.sum(targets.squares))
     if n <= rank:
         mean = float(np.min(np.sum(errors, axis=1))) / (n * d_out) if n > 1 else energy / d_out
         assumed = "that of held-out samples" if n > 1 else "that of Y"
-        return math.sqrt(mean), (f"no residuals: the noise is assumed to be {assumed}, better give it",)
+        return math.sqrt(mean), (f"no residuals: the noise is assumed to be {assumed}; give it if known",)
     residual = energy - float(np.sum(np.square(projected)))
-    # Less than this is the rounding of two sums that are nearly equal.
+    # The rounding error of a difference of nearly equal sums.
     finest = 4 * _EPS * (rank + 1) * energy
     noise = math.sqrt(max(residual, finest) / ((n - rank) * d_out))
     return noise, () if residual > finest or energy == 0 else (AT_ROUNDING,)
 
 
 def _singular_values(matrix: Array, count: int) -> Array:
-    """All singular values, descending, with zeros for those that a lack of rank leaves out."""
+    """Return `count` singular values, descending, with zeros for those beyond the matrix's shape."""
     values = np.zeros(count)
     found = np.linalg.svd(matrix, compute_uv=False)
     values[: len(found)] = found

@@ -1,4 +1,4 @@
-"""Least squares from ``X^T X`` and ``X^T Y`` alone, whatever the rank and the units of `X`."""
+"""Least squares from ``X^T X`` and ``X^T Y`` alone, for any rank and any units of `X`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _EPS = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
-    """``X = Q R``, as far as ``X^T X`` tells: `Q` has orthonormal columns and is never formed.
+    """The factorisation ``X = Q R`` from ``X^T X``; `Q` has orthonormal columns and is never formed.
 
     Attributes
     ----------
     whiten
-        Shape ``(d_in, rank)``, with ``X @ whiten = Q``.
+        The matrix with ``X @ whiten = Q``, shape ``(d_in, rank)``.
     unseen
-        Orthonormal basis of the directions on which no sample has a component, ``(d_in, d_in - rank)``.
+        Orthonormal basis of the directions in which all samples are zero, shape ``(d_in, d_in - rank)``.
     """
 
     whiten: Array
@@ -30,16 +30,16 @@ class Factor:
 
     @property
     def rank(self) -> int:
-        """Of `X`, numerically."""
+        """Numerical rank of `X`."""
         return int(self.whiten.shape[1])
 
     def projected(self, cross: Array) -> Array:
-        """``Q^T Y`` from ``X^T Y``, shape ``(rank, d_out)``."""
+        """Return ``Q^T Y`` from ``X^T Y``, shape ``(rank, d_out)``."""
         projected: Array = self.whiten.T @ cross
         return projected
 
     def solve(self, cross: Array) -> Array:
-        """The least-squares weights from ``X^T Y``, of smallest norm, shape ``(d_in, d_out)``."""
+        """Return the least-squares weights of smallest norm from ``X^T Y``, shape ``(d_in, d_out)``."""
         weights = self.whiten @ self.projected(cross)
         smallest: Array = weights - self.unseen @ (self.unseen.T @ weights)
         return smallest
@@ -48,15 +48,24 @@ class Factor:
 def factor(gram: Array) -> Factor:
     """Factor ``X^T X``.
 
-    Columns are brought to one norm first, so that their units do not decide which of them count.
-    By Cholesky, several times faster, where that is certain to lose no direction; else by
-    eigendecomposition, which drops those below the resolution of ``X^T X``: eigenvalues under
-    ``d_in eps`` times the largest.
+    Columns are scaled to norm 1 first, so that the numerical rank does not depend on their units. If `X` has
+    full rank beyond doubt, the factor comes from the Cholesky decomposition, which is several times faster.
+    Otherwise it comes from the eigendecomposition, without directions below the resolution of ``X^T X``:
+    eigenvalues of at most ``d_in eps`` times the largest.
 
     Parameters
     ----------
     gram
-        ``X^T X``, shape ``(d_in, d_in)``.
+        The matrix ``X^T X``, shape ``(d_in, d_in)``.
+
+    Examples
+    --------
+    >>> X = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
+    >>> found = factor(X.T @ X)
+    >>> found.rank
+    2
+    >>> np.round(found.solve(X.T @ np.array([[1.0], [3.0], [5.0]])).ravel(), 12).tolist()
+    [1.0, 2.0]
     """
     norms = np.sqrt(np.diagonal(gram))
     norms = np.where(norms > 0, norms, 1.0)
@@ -67,19 +76,18 @@ def factor(gram: Array) -> Factor:
     values, vectors = np.linalg.eigh(scaled)
     kept = values > max(len(gram) * _EPS * values[-1], 0.0)
     whiten = vectors[:, kept] / np.sqrt(values[kept])
-    # Directions without samples are such in any units, but orthogonal in one system of units only:
-    # the smallest norm is meant in the caller's.
+    # The smallest norm is that in the caller's units, so that the basis is made orthogonal in these units.
     unseen = np.linalg.qr(vectors[:, ~kept] / norms[:, None])[0]
     return Factor(whiten / norms[:, None], unseen)
 
 
 def _by_cholesky(scaled: Array) -> Array | None:
-    """``L^{-T}`` of a matrix of unit diagonal, or None if its rank is in doubt."""
+    """Return ``L^{-T}`` of a matrix ``L L^T`` of unit diagonal; None if its full rank is in doubt."""
     size = len(scaled)
     try:
         inverse = np.linalg.inv(np.linalg.cholesky(scaled))
     except np.linalg.LinAlgError:
         return None
-    # The trace of the inverse bounds 1 / smallest eigenvalue, that of the matrix the largest.
-    sure: bool = np.sum(np.square(inverse)) * size * size * _EPS < 1.0
-    return inverse.T if sure else None
+    # Upper bounds: the trace of the inverse for 1 / smallest eigenvalue, `size` for the largest eigenvalue.
+    is_sure: bool = np.sum(np.square(inverse)) * size * size * _EPS < 1.0
+    return inverse.T if is_sure else None

@@ -1,4 +1,4 @@
-"""Sums over rows, a set per fold: what a stream of samples leaves behind, however long it is."""
+"""Sums over the rows of a stream of samples, for each fold of a cross-validation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy.typing as npt
 from lorank.sources.arrays import as_numpy
 from lorank.task_spectra.least_squares import Array, Factor, factor
 
-# Rows that are converted to float64 at a time: a large float32 input is never copied as a whole.
+# Number of rows that are converted to float64 at a time, so that a large float32 input is never copied whole.
 _CHUNK = 8192
-# Larger values have products that may leave the range of float64 when they are summed.
+# Largest absolute value whose products can be summed in float64 without overflow.
 _LARGEST = 1e140
 
 
 def checked_rows(name: str, values: npt.ArrayLike, width: int | None) -> npt.NDArray[Any]:
-    """A batch as a 2-D array of finite numbers, in the type in which it came.
+    """Return a batch as a 2-D array of finite numbers, in its own element type.
 
     Raises
     ------
     ValueError
-        If it is no 2-D array of real numbers, has no columns or not `width` of them, or holds NaN,
-        infinite values or values beyond 1e140.
+        If the batch is not a 2-D array of real numbers, has no columns or another number than `width`, or
+        has NaN, infinite values or values beyond 1e140.
     """
     array = as_array(name, values)
     if array.ndim != 2:
@@ -44,12 +44,12 @@ def checked_rows(name: str, values: npt.ArrayLike, width: int | None) -> npt.NDA
 
 
 def as_array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
-    """Anything like an array, tensors of any element type and device included.
+    """Return an array-like object, such as a tensor of any element type and device, as an array.
 
     Raises
     ------
     ValueError
-        If it has no values that NumPy could hold (ragged, sparse, quantized, on the meta device).
+        If NumPy cannot hold its values (ragged, sparse, quantized, on the meta device).
     """
     try:
         return as_numpy(values)
@@ -58,25 +58,28 @@ def as_array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
 
 
 def chunks(array: npt.NDArray[Any]) -> Iterator[Array]:
-    """The rows in float64, some thousands at a time."""
+    """Yield the rows in float64, some thousands at a time."""
     for start in range(0, len(array), _CHUNK):
         yield array[start : start + _CHUNK].astype(np.float64)
 
 
 def rows_of_fold(chunk: Array, first: int, fold: int, folds: int) -> Array:
-    """The rows whose running index, `first` for the chunk's first one, is `fold` modulo `folds`."""
+    """Return the rows of a fold: those with an index in the stream of `fold` modulo `folds`.
+
+    `first` is the index of the chunk's first row.
+    """
     return chunk[(fold - first) % folds :: folds]
 
 
 def after(sums: Array, rows: int) -> Array:
-    """Sums by fold as they would be, had `rows` other rows come first."""
+    """Return sums by fold as if `rows` other rows had come before."""
     return np.roll(sums, rows % len(sums), axis=0)
 
 
 def others(sums: Array, fold: int | None) -> Array:
-    """The sum over all folds but one, or over all.
+    """Return the sum over all folds but one; over all folds for None.
 
-    Added up, not subtracted from the total: a column that is zero in all other folds stays exactly so.
+    The folds are added, not subtracted from the total, so that a column of zeros stays exactly zero.
     """
     total: Array = np.zeros_like(sums[0])
     for index, part in enumerate(sums):
@@ -86,28 +89,28 @@ def others(sums: Array, fold: int | None) -> Array:
 
 
 class InputMoments:
-    """``X^T X`` of a stream of inputs, by fold, and its factorisations.
+    """Sums ``X^T X`` of a stream of inputs, for each fold, and their factorisations.
 
-    Modules that read the same input share one: give it to the `TaskSpectrum` of each, and update it
-    once per batch.
+    Tasks with the same inputs can share one object: pass it to the `TaskSpectrum` of each task, and update it
+    once for each batch.
 
     Parameters
     ----------
     folds
-        Row ``i`` of the stream, counted from its start, belongs to fold ``i % folds``. Sums take
-        ``folds * d_in^2`` numbers of memory, and as much again once a task is estimated.
+        Number of folds: row ``i`` of the stream belongs to fold ``i % folds``. Memory is ``folds * d_in^2``
+        numbers, and the same again after the first estimate of a task.
 
     Attributes
     ----------
     folds
-        As given.
+        Number of folds.
     num_samples
-        Rows so far.
+        Number of rows so far.
 
     Raises
     ------
     ValueError
-        If `folds` is no integer of at least 2.
+        If `folds` is not an integer of at least 2.
 
     Examples
     --------
@@ -135,7 +138,7 @@ class InputMoments:
 
     @property
     def width(self) -> int | None:
-        """``d_in``, or None before the first batch."""
+        """Number of columns ``d_in``; None before the first batch."""
         return None if self._grams is None else self._grams.shape[1]
 
     def update(self, X: npt.ArrayLike) -> None:
@@ -144,18 +147,18 @@ class InputMoments:
         Parameters
         ----------
         X
-            Shape ``(any number of rows, d_in)``, any real type.
+            Inputs, shape ``(rows, d_in)``, of any real type and any number of rows.
 
         Raises
         ------
         ValueError
-            If the batch is malformed, its width is not that of the batches before, or it holds NaN,
-            infinite values or values beyond 1e140. It then leaves no trace.
+            If the batch is malformed, has another width than earlier batches, or has NaN, infinite values or
+            values beyond 1e140. The sums are unchanged then.
         """
         self.add(checked_rows("X", X, self.width))
 
     def add(self, X: npt.NDArray[Any]) -> None:
-        """Add rows that `checked_rows` has passed."""
+        """Add rows that `checked_rows` has returned."""
         if self._grams is None:
             self._grams = np.zeros((self.folds, X.shape[1], X.shape[1]))
         self._factors.clear()
@@ -166,7 +169,7 @@ class InputMoments:
             self.num_samples += len(chunk)
 
     def merge(self, other: InputMoments) -> None:
-        """Add what another object has seen, as if its batches had come after those of this one.
+        """Add the sums of another stream, as if its batches had come after those of this one.
 
         Raises
         ------
@@ -174,24 +177,24 @@ class InputMoments:
             If the numbers of folds or of columns differ.
         """
         if other.folds != self.folds:
-            raise ValueError(f"moments over {self.folds} folds cannot take in moments over {other.folds}")
+            raise ValueError(f"moments over {self.folds} folds cannot be merged with {other.folds} folds")
         if other._grams is None:
             return
         if self.width not in (None, other.width):
-            raise ValueError(f"X has {other.width} columns there and {self.width} here")
+            raise ValueError(f"moments of {self.width} columns cannot be merged with {other.width} columns")
         sums = after(other._grams, self.num_samples)
         self._grams = sums if self._grams is None else self._grams + sums
         self.num_samples += other.num_samples
         self._factors.clear()
 
     def gram(self, fold: int) -> Array:
-        """``X^T X`` of one fold, shape ``(d_in, d_in)``."""
+        """Return ``X^T X`` of one fold, shape ``(d_in, d_in)``."""
         assert self._grams is not None
         gram: Array = self._grams[fold]
         return gram
 
     def factor(self, without: int | None = None) -> Factor:
-        """``X^T X`` of all rows, or of all folds but one, factored; kept until the next update."""
+        """Return the factor of ``X^T X`` of all folds but one, or of all; kept until the next update."""
         assert self._grams is not None
         if without not in self._factors:
             self._factors[without] = factor(others(self._grams, without))

@@ -1,4 +1,4 @@
-"""Task spectra of arrays, and of streams that no memory holds."""
+"""Task spectra of arrays, and of streams of any length."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class TaskSpectrum:
 
     The model is ``Y = X W + noise`` without an intercept, as in `task_spectrum`.
 
-    Only sums are kept, a set per fold: ``X^T X``, ``X^T Y``, and of `Y` the sums and sums of squares.
-    Memory is ``folds * d_in * (d_in + d_out)`` numbers, whatever the number of samples, and how these
-    are cut into batches changes the result by rounding at most.
+    For each fold, the sums ``X^T X`` and ``X^T Y``, and the sums and sums of squares of `Y` are kept.
+    Memory is ``folds * d_in * (d_in + d_out)`` numbers for any number of samples. The division into batches
+    changes the result by rounding errors only.
 
     Parameters
     ----------
     folds
-        Of the cross-validation: row ``i`` of the stream belongs to fold ``i % folds``. 10 if `inputs`
-        does not say.
+        Number of folds of the cross-validation: row ``i`` of the stream belongs to fold ``i % folds``. None
+        for the number of `inputs`, or 10 without `inputs`.
     inputs
-        Moments shared with other tasks of the same inputs. Whoever shares updates them, once per
-        batch; the tasks then add nothing to them.
+        Moments shared with other tasks of the same inputs. The caller updates them once for each batch;
+        `update` then adds nothing to them.
 
     Raises
     ------
     ValueError
-        If `folds` is no integer of at least 2, or contradicts `inputs`.
+        If `folds` is not an integer of at least 2, or differs from that of `inputs`.
 
     Examples
     --------
@@ -59,7 +59,7 @@ class TaskSpectrum:
 
     @property
     def num_samples(self) -> int:
-        """Rows so far."""
+        """Number of rows so far."""
         return self._rows
 
     def update(self, X: npt.ArrayLike, Y: npt.ArrayLike) -> None:
@@ -68,15 +68,15 @@ class TaskSpectrum:
         Parameters
         ----------
         X
-            Inputs, shape ``(rows, d_in)``, any real type and any number of rows.
+            Inputs, shape ``(rows, d_in)``, of any real type and any number of rows.
         Y
             Targets, shape ``(rows, d_out)``, or ``(rows,)`` for a single output.
 
         Raises
         ------
         ValueError
-            If the batch is malformed, its widths are not those of the batches before, or it holds NaN,
-            infinite values or values beyond 1e140. It then leaves no trace.
+            If the batch is malformed, has other widths than earlier batches, or has NaN, infinite values or
+            values beyond 1e140. The sums are unchanged then.
         """
         d_in, d_out = self._inputs.width, None
         if self._targets is not None:
@@ -91,9 +91,10 @@ class TaskSpectrum:
         self._add(inputs, outputs)
 
     def _add(self, inputs: npt.NDArray[Any], outputs: npt.NDArray[Any]) -> None:
+        """Add checked rows to the sums over targets."""
         folds = self._inputs.folds
         if self._targets is None:
-            self._targets = _nothing(folds, inputs.shape[1], outputs.shape[1])
+            self._targets = _zeros(folds, inputs.shape[1], outputs.shape[1])
         sums = self._targets
         for x, y in zip(chunks(inputs), chunks(outputs), strict=True):
             for fold in range(folds):
@@ -104,22 +105,22 @@ class TaskSpectrum:
             self._rows += len(x)
 
     def merge(self, other: TaskSpectrum) -> None:
-        """Add what another object has seen, as if its batches had come after those of this one.
+        """Add the samples of another task, as if its batches had come after those of this one.
 
-        Shared inputs are not touched: merge those once, with `InputMoments.merge`.
+        Shared inputs stay unchanged: merge them once, with `InputMoments.merge`.
 
         Raises
         ------
         ValueError
-            If numbers of folds or widths differ, or only one of the two shares its inputs.
+            If numbers of folds or widths differ, or only one of the two tasks shares its inputs.
         """
         if other._shares != self._shares:
             raise ValueError("a task that shares its inputs cannot be merged with one that does not")
         if other._inputs.folds != self._inputs.folds:
-            raise ValueError(f"{self._inputs.folds} folds cannot take in {other._inputs.folds}")
+            raise ValueError(f"{self._inputs.folds} folds cannot be merged with {other._inputs.folds} folds")
         if other._targets is None:
             return
-        mine = self._targets or _nothing(*other._targets.cross.shape)
+        mine = self._targets or _zeros(*other._targets.cross.shape)
         if mine.cross.shape != other._targets.cross.shape:
             raise ValueError(f"widths differ: {mine.cross.shape[1:]} and {other._targets.cross.shape[1:]}")
         if not self._shares:
@@ -134,27 +135,28 @@ class TaskSpectrum:
     def estimate(
         self, *, noise: float | None = None, leading: float | None = None, space: Space = "weights"
     ) -> TaskEstimate:
-        """The estimate from all samples so far; more may follow.
+        """Compute the estimate from all samples so far; more samples may follow.
 
-        Parameters and results are those of `task_spectrum`.
+        Parameters and result are those of `task_spectrum`.
 
         Raises
         ------
         ValueError
-            If there is no sample, an option is out of range, or shared inputs have seen a different
-            number of samples.
+            If there is no sample, an option is out of range, or shared inputs have another number of samples.
         """
         check_options(noise, leading, space)
         if self._targets is None or self._rows == 0:
             raise ValueError("no samples: a task spectrum needs at least one row of X and Y")
         if self._inputs.num_samples != self._rows:
             raise ValueError(
-                f"the shared inputs have seen {self._inputs.num_samples} samples and this task {self._rows}"
+                f"the shared inputs have seen {self._inputs.num_samples} samples and this task {self._rows}: "
+                "update the inputs once for each batch"
             )
         return estimate(self._inputs, self._targets, noise=noise, leading=leading, space=space)
 
 
-def _nothing(folds: int, d_in: int, d_out: int) -> TargetMoments:
+def _zeros(folds: int, d_in: int, d_out: int) -> TargetMoments:
+    """Return the sums of no samples."""
     return TargetMoments(np.zeros((folds, d_in, d_out)), np.zeros((folds, d_out)), np.zeros((folds, d_out)))
 
 
@@ -167,12 +169,13 @@ def task_spectrum(
     space: Space = "weights",
     folds: int = 10,
 ) -> TaskEstimate:
-    """The rank that a task wants, from its samples alone.
+    """Estimate the rank of a task from its samples alone.
 
-    Least squares ``Y = X W + noise``, and three answers from it: K*, the rank at which a geometric
-    decay of the singular values reaches the noise; the same with a decay in pieces; and the smallest
-    rank that predicts held-out samples nearly as well as the full one, which is the most accurate.
-    No intercept is fitted: where there is one, centre `X` and `Y` first, or give `X` a column of ones.
+    The model is ``Y = X W + noise``. Its least-squares solution gives three estimates: K*, the rank at
+    which a geometric decay of the singular values reaches the noise; K* of a decay in pieces; and the
+    predicted rank, the smallest rank that predicts held-out samples nearly as well as the full rank. The
+    predicted rank is the most accurate. No intercept is fitted: centre `X` and `Y` first, or add a column
+    of ones to `X`.
 
     Parameters
     ----------
@@ -181,37 +184,36 @@ def task_spectrum(
     Y
         Targets, shape ``(n, d_out)``, or ``(n,)`` for a single output.
     noise
-        Standard deviation of the noise per entry of `Y`. By default that of the residuals, with
-        ``n - rank(X)`` degrees of freedom; where these are none, that of held-out samples, flagged.
+        Standard deviation of the noise in an entry of `Y`. By default that of the residuals, with ``n -
+        rank(X)`` degrees of freedom; with zero degrees of freedom that of held-out samples, with a flag.
     leading
-        `C` in the formula, in the unit of the singular values. By default the largest of them, so that
-        units do not matter; ``1.0`` is the paper's equation 2.
+        The constant `C` in K*, in the unit of the singular values. By default the largest singular value, so
+        that K* does not depend on units; equation 2 of the paper has ``1.0``.
     space
-        ``"weights"``: singular values of `W` against ``tau = noise (1 + sqrt(d_in / n))``, which
-        presumes inputs of unit variance: K* changes with the unit of `X`, not with that of `Y`.
-        ``"prediction"``: those of ``Q^T Y``, ``X = Q R``, against the exact edge of their noise,
-        ``noise (sqrt(d_in) + sqrt(d_out))`` (with the rank of `X` in place of ``d_in``); no unit
-        matters there.
+        ``"weights"``: singular values of `W` against ``tau = noise (1 + sqrt(d_in / n))``. This threshold
+        assumes inputs of unit variance: K* depends on the unit of `X`, but not on that of `Y`.
+        ``"prediction"``: singular values of ``Q^T Y`` with ``X = Q R`` against the exact edge of their noise,
+        ``tau = noise (sqrt(rank(X)) + sqrt(d_out))``. K* does not depend on units.
     folds
-        Of the cross-validation: row ``i`` belongs to fold ``i % folds``.
+        Number of folds of the cross-validation: row ``i`` belongs to fold ``i % folds``.
 
     Returns
     -------
     TaskEstimate
-        With `k_star`, `predicted_rank`, `piecewise`, the curve and the numbers behind them.
+        The estimates `k_star`, `predicted_rank` and `piecewise`, the curve of R^2 and the spectrum.
 
     Raises
     ------
     ValueError
-        If an array is malformed, is empty, or holds NaN, infinite values or values beyond 1e140; if
-        rows do not match, or an option is out of range.
+        If an array is malformed or empty, or has NaN, infinite values or values beyond 1e140; if the numbers
+        of rows differ, or an option is out of range.
 
     Notes
     -----
-    Source: Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation, equations 2 to 6. The
-    predicted curve, prediction space and the piecewise decay are not in the paper. All numbers come
-    from ``X^T X`` and ``X^T Y``, so that noise below 1e-6 of the targets cannot be estimated, inputs
-    below 1e-150 count as zero, and so does an output whose mean is a million times its deviation.
+    Source: [KSTAR], equations 2 to 6. The predicted rank, prediction space and the piecewise decay are
+    additions to the paper. All numbers come from ``X^T X`` and ``X^T Y``. Therefore noise below 1e-6 of the
+    targets cannot be estimated, inputs below 1e-150 count as zero, and an output whose mean is a million
+    times its deviation counts as constant.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Ranks during fine-tuning: live PEFT models change theirs, and training goes on."""
+"""Change the ranks of live PEFT models during fine-tuning."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lorank.training.resizing import RankChange, resize_lora
     from lorank.training.restoring import restore_ranks
 
-# Imported when they are asked for: all of them need torch.
+# Imported on first use, because all of them need torch.
 _LAZY = {
     "DynamicRanks": "dynamic_ranks",
     "GardCallback": "callback",

@@ -1,4 +1,4 @@
-"""Changes of rank in several processes: one result for all of them, and a new reducer."""
+"""Changes of rank under `torch.distributed`: equal numbers in all processes, and a new gradient reducer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lorank.training.optimizer_state import FactorChange
 
 
 def averaged(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The mean over all processes, every tensor where it was."""
-    if not _are_several():
+    """Return the mean of each tensor over all processes, on the tensor's device."""
+    if not _is_distributed():
         return list(tensors)
     device = tensors[0].device
     flat = torch.cat([tensor.flatten().to(device) for tensor in tensors])
@@ -24,20 +24,21 @@ def averaged(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def of_first_process(values: Sequence[float], device: Any) -> list[float]:
-    """The first process's numbers: others may have computed them with other last bits."""
-    if not _are_several():
+    """Return the numbers of the first process; those of other processes may differ in the last bits."""
+    if not _is_distributed():
         return list(values)
     shared = torch.tensor(values, dtype=torch.float64, device=device)
     dist.broadcast(shared, 0)
     return [float(value) for value in shared.tolist()]
 
 
-def _are_several() -> bool:
+def _is_distributed() -> bool:
+    """Return True if several processes train together."""
     return bool(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def agree(factor: FactorChange, wrappers: Sequence[Any]) -> None:
-    """Take the first process's numbers: decompositions may differ in the last bits or in signs."""
+    """Take over the tensors of the first process; decompositions may differ in the last bits or in signs."""
     for wrapper in wrappers:
         first = dist.get_global_rank(wrapper.process_group, 0)
         for tensor in (factor.values, factor.of_values, factor.of_gradients):
@@ -46,7 +47,7 @@ def agree(factor: FactorChange, wrappers: Sequence[Any]) -> None:
 
 
 def rebuild_reducer(wrapper: Any) -> None:
-    """Let the wrapper see the new shapes, in the way in which it is unpickled."""
+    """Give a DistributedDataParallel wrapper the new shapes, by the steps of its own unpickling."""
     parameters, is_sparse = wrapper._build_params_for_reducer()
     names = wrapper._build_debug_param_to_name_mapping(parameters)
     wrapper._ddp_init_helper(parameters, is_sparse, names, wrapper.static_graph)

@@ -1,4 +1,4 @@
-"""The steps before a change of ranks: hooks on the model, and a sketch per module and step."""
+"""The window of steps before a change of ranks: hooks on the model, and a sketch for each module and step."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lorank.training.data_parallel import averaged
 
 
 class GradientWindow:
-    """What the gradients of the last steps looked like.
+    """Gradient sketches of the last steps.
 
-    While it is open it holds ``modules * steps * k^2`` numbers, the projections, and the projected inputs
-    of one batch. Between windows the projections stay; `close` drops them.
+    An open window holds ``modules * steps * k^2`` numbers, the projections, and the projected inputs of one
+    batch. Between windows the projections stay; `close` drops them.
 
     Parameters
     ----------
     targets, size, seed
         As in `GradientSketches`.
     scaler
-        The `torch.amp.GradScaler` in use, if any: gradients are divided by its scale.
+        The `torch.amp.GradScaler` of the training, or None: gradients are divided by its scale.
     """
 
     def __init__(self, targets: Sequence[Target], size: int | None, seed: int, scaler: Any) -> None:
@@ -38,67 +38,73 @@ class GradientWindow:
 
     @property
     def size(self) -> int | None:
-        """The sketches' size."""
+        """Size of the random projections; None for exact gradients."""
         return self._sketches.size
 
     @property
     def device(self) -> torch.device:
-        """The device of the first module's sketches."""
+        """Device of the first module's sketches."""
         return self._sketches.device(0)
 
     def __len__(self) -> int:
-        """Steps that were kept."""
+        """Number of steps with sketches."""
         return len(self._steps)
 
-    def watch(self, counts: bool) -> None:
-        """Put hooks on for the coming step if its gradients count, and take them off if not."""
-        if counts and self._probe is None:
+    def watch(self, is_watched: bool) -> None:
+        """Put hooks on the model for the coming step if it is watched; remove them otherwise."""
+        if is_watched and self._probe is None:
             self._probe = probing(self._targets, self._sketches)
             self._probe.__enter__()
-        elif not counts:
-            self._take_hooks_off()
-        self._sketches.take()  # What a skipped window may have left.
+        elif not is_watched:
+            self._remove_hooks()
+        self._sketches.take()  # Drops sketches of backward passes since the last step.
         self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def end_step(self) -> None:
-        """Keep the sketches of the step that is over, if it was watched."""
+        """Keep the sketches of a watched step."""
         if self._probe is not None:
             self._steps.append([sketch / self._scale for sketch in self._sketches.take_all()])
 
     def take(self) -> list[list[torch.Tensor]]:
-        """The sketches of every step, averaged over processes; steps that overflowed are left out."""
+        """Remove and return the sketches of each step, averaged over processes.
+
+        Steps with NaN or infinite values are left out.
+        """
         steps, self._steps = [averaged(sketches) for sketches in self._steps], []
-        # A step that overflowed under the gradient scaler was no step.
+        # The gradient scaler skips a step whose gradients overflow.
         return [step for step in steps if all(bool(torch.isfinite(sketch).all()) for sketch in step)]
 
     def close(self) -> None:
-        """Take all hooks off, and drop what can be made again; what was kept stays."""
-        self._take_hooks_off()
+        """Remove all hooks and projections; the sketches of past steps stay."""
+        self._remove_hooks()
         self._sketches.take()
         self._sketches.drop_projections()
 
     def state(self) -> list[list[torch.Tensor]]:
-        """What was kept, on the CPU; under `torch.distributed` call it in every process."""
+        """Return the sketches of each step, on the CPU.
+
+        Under `torch.distributed`, call it in every process: sketches are averaged.
+        """
         self._steps = [averaged(sketches) for sketches in self._steps]
         return [[sketch.cpu() for sketch in sketches] for sketches in self._steps]
 
     def load(self, steps: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Go on with what `state` returned, every sketch where its module is.
+        """Take the result of `state`, each sketch to the device of its module.
 
         Raises
         ------
         FormatError
-            If these are no sketches of the modules.
+            If the shapes of the sketches do not match the modules.
         """
         shapes = [self._sketches.shape(index) for index in range(len(self._targets))]
         if any([tuple(sketch.shape) for sketch in sketches] != shapes for sketches in steps):
-            raise FormatError("damaged: its sketches are not those of the model's modules")
+            raise FormatError("damaged: the sketches do not match the model's modules in number and shape")
         self._steps = [
             [sketch.to(self._sketches.device(index)) for index, sketch in enumerate(sketches)]
             for sketches in steps
         ]
 
-    def _take_hooks_off(self) -> None:
+    def _remove_hooks(self) -> None:
         if self._probe is not None:
             self._probe.__exit__(None, None, None)
             self._probe = None

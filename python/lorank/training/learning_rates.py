@@ -1,9 +1,10 @@
 r"""Learning rates for modules of different ranks.
 
-With the update ``dW = s B A``, the rows of A random and B = 0, the first step of Adam, which moves every
-entry of B by the learning rate, changes a module's output in proportion to ``lr * s * r``: all `r` ranks
-push the same way. The rules give rates at which ``lr * s * r`` is the same for all modules: "scale" by the
-scalings and ranks as they are, the others by the ranks alone, for scalings that follow a known rule.
+Let a module have the update ``dW = s B A`` with random rows of A and ``B = 0``. The first step of Adam
+moves every entry of B by the learning rate. The contributions of all `r` ranks have the same sign, so that
+the module's output changes in proportion to ``lr * s * r``. The rules choose rates for which this product is
+the same in all modules. "scale" uses scalings and ranks; "rank" and "sqrt-rank" use ranks alone, for
+scalings that follow a known rule.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from lorank.training.layers import lora_layers
 
 Rule = Literal["uniform", "scale", "rank", "sqrt-rank"]
 
-# Significant ones, of rates.
+# Significant digits of learning rates.
 _DIGITS = 12
 
-# What is compared with its mean over the modules, and what the rate makes of the ratio.
+# For each rule: the strength of a module, and the multiplier of its rate as a function of the ratio of the
+# mean strength to its own.
 _Strength = Callable[[AdaptedLayer], float]
 _RULES: dict[str, tuple[_Strength, Callable[[float], float]]] = {
     "uniform": (lambda layer: layer.rank, lambda _: 1.0),
@@ -39,57 +41,63 @@ def param_groups(
     weight_decay: float = 0.0,
     adapter_name: str = "default",
 ) -> list[dict[str, Any]]:
-    """Parameter groups for torch's optimizers, with a learning rate by rank and scaling.
+    """Make parameter groups for torch's optimizers, with a learning rate by rank and scaling.
 
-    A module of rank `r_l` and scaling `s_l` is trained with ``lr`` times what the rule says; means are
-    over the adapted modules.
+    A module of rank `r_l` and scaling `s_l` gets the learning rate ``lr`` times the rule's multiplier. Means
+    are over the adapted modules.
 
     Parameters
     ----------
     model
-        A PEFT model with LoRA, unwrapped.
+        The PEFT model with a LoRA adapter, without wrappers.
     lr
-        The learning rate of an average module, and of everything else that is trained.
+        Learning rate of an average module, and of all other trainable parameters.
     rule
-        ``"uniform"``: 1, one learning rate for all; the common choice.
-        ``"scale"``: ``mean(s r) / (s_l r_l)``, which makes Adam's first steps equally large whatever the
-        scalings are; 1 where one `lora_alpha` serves all ranks, as there ``s r`` is the same everywhere.
-        ``"rank"``: ``mean(r) / r_l``, the same where all scalings are equal: under the scale rule
-        "constant", the default of `RankAllocation.to_lora_config`.
-        ``"sqrt-rank"``: ``sqrt(mean(r) / r_l)``, nearly the same where scalings go with
-        ``1 / sqrt(r)``: under the scale rule "rank-stabilized".
+        ``"uniform"``: multiplier 1, the common choice.
+        ``"scale"``: ``mean(s r) / (s_l r_l)``. Adam's first steps are equally large for any scalings. The
+        multiplier is 1 if all ranks have one `lora_alpha`, because ``s r`` is constant then.
+        ``"rank"``: ``mean(r) / r_l``. Equal to "scale" for equal scalings: the scale rule "constant", the
+        default of `RankAllocation.to_lora_config`.
+        ``"sqrt-rank"``: ``sqrt(mean(r) / r_l)``. Nearly equal to "scale" for scalings in proportion to
+        ``1 / sqrt(r)``: the scale rule "rank-stabilized" [RSLORA].
     lora_plus_ratio
-        LoRA+: B is trained with this times the learning rate of A; 16 is usual. Embeddings are left
-        out: their A sees one-hot inputs and needs no smaller steps.
+        Ratio of B's learning rate to that of A [LORA+]; 16 is usual. None for 1. Embeddings keep one rate for
+        both factors: their A has one-hot inputs and needs no smaller steps.
     weight_decay
-        Of factors and other matrices; biases and other vectors get none.
+        Weight decay of factors and other matrices; that of biases and other vectors is 0.
     adapter_name
-        Which adapter.
+        Name of the adapter.
 
     Returns
     -------
     list of dict
-        Each with "params", "lr", "weight_decay" and "name"; every trainable parameter is in one of them.
-        Modules with equal settings share a group.
+        Groups with the keys "params", "lr", "weight_decay" and "name". Every trainable parameter is in one of
+        them; modules with equal settings share a group.
 
     Raises
     ------
     ValueError
         If nothing is trainable, an argument is out of range, or the rule is "scale" and a scaling is 0.
     NotImplementedError
-        If the adapter is no LoRA.
+        If the adapter is not a LoRA adapter.
 
     Notes
     -----
-    Groups follow the ranks and scalings of now. Where those change (`resize_lora`, `GardCallback`),
-    parameters stay in their groups, with their rates. To resume such a training, build the groups
-    before `restore_ranks`: a saved optimizer is loaded into the groups that it was saved with.
-    LoRA+ is Hayou, Ghosh and Yu, *LoRA+: Efficient Low Rank Adaptation of Large Models*.
+    Groups follow ranks and scalings at the time of the call. After a change of ranks (`resize_lora`,
+    `GardCallback`), parameters stay in their groups, with their rates. To resume such a training, call this
+    function before `restore_ranks`: a saved optimizer can be loaded only into the groups of the first start.
 
     Examples
     --------
-    >>> groups = param_groups(model, 2e-4, rule="scale", lora_plus_ratio=16)  # doctest: +SKIP
-    >>> optimizer = torch.optim.AdamW(groups)  # doctest: +SKIP
+    >>> import torch
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from lorank.training import param_groups
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    >>> config = LoraConfig(target_modules=["0", "1"], rank_pattern={"0": 2, "1": 6}, lora_alpha=4)
+    >>> groups = param_groups(get_peft_model(base, config), 1e-3, rule="rank")
+    >>> [(group["name"], len(group["params"])) for group in groups]
+    [('lora lr=0.002', 2), ('lora lr=0.000666666666667', 2)]
+    >>> optimizer = torch.optim.AdamW(groups)
     """
     _check(lr, rule, lora_plus_ratio, weight_decay)
     layers = lora_layers(model, adapter_name)
@@ -117,26 +125,27 @@ def param_groups(
 
 
 def _rates(layers: Mapping[str, AdaptedLayer], lr: float, rule: str) -> dict[str, float]:
-    """The learning rate of every module."""
+    """Return the learning rate of each module."""
     strength, multiplier = _RULES[rule]
     strengths = {name: strength(layer) for name, layer in layers.items()}
     if idle := [name for name, value in strengths.items() if not value]:
-        raise ValueError(f"module {idle[0]!r} has scaling 0, for which rule='scale' knows no learning rate")
+        raise ValueError(f"module {idle[0]!r} has scaling 0: rule='scale' cannot give it a learning rate")
     mean = sum(strengths.values()) / max(len(strengths), 1)
-    # Rates that differ by rounding alone are one rate, and one group.
+    # Rounded, so that rates that differ by rounding errors share a group.
     return {name: float(f"{lr * multiplier(mean / value):.{_DIGITS}g}") for name, value in strengths.items()}
 
 
 def _places(
     layer: AdaptedLayer, rate: float, lora_plus_ratio: float
 ) -> tuple[tuple[str, float], tuple[str, float]]:
-    """Kind and learning rate of A and of B."""
+    """Return kind and learning rate of A, and of B."""
     if layer.is_embedding or lora_plus_ratio == 1.0:
         return ("lora", rate), ("lora", rate)
     return ("lora_A", rate), ("lora_B", rate * lora_plus_ratio)
 
 
 def _check(lr: float, rule: str, lora_plus_ratio: float | None, weight_decay: float) -> None:
+    """Raise ValueError for an argument that is out of range."""
     if rule not in _RULES:
         raise ValueError(f"rule must be one of {', '.join(_RULES)}, not {rule!r}")
     if not 0 < lr < math.inf:

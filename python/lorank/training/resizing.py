@@ -1,8 +1,9 @@
-r"""Other ranks for a live PEFT model, in place, without a change of what it computes.
+r"""Change the ranks of a live PEFT model in place.
 
-Growing appends ranks whose product is exactly zero. Shrinking drops the smallest singular directions
-of the update ``dW = scaling * B @ A``, found by QR of both factors and the SVD of the small core, so
-that ``dW`` itself is never formed. A module's scaling stays what it was: its alpha follows its rank.
+Growing appends ranks whose product is exactly zero, so that the model's outputs stay the same. Shrinking
+drops the smallest singular directions of the update ``dW = scaling * B @ A``. They follow from the QR
+decompositions of both factors and the SVD of the small core; ``dW`` itself is never formed. The scaling of
+a module stays the same: its alpha follows its rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from lorank._core import NumericalError
+from lorank._internal.equality import ByValue
 from lorank.adapters.live.config import write_config
 from lorank.adapters.live.layers import AdaptedLayer
 from lorank.allocation.budget import is_integer
@@ -28,19 +30,26 @@ from lorank.training.truncation import new_ranks, truncated
 from lorank.training.wrappers import check_not_compiled, data_parallel_wrappers
 
 
-@dataclass(frozen=True, slots=True)
-class RankChange:
-    """What `resize_lora` did to one module.
+@dataclass(frozen=True, slots=True, eq=False)
+class RankChange(ByValue):
+    """The change of one module's rank by `resize_lora`.
 
     Attributes
     ----------
     name
-        The module's name in the base model.
+        Name of the module in the base model.
     old_rank, new_rank
-        The ranks before and after.
+        Ranks before and after the change.
     dropped
-        The singular values of the update ``scaling * B @ A`` that were dropped, float64, descending;
-        empty if the module did not shrink.
+        Dropped singular values of the update ``scaling * B @ A``, float64, descending; empty if the module
+        did not shrink.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> change = RankChange("layers.0.q_proj", 4, 2, np.array([0.4, 0.3]))
+    >>> change.error, change.spectral_error
+    (0.5, 0.4)
     """
 
     name: str
@@ -50,12 +59,12 @@ class RankChange:
 
     @property
     def error(self) -> float:
-        """The Frobenius norm of the update's change, before the factors are rounded to their type."""
+        """Frobenius norm of the dropped part of the update, before the factors are rounded to their type."""
         return float(np.linalg.norm(self.dropped))
 
     @property
     def spectral_error(self) -> float:
-        """The spectral norm of the update's change."""
+        """Spectral norm of the dropped part of the update."""
         return float(self.dropped[0]) if len(self.dropped) else 0.0
 
 
@@ -70,61 +79,78 @@ def resize_lora(
 ) -> dict[str, RankChange]:
     """Change ranks of a live PEFT model in place.
 
-    A growing module computes what it computed before: new rows of A are random as PEFT initialises
-    them, or given, and new columns of B are zero (of an embedding, as in PEFT, rows of A are zero and
-    columns of B random). A shrinking module loses the smallest singular directions of its update,
-    which is the best approximation of that rank. Every module's scaling stays what it was.
+    Call this function between steps, never between a forward pass and its backward pass.
 
-    Parameters stay the same objects with new values. Gradients that are pending and the optimizer's
-    state go along: for new ranks zeros, and the mean of the others where they are averages of squares;
-    where a module shrinks, they follow the change of basis (second moments approximately, as if
-    gradients of different ranks were uncorrelated). Call it between steps, never between a forward pass
-    and its backward pass. The adapter's config is written anew, so that the model is saved and loaded
-    with its ranks.
+    A module that grows keeps its outputs. New columns of B are zero; new rows of A are `directions`, or
+    random as PEFT initialises them. (In an embedding, as in PEFT, new rows of A are zero and new columns of
+    B random.) A module that shrinks gets the best approximation of its update at the new rank. Scalings
+    stay the same.
 
-    Under DistributedDataParallel call it in every process with the same arguments, with the model that
-    is wrapped. The wrapper's reducer is built anew.
+    Parameters stay the same objects with new values. Their pending gradients and the optimizer's state
+    follow. For new ranks they are zero, or the mean of the other ranks for averages of squares. When a
+    module shrinks, they follow the change of basis: second moments approximately, as if the gradients of
+    different ranks were uncorrelated. The adapter's config is updated, so that saving and loading the model
+    keeps its ranks.
+
+    Under DistributedDataParallel, call it in every process with the same arguments, and with the model inside
+    the wrapper. The wrapper gets a new reducer.
 
     Parameters
     ----------
     model
-        A PEFT model with LoRA, unwrapped.
+        The PEFT model with a LoRA adapter, without wrappers.
     ranks
-        Module -> rank, at least 1. Names as in the base model; dotted suffixes will do if they fit one
-        module only. Modules that are not named keep their ranks.
+        New rank, at least 1, of each module to change. Names are those of the base model, or dotted suffixes
+        that match one module only.
     optimizer
-        The optimizer that trains the model, or Accelerate's wrapper of it; None if there is none yet.
+        The optimizer that trains the model, or Accelerate's wrapper of it; None before there is one.
     adapter_name
-        Which adapter.
+        Name of the adapter.
     seed
-        New random rows depend on it, the module's name and its old rank. Take another seed, such as
-        the step, where a module may grow from one rank twice.
+        Seed of random rows, with the module's name and its old rank. If a module may grow from one rank
+        twice, use different seeds, such as the step.
     directions
-        Module -> ``(n, in)`` array or tensor whose first rows become the new rows of A, as they are;
-        `n` is at least the number of new ranks. Rows that PEFT draws have a norm of about 0.58.
+        Array or tensor ``(n, in)`` for some modules, whose first rows become the new rows of A unchanged; `n`
+        is at least the number of new ranks. PEFT's random rows have a norm of about 0.58.
 
     Returns
     -------
     dict
-        Name in the model -> what was done, for every module of `ranks`.
+        `RankChange` of each module of `ranks`, by name in the model.
 
     Raises
     ------
     TypeError
-        If `model` is no module, `ranks` no mapping, or `optimizer` no optimizer. Nothing was changed then.
+        If `model` is not a module, `ranks` not a mapping, or `optimizer` not an optimizer.
     ValueError
-        If a name fits no module or several, a rank is no positive integer, an adapter is merged, or
-        the optimizer does not hold the factors. Nothing was changed then.
+        If a name matches no module or several, a rank is not a positive integer, an adapter is merged, or the
+        optimizer does not hold the factors.
     NotImplementedError
-        If a module or the optimizer's state cannot be resized: DoRA and other variants, stacked
-        experts, initialisations that change the base model, sharded or compiled models, state that is
-        not by element. Nothing was changed then.
+        If a module or the optimizer's state cannot be resized: DoRA and other variants, stacked experts,
+        initialisations that change the base model, sharded or compiled models, state that is not by element.
     NumericalError
-        If the factors of a module to shrink hold NaN or infinite values. Nothing was changed then.
+        If the factors of a module to shrink have NaN or infinite values.
 
     Notes
     -----
-    Dynamic ranks that keep the function are what GARD (gradient-spectral rank allocation) asks for.
+    After an error, model and optimizer are unchanged. Dynamic rank allocation [GARD] requires changes of rank
+    that keep the function.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from lorank.training import resize_lora
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    >>> model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"]))
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> x = torch.randn(3, 8)
+    >>> before = model(x)
+    >>> changes = resize_lora(model, {"0": 2, "2": 6}, optimizer=optimizer)
+    >>> changes["0"].old_rank, changes["0"].new_rank
+    (4, 2)
+    >>> bool(torch.allclose(model(x), before))  # B is still zero, so that shrinking drops nothing.
+    True
     """
     layers = lora_layers(model, adapter_name)
     check_not_compiled(model)
@@ -160,16 +186,16 @@ def resize_lora(
 
 
 def check_resizable(config: Any, layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int]) -> None:
-    """Refuse what cannot be resized, before anything is changed.
+    """Check that layers can be resized.
 
     Parameters
     ----------
     config
         PEFT's config of the adapter.
     layers
-        All layers of the adapter.
+        All layers of the adapter, by name.
     ranks
-        The new ranks of those that are to change.
+        New rank of each layer to resize.
 
     Raises
     ------
@@ -183,17 +209,18 @@ def check_resizable(config: Any, layers: Mapping[str, AdaptedLayer], ranks: Mapp
 
 
 def _checked_rank(name: str, rank: Any) -> int:
+    """Return a rank as an int; raise ValueError if it is not an integer of at least 1."""
     if not is_integer(rank):
         raise ValueError(f"module {name!r}: its rank must be an integer, not {rank!r}")
     if rank < 1:
-        raise ValueError(f"module {name!r}: rank {rank}: PEFT has no ranks below 1")
+        raise ValueError(f"module {name!r}: rank {rank} is below 1, the smallest rank in PEFT")
     return int(rank)
 
 
 def _plan(
     adapted: AdaptedLayer, rank: int, rows: Any, seed: int, gaussian: bool
 ) -> tuple[RankChange, tuple[FactorChange, FactorChange]]:
-    """What will be done to a layer, and its factors afterwards."""
+    """Return the change of a layer, and its factors at the new rank."""
     if rank < adapted.rank:
         return _shrunk(adapted, rank, seed, gaussian)
     a, b = (factor.detach() for factor in adapted.factors)
@@ -209,6 +236,7 @@ def _plan(
 def _shrunk(
     adapted: AdaptedLayer, rank: int, seed: int, gaussian: bool
 ) -> tuple[RankChange, tuple[FactorChange, FactorChange]]:
+    """Return the change of a layer that loses ranks, and its factors at the new rank."""
     a, b = adapted.factors
     exact = torch.float32 if a.device.type == "mps" else torch.float64
     A, B = a.detach().flatten(1).to(exact), b.detach().flatten(1).to(exact)
@@ -217,7 +245,7 @@ def _shrunk(
     basis = truncated(A, B, rank)
     new_a, new_b, of_a, of_b = basis.A, basis.B, basis.of_a, basis.of_b
     if missing := rank - len(new_a):
-        # More ranks than the module has dimensions: what is left of them starts anew.
+        # The new rank exceeds the module's dimensions: the surplus ranks are new ones.
         rows, columns = new_ranks(adapted, missing, None, seed, gaussian)
         new_a, new_b = torch.cat([new_a, rows.to(A)]), torch.cat([new_b, columns.to(B)], 1)
     dropped = abs(adapted.scaling) * basis.dropped.double().cpu().numpy()
@@ -228,6 +256,6 @@ def _shrunk(
 
 
 def like(factor: torch.Tensor, axis: int, matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix ``(r, in)`` or ``(out, r)`` in the shape of a factor, which can be a convolution's."""
+    """Return a matrix ``(r, in)`` or ``(out, r)`` in type and shape of a factor, such as a convolution's."""
     tail = factor.shape[1:] if axis == 0 else (-1, *factor.shape[2:])
     return matrix.to(factor).reshape(matrix.shape[0], *tail).contiguous()

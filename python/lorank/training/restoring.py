@@ -1,4 +1,4 @@
-"""Ranks of a checkpoint for a live model, so that the checkpoint can be loaded into it."""
+"""Give a live model the ranks of a checkpoint, so that the checkpoint can be loaded into it."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ def restore_ranks(
 ) -> dict[str, RankChange]:
     """Give a live PEFT model the ranks and scalings of a checkpoint.
 
-    ``Trainer.train(resume_from_checkpoint=...)`` loads the adapter's weights before any callback runs. If
-    ranks were changed during the training that it resumes, it fails there: RuntimeError, "size mismatch".
-    Call this first: weights and the optimizer's state then find the shapes that they were saved with.
-    Only names, shapes and settings are read, no weights.
+    ``Trainer.train(resume_from_checkpoint=...)`` loads the adapter's weights before it calls any callback.
+    If ranks changed during the training that it resumes, loading raises RuntimeError ("size mismatch").
+    Call this function first, so that weights and the optimizer's state have the shapes that were saved. It
+    reads names, shapes and settings, but no weights.
 
     Parameters
     ----------
     model
-        The PEFT model as it was built at first.
+        The PEFT model as built before the first training.
     checkpoint
-        A Trainer's checkpoint folder, or an adapter's.
+        Folder of a Trainer's checkpoint or of a saved adapter.
     optimizer
-        The optimizer, if there is one already.
+        The optimizer that trains the model; None before there is one.
     adapter_name
-        Which adapter. One that is not called "default" may lie in a subfolder of its name.
+        Name of the adapter. PEFT saves an adapter with another name than "default" in a subfolder of that
+        name.
 
     Returns
     -------
     dict
-        Module -> what was done, for every module of the checkpoint.
+        `RankChange` of each module of the checkpoint, by name in the model.
 
     Raises
     ------
     FileNotFoundError, OSError
         If the folder cannot be read.
     FormatError
-        If it holds no adapter, or a damaged one.
+        If the folder has no adapter, or the adapter is damaged.
     ValueError
         If the checkpoint and the model adapt different modules.
     NotImplementedError
@@ -56,8 +57,20 @@ def restore_ranks(
 
     Examples
     --------
-    >>> restore_ranks(model, "output/checkpoint-500")  # doctest: +SKIP
-    >>> trainer.train(resume_from_checkpoint="output/checkpoint-500")  # doctest: +SKIP
+    >>> import tempfile
+    >>> import torch
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from lorank.training import resize_lora, restore_ranks
+    >>> def built():
+    ...     base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    ...     return get_peft_model(base, LoraConfig(r=4, target_modules=["0", "1"]))
+    >>> model = built()
+    >>> changes = resize_lora(model, {"0": 2, "1": 6})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder)
+    ...     changes = restore_ranks(built(), folder)
+    >>> {name: change.new_rank for name, change in changes.items()}
+    {'0': 2, '1': 6}
     """
     folder = _adapter_folder(Path(checkpoint), adapter_name)
     adapter = read_adapter(folder)
@@ -76,29 +89,44 @@ def restore_ranks(
 
 
 def _adapter_folder(checkpoint: Path, adapter_name: str) -> Path:
+    """Return the folder of the adapter in a checkpoint.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    FormatError
+        If the folder has no adapter.
+    """
     checkpoint = checkpoint.expanduser()
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no such folder")
     below = checkpoint / adapter_name
     folder = below if adapter_name != "default" and (below / CONFIG_FILE).exists() else checkpoint
     if not (folder / CONFIG_FILE).exists():
-        raise FormatError(f"{folder}: holds no {CONFIG_FILE}: it is no checkpoint of a PEFT model")
+        raise FormatError(f"{folder}: holds no {CONFIG_FILE}: pass the checkpoint of a PEFT model")
     return folder
 
 
 def _paired(names: list[str], layers: Mapping[str, AdaptedLayer], folder: Path) -> dict[str, str]:
-    """The live name of every module of the checkpoint; each has one, and there are no others."""
+    """Return the name in the model of each module of the checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If a module of either has no counterpart, or several.
+    """
     paired: dict[str, str] = {}
     for name in names:
         found = [name] if name in layers else [live for live in layers if naming.is_suffix(name, live)]
         if len(found) != 1:
             what = (
-                f"fits several of the model ({', '.join(found[:3])})"
+                f"matches several modules of the model ({', '.join(found[:3])})"
                 if found
                 else "is not adapted in the model"
             )
-            raise ValueError(f"{folder}: its module {name!r} {what}")
+            raise ValueError(f"{folder}: module {name!r} of the checkpoint {what}")
         paired[name] = found[0]
     if left := [live for live in layers if live not in set(paired.values())]:
-        raise ValueError(f"{folder}: holds nothing for {len(left)} adapted modules, such as {left[0]!r}")
+        raise ValueError(f"{folder}: holds no factors of {len(left)} adapted modules, such as {left[0]!r}")
     return paired

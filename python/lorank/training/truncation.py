@@ -1,4 +1,4 @@
-"""Factors at another rank: the best approximation of their product, and new ranks that add nothing."""
+"""LoRA factors at another rank: the best approximation of their product, and new ranks of product zero."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ import torch
 from lorank._core import NumericalError
 from lorank.adapters.live.layers import AdaptedLayer
 
-# A factor whose singular values differ by more than this is no good basis.
+# Ratio of the smallest to the largest singular value from which on A is the basis, however good B is.
 _ILL_CONDITIONED = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """The best approximation of ``B @ A`` at rank k.
+    """The best approximation ``B' A'`` of ``B A`` at rank `k`.
 
-    ``A' = of_a A`` and ``B' = B of_b^T`` with coefficients ``(k, r)`` and ``of_a of_b^T = I``.
+    Attributes
+    ----------
+    A, B
+        The new factors, ``A' = of_a A (k, in)`` and ``B' = B of_b^T (out, k)``.
+    of_a, of_b
+        Coefficients ``(k, r)`` of the new factors in the old ones, with ``of_a of_b^T = I``.
+    dropped
+        Singular values of ``B A`` after the first `k`, descending.
     """
 
     A: torch.Tensor
@@ -31,12 +38,12 @@ class Truncation:
 
 
 def truncated(A: torch.Tensor, B: torch.Tensor, rank: int) -> Truncation:
-    """The truncated product of ``B (out, r)`` and ``A (r, in)``, with its change of basis.
+    """Truncate the product of ``B (out, r)`` and ``A (r, in)``.
 
-    The rows of the new A are orthogonal and as long as the old ones on average, and B holds the
-    singular values. So steps keep their size, and an update that is still zero stays trainable, which
-    it would not in balanced form. Where A is no good basis (of an embedding it begins as zeros), the
-    parts of A and B are exchanged.
+    The rows of the new A are orthogonal, each as long as the root mean square of the old rows, and B contains
+    the singular values. Steps of the optimizer therefore keep their size, and an update of zero stays
+    trainable; with factors of equal norms both would be zero. If A is ill-conditioned (A of an embedding
+    starts at zero), A and B exchange their parts.
     """
     q_a, r_a = torch.linalg.qr(A.T)
     q_b, r_b = torch.linalg.qr(B)
@@ -51,9 +58,9 @@ def truncated(A: torch.Tensor, B: torch.Tensor, rank: int) -> Truncation:
 def _orthogonal(
     Q: torch.Tensor, R: torch.Tensor, directions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A factor ``X = (Q R)^T (r, n)`` in another basis: ``c directions Q^T``.
+    """Return a factor ``X = (Q R)^T (r, n)`` in the basis ``c directions Q^T (k, n)``.
 
-    Returns it with the coefficients ``(k, r)`` of itself and of the other factor.
+    The other two results are the coefficients ``(k, r)`` of this factor and of the other one.
     """
     length = float(R.norm()) / math.sqrt(R.shape[1]) or 1.0
     own = length * directions @ torch.linalg.pinv(R.T)
@@ -61,7 +68,7 @@ def _orthogonal(
 
 
 def _conditioning(R: torch.Tensor) -> float:
-    """The smallest singular value over the largest; 0 for zeros."""
+    """Return the ratio of the smallest singular value to the largest; 0 for a matrix of zeros."""
     values = torch.linalg.svdvals(R)
     return float(values[-1] / values[0]) if values[0] > 0 else 0.0
 
@@ -69,29 +76,51 @@ def _conditioning(R: torch.Tensor) -> float:
 def new_ranks(
     adapted: AdaptedLayer, n: int, rows: Any, seed: int, gaussian: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """New rows of A ``(n, in)`` and columns of B ``(out, n)`` whose product is zero."""
+    """Return new rows of A ``(n, in)`` and new columns of B ``(out, n)`` whose product is zero.
+
+    Parameters
+    ----------
+    adapted
+        The layer that grows.
+    n
+        Number of new ranks.
+    rows
+        An array whose first `n` rows become the new rows of A; None for random rows as PEFT draws them.
+    seed
+        Seed of random rows.
+    gaussian
+        True for PEFT's normal distribution, False for its uniform one.
+
+    Raises
+    ------
+    ValueError
+        If `rows` has another shape.
+    NumericalError
+        If `rows` has NaN or infinite values.
+    """
     a, b = adapted.factors
     out, fan_in = b.shape[0], math.prod(a.shape[1:])
     zeros = torch.zeros(out, n)
     if rows is not None:
         return _checked_rows(adapted.name, rows, n, fan_in), zeros
-    # Drawn on the CPU: the same rows on every device.
+    # On the CPU, so that rows do not depend on the device.
     generator = torch.Generator().manual_seed(_module_seed(seed, adapted.name, adapted.rank))
     if adapted.is_embedding:
         return torch.zeros(n, fan_in), torch.randn(out, n, generator=generator)
     if gaussian:
         return torch.randn(n, fan_in, generator=generator) / (adapted.rank + n), zeros
-    # Kaiming's uniform distribution with a = sqrt(5) has this bound.
+    # The bound of Kaiming's uniform distribution with a = sqrt(5).
     bound = 1 / math.sqrt(fan_in)
     return torch.empty(n, fan_in).uniform_(-bound, bound, generator=generator), zeros
 
 
 def _checked_rows(name: str, rows: Any, n: int, fan_in: int) -> torch.Tensor:
+    """Return the first `n` rows, checked for shape and finite values."""
     rows = torch.as_tensor(rows).detach()
     if rows.ndim != 2 or len(rows) < n or rows.shape[1] != fan_in:
         raise ValueError(
             f"directions: module {name!r} needs an array of {n} or more rows of {fan_in}, not "
-            f"{tuple(rows.shape)}"
+            f"one of shape {tuple(rows.shape)}"
         )
     if not torch.isfinite(rows[:n]).all():
         raise NumericalError(f"directions: module {name!r}: NaN or infinite values")
@@ -99,6 +128,6 @@ def _checked_rows(name: str, rows: Any, n: int, fan_in: int) -> torch.Tensor:
 
 
 def _module_seed(seed: int, name: str, rank: int) -> int:
-    # The rank is part of it: ranks that are appended in two calls must differ, or they would train alike.
+    # With the rank, so that rows appended by two calls differ: equal rows would get equal gradients.
     digest = hashlib.blake2b(f"{seed}/{rank}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,7 +1,7 @@
-"""What is wrapped around a live model, and which of it cannot live with ranks that change.
+"""Wrappers around a live model, and those under which ranks cannot change.
 
-Nothing leads from a module to its wrappers: they are found among all living objects. One that is missed
-would silently train on, with hooks that it does not call and gradients that it does not exchange.
+A module has no reference to its wrappers, so that they are looked up among all objects in memory. A wrapper
+that is missed would go on without an error, but without calls of hooks or the exchange of gradients.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def check_not_compiled(model: Any) -> None:
-    """Refuse a model of which a part, or which as a part of another, is compiled.
+    """Check that neither the model, nor a part of it, nor a model around it is compiled.
 
-    Compiled code remembers shapes, and passes hooks by that came after it was made.
+    Compiled code is specialised to shapes, and does not call hooks that were added after compilation.
 
     Raises
     ------
@@ -33,33 +33,34 @@ def check_not_compiled(model: Any) -> None:
     if in_place:
         raise _compiled(f"{in_place[0]} is compiled (Module.compile)")
     if _shares_modules(model, _compiled_modules()):
-        gc.collect()  # One that nobody uses any more does no harm.
+        gc.collect()  # Compiled models without references do not count.
         if _shares_modules(model, _compiled_modules()):
             raise _compiled("the model, or a part of it, is wrapped in OptimizedModule (torch.compile)")
 
 
 def check_one_device_a_process(model: Any) -> None:
-    """Refuse a model that is copied to several devices for every batch: the copies would share its hooks.
+    """Check that the model is not copied to several devices for each batch: copies would share its hooks.
 
     Raises
     ------
     NotImplementedError
-        If it is wrapped in DataParallel over more than one device.
+        If the model is wrapped in DataParallel over more than one device.
     """
     if any(len(wrapper.device_ids) > 1 for wrapper in _around(model, DataParallel)):
         raise NotImplementedError(
-            "the model is wrapped in DataParallel over several devices, and its copies there cannot be "
-            "watched: train with one process per device (torchrun), or on one (CUDA_VISIBLE_DEVICES=0)"
+            "the model is wrapped in DataParallel over several devices, and gradients of its copies there "
+            "cannot be observed: train with one process per device (torchrun), or on one device "
+            "(CUDA_VISIBLE_DEVICES=0)"
         )
 
 
 def data_parallel_wrappers(model: Any) -> list[Any]:
-    """The wrappers by which processes share the model's gradients.
+    """Return the wrappers that exchange the model's gradients between processes.
 
     Raises
     ------
     NotImplementedError
-        If one of them remembers shapes.
+        If a wrapper depends on the shapes of parameters.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []
@@ -68,32 +69,37 @@ def data_parallel_wrappers(model: Any) -> list[Any]:
         if wrapper._comm_hooks or wrapper.static_graph:
             raise NotImplementedError(
                 "the model is wrapped in DistributedDataParallel with a communication hook or a static "
-                "graph, which remember shapes: ranks cannot be changed under it"
+                "graph, which depend on the shapes of parameters: ranks cannot be changed under it"
             )
     return wrappers
 
 
 def _around(model: Any, kind: type[Any]) -> list[Any]:
-    ours = {id(parameter) for parameter in model.parameters()}
-    found = [one for one in gc.get_objects() if issubclass(type(one), kind)]
-    return [wrapper for wrapper in found if any(id(p) in ours for p in wrapper.parameters())]
+    """Return the wrappers of a kind that share a parameter with the model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    # By type(): isinstance() would evaluate `__class__` of proxies.
+    found = [candidate for candidate in gc.get_objects() if issubclass(type(candidate), kind)]
+    return [wrapper for wrapper in found if any(id(p) in own for p in wrapper.parameters())]
 
 
 def _compiled_modules() -> list[Any]:
-    """What `torch.compile` made of modules and still lives."""
+    """Return the modules in memory that `torch.compile` has compiled."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     if compiler is None:
         return []
-    return [one._orig_mod for one in gc.get_objects() if type(one) is compiler.OptimizedModule]
+    wrappers = [candidate for candidate in gc.get_objects() if type(candidate) is compiler.OptimizedModule]
+    return [wrapper._orig_mod for wrapper in wrappers]
 
 
 def _shares_modules(model: Any, others: Iterable[Any]) -> bool:
-    ours = {id(module) for module in model.modules()}
-    return any(id(module) in ours for other in others for module in other.modules())
+    """Return True if a module of the model is a module of another model."""
+    own = {id(module) for module in model.modules()}
+    return any(id(module) in own for other in others for module in other.modules())
 
 
 def _compiled(what: str) -> NotImplementedError:
+    """Return the error for a compiled model."""
     return NotImplementedError(
-        f"{what}, which remembers shapes: ranks cannot be changed under it. Train without it, or use "
-        "profile_gradients and static ranks"
+        f"{what}: compiled code is specialised to shapes, so that ranks cannot change. Train without "
+        "compilation, or use profile_gradients and static ranks"
     )

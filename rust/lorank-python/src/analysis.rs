@@ -1,4 +1,4 @@
-//! The analysis of many matrices, results handed over as they come.
+//! Analysis of many matrices, with a callback for every result.
 
 use lorank::analysis::{Analysis, analyze as analyze_matrices, sampled};
 use lorank::eigen::Accuracy;
@@ -12,9 +12,9 @@ use crate::detached::{detached, detached_quiet, hand_over};
 use crate::matrix::Matrix;
 use crate::statistics::{accuracy, metrics_dict};
 
-/// Analyses matrices and calls `on_result(index, outcome)` for each as it finishes, on the calling
-/// thread. The outcome is `(accuracy, metrics, eigenvalues or None)`, where the accuracy is the one that it
-/// took, or the exception that the matrix met.
+/// Analyses matrices and calls `on_result(index, outcome)` on the calling thread as soon as one is finished.
+/// The outcome is `(accuracy, metrics, eigenvalues or None)` with the accuracy that was used, or an
+/// exception.
 #[pyfunction]
 pub fn analyze<'py>(
     py: Python<'py>,
@@ -50,7 +50,7 @@ pub fn analyze<'py>(
     )
 }
 
-/// The metrics of a matrix by estimate, however small it is.
+/// Estimates the metrics of a matrix of any size.
 #[pyfunction]
 pub fn sample<'py>(py: Python<'py>, matrix: &Bound<'py, Matrix>) -> PyResult<Bound<'py, PyDict>> {
     let matrix = matrix.get().0.clone();

@@ -1,4 +1,4 @@
-//! Low-rank updates and differences of weights, decomposed, results handed over as they come.
+//! Decomposition of low-rank updates and differences of weights, with a callback for every result.
 
 use std::sync::Arc;
 
@@ -12,24 +12,24 @@ use pyo3::prelude::*;
 use crate::detached::{detached, hand_over};
 use crate::matrix::Matrix;
 
-/// A term as Python hands it over: `B`, `A` and the weight of their product.
+/// A term as passed by Python: `B`, `A` and the weight of their product.
 type PyTerm<'py> = (Bound<'py, Matrix>, Bound<'py, Matrix>, f64);
 
-/// An update's singular values, and the way to the factors of any choice of them.
+/// The singular values of an update, and the data to compute the factors of any selection of them.
 #[pyclass(frozen, module = "lorank._core")]
 pub struct Decomposition(Arc<Decomposed>);
 
 #[pymethods]
 impl Decomposition {
-    /// Descending, float64; those that are zero up to rounding are 0.
+    /// Singular values, descending, float64. Values that are zero up to rounding are 0.
     #[getter]
     fn singular_values<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
         self.0.singular_values.clone().into_pyarray(py)
     }
 }
 
-/// Decomposes sums of products and calls `on_result(index, outcome)` for each as it finishes, on the
-/// calling thread. The outcome is a `Decomposition`, or the exception that the update met.
+/// Decomposes sums of products and calls `on_result(index, outcome)` on the calling thread as soon as one is
+/// finished. The outcome is a `Decomposition` or an exception.
 #[pyfunction]
 pub fn decompose<'py>(
     py: Python<'py>,
@@ -54,8 +54,9 @@ pub fn decompose<'py>(
     )
 }
 
-/// Truncates decompositions and calls `on_result(index, (B, A))` for each as it finishes; the outcome may be
-/// an exception. Factors of terms in files are computed whenever they are asked for, those of arrays at once.
+/// Truncates decompositions and calls `on_result(index, outcome)` as soon as one is finished. The outcome is
+/// `(B, A)` or an exception. Factors of terms in files are computed whenever they are read, those of arrays
+/// at once.
 #[pyfunction]
 pub fn rebuild<'py>(
     py: Python<'py>,
@@ -82,9 +83,9 @@ pub fn rebuild<'py>(
     )
 }
 
-/// Decomposes differences `tuned - base` up to a rank and calls `on_result(index, outcome)` for each
-/// as it finishes. The outcome is `((columns of B, singular values, rows of A), energy, next)`, `next`
-/// the first singular value beyond the rank, or the exception that the pair met.
+/// Decomposes differences `tuned - base` up to a rank and calls `on_result(index, outcome)` as soon as one is
+/// finished. The outcome is `((columns of B, singular values, rows of A), energy, next)`, where `next` is the
+/// first singular value beyond the rank, or an exception.
 #[pyfunction]
 pub fn subtract<'py>(
     py: Python<'py>,
@@ -115,7 +116,7 @@ pub fn subtract<'py>(
     )
 }
 
-/// A 2-D array of so many rows, or else of so many columns.
+/// Returns a 2-D array with the given number of rows, or with `cols` columns if `rows` is `None`.
 fn rows(py: Python<'_>, values: Values, rows: Option<usize>, cols: usize) -> PyResult<Bound<'_, PyAny>> {
     let shape = |len: usize| match rows {
         Some(rows) => [rows, len.checked_div(rows).unwrap_or(0)],

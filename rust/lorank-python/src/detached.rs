@@ -1,4 +1,4 @@
-//! The one way into heavy work: without the GIL, with Ctrl-C, without panics.
+//! Execution of heavy work: without the GIL, interruptible by Ctrl-C, with panics as exceptions.
 
 use std::sync::mpsc::{Sender, TryRecvError, channel};
 use std::thread;
@@ -11,29 +11,30 @@ use pyo3::prelude::*;
 
 use crate::errors::to_py;
 
-/// How long results, and a Ctrl-C, can stay unnoticed: to wake up for every small one would take a processor from
-/// the threads that work on the next. The end of the work is noticed at once.
+/// Longest delay of results and of Ctrl-C. Waking up for every small result would take a processor from the
+/// workers. The end of the work is reported without delay.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// From the worker to the waiting Python thread.
+/// A message from the worker to the waiting Python thread.
 enum Message<M, T> {
     Item(M),
     Done(Result<T>),
 }
 
-/// Where the work sends items that Python code should see while it goes on.
+/// A channel for items that Python code receives while the work continues.
 pub struct Outbox<'a, M>(&'a (dyn Fn(M) + Sync));
 
 impl<M> Outbox<'_, M> {
-    /// Never blocks; what is sent after the caller has left is dropped.
+    /// Sends an item without blocking. Items are dropped after the caller has left.
     pub fn send(&self, item: M) {
         (self.0)(item);
     }
 }
 
-/// Runs `work` on a thread of its own and waits without the GIL, handing every item that the work
-/// sends to `on_item`. At a signal, or when `on_item` raises, the work is told to stop and is left
-/// behind: it owns its input, so a library call that cannot be interrupted just finishes alone.
+/// Runs `work` on a new thread and waits without the GIL. Calls `on_item` with every item that the work
+/// sends. On a signal, or if `on_item` raises an exception, the work is cancelled and the call returns
+/// without waiting for it. The work owns its input, so that a library call that cannot be interrupted may
+/// finish later.
 pub fn detached<T, M>(
     py: Python<'_>,
     work: impl FnOnce(&CancelToken, &Outbox<'_, M>) -> Result<T> + Send + 'static,
@@ -69,7 +70,9 @@ where
                 py.detach(|| thread::park_timeout(PAUSE));
                 Ok(())
             }
-            Err(TryRecvError::Disconnected) => Err(to_py(Error::Internal("the worker is lost".into()))),
+            Err(TryRecvError::Disconnected) => {
+                Err(to_py(Error::Internal("the worker thread ended without a result".into())))
+            }
         };
         if let Err(error) = step.and_then(|()| py.check_signals()) {
             cancel.cancel();
@@ -78,7 +81,7 @@ where
     }
 }
 
-/// [`detached`] for work that sends nothing on its way.
+/// Runs work that sends no items: see [`detached`].
 pub fn detached_quiet<T: Send + 'static>(
     py: Python<'_>,
     work: impl FnOnce(&CancelToken) -> Result<T> + Send + 'static,
@@ -86,8 +89,8 @@ pub fn detached_quiet<T: Send + 'static>(
     detached(py, move |cancel, _: &Outbox<'_, ()>| work(cancel), |_, ()| Ok(()))
 }
 
-/// Calls `on_result(index, outcome)` with what `convert` makes of a result, or with the exception of
-/// its error; nothing is said of work that was cancelled.
+/// Calls `on_result(index, outcome)`. The outcome is the converted result, or the exception for its error.
+/// Cancelled work is not reported.
 pub fn hand_over<'py, T>(
     py: Python<'py>,
     on_result: &Bound<'py, PyAny>,
@@ -104,6 +107,6 @@ pub fn hand_over<'py, T>(
 }
 
 fn ignore_hangup<M>(sender: &Sender<M>, message: M) {
-    // The receiver is gone once the caller was interrupted: nobody is left to tell.
+    // The receiver is dropped after an interruption: the message has no recipient.
     let _ = sender.send(message);
 }

@@ -1,6 +1,6 @@
-//! Rust errors as Python exceptions, by one exhaustive match.
+//! Conversion of Rust errors to Python exceptions, by one exhaustive match of their kinds.
 
-use lorank::Error;
+use lorank::{Error, ErrorKind};
 use pyo3::create_exception;
 use pyo3::exceptions::{PyException, PyKeyboardInterrupt, PyMemoryError, PyOSError, PyValueError};
 use pyo3::prelude::*;
@@ -9,26 +9,44 @@ create_exception!(
     lorank._core,
     LorankError,
     PyException,
-    "Base class of lorank's own errors; an error of exactly this class is a defect of lorank."
+    "Base class of lorank's errors. An error of exactly this class is a defect of lorank."
 );
 create_exception!(
     lorank._core,
     FormatError,
     LorankError,
-    "A file is not what its format promises. The message names the file, the tensor and the reason."
+    "A file violates its format. The message names the file, the tensor and the reason."
 );
 create_exception!(
     lorank._core,
     NumericalError,
     LorankError,
-    "A matrix has no spectrum: NaN or infinite values, values beyond float64, no convergence."
+    "A matrix has no spectrum: NaN or infinite values, values out of range, or no convergence."
 );
 
-/// The exception for an error of the core.
+/// Returns the exception for an error of the core.
 pub fn to_py(error: Error) -> PyErr {
+    match error.kind() {
+        ErrorKind::Io => io_error(error),
+        ErrorKind::Format => FormatError::new_err(error.to_string()),
+        ErrorKind::InvalidInput => PyValueError::new_err(error.to_string()),
+        ErrorKind::Numerical => NumericalError::new_err(error.to_string()),
+        ErrorKind::OutOfMemory => PyMemoryError::new_err(error.to_string()),
+        // Without an error number: EAGAIN would make Python raise a BlockingIOError.
+        ErrorKind::NoThreads => PyOSError::new_err(error.to_string()),
+        ErrorKind::Internal => LorankError::new_err(format!(
+            "{error} (a defect of lorank {}: please report this line to the project's issue tracker)",
+            env!("CARGO_PKG_VERSION")
+        )),
+        ErrorKind::Cancelled => PyKeyboardInterrupt::new_err("cancelled"),
+    }
+}
+
+/// Returns an `OSError` with the error number of the system, from which Python derives
+/// `FileNotFoundError`, `PermissionError` and the like.
+fn io_error(error: Error) -> PyErr {
     match error {
         Error::Io { path, source } => match source.raw_os_error() {
-            // Python picks FileNotFoundError, PermissionError, ... by the number.
             Some(code) => {
                 let reason = std::io::Error::from_raw_os_error(code).to_string();
                 let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
@@ -36,16 +54,6 @@ pub fn to_py(error: Error) -> PyErr {
             }
             None => PyOSError::new_err(format!("{}: {source}", path.display())),
         },
-        Error::Format { .. } => FormatError::new_err(error.to_string()),
-        Error::InvalidInput(reason) => PyValueError::new_err(reason),
-        Error::Numerical(_) | Error::NoConvergence(_) => NumericalError::new_err(error.to_string()),
-        Error::OutOfMemory { .. } => PyMemoryError::new_err(error.to_string()),
-        // From the number, EAGAIN, Python would make a BlockingIOError.
-        Error::NoThreads { .. } => PyOSError::new_err(error.to_string()),
-        Error::Internal(_) => LorankError::new_err(format!(
-            "{error} (a defect of lorank {}: please report this line to the project's issue tracker)",
-            env!("CARGO_PKG_VERSION")
-        )),
-        Error::Cancelled => PyKeyboardInterrupt::new_err("cancelled"),
+        other => PyOSError::new_err(other.to_string()),
     }
 }

@@ -1,5 +1,5 @@
-//! `lorank._core`: conversions, the GIL and errors between Python and the `lorank` crate. No
-//! arithmetic and no policy lives here.
+//! The extension module `lorank._core`: conversion of arguments, results and errors between Python and the
+//! `lorank` crate, without arithmetic.
 
 use pyo3::prelude::*;
 

@@ -1,4 +1,4 @@
-//! Matrices and checkpoints as Python sees them.
+//! The Python classes of matrices and checkpoints.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -7,8 +7,8 @@ use std::sync::Arc;
 use lorank::cancel::CancelToken;
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
-use lorank::low_rank::Buffers;
-use lorank::source::{Buffer, Computed, StoredMatrix};
+
+use lorank::source::{Buffer, Computed, Parts, StoredMatrix};
 use numpy::{
     IntoPyArray, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
 };
@@ -19,42 +19,41 @@ use pyo3::types::PyBytes;
 use crate::detached::detached_quiet;
 use crate::errors::to_py;
 
-/// A matrix, in memory or in a file, that can be analysed.
+/// A matrix in memory or in a file.
 #[pyclass(frozen, module = "lorank._core")]
 pub struct Matrix(pub StoredMatrix);
 
-/// The memory of a `NumPy` array, kept alive by a reference to it.
+/// The memory of a `NumPy` array, kept alive by a reference to the array.
 pub struct ArrayMemory {
     start: *const u8,
     len: usize,
     _owner: Py<PyUntypedArray>,
 }
 
-// SAFETY: the pointer is only read through, and the memory lives as long as `_owner`, which may be
-// released on any thread.
+// SAFETY: the memory is only read, and lives as long as `_owner`, which may be released on any thread.
 unsafe impl Send for ArrayMemory {}
 // SAFETY: as above; shared reads need no synchronisation.
 unsafe impl Sync for ArrayMemory {}
 
 impl AsRef<[u8]> for ArrayMemory {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: `from_array` computed `start` and `len` from the array's own shape and strides, so
-        // the range lies within its buffer. NumPy does not move or free the buffer while the array
-        // lives. Python code that writes to it meanwhile changes the values read, as with any NumPy
-        // function that releases the GIL.
+        // SAFETY: `from_array` computed `start` and `len` from the array's own shape and strides, so that the
+        // range lies within its buffer. NumPy does not move or free the buffer while the array lives. Python
+        // code that writes to the array at the same time changes the values read, as for any NumPy function
+        // that releases the GIL.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 }
 
-/// The numbers of an array, in its own memory where they lie in it one after the other: work may outlive the
-/// call that handed them over.
+/// The numbers of an array: in its own memory if it is contiguous, otherwise copied. They may outlive the
+/// call that passed the array.
 pub enum SharedValues {
     InPlace(ArrayMemory),
     Copied(Vec<f64>),
 }
 
 impl SharedValues {
-    /// Of any array of float64.
+    /// Shares or copies the numbers of a float64 array.
     pub fn of(array: &Bound<'_, PyArray1<f64>>) -> Self {
         let values = array.readonly();
         match values.as_slice() {
@@ -73,8 +72,8 @@ impl AsRef<[f64]> for SharedValues {
         match self {
             Self::InPlace(memory) => {
                 let (start, len) = (memory.start.cast(), memory.len / size_of::<f64>());
-                // SAFETY: `of` has found an aligned slice of so many numbers there, which lives as long as
-                // its owner; any bits are a number. Of writes meanwhile holds what `ArrayMemory` says.
+                // SAFETY: `of` found an aligned slice of this many numbers there, which lives as long as its
+                // owner. All bit patterns are numbers. For concurrent writes see `ArrayMemory`.
                 unsafe { std::slice::from_raw_parts(start, len) }
             }
             Self::Copied(values) => values,
@@ -84,8 +83,8 @@ impl AsRef<[f64]> for SharedValues {
 
 #[pymethods]
 impl Matrix {
-    /// A view of a 2-D array without a copy. `dtype` names the type of arrays whose own type is
-    /// only a container (uint16 for bfloat16, uint8 for float8).
+    /// Creates a view of a 2-D array without a copy. `dtype` names the element type of arrays whose own type
+    /// is only a container (uint16 for bfloat16, uint8 for float8).
     #[staticmethod]
     #[pyo3(signature = (array, dtype=None))]
     fn from_array(array: &Bound<'_, PyUntypedArray>, dtype: Option<&str>) -> PyResult<Self> {
@@ -98,7 +97,7 @@ impl Matrix {
         let dtype = element_type(array, dtype)?;
         let stride = |axis: usize, length: usize| -> PyResult<usize> {
             if length <= 1 {
-                return Ok(1); // never stepped over, so NumPy may store anything
+                return Ok(1); // no stride is used; NumPy may store anything
             }
             let bytes = usize::try_from(array.strides()[axis]).ok();
             bytes.filter(|b| b % dtype.size() == 0).map(|b| b / dtype.size()).ok_or_else(|| {
@@ -113,26 +112,26 @@ impl Matrix {
         };
         // SAFETY: the pointer is valid while `array` is borrowed; only its `data` field is read.
         let data: *const u8 = unsafe { (*array.as_array_ptr()).data }.cast_const().cast();
-        // An empty array's pointer may be anything; a slice's may not be null.
+        // The pointer of an empty array may be null; that of a slice may not.
         let start = if len == 0 { std::ptr::NonNull::dangling().as_ptr() } else { data };
         let memory = ArrayMemory { start, len, _owner: array.clone().unbind() };
         StoredMatrix::in_memory(Arc::new(memory), dtype, (rows, cols), strides).map(Self).map_err(to_py)
     }
 
-    /// `(rows, cols)`.
+    /// Shape `(rows, cols)`.
     #[getter]
     fn shape(&self) -> (usize, usize) {
         self.0.shape()
     }
 
-    /// The element type: `float64`, `float32`, `float16`, `bfloat16`, `float8_e4m3fn` or `float8_e5m2`.
+    /// Element type: `float64`, `float32`, `float16`, `bfloat16`, `float8_e4m3fn` or `float8_e5m2`.
     #[getter]
     fn dtype(&self) -> &'static str {
         self.0.dtype().name()
     }
 
-    /// The values as a `NumPy` array: float64 for float64, float32 for every narrower type.
-    #[allow(clippy::cast_possible_truncation)] // No value of a narrower type is rounded.
+    /// Returns the values as a `NumPy` array: float64 for float64, float32 for all narrower types.
+    #[allow(clippy::cast_possible_truncation)] // Values of narrower types are not rounded.
     fn to_array<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let (stored, (rows, cols)) = (self.0.clone(), self.shape());
         let values = detached_quiet(py, move |cancel| {
@@ -152,16 +151,16 @@ impl Matrix {
     }
 }
 
-/// Values that cannot be computed, because of a defect.
+/// A matrix whose computation panics, to test the handling of defects.
 struct Defective;
 
 impl Computed for Defective {
-    fn compute(&self, _: &mut [u8], _: &mut Buffers, _: &CancelToken) -> lorank::Result<()> {
+    fn compute(&self, _: &mut [u8], _: &mut Parts, _: &CancelToken) -> lorank::Result<()> {
         panic!("a defect\nin two lines")
     }
 }
 
-/// Returns, for tests, a float32 matrix whose values cause a panic when they are needed.
+/// Returns, for tests, a float32 matrix whose computation panics.
 #[pyfunction(name = "_panicking_matrix")]
 pub fn panicking_matrix(rows: usize, cols: usize) -> Matrix {
     Matrix(StoredMatrix::computed(Arc::new(Defective), DType::F32, (rows, cols)))
@@ -196,24 +195,24 @@ pub struct Checkpoint(lorank::checkpoint::Checkpoint);
 #[pymethods]
 impl Checkpoint {
     #[new]
-    #[allow(clippy::needless_pass_by_value)] // PyO3 hands over its extracted arguments
+    #[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         py.detach(|| lorank::checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_py)
     }
 
-    /// Every tensor as `(name, dtype, shape)`.
+    /// Returns every tensor as `(name, dtype, shape)`.
     fn tensors(&self) -> Vec<TensorEntry> {
         let entry = |t: &StoredTensor| (t.info.name.clone(), t.info.dtype.clone(), t.info.shape.clone());
         self.0.tensors.iter().map(entry).collect()
     }
 
-    /// The files that hold tensors, each once, in the order of their names.
+    /// Returns the files that contain tensors, sorted by name.
     fn files(&self) -> Vec<PathBuf> {
         let files: BTreeSet<&Path> = self.0.tensors.iter().map(|t| t.file.path()).collect();
         files.into_iter().map(Path::to_path_buf).collect()
     }
 
-    /// What the header says beyond tensors; of a single file only.
+    /// Returns the metadata of the header of a single file. Empty for several files.
     fn metadata(&self) -> BTreeMap<String, String> {
         let files: Vec<_> = self.0.tensors.iter().map(|t| &t.file).collect();
         match files.split_first() {
@@ -224,13 +223,13 @@ impl Checkpoint {
         }
     }
 
-    /// The `index`-th of the row-major `(rows, cols)` matrices that make up a tensor.
+    /// Returns the `index`-th of the consecutive row-major `(rows, cols)` matrices of a tensor.
     #[pyo3(signature = (position, rows, cols, index=0))]
     fn matrix(&self, position: usize, rows: usize, cols: usize, index: usize) -> PyResult<Matrix> {
         StoredMatrix::in_file(self.tensor(position)?.clone(), (rows, cols), index).map(Matrix).map_err(to_py)
     }
 
-    /// A tensor as it is stored, for element types that no matrix has.
+    /// Returns the stored bytes of a tensor, whose element type may be unsupported.
     fn stored_bytes<'py>(&self, py: Python<'py>, position: usize) -> PyResult<Bound<'py, PyBytes>> {
         let tensor = self.tensor(position)?.clone();
         let bytes =
@@ -240,8 +239,11 @@ impl Checkpoint {
 }
 
 impl Checkpoint {
-    /// The tensor at a position of [`tensors`](Self::tensors).
+    /// Returns the tensor at an index of [`tensors`](Self::tensors).
     pub fn tensor(&self, position: usize) -> PyResult<&StoredTensor> {
-        self.0.tensors.get(position).ok_or_else(|| PyIndexError::new_err("no such tensor"))
+        self.0
+            .tensors
+            .get(position)
+            .ok_or_else(|| PyIndexError::new_err(format!("no tensor at position {position}")))
     }
 }

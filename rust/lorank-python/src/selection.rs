@@ -10,25 +10,25 @@ use crate::matrix::SharedValues;
 type Values<'py> = Bound<'py, PyArray1<f64>>;
 type Mask<'py> = PyResult<Bound<'py, PyArray1<bool>>>;
 
-/// The `count` largest, or all non-zero ones.
+/// Keeps the `count` largest scores, or all non-zero ones.
 #[pyfunction]
 pub fn select_largest<'py>(py: Python<'py>, scores: &Values<'py>, count: usize) -> Mask<'py> {
     masked(py, scores, move |scores| select::largest(scores, count))
 }
 
-/// The `count` smallest non-zero ones.
+/// Keeps the `count` smallest non-zero scores.
 #[pyfunction]
 pub fn select_smallest<'py>(py: Python<'py>, scores: &Values<'py>, count: usize) -> Mask<'py> {
     masked(py, scores, move |scores| select::smallest(scores, count))
 }
 
-/// The fewest whose squares sum to a fraction of the total.
+/// Keeps the fewest values whose squares sum to a fraction of the total.
 #[pyfunction]
 pub fn select_energy<'py>(py: Python<'py>, values: &Values<'py>, fraction: f64) -> Mask<'py> {
     masked(py, values, move |values| select::energy(values, fraction))
 }
 
-/// The most energy that fits into a number of parameters.
+/// Keeps values with the most energy within a number of parameters.
 #[pyfunction]
 pub fn select_budget<'py>(
     py: Python<'py>,

@@ -1,4 +1,4 @@
-//! Spectra and the statistics of spectra.
+//! Spectra and their statistics.
 
 use lorank::eigen::Accuracy;
 use lorank::hill::{self, Convention};
@@ -29,7 +29,7 @@ fn scale(name: &str) -> PyResult<Scale> {
     }
 }
 
-/// An accuracy by its name.
+/// Parses an accuracy.
 pub fn accuracy(name: &str) -> PyResult<Accuracy> {
     match name {
         "exact" => Ok(Accuracy::Exact),
@@ -41,7 +41,7 @@ pub fn accuracy(name: &str) -> PyResult<Accuracy> {
     }
 }
 
-/// The eigenvalues of `W^T W`, ascending.
+/// Computes the eigenvalues of `W^T W`, ascending.
 #[pyfunction]
 pub fn spectrum<'py>(
     py: Python<'py>,
@@ -59,9 +59,9 @@ pub fn spectrum<'py>(
     Ok(spectrum.into_eigenvalues().into_pyarray(py))
 }
 
-/// The Hill estimator.
+/// Computes the Hill estimator.
 #[pyfunction]
-#[allow(clippy::needless_pass_by_value)] // PyO3 hands over its extracted arguments
+#[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
 pub fn alpha_hill(eigenvalues: Values<'_>, convention: &str) -> PyResult<f64> {
     let convention = match convention {
         "median" => Convention::Median,
@@ -75,9 +75,9 @@ pub fn alpha_hill(eigenvalues: Values<'_>, convention: &str) -> PyResult<f64> {
     Ok(hill::alpha_hill(&checked(&eigenvalues)?, convention))
 }
 
-/// The Marchenko-Pastur edge and the number of eigenvalues above it.
+/// Computes the Marchenko-Pastur edge and the number of eigenvalues above it.
 #[pyfunction]
-#[allow(clippy::needless_pass_by_value)] // PyO3 hands over its extracted arguments
+#[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
 pub fn marchenko_pastur(
     eigenvalues: Values<'_>,
     shape: (usize, usize),
@@ -87,19 +87,19 @@ pub fn marchenko_pastur(
     Ok((found.edge, found.spikes))
 }
 
-/// The median of the Marchenko-Pastur law of mean 1 and ratio `1/Q`.
+/// Computes the median of the Marchenko-Pastur law of mean 1 and ratio `1/Q`.
 #[pyfunction]
 pub fn marchenko_pastur_median(ratio: f64) -> PyResult<f64> {
     if ratio > 0.0 && ratio <= 1.0 {
         Ok(mp::unit_median(ratio))
     } else {
-        Err(PyValueError::new_err(format!("the ratio 1/Q lies in (0, 1], not {ratio}")))
+        Err(PyValueError::new_err(format!("the ratio 1/Q must be in (0, 1], not {ratio}")))
     }
 }
 
-/// Every metric of a spectrum, by name.
+/// Computes all metrics of a spectrum, by name.
 #[pyfunction]
-#[allow(clippy::needless_pass_by_value)] // PyO3 hands over its extracted arguments
+#[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
 pub fn spectral_metrics<'py>(
     py: Python<'py>,
     eigenvalues: Values<'py>,
@@ -109,7 +109,7 @@ pub fn spectral_metrics<'py>(
     metrics_dict(py, &metrics)
 }
 
-/// Metrics under the names of their fields.
+/// Returns metrics as a dict with the names of their fields.
 pub fn metrics_dict<'py>(py: Python<'py>, metrics: &SpectralMetrics) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("num_nonzero", metrics.num_nonzero)?;
@@ -136,7 +136,7 @@ pub fn metrics_dict<'py>(py: Python<'py>, metrics: &SpectralMetrics) -> PyResult
     Ok(dict)
 }
 
-/// The processors that this process may use.
+/// Returns the number of processors available to this process.
 #[pyfunction]
 pub fn available_threads() -> usize {
     lorank::parallel::available_threads()

@@ -1,4 +1,4 @@
-//! Safetensors files from arrays and from tensors of other files.
+//! Writing of safetensors files from arrays and from tensors of other files.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,26 +14,25 @@ use pyo3::pybacked::PyBackedBytes;
 use crate::detached::detached_quiet;
 use crate::matrix::{Checkpoint, Matrix};
 
-/// Where a tensor's values are, as Python hands it over.
+/// The source of a tensor's values, as passed by Python.
 #[derive(FromPyObject)]
 pub enum PyContent<'py> {
-    /// A matrix that is written as the type that is named.
+    /// A matrix, written with the given element type.
     Matrix(Bound<'py, Matrix>),
-    /// A checkpoint and the position of a tensor in it.
+    /// A checkpoint, and the position of a tensor in it.
     Stored(Bound<'py, Checkpoint>, usize),
-    /// Bytes of the type that is named.
+    /// Bytes of the given element type.
     Raw(PyBackedBytes),
 }
 
-/// The same without Python.
+/// The source of a tensor's values, independent of Python.
 enum Held {
     Values(StoredMatrix, DType),
     Stored(StoredTensor),
     Raw(PyBackedBytes, String),
 }
 
-/// Writes a safetensors file that appears whole or not at all. Tensors are `(name, shape, content,
-/// type by the header's name)`.
+/// Writes a safetensors file atomically. Tensors are `(name, shape, content, element type as in the header)`.
 #[pyfunction]
 pub fn write_safetensors(
     py: Python<'_>,

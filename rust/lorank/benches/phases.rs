@@ -1,10 +1,10 @@
-//! How far each phase is from the machine's limit, on one thread and on several:
-//! `cargo bench --bench phases`.
+//! Speed of each phase relative to the limit of the machine, on one thread and on several: `cargo bench
+//! --bench phases --features bench`.
 //!
-//! `-- --threads 2 --orders 576,4096 --json FILE` choose. The limit is the speed of faer's product of two
-//! square matrices in the same run; of what a spectrum takes beyond it, a line says where it goes. Operations are those of the algorithm: half a product for a Gram matrix,
-//! `4/3 n^3` and `7 w n^2` for the two stages of the reduction, half a Gram matrix of both factors for a
-//! decomposition.
+//! Options: `-- --threads 2 --orders 576,4096 --json FILE`. The limit (peak) is the speed of faer's product
+//! of two square matrices in the same run. A line per spectrum divides the time beyond the peak among the
+//! phases. Operation counts are those of the algorithm: half a product for a Gram matrix, `4/3 n^3` and `7 w
+//! n^2` for the two stages of the reduction, half a Gram matrix of both factors for a decomposition.
 
 use std::env::args;
 use std::hint::black_box;
@@ -13,27 +13,25 @@ use std::time::Instant;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, Par};
-use lorank::band::{WIDTH, position, reduce_to_band, reduce_to_band_scratch, storage};
-use lorank::bulge::reduce_to_tridiagonal;
+use lorank::bench::{
+    Number, Tridiagonal, WIDTH, gram, gram_scratch, numbers as scratch_numbers, panel_size, position,
+    reduce_to_band, reduce_to_band_scratch, reduce_to_tridiagonal, stack, storage, tridiagonal_eigenvalues,
+};
 use lorank::cancel::CancelToken;
 use lorank::dtype::DType;
-use lorank::gram::{gram, gram_scratch, panel_size};
 use lorank::low_rank::{Buffers, Term};
 use lorank::matrix::MatrixView;
-use lorank::number::Number;
 use lorank::parallel::{Strategy, pool};
 use lorank::product_svd::decompose;
-use lorank::root_free_ql::tridiagonal_eigenvalues;
 use lorank::source::{Buffer, StoredMatrix};
-use lorank::tridiag::Tridiagonal;
 use lorank::truncation::Truncation;
 use lorank::workspace::Scratch;
 use serde_json::{Value, json};
 
-/// Seconds that a measurement takes, or one run if that takes longer.
+/// Duration of a measurement in seconds. A run that takes longer is not repeated.
 const PATIENCE: f64 = 0.3;
 
-/// Median seconds of some runs after a first one.
+/// Returns the median seconds of several runs after a warm-up run.
 fn seconds(mut run: impl FnMut() -> f64) -> f64 {
     let first = run();
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // A small positive number.
@@ -49,7 +47,7 @@ fn timed<R>(work: impl FnOnce() -> R) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-/// Roughly normal numbers: the sum of four uniform ones from a linear congruential generator.
+/// Returns approximately normal numbers: sums of four uniform numbers from a linear congruential generator.
 fn numbers(count: usize) -> Vec<f32> {
     let mut state = 1u64;
     let mut uniform = || {
@@ -64,14 +62,15 @@ struct Report {
     rows: Vec<Value>,
 }
 
-/// What a phase takes, and what of that its arithmetic would not take at the peak, in seconds.
+/// Time of a phase in seconds, and the part of it in excess of its arithmetic at the peak.
 struct Phase {
     name: &'static str,
     seconds: f64,
     beyond_peak: f64,
 }
 
-/// Prints how much of some phases together is arithmetic at the peak, and where the rest goes.
+/// Prints the share of the time that is arithmetic at the peak, and the division of the rest among the
+/// phases.
 fn print_rest(kind: &str, order: &str, phases: &[Phase]) {
     let total: f64 = phases.iter().map(|phase| phase.seconds).sum();
     let share = |seconds: f64| 100.0 * seconds / total;
@@ -87,7 +86,7 @@ fn print_rest(kind: &str, order: &str, phases: &[Phase]) {
 }
 
 impl Report {
-    /// Prints a row and keeps it; `peak` in operations a second.
+    /// Prints and stores a row. `peak` is in operations per second.
     fn row(
         &mut self,
         kind: &str,
@@ -111,7 +110,7 @@ impl Report {
         Phase { name: phase, seconds, beyond_peak: seconds - operations / peak }
     }
 
-    /// Operations a second of a product of square matrices.
+    /// Returns the operations per second of a product of square matrices.
     fn peak<T: Number>(&mut self, kind: &str) -> f64 {
         const ORDER: usize = 2048;
         let a = Mat::from_fn(ORDER, ORDER, |i, j| T::of(((i * 7 + j * 3) % 17) as f64 - 8.0));
@@ -131,7 +130,7 @@ impl Report {
         let (mut scratch, mut product, n) = (Scratch::default(), Mat::<T>::zeros(p, p), p as f64);
 
         let taken = seconds(|| {
-            let memory = scratch.numbers::<T>(panel_size::<T>(p, p), gram_scratch(p, p));
+            let memory = scratch_numbers::<T>(&mut scratch, panel_size::<T>(p, p), gram_scratch(p, p));
             let (panel, stack) = memory.expect("memory");
             timed(|| gram(&view, 1.0, strategy, &cancel, product.as_mut(), panel, stack))
         });
@@ -139,7 +138,7 @@ impl Report {
 
         let mut band = vec![T::default(); storage(p)];
         let taken = seconds(|| {
-            let (mut a, stack) = (product.clone(), scratch.stack(reduce_to_band_scratch::<T>(p)));
+            let (mut a, stack) = (product.clone(), stack(&mut scratch, reduce_to_band_scratch::<T>(p)));
             let stack = stack.expect("memory");
             timed(|| reduce_to_band(a.as_mut(), strategy, &mut band, stack))
         });
@@ -158,12 +157,12 @@ impl Report {
             off_diagonal: (1..p).map(|i| chased[position(i, i - 1)].to_f64()).collect(),
         };
         let taken = seconds(|| timed(|| tridiagonal_eigenvalues(&tridiagonal)));
-        // A division and fourteen other operations in each of some 1.2 n^2 steps; one thread.
+        // A division and fourteen other operations in each of some 1.2 n^2 steps, on one thread.
         let solved = self.row(kind, &order, "eigenvalues of that", taken, 1.2 * 15.0 * n * n, peak);
         print_rest(kind, &order, &[formed, reduced, chasing, solved]);
     }
 
-    /// On one thread: others work on other modules.
+    /// Measures one thread, as the other threads work on other modules.
     fn adapter(&mut self, length: usize, r: usize, peak: f64) {
         let (cancel, mut buffers) = (CancelToken::default(), Buffers::default());
         let order = format!("{length}, r={r}");

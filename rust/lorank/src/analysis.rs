@@ -1,48 +1,79 @@
-//! Many matrices, one after the other and side by side, in bounded memory.
+//! Analysis of many matrices in parallel and in bounded memory.
 
 use crate::Result;
-use crate::cancel::CancelToken;
+use crate::eigen::sampled::sampled_spectrum;
 use crate::eigen::{Accuracy, spectrum_in_pool};
-use crate::hill::{Convention, alpha_hill, alpha_hill_spread};
-use crate::marchenko_pastur::{Scale, marchenko_pastur};
+use crate::exec::cancel::CancelToken;
+use crate::exec::panics::guarded;
+use crate::exec::parallel::{Strategy, pool, side_by_side};
+use crate::exec::scratch::Scratch;
 use crate::matrix::MatrixView;
-use crate::metrics::SpectralMetrics;
-use crate::parallel::{Strategy, guarded, pool, side_by_side};
-use crate::sampled::sampled_spectrum;
-use crate::source::StoredMatrix;
-use crate::spectrum::Spectrum;
-use crate::workspace::Workspace;
+use crate::statistics::hill::{Convention, alpha_hill, alpha_hill_spread};
+use crate::statistics::marchenko_pastur::{Scale, marchenko_pastur};
+use crate::statistics::metrics::SpectralMetrics;
+use crate::statistics::spectrum::Spectrum;
+use crate::storage::source::{Buffer, StoredMatrix};
 
-/// What is known of a matrix after its analysis.
+/// The result of the analysis of one matrix.
 #[derive(Clone, Debug)]
 pub struct Analysis {
-    /// The condensed numbers.
+    /// Metrics of the spectrum.
     pub metrics: SpectralMetrics,
-    /// The spectrum that they condense.
+    /// The eigenvalues of `W^T W`.
     pub spectrum: Spectrum,
-    /// The arithmetic that it took.
+    /// The arithmetic that computed the spectrum.
     pub accuracy: Accuracy,
 }
 
-/// What float32 may leave open: a matrix whose error bounds are wider is analysed in float64.
+/// Largest spread of the exponent, and largest error of the number of spikes, that float32 may leave. A
+/// matrix with wider error bounds is analysed again in float64.
 const ALPHA_TOLERANCE: f64 = 1e-3;
 const SPIKES_TOLERANCE: usize = 1;
-/// One of so many eigenvalues may be too small to be told from zero; square weights of full rank have such.
+/// Reciprocal of the largest share of eigenvalues that float32 may leave indistinguishable from zero. Square
+/// weights of full rank have a few such eigenvalues.
 const UNRESOLVED: usize = 32;
 
-/// Analyses every matrix with up to `threads` threads and hands each result to `emit` with the
-/// index of its matrix, in the order in which they finish; `emit` is called from several threads.
+/// Memory that a worker reuses for every matrix.
+#[derive(Default)]
+struct Workspace {
+    /// Values of a matrix that is not in memory.
+    buffer: Buffer,
+    /// Temporaries of the decomposition.
+    scratch: Scratch,
+}
+
+/// Analyses every matrix with up to `threads` threads. Calls `emit` with the index of a matrix and its result
+/// as soon as the matrix is finished; several threads call `emit`.
 ///
-/// Large matrices come first, one at a time with all threads, and so do all if there are fewer than threads;
-/// then the rest, one per thread, costliest first. At most `threads` matrices are in memory at any time. A
-/// matrix that fails does not stop the others. The results do not depend on `threads`.
+/// Large matrices come first, one at a time with all threads. The others follow, costliest first, each on one
+/// thread. If there are fewer of them than threads, all threads share each matrix that is large enough to
+/// benefit. At most `threads` matrices are in memory at any time. A matrix that fails does not stop the
+/// others. The results do not depend on `threads`.
 ///
-/// Under [`Accuracy::Fast`] a matrix is analysed again in float64 if the bounds of float32 do not hold its
-/// exponent to 1e-3 and its spikes to one, or if too many eigenvalues may be zero. Under
-/// [`Accuracy::Sampled`] large matrices are estimated, the others are fast.
+/// Under [`Accuracy::Fast`] a matrix is analysed again in float64 in three cases: the error bounds of float32
+/// exceed 1e-3 for the exponent or 1 for the number of spikes, or too many eigenvalues are indistinguishable
+/// from zero. Under [`Accuracy::Sampled`] the spectra of large matrices are estimated; the other matrices are
+/// analysed as under [`Accuracy::Fast`].
 ///
 /// # Errors
-/// [`Cancelled`](crate::Error::Cancelled), and a lack of threads; errors of single matrices go to `emit`.
+/// [`Cancelled`](crate::Error::Cancelled), and [`NoThreads`](crate::Error::NoThreads). `emit` receives the
+/// errors of single matrices.
+///
+/// # Examples
+/// ```
+/// use std::sync::{Arc, Mutex};
+///
+/// use lorank::{analysis::analyze, cancel::CancelToken, dtype::DType, eigen::Accuracy, source::StoredMatrix};
+///
+/// let values: Vec<u8> = (1..=12u8).flat_map(|x| f32::from(x).to_le_bytes()).collect();
+/// let matrix = StoredMatrix::in_memory(Arc::new(values), DType::F32, (3, 4), (4, 1)).unwrap();
+/// let ranks = Mutex::new(Vec::new());
+/// analyze(&[matrix], Accuracy::Exact, 2, &CancelToken::default(), &|index, result| {
+///     ranks.lock().unwrap().push((index, result.unwrap().metrics.num_nonzero));
+/// })
+/// .unwrap();
+/// assert_eq!(*ranks.lock().unwrap(), [(0, 2)]); // rows 1..4, 5..8, 9..12: rank 2
+/// ```
 pub fn analyze(
     matrices: &[StoredMatrix],
     accuracy: Accuracy,
@@ -53,7 +84,7 @@ pub fn analyze(
     let (mut together, mut alone): (Vec<usize>, Vec<usize>) =
         (0..matrices.len()).partition(|&i| strategy(&matrices[i]) == Strategy::Together);
     if alone.len() < threads {
-        // Threads would have nothing to do.
+        // Otherwise some threads would be idle.
         together.extend(alone.extract_if(.., |i| single_strategy(&matrices[*i]) == Strategy::Together));
     }
     let costliest_first = |i: &usize| std::cmp::Reverse(cost(&matrices[*i]));
@@ -85,7 +116,7 @@ fn single_strategy(matrix: &StoredMatrix) -> Strategy {
     Strategy::for_single(rows, cols)
 }
 
-/// Multiplications of the Gram matrix and the reduction, up to a constant.
+/// Returns the number of multiplications of the Gram matrix and its reduction, up to a constant.
 fn cost(matrix: &StoredMatrix) -> u128 {
     let (rows, cols) = matrix.shape();
     let (p, q) = (rows.min(cols) as u128, rows.max(cols) as u128);
@@ -115,29 +146,31 @@ fn analyze_matrix(
     })
 }
 
-/// The analysis of an estimated spectrum, with its own error bars, whatever the size of the matrix.
+/// Analyses a matrix of any size by an estimate of its spectrum. The metrics contain the error of the
+/// estimate.
 ///
 /// # Errors
-/// As [`sampled_spectrum`], and [`crate::Error::InvalidInput`] for a matrix without elements.
+/// The errors of [`sampled_spectrum`], and [`InvalidInput`](crate::Error::InvalidInput) for a matrix without
+/// elements.
 pub fn sampled(view: &MatrixView<'_>, strategy: Strategy, cancel: &CancelToken) -> Result<Analysis> {
     let shape = (view.rows(), view.cols());
     let sample = sampled_spectrum(view, strategy, cancel)?;
     let spectrum = sample.spectrum.clone();
     let mut metrics = SpectralMetrics::new(&spectrum, shape)?;
-    // Of single eigenvalues nothing is known.
+    // The error of a single eigenvalue is unknown.
     metrics.eigenvalue_error = f64::NAN;
     metrics.alpha_hill_error += sample.error(|spectrum| alpha_hill(spectrum, Convention::Median));
     let spikes = |spectrum: &Spectrum| {
         marchenko_pastur(spectrum, shape, Scale::Mean).map_or(f64::NAN, |found| found.spikes as f64)
     };
     let off = sample.error(spikes).min(spectrum.eigenvalues().len() as f64);
-    // Up to the next whole number.
+    // Rounded up.
     metrics.mp_spikes_error +=
         1 + (0..spectrum.eigenvalues().len()).take_while(|&n| (n as f64) < off).count();
     Ok(Analysis { metrics, spectrum, accuracy: Accuracy::Sampled })
 }
 
-/// Whether the errors of a fast analysis are small enough.
+/// Returns true if the errors of a fast analysis are small enough.
 fn suffices(found: &Analysis) -> bool {
     let Analysis { metrics, spectrum, .. } = found;
     alpha_hill_spread(spectrum, Convention::Median) <= ALPHA_TOLERANCE
@@ -152,9 +185,9 @@ mod tests {
 
     use super::*;
     use crate::Error;
-    use crate::dtype::DType;
+    use crate::matrix::dtype::DType;
 
-    /// Bytes whose owner panics the second time that they are asked for.
+    /// Bytes whose second access panics.
     struct Vanishing(std::sync::atomic::AtomicBool);
 
     impl AsRef<[u8]> for Vanishing {
@@ -165,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_the_error_of_its_matrix() {
+    fn panic_is_the_error_of_its_matrix() {
         let bytes = Arc::new(Vanishing(false.into()));
         let bad = StoredMatrix::in_memory(bytes, DType::F64, (1, 2), (2, 1)).unwrap();
         let good = StoredMatrix::in_memory(Arc::new(vec![0x3f; 16]), DType::F64, (1, 2), (2, 1)).unwrap();
@@ -181,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn costs_rank_by_both_sides() {
+    fn cost_depends_on_both_sides() {
         let matrix = |rows, cols| {
             let bytes = Arc::new(vec![0; rows * cols]);
             StoredMatrix::in_memory(bytes, DType::F8E4M3, (rows, cols), (cols, 1)).unwrap()

@@ -1,7 +1,7 @@
 """GARD: ranks from the spectra of gradients.
 
-Source: GARD, gradient-spectral rank allocation: the effective rank of the gradients of the frozen
-weight over mini-batches, as a share of all modules' effective ranks.
+Source: [GARD]. The score is the effective rank of the gradients of the frozen weight over mini-batches, as a
+share of the sum over all modules.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorank.report.gradients import GradientReport
 
 @register("gard", needs="gradients")
 def gard(report: GradientReport, modules: Sequence[AdaptedModule], r_min: int, r_max: int) -> Signal:
-    """Score ``s = r_eff / sum(r_eff)``. It has no ranks of its own: it needs a budget.
+    """Score modules by their share of effective ranks, ``r_eff / sum(r_eff)``; needs a budget.
 
     Parameters
     ----------

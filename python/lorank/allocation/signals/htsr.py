@@ -1,7 +1,6 @@
-"""HT-SR: ranks from the heavy tails and spikes of the weights' own spectra.
+"""HT-SR: ranks from the heavy tails and spikes of the weights' spectra.
 
-Source: Fine-Tuning Large Language Models using LoRA with Adaptive Rank Allocation Based on Spectral
-Analysis, equations 5 to 8.
+Source: [HTSR-LORA], equations 5 to 8.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ def _check(
     convention: str = "median",
     scale: str = "mean",
 ) -> None:
+    """Raise ValueError for values of options that `htsr` cannot use."""
     for name, weight in (("weight_alpha", weight_alpha), ("weight_spikes", weight_spikes)):
         if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be a number that is not negative, not {weight!r}")
@@ -46,6 +46,7 @@ def _check(
 
 
 def _check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
     if value not in list(choices):
         raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
@@ -64,26 +65,31 @@ def htsr(
     convention: Literal["median", "xmin_mid"] = "median",
     scale: Literal["mean", "median"] = "mean",
 ) -> Signal:
-    """Adaptation score ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised; ranks are linear in it.
+    """Score modules by ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised; ranks are linear in it.
 
     Parameters
     ----------
-    report, modules, r_min, r_max
+    report
+        The result of `analyze`.
+    modules, r_min, r_max
         As in `lorank.allocate`.
     weight_alpha, weight_spikes
-        The weights of the exponent and of the spikes (equation 7).
+        Weights of the exponent and of the spikes (equation 7).
     more_for
-        Whether a higher or a lower exponent asks for more rank. The paper's equations say higher.
+        ``"higher"`` gives more rank to higher exponents, as the paper's equations do; ``"lower"`` to lower
+        ones.
     granularity
-        ``"block"`` averages the metrics over a block's modules first, as AlphaPruning does.
-    convention, scale
-        Which Hill estimator and which Marchenko-Pastur scale.
+        ``"module"``, or ``"block"`` to average the metrics over the modules of a block before scoring, as
+        [ALPHAPRUNING] does.
+    convention
+        Convention of the Hill estimator: ``"median"`` or ``"xmin_mid"``.
+    scale
+        Scale of the Marchenko-Pastur law, from the ``"mean"`` or the ``"median"`` eigenvalue.
 
     Notes
     -----
-    A module whose exponent is not finite counts as the largest finite one and is flagged; where there
-    is no spectrum at all, spikes count as the fewest that another module has. A stack of experts has the
-    mean of its experts' metrics.
+    A module without a finite exponent gets the largest finite one and is flagged. A module without a spectrum
+    gets the smallest number of spikes of the others. A stack of experts has the mean of its experts' metrics.
     """
     rows: dict[str, list[ModuleSpectrum]] = defaultdict(list)
     for row in report.modules:
@@ -104,7 +110,7 @@ def htsr(
 def _alphas(
     names: Sequence[str], rows: dict[str, list[ModuleSpectrum]], metric: str
 ) -> tuple[Array, dict[str, str]]:
-    """Every module's exponent, non-finite ones clipped to the largest finite one and flagged."""
+    """Return the exponent of each module; clip those that are not finite to the largest and flag them."""
     values = np.empty(len(names))
     flags: dict[str, str] = {}
     for i, name in enumerate(names):
@@ -122,7 +128,10 @@ def _alphas(
 
 
 def _spikes(names: Sequence[str], rows: dict[str, list[ModuleSpectrum]], metric: str) -> Array:
-    """Every module's spikes; those that nobody could count must not stretch the scale of the others."""
+    """Return the number of spikes of each module; the smallest number for modules without a spectrum.
+
+    Such a module does not stretch the scale of the others.
+    """
     values = np.full(len(names), np.nan)
     for i, name in enumerate(names):
         if counts := [getattr(row, metric) for row in rows[name] if row.has_spectrum]:
@@ -132,7 +141,7 @@ def _spikes(names: Sequence[str], rows: dict[str, list[ModuleSpectrum]], metric:
 
 
 def _averaged(values: Array, blocks: Sequence[str]) -> Array:
-    """Every value replaced by the mean over its block."""
+    """Replace every value by the mean over its block."""
     by_block: dict[str, list[float]] = defaultdict(list)
     for block, value in zip(blocks, values, strict=True):
         by_block[block].append(float(value))
@@ -140,7 +149,7 @@ def _averaged(values: Array, blocks: Sequence[str]) -> Array:
 
 
 def _min_max(values: Array) -> Array:
-    """Equations 5 and 8: scaled to [0, 1), all equal to 0."""
+    """Scale values to [0, 1), equal ones to 0: equations 5 and 8."""
     if not len(values):
         return values
     scaled: Array = (values - values.min()) / (values.max() - values.min() + _EPSILON)

@@ -1,6 +1,6 @@
-"""The registry of methods: each is a function that computes a `Signal` and is registered under its name.
+"""The registry of methods: functions that compute a `Signal`, registered under their names.
 
-A method depends on neither budgets nor PEFT. It returns a score for each module and, if its source defines
+A method depends neither on budgets nor on PEFT. It returns a score of each module and, if its source defines
 a formula for them, ranks.
 """
 
@@ -21,16 +21,17 @@ Needs: TypeAlias = Literal["shapes"] | Evidence
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """What a method says.
+    """The result of a method.
 
     Attributes
     ----------
     scores
-        One per module, finite and >= 0: ranks under a budget grow in proportion.
+        Score of each module, finite and >= 0: ranks under a budget grow in proportion to it.
     ranks
-        The ranks of the method's own formula, for use without a budget; None if it has none.
+        Rank of each module by the method's own formula, for use without a budget; None if the method
+        defines no ranks.
     flags
-        What a reader should know of single modules, by name; of some that get no rank, too.
+        Remarks by the name of the module, also on modules that get no rank.
     """
 
     scores: npt.NDArray[np.float64]
@@ -38,13 +39,23 @@ class Signal:
     flags: Mapping[str, str] = field(default_factory=dict)
 
 
-# A signal function: (report, modules, r_min, r_max, **its own options).
 Method = Callable[..., Signal]
+"""A function ``(report, modules, r_min, r_max, **options)``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A method and what it needs: module shapes alone, or a report of some kind."""
+    """A registered method.
+
+    Attributes
+    ----------
+    function
+        The function that computes the signal; its keyword-only parameters are the method's options.
+    needs
+        Kind of the report that the method reads; ``"shapes"`` if the shapes of modules are enough.
+    check
+        Raises ValueError for values of options that the method cannot use.
+    """
 
     function: Method
     needs: Needs
@@ -52,7 +63,7 @@ class Registered:
 
     @property
     def summary(self) -> str:
-        """What the method computes: the first line of its documentation, as plain text."""
+        """The first line of the method's documentation, as plain text."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0].replace("`", "")
 
     @property
@@ -62,26 +73,33 @@ class Registered:
         return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
     def check_options(self, name: str, options: Mapping[str, Any]) -> None:
-        """Refuse options that the method does not have, or cannot use, before any work is done.
+        """Check options before any work is done.
+
+        Parameters
+        ----------
+        name
+            Name of the method, for messages.
+        options
+            Value of each option by its name.
 
         Raises
         ------
         ValueError
-            Naming those that it has, or what it can use.
+            If the method has no such option, or cannot use its value.
         """
         known = self.options
         if unknown := [option for option in options if option not in known]:
-            it_has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"method {name!r} has no option {unknown[0]!r}: {it_has}")
+            choice = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"method {name!r} has no option {unknown[0]!r}: {choice}")
         self.check(**options)
 
     def check_evidence(self, name: str, evidence: object) -> None:
-        """Refuse a report that knows nothing of what the method needs.
+        """Check that a report is of the kind that the method reads.
 
         Raises
         ------
         ValueError
-            Naming the function that makes the right one.
+            If it is of another kind; the message names the function that makes the right one.
         """
         if self.needs != "shapes" and getattr(evidence, "provides", None) != self.needs:
             raise ValueError(f"method {name!r} needs {self.needs}: pass the result of {_MAKERS[self.needs]}")
@@ -97,9 +115,16 @@ METHODS: dict[str, Registered] = {}
 
 
 def register(name: str, *, needs: Needs, check: Callable[..., object] = dict) -> Callable[[Method], Method]:
-    """Offer a function as ``allocate(..., method=name)``.
+    """Register the decorated function as ``allocate(..., method=name)``.
 
-    `check` takes any of the method's options by name, and raises ValueError for what it cannot use.
+    Parameters
+    ----------
+    name
+        Name of the method.
+    needs
+        Kind of the report that the method reads.
+    check
+        Function of the method's options that raises ValueError for values that the method cannot use.
     """
 
     def decorate(function: Method) -> Method:
@@ -110,10 +135,10 @@ def register(name: str, *, needs: Needs, check: Callable[..., object] = dict) ->
 
 
 def flags_of_skipped(report: Report[Any]) -> dict[str, str]:
-    """Flags of the modules that were to be profiled and could not be: they get no rank."""
+    """Return a flag for every module that could not be profiled, and so gets no rank."""
     return {skipped.name: f"not adapted: {skipped.reason}" for skipped in report.skipped}
 
 
 def linear_ranks(position: npt.NDArray[np.float64], r_min: int, r_max: int) -> npt.NDArray[np.int64]:
-    """``r_min + (r_max - r_min) * position``, rounded half up, for positions in [0, 1]."""
+    """Return ``r_min + (r_max - r_min) * position``, rounded half up, for positions in [0, 1]."""
     return np.clip(np.floor(r_min + (r_max - r_min) * position + 0.5), r_min, r_max).astype(np.int64)

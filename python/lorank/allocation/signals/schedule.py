@@ -1,11 +1,11 @@
-"""Ranks that follow from a module's place in the model alone.
+"""Schedules: ranks from the place of a module in the model alone.
 
-Source: Adaptive LoRA: Layerwise Rank Allocation for Parameter-Efficient Fine-Tuning, section 3.1.
+Source: [SCHEDULES], section 3.1.
 
 Ranks are computed in rational arithmetic, rounded half up, and clipped to ``[r_min, r_max]``. `i` is the
-index of a module's block among the `L` blocks of its stack (an encoder and a decoder are two stacks),
-adapted or not, as far as the source or report knows of them. Scores are ``rank - r_min``; where that is
-zero for all of them, a budget gives all the same.
+index of a module's block among the `L` blocks of its stack; an encoder and a decoder are two stacks. All
+blocks in the source or the report are counted, adapted or not. Scores are ``rank - r_min``; if all are zero,
+a budget gives equal ranks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import numpy as np
 
 from lorank.allocation.budget import is_integer
 from lorank.allocation.signals.registry import Signal, register
-from lorank.modules.roles import Depth, Role, Roles, check_expressions, depths_of, roles_of
+from lorank.modules.blocks import Depth, depths_of
+from lorank.modules.roles import Role, Roles, check_expressions, roles_of
 from lorank.modules.targets import AdaptedModule
 from lorank.report.base import Report
 from lorank.sources.base import Source
 
-# The empirical schedule: up to which share of the depth, how much of r_base.
+# The empirical schedule: upper bound of the relative depth, and the factor of r_base below it.
 _EMPIRICAL = (
     (Fraction(3, 10), Fraction(6, 10)),
     (Fraction(7, 10), Fraction(12, 10)),
@@ -35,6 +36,7 @@ _ATTENTION_HEAVY: Mapping[Role, Fraction] = {"attention": Fraction(1), "feed-for
 
 
 def _check(r_base: int | None = None, blocks: str | None = None, roles: Roles = None) -> None:
+    """Raise ValueError for values of options that a schedule cannot use."""
     if r_base is not None and (not is_integer(r_base) or r_base < 0):
         raise ValueError(f"r_base must be a rank, not {r_base!r}")
     check_expressions(blocks, roles)
@@ -44,12 +46,12 @@ def _check(r_base: int | None = None, blocks: str | None = None, roles: Roles = 
 def uniform(
     report: Any, modules: Sequence[AdaptedModule], r_min: int, r_max: int, *, r_base: int | None = None
 ) -> Signal:
-    """Rank `r_base` for every module: plain LoRA, the baseline of every comparison.
+    """Give every module rank `r_base`: plain LoRA, the baseline of every comparison.
 
     Parameters
     ----------
     report
-        Not looked at.
+        Not used.
     modules, r_min, r_max
         As in `lorank.allocate`.
     r_base
@@ -70,35 +72,35 @@ def linear_decay(
     r_base: int | None = None,
     blocks: str | None = None,
 ) -> Signal:
-    """Rank ``r_base - (r_base - r_min) i / (L - 1)`` in block `i` of `L`, counted from 0.
+    """Give rank ``r_base - (r_base - r_min) i / (L - 1)`` in block `i` of `L`, counted from 0.
 
     Section 3.1.1: from `r_base` in the first block to `r_min` in the last; `r_base` for ``L = 1``.
 
     Parameters
     ----------
     report
-        A source or a report, of which the model's blocks are counted; None to count those of `modules`.
+        Source or report whose blocks are counted; None to count the blocks of `modules`.
     modules, r_min, r_max
         As in `lorank.allocate`.
     r_base
-        The first block's rank (default: `r_max`).
+        Rank in the first block (default: `r_max`).
     blocks
-        How a block's number is read where names are unusual: as in `lorank.modules.roles.block_of`.
+        Regular expression for the number of a block, as in `lorank.modules.blocks.numbered_block`.
 
     Raises
     ------
     ValueError
-        If a module's block cannot be read from its name, or none is in a block.
+        If the block of a module cannot be read from its name, or no module is in a block.
 
     Notes
     -----
-    A module in no numbered block (a pooler, a head, a projector) has no depth. It counts as a stack
-    of one block, gets `r_base`, and is flagged.
+    A module outside the numbered blocks (a pooler, a head, a projector) has no depth. It gets `r_base`, as a
+    stack of one block does, and is flagged.
     """
     base = r_max if r_base is None else int(r_base)
 
     def rank(depth: Depth) -> Fraction:
-        # The formula's maximum with r_min is the clipping that every schedule ends in.
+        # The maximum with r_min in the formula is the clipping that follows every schedule.
         return base - (base - r_min) * Fraction(depth.index, depth.count - 1)
 
     return _by_depth(report, modules, r_min, r_max, base, blocks, rank)
@@ -114,7 +116,7 @@ def empirical(
     r_base: int | None = None,
     blocks: str | None = None,
 ) -> Signal:
-    """Rank ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, then `r_base`.
+    """Give rank ``0.6 r_base`` in the first 0.3 of the blocks, ``1.2 r_base`` up to 0.7, then `r_base`.
 
     Section 3.1.3: in block `i` of `L`, ``0.6 r_base`` for ``i < 0.3 L``, ``1.2 r_base`` for
     ``0.3 L <= i < 0.7 L``, else `r_base`; `r_base` for ``L = 1``.
@@ -122,23 +124,23 @@ def empirical(
     Parameters
     ----------
     report
-        A source or a report, of which the model's blocks are counted; None to count those of `modules`.
+        Source or report whose blocks are counted; None to count the blocks of `modules`.
     modules, r_min, r_max
         As in `lorank.allocate`.
     r_base
-        The last blocks' rank (default: `r_max`). No rank exceeds `r_max`, so that the middle has its
-        ``1.2 r_base`` only if that is no more; modules that are cut are flagged.
+        Rank in the last blocks (default: `r_max`). Take a value below `r_max`: the ranks ``1.2 r_base`` of
+        the middle blocks are clipped to `r_max`, and the modules are flagged.
     blocks
-        How a block's number is read where names are unusual: as in `lorank.modules.roles.block_of`.
+        Regular expression for the number of a block, as in `lorank.modules.blocks.numbered_block`.
 
     Raises
     ------
     ValueError
-        If a module's block cannot be read from its name, or none is in a block.
+        If the block of a module cannot be read from its name, or no module is in a block.
 
     Notes
     -----
-    A module in no numbered block gets `r_base` and is flagged, as under linear decay.
+    A module outside the numbered blocks gets `r_base` and is flagged, as under linear decay.
     """
     base = r_max if r_base is None else int(r_base)
 
@@ -158,29 +160,29 @@ def attention_heavy(
     r_base: int | None = None,
     roles: Roles = None,
 ) -> Signal:
-    """Rank `r_base` for attention, ``max(r_min, r_base / 2)`` for feed-forward.
+    """Give rank `r_base` to attention, ``max(r_min, r_base / 2)`` to feed-forward.
 
     Section 3.1.2.
 
     Parameters
     ----------
     report
-        Not looked at.
+        Not used.
     modules, r_min, r_max
         As in `lorank.allocate`.
     r_base
-        The rank of attention modules (default: `r_max`).
+        Rank of attention modules (default: `r_max`).
     roles
-        What modules with unusual names do: as in `lorank.modules.roles.roles_of`.
+        Roles of modules with unusual names, as in `lorank.modules.roles.roles_of`.
 
     Raises
     ------
     ValueError
-        If the role of a module in a block cannot be read from its name, or none has one.
+        If the role of a module in a block cannot be read from its name, or no module has a role.
 
     Notes
     -----
-    A module that is neither (a pooler, a head, a router) gets `r_base` and is flagged.
+    A module of neither role (a pooler, a head, a router) gets `r_base` and is flagged.
     """
     del report
     base = r_max if r_base is None else int(r_base)
@@ -209,7 +211,7 @@ def _by_depth(
     blocks: str | None,
     rank: Callable[[Depth], Fraction],
 ) -> Signal:
-    """The signal of a schedule that needs the depth: `rank` is asked where there is more than one block."""
+    """Return the signal of a schedule by depth; `rank` is called for stacks of more than one block."""
     names = [module.name for module in modules]
     depths = depths_of(names, blocks, _known(evidence))
     if not any(depths):
@@ -227,7 +229,7 @@ def _by_depth(
 
 
 def _known(evidence: Report[Any] | Source | None) -> dict[str, None]:
-    """The modules of the whole model, as far as they are known: blocks are counted over all of them."""
+    """Return the names of all known modules of the model, over whose blocks depth is counted."""
     if evidence is None:
         return {}
     rows = evidence.modules if isinstance(evidence, Report) else (m.info for m in evidence.matrices)
@@ -241,7 +243,7 @@ def _signal(
     r_max: int,
     flags: Mapping[str, str],
 ) -> Signal:
-    """The ranks rounded and clipped; to the flags, those whose rank `r_max` cuts."""
+    """Return the signal of the rounded and clipped ranks; flag the modules whose rank `r_max` cuts."""
     rounded = np.array([math.floor(rank + Fraction(1, 2)) for rank in exact], dtype=np.int64)
     ranks = np.clip(rounded, r_min, r_max)
     cut = {

@@ -1,7 +1,6 @@
-"""K*: ranks from what each module has to learn from the data.
+"""K*: ranks from the spectrum of the task that the data set each module.
 
-Source: Why Does LoRA Work? The Spectral Theory of Low-Rank Adaptation; per module of a model it is
-that paper's open problem.
+Source: [KSTAR]. The estimate per module of a model is an open problem of that paper.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from lorank.report.tasks import TaskReport
 
 
 def _check(estimate: str = "k_star") -> None:
+    """Raise ValueError for an estimate that does not exist."""
     if estimate not in ("k_star", "predicted_rank"):
         raise ValueError(f"estimate must be 'k_star' or 'predicted_rank', not {estimate!r}")
 
@@ -30,9 +30,9 @@ def task(
     *,
     estimate: Literal["k_star", "predicted_rank"] = "k_star",
 ) -> Signal:
-    """Rank K*, or with ``estimate="predicted_rank"`` what predicts held-out rows nearly as well as all.
+    """Give rank K*, or the smallest rank that predicts held-out tokens nearly as well as the full one.
 
-    Within the bounds; the score is what the rank exceeds `r_min` by.
+    Ranks are clipped to the bounds. The score is ``max(rank - r_min, 0)``.
 
     Parameters
     ----------
@@ -41,8 +41,8 @@ def task(
     modules, r_min, r_max
         As in `lorank.allocate`.
     estimate
-        ``"k_star"``, or ``"predicted_rank"``: the rank that predicts held-out rows nearly as well as
-        the full one.
+        ``"k_star"``, or ``"predicted_rank"``: the smallest rank that predicts held-out tokens nearly as well
+        as the full rank.
     """
     rows = {row.module: row for row in report.modules}
     ranks = np.array([getattr(rows[module.name], estimate) for module in modules], dtype=np.int64)

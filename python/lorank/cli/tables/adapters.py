@@ -1,24 +1,20 @@
-"""Tables about adapters."""
+"""Adapters, certificates and families as tables for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping
 
 from rich import box
 from rich.table import Table
 
+from lorank._internal.short_text import counted
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent
-from lorank.runtimes import Verdict
-
-_STYLES = {"right": "green", "wrong": "red", "refuses": "yellow"}
 
 
 def module_table(adapter: AdapterContent) -> Table:
-    """A row for every module."""
-    table = _table(f"{adapter.label}: {len(adapter.modules)} modules")
+    """Return a table with a row for each module."""
+    table = _table(f"{adapter.label}: {counted(len(adapter.modules), 'module')}")
     table.add_column("module", overflow="fold")
     for heading in ("kind", "shape", "rank", "scaling", "type"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -32,24 +28,27 @@ def module_table(adapter: AdapterContent) -> Table:
 
 
 def summary(adapter: AdapterContent) -> str:
-    """What else is known of an adapter, line by line."""
+    """Return lines with the ranks, scalings, parameters, base model and notes of an adapter."""
     ranks = [module.rank for module in adapter.adapted]
     scalings = sorted({module.scaling for module in adapter.adapted})
     span = f"{scalings[0]:.4g}" + (f" to {scalings[-1]:.4g}" if len(scalings) > 1 else "")
     dtypes = ", ".join(sorted({module.dtype for module in adapter.adapted}))
     lines = [
-        f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, average {sum(ranks) / len(ranks):.2f}, "
-        f"scalings {span}: {adapter.num_parameters:,} parameters in {dtypes}",
+        f"{counted(len(ranks), 'module')}, ranks {min(ranks)} to {max(ranks)}, "
+        f"average {sum(ranks) / len(ranks):.2f}, scalings {span}: "
+        f"{counted(adapter.num_parameters, 'parameter')} in {dtypes}",
     ]
     if adapter.base_model:
         lines.append(f"base model: {adapter.base_model}")
     if adapter.is_spectral:
-        lines.append("elastic: in spectral form, any budget is cut from it without a decomposition")
+        lines.append(
+            "elastic: the adapter is in spectral form, and can be cut to any budget without a decomposition"
+        )
     return "\n".join([*lines, *adapter.notes])
 
 
 def certificate_table(certificate: Certificate) -> Table:
-    """What was kept and what was left out."""
+    """Return a table with the parameters before and after, the energy retained, and the errors."""
     table = _table(certificate.action)
     table.show_header = False
     table.add_column()
@@ -66,8 +65,8 @@ def certificate_table(certificate: Certificate) -> Table:
 
 
 def kept_table(certificate: Certificate) -> Table:
-    """What was kept of every module."""
-    table = _table(f"{len(certificate.modules)} modules, before -> after")
+    """Return a table with the rank, parameters, energy and error of each module."""
+    table = _table(f"{counted(len(certificate.modules), 'module')}, before -> after")
     table.add_column("module", overflow="fold")
     for heading in ("rank", "parameters", "energy retained", "error, Frobenius norm"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -83,7 +82,7 @@ def kept_table(certificate: Certificate) -> Table:
 
 
 def family_table(members: Mapping[str, AdapterContent]) -> Table:
-    """The members of a family side by side."""
+    """Return a table with a row for each member of a family."""
     table = _table("family")
     table.add_column("member")
     for heading in ("modules", "parameters", "energy retained", "relative error"):
@@ -99,34 +98,6 @@ def family_table(members: Mapping[str, AdapterContent]) -> Table:
             f"{certificate.relative_error:.4g}",
         )
     return table
-
-
-def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """What every runtime makes of an adapter."""
-    table = _table("runtimes")
-    table.add_column("runtime", no_wrap=True)
-    table.add_column("version", no_wrap=True)
-    table.add_column("loads", no_wrap=True)
-    table.add_column("scale x", justify="right", no_wrap=True)
-    table.add_column("remark", overflow="fold")
-    for verdict in verdicts:
-        low, high = verdict.factors or (float("nan"),) * 2
-        factor = (
-            "-" if verdict.factors is None else f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-        )
-        table.add_row(
-            verdict.runtime,
-            verdict.version,
-            f"[{_STYLES[verdict.status]}]{verdict.status}[/]",
-            factor,
-            verdict.reason,
-        )
-    return table
-
-
-def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as values that JSON knows."""
-    return asdict(verdict)
 
 
 def _table(title: str) -> Table:

@@ -1,4 +1,4 @@
-"""Every runtime's rules, read from its source or found by running it: one file a runtime or a family."""
+"""The rules of every runtime, read from its source or found by running it: one file per runtime or family."""
 
 from lorank.runtimes.rules.exllamav3 import EXLLAMAV3
 from lorank.runtimes.rules.image import COMFYUI, DIFFUSERS

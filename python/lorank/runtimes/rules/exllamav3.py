@@ -1,4 +1,4 @@
-"""ExLlamaV3."""
+"""The rules of ExLlamaV3."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _scale(a: Found, module: LoraModule) -> float:
 def _refuses(a: Found) -> str:
     if a.config.get("fan_in_fan_out"):
         return "fan_in_fan_out is not supported"
-    return f"takes the bias {a.lora_biases[0]} for a factor" if a.lora_biases else ""
+    return f"mistakes the bias {a.lora_biases[0]} for a factor" if a.lora_biases else ""
 
 
 def _loses(a: Found) -> Iterable[str]:

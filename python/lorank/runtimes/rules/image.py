@@ -1,4 +1,4 @@
-"""diffusers and ComfyUI, which read image adapters' files: the keys of kohya and of diffusers."""
+"""The rules of diffusers and ComfyUI, which read files of image adapters with keys of kohya or diffusers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lorank.peft_format.names import MAGNITUDE
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import Runtime, by_module, leaves_out
 
-# kohya's names of the modules of Stable Diffusion, whose keys diffusers renames one by one.
+# Names of kohya for the modules of Stable Diffusion, which diffusers renames one by one.
 _KOHYA_PART = re.compile(r"lora_(?P<part>unet|te1?|te2)_(?P<rest>.+)")
 _UNET_BLOCKS = re.compile(r"(?:down|mid|up|input|middle|output)_block")
 _UNET_ATTENTION = re.compile(r"transformer_blocks_\d+_.*attn[12]_.*(?:to_q|to_k|to_v|to_out_0)")
 _TEXT_ATTENTION = re.compile(r".*self_attn_(?:q|k|v|out)_proj")
 
-# Keys without "lora" that diffusers folds into its own names: of Wan, Z-Image and Qwen-Image.
+# Keys without "lora" that diffusers converts: those of Wan, Z-Image and Qwen-Image.
 _FOLDED = re.compile(
     r"diffusion_model\.(?:blocks|patch_embedding|text_embedding|time_embedding|time_projection|head)\b.*"
     r"\.(?:alpha|diff|diff_b)"
     r"|diffusion_model\.(?:layers|noise_refiner|context_refiner)\.\d+\..+\.alpha"
     r"|(?:diffusion_model\.)?transformer_blocks\.\d+\.(?:attn|img_mlp|txt_mlp|img_mod|txt_mod)\..+\.alpha"
 )
-# Full differences of Wan that it leaves out: of weights but the head's, and of the biases of norms.
+# Full differences of Wan that diffusers leaves out: of weights except the head's, and of biases of norms.
 _LOST = re.compile(r"diffusion_model\.(?:(?!head\.).+\.diff|.*norm.*\.diff_b)")
 
 _FLUX = "single_transformer_blocks."
@@ -38,7 +38,7 @@ def _diffusers_scale(a: Found, module: LoraModule) -> float:
     part = _part_of_stable_diffusion(module.name)
     if part is None or not _loses_its_alpha(module.name):
         return by_module(a, module)
-    # The pattern that should give the module its alpha matches nothing: it gets the most frequent one.
+    # The pattern for the alpha of the module matches nothing, so that it gets the most frequent alpha.
     alphas = [alpha for other, alpha in a.alphas.items() if _part_of_stable_diffusion(other) == part]
     return Counter(alphas).most_common(1)[0][0] / module.rank if alphas else by_module(a, module)
 
@@ -53,7 +53,7 @@ def _part_of_stable_diffusion(name: str) -> str | None:
 
 
 def _loses_its_alpha(name: str) -> bool:
-    """Return whether diffusers looks for a module's alpha under a name that no module has."""
+    """Return True if diffusers looks for the alpha of a module under a name that no module has."""
     pattern = _UNET_ATTENTION if name.startswith("lora_unet_") else _TEXT_ATTENTION
     return pattern.search(name) is not None
 
@@ -62,7 +62,7 @@ def _diffusers_refuses(a: Found) -> str:
     keys = list(a.stored.tensors.shapes())
     alphas = [key for key in keys if key.endswith(".alpha")]
     if alphas and SETTINGS_KEY in a.stored.tensors.metadata:
-        return f"takes scales from alphas or from the metadata, not from both: {alphas[0]}"
+        return f"reads scales from alphas or from the metadata, but the file holds both, such as {alphas[0]}"
     if any(_KOHYA in key for key in keys):
         renamed = any(_part_of_stable_diffusion(module.name) for module in a.modules)
         left = [key for key in a.adapter.carried if not key.endswith(_MAGNITUDES)]
@@ -70,7 +70,7 @@ def _diffusers_refuses(a: Found) -> str:
     known = [key for key in keys if "lora" in key or key.endswith(_MAGNITUDES) or _FOLDED.fullmatch(key)]
     strange = sorted(set(keys) - set(known))
     if strange and not any(_FLUX in key for key in keys):
-        return f"SD, SDXL, SD3, Wan and Qwen-Image refuse a file with a key without 'lora': {strange[0]}"
+        return f"refuses a key without 'lora' for SD, SDXL, SD3, Wan and Qwen-Image: {strange[0]}"
     return ""
 
 
@@ -90,7 +90,7 @@ def _comfyui_loses(a: Found) -> Iterable[str]:
 
 def _comfyui_remark(a: Found) -> str:
     del a
-    return "names that are not in the model are left out, and only its log shows it"
+    return "leaves out names that the model lacks, and reports them only in its log"
 
 
 DIFFUSERS = Runtime(

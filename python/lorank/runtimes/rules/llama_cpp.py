@@ -1,4 +1,4 @@
-"""llama.cpp, whose converter writes an adapter's GGUF file, and Ollama, which has a converter of its own."""
+"""The rules of llama.cpp, whose converter writes GGUF files, and of Ollama, which has its own converter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorank.runtimes.rules.runtime import (
     original_base,
 )
 
-# Modules that Ollama's converter has names for.
+# Modules that the converter of Ollama can name.
 _OLLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ATTENTION = ("q_proj", "k_proj")
 
@@ -43,7 +43,7 @@ def _tables(a: Found) -> str:
     if not a.shares_tables:
         return ""
     tables = [m.name for m in a.modules if _is_table(m.name)]
-    return f"{tables[0]} is tied, and has no table of its own in a GGUF file" if tables else ""
+    return f"{tables[0]} is tied, and a GGUF file holds no separate table for it" if tables else ""
 
 
 def _is_table(name: str) -> bool:
@@ -51,13 +51,13 @@ def _is_table(name: str) -> bool:
 
 
 def _experts(a: Found) -> str:
-    """Explain why experts do not fit the stack that a GGUF file holds them in."""
+    """Return the reason why experts do not fit in the stack of a GGUF file; empty if they fit."""
     unequal = a.separate_experts.unequal() or a.separate_experts.missing()
-    return f"stacks the experts, which need one rank: {unequal}" if unequal else ""
+    return f"stacks the experts, which therefore need one rank: {unequal}" if unequal else ""
 
 
 def _known(key: str) -> bool:
-    """Return True for tensors that the converter passes on or skips, and that the program does not apply."""
+    """Return True for tensors that the converter copies or skips and the program does not apply."""
     return "_layernorm" in key or ".norm" in key or BASE_WEIGHT in key
 
 
@@ -70,7 +70,7 @@ def _loses(a: Found) -> Iterable[str]:
 
 def _remark(a: Found) -> str:
     tables = [m.name for m in a.modules if _is_table(m.name)] if a.shares_tables is None else []
-    return f"if the model's tables are not tied: {tables[0]} is adapted" if tables else ""
+    return f"if embedding and head of the model are not tied: {tables[0]} is adapted" if tables else ""
 
 
 def _ollama_refuses(a: Found) -> str:
@@ -80,13 +80,13 @@ def _ollama_refuses(a: Found) -> str:
         return "has no names for DoRA's magnitudes"
     alpha = a.config.get("lora_alpha")
     if alpha is not None and not (isinstance(alpha, int) and alpha >= 0):
-        return f"lora_alpha is {alpha!r}: it reads integers alone"
+        return f"reads lora_alpha only from integers, but it is {alpha!r}"
     others = [m.name for m in a.modules if m.kind != "linear" or m.name.rpartition(".")[2] not in _OLLAMA]
     if others:
-        return f"has no name for {others[0]}: it knows {', '.join(_OLLAMA)}"
+        return f"has no name for {others[0]}, only for {', '.join(_OLLAMA)}"
     if wide := [m for m in a.modules if m.rank > min(m.shape)]:
         return (
-            f"transposes the factors of {wide[0].name}, as its rank {wide[0].rank} is above a side's length"
+            f"transposes the factors of {wide[0].name}: its rank {wide[0].rank} exceeds a side of the matrix"
         )
     return first_of(no_replication(a), no_lora_biases(a), no_others(a))
 
@@ -97,7 +97,7 @@ def _ollama_loses(a: Found) -> Iterable[str]:
 
 
 def _ollama_remark(a: Found) -> str:
-    remark = "for Llama and Gemma 2 alone"
+    remark = "for Llama and Gemma 2 only"
     if any(m.name.rpartition(".")[2] in _ATTENTION for m in a.modules):
         remark += "; its converter reorders A of q_proj and k_proj of a Llama: compare the answers"
     return remark

@@ -1,4 +1,4 @@
-"""LMDeploy."""
+"""The rules of LMDeploy."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lorank.runtimes.rules.runtime import (
 
 def _refuses(a: Found) -> str:
     if a.adalora:
-        return "AdaLoRA's tensors (lora_E) have no names that it knows"
+        return "does not recognise the names of AdaLoRA's tensors (lora_E)"
     if isinstance(a.config.get("target_modules"), str):
-        return "target_modules is a regular expression, and a list is needed"
+        return "needs target_modules as a list, but they are a regular expression"
     if a.dora:
         return "DoRA is not supported"
     if mixed := a.of_another_rank():
-        return f"{len(mixed)} modules have another rank than r = {a.rank:g}, the first is {mixed[0].name}"
+        return f"{len(mixed)} modules have another rank than r = {a.rank:g}, such as {mixed[0].name}"
     return first_of(not_plain(a), no_replication(a), no_lora_biases(a), no_others(a))
 
 

@@ -1,4 +1,4 @@
-"""LoRAX, and Text Generation Inference, which took its loader over."""
+"""The rules of LoRAX, and of Text Generation Inference, which uses its loader."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lorank.runtimes.rules.runtime import (
     original_base,
 )
 
-# Lower ranks are padded to this one, and the true rank is lost after the first type of modules.
+# Lower ranks are padded to this rank, and the true rank is lost after the first type of modules.
 _LEAST_RANK = 8
 
 
 def _scale(a: Found, module: LoraModule) -> float:
-    # AdaLoRA's factors have other names than it looks for. PEFT 0.4, which it pins, has no rsLoRA.
+    # LoRAX does not recognise the names of AdaLoRA's factors. PEFT 0.4, which it pins, has no rsLoRA.
     return 0.0 if a.adalora else by_settings(a, module)
 
 
@@ -34,7 +34,7 @@ def _tgi_scale(a: Found, module: LoraModule) -> float:
 def _refuses(a: Found) -> str:
     ranks = sorted({module.rank for module in a.modules})
     if len(ranks) > 1:
-        return f"stacks layers, which need one rank: ranks go from {ranks[0]} to {ranks[-1]}"
+        return f"stacks layers, which therefore need one rank: ranks go from {ranks[0]} to {ranks[-1]}"
     if a.dora:
         return "DoRA is not supported"
     return not_plain(a) or no_replication(a)
@@ -42,10 +42,10 @@ def _refuses(a: Found) -> str:
 
 def _loses(a: Found) -> Iterable[str]:
     if a.adalora:
-        yield "adapts nothing, as AdaLoRA's tensors have other names than it looks for"
+        yield "adapts no module, because it does not recognise the names of AdaLoRA's tensors"
         return
     if missing := a.incomplete_types():
-        yield f"drops {missing[0]} everywhere, as some layers have no adapter there"
+        yield f"drops {missing[0]} in all layers, because some layers have no adapter for it"
     yield from leaves_out([*a.others, *a.lora_biases])
     yield from every_token(a)
     yield from original_base(a)
@@ -56,8 +56,8 @@ def _remark(a: Found) -> str:
     remarks = [f"if the model has {max(counts)} blocks and no more"] if counts else []
     if a.rank < _LEAST_RANK:
         remarks.append(
-            f"on GPUs it pads ranks to {_LEAST_RANK}, and then divides by that in all but the first "
-            "type of modules"
+            f"on GPUs it pads ranks to {_LEAST_RANK}, and divides alpha by {_LEAST_RANK} in all but the "
+            "first type of modules"
         )
     return "; ".join(remarks)
 

@@ -1,4 +1,4 @@
-"""MLX-LM."""
+"""The rules of MLX-LM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT, and what loads adapters through it: hot-swapping, transformers' `load_adapter`, Unsloth."""
+"""The rules of PEFT and of its users: hot-swapping, `load_adapter` of transformers, Unsloth."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import Runtime, by_settings_or_stabilized, no_others
 from lorank.runtimes.separate_experts import GATES, UPS
 
-# Initialisations that PEFT repeats on loading, with the same result.
+# Initialisations that PEFT repeats on loading with the same result.
 _REPEATED = ("pissa", "olora")
-# Those that it cannot repeat from an adapter's files.
+# Initialisations that PEFT cannot repeat from an adapter's files.
 _NEEDS_MORE = ("corda", "loftq")
 
 
@@ -25,7 +25,7 @@ def _scale(a: Found, module: LoraModule) -> float:
 
 
 def _never_stacked(a: Found) -> list[str]:
-    """Name experts one by one of a base model that holds stacks, into which PEFT does not convert them."""
+    """Return the names of separate experts that the base model stacks and PEFT does not convert."""
     if a.base is None or a.base.skeleton is None or not a.separate_experts:
         return []
     model_type = a.base.skeleton.model_type
@@ -42,12 +42,12 @@ def _refuses(a: Found) -> str:
     own = {module.name for module in experts.modules}
     if misfits := [found for found in a.misfits if found[0].name not in own]:
         module, rank = misfits[0]
-        return f"sizes do not match: {module.name} has rank {module.rank}, but the settings say {rank}"
+        return f"sizes do not match: {module.name} has rank {module.rank}, but {rank} in the settings"
     if tables := a.unequal_tables():
         first, second = tables
         return (
-            f"sizes do not match: {first.name} has rank {first.rank} and {second.name} {second.rank}, but "
-            "ensure_weight_tying makes them share one update"
+            f"sizes do not match: {first.name} has rank {first.rank} and {second.name} rank {second.rank}, "
+            "but ensure_weight_tying makes them share one update"
         )
     if swapped := _swapped_of_other_size(a):
         return (
@@ -55,50 +55,51 @@ def _refuses(a: Found) -> str:
             f"{_although(a)}"
         )
     if (a.of_kinds("expert") or experts) and (setting := _not_with_parameters(a)):
-        return f"{setting} does not go with adapted parameters"
+        return f"{setting} is not supported with adapted parameters"
     if (init := a.base_change) and init.lower().startswith(_NEEDS_MORE):
         return f"cannot initialise the base model by {init!r} again from the adapter's files"
     return ""
 
 
 def _swapped_of_other_size(a: Found) -> str:
-    """Name the first stack that is laid out as before 0.19 and does not fit today's layout."""
+    """Return the name of the first stack in the layout before 0.19 that does not fit the new layout."""
     names = {parameter.name for parameter in a.swapped}
     return next((m.name for m in a.stacks if m.name in names and m.shape[0] != m.shape[1]), "")
 
 
 def _although(a: Found) -> str:
+    """Return a clause for a `peft_version` that contradicts the layout of experts."""
     if not any(parameter.contradicts_version for parameter in a.swapped):
         return ""
     return f", although peft_version is {a.config.get('peft_version')}"
 
 
 def _not_with_parameters(a: Found) -> str:
-    """Name the first setting that PEFT refuses beside `target_parameters`."""
+    """Return the first setting that PEFT refuses with `target_parameters`; empty if there is none."""
     settings = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
     return next((f"{key}={a.config[key]}" for key in settings if a.config.get(key)), "")
 
 
 def _separate_experts_refused(a: Found) -> str:
-    """Explain why experts one by one do not fit into the stacks that transformers 5 loads them into."""
+    """Return the reason why separate experts do not fit in stacks; empty if they fit."""
     experts = a.separate_experts
     if problem := experts.unequal() or experts.without_partner() or experts.missing():
-        return f"stacks the experts, which need one rank and all of them: {problem}"
+        return f"stacks the experts, and needs all of them with one rank: {problem}"
     targets = a.config.get("target_modules")
     selects = naming.matcher(targets) if isinstance(targets, str) and targets != naming.ALL_LINEAR else None
     for stack, kinds in experts.by_stack.items():
         for kind, modules in kinds.items():
             name = f"{stack}.{kind}"
             if selects is not None and not selects(name):
-                return f"finds no module for target_modules {targets!r}, as it stacks the experts"
-            # Gate and up become one parameter, whose rank is twice the settings' one.
+                return f"finds no module for target_modules {targets!r}, because it stacks the experts"
+            # Gate and up become one parameter, whose rank is twice the global one.
             fused = kind in (*GATES, *UPS)
             rank = int(a.rank) if fused else a.settings.rank_and_scaling(name)[0]
             for module in modules.values():
                 if module.rank != rank:
                     return (
-                        f"sizes do not match: {module.name} has rank {module.rank}, but experts are stacked, "
-                        f"and the settings give the stack {rank} for each"
+                        f"sizes do not match: {module.name} has rank {module.rank}, but it is stacked, and "
+                        f"the settings give rank {rank} to each expert of the stack"
                     )
     return ""
 
@@ -110,23 +111,23 @@ def _loses(a: Found) -> Iterable[str]:
             f"out {unselected[0]}"
         )
     if lost := _never_stacked(a):
-        yield f"leaves out {len(lost)} experts' modules without an error, as it does not stack {lost[0]}"
+        yield f"leaves out {len(lost)} experts' modules without an error: it does not stack {lost[0]}"
     if without := without_magnitude(a.config, a.adapter.carried, a.adapter.modules):
-        yield f"starts the DoRA magnitudes of {len(without)} modules anew, as the file lacks them"
+        yield f"initialises the DoRA magnitudes of {len(without)} modules anew: the file lacks them"
     if a.swapped:
         yield (
             f"reads {a.swapped[0].name} with inputs and outputs swapped, as PEFT before 0.19 wrote "
             f"them{_although(a)}"
         )
     if (init := a.base_change) and init.lower() not in _REPEATED:
-        yield f"initialises the base model by {init!r} again, which does not give what training started from"
+        yield f"initialises the base model by {init!r} again, and gets other weights than the training"
 
 
 def _remark(a: Found) -> str:
     if a.base_change:
         return f"if the base model has its original weights, which {a.base_change!r} changes again"
     if a.separate_experts:
-        return "its experts are stacked on loading, where the model's code holds them so"
+        return "stacks the experts on loading if the model's code does"
     return ""
 
 
@@ -134,7 +135,7 @@ def _transformers_loses(a: Found) -> Iterable[str]:
     yield from _loses(a)
     magnitudes = [key for key in a.adapter.carried if MAGNITUDE in key]
     if magnitudes:
-        yield f"starts the DoRA magnitudes of {len(magnitudes)} modules anew"
+        yield f"initialises the DoRA magnitudes of {len(magnitudes)} modules anew"
 
 
 def _hotswap_refuses(a: Found) -> str:
@@ -149,7 +150,7 @@ def _hotswap_refuses(a: Found) -> str:
     if a.base_change:
         return f"{a.base_change!r} changes the base model, which is not swapped"
     if a.separate_experts:
-        return "experts one by one are not stacked on swapping"
+        return "separate experts are not stacked on swapping"
     if a.swapped:
         return f"{a.swapped[0].name} has inputs and outputs swapped, as PEFT before 0.19 wrote them"
     return no_others(a)

@@ -1,4 +1,7 @@
-"""The rules of a runtime, and those that several runtimes share."""
+"""The type of a runtime's rules, and the rules that several runtimes share.
+
+The reasons that rules return have the runtime as their subject, or name another one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from lorank.peft_format.scaling import divisor
 from lorank.runtimes.found import Found
 
 Unknown = Literal["ignores", "refuses"]
-"""A loader's treatment of keys that name no module of the model."""
+"""The treatment of keys that name no module of the model."""
 
 Scale = Callable[[Found, LoraModule], float]
 Refuses = Callable[[Found], str]
@@ -21,7 +24,7 @@ Loses = Callable[[Found], Iterable[str]]
 
 
 def nothing(a: Found) -> Iterable[str]:
-    """Lose nothing."""
+    """Return no reasons."""
     del a
     return ()
 
@@ -33,39 +36,39 @@ def no_remark(a: Found) -> str:
 
 
 def any_form(a: Found) -> str:
-    """Refuse nothing."""
+    """Return an empty reason."""
     del a
     return ""
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """One runtime's rules.
+    """The rules of one runtime.
 
     Attributes
     ----------
     name
-        Its name.
+        The name of the runtime.
     version
-        The version that the rules were read from.
+        The version whose rules these are.
     scale
-        The factor by which it multiplies a module's update; 0 if it leaves the module out.
+        A function that returns the factor of a module's update; 0 if the module is left out.
     refuses
-        The reason why it does not load the adapter; empty if it does.
+        A function that returns the reason why the adapter is not loaded; empty if it is.
     loses
-        The parts of the adapter that it silently leaves out or computes otherwise.
+        A function that returns a reason for each part that is silently left out or computed otherwise.
     remark
-        A remark on an adapter that it loads right.
+        A function that returns a remark on an adapter that is loaded right.
     profiles
-        Those of lorank's profiles that it loads right.
+        The profiles of lorank that are loaded right.
     unknown
-        Its treatment of keys that name no module of the model.
+        The treatment of keys that name no module of the model.
     by_suffix
-        True if it finds a module by the end of its key, so that names at the front do no harm.
+        True if modules are found by the end of their keys, so that names in front of them do not matter.
     needs_prefix
-        True if it finds no key without the prefix `base_model.model.`.
+        True if keys without the prefix `base_model.model.` are not found.
     reads
-        The files that it reads: PEFT's folders, image adapters' files, or neither.
+        The files that are read: PEFT's folders, files of image adapters, or neither.
     """
 
     name: str
@@ -81,7 +84,7 @@ class Runtime:
     reads: Literal["folders", "image files", "neither"] = "folders"
 
     def misses(self, a: Found) -> dict[str, str]:
-        """Find the modules that its loader does not find by their keys, and why."""
+        """Return a reason by the name of each module that is not found by its key."""
         missed = {}
         for name, key in a.wrapped.items():
             if not (self.by_suffix and _is_tail(name, key)):
@@ -98,36 +101,36 @@ class Runtime:
 
 
 def _is_tail(name: str, key: str) -> bool:
-    """Return whether a key ends with a module's whole name."""
+    """Return True if a key ends with the full name of a module."""
     path = layer_path(key)
     return path == name or path.endswith(f".{name}")
 
 
 def by_settings(a: Found, module: LoraModule) -> float:
-    """Scale by the one alpha and rank of the settings."""
+    """Scale by the global alpha and rank."""
     del module
     return a.alpha / a.rank
 
 
 def by_settings_or_stabilized(a: Found, module: LoraModule) -> float:
-    """Scale by the one alpha and rank of the settings, or the root of the rank for rsLoRA."""
+    """Scale by the global alpha and rank, or by the square root of the rank for rsLoRA."""
     del module
     return a.alpha / divisor(a.rank, a.rank_stabilized)
 
 
 def by_module(a: Found, module: LoraModule) -> float:
-    """Scale as PEFT does: by the alpha and the rank that the patterns give the module."""
+    """Scale as PEFT does, by the alpha and the rank of the module in the patterns."""
     del a
     return module.scaling
 
 
 def by_tensor(a: Found, module: LoraModule) -> float:
-    """Scale by alpha and the rank of the tensor; an alpha of 0 stands for no scale."""
+    """Scale by the global alpha and the rank of the tensor; an alpha of 0 means no scale."""
     return a.alpha / module.rank if a.alpha else 1.0
 
 
 def not_plain(a: Found, *, but: tuple[str, ...] = ()) -> str:
-    """Name the first module that is neither a linear layer nor of an accepted kind; empty if none."""
+    """Return a reason about the first module that is not linear or of an accepted kind; empty if none."""
     kinds = [kind for kind in ("conv", "embedding", "expert") if kind not in but]
     if other := a.of_kinds(*kinds):
         return f"{other[0].name} is not a plain linear layer ({other[0].kind})"
@@ -135,47 +138,51 @@ def not_plain(a: Found, *, but: tuple[str, ...] = ()) -> str:
 
 
 def is_router(module: LoraModule) -> bool:
-    """Return whether a module is a router's weight, which PEFT adapts as a parameter of two dimensions."""
+    """Return True for the weight of a router, which PEFT adapts as a parameter of two dimensions."""
     return module.kind == "expert" and module.copies == 1 and module.name.endswith(".weight")
 
 
 def no_lora_biases(a: Found) -> str:
-    """Name the first bias of `lora_bias`; empty if there is none."""
+    """Return a reason about the first bias of `lora_bias`; empty if there is none."""
     return f"lora_bias is not supported: {a.lora_biases[0]}" if a.lora_biases else ""
 
 
 def no_others(a: Found, but: Callable[[str], bool] = lambda _: False) -> str:
-    """Name the first tensor beside the factors that is not accepted; empty if there is none."""
+    """Return a reason about tensors beside the factors that are not accepted; empty if there are none."""
     others = [key for key in (*a.others, *a.base_copies) if not but(key)]
-    return f"takes nothing but factors, and there are {len(others)} others: {others[0]}" if others else ""
+    return (
+        f"reads nothing but factors, and the file holds {len(others)} other tensors: {others[0]}"
+        if others
+        else ""
+    )
 
 
 def others_lost(a: Found) -> Iterable[str]:
-    """Report trained tensors beside the factors."""
+    """Return a reason if the adapter has trained tensors beside the factors."""
     return leaves_out([*a.others, *a.lora_biases])
 
 
 def leaves_out(keys: Iterable[str]) -> Iterable[str]:
-    """Report trained tensors that are left out."""
+    """Yield a reason if trained tensors are left out."""
     if left := list(keys):
         yield f"leaves out {len(left)} trained tensors, such as {left[0]}"
 
 
 def every_token(a: Found) -> Iterable[str]:
-    """Report an aLoRA that acts on every token."""
+    """Yield a reason if an aLoRA is applied to every token."""
     if a.alora:
-        yield "applies aLoRA to every token, as it ignores alora_invocation_tokens"
+        yield "applies aLoRA to every token, because it ignores alora_invocation_tokens"
 
 
 def original_base(a: Found) -> Iterable[str]:
-    """Report factors that belong to weights which the initialisation had changed."""
+    """Yield a reason if the initialisation changed the weights that the factors belong to."""
     if a.base_change:
-        yield f"applies factors to the original weights, which {a.base_change!r} had changed for the training"
+        yield f"applies factors to the original weights, but {a.base_change!r} changed them before training"
 
 
 def no_replication(a: Found) -> str:
-    """Refuse `layer_replication`, whose layers are not in the model."""
-    return "layer_replication is not supported: there are no such layers in the model" if a.replicated else ""
+    """Return a reason if the adapter uses `layer_replication`; empty if not."""
+    return "layer_replication is not supported: the model lacks the added layers" if a.replicated else ""
 
 
 def first_of(*reasons: str) -> str:

@@ -1,4 +1,4 @@
-"""SGLang."""
+"""The rules of SGLang."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def _refuses(a: Found) -> str:
         return "AdaLoRA is not supported"
     targets = a.config.get("target_modules")
     if isinstance(targets, str) and targets not in _SHORTHANDS:
-        return "target_modules is a regular expression, and a list is needed"
+        return "needs target_modules as a list, but they are a regular expression"
     if mixed := a.of_another_rank():
-        return f"{len(mixed)} modules have another rank than r = {a.rank:g}, the first is {mixed[0].name}"
+        return f"{len(mixed)} modules have another rank than r = {a.rank:g}, such as {mixed[0].name}"
     if a.dora:
         return "DoRA is not supported"
     return not_plain(a, but=("embedding",)) or _tables(a) or _pairs(a) or _norms(a) or no_replication(a)
@@ -41,7 +41,7 @@ def _tables(a: Found) -> str:
 
 
 def _pairs(a: Found) -> str:
-    """Name the first block that adapts up_proj alone; other missing partners are filled with zeros."""
+    """Return a reason about up_proj without gate_proj; other missing partners are filled with zeros."""
     known = {module.name for module in a.modules}
     for name in known:
         parent, _, last = name.rpartition(".")

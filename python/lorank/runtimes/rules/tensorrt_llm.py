@@ -1,4 +1,4 @@
-"""TensorRT-LLM."""
+"""The rules of TensorRT-LLM."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lorank.runtimes.rules.runtime import (
     original_base,
 )
 
-# Where it looks for factors, and what it passes over elsewhere.
+# Names of modules whose factors are read, and parts of names that are ignored elsewhere.
 _IN_A_BLOCK = re.compile(r".+\.\d+\.\w+(?:\.\w+){1,3}")
 _ENDS_OF_MODELS = ("lm_head", "embed_tokens")
 
-# Modules that it has names for.
+# Modules that TensorRT-LLM can name.
 _KNOWN = {
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
     "w1", "w2", "w3", "gate",
@@ -38,7 +38,7 @@ def _scale(a: Found, module: LoraModule) -> float:
 
 def _refuses(a: Found) -> str:
     if a.adalora:
-        return "AdaLoRA's tensors (lora_E) have no names that it knows"
+        return "does not recognise the names of AdaLoRA's tensors (lora_E)"
     if other := a.of_kinds("conv", "expert"):
         return f"{other[0].name} is not a plain linear layer ({other[0].kind})"
     outside = [m.name for m in a.modules if not _IN_A_BLOCK.fullmatch(m.name) and not _at_an_end(m.name)]
@@ -56,7 +56,7 @@ def _loses(a: Found) -> Iterable[str]:
     passed_over = [m.name for m in a.modules if not _IN_A_BLOCK.fullmatch(m.name)]
     yield from leaves_out([*passed_over, *a.others])
     if a.dora:
-        yield "takes DoRA's magnitudes for normalised ones, and ignores them without --dora_plugin"
+        yield "mistakes DoRA's magnitudes for normalised ones, and ignores them without --dora_plugin"
     yield from every_token(a)
     yield from original_base(a)
 

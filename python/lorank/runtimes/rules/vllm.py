@@ -1,4 +1,4 @@
-"""vLLM before and since 0.32, and Aphrodite, which was made from it."""
+"""The rules of vLLM before and since 0.32, and of Aphrodite, which is derived from it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lorank.runtimes.rules.runtime import (
 )
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that `--max-lora-rank` takes."""
+"""The allowed values of `--max-lora-rank`."""
 
 DEFAULT_MAX_RANK = 16
 
 _TABLES = ("embed_tokens", "lm_head")
 _HEADS = ("score", "classifier")
 
-# Copies of base weights that it expects beside the factors of embeddings and heads.
+# Copies of base weights that are accepted beside the factors of embeddings and heads.
 _PASSED_OVER = tuple(f".{name}{BASE_WEIGHT}" for name in _TABLES)
 _GATES = ("gate_up_proj", "w13_weight")
 _DOWNS = ("down_proj", "w2_weight")
@@ -42,7 +42,7 @@ def _old_refuses(a: Found) -> str:
 
 def _features(a: Found) -> str:
     if a.adalora:
-        return "AdaLoRA's tensors (lora_E) have no names that it knows"
+        return "does not recognise the names of AdaLoRA's tensors (lora_E)"
     if a.dora:
         return "DoRA is not supported"
     if a.alora:
@@ -75,7 +75,7 @@ def _modules(a: Found) -> str:
 
 
 def _experts(a: Found) -> str:
-    """Explain why it does not load the adapted experts, if it does not."""
+    """Return the reason why adapted experts are not loaded; empty if they are."""
     if unequal := a.separate_experts.unequal():
         return f"needs one rank for all experts of a block: {unequal}"
     owners: dict[str, set[str]] = {}
@@ -85,7 +85,7 @@ def _experts(a: Found) -> str:
     for owner, parameters in owners.items():
         gates, downs = parameters.intersection(_GATES), parameters.intersection(_DOWNS)
         if gates and not downs:
-            return f"reads the factors of {owner}.{min(gates)} as down_proj, and needs both of them"
+            return f"reads the factors of {owner}.{min(gates)} as down_proj, because it needs both"
         if downs and not gates:
             return f"needs gate_up_proj beside {owner}.{min(downs)}"
     if a.swapped:
@@ -99,7 +99,7 @@ def _rank(a: Found) -> str:
 
 
 def needed_rank(a: Found) -> int:
-    """Return the rank that has to fit: the tensors' largest, or the settings' if that is larger."""
+    """Return the rank that vLLM must support: the largest of a tensor, or the global one if larger."""
     return max(a.largest_rank, int(a.rank))
 
 

@@ -1,4 +1,4 @@
-//! Safetensors files written byte by byte, valid or not.
+//! Construction of valid and invalid safetensors files, byte by byte.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 use lorank::Error;
 use tempfile::TempDir;
 
-/// Eight bytes of length, the header as it is given, the data as it is given.
+/// Returns the bytes of a file: eight bytes for the length of the header, the header, and the data.
 pub fn file_bytes(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
 }
 
-/// The header entry of one tensor.
+/// Returns the header entry of one tensor.
 pub fn entry(name: &str, dtype: &str, shape: &[usize], begin: usize, end: usize) -> String {
     format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#)
 }
 
-/// A valid file of float32 vectors.
+/// Returns a valid file of float32 vectors.
 pub fn vectors(tensors: &[(&str, &[f32])]) -> Vec<u8> {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     for (name, values) in tensors {
@@ -27,7 +27,7 @@ pub fn vectors(tensors: &[(&str, &[f32])]) -> Vec<u8> {
     file_bytes(&format!("{{{}}}", entries.join(",")), &data)
 }
 
-/// An index that maps tensors to shards.
+/// Returns an index that maps tensors to shards.
 pub fn index(weight_map: &[(&str, &str)]) -> String {
     let entries: Vec<String> =
         weight_map.iter().map(|(tensor, shard)| format!(r#""{tensor}":"{shard}""#)).collect();
@@ -44,11 +44,11 @@ pub fn write(folder: &TempDir, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
     path
 }
 
-/// Checks that a message is about its file and says what it should.
+/// Checks that a message contains the path of its file and the given parts.
 pub fn assert_says(error: &Error, path: &Path, parts: &[&str]) {
     let text = error.to_string();
     assert!(text.contains(&path.display().to_string()), "{text:?} names {}", path.display());
     for part in parts {
-        assert!(text.contains(part), "{text:?} says {part:?}");
+        assert!(text.contains(part), "{text:?} contains {part:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Folders: one file, shards with an index, and everything that can be wrong with them.
+//! Tests of folders: single files, shards with an index, and invalid contents.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,7 +13,7 @@ use crate::builder::{assert_says, folder, index, vectors, write};
 
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Names and first values, in the order of the checkpoint.
+/// Returns names and first values in the order of the checkpoint.
 fn contents(path: &Path) -> Vec<(String, f32)> {
     let checkpoint = Checkpoint::open(path).unwrap();
     let first = |tensor: &lorank::checkpoint::StoredTensor| {
@@ -27,7 +27,7 @@ fn named(pairs: &[(&str, f32)]) -> Vec<(String, f32)> {
     pairs.iter().map(|&(name, value)| (name.to_owned(), value)).collect()
 }
 
-/// Two shards, `b` with two tensors not in alphabetical order, and an index.
+/// Creates two shards and an index. Shard `b` has two tensors, which are not in alphabetical order.
 fn sharded() -> TempDir {
     let folder = folder();
     write(&folder, "a.safetensors", vectors(&[("w3", &[3.0])]));
@@ -38,13 +38,13 @@ fn sharded() -> TempDir {
 }
 
 #[test]
-fn a_file_and_a_folder_with_one() {
+fn file_and_folder_with_one_file() {
     let folder = folder();
     let path = write(&folder, "model.safetensors", vectors(&[("y", &[1.0]), ("x", &[2.0])]));
     let expected = named(&[("y", 1.0), ("x", 2.0)]);
     assert_eq!(contents(&path), expected);
     assert_eq!(contents(folder.path()), expected);
-    // The standard name wins over other files beside it.
+    // The file with the standard name takes precedence over other files.
     write(&folder, "optimizer.safetensors", vectors(&[("state", &[5.0])]));
     assert_eq!(contents(folder.path()), expected);
 }
@@ -61,7 +61,7 @@ fn shards_by_folder_and_by_index() {
 }
 
 #[test]
-fn an_index_of_another_name() {
+fn index_of_another_name() {
     let folder = folder();
     write(&folder, "a.safetensors", vectors(&[("w", &[1.0]), ("v", &[2.0])]));
     write(&folder, "diffusion.safetensors.index.json", index(&[("w", "a.safetensors")]));
@@ -83,7 +83,7 @@ fn symbolic_links_are_followed() {
 }
 
 #[test]
-fn an_index_may_only_name_its_own_folder() {
+fn index_may_only_name_files_in_its_folder() {
     let outside = folder();
     let secret = write(&outside, "secret.safetensors", vectors(&[("w", &[1.0])]));
     let folder = folder();
@@ -95,13 +95,13 @@ fn an_index_may_only_name_its_own_folder() {
         let error = Checkpoint::open(folder.path()).unwrap_err();
         assert_says(&error, &path, &["`layer.w`", "not a plain file name"]);
     }
-    // A plain name of something that is no file.
+    // A plain name of something that is not a file.
     write(&folder, INDEX, index(&[("layer.w", "a")]));
     assert_says(&Checkpoint::open(folder.path()).unwrap_err(), &folder.path().join("a"), &["regular file"]);
 }
 
 #[test]
-fn a_missing_shard_and_a_missing_tensor() {
+fn missing_shard_and_missing_tensor_are_errors() {
     let folder = sharded();
     let path = write(&folder, INDEX, index(&[("w3", "a.safetensors"), ("gone", "a.safetensors")]));
     assert_says(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["`gone`", "`a.safetensors`"]);
@@ -112,14 +112,14 @@ fn a_missing_shard_and_a_missing_tensor() {
 }
 
 #[test]
-fn a_broken_shard_is_named() {
+fn error_names_the_malformed_shard() {
     let folder = sharded();
     let path = write(&folder, "b.safetensors", b"short");
-    assert_says(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["no safetensors file"]);
+    assert_says(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["not a safetensors file"]);
 }
 
 #[test]
-fn an_index_that_is_none() {
+fn malformed_index_is_an_error() {
     let folder = sharded();
     for text in ["", "nonsense", "[]", "{}", r#"{"weight_map":[]}"#, r#"{"weight_map":{"w1":7}}"#, "\u{0}"] {
         let path = write(&folder, INDEX, text);

@@ -1,4 +1,4 @@
-//! Files that break the format, one rule at a time.
+//! Tests of files that violate the format, one rule at a time.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,7 +13,7 @@ use proptest::prelude::*;
 
 use crate::builder::{assert_says, entry, file_bytes, folder, vectors, write};
 
-/// Opens bytes that must be refused, with a message that names the file and says `parts`.
+/// Checks that opening fails with a message that contains the path of the file and the given parts.
 fn assert_refused(bytes: &[u8], parts: &[&str]) {
     let folder = folder();
     let path = write(&folder, "hostile.safetensors", bytes);
@@ -28,9 +28,9 @@ fn assert_header_refused(header: &str, data: usize, parts: &[&str]) {
 }
 
 #[test]
-fn too_short() {
+fn file_shorter_than_eight_bytes() {
     for length in 0..8 {
-        assert_refused(&vec![1; length], &["no safetensors file"]);
+        assert_refused(&vec![1; length], &["not a safetensors file"]);
     }
     assert_refused(&0u64.to_le_bytes(), &["header"]);
 }
@@ -44,7 +44,7 @@ fn header_longer_than_the_file() {
 
 #[test]
 fn header_beyond_the_limit() {
-    // The file is as long as it says; a sparse one, so that nothing is written.
+    // The file really has this length; it is sparse, so that nothing is written.
     let folder = folder();
     let path = write(&folder, "hostile.safetensors", 100_000_001u64.to_le_bytes());
     std::fs::File::options().write(true).open(&path).unwrap().set_len(200_000_000).unwrap();
@@ -52,14 +52,14 @@ fn header_beyond_the_limit() {
 }
 
 #[test]
-fn header_of_another_kind() {
+fn header_of_another_json_type() {
     for header in
         ["", " ", "nonsense", "{", r#"{"a""#, "{}{}", "[]", "3", "null", r#""text""#, "[[[[", "\0\0"]
     {
         assert_header_refused(header, 0, &["malformed header"]);
     }
     assert_refused(&[&4u64.to_le_bytes()[..], &[b'{', 0xff, 0xfe, b'}']].concat(), &["malformed header"]);
-    // Deep enough to overflow the stack of a parser that recurses without a limit.
+    // Deep enough to overflow the stack of a parser without a recursion limit.
     assert_header_refused(&format!(r#"{{"a":{}"#, "[".repeat(1_000_000)), 0, &["malformed header", "`a`"]);
     assert_header_refused(
         &format!(r#"{{"__metadata__":{}"#, "[".repeat(1_000_000)),
@@ -103,20 +103,20 @@ fn entries_of_the_wrong_type() {
 }
 
 #[test]
-fn offsets_that_lie() {
+fn invalid_offsets() {
     let max = usize::MAX;
     for (shape, begin, end) in [
         (&[1][..], 4, 0),     // reversed
         (&[0], 8, 4),         // reversed and empty
         (&[1], 5, 9),         // ends beyond the file
-        (&[1], 100, 104),     // begins beyond it
-        (&[0], 9, 9),         // so does nothing at all
-        (&[1], max - 4, max), // would overflow if the data's start were added first
+        (&[1], 100, 104),     // begins beyond the file
+        (&[0], 9, 9),         // begins beyond the file and is empty
+        (&[1], max - 4, max), // would overflow if the start of the data were added first
         (&[1], max - 3, 1),   // wraps around to the right length
         (&[2], 0, 4),         // too few bytes for its shape
-        (&[1], 0, 8),         // too many
+        (&[1], 0, 8),         // too many bytes for its shape
         (&[], 0, 8),          // a scalar has one element
-        (&[1, 0], 0, 4),      // none
+        (&[1, 0], 0, 4),      // this shape has no elements
     ] {
         let header = format!("{{{}}}", entry("liar", "F32", shape, begin, end));
         assert_header_refused(&header, 8, &["`liar`"]);
@@ -124,7 +124,7 @@ fn offsets_that_lie() {
 }
 
 #[test]
-fn shapes_that_overflow() {
+fn overflowing_shapes() {
     let half = 1 << 32;
     for dtype in ["F32", "BOOL", "F4", "UNKNOWN"] {
         for shape in [&[half, half][..], &[half, half, 0], &[usize::MAX, 2], &[3, usize::MAX / 2]] {
@@ -132,7 +132,7 @@ fn shapes_that_overflow() {
             assert_header_refused(&header, 0, &["`vast`", "overflows"]);
         }
     }
-    // Elements fit, bits do not; and bits that wrap to none at all.
+    // The number of elements fits into 64 bits, the number of bits does not, or wraps around to 0.
     for elements in [usize::MAX, 1 << 59, 1 << 58] {
         let header = format!("{{{}}}", entry("vast", "F64", &[elements], 0, 0));
         assert_header_refused(&header, 0, &["`vast`", "overflows"]);
@@ -140,7 +140,7 @@ fn shapes_that_overflow() {
 }
 
 #[test]
-fn bytes_claimed_twice() {
+fn overlapping_tensors() {
     for (first, second) in [((0, 8), (0, 8)), ((0, 8), (4, 12)), ((4, 12), (0, 8)), ((0, 16), (4, 8))] {
         let tensor = |name, (begin, end)| entry(name, "F32", &[(end - begin) / 4], begin, end);
         let between = entry("between", "F32", &[1], 16, 20);
@@ -150,17 +150,17 @@ fn bytes_claimed_twice() {
 }
 
 #[test]
-fn names_used_twice() {
+fn duplicate_names() {
     let entries =
         [entry("w", "F32", &[1], 0, 4), entry("v", "F32", &[1], 4, 8), entry("w", "F32", &[1], 8, 12)];
     assert_header_refused(&format!("{{{}}}", entries.join(",")), 12, &["`w`", "twice"]);
-    // The same name in another spelling of JSON.
+    // The same name with JSON escapes.
     let escaped = r#""\u0077":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}"#;
     assert_header_refused(&format!("{{{},{escaped}}}", entries[0]), 8, &["`w`", "twice"]);
 }
 
 #[test]
-fn truncated_anywhere() {
+fn truncation_at_every_length() {
     let bytes = vectors(&[("first", &[1.0, 2.0]), ("second", &[3.0])]);
     for length in 0..bytes.len() {
         assert_refused(&bytes[..length], &[]);
@@ -168,7 +168,7 @@ fn truncated_anywhere() {
 }
 
 #[test]
-fn not_a_file() {
+fn missing_paths_and_folders() {
     let folder = folder();
     let missing = folder.path().join("missing.safetensors");
     for error in [SafetensorsFile::open(&missing).unwrap_err(), Checkpoint::open(&missing).unwrap_err()] {
@@ -184,7 +184,7 @@ fn not_a_file() {
 }
 
 #[test]
-fn a_named_pipe_is_refused_instead_of_waited_for() {
+fn named_pipe_is_an_error_without_blocking() {
     for name in ["model.safetensors", "model.safetensors.index.json"] {
         let folder = folder();
         let path = folder.path().join(name);
@@ -210,7 +210,7 @@ fn valid_header() -> String {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Whatever a damaged header says, opening answers, and what it accepts can be read.
+    /// Checks for damaged headers that opening returns, and that every accepted tensor can be read.
     #[test]
     fn damaged_headers_never_panic(
         damage in prop::collection::vec((any::<prop::sample::Index>(), prop_oneof![
@@ -238,7 +238,7 @@ proptest! {
 }
 
 #[test]
-fn the_header_that_is_damaged_above_is_valid() {
+fn undamaged_header_is_valid() {
     let folder = folder();
     let path = write(&folder, "fine.safetensors", file_bytes(&valid_header(), &[7; 40]));
     assert_eq!(SafetensorsFile::open(&path).unwrap().tensors().len(), 3);

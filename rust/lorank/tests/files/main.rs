@@ -1,4 +1,4 @@
-//! Checkpoints as they should be, and files that nobody should trust.
+//! Tests of valid checkpoints and of hostile files.
 
 mod builder;
 mod checkpoint;

@@ -1,4 +1,4 @@
-//! Valid files: what the header says, and the bytes that it points to.
+//! Tests of valid files: the header, and the bytes of the tensors.
 
 use std::fs;
 
@@ -19,7 +19,7 @@ fn read(file: &SafetensorsFile, tensor: &TensorInfo) -> Vec<u8> {
 fn tensors_in_the_order_of_the_header() {
     let folder = folder();
     let data: Vec<u8> = (0..48).collect();
-    // Metadata is ignored whatever it holds; holes and padding are nobody's bytes.
+    // Metadata of any type is ignored; gaps and padding belong to no tensor.
     let header = format!(
         r#"{{"__metadata__":{{"format":"pt","__metadata__":[1,{{"a":null}}]}},{},{},{}}}    "#,
         entry("z", "F32", &[2, 3], 8, 32),
@@ -40,7 +40,7 @@ fn tensors_in_the_order_of_the_header() {
     assert!(file.tensors()[1].shape.is_empty());
     assert_eq!(read(&file, &file.tensors()[1]), data[..2]);
 
-    // Parts of a tensor; nothing beyond it.
+    // Parts of a tensor can be read, but nothing beyond it.
     let cancel = CancelToken::default();
     assert_eq!(file.read(z, 4, 5, &cancel).unwrap(), data[12..17]);
     assert!(file.read(z, 24, 0, &cancel).unwrap().is_empty());
@@ -52,7 +52,7 @@ fn tensors_in_the_order_of_the_header() {
 }
 
 #[test]
-fn data_at_odd_offsets() {
+fn data_at_unaligned_offsets() {
     let folder = folder();
     let values = [1.5f32, -2.25, 1e-30, 3e30];
     let data: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -63,9 +63,7 @@ fn data_at_odd_offsets() {
         let matrix = StoredMatrix::in_file(tensor, (2, 2), 0).unwrap();
         matrix
             .with_view(&mut Buffer::default(), &CancelToken::default(), |view| {
-                let mut found = faer::Mat::<f64>::zeros(2, 2);
-                view.upcast(0..2, 0..2, 1.0, found.as_mut());
-                assert_eq!(found, faer::Mat::from_fn(2, 2, |i, j| f64::from(values[2 * i + j])));
+                assert_eq!(view.to_row_major(), values.map(f64::from));
                 Ok(())
             })
             .unwrap();
@@ -75,7 +73,7 @@ fn data_at_odd_offsets() {
 #[test]
 fn tensors_without_elements() {
     let folder = folder();
-    // Empty tensors may share an offset with each other and lie at the edge of others.
+    // Empty tensors may share an offset and lie at the edge of other tensors.
     let header = format!(
         "{{{},{},{},{}}}",
         entry("none", "F32", &[0], 0, 0),
@@ -113,7 +111,7 @@ fn types_without_a_spectrum_are_listed() {
 }
 
 #[test]
-fn matrices_must_lie_in_their_tensor() {
+fn matrix_beyond_its_tensor_is_an_error() {
     let folder = folder();
     let path = write(&folder, "model.safetensors", vectors(&[("w", &[1.0; 12])]));
     let tensor = Checkpoint::open(&path).unwrap().tensors.remove(0);
@@ -133,7 +131,7 @@ fn matrices_must_lie_in_their_tensor() {
 }
 
 #[test]
-fn a_file_that_shrinks_after_opening() {
+fn file_that_shrinks_after_opening() {
     let folder = folder();
     let path = write(&folder, "model.safetensors", vectors(&[("kept", &[1.0; 4]), ("lost", &[2.0; 1000])]));
     let file = SafetensorsFile::open(&path).unwrap();

@@ -1,4 +1,4 @@
-//! Eigenvalues of `W^T W` against nalgebra's singular values and against closed forms.
+//! Tests of eigenvalues of `W^T W` against singular values of nalgebra and against closed forms.
 
 use std::f64::consts::PI;
 
@@ -12,9 +12,9 @@ fn check(matrix: &DMatrix<f64>, label: &str) {
 }
 
 #[test]
-fn every_shape() {
+fn matrices_of_every_shape() {
     let mut gaussian = Gaussian::new(1);
-    // Lengths on both sides of the Gram matrix's panels (256) and of faer's blocks.
+    // Lengths on both sides of the panel size of the Gram matrix (256) and of faer's block sizes.
     for (rows, cols) in [
         (1, 1),
         (1, 900),
@@ -78,7 +78,7 @@ fn rank_deficient() {
         check(&product, &format!("{rows}x{cols} of rank {rank}"));
         assert_eq!(spectrum_of(&product).nonzero().len(), rank);
     }
-    // A zero row and column between others.
+    // A zero row and a zero column between others.
     let mut holes = gaussian.matrix(30, 50);
     holes.row_mut(4).fill(0.0);
     holes.column_mut(9).fill(0.0);
@@ -98,7 +98,7 @@ fn graded_and_clustered_spectra() {
         let p = s.len();
         let squares: Vec<f64> = s.iter().map(|s| s * s).collect();
         for (rows, cols) in [(p, p), (p + 300, p), (p, 5 * p)] {
-            // The bases are orthonormal to rounding, so s is known to rounding.
+            // The bases are orthonormal up to rounding, so that s is exact up to rounding.
             let matrix = gaussian.with_singular_values(rows, cols, &s);
             assert_eigenvalues(&spectrum_of(&matrix), &squares, &format!("{rows}x{cols}, s_1 = {}", s[0]));
         }
@@ -107,7 +107,7 @@ fn graded_and_clustered_spectra() {
 
 #[test]
 fn small_eigenvalues_keep_nine_digits() {
-    // The promise of the module's documentation: down to 1e-6 lambda_max.
+    // The documented accuracy: nine digits down to 1e-6 lambda_max.
     let s: Vec<f64> = (0..50).map(|k| 10f64.powf(-3.0 * f64::from(k) / 49.0)).collect();
     let found = spectrum_of(&Gaussian::new(5).with_singular_values(200, 50, &s));
     for (x, s) in found.eigenvalues().iter().rev().zip(&s) {
@@ -115,8 +115,8 @@ fn small_eigenvalues_keep_nine_digits() {
     }
 }
 
-/// The `(n + 1, n)` difference matrix times a reflection: dense, and `W^T W` is similar to the
-/// second-difference matrix, whose eigenvalues are known for any order.
+/// Returns the `(n + 1, n)` difference matrix times a reflection, and the eigenvalues of `W^T W`. The product is
+/// dense, and `W^T W` is similar to the second-difference matrix, whose eigenvalues have a closed form.
 fn reflected_differences(n: usize, gaussian: &mut Gaussian) -> (DMatrix<f64>, Vec<f64>) {
     let differences = DMatrix::from_fn(n + 1, n, |i, j| match i.wrapping_sub(j) {
         0 => 1.0,
@@ -164,7 +164,7 @@ proptest! {
         let mut gaussian = Gaussian::new(seed);
         let (rows, cols) = matrix.shape();
         let rotated = gaussian.orthonormal(rows, rows) * &matrix * gaussian.orthonormal(cols, cols);
-        // The factors are orthonormal, and the products exact, to a multiple of the longer side.
+        // The factors are orthonormal, and the products exact, up to a multiple of the longer side.
         let tolerance = 8.0 * rows.max(cols) as f64;
         assert_within(&spectrum_of(&rotated), spectrum_of(&matrix).eigenvalues(), tolerance, "rotated");
     }

@@ -1,4 +1,4 @@
-//! Many matrices at once: completeness, independence, cancelling.
+//! Tests of the analysis of many matrices: completeness, independence, cancellation.
 
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,19 +26,19 @@ fn gaussian(seed: u64, rows: usize, cols: usize) -> StoredMatrix {
     in_memory(&Gaussian::new(seed).numbers(rows * cols), rows, cols)
 }
 
-/// Results by index; fails if an index comes twice or never.
+/// Analyses matrices and returns the results by index. Fails if an index occurs twice or never.
 fn run(matrices: &[StoredMatrix], threads: usize) -> Vec<Result<Analysis>> {
     let found: Vec<Mutex<Option<Result<Analysis>>>> = matrices.iter().map(|_| Mutex::new(None)).collect();
     analyze(matrices, Accuracy::Exact, threads, &CancelToken::default(), &|i, result| {
         let before = found[i].lock().unwrap().replace(result);
-        assert!(before.is_none(), "index {i} came twice");
+        assert!(before.is_none(), "index {i} was emitted twice");
     })
     .unwrap();
     found.into_iter().map(|result| result.into_inner().unwrap().expect("every index is emitted")).collect()
 }
 
 #[test]
-fn the_same_with_one_thread_and_with_four() {
+fn results_are_independent_of_threads() {
     let mut matrices: Vec<StoredMatrix> = [(1, 1), (40, 60), (300, 20), (7, 500), (128, 128), (64, 64)]
         .into_iter()
         .enumerate()
@@ -63,7 +63,7 @@ fn the_same_with_one_thread_and_with_four() {
 }
 
 #[test]
-fn a_bad_matrix_does_not_stop_the_others() {
+fn failing_matrix_does_not_stop_the_others() {
     let mut nan = vec![1.0; 30];
     nan[17] = f64::NAN;
     let matrices = [
@@ -83,13 +83,13 @@ fn a_bad_matrix_does_not_stop_the_others() {
 }
 
 #[test]
-fn no_matrices_and_no_threads() {
+fn empty_input_and_zero_threads() {
     assert!(run(&[], 4).is_empty());
     assert!(run(&[gaussian(1, 3, 3)], 0)[0].is_ok());
 }
 
 #[test]
-fn cancelling_from_within_stops_soon() {
+fn cancellation_by_a_callback_stops_soon() {
     let matrices: Vec<StoredMatrix> = (0..400).map(|seed| gaussian(seed, 40, 40)).collect();
     for threads in [1, 3] {
         let cancel = CancelToken::default();
@@ -100,24 +100,25 @@ fn cancelling_from_within_stops_soon() {
             }
         });
         assert!(matches!(result, Err(Error::Cancelled)));
-        // Each thread may have had one more under way.
+        // Every thread may have finished one more.
         let emitted = emitted.into_inner();
         assert!((5..=5 + threads).contains(&emitted), "{emitted} emitted with {threads} threads");
     }
 }
 
 #[test]
-fn cancelled_before_it_starts() {
+fn cancellation_before_the_start() {
     let cancel = CancelToken::default();
     cancel.cancel();
-    let result =
-        analyze(&[gaussian(1, 3, 3)], Accuracy::Exact, 2, &cancel, &|_, _| panic!("nothing to emit"));
+    let result = analyze(&[gaussian(1, 3, 3)], Accuracy::Exact, 2, &cancel, &|_, _| {
+        panic!("no result may be emitted")
+    });
     assert!(matches!(result, Err(Error::Cancelled)));
 }
 
 #[test]
 fn matrices_in_a_file() {
-    // Three (4, 6) experts in one tensor, and a matrix of its own.
+    // Three experts of shape (4, 6) in one tensor, and a separate matrix.
     let mut gaussian = Gaussian::new(5);
     let (experts, single) = (gaussian.matrix(12, 6), gaussian.matrix(10, 3));
     let header = concat!(
@@ -145,7 +146,7 @@ fn matrices_in_a_file() {
         assert_eq!(bits(result.unwrap().spectrum.eigenvalues()), bits(expected.eigenvalues()), "matrix {i}");
     }
 
-    // There is no fourth expert, and the file may shrink while it is analysed.
+    // A fourth expert does not exist, and the file may shrink during the analysis.
     let error = expert(3).unwrap_err().to_string();
     assert!(error.contains("model.safetensors") && error.contains("`experts`"), "{error}");
     fs::File::options().write(true).open(&path).unwrap().set_len(700).unwrap();

@@ -1,4 +1,4 @@
-//! Every stored type gives the spectrum of its exactly widened float64 matrix, in every layout.
+//! Tests that every stored type has the spectrum of its exactly widened float64 matrix, in every layout.
 
 use half::{bf16, f16};
 use lorank::cancel::CancelToken;
@@ -14,7 +14,7 @@ fn eigenvalues(view: &MatrixView<'_>) -> Vec<f64> {
     eigen::spectrum(view, Accuracy::Exact, 1, &CancelToken::default()).unwrap().into_eigenvalues()
 }
 
-/// The bytes of Gaussian numbers rounded to a type, and the values of those bytes from other code.
+/// Rounds numbers to a type. Returns the bytes, and the values that independent code decodes from them.
 #[expect(clippy::cast_possible_truncation, reason = "rounding to float32 is the point")]
 fn rounded(dtype: DType, numbers: &[f64]) -> (Vec<u8>, Vec<f64>) {
     match dtype {
@@ -25,7 +25,7 @@ fn rounded(dtype: DType, numbers: &[f64]) -> (Vec<u8>, Vec<f64>) {
             (narrow.iter().flat_map(|x| x.to_le_bytes()).collect(), wide)
         }
         DType::F16 => {
-            // Divided so that subnormals occur as well.
+            // Divided so that subnormals occur.
             let narrow: Vec<f16> = numbers.iter().map(|&x| f16::from_f64(x / 16384.0)).collect();
             (
                 narrow.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -40,7 +40,7 @@ fn rounded(dtype: DType, numbers: &[f64]) -> (Vec<u8>, Vec<f64>) {
             )
         }
         DType::F8E4M3 | DType::F8E5M2 => {
-            // Sign, exponent and mantissa, read off as the format says.
+            // Sign, exponent and mantissa according to the format.
             let (mantissa_bits, bias) = if dtype == DType::F8E4M3 { (3, 7) } else { (2, 15) };
             let finite = |&code: &u8| code & 0x7f < if dtype == DType::F8E4M3 { 0x7f } else { 0x7c };
             let codes: Vec<u8> =
@@ -61,7 +61,7 @@ fn rounded(dtype: DType, numbers: &[f64]) -> (Vec<u8>, Vec<f64>) {
 }
 
 #[test]
-fn spectra_are_those_of_the_widened_matrix() {
+fn spectrum_equals_that_of_the_widened_matrix() {
     for dtype in [DType::F64, DType::F32, DType::F16, DType::Bf16, DType::F8E4M3, DType::F8E5M2] {
         for (rows, cols) in SHAPES {
             let (bytes, wide) = rounded(dtype, &Gaussian::new(7).numbers(rows * cols));
@@ -75,7 +75,7 @@ fn spectra_are_those_of_the_widened_matrix() {
 }
 
 #[test]
-fn alignment_does_not_matter() {
+fn spectrum_is_independent_of_alignment() {
     let (bytes, _) = rounded(DType::F32, &Gaussian::new(8).numbers(30 * 40));
     let aligned = eigenvalues(&MatrixView::row_major(&bytes, DType::F32, 30, 40).unwrap());
     for shift in 1..8 {
@@ -86,7 +86,7 @@ fn alignment_does_not_matter() {
 }
 
 #[test]
-fn transposes_and_layouts_share_one_spectrum() {
+fn spectrum_is_independent_of_transposition_and_layout() {
     for (rows, cols) in SHAPES {
         let numbers = Gaussian::new(9).numbers(rows * cols);
         let view = MatrixView::from_f64(&numbers, rows, cols).unwrap();
@@ -97,7 +97,7 @@ fn transposes_and_layouts_share_one_spectrum() {
         }
         assert_eigenvalues(&plain, &transposed, "transposed");
 
-        // The same matrix stored column by column, and with gaps between the elements.
+        // The same matrix in column-major layout, and with gaps between the elements.
         let element = |i: usize, j: usize| numbers[i * cols + j].to_le_bytes();
         let columns: Vec<u8> = (0..cols).flat_map(|j| (0..rows).flat_map(move |i| element(i, j))).collect();
         let view = MatrixView::new(&columns, DType::F64, (rows, cols), (1, rows)).unwrap();

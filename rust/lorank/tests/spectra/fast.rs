@@ -1,4 +1,4 @@
-//! Spectra in float32 arithmetic: how far they are from those in float64, and what is known of that.
+//! Tests of float32 spectra: their errors, and the bounds on these errors.
 
 use std::sync::{Arc, Mutex};
 
@@ -19,7 +19,7 @@ fn in_both(view: &MatrixView<'_>) -> [Spectrum; 2] {
         .map(|accuracy| spectrum(view, accuracy, 1, &CancelToken::default()).unwrap())
 }
 
-/// Asserts that the errors are within their bound, and returns the part of it that they reach.
+/// Checks that the errors are within their bound. Returns the largest error as a share of the bound.
 fn assert_within_bound(view: &MatrixView<'_>, label: &str) -> f64 {
     let [exact, fast] = in_both(view);
     let errors = exact.eigenvalues().iter().zip(fast.eigenvalues()).map(|(x, y)| (x - y).abs());
@@ -47,7 +47,7 @@ fn analyzed(matrix: &DMatrix<f64>, accuracy: Accuracy) -> Analysis {
 }
 
 #[test]
-fn errors_are_within_their_bound() {
+fn eigenvalue_errors_are_within_their_bound() {
     let mut gaussian = Gaussian::new(1);
     let mut most = 0.0f64;
     for (rows, cols) in [(128, 128), (130, 700), (700, 130), (319, 319), (320, 320), (400, 600)] {
@@ -66,15 +66,15 @@ fn errors_are_within_their_bound() {
 }
 
 #[test]
-fn rounding_that_does_not_average_out_is_noticed() {
-    // Sums of equal numbers are rounded the same way at every step.
+fn bound_covers_rounding_that_does_not_average_out() {
+    // Sums of equal numbers are rounded in the same direction at every step.
     for (rows, cols, value) in [(128, 128, 0.1), (128, 5000, 0.3), (200, 40_000, 0.7)] {
         check(&DMatrix::from_element(rows, cols, value), &format!("{value} everywhere, {rows}x{cols}"));
     }
 }
 
 #[test]
-fn every_type_and_norm() {
+fn bound_holds_for_every_type_and_norm() {
     let numbers = Gaussian::new(2).numbers(200 * 300);
     for norm in [1e-140, 1e-30, 1.0, 1e30, 1e140] {
         let scaled: Vec<f64> = numbers.iter().map(|x| x * norm).collect();
@@ -99,11 +99,12 @@ fn small_and_zero_matrices_are_exact() {
 }
 
 #[test]
-fn what_float32_cannot_tell_is_analysed_again() {
+fn unresolved_spectra_are_analysed_in_float64() {
     let mut gaussian = Gaussian::new(4);
     let flat = gaussian.matrix(200, 300);
     assert_eq!(analyzed(&flat, Accuracy::Fast).accuracy, Accuracy::Fast);
-    // A third of the eigenvalues zero; the median far below the largest; as many spikes as the edge is near.
+    // A third of the eigenvalues is zero, the median is far below the largest, and many eigenvalues are near
+    // the edge.
     let deficient = gaussian.matrix(300, 200) * gaussian.matrix(200, 300);
     let mut top = vec![1.0; 200];
     top[0] = 300.0;
@@ -116,8 +117,8 @@ fn what_float32_cannot_tell_is_analysed_again() {
 }
 
 #[test]
-fn eigenvalues_too_small_to_tell_count() {
-    // Square weights have them; that they may be zero is part of the error.
+fn error_covers_unresolved_eigenvalues() {
+    // Square matrices have such eigenvalues. The error of the exponent includes them.
     let matrix = Gaussian::new(5).matrix(400, 400);
     let (fast, exact) =
         (analyzed(&matrix, Accuracy::Fast).metrics, analyzed(&matrix, Accuracy::Exact).metrics);
@@ -137,7 +138,7 @@ fn eigenvalues_too_small_to_tell_count() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
-    /// Whatever the decay: what is reported is within what is promised.
+    /// Checks for any decay that errors of exponents and spikes are within their bounds.
     #[test]
     fn exponents_and_spikes_are_within_their_bounds(
         seed in any::<u64>(), cols in 128usize..200, decay in 0.0f64..8.0, spike in 1.0f64..1e3,

@@ -1,4 +1,4 @@
-//! Spectra of matrices whose eigenvalues are known, or that nalgebra computes in another way.
+//! Tests of spectra against known eigenvalues and against nalgebra.
 
 mod accuracy;
 mod analysis;

@@ -1,4 +1,4 @@
-//! The Marchenko-Pastur edge on matrices that the law is about: noise, and noise with a signal.
+//! Tests of the Marchenko-Pastur edge on noise, and on noise with a signal.
 
 use lorank::marchenko_pastur::{Scale, marchenko_pastur};
 use lorank::metrics::SpectralMetrics;
@@ -28,7 +28,8 @@ fn noise_ends_at_the_edge() {
         for scale in [Scale::Mean, Scale::Median] {
             let law = marchenko_pastur(&spectrum, (rows, cols), scale).unwrap();
             assert!(law.spikes <= 2.max(p / 100), "{rows}x{cols} {scale:?}: {} spikes", law.spikes);
-            // An edge far too high would have no spikes either: the largest eigenvalue is close to it.
+            // The largest eigenvalue must be close to the edge: an edge far too high would have no spikes
+            // either.
             let ratio = spectrum.largest() / law.edge;
             assert!((0.85..1.15).contains(&ratio), "{rows}x{cols} {scale:?}: {ratio}");
         }
@@ -87,8 +88,8 @@ fn every_metric_of_noise_is_finite_and_in_range() {
 }
 
 #[test]
-fn rounding_noise_is_no_spike() {
-    // More than half of the eigenvalues are zero up to rounding, and so is their median.
+fn rounding_noise_is_not_counted_as_spikes() {
+    // More than half of the eigenvalues, and thus their median, are zero up to rounding.
     for rank in [1, 5, 20] {
         let mut gaussian = Gaussian::new(12);
         let product = gaussian.matrix(300, rank) * gaussian.matrix(rank, 100);

@@ -1,4 +1,4 @@
-//! Matrices with known properties from fixed seeds, and the bounds that their spectra must meet.
+//! Seeded matrices with known properties, and checks of their spectra.
 
 use lorank::cancel::CancelToken;
 use lorank::eigen::{self, Accuracy};
@@ -6,7 +6,7 @@ use lorank::matrix::MatrixView;
 use lorank::spectrum::Spectrum;
 use nalgebra::DMatrix;
 
-/// Standard normal numbers: Box-Muller over splitmix64.
+/// A generator of standard normal numbers: Box-Muller over splitmix64.
 pub struct Gaussian(u64);
 
 impl Gaussian {
@@ -14,7 +14,7 @@ impl Gaussian {
         Self(seed)
     }
 
-    /// Uniform in (0, 1].
+    /// Returns a uniform number in (0, 1].
     fn uniform(&mut self) -> f64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -37,24 +37,24 @@ impl Gaussian {
         DMatrix::from_fn(rows, cols, |_, _| self.number())
     }
 
-    /// `(rows, cols)` with orthonormal columns.
+    /// Returns a matrix `(rows, cols)` with orthonormal columns.
     pub fn orthonormal(&mut self, rows: usize, cols: usize) -> DMatrix<f64> {
         self.matrix(rows, cols).qr().q()
     }
 
-    /// `U diag(s) V^T` with random bases.
+    /// Returns `U diag(s) V^T` with random bases.
     pub fn with_singular_values(&mut self, rows: usize, cols: usize, s: &[f64]) -> DMatrix<f64> {
         let scaled = self.orthonormal(rows, s.len()) * DMatrix::from_diagonal(&s.to_vec().into());
         scaled * self.orthonormal(cols, s.len()).transpose()
     }
 }
 
-/// Float8 codes of magnitude below 2 (in either format), a few low bits of each number.
+/// Returns float8 codes of magnitude below 2 (in either format), from a few low bits of each number.
 pub fn codes(numbers: &[f64]) -> Vec<u8> {
     numbers.iter().map(|x| x.to_le_bytes()[2] & 0xbf).collect()
 }
 
-/// The values row after row, as [`MatrixView`] wants them.
+/// Returns the values in row-major order, for [`MatrixView`].
 pub fn row_major(matrix: &DMatrix<f64>) -> Vec<f64> {
     matrix.transpose().as_slice().to_vec()
 }
@@ -69,13 +69,13 @@ pub fn bits(values: &[f64]) -> Vec<u64> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
-/// Checks every eigenvalue to within `8 p eps lambda_max`, the expected ones in any order.
+/// Checks every eigenvalue to within `8 p eps lambda_max`. The expected values may be in any order.
 pub fn assert_eigenvalues(found: &Spectrum, expected: &[f64], label: &str) {
     assert_within(found, expected, 8.0 * expected.len() as f64, label);
 }
 
-/// The same with nalgebra's singular values of a matrix as the oracle, whose own error also grows
-/// with the longer side.
+/// Checks every eigenvalue against singular values of nalgebra. The error of the oracle grows with the longer
+/// side, too.
 pub fn assert_matches_nalgebra(found: &Spectrum, matrix: &DMatrix<f64>, label: &str) {
     let singular_values = matrix.clone().singular_values();
     let expected: Vec<f64> = singular_values.iter().map(|s| s * s).collect();

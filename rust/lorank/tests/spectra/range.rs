@@ -1,4 +1,4 @@
-//! Norms far from 1, values without a spectrum, and shapes without elements.
+//! Tests of norms far from 1, values without a spectrum, and shapes without elements.
 
 use lorank::cancel::CancelToken;
 use lorank::dtype::DType;
@@ -40,7 +40,7 @@ fn tiny_and_huge_norms() {
         let expected: Vec<f64> = s.iter().map(|s| (s * norm) * (s * norm)).collect();
         assert_eigenvalues(&spectrum_of(&(&matrix * norm)), &expected, &format!("float64 at {norm:e}"));
     }
-    // In float32 the entries are rounded first: compare with their own singular values.
+    // In float32 the entries are rounded first: the oracle is computed from the rounded entries.
     for norm in [1e-40, 1e-30, 1e30, 1e37] {
         #[expect(clippy::cast_possible_truncation, reason = "the entries of a float32 matrix")]
         let rounded: Vec<f32> = row_major(&matrix).iter().map(|x| (x * norm) as f32).collect();
@@ -53,7 +53,7 @@ fn tiny_and_huge_norms() {
 }
 
 proptest! {
-    /// Just below a power of two as well: that is where a rounded logarithm would go wrong.
+    /// Includes numbers just below a power of two, whose logarithm may be rounded to the next integer.
     #[test]
     fn powers_of_two_scale_exactly(exponent in -450i32..450, seed in any::<u64>(), peak in 0usize..4) {
         let mut matrix = Gaussian::new(seed).matrix(12, 20);
@@ -66,7 +66,7 @@ proptest! {
 }
 
 #[test]
-fn nan_and_infinity_are_errors_wherever_they_are() {
+fn nan_and_infinity_are_errors_at_any_position() {
     for position in [0, 7, 1499, 2999] {
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let mut values = vec![1.0; 3000];
@@ -78,26 +78,26 @@ fn nan_and_infinity_are_errors_wherever_they_are() {
             }
         }
     }
-    // One NaN among float8 codes, which have no infinity.
+    // One NaN among float8 codes; the format has no infinity.
     let view = MatrixView::row_major(&[0x38, 0x7f], DType::F8E4M3, 1, 2).unwrap();
     assert!(eigen::spectrum(&view, Accuracy::Exact, 1, &CancelToken::default()).is_err());
 }
 
 #[test]
-fn magnitudes_whose_squares_leave_float64_are_errors() {
+fn magnitudes_with_squares_out_of_range_are_errors() {
     for size in [5e-324, 1e-200, 1e200, f64::MAX] {
         let error = try_f64(&[0.0, size, size, 0.0], 2, 2).unwrap_err();
         assert!(matches!(error, Error::Numerical(_)), "{error}");
         assert!(error.to_string().contains("rescale"), "{error}");
     }
-    // Entries beyond the range are fine as long as the largest one is not among them.
+    // Entries out of range are allowed if the largest one is in range.
     assert_eigenvalues(&try_f64(&[1.0, 0.0, 0.0, 1e-200], 2, 2).unwrap(), &[0.0, 1.0], "1 and 1e-200");
 }
 
 #[test]
 fn shapes_without_elements() {
     let cancel = CancelToken::default();
-    // The last ones would take for ever if empty rows were visited one by one.
+    // The last two would not terminate if empty rows were visited.
     for (rows, cols) in [(0, 0), (0, 5), (5, 0), (0, usize::MAX), (usize::MAX, 0)] {
         for strides in [(cols, 1), (1, rows), (1, 1)] {
             let view = MatrixView::new(&[], DType::F32, (rows, cols), strides).unwrap();
@@ -108,7 +108,7 @@ fn shapes_without_elements() {
 }
 
 #[test]
-fn cancelled_before_it_starts() {
+fn cancellation_before_the_start() {
     let cancel = CancelToken::default();
     cancel.cancel();
     let view = MatrixView::from_f64(&[1.0, 2.0], 1, 2).unwrap();

@@ -1,4 +1,4 @@
-//! Estimated spectra: how often error bars cover what is true, and what cannot be estimated.
+//! Tests of estimated spectra: the coverage of the error bars, and exceptional matrices.
 
 use lorank::cancel::CancelToken;
 use lorank::eigen::{Accuracy, spectrum};
@@ -24,7 +24,7 @@ fn exponent(spectrum: &Spectrum) -> f64 {
 }
 
 #[test]
-fn error_bars_cover_what_is_true() {
+fn error_bars_cover_the_true_values() {
     let mut gaussian = Gaussian::new(1);
     let (mut count, mut exponents, mut spikes) = (0, 0, 0);
     let mut bars = Vec::new();
@@ -55,13 +55,13 @@ fn error_bars_cover_what_is_true() {
     assert!(10 * exponents >= 9 * count, "{exponents} of {count}");
     assert!(10 * spikes >= 9 * count, "{spikes} of {count}");
     bars.sort_by(f64::total_cmp);
-    assert!(bars[count / 2] < 0.1, "bars so wide say nothing: {}", bars[count / 2]);
+    assert!(bars[count / 2] < 0.1, "the error bars are too wide: {}", bars[count / 2]);
 }
 
 #[test]
-fn few_different_values_end_the_iteration() {
+fn iteration_ends_early_for_few_distinct_values() {
     let mut gaussian = Gaussian::new(2);
-    // Two values in equal parts: the exponent is that of the larger over the smaller.
+    // Two values in equal parts: the exponent is determined by their ratio.
     let halves: Vec<f64> = (0..160).map(|i| if i % 2 == 0 { 1.0 } else { 3.0 }).collect();
     let found = sample(&gaussian.with_singular_values(160, 200, &halves)).spectrum;
     assert!((found.largest() - 9.0).abs() < 1e-4 && (found.eigenvalues()[0] - 1.0).abs() < 1e-4);
@@ -76,7 +76,7 @@ fn few_different_values_end_the_iteration() {
 }
 
 #[test]
-fn the_same_for_any_layout_and_number_of_threads() {
+fn estimate_is_independent_of_layout_and_threads() {
     let numbers = Gaussian::new(3).numbers(300 * 1500);
     let view = MatrixView::from_f64(&numbers, 300, 1500).unwrap();
     let with = |view: &MatrixView<'_>, threads, strategy| {
@@ -91,7 +91,7 @@ fn the_same_for_any_layout_and_number_of_threads() {
 }
 
 #[test]
-fn large_matrices_alone_are_estimated() {
+fn only_large_matrices_are_estimated() {
     let bytes: Vec<u8> =
         Gaussian::new(4).numbers(2048 * 2048).iter().map(|x| x.to_le_bytes()[3] & 0xbf).collect();
     let view = MatrixView::row_major(&bytes, DType::F8E4M3, 2048, 2048).unwrap();
@@ -103,7 +103,7 @@ fn large_matrices_alone_are_estimated() {
     assert!(off < 0.02 * exponent(&fast), "{off}");
     assert_eq!(Accuracy::Sampled.for_shape(2047, 5000), Accuracy::Fast);
     assert_eq!(Accuracy::Sampled.for_shape(5000, 100), Accuracy::Exact);
-    // Tables of embeddings are too long for the bounds of float32.
+    // Embeddings are too long for the bounds of float32.
     assert_eq!(Accuracy::Fast.for_shape(30_522, 384), Accuracy::Exact);
     cancel.cancel();
     assert!(matches!(spectrum(&view, Accuracy::Sampled, 2, &cancel), Err(Error::Cancelled)));

@@ -1,0 +1,48 @@
+"""Short texts about long results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+_LINES = 3
+
+
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """Return a number with its noun.
+
+    Parameters
+    ----------
+    number
+        The number of things.
+    singular
+        The noun for one thing.
+    plural
+        The noun for any other number; by default the singular and an "s".
+
+    Examples
+    --------
+    >>> counted(1, "matrix", "matrices"), counted(1200, "tensor")
+    ('1 matrix', '1,200 tensors')
+    """
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def listing(title: str, lines: Iterable[str], total: int, rest: str) -> str:
+    """Return a title with the first lines of a long list, for a `repr`.
+
+    Parameters
+    ----------
+    title
+        The first line.
+    lines
+        One line for each entry of the list.
+    total
+        Number of entries.
+    rest
+        The place where the other entries are found.
+    """
+    shown = [f"  {line}" for line in islice(lines, _LINES)]
+    if total > _LINES:
+        shown.append(f"  ... {total - _LINES:,} more: see {rest}")
+    return "\n".join([title, *shown])

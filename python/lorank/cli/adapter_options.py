@@ -1,0 +1,64 @@
+"""Options of the commands that read or write adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorank.compression.extraction import DEFAULT_MAX_RANK
+
+# A Path would turn an empty argument into the current folder.
+Adapter = Annotated[
+    str, typer.Argument(help="A PEFT folder, or a .safetensors file with the keys of kohya or diffusers.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder or .safetensors file to write.")]
+RankRatio = Annotated[
+    float | None,
+    typer.Option(help="Keep this share of all singular values: the largest, across all modules."),
+]
+AvgRank = Annotated[float | None, typer.Option(help="Keep this many singular values per module on average.")]
+Energy = Annotated[
+    float | None, typer.Option(help="Keep the fewest singular values that hold this share of the energy.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Keep the singular values that fit into this many parameters: 500000, 500k or 1.5M."),
+]
+BudgetOrShare = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep the singular values that fit into this many parameters, or into a share of the base "
+        "model's: 0.5%."
+    ),
+]
+Auto = Annotated[
+    bool,
+    typer.Option("--auto", help="Keep the singular values above the noise of their module (a heuristic)."),
+]
+MaxRank = Annotated[int | None, typer.Option(min=1, help="Largest rank of a module.")]
+ComputedRank = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Largest rank of a module; no larger one is computed.",
+        show_default=str(DEFAULT_MAX_RANK),
+    ),
+]
+Scope = Annotated[
+    str,
+    typer.Option(help="global: modules compete. module: each keeps the same rank, or share of its energy."),
+]
+ProfileOption = Annotated[
+    str,
+    typer.Option(
+        help="Form of the files: compact (for PEFT and vLLM), portable (for every runtime) or tensor-rank "
+        "(also for llama.cpp)."
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="Type of the factors: float32, float16, bfloat16 or float64 (default: unchanged)."),
+]
+Modules = Annotated[bool, typer.Option("--modules", help="Show a row for each module, before and after.")]

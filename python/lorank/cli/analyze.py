@@ -1,0 +1,112 @@
+"""The command `analyze`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+import lorank
+from lorank._internal.atomic import check_writable
+from lorank.cli.checks import check_choice, check_new, parse_targets
+from lorank.cli.errors import IncompleteError, UsageError
+from lorank.cli.options import (
+    Columns,
+    Descending,
+    Exclude,
+    Include,
+    Json,
+    Overwrite,
+    Quiet,
+    ShowSkipped,
+    Sort,
+    Threads,
+    Top,
+)
+from lorank.cli.output import print_message
+from lorank.cli.report_view import REPORT_ENDINGS, ReportView, is_report
+from lorank.report import METRICS, SpectralReport
+from lorank.statistics.spectrum import Accuracy
+
+
+def analyze(
+    source: Annotated[
+        str,
+        typer.Argument(help="A .safetensors file, a folder of shards, a .bin/.pt state dict, or a hub id."),
+    ],
+    include: Include = None,
+    exclude: Exclude = None,
+    sort: Sort = None,
+    descending: Descending = False,
+    top: Top = None,
+    columns: Columns = None,
+    skipped: ShowSkipped = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Save the report as .parquet, .csv or .json.")
+    ] = None,
+    keep_eigenvalues: Annotated[
+        bool, typer.Option("--keep-eigenvalues", help="Store every spectrum in the saved report.")
+    ] = False,
+    accuracy: Annotated[
+        str,
+        typer.Option(
+            help="exact: float64. fast: float32 where its error bounds allow. sampled: estimates of large "
+            "matrices, with error bars."
+        ),
+    ] = "exact",
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Journal of finished matrices, from which an interrupted run continues."),
+    ] = None,
+    threads: Threads = None,
+    json_output: Json = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compute spectral metrics of every weight matrix of a model."""
+    if output is not None:
+        _check_output_file(output, overwrite)
+    if is_report(source):
+        raise UsageError(f"{source} looks like a saved report: see lorank report")
+    view = ReportView(sort, descending, top, columns, skipped, json_output)
+    view.check(METRICS)
+    check_choice("--accuracy", accuracy, get_args(Accuracy))
+    try:
+        report = lorank.analyze(
+            source,
+            include=parse_targets(include),
+            exclude=parse_targets(exclude),
+            accuracy=cast(Accuracy, accuracy),
+            threads=threads,
+            resume=resume,
+            progress=not quiet,
+            keep_eigenvalues=keep_eigenvalues,
+        )
+    except KeyboardInterrupt:
+        if resume is not None:
+            print_message(f"lorank: interrupted; the same command continues from {resume}")
+        raise
+    if output is not None:
+        report.save(output)
+    view.show(report)
+    if output is not None and not json_output:
+        print_message(f"saved to {output}")
+    _check_complete(report)
+
+
+def _check_output_file(path: Path, overwrite: bool) -> None:
+    if path.suffix not in REPORT_ENDINGS:
+        raise UsageError(f"{path}: the name of a report must end with {', '.join(REPORT_ENDINGS)}")
+    check_new(path, overwrite)
+    check_writable(path)
+
+
+def _check_complete(report: SpectralReport) -> None:
+    """Raise IncompleteError if a matrix has no spectrum."""
+    failed = [row for row in report.modules if not row.has_spectrum]
+    if failed:
+        raise IncompleteError(
+            f"{len(failed)} of {len(report)} matrices have no spectrum, the first is {failed[0].name}: "
+            f"{'; '.join(failed[0].flags)}"
+        )

@@ -1,0 +1,82 @@
+"""The command `extract`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import lorank
+from lorank.cli.adapter_options import (
+    Auto,
+    AvgRank,
+    BudgetOrShare,
+    ComputedRank,
+    DtypeOption,
+    Energy,
+    Modules,
+    Output,
+    ProfileOption,
+    Scope,
+)
+from lorank.cli.adapter_output import AdapterOutput
+from lorank.cli.checks import parse_targets
+from lorank.cli.knobs import checked_knobs
+from lorank.cli.options import Exclude, Guess, Include, Json, Overwrite, Quiet, Threads
+from lorank.cli.spelling import spelled_as_options
+
+# Any number serves the check of a budget that is a share.
+_BASE_PARAMETERS = 10**12
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="The base model: a file, a folder or a hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The fully fine-tuned model: a file, a folder or a hub id.")],
+    output: Output,
+    include: Include = None,
+    exclude: Exclude = None,
+    prefix: Annotated[
+        str,
+        typer.Option(help="Prefix for the name of every module, such as bert, if the model to adapt has it."),
+    ] = "",
+    guess: Guess = False,
+    avg_rank: AvgRank = None,
+    energy: Energy = None,
+    budget: BudgetOrShare = None,
+    auto: Auto = False,
+    max_rank: ComputedRank = None,
+    scope: Scope = "global",
+    profile: ProfileOption = "compact",
+    dtype: DtypeOption = None,
+    modules: Modules = False,
+    threads: Threads = None,
+    json_output: Json = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Extract a LoRA adapter from the difference of two models."""
+    knobs = checked_knobs(
+        _BASE_PARAMETERS,
+        avg_rank=avg_rank,
+        energy=energy,
+        budget=budget,
+        auto=auto,
+        max_rank=max_rank,
+        scope=scope,
+    )
+    targets = parse_targets(include), parse_targets(exclude)
+    target = AdapterOutput(output, profile, dtype, overwrite, threads, json_output, modules)
+    target.check()
+    with spelled_as_options():
+        result = lorank.extract(
+            base,
+            tuned,
+            include=targets[0],
+            exclude=targets[1],
+            prefix=prefix,
+            guess=guess,
+            threads=threads,
+            progress=not quiet,
+            **knobs,
+        )
+    target.write(result)

@@ -1,0 +1,42 @@
+"""The options that select how much of an adapter is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorank.cli.errors import UsageError
+from lorank.cli.spelling import spelled_as_options
+from lorank.compression.knobs import Knobs, with_counted_budget
+
+_AMOUNTS = ("rank_ratio", "avg_rank", "energy", "budget", "auto")
+
+
+def checked_knobs(base_parameters: int | None = None, **given: Any) -> dict[str, Any]:
+    """Return the knobs that were given.
+
+    Parameters
+    ----------
+    base_parameters
+        Number of parameters of which a budget may be a share, for the check alone; None if a budget cannot be
+        a share.
+    **given
+        Value of each knob of the command; None or False for knobs that were not given.
+
+    Raises
+    ------
+    UsageError
+        If not exactly one amount is given, or a knob is out of range or would keep nothing.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None and value is not False}
+    options = {name: f"--{name.replace('_', '-')}" for name in _AMOUNTS if name in given}
+    amounts = [name for name in options if name in chosen]
+    if len(amounts) != 1:
+        *most, last = options.values()
+        raise UsageError(f"give exactly one of {', '.join(most)} and {last}")
+    with spelled_as_options(UsageError):
+        counted = chosen if base_parameters is None else with_counted_budget(chosen, base_parameters)
+        knobs = Knobs(**counted)
+    if knobs.keep_nothing:
+        option = options[amounts[0]]
+        raise UsageError(f"{option} {chosen[amounts[0]]} keeps nothing: ask for a larger {option}")
+    return chosen

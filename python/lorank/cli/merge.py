@@ -1,0 +1,102 @@
+"""The command `merge`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import lorank
+from lorank.cli.adapter_options import (
+    Auto,
+    AvgRank,
+    Budget,
+    DtypeOption,
+    Energy,
+    MaxRank,
+    Modules,
+    Output,
+    ProfileOption,
+    RankRatio,
+    Scope,
+)
+from lorank.cli.adapter_output import AdapterOutput
+from lorank.cli.errors import UsageError
+from lorank.cli.knobs import checked_knobs
+from lorank.cli.options import Json, Overwrite, Quiet, Threads
+from lorank.cli.spelling import spelled_as_options
+
+
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            help="Adapters with weights, such as A:0.7 B:0.3; without weights, all count equally."
+        ),
+    ],
+    output: Output,
+    rank_ratio: RankRatio = None,
+    avg_rank: AvgRank = None,
+    energy: Energy = None,
+    budget: Budget = None,
+    auto: Auto = False,
+    max_rank: MaxRank = None,
+    scope: Scope = "global",
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Merge even if the base models have different names or share no module."
+        ),
+    ] = False,
+    profile: ProfileOption = "compact",
+    dtype: DtypeOption = None,
+    modules: Modules = False,
+    threads: Threads = None,
+    json_output: Json = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge adapters into one adapter of their weighted sum."""
+    knobs = checked_knobs(
+        rank_ratio=rank_ratio,
+        avg_rank=avg_rank,
+        energy=energy,
+        budget=budget,
+        auto=auto,
+        max_rank=max_rank,
+        scope=scope,
+    )
+    paths, weights = _weighted(adapters)
+    target = AdapterOutput(output, profile, dtype, overwrite, threads, json_output, modules)
+    target.check()
+    with spelled_as_options():
+        result = lorank.merge(paths, weights, force=force, threads=threads, progress=not quiet, **knobs)
+    target.write(result)
+
+
+def _weighted(arguments: list[str]) -> tuple[list[str], list[float] | None]:
+    """Return paths and weights from ``PATH`` or ``PATH:WEIGHT``; the weights are None if none is given."""
+    parts = [_weight(argument) for argument in arguments]
+    paths, weights = [path for path, _ in parts], [weight for _, weight in parts]
+    if all(weight is None for weight in weights):
+        return paths, None
+    if any(weight is None for weight in weights):
+        raise UsageError("give a weight to every adapter or to none: A:0.7 B:0.3")
+    return paths, [weight for weight in weights if weight is not None]
+
+
+def _weight(argument: str) -> tuple[str, float | None]:
+    path, colon, text = argument.rpartition(":")
+    if not colon or Path(argument).exists():
+        return argument, None
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UsageError(
+            f"{argument}: the path does not exist, and {text!r} is not a finite weight of {path}"
+        )
+    return path, weight

@@ -1,0 +1,117 @@
+"""Ranks by block and module, and the summary of an allocation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from lorank._internal.short_text import counted
+from lorank.allocation.rank_allocation import RankAllocation
+from lorank.modules import naming
+
+# The column of modules outside the numbered blocks.
+_ITSELF = "(itself)"
+
+_EXPERT_NUMBER = re.compile(r"\bexperts\.\d+")
+# Narrower columns fold the names of blocks into too many lines.
+_NARROWEST_BLOCK = 20
+
+# Colours from few ranks to many.
+_PALETTE = ("bright_black", "blue", "cyan", "green", "yellow", "red")
+
+
+def rank_map(ranks: Mapping[str, int], title: str, width: int) -> Table:
+    """Return a table of ranks by block (rows) and by module within the block (columns).
+
+    If the columns do not fit the width, each row lists the ranks of its block. Experts that are separate
+    modules share a column, which shows their smallest and largest rank.
+
+    Parameters
+    ----------
+    ranks
+        Rank by module name.
+    title
+        Title of the table.
+    width
+        Width of the terminal, in characters.
+    """
+    cells: dict[str, dict[str, list[int]]] = {}
+    columns: dict[str, None] = {}
+    for name, rank in ranks.items():
+        block, inner = _place_of(name)
+        inner = _EXPERT_NUMBER.sub("experts.*", inner)
+        columns.setdefault(inner)
+        cells.setdefault(block, {}).setdefault(inner, []).append(rank)
+    headings = {inner: _shortest_unique_suffix(inner, columns) for inner in columns}
+    low, high = min(ranks.values()), max(ranks.values())
+    texts = {
+        block: {inner: _coloured(of_one, low, high) for inner, of_one in found.items()}
+        for block, found in cells.items()
+    }
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("block", overflow="fold")
+    if _NARROWEST_BLOCK + sum(map(_heading_width, headings.values())) > width:
+        table.add_column("ranks")
+        for block, found in texts.items():
+            listed = (Text(f"{headings[inner]} ") + text for inner, text in found.items())
+            table.add_row(block, Text(", ").join(listed))
+        return table
+    for heading in headings.values():
+        table.add_column(heading.replace(".", "\n"), justify="right", no_wrap=True)
+    for block, found in texts.items():
+        table.add_row(block, *(found.get(inner, Text("")) for inner in columns))
+    return table
+
+
+def _heading_width(heading: str) -> int:
+    """Return the width of a column with its padding."""
+    return 3 + max(map(len, heading.split(".")))
+
+
+def _place_of(name: str) -> tuple[str, str]:
+    """Return a module's block, and the module's name within the block."""
+    # Image adapters write underscores for the dots of names.
+    dotted = name if "." in name else name.replace("_", ".")
+    block = naming.block_of(dotted)
+    return name[: len(block)], dotted[len(block) + 1 :] or _ITSELF
+
+
+def _shortest_unique_suffix(name: str, names: Iterable[str]) -> str:
+    """Return the shortest dotted suffix of a name that no other name ends with."""
+    others = [other for other in names if other != name]
+    # A parameter's own name means nothing without the name of its module.
+    named = [suffix for suffix in naming.suffixes(name) if suffix != "weight"]
+    unique = [s for s in named if not any(naming.is_suffix(s, other) for other in others)]
+    return unique[-1] if unique else name
+
+
+def allocation_summary(allocation: RankAllocation) -> str:
+    """Return a line with the numbers of modules and parameters, and the range of ranks."""
+    ranks = allocation.ranks.values()
+    base = allocation.base_parameters
+    share = f" ({100 * allocation.num_parameters / base:.3g} % of the base model)" if base else ""
+    return (
+        f"{counted(len(ranks), 'module')}, ranks {min(ranks)} to {max(ranks)}, "
+        f"average {allocation.average_rank:.2f}: {counted(allocation.num_parameters, 'parameter')}{share}"
+    )
+
+
+def _coloured(ranks: Sequence[int], low: int, high: int) -> Text:
+    """Return the ranks of a cell, coloured by the largest among all from `low` to `high`."""
+    least, most = min(ranks), max(ranks)
+    step = 0 if high == low else (most - low) * (len(_PALETTE) - 1) // (high - low)
+    return Text(str(most) if least == most else f"{least}-{most}", style=_PALETTE[step])
+
+
+def flags_by_text(flags: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each different flag, with the module or the number of modules that have it."""
+    modules: dict[str, list[str]] = {}
+    for name, flag in flags.items():
+        modules.setdefault(flag, []).append(name)
+    for flag, names in modules.items():
+        subject = names[0] if len(names) == 1 else f"{len(names)} modules, the first is {names[0]}"
+        yield f"{subject}: {flag}"

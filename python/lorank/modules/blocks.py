@@ -1,0 +1,189 @@
+"""The numbered block of a module and its depth, read from its dotted name.
+
+Tables list the names that transformers, timm and open_clip give to blocks. A number outside the tables is an
+error, whose message names the option that helps; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from lorank.modules import naming
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A numbered block of a model.
+
+    Attributes
+    ----------
+    stack
+        The name of the list that holds the block; an encoder and a decoder are two stacks.
+    number
+        The number of the block in the stack; with stages (Swin), the numbers of the stage and of the block.
+    """
+
+    stack: str
+    number: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """The depth of a block, counted over the known blocks of its stack.
+
+    Attributes
+    ----------
+    index
+        Position of the block, ``0 <= index < count``.
+    count
+        Number of blocks in the stack, `L`.
+    """
+
+    index: int
+    count: int
+
+
+# Names of lists of blocks, nested lists first. The numbers of all groups order the blocks.
+_BLOCKS = tuple(
+    re.compile(rf"(?:^|\.){expression}(?=\.|$)")
+    for expression in (
+        r"layers\.(\d+)\.blocks\.(\d+)",  # Swin
+        r"stages\.(\d+)\.(?:layers|blocks)\.(\d+)",  # ConvNeXt
+        r"block\.(\d+)\.(\d+)",  # SegFormer
+        # ALBERT shares one layer among all depths, unless configured to have more.
+        r"albert_layer_groups\.(\d+)\.albert_layers\.(\d+)",
+        # Modules between two stages are in no block. Further numbers (T5's sub-layers, experts) do not
+        # count as depth.
+        r"(?:layers?|h|blocks?|resblocks|(?:single_)?transformer_blocks|(?:en|de)coder_layers)"
+        r"\.(\d+)(?!\.downsampl|\d)",
+    )
+)
+
+# Parts of names of modules before, between and after the blocks.
+_OUTSIDE = re.compile(
+    r"embeddings?|patch_embed\w*|feature_extractor|feature_projection|downsample|downsampling_layer"
+    r"|merger|connector|\w*projector|pooler|heads?|\w*classifier"
+)
+
+
+def numbered_block(name: str, blocks: str | None = None) -> Block | None:
+    r"""Return the numbered block that holds a module; None for modules outside blocks (poolers, heads).
+
+    Parameters
+    ----------
+    name
+        The module's dotted name.
+    blocks
+        A regular expression that is searched instead of the known ones. Its groups are the numbers of the
+        block, stages first; the text before the first group names the stack. Names without a match are in
+        no block.
+
+    Raises
+    ------
+    ValueError
+        If the name has a number that may or may not be that of a block, or a group of `blocks` does not
+        match a number.
+
+    Examples
+    --------
+    >>> numbered_block("decoder.block.11.layer.2.DenseReluDense.wi")
+    Block(stack='decoder.block', number=(11,))
+    >>> numbered_block("backbone.units.3.mixer.in_proj", blocks=r"units\.(\d+)")
+    Block(stack='backbone.units', number=(3,))
+    """
+    found = (
+        match_of_block(name) if blocks is None else naming.option_expression("blocks", blocks).search(name)
+    )
+    if found is not None:
+        return _block(found, name)
+    if blocks is None and has_number(name) and not is_outside(name):
+        before = naming.block_of(name).split(".")[-2:-1]
+        example = r"\.".join([*map(re.escape, before), r"(\d+)"])
+        raise ValueError(
+            f"the block of {name!r} cannot be read from its name: give blocks, a regular expression with the "
+            f"block's number in a group, such as blocks=r'{example}'"
+        )
+    return None
+
+
+def depths_of(
+    names: Sequence[str], blocks: str | None = None, others: Iterable[str] = ()
+) -> list[Depth | None]:
+    """Return the depth of each module in its stack; None for modules outside numbered blocks.
+
+    Blocks that hold one of `names` or of `others` are counted: if all known modules are in blocks 6 to 11,
+    block 6 is the first of six.
+
+    Parameters
+    ----------
+    names
+        The modules' dotted names.
+    blocks
+        As in `numbered_block`.
+    others
+        The names of further modules of the model; names that cannot be read are ignored.
+
+    Raises
+    ------
+    ValueError
+        If one of `names` cannot be read, or `blocks` matches none of them.
+
+    Examples
+    --------
+    >>> depths_of(["layers.0.fc1", "layers.1.fc1", "pooler"])
+    [Depth(index=0, count=2), Depth(index=1, count=2), None]
+    """
+    found = [numbered_block(name, blocks) for name in names]
+    if blocks is not None and names and not any(found):
+        raise ValueError(f"blocks={blocks!r} matches none of {len(names)} modules ({names[0]}, ...)")
+    numbers: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for block in (*found, *_readable_blocks(others, blocks)):
+        if block is not None:
+            numbers[block.stack].add(block.number)
+    order = {
+        Block(stack, number): Depth(index, len(present))
+        for stack, present in numbers.items()
+        for index, number in enumerate(sorted(present))
+    }
+    return [None if block is None else order[block] for block in found]
+
+
+def _readable_blocks(names: Iterable[str], blocks: str | None) -> Iterator[Block | None]:
+    """Yield the blocks of the names that can be read."""
+    for name in names:
+        with suppress(ValueError):
+            yield numbered_block(name, blocks)
+
+
+def match_of_block(name: str) -> re.Match[str] | None:
+    """Return the match of the first known list of blocks in a name; None if another list precedes it."""
+    for expression in _BLOCKS:
+        if found := expression.search(name):
+            # A number at the start belongs to a wrapper (nn.Sequential, sentence-transformers).
+            above = name[: found.start()].split(".")[1:]
+            return None if any(part.isdecimal() for part in above) else found
+    return None
+
+
+def _block(found: re.Match[str], name: str) -> Block:
+    """Return the block of a match."""
+    groups = [i + 1 for i, text in enumerate(found.groups()) if text is not None]
+    if not groups or not all(found[i].isdecimal() for i in groups):
+        raise ValueError(
+            f"blocks={found.re.pattern!r} gives no number for {name!r}: the block's number must be a group"
+        )
+    return Block(name[: found.start(groups[0])].rstrip("."), tuple(int(found[i]) for i in groups))
+
+
+def has_number(name: str) -> bool:
+    """Return True if a part of a name is a number."""
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def is_outside(name: str) -> bool:
+    """Return True for a module before, between or after the blocks."""
+    return naming.is_output_head(name) or any(_OUTSIDE.fullmatch(part) for part in name.split("."))

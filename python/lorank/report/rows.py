@@ -1,0 +1,287 @@
+"""The rows of reports: the identity of a matrix or module, and its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lorank._internal.equality import ByValue
+from lorank.modules.weight import Kind
+from lorank.sources.base import MatrixInfo
+
+
+class Row(ByValue):
+    """A row of any report. Rows are equal if all their values are, nan included."""
+
+    __slots__ = ()
+
+    leading: ClassVar[Sequence[str]]
+    """Names of the numbers that short tables show."""
+
+    name: str
+    module: str
+    kind: Kind
+    shape: tuple[int, int]
+    flags: tuple[str, ...]
+
+    def number(self, column: str) -> float | int | None:
+        """Return a number of the row by its name; None for nan."""
+        found: float | int = getattr(self, column)
+        return None if math.isnan(found) else found
+
+    def text(self, column: str) -> str:
+        """Return a number of the row as text: "-" for None, a float with four significant digits."""
+        value = self.number(column)
+        if value is None:
+            return "-"
+        return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+    def __repr__(self) -> str:
+        known = [column for column in self.leading if self.number(column) is not None]
+        numbers = "".join(f", {column}={self.text(column)}" for column in known)
+        flags = f", flags={self.flags!r}" if self.flags else ""
+        return f"{type(self).__name__}({self.name!r}, shape={self.shape}{numbers}{flags}, ...)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class ModuleSpectrum(Row):
+    """The spectrum of one matrix in numbers.
+
+    Eigenvalues are those of ``W^T W``: the squares of the singular values. Undefined numbers are nan.
+
+    Attributes
+    ----------
+    name
+        Dotted name of the module; for an expert, the name of the parameter with the expert's number in
+        brackets.
+    module
+        Name by which PEFT adapts the matrix: the module, or the parameter that stacks experts.
+    kind
+        Role of the weight: ``"linear"``, ``"embedding"``, ``"conv"`` or ``"expert"``.
+    shape
+        ``(out, in)``; kernels of convolutions are flattened to ``(out, in * kh * kw)``.
+    dtype
+        Stored element type.
+    expert
+        Number of the expert in its stack; None for other matrices.
+    accuracy
+        ``"exact"`` (float64 arithmetic), ``"fast"`` (float32) or ``"sampled"`` (an estimate).
+    num_nonzero
+        Number of eigenvalues above ``p * eps(float64) * lambda_max`` with ``p = min(out, in)``, including
+        those that float32 arithmetic cannot distinguish from zero.
+    eigenvalue_error
+        A-priori bound on the error of an eigenvalue, in the unit of the eigenvalues; nan for estimates.
+    num_unresolved
+        Number of eigenvalues in `num_nonzero` that are below `eigenvalue_error`, so that they may be zero.
+    alpha_hill, alpha_hill_xmin_mid
+        Hill estimate of the power-law exponent (PL_Alpha_Hill) in the conventions of `alpha_hill`.
+    alpha_hill_error
+        Bound on the error of `alpha_hill`, given `eigenvalue_error`, with and without the unresolved
+        eigenvalues; an error bar for estimates.
+    mp_edge, mp_spikes
+        Marchenko-Pastur edge by the mean eigenvalue, and the number of eigenvalues above it.
+    mp_spikes_error
+        Bound on the error of `mp_spikes`; an error bar for estimates.
+    mp_edge_median, mp_spikes_median
+        Marchenko-Pastur edge by the median eigenvalue, and the number of eigenvalues above it.
+    mp_soft_rank
+        ``mp_edge / lambda_max``.
+    powerlaw_alpha, powerlaw_xmin, powerlaw_distance
+        Exponent, threshold and Kolmogorov-Smirnov distance of the continuous power-law fit of [CSN].
+    alpha_weighted
+        ``powerlaw_alpha * log10(lambda_max)``.
+    frobenius_norm, spectral_norm
+        Norms of the matrix, in the unit of the weights.
+    stable_rank
+        ``sum lambda / lambda_max``.
+    effective_rank
+        Exponential of the entropy of the normalised eigenvalues [ERANK].
+    participation_ratio
+        ``(sum lambda)^2 / sum lambda^2``.
+    flags
+        Remarks on the matrix, such as ``"zero matrix"``.
+    eigenvalues
+        The spectrum, ascending; None unless it was kept.
+    """
+
+    leading: ClassVar[Sequence[str]] = (
+        "alpha_hill",
+        "mp_spikes",
+        "powerlaw_alpha",
+        "powerlaw_distance",
+        "stable_rank",
+        "effective_rank",
+        "spectral_norm",
+    )
+
+    name: str
+    module: str
+    kind: Kind
+    shape: tuple[int, int]
+    dtype: str
+    expert: int | None = None
+    accuracy: str = "exact"
+    num_nonzero: int = 0
+    eigenvalue_error: float = np.nan
+    num_unresolved: int = 0
+    alpha_hill: float = np.nan
+    alpha_hill_error: float = np.nan
+    alpha_hill_xmin_mid: float = np.nan
+    mp_edge: float = np.nan
+    mp_spikes: int = 0
+    mp_spikes_error: int = 0
+    mp_edge_median: float = np.nan
+    mp_spikes_median: int = 0
+    mp_soft_rank: float = np.nan
+    powerlaw_alpha: float = np.nan
+    powerlaw_xmin: float = np.nan
+    powerlaw_distance: float = np.nan
+    alpha_weighted: float = np.nan
+    frobenius_norm: float = np.nan
+    spectral_norm: float = np.nan
+    stable_rank: float = np.nan
+    effective_rank: float = np.nan
+    participation_ratio: float = np.nan
+    flags: tuple[str, ...] = ()
+    eigenvalues: npt.NDArray[np.float64] | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of entries of the matrix."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def has_spectrum(self) -> bool:
+        """True unless the matrix holds values that cannot be analysed; a zero matrix has a spectrum."""
+        return not np.isnan(self.frobenius_norm)
+
+    def number(self, column: str) -> float | int | None:
+        """Return a number of the row by its name; None for nan and for a count without a spectrum."""
+        if column in COUNTS and not self.has_spectrum:
+            return None
+        return Row.number(self, column)
+
+    @classmethod
+    def of(
+        cls,
+        info: MatrixInfo,
+        accuracy: str,
+        metrics: dict[str, Any],
+        eigenvalues: npt.NDArray[np.float64] | None = None,
+    ) -> ModuleSpectrum:
+        """Return the row of a matrix, from its identity and the metrics that the core computed."""
+        flags: tuple[str, ...] = ()
+        if metrics["num_nonzero"] == 0:
+            flags = ("zero matrix",)
+        elif metrics["num_nonzero"] == 1:
+            flags = ("rank 1: alpha is undefined",)
+        elif np.isinf(metrics["alpha_hill"]):
+            flags = ("equal eigenvalues: alpha is infinite",)
+        return cls(**_identity(info), accuracy=accuracy, **metrics, flags=flags, eigenvalues=eigenvalues)
+
+    @classmethod
+    def failed(cls, info: MatrixInfo, reason: str) -> ModuleSpectrum:
+        """Return the row of a matrix without a spectrum, with the reason as its flag."""
+        return cls(**_identity(info), flags=(reason,))
+
+
+METRICS: tuple[str, ...] = tuple(
+    field.name
+    for field in fields(ModuleSpectrum)
+    if field.name
+    not in {"name", "module", "kind", "shape", "dtype", "expert", "accuracy", "flags", "eigenvalues"}
+)
+"""Names of the numbers of a `ModuleSpectrum`, in order."""
+
+COUNTS = frozenset({"num_nonzero", "num_unresolved", "mp_spikes", "mp_spikes_error", "mp_spikes_median"})
+"""Names of the metrics that are integers."""
+
+
+def _identity(info: MatrixInfo) -> dict[str, Any]:
+    return {field.name: getattr(info, field.name) for field in fields(MatrixInfo)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class ModuleGradients(Row):
+    """The gradients of one module.
+
+    Attributes
+    ----------
+    name
+        Dotted name of the module.
+    module
+        Name by which PEFT adapts the module.
+    kind
+        Role of the weight: ``"linear"``, ``"embedding"``, ``"conv"`` or ``"expert"``.
+    shape
+        ``(out, in)``.
+    effective_rank
+        Smallest number of eigenvalues that hold the share `energy` of their sum; a fraction once it is
+        smoothed over time. 0 if no gradient reached the module.
+    eigenvalues
+        Eigenvalues of ``C_ab = <G_a, G_b> / M`` for batches `a`, `b` of `M`, descending, float64, shape
+        ``(M,)``; in the unit of the squared gradient of a weight.
+    flags
+        Remarks on the module, such as ``"no gradient reached it"``.
+    """
+
+    leading: ClassVar[Sequence[str]] = ("effective_rank", "mean_square")
+
+    name: str
+    module: str
+    kind: Kind
+    shape: tuple[int, int]
+    effective_rank: float
+    eigenvalues: npt.NDArray[np.float64]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared Frobenius norm of the gradient, ``trace(C)``."""
+        return float(self.eigenvalues.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class ModuleTask(Row):
+    """The task of one module: the regression of minus its output gradients on its inputs.
+
+    Attributes
+    ----------
+    name
+        Dotted name of the module.
+    module
+        Name by which PEFT adapts the module.
+    kind
+        Role of the weight: ``"linear"``, ``"embedding"``, ``"conv"`` or ``"expert"``.
+    shape
+        ``(out, in)``.
+    k_star, predicted_rank, num_above
+        Ranks, as in `TaskEstimate`; 0 if they are unknown.
+    rho, tau, noise
+        Decay rate, threshold and noise, as in `TaskEstimate`; nan if they are unknown.
+    singular_values, predicted_r2
+        Spectrum of the task, and the predicted R^2 by rank, as in `TaskEstimate`.
+    flags
+        Remarks on the module.
+    """
+
+    leading: ClassVar[Sequence[str]] = ("k_star", "predicted_rank", "num_above", "rho", "tau", "noise")
+
+    name: str
+    module: str
+    kind: Kind
+    shape: tuple[int, int]
+    k_star: int
+    predicted_rank: int
+    rho: float
+    tau: float
+    noise: float
+    num_above: int
+    singular_values: npt.NDArray[np.float64]
+    predicted_r2: npt.NDArray[np.float64]
+    flags: tuple[str, ...] = ()

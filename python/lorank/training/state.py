@@ -1,0 +1,107 @@
+"""The state of dynamic rank allocation, in a dictionary and in a file beside a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lorank._core import FormatError
+from lorank._internal.atomic import atomic_path
+
+STATE_FILE = "lorank_gard.safetensors"
+
+# Key of the header in the metadata of the file.
+_HEADER = "lorank.gard"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GardState:
+    """Counters, averages and open window of dynamic rank allocation, for a resumed training.
+
+    Attributes
+    ----------
+    step
+        Number of steps done.
+    ranks
+        Rank of each module that can change.
+    budget
+        Parameters that the adapter may have.
+    sketch
+        Size of the random projections; None for exact gradients.
+    smoothed
+        Effective rank of each module, averaged over windows.
+    sketches
+        A sketch of each module, for each step of an open window.
+    """
+
+    step: int
+    ranks: dict[str, int]
+    budget: int
+    sketch: int | None
+    smoothed: dict[str, float]
+    sketches: list[list[torch.Tensor]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> GardState:
+        """Make a state from the result of `to_dict`.
+
+        Raises
+        ------
+        FormatError
+            If a field is missing or malformed.
+        """
+        try:
+            return cls(
+                step=int(content["step"]),
+                ranks={str(name): int(rank) for name, rank in content["ranks"].items()},
+                budget=int(content["budget"]),
+                sketch=content["sketch"],
+                smoothed={str(name): float(value) for name, value in content["smoothed"].items()},
+                sketches=[[torch.as_tensor(sketch) for sketch in step] for step in content["sketches"]],
+            )
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise FormatError(f"damaged: {error!r}") from error
+
+
+def write_state(content: Mapping[str, Any], path: Path) -> None:
+    """Write the result of `GardState.to_dict`: sketches as tensors ``STEP.MODULE``, the rest as a header."""
+    tensors = {
+        f"{step}.{index}": sketch.contiguous()
+        for step, sketches in enumerate(content["sketches"])
+        for index, sketch in enumerate(sketches)
+    }
+    header = {**content, "sketches": [len(sketches) for sketches in content["sketches"]]}
+    with atomic_path(path) as temporary:
+        # A safetensors file holds at least one tensor.
+        save_file(tensors or {"none": torch.zeros(1)}, temporary, {_HEADER: json.dumps(header)})
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a file of `write_state`, as the dictionary that was written.
+
+    Raises
+    ------
+    FormatError
+        If the file is malformed or a tensor is missing.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            content: dict[str, Any] = json.loads(file.metadata()[_HEADER])
+            content["sketches"] = [
+                [file.get_tensor(f"{step}.{index}") for index in range(count)]
+                for step, count in enumerate(content["sketches"])
+            ]
+    except Exception as error:  # safetensors raises an exception type of its own, derived from Exception.
+        raise FormatError(str(error)) from error
+    return content

@@ -1,0 +1,140 @@
+//! The thread policy: threads work on different matrices, or together on one, never both.
+//!
+//! The work on a matrix is cut into pieces whose sizes depend only on its shape. Therefore the bits of a
+//! result depend neither on the policy nor on the number of threads.
+//!
+//! A pool serves one call and is dropped with it, so that a process may fork between calls.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
+
+use crate::exec::cancel::CancelToken;
+use crate::{Error, Result};
+
+/// The assignment of threads to one matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strategy {
+    /// One thread works on the matrix; other threads work on other matrices.
+    Alone,
+    /// All threads of the pool work on the matrix, and on no other.
+    Together,
+}
+
+/// Number of multiplications of a Gram matrix from which all threads share a matrix: some seconds of work on
+/// one core. This bounds the wait for the last matrix of a queue, and the number of large matrices in memory.
+const TOGETHER_FROM: u128 = 40_000_000_000;
+
+/// Number of multiplications from which otherwise idle threads speed up a matrix: some milliseconds of work.
+const USEFUL_FROM: u128 = 30_000_000;
+
+impl Strategy {
+    /// Returns the strategy of a `(rows, cols)` matrix among many matrices.
+    #[must_use]
+    pub const fn for_shape(rows: usize, cols: usize) -> Self {
+        Self::from(rows, cols, TOGETHER_FROM)
+    }
+
+    /// Returns the strategy of a `(rows, cols)` matrix while other threads are idle.
+    #[must_use]
+    pub const fn for_single(rows: usize, cols: usize) -> Self {
+        Self::from(rows, cols, USEFUL_FROM)
+    }
+
+    const fn from(rows: usize, cols: usize, least: u128) -> Self {
+        let short = if rows < cols { rows } else { cols };
+        if (rows as u128) * (cols as u128) * (short as u128) >= least { Self::Together } else { Self::Alone }
+    }
+}
+
+/// Returns the number of processors available to this process.
+#[must_use]
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// Starts a pool of `threads` threads.
+///
+/// # Errors
+/// [`Error::NoThreads`] if the system does not start them.
+pub fn pool(threads: usize) -> Result<ThreadPool> {
+    pool_built(threads.max(1), ThreadPoolBuilder::build)
+}
+
+fn pool_built(
+    threads: usize,
+    build: impl FnOnce(ThreadPoolBuilder) -> std::result::Result<ThreadPool, ThreadPoolBuildError>,
+) -> Result<ThreadPool> {
+    let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("lorank-{i}"));
+    build(builder).map_err(|e| Error::NoThreads { threads, source: e.into() })
+}
+
+/// Calls `work` for the indices in `order`, on up to `threads` threads of the current pool. Each worker takes
+/// the next index when it has finished one, and keeps its workspace.
+pub(crate) fn side_by_side<W: Default>(
+    order: &[usize],
+    threads: usize,
+    cancel: &CancelToken,
+    work: &(dyn Fn(usize, &mut W) + Sync),
+) {
+    let next = AtomicUsize::new(0);
+    rayon::scope(|scope| {
+        for _ in 0..threads.clamp(1, order.len().max(1)) {
+            scope.spawn(|_| {
+                let mut workspace = W::default();
+                while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed))
+                    && !cancel.is_cancelled()
+                {
+                    work(i, &mut workspace);
+                }
+            });
+        }
+    });
+}
+
+/// Returns the indices of `costs` in descending order of cost, so that the last pieces of work are short.
+pub(crate) fn costliest_first(costs: impl Iterator<Item = u128>) -> Vec<usize> {
+    let costs: Vec<u128> = costs.collect();
+    let mut order: Vec<usize> = (0..costs.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(costs[i]));
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[test]
+    fn missing_threads_are_an_error() {
+        let refusal = |_| Err(io::ErrorKind::WouldBlock.into());
+        let error = pool_built(3, |builder| builder.spawn_handler(refusal).build()).map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::NoThreads { threads: 3, .. }));
+        assert!(error.to_string().starts_with("could not start 3 threads: "), "{error}");
+        let refused = Error::NoThreads { threads: 1, source: "why".into() };
+        assert_eq!(refused.to_string(), "could not start 1 thread: why");
+    }
+
+    #[test]
+    fn every_index_is_visited_once_until_cancelled() {
+        for threads in [1, 3] {
+            let (seen, cancel) = (Mutex::new(Vec::new()), CancelToken::default());
+            let order: Vec<usize> = (0..50).rev().collect();
+            let work = |i: usize, calls: &mut usize| {
+                *calls += 1;
+                seen.lock().unwrap().push((i, *calls));
+                if i == 10 {
+                    cancel.cancel();
+                }
+            };
+            pool(threads).unwrap().install(|| side_by_side(&order, threads, &cancel, &work));
+            let mut indices: Vec<usize> = seen.lock().unwrap().iter().map(|&(i, _)| i).collect();
+            indices.sort_unstable();
+            indices.dedup();
+            assert_eq!(indices.len(), seen.lock().unwrap().len());
+            assert!((40..40 + threads).contains(&indices.len()), "{}", indices.len());
+        }
+    }
+}

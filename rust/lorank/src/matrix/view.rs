@@ -1,0 +1,331 @@
+//! Views of stored matrices: borrowed bytes, an element type, a shape and strides.
+
+use std::ops::Range;
+
+use faer::MatMut;
+use faer::prelude::ReborrowMut;
+
+use crate::kernels::number::Number;
+use crate::matrix::dtype::DType;
+use crate::{Error, Result};
+
+/// A borrowed `(rows, cols)` matrix over little-endian bytes, with strides in elements.
+///
+/// Construction neither copies nor aligns anything. Elements are decoded block by block as they are needed.
+#[derive(Clone, Copy, Debug)]
+pub struct MatrixView<'a> {
+    bytes: &'a [u8],
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> MatrixView<'a> {
+    /// Creates a view with explicit strides.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] if an element would lie outside `bytes`.
+    pub fn new(
+        bytes: &'a [u8],
+        dtype: DType,
+        (rows, cols): (usize, usize),
+        (row_stride, col_stride): (usize, usize),
+    ) -> Result<Self> {
+        let span = if rows == 0 || cols == 0 {
+            Some(0)
+        } else {
+            let last_row = (rows - 1).checked_mul(row_stride);
+            let last_col = (cols - 1).checked_mul(col_stride);
+            last_row
+                .zip(last_col)
+                .and_then(|(r, c)| r.checked_add(c)?.checked_add(1)?.checked_mul(dtype.size()))
+        };
+        match span {
+            Some(span) if span <= bytes.len() => {
+                Ok(Self { bytes, dtype, rows, cols, row_stride, col_stride })
+            }
+            _ => Err(Error::InvalidInput(format!(
+                "a {rows}x{cols} matrix with strides ({row_stride}, {col_stride}) of {} does not fit in {} bytes",
+                dtype.name(),
+                bytes.len()
+            ))),
+        }
+    }
+
+    /// Creates a contiguous row-major view.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] if `bytes` is too short.
+    pub fn row_major(bytes: &'a [u8], dtype: DType, rows: usize, cols: usize) -> Result<Self> {
+        Self::new(bytes, dtype, (rows, cols), (cols, 1))
+    }
+
+    /// Creates a contiguous row-major view of float32 values.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] if there are fewer than `rows * cols` values.
+    ///
+    /// # Examples
+    /// ```
+    /// use lorank::matrix::MatrixView;
+    ///
+    /// let view = MatrixView::from_f32(&[1.0, -2.0, 3.0, 4.0, 5.0, -6.0], 2, 3).unwrap();
+    /// assert_eq!(view.max_abs().unwrap(), 6.0);
+    /// assert_eq!(view.transposed().to_row_major(), [1.0, 4.0, -2.0, 5.0, 3.0, -6.0]);
+    /// ```
+    pub fn from_f32(values: &'a [f32], rows: usize, cols: usize) -> Result<Self> {
+        // SAFETY: an initialised f32 is four valid bytes, and the slice has the lifetime of `values`.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
+        Self::row_major(bytes, DType::F32, rows, cols)
+    }
+
+    /// Creates a contiguous row-major view of float64 values.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] if there are fewer than `rows * cols` values.
+    pub fn from_f64(values: &'a [f64], rows: usize, cols: usize) -> Result<Self> {
+        // SAFETY: an initialised f64 is eight valid bytes, and the slice has the lifetime of `values`.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
+        Self::row_major(bytes, DType::F64, rows, cols)
+    }
+
+    /// Returns the number of rows.
+    #[must_use]
+    pub const fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Returns the number of columns.
+    #[must_use]
+    pub const fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Returns the element type.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Returns the transposed view.
+    #[must_use]
+    pub const fn transposed(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// Returns the view, or its transpose if it has more rows than columns.
+    #[must_use]
+    pub const fn wide(self) -> Self {
+        if self.rows <= self.cols { self } else { self.transposed() }
+    }
+
+    /// Returns true if adjacent elements of a column, rather than those of a row, are closer in memory.
+    #[must_use]
+    pub const fn is_column_major(&self) -> bool {
+        self.row_stride < self.col_stride
+    }
+
+    /// Writes the block `rows x cols`, times `scale`, to `out`. The conversion to float64 is exact.
+    ///
+    /// # Panics
+    /// Panics if `out` has another shape, or the block exceeds the matrix.
+    pub(crate) fn upcast<T: Number>(
+        &self,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        scale: f64,
+        mut out: MatMut<'_, T>,
+    ) {
+        assert!(rows.end <= self.rows && cols.end <= self.cols, "block inside the matrix");
+        assert_eq!((out.nrows(), out.ncols()), (rows.len(), cols.len()), "one output per element");
+        if self.is_column_major() {
+            return self.transposed().upcast(cols, rows, scale, out.transpose_mut());
+        }
+        if rows.is_empty() || cols.is_empty() {
+            return;
+        }
+        let (cols, first) = (cols.len(), rows.start * self.row_stride + cols.start * self.col_stride);
+        if self.col_stride == 1 && out.col_stride() == 1 {
+            // Contiguous rows on both sides are processed as one row.
+            let gapless = self.row_stride == cols && usize::try_from(out.row_stride()) == Ok(cols);
+            let (lines, length) = if gapless { (1, rows.len() * cols) } else { (rows.len(), cols) };
+            for i in 0..lines {
+                // SAFETY: `out` is borrowed mutably, and `length` of its elements are contiguous from the
+                // start of row `i` on: one row, or all rows if `gapless`.
+                let line = unsafe { std::slice::from_raw_parts_mut(out.rb_mut().ptr_at_mut(i, 0), length) };
+                self.dtype.decode(self.elements(first + i * self.row_stride, length), scale, line);
+            }
+            return;
+        }
+        for i in 0..rows.len() {
+            for j in 0..cols {
+                let index = first + i * self.row_stride + j * self.col_stride;
+                out[(i, j)] = T::of(self.element(index) * scale);
+            }
+        }
+    }
+
+    /// Writes whole rows, times `scale`, to the row-major `out`.
+    ///
+    /// # Panics
+    /// Panics if `out` has another length, or the rows exceed the matrix.
+    pub(crate) fn upcast_rows<T: Number>(&self, rows: Range<usize>, scale: f64, out: &mut [T]) {
+        let count = rows.len();
+        let out = MatMut::from_row_major_slice_mut(out, count, self.cols);
+        self.upcast(rows, 0..self.cols, scale, out);
+    }
+
+    /// Returns the bytes of all elements if the matrix is row-major and contiguous.
+    #[must_use]
+    pub fn as_row_major_bytes(&self) -> Option<&'a [u8]> {
+        let gapless = self.cols <= 1 || self.col_stride == 1;
+        let stacked = self.rows <= 1 || self.row_stride == self.cols;
+        (gapless && stacked).then(|| self.elements(0, self.rows * self.cols))
+    }
+
+    /// Returns the elements from `(row, col)` on without a copy, and the distance between rows in elements.
+    /// `None` unless the elements are numbers of type `T` and the rows are contiguous.
+    #[must_use]
+    pub(crate) fn in_place<T: Number>(&self, row: usize, col: usize) -> Option<(&'a [T], usize)> {
+        let is_native =
+            cfg!(target_endian = "little") && self.dtype == DType::of::<T>() && self.col_stride == 1;
+        let start = (row * self.row_stride + col) * self.dtype.size();
+        let bytes = self.bytes.get(start..).filter(|_| is_native)?;
+        // The cast fails for misaligned memory, which a file may contain.
+        let whole = bytes.len() / size_of::<T>() * size_of::<T>();
+        Some((pulp::bytemuck::try_cast_slice(&bytes[..whole]).ok()?, self.row_stride))
+    }
+
+    /// Returns all elements as float64, row-major.
+    #[must_use]
+    pub fn to_row_major(&self) -> Vec<f64> {
+        let mut values = vec![0.0; self.rows * self.cols];
+        self.upcast_rows(0..self.rows, 1.0, &mut values);
+        values
+    }
+
+    /// Returns the largest absolute value, 0 for an empty or zero matrix.
+    ///
+    /// # Errors
+    /// [`Error::Numerical`] at the first NaN or infinity.
+    pub fn max_abs(&self) -> Result<f64> {
+        if self.is_column_major() {
+            return self.transposed().max_abs();
+        }
+        let mut largest = 0.0;
+        for line in self.lines() {
+            let found = self.dtype.largest(line);
+            if !found.is_finite() {
+                return Err(Error::Numerical("holds NaN or infinite values".into()));
+            }
+            largest = found.max(largest);
+        }
+        Ok(largest)
+    }
+
+    /// Returns the bytes of all elements, in the longest contiguous pieces.
+    fn lines(&self) -> impl Iterator<Item = &'a [u8]> {
+        let is_dense = self.cols <= 1 || self.col_stride == 1;
+        let (count, length) = match self.as_row_major_bytes() {
+            Some(_) => (1, self.rows * self.cols),
+            None if is_dense => (self.rows, self.cols),
+            None => (self.rows * self.cols, 1),
+        };
+        // The loop must not depend on the number of empty rows, which may be 2^60 in a malicious file.
+        (0..if self.cols == 0 { 0 } else { count }).map(move |i| {
+            let (row, col) = if length == 1 { (i / self.cols, i % self.cols) } else { (i, 0) };
+            self.elements(row * self.row_stride + col * self.col_stride, length)
+        })
+    }
+
+    /// Returns the sum of the squares of all elements, each times `scale`.
+    #[must_use]
+    pub fn sum_of_squares(&self, scale: f64) -> f64 {
+        const LANES: usize = 16;
+        const BLOCK: usize = 64 * LANES;
+        if self.is_column_major() {
+            return self.transposed().sum_of_squares(scale);
+        }
+        let (mut sums, mut buffer) = ([0.0; LANES], [0.0f64; BLOCK]);
+        let size = self.dtype.size();
+        for bytes in self.lines().flat_map(|line| line.chunks(BLOCK * size)) {
+            let count = bytes.len() / size;
+            self.dtype.decode(bytes, scale, &mut buffer[..count]);
+            let padded = count.next_multiple_of(LANES);
+            buffer[count..padded].fill(0.0);
+            for values in buffer[..padded].as_chunks::<LANES>().0 {
+                for (sum, x) in sums.iter_mut().zip(values) {
+                    *sum += x * x;
+                }
+            }
+        }
+        sums.iter().sum()
+    }
+
+    fn elements(&self, start: usize, count: usize) -> &'a [u8] {
+        let size = self.dtype.size();
+        &self.bytes[start * size..(start + count) * size]
+    }
+
+    fn element(&self, index: usize) -> f64 {
+        let mut value = [0.0];
+        self.dtype.decode(self.elements(index, 1), 1.0, &mut value);
+        value[0]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use faer::Mat;
+
+    fn dense(view: &MatrixView<'_>) -> Mat<f64> {
+        let mut out = Mat::zeros(view.rows(), view.cols());
+        view.upcast(0..view.rows(), 0..view.cols(), 1.0, out.as_mut());
+        out
+    }
+
+    #[test]
+    fn blocks_of_any_strides_equal_indexed_elements() {
+        let values: Vec<f64> = (0..60).map(f64::from).collect();
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        // (shape, strides): contiguous, transposed, every second column, overlapping rows.
+        for (shape, strides) in [((5, 12), (12, 1)), ((12, 5), (1, 12)), ((5, 6), (12, 2)), ((3, 4), (1, 1))]
+        {
+            let view = MatrixView::new(&bytes, DType::F64, shape, strides).unwrap();
+            let expected = Mat::from_fn(shape.0, shape.1, |i, j| values[i * strides.0 + j * strides.1]);
+            assert_eq!(dense(&view), expected);
+            assert_eq!(dense(&view.transposed()), expected.transpose().to_owned());
+            assert_eq!(view.as_row_major_bytes().is_some(), shape == (5, 12));
+            let at = |i: usize| expected[(i / shape.1, i % shape.1)];
+            assert_eq!(view.to_row_major(), (0..shape.0 * shape.1).map(at).collect::<Vec<_>>());
+            let mut block = Mat::<f64>::zeros(2, 3);
+            view.upcast(1..3, 1..4, 2.0, block.as_mut());
+            assert_eq!(block, expected.as_ref().submatrix(1, 1, 2, 3) * faer::Scale(2.0));
+            let largest = expected.norm_max();
+            assert!((view.max_abs().unwrap() - largest).abs() == 0.0);
+            // Small integers: exact.
+            assert!((view.sum_of_squares(0.5) - 0.25 * expected.squared_norm_l2()).abs() == 0.0);
+        }
+    }
+
+    #[test]
+    fn out_of_bounds_and_non_finite_are_errors() {
+        let bytes = [0u8; 16];
+        assert!(MatrixView::row_major(&bytes, DType::F32, 2, 3).is_err());
+        assert!(MatrixView::new(&bytes, DType::F32, (2, 2), (usize::MAX, 1)).is_err());
+        assert!(MatrixView::row_major(&[], DType::F32, 0, usize::MAX).is_ok());
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let values = [1.0, bad, 2.0, 3.0];
+            assert!(MatrixView::from_f32(&values, 2, 2).unwrap().max_abs().is_err());
+        }
+    }
+}

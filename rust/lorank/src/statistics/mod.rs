@@ -1,0 +1,8 @@
+//! The spectrum of a matrix, and its statistics.
+
+pub mod effective_rank;
+pub mod hill;
+pub mod marchenko_pastur;
+pub mod metrics;
+pub mod powerlaw;
+pub mod spectrum;

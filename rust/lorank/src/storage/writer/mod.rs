@@ -1,0 +1,201 @@
+//! Writing of safetensors files, atomically ([`atomic_file`](crate::storage::atomic_file)).
+//!
+//! Tensors are converted in small pieces. The position of every tensor is fixed in advance, so that threads
+//! can write different tensors.
+
+mod header;
+mod out_tensor;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use faer::MatMut;
+
+use crate::exec::cancel::CancelToken;
+use crate::exec::panics::guarded;
+use crate::exec::parallel::{pool, side_by_side};
+use crate::matrix::MatrixView;
+use crate::matrix::dtype::DType;
+use crate::storage::atomic_file::{AtomicFile, Pending, Sink};
+use crate::storage::rounding::{all_finite, encode};
+use crate::storage::source::Buffer;
+use crate::storage::writer::header::{Header, header, layout};
+use crate::{Error, Result};
+
+pub use out_tensor::{Content, OutTensor};
+
+/// Number of elements converted at a time, which stay in cache.
+const PIECE: usize = 1 << 16;
+
+/// Number of bytes copied at a time: few system calls, but no seconds without a poll of the cancel token.
+const COPIED: usize = 1 << 22;
+
+/// Size of the consecutive tensors that one thread writes, in bytes.
+const RUN: u64 = 1 << 20;
+
+/// Writes a file of tensors and metadata with up to `threads` threads.
+///
+/// # Errors
+/// [`Error::InvalidInput`] if a tensor is malformed or two have one name, [`Error::Numerical`] for a value
+/// that its type cannot represent (including NaN and infinities), [`Error::Io`], [`Error::Cancelled`]. After
+/// an error the target is unchanged.
+///
+/// # Examples
+/// ```
+/// use std::collections::BTreeMap;
+///
+/// use lorank::cancel::CancelToken;
+/// use lorank::dtype::DType;
+/// use lorank::safetensors::SafetensorsFile;
+/// use lorank::safetensors_writer::{Content, OutTensor, write};
+///
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("w.safetensors");
+/// let content = Content::F64 { values: &[1.0, 2.0], dtype: DType::Bf16 };
+/// let tensor = OutTensor { name: "w".into(), shape: vec![2], content };
+/// write(&path, &[tensor], &BTreeMap::new(), 1, &CancelToken::default()).unwrap();
+/// assert_eq!(SafetensorsFile::open(&path).unwrap().tensors()[0].dtype, "BF16");
+/// ```
+pub fn write(
+    path: &Path,
+    tensors: &[OutTensor<'_>],
+    metadata: &BTreeMap<String, String>,
+    threads: usize,
+    cancel: &CancelToken,
+) -> Result<()> {
+    let order = layout(tensors);
+    let Header { text, offsets, size } = header(tensors, &order, metadata)?;
+    let start = text.len() as u64;
+    let file = AtomicFile::create(path, start + size)?;
+    file.write_at(0, &text)?;
+    let runs = runs(&order, &offsets);
+    let failure = Mutex::new(None);
+    pool(threads.min(runs.len()))?.install(|| {
+        let stop = CancelToken::default();
+        let all: Vec<usize> = (0..runs.len()).collect();
+        side_by_side(&all, threads, &stop, &|k, Space { buffer, pending }: &mut Space| {
+            let run = &order[runs[k].clone()];
+            let mut write = |sink: &mut Sink<'_>| {
+                run.iter().try_for_each(|&i| write_tensor(sink, &tensors[i], buffer, cancel))
+            };
+            if let Err(error) = guarded(|| file.write_from(start + offsets[run[0]], pending, &mut write)) {
+                stop.cancel();
+                // The first error is returned; the others follow from it or would recur.
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        });
+    });
+    match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => return Err(error),
+        None => cancel.check()?,
+    }
+    file.finish()
+}
+
+/// Memory that a thread reuses for every tensor.
+#[derive(Default)]
+struct Space {
+    buffer: Buffer,
+    pending: Pending,
+}
+
+/// Returns runs of consecutive tensors for one thread each, as ranges of `order`. Long runs keep writes few,
+/// as every write blocks the other threads.
+fn runs(order: &[usize], offsets: &[u64]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (place, &i) in order.iter().enumerate() {
+        match runs.last_mut() {
+            Some(run) if offsets[i] - offsets[order[run.start]] < RUN => run.end = place + 1,
+            _ => runs.push(place..place + 1),
+        }
+    }
+    runs
+}
+
+fn write_tensor(
+    out: &mut Sink<'_>,
+    tensor: &OutTensor<'_>,
+    buffer: &mut Buffer,
+    cancel: &CancelToken,
+) -> Result<()> {
+    match &tensor.content {
+        Content::F64 { values, dtype } => {
+            convert(out, tensor, &MatrixView::from_f64(values, 1, values.len())?, *dtype, cancel)
+        }
+        Content::F32 { values, dtype } => {
+            convert(out, tensor, &MatrixView::from_f32(values, 1, values.len())?, *dtype, cancel)
+        }
+        Content::Values { matrix, dtype } => match matrix.computation() {
+            Some(values) if matrix.dtype() == *dtype => {
+                let path = out.path();
+                out.put(matrix.size(), |place| {
+                    values.compute(place, &mut buffer.parts, cancel)?;
+                    if all_finite(place, *dtype) { Ok(()) } else { Err(not_finite(path, tensor)) }
+                })
+            }
+            _ => matrix.with_view(buffer, cancel, |view| convert(out, tensor, view, *dtype, cancel)),
+        },
+        Content::Raw { bytes, .. } => bytes.chunks(COPIED).try_for_each(|piece| {
+            cancel.check()?;
+            out.bytes(piece)
+        }),
+        Content::Stored(stored) => (0..stored.info.len).step_by(COPIED).try_for_each(|start| {
+            let len = COPIED.min(stored.info.len - start);
+            out.bytes(stored.file.read_into(&mut buffer.bytes, &stored.info, start, len, cancel)?)
+        }),
+    }
+}
+
+fn not_finite(path: &Path, tensor: &OutTensor<'_>) -> Error {
+    let (path, name) = (path.display(), &tensor.name);
+    Error::Numerical(format!("{path}: tensor `{name}`: holds NaN or infinite values"))
+}
+
+/// Writes the rows of a view, piece by piece.
+fn convert(
+    out: &mut Sink<'_>,
+    tensor: &OutTensor<'_>,
+    view: &MatrixView<'_>,
+    dtype: DType,
+    cancel: &CancelToken,
+) -> Result<()> {
+    if let Some(bytes) = view.as_row_major_bytes()
+        && view.dtype() == dtype
+        && all_finite(bytes, dtype)
+    {
+        return bytes.chunks(COPIED).try_for_each(|piece| {
+            cancel.check()?;
+            out.bytes(piece)
+        });
+    }
+    let (rows, cols) = (view.rows(), view.cols());
+    let width = cols.clamp(1, PIECE);
+    let height = PIECE / width;
+    let mut values = vec![0.0; width * height.min(rows)];
+    let mut bytes = Vec::with_capacity(values.len() * dtype.size());
+    for top in (0..rows).step_by(height) {
+        for left in (0..cols).step_by(width) {
+            cancel.check()?;
+            let (block_rows, block_cols) = (top..rows.min(top + height), left..cols.min(left + width));
+            let piece = &mut values[..block_rows.len() * block_cols.len()];
+            let block = MatMut::from_row_major_slice_mut(&mut *piece, block_rows.len(), block_cols.len());
+            view.upcast(block_rows, block_cols, 1.0, block);
+            bytes.clear();
+            if let Some(bad) = piece.iter().find(|&&x| !encode(x, dtype, &mut bytes)) {
+                if !bad.is_finite() {
+                    return Err(not_finite(out.path(), tensor));
+                }
+                let (path, name) = (out.path().display(), &tensor.name);
+                let reason = format!("{bad:e} does not fit into {}", dtype.name());
+                return Err(Error::Numerical(format!("{path}: tensor `{name}`: {reason}")));
+            }
+            out.bytes(&bytes)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
