@@ -126,12 +126,12 @@ def _naming_notes(before: Source, prefix: str) -> list[str]:
 
 
 def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[list[SpectralForm], list[str]]:
-    """Return the forms of modules that PEFT can adapt, and notes of the others that have changed.
+    """Return the forms of modules that PEFT can adapt, and notes on other modules that have changed.
 
     Raises
     ------
     ValueError
-        If there are no others.
+        If PEFT can adapt none of the changed modules.
     """
     refused = twins.refused(before)
     changed = [form.module.name for form in forms if form.module.name in refused and form.energy > 0]
