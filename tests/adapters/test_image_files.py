@@ -130,7 +130,7 @@ def test_alpha_tensors_take_precedence_over_settings(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "holds a list, not settings"),
         ('{"transformer.r": "6"}', "r is '6'"),
-        ('{"transformer.r": 5, "text_encoder.r": 6}', "has rank 6, but the settings in the metadata say 5"),
+        ('{"transformer.r": 5, "text_encoder.r": 6}', "has rank 6, but the settings in the metadata state 5"),
         ('{"transformer.r": 6, "transformer.init_lora_weights": "pissa"}', "changes the base model"),
         ("[" * 100_000, "nested too deeply"),
     ],

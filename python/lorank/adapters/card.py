@@ -74,7 +74,7 @@ def _certified(certificate: Certificate) -> list[str]:
         else []
     )
     return [
-        "## What was done",
+        "## Operation and error",
         "",
         f"{c.action}.",
         "",
@@ -87,7 +87,7 @@ def _certified(certificate: Certificate) -> list[str]:
         f"| error, spectral norm | {c.spectral_error:.6g} |",
         *rounding,
         "",
-        "The error is exact: the root of the sum of the squares of the singular values left out.",
-        "`lorank.json` has it by module.",
+        "The error is exact: the root of the sum of the squares of the dropped singular values.",
+        "`lorank.json` holds the error of every module.",
         "",
     ]

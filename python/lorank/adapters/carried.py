@@ -1,7 +1,7 @@
 """Tensors that an adapter carries beside its factors, and the modules that they belong to.
 
-The keys of an adapter in memory are those of a file in which every listed module has factors, whatever rank
-is left.
+The keys of an adapter in memory are those of a file in which every listed module has factors, even modules of
+rank 0.
 """
 
 from __future__ import annotations

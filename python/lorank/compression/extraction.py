@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorank import _core
-from lorank._internal import core_calls
-from lorank._internal.progress import progress_bar, waiting
+from lorank._internal.progress import waiting
 from lorank._internal.threads import thread_count
 from lorank.adapters.content import AdapterContent
-from lorank.adapters.module import LoraModule
 from lorank.compression import twins
+from lorank.compression.difference import MatrixPair, difference_forms
 from lorank.compression.knobs import checked_knobs, with_counted_budget
-from lorank.compression.spectral_form import SpectralForm, Triplets
+from lorank.compression.spectral_form import SpectralForm
 from lorank.compression.truncation import truncated
 from lorank.modules import naming
 from lorank.peft_format.target_expressions import accidental_matches
-from lorank.sources import OPENING, AnySource, Source, SourceMatrix, open_source
+from lorank.sources import OPENING, AnySource, Source, open_source
 from lorank.sources.guesses import doubtful
 
 DEFAULT_MAX_RANK = 128
@@ -56,26 +54,31 @@ def extract(
     notes += [*_other_changes(before, after), *_idle(exclude, before, after)]
     notes += _naming_notes(before, prefix)
     assert chosen.max_rank is not None
-    computed = _forms(pairs, chosen.max_rank, thread_count(threads), progress)
+    computed = difference_forms(pairs, chosen.max_rank, thread_count(threads), progress)
     if all(form.energy == 0 for form in computed):
         raise ValueError(f"{before.label} and {after.label}: no selected matrix differs")
+    forms, tying, more = _held(computed, before, exclude, prefix)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": _name_of(base),
+        "task_type": None,
+        **_targets(forms, before, prefix),
+        **tying,
+    }
+    modules = {form.module.name: form.module for form in forms}
+    label = f"{after.label} - {before.label}"
+    total = AdapterContent(modules, config, notes=[*notes, *more], label=label)
+    return truncated(total, forms, chosen, f"extract {label}, {chosen}", threads)
+
+
+def _held(
+    computed: Sequence[SpectralForm], before: Source, exclude: naming.Targets, prefix: str
+) -> tuple[list[SpectralForm], dict[str, Any], list[str]]:
+    """Return the forms that an adapter can hold, PEFT's setting that ties them, and notes."""
     held, refused = _without_refused(computed, before)
     found, copies = (held, []) if before.skeleton else _without_copies(held)
     every, tying, tied = twins.added(found, before, exclude)
-    forms = [_renamed(form, prefix) for form in every]
-    total = AdapterContent(
-        {form.module.name: form.module for form in forms},
-        config={
-            "peft_type": "LORA",
-            "base_model_name_or_path": _name_of(base),
-            "task_type": None,
-            **_targets(forms, before, prefix),
-            **tying,
-        },
-        notes=[*notes, *refused, *copies, *tied],
-        label=f"{after.label} - {before.label}",
-    )
-    return truncated(total, forms, chosen, f"extract {total.label}, {chosen}", threads)
+    return [_renamed(form, prefix) for form in every], tying, [*refused, *copies, *tied]
 
 
 def _targets(forms: Sequence[SpectralForm], before: Source, prefix: str) -> dict[str, Any]:
@@ -123,12 +126,12 @@ def _naming_notes(before: Source, prefix: str) -> list[str]:
 
 
 def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[list[SpectralForm], list[str]]:
-    """Return the forms of modules that PEFT can adapt, and notes of the others that have changed.
+    """Return the forms of modules that PEFT can adapt, and notes on other modules that have changed.
 
     Raises
     ------
     ValueError
-        If there are no others.
+        If PEFT can adapt none of the changed modules.
     """
     refused = twins.refused(before)
     changed = [form.module.name for form in forms if form.module.name in refused and form.energy > 0]
@@ -145,13 +148,7 @@ def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[lis
     return held, notes
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    base: SourceMatrix
-    tuned: SourceMatrix
-
-
-def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
+def _pairs(before: Source, after: Source) -> tuple[list[MatrixPair], list[str]]:
     """Return the matrices of both models by name, and notes of those of one model only.
 
     A matrix that one model shares between modules and the other does not is paired for each of them.
@@ -168,7 +165,7 @@ def _pairs(before: Source, after: Source) -> tuple[list[_Pair], list[str]]:
                 f"{name}: {matrix.info.shape} in {before.label}, {other.info.shape} in {after.label}: "
                 "exclude it to leave it out"
             )
-        pairs.append(_Pair(matrix, other))
+        pairs.append(MatrixPair(matrix, other))
     if not pairs:
         raise ValueError(f"{before.label} and {after.label} have no selected matrix in common")
     alone = [name for name in own[0] if name not in new], [name for name in own[1] if name not in old]
@@ -222,77 +219,3 @@ def _without_copies(forms: Sequence[SpectralForm]) -> tuple[list[SpectralForm], 
 
 def _change_alike(a: SpectralForm, b: SpectralForm) -> bool:
     return sorted(a.module.shape) == sorted(b.module.shape) and np.array_equal(a.values, b.values)
-
-
-@dataclass(frozen=True, slots=True)
-class _Leading:
-    """The leading triplets of a difference, the energy of the difference, and the next singular value."""
-
-    part: Triplets
-    energy: float
-    following: float
-
-
-def _forms(pairs: Sequence[_Pair], max_rank: int, threads: int, progress: bool) -> list[SpectralForm]:
-    """Return every module's leading triplets; lazy matrices are read in batches of one for each thread."""
-    found: dict[int, _Leading] = {}
-    work = sum(math.prod(pair.base.info.shape) for pair in pairs)
-    with progress_bar("subtracting", work, enabled=progress) as advance:
-        direct = [i for i, pair in enumerate(pairs) if not (pair.base.lazy or pair.tuned.lazy)]
-        lazy = [i for i in range(len(pairs)) if i not in set(direct)]
-        for batch in [direct, *(lazy[k : k + threads] for k in range(0, len(lazy), threads))]:
-            found |= zip(
-                batch, _subtracted([pairs[i] for i in batch], max_rank, threads, advance), strict=True
-            )
-    by_module: dict[str, list[int]] = defaultdict(list)
-    for i, pair in enumerate(pairs):
-        by_module[pair.base.info.module].append(i)
-    return [_form(pairs[group[0]].base, [found[i] for i in group]) for group in by_module.values()]
-
-
-def _subtracted(
-    pairs: Sequence[_Pair], max_rank: int, threads: int, advance: Callable[[int, str], object]
-) -> list[_Leading]:
-    """Return the leading triplets of each pair's difference."""
-    loaded = [(pair.tuned.load(), pair.base.load()) for pair in pairs]
-    infos = [pair.base.info for pair in pairs]
-    results = core_calls.collect(
-        lambda receive: _core.subtract(loaded, max_rank, threads, receive),
-        lambda index: infos[index].name,
-        lambda index: advance(math.prod(infos[index].shape), infos[index].name),
-    )
-    return [
-        _Leading(
-            Triplets(a, values, b) if _is_swapped(pair.base) else Triplets(b, values, a), energy, following
-        )
-        for pair, ((b, values, a), energy, following) in zip(pairs, results, strict=True)
-    ]
-
-
-def _is_swapped(matrix: SourceMatrix) -> bool:
-    """Return True if the loaded matrix is the transpose of PEFT's update, as for an embedding."""
-    return matrix.transposed != (matrix.info.kind == "embedding")
-
-
-def _form(matrix: SourceMatrix, results: Sequence[_Leading]) -> SpectralForm:
-    parts = [result.part for result in results]
-    shape = (parts[0].b_columns.shape[1], parts[0].a_rows.shape[1])
-    energy = math.fsum(result.energy for result in results)
-    kept = math.fsum(float(np.square(part.singular_values).sum()) for part in parts)
-    info = matrix.info
-    module = LoraModule(
-        info.module,
-        "expert" if naming.is_parameter(info.module) else info.kind,
-        shape,
-        rank=min(shape),
-        scaling=1.0,
-        dtype="float32",
-        factors=list,
-        copies=len(parts),
-        a_tail=matrix.kernel or shape[1:],
-        b_tail=(1,) * (len(matrix.kernel) - 1),
-    )
-    # Where all values were computed, a difference of the two energies is rounding.
-    unseen = energy - kept if len(parts[0].singular_values) < min(shape) else 0.0
-    following = max(result.following for result in results)
-    return SpectralForm(module, parts, max(unseen, 0.0), following, is_dense=True)

@@ -17,7 +17,7 @@ _PEFT_TIES = {"embed_tokens", "lm_head"}
 
 
 def by_name(source: Source) -> dict[str, SourceMatrix]:
-    """Return a source's matrices by name, a shared one also under the names of its further modules."""
+    """Return a source's matrices by name; a shared matrix has the names of all its modules."""
     found = {matrix.info.name: matrix for matrix in source.matrices}
     for owner, others in source.facts.ties.items():
         for other in others:
@@ -28,7 +28,7 @@ def by_name(source: Source) -> dict[str, SourceMatrix]:
 
 
 def refused(source: Source) -> dict[str, str]:
-    """Return the reason by name, for modules that PEFT cannot adapt and those tied to such a module."""
+    """Return the reasons why PEFT cannot adapt modules, by name; tied modules included."""
     found = dict(source.facts.refused)
     for owner, others in source.facts.ties.items():
         for other in others:
@@ -59,7 +59,7 @@ def added(
     forms
         The updates of the modules that have a matrix.
     before
-        The model. A module that shares a weight in this model alone has an update of its own already.
+        The base model. A module that shares a weight in the base model only has an update of its own.
     exclude
         Modules that get no update, as in `lorank.extract`.
 
@@ -114,7 +114,7 @@ def _peft_ties(form: SpectralForm, others: Sequence[Weight]) -> bool:
 
 
 def _twin(form: SpectralForm, weight: Weight) -> SpectralForm:
-    """Return the same update of another module, which may use the weight the other way round."""
+    """Return the same update for another module, which may use the weight transposed."""
     assert weight.kind is not None
     module = form.module
     is_turned = (module.kind == "embedding") != (weight.kind == "embedding")

@@ -46,6 +46,11 @@ def factor_keys(path: str, *, is_embedding: bool = False) -> tuple[str, str]:
     return f"{PREFIX}{path}.lora_B.weight", f"{PREFIX}{path}.lora_A.weight"
 
 
+def is_embedding_key(key: str) -> bool:
+    """Return True for the key of a factor of an embedding."""
+    return ".lora_embedding_" in key
+
+
 def adalora_keys(path: str) -> tuple[str, str, str]:
     """Return the keys of B, A and E of an AdaLoRA layer."""
     return f"{PREFIX}{path}.lora_B", f"{PREFIX}{path}.lora_A", f"{PREFIX}{path}.lora_E"

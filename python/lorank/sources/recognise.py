@@ -13,9 +13,9 @@ from typing import Any
 
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
-from lorank.modules.model_config import FILE_NAME as CONFIG
+from lorank.modules import model_config
+from lorank.peft_format.names import CONFIG_FILE, INSIDE, PICKLED_WEIGHTS_FILE, PREFIX, WEIGHTS_FILE
 
-_SETTINGS = "adapter_config.json"
 _PIPELINE = "model_index.json"
 
 # Kind of the adapter by the pattern of its keys, which the name of the module precedes.
@@ -38,7 +38,9 @@ _ADAPTERS = {
 _READABLE = ("LoRA", "DoRA", "LORA", "ADALORA")
 
 # Files without weights of a model: those of adapters, training runs and tokenizers.
-_ADAPTER_FILES = re.compile(r"adapter_model\.(?:safetensors|bin)|(?:\d+_)?adapters\.safetensors")
+_ADAPTER_FILES = re.compile(
+    rf"{re.escape(WEIGHTS_FILE)}|{re.escape(PICKLED_WEIGHTS_FILE)}|(?:\d+_)?adapters\.safetensors"
+)
 _TRAINING_FILES = re.compile(
     r"(?:optimizer|scheduler|scaler|rng_state\w*|training_args|random_states\w*|lorank_gard)(?:_\d+)?\.\w+"
 )
@@ -46,7 +48,6 @@ _TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab\..*|merges\.txt|spiece\.model|
 
 _OTHER_ADAPTERS = re.compile(r"\.(?:diff|diff_b|dora_scale|alpha|[ab][12]\.weight)$")
 
-_PREFIX = "base_model.model."
 _COPY = re.compile(r"\.modules_to_save\.\w+\.")
 
 
@@ -59,7 +60,7 @@ def model_weights(path: Path, label: str) -> Path:
         If the path holds an adapter and no model, or no weights at all.
     """
     if path.is_file():
-        if path.name == _SETTINGS or _ADAPTER_FILES.fullmatch(path.name):
+        if path.name == CONFIG_FILE or _ADAPTER_FILES.fullmatch(path.name):
             raise FormatError(_not_a_model(label, path.parent))
         if path.name == _PIPELINE:
             raise FormatError(_pipeline(label, path.parent))
@@ -69,7 +70,7 @@ def model_weights(path: Path, label: str) -> Path:
     if weights:
         is_mixed = len(weights) == 1 and any(map(_ADAPTER_FILES.fullmatch, names))
         return path / weights[0] if is_mixed else path
-    if _SETTINGS in names or any(map(_ADAPTER_FILES.fullmatch, names)):
+    if CONFIG_FILE in names or any(map(_ADAPTER_FILES.fullmatch, names)):
         raise FormatError(_not_a_model(label, path))
     if _PIPELINE in names:
         raise FormatError(_pipeline(label, path))
@@ -103,7 +104,7 @@ def _contents(names: Collection[str], expected: str) -> str:
     ):
         if any(map(files.fullmatch, names)):
             return f", but {content}: name the folder of the {expected}"
-    return ", but a model's settings" if CONFIG in names else ""
+    return ", but a model's settings" if model_config.FILE_NAME in names else ""
 
 
 def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
@@ -136,11 +137,11 @@ def check_adapter_folder(path: Path) -> None:
     is_model = any(name.endswith(".index.json") for name in weights) or any(
         name.startswith(("model", "pytorch_model")) for name in weights
     )
-    if is_model or (CONFIG in names and weights):
+    if is_model or (model_config.FILE_NAME in names and weights):
         raise FormatError(_not_an_adapter(str(path), "a model"))
     if not weights and not any(map(_ADAPTER_FILES.fullmatch, names)):
         found = _contents(names, "adapter")
-        raise FormatError(f"{path}: holds neither {_SETTINGS} nor a .safetensors file{found}")
+        raise FormatError(f"{path}: holds neither {CONFIG_FILE} nor a .safetensors file{found}")
 
 
 def check_adapter_tensors(label: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -160,7 +161,7 @@ def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if any(name.endswith("adapters.safetensors") for name in names) and "peft_type" not in settings:
         return f"{folder}: is an adapter of MLX, which is not read: convert it to PEFT's format"
     if any(map(_may_be_model, names)):
-        return _not_an_adapter(str(folder), f"a model beside {_SETTINGS}")
+        return _not_an_adapter(str(folder), f"a model beside {CONFIG_FILE}")
     return None
 
 
@@ -183,17 +184,17 @@ def _owners(names: Iterable[str]) -> dict[str, str]:
 def _holds_model(names: Iterable[str], owners: Collection[str]) -> bool:
     """Return True if most modules with factors also have their base weight."""
     based = {
-        name.rpartition(".")[0].partition(".base_layer")[0]
+        name.rpartition(".")[0].partition(INSIDE)[0]
         for name in names
-        if _method(name) is None and (name.endswith("weight") or ".base_layer." in name)
+        if _method(name) is None and (name.endswith("weight") or f"{INSIDE}." in name)
     }
-    return 2 * sum(owner.partition(".base_layer")[0] in based for owner in owners) >= len(owners)
+    return 2 * sum(owner.partition(INSIDE)[0] in based for owner in owners) >= len(owners)
 
 
 def _without_peft(name: str) -> str:
     """Return the name of a tensor in the base model."""
-    name = name.removeprefix(_PREFIX)
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    name = name.removeprefix(PREFIX)
+    return name.replace(f"{INSIDE}.", ".").replace(".original_module.", ".")
 
 
 def _not_a_model(label: str, folder: Path) -> str:
@@ -227,7 +228,7 @@ def _not_an_adapter(label: str, content: str) -> str:
 def _settings(folder: Path) -> Mapping[str, Any]:
     """Return an adapter's settings; empty if they cannot be read."""
     try:
-        settings = read_json(folder / _SETTINGS)
+        settings = read_json(folder / CONFIG_FILE)
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}

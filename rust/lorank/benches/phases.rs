@@ -1,10 +1,10 @@
-//! Speed of each phase relative to the limit of the machine, on one thread and on several: `cargo bench
-//! --bench phases --features bench`.
+//! Speed of each phase relative to the limit of the machine, on one thread and on several:
+//! `cargo bench --bench phases --features bench`.
 //!
 //! Options: `-- --threads 2 --orders 576,4096 --json FILE`. The limit (peak) is the speed of faer's product
 //! of two square matrices in the same run. A line per spectrum divides the time beyond the peak among the
-//! phases. Operation counts are those of the algorithm: half a product for a Gram matrix, `4/3 n^3` and `7 w
-//! n^2` for the two stages of the reduction, half a Gram matrix of both factors for a decomposition.
+//! phases. Operation counts are those of the algorithm: half a product for a Gram matrix, `4/3 n^3` and
+//! `7 w n^2` for the two stages of the reduction, half a Gram matrix of both factors for a decomposition.
 
 use std::env::args;
 use std::hint::black_box;

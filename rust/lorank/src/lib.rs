@@ -1,10 +1,10 @@
 //! Spectra of weight matrices, and the statistics by which `LoRA` ranks are chosen.
 //!
-//! The crate reads matrices ([`matrix`], [`safetensors`], [`checkpoint`]) and computes the eigenvalues of `W^T W` and
-//! singular value decompositions ([`eigen`], [`svd`]). It condenses a spectrum into metrics of heavy-tailed
-//! self-regularisation and random-matrix theory ([`hill`], [`marchenko_pastur`], [`powerlaw`], [`effective_rank`]; all
-//! of them: [`metrics`]). [`analysis`] processes many matrices in parallel and in bounded memory. [`low_rank`] and
-//! [`select`] decompose and truncate low-rank updates.
+//! The crate reads matrices ([`matrix`], [`safetensors`], [`checkpoint`]) and computes the eigenvalues of
+//! `W^T W` and singular value decompositions ([`eigen`], [`svd`]). It condenses a spectrum into metrics of
+//! heavy-tailed self-regularisation and random-matrix theory ([`hill`], [`marchenko_pastur`], [`powerlaw`],
+//! [`effective_rank`]; all of them: [`metrics`]). [`analysis`] processes many matrices in parallel and in
+//! bounded memory. [`low_rank`] and [`select`] decompose and truncate low-rank updates.
 //!
 //! Papers are cited by keys such as \[PARA\], which `docs/references.md` of the repository lists.
 //!

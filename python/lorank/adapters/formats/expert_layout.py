@@ -36,7 +36,7 @@ _DECLARED = re.compile(r"gpt[-_]?oss", re.IGNORECASE)
 _UNDECLARED = re.compile(r"llama[-_]?4", re.IGNORECASE)
 _MAY_BE_UNDECLARED = ".feed_forward.experts"
 
-# Attention projections whose inputs, and whose outputs, are as wide as the model.
+# Attention projections whose inputs, or whose outputs, have the width of the model.
 _TAKES_HIDDEN = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 _GIVES_HIDDEN = ("o_proj",)
 
@@ -48,7 +48,7 @@ class Parameter:
     Attributes
     ----------
     name
-        Its dotted name in the base model.
+        Dotted name in the base model.
     layout
         ``"earlier"`` if A holds the outputs and B the inputs, as PEFT before 0.19 wrote them.
     contradicts_version

@@ -2,7 +2,7 @@
 
 `torch.compile`, FSDP, activation checkpointing, DeepSpeed and data parallelism each put a module around
 the model or around its blocks. A state dict that is saved from the wrapped model carries the wrapper's
-attribute in its keys. The model that the adapter is loaded into has no such module.
+attribute in its keys, which a model without the wrapper does not have.
 """
 
 from __future__ import annotations

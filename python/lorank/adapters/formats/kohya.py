@@ -113,7 +113,7 @@ class _Kohya(AdapterFormat):
 
     def readers(self, profile: Profile) -> str:
         del profile
-        return "what reads the keys of kohya's scripts or diffusers"
+        return "programs that read the keys of kohya's scripts or diffusers"
 
     def carried_by_sum(self, adapter: AdapterContent, after: Collection[LoraModule]) -> dict[str, Stored]:
         del after

@@ -34,7 +34,6 @@ from lorank.peft_format.names import (
     layer_path,
 )
 from lorank.sources import recognise
-from lorank.sources.state_dict import read_pickle
 
 _READERS = {
     "compact": "PEFT and vLLM 0.32 or later",
@@ -54,8 +53,8 @@ class _Peft(AdapterFormat):
     certificate_place = CERTIFICATE_FILE
     card_entries = ("library_name: peft",)
     carried_remark = (
-        "It holds more than factors (saved modules, biases or magnitudes), which not all of these load: "
-        "`lorank check` tells which do."
+        "It holds more than factors (saved modules, biases or magnitudes), which not all of these programs "
+        "load: `lorank check` shows which do."
     )
 
     def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
@@ -144,6 +143,8 @@ def _weights(folder: Path) -> Tensors:
         return FileTensors(folder / WEIGHTS_FILE)
     pickled = folder / PICKLED_WEIGHTS_FILE
     if pickled.exists():
+        from lorank.sources.state_dict import read_pickle  # Slow to import, and rarely needed.
+
         return ArrayTensors(read_pickle(pickled), str(pickled))
     if reason := recognise.other_adapter(folder, config_file.read(folder / CONFIG_FILE)):
         raise FormatError(reason)

@@ -22,7 +22,7 @@ from lorank.adapters.module import LoraModule
 from lorank.adapters.tensors import Tensors
 from lorank.modules import naming
 from lorank.modules.weight import Kind
-from lorank.peft_format.names import BIAS, holder
+from lorank.peft_format.names import BIAS, holder, is_embedding_key
 from lorank.peft_format.settings import Settings
 from lorank.peft_format.validation import checked_kind
 
@@ -196,7 +196,7 @@ class _Reader:
         )
 
     def _kind(self, a_shape: Sequence[int]) -> Kind:
-        embeds = {".lora_embedding_" in key for key in self.keys.values()}
+        embeds = set(map(is_embedding_key, self.keys.values()))
         if len(embeds) > 1:
             self._fail("has one factor of an embedding and one of another layer")
         return "embedding" if embeds.pop() else "linear" if len(a_shape) == 2 else "conv"

@@ -45,7 +45,7 @@ def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: b
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns) if has_alphas else {},
         "use_rslora": False,
-        # PEFT loads biases by name, whatever `bias` is. Engines that cannot load biases read it.
+        # PEFT loads biases by name and ignores `bias`. Engines that cannot load biases read `bias`.
         "bias": (before.get("bias") if has_biases else None) or "none",
         "init_lora_weights": True,
         "inference_mode": True,

@@ -259,6 +259,6 @@ def _originals(live: LiveModel, name: str) -> Mapping[str, tuple[Any, Any]]:
             found |= {f"{path}.{k}": (x, original[k]) for k, x in copies.items() if k in original}
         else:
             tokens = module.token_adapter
-            key = f"{path}.token_adapter.trainable_tokens_delta"
+            key = f"{path}{TOKENS}trainable_tokens_delta"
             found[key] = (tokens.trainable_tokens_delta[name], tokens.trainable_tokens_original[name])
     return found

@@ -75,8 +75,7 @@ def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> Non
         check(layer)
         if variant_of(layer).startswith("Monteclora"):
             raise ValueError(
-                f"module {layer.name!r} samples as MonteCLoRA does, at the rank that it was made with: "
-                f"{OTHER_NAME}"
+                f"module {layer.name!r} samples as MonteCLoRA does, at its first rank: {OTHER_NAME}"
             )
     config = settings(live, name, layers)
     if (kind := config.get("peft_type", "LORA")) != "LORA":

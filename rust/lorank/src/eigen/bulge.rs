@@ -222,8 +222,8 @@ fn step<T: Number, S: Simd, const VECTORS: usize>(
     next
 }
 
-/// Copies the last row of the diagonal block to its last column. The row is new to the block, as the blocks of
-/// consecutive sweeps are shifted by one.
+/// Copies the last row of the diagonal block to its last column. The row is new to the block, as the blocks
+/// of consecutive sweeps are shifted by one.
 #[inline(always)]
 fn mirror_last_row<T: Number>(columns: &mut [T]) {
     const LAST: usize = WIDTH - 1;

@@ -1,12 +1,12 @@
 //! Eigenvalues of `W^T W`: exact (float64), fast (float32), or estimated.
 //!
 //! `W` is scaled by a power of two unless its largest entry is near 1, and multiplied into a Gram matrix of
-//! order `p = min(out, in)` ([`gram`](mod@crate::eigen::gram)). The Gram matrix is reduced to tridiagonal
-//! form ([`tridiag`](crate::eigen::tridiag)), whose eigenvalues are always computed in float64
-//! ([`root_free_ql`](crate::eigen::root_free_ql)). The absolute error of an eigenvalue is a small multiple of
-//! `eps * lambda_max`. In float64, eigenvalues down to `1e-6 lambda_max` (singular values down to a
-//! thousandth of the largest) have nine or more correct digits. In float32, eigenvalues below `1e-6
-//! lambda_max` are lost, as the Gram matrix squares the condition number; the error bound covers this.
+//! order `p = min(out, in)` ([`gram`](mod@gram)). The Gram matrix is reduced to tridiagonal form
+//! ([`tridiag`]), whose eigenvalues are always computed in float64 ([`root_free_ql`]). The absolute error of
+//! an eigenvalue is a small multiple of `eps * lambda_max`. In float64, eigenvalues down to `1e-6 lambda_max`
+//! (singular values down to a thousandth of the largest) have nine or more correct digits. In float32,
+//! eigenvalues below `1e-6 lambda_max` are lost, as the Gram matrix squares the condition number; the error
+//! bound covers this.
 
 pub(crate) mod band;
 pub(crate) mod band_layout;
@@ -57,7 +57,7 @@ pub enum Accuracy {
     Exact,
     /// float32 for the Gram matrix and its reduction, which take most of the time.
     Fast,
-    /// An estimate from random vectors ([`sampled`](crate::eigen::sampled)), for matrices whose reduction
+    /// An estimate from random vectors ([`sampled`]), for matrices whose reduction
     /// takes long.
     Sampled,
 }

@@ -1,9 +1,9 @@
 //! Eigenvalues of a symmetric tridiagonal matrix by the QL iteration without square roots (\[PARLETT\]).
 //!
 //! A sweep with shift `sigma` runs upwards over a block with diagonal `a_l..a_m` and squared off-diagonal
-//! `b_l..b_(m-1)`. Let `d` be the determinants of the trailing blocks of `T - sigma` (`d_(m+1) = 1`, `d_m =
-//! a_m - sigma`), `S` sums of squares (`S_(m+1) = 1`), and `s` the squared sines of the rotations (`s_m =
-//! 0`). For `i = m - 1, ..., l`:
+//! `b_l..b_(m-1)`. Let `d` be the determinants of the trailing blocks of `T - sigma` (`d_(m+1) = 1`,
+//! `d_m = a_m - sigma`), `S` sums of squares (`S_(m+1) = 1`), and `s` the squared sines of the rotations
+//! (`s_m = 0`). For `i = m - 1, ..., l`:
 //!
 //! ```text
 //! S_(i+1) = d_(i+1)^2 + b_i S_(i+2)           d_i = (a_i - sigma) d_(i+1) - b_i d_(i+2)

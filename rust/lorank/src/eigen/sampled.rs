@@ -1,15 +1,15 @@
 //! Estimated spectra of matrices too large to reduce: stochastic Lanczos quadrature (\[SLQ\]).
 //!
-//! From a random vector `v`, Lanczos iteration turns `G = X X^T` into a small tridiagonal matrix `T = Q D
-//! Q^T`. Its eigenvalues `t_i`, with weights `w_i = q_1i^2`, are a Gauss quadrature: `v^T f(G) v = sum w_i
-//! f(t_i)`, exact for polynomials of degree `2 steps - 1`. The mean over [`PROBES`] vectors of random signs
-//! estimates `trace f(G) / p`, with a relative error of about `(PROBES p)^(-1/2)` for functions of the bulk.
-//! The share of eigenvalues below `t_i` lies between the sums of the weights before and up to `i`. The middle
-//! of the two is interpolated linearly in `ln t`. The `p` quantiles of this distribution replace the
-//! eigenvalues.
+//! From a random vector `v`, Lanczos iteration turns `G = X X^T` into a small tridiagonal matrix
+//! `T = Q D Q^T`. Its eigenvalues `t_i`, with weights `w_i = q_1i^2`, are a Gauss quadrature:
+//! `v^T f(G) v = sum w_i f(t_i)`, exact for polynomials of degree `2 steps - 1`. The mean over [`PROBES`]
+//! vectors of random signs estimates `trace f(G) / p`, with a relative error of about `(PROBES p)^(-1/2)` for
+//! functions of the bulk. The share of eigenvalues below `t_i` lies between the sums of the weights before
+//! and up to `i`. The middle of the two is interpolated linearly in `ln t`. The `p` quantiles of this
+//! distribution replace the eigenvalues.
 //!
-//! [`STEPS`] products of `G` with [`PROBES`] vectors in float32 take `4 STEPS PROBES p m` operations: at `p =
-//! m = 8192`, a twentieth of those of a reduction.
+//! [`STEPS`] products of `G` with [`PROBES`] vectors in float32 take `4 STEPS PROBES p m` operations: at
+//! `p = m = 8192`, a twentieth of those of a reduction.
 //!
 //! The error of a statistic is estimated in two ways: by leaving out each group of probes in turn
 //! (jackknife), and by stopping after two thirds of the steps.

@@ -27,8 +27,8 @@ pub(crate) const SUMMANDS: usize = 32;
 /// Number of rows of a tile of inner products.
 const ABOVE: usize = 4;
 
-/// Adds `X X^T` to `G` for a padded column-major panel `X`: to the lower triangle of the row-major `G (p,
-/// p)`, and to the rest of the tiles on its diagonal.
+/// Adds `X X^T` to `G` for a padded column-major panel `X`: to the lower triangle of the row-major
+/// `G (p, p)`, and to the rest of the tiles on its diagonal.
 pub(crate) fn add_gram_of_columns<T: Number>(panel: &[T], p: usize, gram: &mut [f64]) {
     dispatch(GramOfColumns { panel, p, gram: &mut *gram, halves: false });
     if T::WIDEST > HIGH {

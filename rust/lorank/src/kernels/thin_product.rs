@@ -54,14 +54,14 @@ pub(crate) fn multiply_transposed<T: Number>(
     dispatch(TransposedProduct { left, right, out, stride });
 }
 
-/// Adds `L^T R` to `Y` for `L (depth, cols)`, with `cols` a multiple of [`HIGH`]. `R (depth, width)` and `Y
-/// (cols, width)` are row-major, with `width` equal to [`Number::WIDEST`].
+/// Adds `L^T R` to `Y` for `L (depth, cols)`, with `cols` a multiple of [`HIGH`]. `R (depth, width)` and
+/// `Y (cols, width)` are row-major, with `width` equal to [`Number::WIDEST`].
 pub(crate) fn add_outer_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
     dispatch(OuterProducts { left, right, out });
 }
 
-/// Adds `L R` to `Y` for `L (rows, cols)`, with `rows` a multiple of [`HIGH`]. `R (cols, width)` and `Y
-/// (rows, width)` are row-major, with `width` equal to [`Number::WIDEST`].
+/// Adds `L R` to `Y` for `L (rows, cols)`, with `rows` a multiple of [`HIGH`]. `R (cols, width)` and
+/// `Y (rows, width)` are row-major, with `width` equal to [`Number::WIDEST`].
 pub(crate) fn add_row_products<T: Number>(left: Panel<'_, T>, right: &[T], out: &mut [T]) {
     dispatch(RowProducts { left, right, out });
 }

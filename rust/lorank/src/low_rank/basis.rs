@@ -1,7 +1,7 @@
 //! The small matrices that turn stacked factors into balanced columns.
 //!
-//! Let `X_B = F_B Q_B^T` and `X_A = F_A Q_A^T` ([`cholesky_qr`](crate::low_rank::cholesky_qr)), with `X_B^T =
-//! B` and `X_A = A`. The update is `B W A = Q_B C Q_A^T` with the core `C = F_B^T W F_A = U S V^T`
+//! Let `X_B = F_B Q_B^T` and `X_A = F_A Q_A^T` ([`cholesky_qr`](crate::low_rank::cholesky_qr)), with
+//! `X_B^T = B` and `X_A = A`. The update is `B W A = Q_B C Q_A^T` with the core `C = F_B^T W F_A = U S V^T`
 //! ([`core_svd`](crate::low_rank::core_svd)). The columns of a kept value with right singular vector `v` are
 //!
 //! ```text

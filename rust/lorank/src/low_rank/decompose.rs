@@ -1,10 +1,11 @@
 //! Singular value decomposition of a low-rank update from its factors.
 //!
 //! An update is a sum of terms `sum_j w_j B_j A_j` with `B_j (out, r_j)` and `A_j (r_j, in)`. A module of an
-//! adapter has one term, a merge has several. The terms are stacked into one product `B A` of rank at most `K
-//! = sum r_j`. With `B = Q_B R_B` and `A^T = Q_A R_A`, the decomposition of the small core `R_B R_A^T = U S
-//! V^T` gives that of the update, `(Q_B U) S (Q_A V)^T`. The `out * in` entries of the update are never
-//! formed. `U` and `V` are computed for the kept values only ([`core_svd`](crate::low_rank::core_svd)).
+//! adapter has one term, a merge has several. The terms are stacked into one product `B A` of rank at most
+//! `K = sum r_j`. With `B = Q_B R_B` and `A^T = Q_A R_A`, the decomposition of the small core
+//! `R_B R_A^T = U S V^T` gives that of the update, `(Q_B U) S (Q_A V)^T`. The `out * in` entries of the
+//! update are never formed. `U` and `V` are computed for the kept values only
+//! ([`core_svd`](crate::low_rank::core_svd)).
 //!
 //! Source: \[PARA\], equations 2 to 5 and 13.
 //!

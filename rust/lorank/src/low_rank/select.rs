@@ -74,8 +74,8 @@ pub fn energy(values: &[f64], fraction: f64) -> Result<Vec<bool>> {
     Ok(top(values, range, |bits| squares.of(bits), share))
 }
 
-/// Keeps values within a budget of `parameters`, in descending order of energy per parameter, `value^2 /
-/// cost`. Module `m` has `lengths[m]` descending values, each of which costs `costs[m]`.
+/// Keeps values within a budget of `parameters`, in descending order of energy per parameter,
+/// `value^2 / cost`. Module `m` has `lengths[m]` descending values, each of which costs `costs[m]`.
 ///
 /// The values of a module are kept from the largest on. The result is compared with another selection, that
 /// of \[PARA\]: the largest values of all modules, up to the first that exceeds the budget. The selection

@@ -75,8 +75,8 @@ pub fn marchenko_pastur(
 
 /// Returns the median of the Marchenko-Pastur law of mean 1 and ratio `y = 1/Q`, `0 < y <= 1`.
 ///
-/// With `x = 1 + y - 2 sqrt(y) cos t`, `t` in `[0, pi]`, the density of the law becomes `g(t) = (2/pi) sin^2
-/// t / x(t)`. This function is smooth: Simpson's rule is accurate to about 1e-13.
+/// With `x = 1 + y - 2 sqrt(y) cos t`, `t` in `[0, pi]`, the density of the law becomes
+/// `g(t) = (2/pi) sin^2 t / x(t)`. This function is smooth: Simpson's rule is accurate to about 1e-13.
 #[must_use]
 pub fn unit_median(y: f64) -> f64 {
     const INTERVALS: usize = 2048;

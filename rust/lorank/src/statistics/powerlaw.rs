@@ -2,8 +2,8 @@
 //!
 //! Source: \[CSN\]. Every eigenvalue is a candidate for `xmin`; its exponent is the maximum-likelihood
 //! estimate `alpha = 1 + n / sum ln(x_i / xmin)`. The chosen `xmin` has the smallest Kolmogorov-Smirnov
-//! distance. The distance compares the fitted distribution at the i-th of n tail values (0-based) with `i /
-//! n`, as in the authors' own code.
+//! distance. The distance compares the fitted distribution at the i-th of n tail values (0-based) with
+//! `i / n`, as in the authors' own code.
 
 use crate::statistics::spectrum::Spectrum;
 

@@ -99,7 +99,8 @@ impl Spectrum {
         self.sum.unwrap_or_else(|| self.eigenvalues.iter().sum())
     }
 
-    /// Returns the precision of the eigenvalues relative to the largest: `p * eps`, or the relative error if it is larger.
+    /// Returns the precision of the eigenvalues relative to the largest: `p * eps`, or the relative error if
+    /// it is larger.
     #[must_use]
     pub fn resolution(&self) -> f64 {
         let rounding = self.eigenvalues.len() as f64 * f64::EPSILON;

@@ -2,7 +2,7 @@
 //!
 //! Matrices are scaled by a power of two so that their largest entry is near 1. Otherwise the absolute
 //! thresholds of faer's divide and conquer would deflate tiny matrices to zero. If its iteration does not
-//! converge, one-sided Jacobi ([`jacobi`](crate::svd::jacobi)) is used.
+//! converge, one-sided Jacobi ([`jacobi`]) is used.
 
 mod jacobi;
 pub mod qr;

@@ -115,8 +115,8 @@ fn small_eigenvalues_keep_nine_digits() {
     }
 }
 
-/// Returns the `(n + 1, n)` difference matrix times a reflection, and the eigenvalues of `W^T W`. The product is
-/// dense, and `W^T W` is similar to the second-difference matrix, whose eigenvalues have a closed form.
+/// Returns the `(n + 1, n)` difference matrix times a reflection, and the eigenvalues of `W^T W`. The product
+/// is dense, and `W^T W` is similar to the second-difference matrix, whose eigenvalues have a closed form.
 fn reflected_differences(n: usize, gaussian: &mut Gaussian) -> (DMatrix<f64>, Vec<f64>) {
     let differences = DMatrix::from_fn(n + 1, n, |i, j| match i.wrapping_sub(j) {
         0 => 1.0,
