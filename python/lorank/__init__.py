@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from lorank._core import FormatError, LorankError, NumericalError, __version__
 from lorank._internal.lazy import lazy_names
-from lorank.allocation.budget import fit_ranks
 from lorank.analysis.matrices import analyze
 from lorank.report import ModuleSpectrum, SpectralReport
 from lorank.statistics.hill import alpha_hill
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from lorank import training
     from lorank.adapter import LoraAdapter
     from lorank.allocation.allocate import allocate
+    from lorank.allocation.budget import fit_ranks
     from lorank.allocation.rank_allocation import RankAllocation
     from lorank.compression.fisher import fisher_scores
     from lorank.compression.product import product_svd
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Imported at their first use, so that an analysis does not wait for the imports of allocation and adapters.
 _LAZY = {
+    "RankAllocation": "allocation.rank_allocation",
+    "allocate": "allocation.allocate",
+    "fit_ranks": "allocation.budget",
     "GradientReport": "report.gradients",
     "TaskReport": "report.tasks",
     "TaskSpectrum": "task_spectra",
