@@ -27,17 +27,11 @@ if TYPE_CHECKING:
 
 # Imported at their first use, so that an analysis does not wait for the imports of allocation and adapters.
 _LAZY = {
-    "RankAllocation": "allocation.rank_allocation",
-    "allocate": "allocation.allocate",
-    "fit_ranks": "allocation.budget",
     "GradientReport": "report.gradients",
-    "TaskReport": "report.tasks",
-    "TaskSpectrum": "task_spectra",
-    "profile_gradients": "profiling",
-    "profile_tasks": "profiling",
-    "task_spectrum": "task_spectra",
     "LoraAdapter": "adapter",
     "RankAllocation": "allocation.rank_allocation",
+    "TaskReport": "report.tasks",
+    "TaskSpectrum": "task_spectra",
     "allocate": "allocation.allocate",
     "check": "runtimes",
     "compress": "operations",
@@ -45,8 +39,12 @@ _LAZY = {
     "extract": "operations",
     "family": "operations",
     "fisher_scores": "compression.fisher",
+    "fit_ranks": "allocation.budget",
     "merge": "operations",
     "product_svd": "compression.product",
+    "profile_gradients": "profiling",
+    "profile_tasks": "profiling",
+    "task_spectrum": "task_spectra",
 }
 
 __all__ = [
