@@ -41,7 +41,7 @@ sweep: $(VENV)/installed ## Allocate for and extract from every architecture of 
 bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two hours).
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	mkdir -p $(FIGURES)
-	cargo bench --package lorank --bench phases -- --json $(abspath $(FIGURES))/phases.json
+	cargo bench --package lorank --features bench --bench phases -- --json $(abspath $(FIGURES))/phases.json
 	$(BIN)/python -m benches.spectra --json $(FIGURES)/spectra.json
 	$(BIN)/python -m benches.analyze --json $(FIGURES)/analyze.json
 	$(BIN)/python -m benches.compress --json $(FIGURES)/compress.json
@@ -64,7 +64,7 @@ picture: $(VENV)/installed ## Draw the picture of the README.
 
 lint: $(VENV)/installed ## Check format, lints, types and stubs.
 	cargo fmt --all --check
-	cargo clippy --release --workspace --all-targets -- --deny warnings
+	cargo clippy --release --workspace --all-targets --features lorank/bench -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' cargo doc --release --package lorank --no-deps
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
