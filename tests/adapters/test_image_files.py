@@ -234,7 +234,7 @@ def test_unfitting_certificate_in_a_file_is_ignored(tmp_path: Path) -> None:
     save_file(load_file(path), path, {**header(path), "lorank.certificate": "{"})
     adapter = lorank.LoraAdapter.load(path)
     assert adapter.certificate is None
-    assert any("lorank.certificate was ignored, as it is damaged" in note for note in adapter.notes)
+    assert any("lorank.certificate was ignored, because it is damaged" in note for note in adapter.notes)
     # Overwriting a file removes its earlier certificate.
     lorank.LoraAdapter.load(tmp_path / "a.safetensors").save(path, overwrite=True)
     assert "lorank.certificate" not in header(path)

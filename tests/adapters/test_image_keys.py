@@ -116,7 +116,7 @@ def test_alpha_without_factors_is_kept_and_noted(tmp_path: Path) -> None:
     alone = {"lora_unet_gone.alpha": np.array(3.0, np.float32)}
     adapter = loaded(tmp_path / "a.safetensors", pair(up, down) | alone)
     assert any(
-        "1 alphas belong to no module" in note and "lora_unet_gone.alpha" in note for note in adapter.notes
+        "1 alphas were not applied" in note and "lora_unet_gone.alpha" in note for note in adapter.notes
     )
     adapter.save(tmp_path / "b.safetensors")
     assert load_file(tmp_path / "b.safetensors")["lora_unet_gone.alpha"] == 3
@@ -134,7 +134,7 @@ def test_alpha_in_the_metadata_only_is_noted(value: str, is_told: bool, tmp_path
     _, up, down = FACTORS["kohya"]
     adapter = loaded(tmp_path / "a.safetensors", pair(up, down), {"ss_network_alpha": value})
     assert adapter.modules["lora_unet_x"].scaling == 1
-    assert any(f"metadata name ss_network_alpha = {value}" in note for note in adapter.notes) == is_told
+    assert any(f"the metadata give ss_network_alpha = {value}" in note for note in adapter.notes) == is_told
 
 
 def test_two_adapters_in_one_file_raise(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_full_differences_are_kept_and_summed(tmp_path: Path) -> None:
         parts.append(tensors)
         save_file(tensors, tmp_path / f"{name}.safetensors")
     small = lorank.compress(tmp_path / "a.safetensors", avg_rank=2, progress=False)
-    assert any("3 full differences lie beside" in note for note in small.notes)
+    assert any("the file also holds 3 full differences" in note for note in small.notes)
     small.save(tmp_path / "c.safetensors")
     written = load_file(tmp_path / "c.safetensors")
     for key, value in parts[0].items():

@@ -235,7 +235,7 @@ def test_carried_tensors_are_replaced(settings: dict[str, Any], tmp_path: Path) 
     assert_same(outputs(other.eval(), IDS), expected)
     if "modules_to_save" not in settings:
         with pytest.raises(
-            ValueError, match=r"adapter 'default' of the model has .*: put the adapter in under a name"
+            ValueError, match=r"adapter 'default' of the model has .*: give the adapter a name"
         ):
             small.into_model(live(copy.deepcopy(base)))
 
@@ -244,7 +244,7 @@ def test_saved_module_never_overwrites_the_base_model() -> None:
     adapter = lorank.LoraAdapter.from_model(live(modules_to_save=["lm_head"]))
     model = live()
     with pytest.raises(
-        ValueError, match=r"no tensor for 'base_model.model.lm_head.weight': put the adapter in under"
+        ValueError, match=r"no tensor for 'base_model.model.lm_head.weight': give the adapter a name"
     ):
         adapter.into_model(model)
 
@@ -311,12 +311,12 @@ def test_unfitting_adapter_changes_nothing() -> None:
     merged.merge_adapter()
     gpt2 = get_peft_model(tiny_models.gpt2(), LoraConfig(target_modules=["c_attn"]))
     for model, name, words in (
-        (get_peft_model(wide, LoraConfig(**QV)), "default", "belong to different models"),
-        (get_peft_model(wide, LoraConfig(**QV)), "other", "belong to different models"),
+        (get_peft_model(wide, LoraConfig(**QV)), "default", "the adapter belongs to another model"),
+        (get_peft_model(wide, LoraConfig(**QV)), "other", "the adapter belongs to another model"),
         (
             dora,
             "default",
-            "use_dora=true, the adapter to put in use_dora=null: put the adapter in under a name",
+            "use_dora=true, the adapter to load has use_dora=null: give the adapter a name",
         ),
         (merged, "default", "is merged into module"),
         (gpt2, "default", "fits no module that adapter 'default' of the model could adapt"),

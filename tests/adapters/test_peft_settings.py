@@ -65,7 +65,7 @@ def test_grouped_convolutions_raise_with_their_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        (f"base_model.model.{MODULE}.lora_E", "has lora_E, which is AdaLoRA's"),
+        (f"base_model.model.{MODULE}.lora_E", "has lora_E of AdaLoRA"),
         (f"base_model.model.{MODULE}.lora_diag", "belongs to KaSA"),
         (KEY.removeprefix("base_model.model."), "are the same thing twice"),
         (KEY.removesuffix(".weight"), "are the same thing twice"),

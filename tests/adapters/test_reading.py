@@ -71,7 +71,7 @@ def test_ranks_that_contradict_the_settings_raise(tmp_path: Path) -> None:
     model, config = case("llama")
     folder = saved(trained(model, config), tmp_path / "a")
     configured(folder, r=7)
-    with pytest.raises(lorank.FormatError, match="has rank 6, but the settings say 7"):
+    with pytest.raises(lorank.FormatError, match="has rank 6, but rank 7 in the settings"):
         lorank.LoraAdapter.load(folder)
 
 
@@ -129,7 +129,7 @@ def test_missing_magnitudes_are_noted(tmp_path: Path) -> None:
     edited(folder, lambda tensors: tensors.pop(KEY.replace("lora_A.weight", "lora_magnitude_vector")))
     notes = lorank.LoraAdapter.load(folder).notes
     assert any(
-        "1 modules have no magnitude vector, the first is model.layers.0.self_attn.q_proj" in n for n in notes
+        "1 modules have no magnitude vector; the first is model.layers.0.self_attn.q_proj" in n for n in notes
     )
     (verdict,) = lorank.check(folder, ["peft"])
     assert (verdict.status, "magnitudes of 1 modules anew" in verdict.reason) == ("wrong", True)
@@ -162,5 +162,5 @@ def test_paths_are_accepted_and_wrong_arguments_raise(tmp_path: Path) -> None:
         lorank.compress({}, **knobs)
     for call in (lorank.compress, lorank.extract, lorank.merge, lorank.LoraAdapter.load):
         two = (folder, folder) if call is lorank.extract else (folder,)
-        with pytest.raises(TypeError, match="no knob 'rank': choose among rank_ratio"):
+        with pytest.raises(TypeError, match="unknown option 'rank': choose among rank_ratio"):
             call(*two, rank=2)

@@ -76,7 +76,7 @@ def test_matrix_without_a_stable_rank_is_flagged_and_gets_the_lowest_rank() -> N
     for name in ("zero", "broken"):
         assert found.scores[name] == 0
         assert found.ranks[name] == 1
-        assert found.flags[name] == "no stable rank of 1 of 1 matrices"
+        assert found.flags[name] == "no stable rank for 1 of 1 matrices"
 
 
 def test_without_a_budget_it_raises() -> None:

@@ -147,12 +147,12 @@ USAGE = {
     "two knobs": ("exactly one", "compress A -o O --avg-rank 2 --energy 0.5"),
     "ratio above 1": ("--rank-ratio 2.0 is not between 0 and 1", "compress A -o O --rank-ratio 2"),
     "ratio nan": ("--rank-ratio nan is not", "compress A -o O --rank-ratio nan"),
-    "ratio 0": ("--rank-ratio 0.0 keeps nothing: ask for a larger", "compress A -o O --rank-ratio 0"),
-    "rank 0": ("ask for a larger --avg-rank", "compress A -o O --avg-rank 0"),
-    "budget 0": ("ask for a larger --budget", "compress A -o O --budget 0k"),
+    "ratio 0": ("--rank-ratio 0.0 keeps nothing: give a larger", "compress A -o O --rank-ratio 0"),
+    "rank 0": ("give a larger --avg-rank", "compress A -o O --avg-rank 0"),
+    "budget 0": ("give a larger --budget", "compress A -o O --budget 0k"),
     "budget word": ("--budget abc is not a number of parameters", "compress A -o O --budget abc"),
     "budget negative": ("--budget -5 is not a number of parameters", "compress A -o O --budget -5"),
-    "budget share": ("--budget 50%: an adapter does not know", "compress A -o O --budget 50%"),
+    "budget share": ("--budget 50%: the size of the adapter's base model", "compress A -o O --budget 50%"),
     "budget of modules": ("--scope 'module' contradicts", "compress A -o O --budget 9 --scope module"),
     "scope": ("scope must be 'global' or 'module'", "compress A -o O --avg-rank 2 --scope layer"),
     "smallest": ("--rank-ratio or --avg-rank only", "compress A -o O --energy 0.5 --keep smallest"),
@@ -191,8 +191,8 @@ def test_bad_usage_is_reported_before_files_are_read(name: str, tmp_path: Path) 
 def test_errors_exit_with_status_one(adapter: Path, tmp_path: Path) -> None:
     output = ("-o", tmp_path / "o")
     cases = [
-        ("no module has any rank left: ask for", ("compress", adapter, *output, "--avg-rank", 0.01)),
-        ("no module has any rank left: ask for", ("family", adapter, *output, "--avg-ranks", "0.01")),
+        ("no module has any rank left: give", ("compress", adapter, *output, "--avg-rank", 0.01)),
+        ("no module has any rank left: give", ("family", adapter, *output, "--avg-ranks", "0.01")),
         (f"{tmp_path / 'none'}: no such file", ("info", tmp_path / "none")),
         ("an empty path names no adapter", ("info", "")),
         ("no such file", ("merge", tmp_path / "none", adapter, *output, "--avg-rank", 2)),

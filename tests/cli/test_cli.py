@@ -258,7 +258,7 @@ def test_matrix_without_a_spectrum_fails_the_run_and_keeps_other_rows(tmp_path: 
     saved = tmp_path / "report.json"
     result = run("analyze", tmp_path, "-o", saved)
     assert result.returncode == 1
-    assert "1 of 2 matrices have no spectrum, the first is b" in result.stderr
+    assert "1 of 2 matrices have no spectrum; the first is b" in result.stderr
     row = next(line for line in result.stdout.splitlines() if line.split()[:1] == ["b"])
     assert row.split()[2:9] == ["-"] * 7  # Counts are missing, too, instead of zero.
     report = lorank.SpectralReport.load(saved)

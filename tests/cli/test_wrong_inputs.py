@@ -247,7 +247,7 @@ def test_base_weights_of_a_saved_peft_model_are_analysed(of: str, tmp_path: Path
     factors = [name for name in model.state_dict() if "lora_" in name]
     assert {reasons[name] for name in factors} == {"a factor of an adapter"}
     saved_copy = "base_model.model.lm_head.modules_to_save.default.weight"
-    assert reasons[saved_copy] == "trained by PEFT beside the base weight"
+    assert reasons[saved_copy] == "a copy of a base weight that PEFT trained"
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_automatic_threshold_keeps_modules_of_two_values() -> None:
         ({"budget": "abc"}, "budget=abc is not a number of parameters"),
         ({"budget": "-5"}, "budget=-5 is not a number"),
         ({"budget": -5}, "budget=-5 is not a number"),
-        ({"budget": "50%"}, "does not know its base model's size"),
+        ({"budget": "50%"}, "the size of the adapter's base model is unknown"),
         ({"energy": 0.9, "keep": "smallest"}, "rank_ratio or avg_rank only"),
         ({"budget": 9, "scores": {}}, "rank_ratio or avg_rank only"),
     ],
@@ -227,7 +227,7 @@ def test_signatures_list_all_knobs() -> None:
 
 
 def test_unknown_knob_raises() -> None:
-    with pytest.raises(TypeError, match=r"no knob 'rank': choose among rank_ratio, avg_rank"):
+    with pytest.raises(TypeError, match=r"unknown option 'rank': choose among rank_ratio, avg_rank"):
         checked_knobs({"rank": 3})
 
 

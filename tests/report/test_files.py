@@ -124,7 +124,7 @@ def test_profiles_with_another_ending_raise(
     kind([]).save(tmp_path / "report.json")
     path = (tmp_path / "report.json").rename(tmp_path / f"report{ending}")
     for use in (kind([]).save, kind.load):
-        with pytest.raises(ValueError, match=rf"report{ending}: a {kind.__name__} is kept as JSON: end"):
+        with pytest.raises(ValueError, match=rf"report{ending}: a {kind.__name__} is saved as JSON: end"):
             use(path)
 
 

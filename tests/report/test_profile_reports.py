@@ -34,7 +34,7 @@ def test_reports_are_equal_by_value() -> None:
 
 def test_profiles_are_saved_as_json_only(tmp_path: Path) -> None:
     for report in (lorank.GradientReport([gradient_row("a", (4, 4), 2)]), lorank.TaskReport([])):
-        with pytest.raises(ValueError, match=r"x\.parquet: a \w+Report is kept as JSON"):
+        with pytest.raises(ValueError, match=r"x\.parquet: a \w+Report is saved as JSON"):
             report.save(tmp_path / "x.parquet")
     assert not list(tmp_path.iterdir())
 

@@ -150,8 +150,8 @@ RULES: list[Rule] = [
     ("lmdeploy", factors(QV, 4), {"rank_pattern": {"._proj": 4}}, "refuses", "another rank"),
     ("lmdeploy", {**factors(QV), **carried("lm_head.weight", 64, 32)}, {}, "refuses", "nothing but factors"),
     ("mlx-lm", factors(QV), {}, "refuses", "its own format"),
-    ("diffusers", factors(QV), {}, "refuses", "no PEFT folders"),
-    ("comfyui", factors(QV), {}, "refuses", "no PEFT folders"),
+    ("diffusers", factors(QV), {}, "refuses", "not PEFT folders"),
+    ("comfyui", factors(QV), {}, "refuses", "not PEFT folders"),
     ("tgi", factors(QV), {"init_lora_weights": "olora"}, "wrong", "olora"),
     ("peft-hotswap", factors(QV), {"init_lora_weights": "olora"}, "refuses", "olora"),
 ]

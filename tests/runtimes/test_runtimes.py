@@ -362,7 +362,7 @@ def test_ranks_that_contradict_the_settings_are_fixed(tmp_path: Path) -> None:
 
 
 def test_unknown_runtime_and_missing_adapter_raise(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no runtime 'nobody': choose among"):
+    with pytest.raises(ValueError, match="unknown runtime 'nobody': choose among"):
         lorank.check(tmp_path, ["nobody"])
     with pytest.raises(FileNotFoundError):
         lorank.check(tmp_path / "none")

@@ -148,7 +148,7 @@ def test_quantized_state_is_refused_before_any_change(kind: str) -> None:
 def test_optimizer_of_another_model_is_refused() -> None:
     model = linear()
     optimizer = torch.optim.SGD(trainable(linear()), lr=0.1)
-    with pytest.raises(ValueError, match="module '2': SGD does not hold its factors"):
+    with pytest.raises(ValueError, match="module '2': SGD does not hold the module's factors"):
         resize_lora(model, {"2": 2}, optimizer=optimizer)
     lbfgs = torch.optim.LBFGS(trainable(model))
     with pytest.raises(NotImplementedError, match="LBFGS keeps all parameters in one vector"):

@@ -1,4 +1,4 @@
-"""Optional dependencies, imported where they are used, with an error that names the extra."""
+"""Imports optional dependencies; the error for a missing one gives the extra that installs it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def require(module: str, extra: str, purpose: str) -> Any:
     extra
         Extra of lorank that installs the dependency.
     purpose
-        Purpose of the dependency, as the end of a sentence.
+        Purpose of the dependency, as the end of the message "<module> is needed": for example "for plots".
 
     Raises
     ------
     ImportError
-        If the dependency is not installed. The message has the command that installs it.
+        If the dependency is not installed. The message gives the command to install it.
     """
     try:
         return importlib.import_module(module)

@@ -31,7 +31,7 @@ def text(
     certificate
         The certificate with the rounding error; None for an adapter as it was trained.
     stored
-        Number of stored parameters, padding included.
+        Number of stored parameters, including padding.
     """
     base = adapter.base_model
     lines = [
@@ -53,7 +53,7 @@ def text(
     if form.carried_remark and (adapter.carried or any(m.carried for m in adapter.modules.values())):
         lines += [form.carried_remark, ""]
     if stored != adapter.num_parameters:
-        lines += [f"{stored:,} parameters are stored, as ranks are padded with zeros.", ""]
+        lines += [f"{stored:,} parameters are stored, because ranks are padded with zeros.", ""]
     if certificate is not None:
         lines += _certified(certificate)
     if adapter.notes:

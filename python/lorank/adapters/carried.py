@@ -27,7 +27,7 @@ _ADDED = (".diff", ".diff_b", ".w_norm", ".b_norm")
 
 
 def is_added(key: str) -> bool:
-    """Return True for a full difference in an image file, which a weighted sum may add up."""
+    """Return True for a full difference in an image adapter's file, which a weighted sum may add up."""
     return key.endswith(_ADDED)
 
 

@@ -20,14 +20,14 @@ class ModuleCertificate:
     rank_before, rank_after
         Rank before and after the truncation.
     parameters_before, parameters_after
-        Number of parameters of its factors.
+        Number of parameters of the factors before and after the truncation.
     energy
         ``||dW||_F^2`` of the update before the truncation.
     dropped_energy
-        ``||dW - dW_hat||_F^2``.
+        ``||dW - dW_hat||_F^2``, where `dW_hat` is the truncated update.
     spectral_error
-        ``||dW - dW_hat||_2``: the largest dropped singular value. For a dense difference with both sides
-        above 512, an estimate from below, as its singular values are.
+        ``||dW - dW_hat||_2``: the largest dropped singular value. The singular values of a dense difference
+        with both sides above 512 are estimates from below, so this error is such an estimate, too.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ModuleCertificate:
 
     @classmethod
     def from_json(cls, content: Any) -> ModuleCertificate:
-        """Return the certificate that `to_json` gave.
+        """Build a certificate from the result of `to_json`.
 
         Raises
         ------
@@ -67,8 +67,8 @@ class ModuleCertificate:
             raise ValueError("a module without a name")
         numbers: dict[str, Any] = {name: content.get(name) for name in _FIELDS if name != "name"}
         for key, value in numbers.items():
-            wanted = (int,) if key.startswith(("rank", "parameters")) else (int, float)
-            if type(value) not in wanted or not 0 <= value < math.inf:
+            allowed = (int,) if key.startswith(("rank", "parameters")) else (int, float)
+            if type(value) not in allowed or not 0 <= value < math.inf:
                 raise ValueError(f"{content['name']}: {key} is {value!r}")
         return cls(content["name"], **numbers)
 
@@ -87,9 +87,9 @@ class Certificate:
     modules
         Certificates of all modules, in the adapter's order.
     rounding_error
-        ``||.||_F`` between the truncated update and the written one, where factors were rounded to fewer than
-        32 bits; None before saving, and for float32. After reading and writing again, the sum of both
-        rounding errors, which is an upper bound.
+        Frobenius norm of the difference between the truncated and the written update, if factors were rounded
+        to fewer than 32 bits; None before saving, and for float32. Each further saving adds its rounding
+        error; the sum is an upper bound.
     """
 
     action: str
@@ -134,7 +134,7 @@ class Certificate:
         return sum(module.parameters_after for module in self.modules)
 
     def with_rounding(self, added: float) -> Certificate:
-        """Return the certificate with a further rounding error."""
+        """Return a copy with a further rounding error added."""
         return replace(self, rounding_error=(self.rounding_error or 0.0) + added)
 
     def __repr__(self) -> str:
@@ -164,7 +164,7 @@ class Certificate:
 
     @classmethod
     def from_json(cls, content: Any) -> Certificate:
-        """Return the certificate that `to_json` gave; totals are computed again.
+        """Build a certificate from the result of `to_json`; totals are computed again.
 
         Raises
         ------

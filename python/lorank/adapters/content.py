@@ -16,7 +16,7 @@ Profile = Literal["compact", "portable", "tensor-rank"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 Adapter = TypeVar("Adapter", bound="AdapterContent")
-"""The type of an adapter that a function returns with changes, as it was given."""
+"""The type of an adapter that a function takes and returns with changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class AdapterContent:
     is_spectral
         True if factors are in balanced spectral form, so that any rank is cut without a decomposition.
     certificate
-        The errors of compressing, merging or extracting, read from `lorank.json` beside a PEFT adapter;
+        The errors of compressing, merging or extracting, read from `lorank.json` in a PEFT adapter's folder;
         None for an adapter as it was trained.
     key_style
-        The spelling of an image file's keys; None for PEFT adapters.
+        The spelling of an image adapter's keys; None for PEFT adapters.
     """
 
     modules: Mapping[str, LoraModule]

@@ -34,7 +34,7 @@ def remove_stale(folder: Path, members: Collection[str]) -> list[str]:
             continue
         files = {file.name for file in path.iterdir()}
         if CERTIFICATE_FILE not in files or files - _FILES:
-            notes.append(f"{path} was kept, as it holds files that lorank did not write")
+            notes.append(f"{path} was kept, because it holds files that lorank did not write")
             continue
         for file in files:
             (path / file).unlink()

@@ -7,7 +7,7 @@ RANKS_KEY = "lorank.ranks"
 """Metadata of a file with padded ranks: the true rank of every module, as JSON."""
 
 CERTIFICATE_KEY = "lorank.certificate"
-"""Metadata of an image file: its certificate, as JSON."""
+"""Metadata of an image adapter's file: the certificate, as JSON."""
 
 CERTIFICATE_FILE = "lorank.json"
-"""The certificate beside a PEFT adapter."""
+"""The file with the certificate, in the folder of a PEFT adapter."""

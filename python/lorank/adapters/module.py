@@ -46,7 +46,7 @@ class LoraModule:
     a_tail, b_tail
         The stored shapes after the rank: ``(in, kh, kw)`` and ``(1, 1)`` of a convolution.
     carried
-        Further values of the module, which stay as they are, by the end of their keys.
+        Further values of the module, which are kept unchanged, by the end of their keys.
     """
 
     name: str

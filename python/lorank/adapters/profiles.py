@@ -81,4 +81,4 @@ def nothing_left(adapter: AdapterContent) -> str | None:
         return None
     if adapter.certificate is not None and adapter.certificate.norm == 0:
         return "every update is zero: the adapter is untrained, or what was merged cancels out"
-    return "no module has any rank left: ask for a larger share, rank or budget"
+    return "no module has any rank left: give a larger share, rank or budget"

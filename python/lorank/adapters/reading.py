@@ -24,7 +24,7 @@ def read_adapter(path: str | Path) -> AdapterContent:
 
 
 def read_as_stored(path: str | Path) -> AsStored:
-    """Read an adapter with the ranks of the file's tensors, padding included.
+    """Read an adapter with the ranks of the file's tensors, including padding.
 
     Adapters whose initialisation changed the base model are read too: some runtimes change it again.
     """
@@ -69,7 +69,8 @@ def _certified(adapter: AdapterContent, place: str, read: Callable[[], Any]) -> 
         content = read()
         certificate = Certificate.from_json(content)
     except (OSError, ValueError) as error:
-        return replace(adapter, notes=[*adapter.notes, f"{place} was ignored, as it is damaged: {error}"])
+        note = f"{place} was ignored, because it is damaged: {error}"
+        return replace(adapter, notes=[*adapter.notes, note])
     ranks = {module.name: module.rank_after for module in certificate.modules if module.rank_after}
     if ranks != {module.name: module.rank for module in adapter.adapted}:
         return replace(adapter, notes=[*adapter.notes, f"{place} was ignored: it has other ranks"])

@@ -19,7 +19,7 @@ def stored_factors(module: LoraModule, written: WrittenRank) -> tuple[Array, Arr
 
 
 def padded_factors(module: LoraModule, rank: int, factor: float = 1.0) -> tuple[Array, Array]:
-    """Return B, times a factor, and A in their stored shapes at a rank that is not below the module's."""
+    """Return ``factor * B`` and A in their stored shapes, padded to a rank that is at least the module's."""
     pairs = [(b.to_array(), a.to_array()) for b, a in module.factors()] if module.rank else []
     pairs = (
         pairs

@@ -37,7 +37,7 @@ class Written:
     certificate
         The adapter's certificate, with the error that rounding the factors added.
     stored_parameters
-        Number of parameters of the written factors, the zeros of padded ranks included.
+        Number of parameters of the written factors, including the zeros of padded ranks.
     notes
         Remarks on files that were kept, on rounding without a certificate, and on the cost of padding.
     """
@@ -173,7 +173,7 @@ def _write_card(job: _Job, staging: Path, certificate: Certificate | None) -> li
         (staging / CERTIFICATE_FILE).write_text(certificate.to_text(job.adapter.notes), "utf-8")
     file = job.place.folder / "README.md"
     if file.exists() and not card.is_ours(file.read_text("utf-8", errors="replace")):
-        return [f"{file} was kept, as lorank did not write it"]
+        return [f"{file} was kept, because lorank did not write it"]
     text = card.text(job.adapter, job.format, job.profile, certificate, job.stored_parameters)
     (staging / "README.md").write_text(text, "utf-8")
     return []
@@ -185,7 +185,7 @@ def _padding_note(job: _Job) -> list[str]:
     if stored == adapter.num_parameters:
         return []
     largest = max(entry.rank for entry in job.ranks.values())
-    note = f"{job.profile}: {stored:,} parameters are stored, as ranks are padded with zeros"
+    note = f"{job.profile}: {stored:,} parameters are stored, because ranks are padded with zeros"
     before = adapter.certificate.parameters_before if adapter.certificate else adapter.num_parameters
     if job.profile == "portable" and stored >= before:
         note += f" to {largest}; nothing is saved: max_rank bounds the largest rank"

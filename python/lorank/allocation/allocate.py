@@ -46,22 +46,22 @@ def allocate(
         A report of `analyze`, `profile_gradients` or `profile_tasks`; or any source that `analyze` reads,
         which is analysed if the method needs spectra.
     method
-        Name of the method that computes scores and ranks: one of `lorank.allocation.signals.names()`. Formula
-        and options are documented at each method, ``help(lorank.allocation.signals.find(name).function)``,
-        and listed by ``lorank allocate --help``.
+        Name of the method that computes scores and ranks: one of `lorank.allocation.signals.names()`.
+        ``help(lorank.allocation.signals.find(name).function)`` documents the formula and options of a method;
+        ``lorank allocate --help`` lists the options of all methods.
     r_min, r_max
         Bounds of every rank, ``0 <= r_min <= r_max``. No rank exceeds ``min(out, in)`` of its module, even
         if that is below `r_min`. Modules at that bound are flagged.
     budget
-        Number of parameters of the adapter: an integer, ``"500k"``, or ``"0.5%"`` of the base model's. Ranks
-        above `r_min` are then proportional to the scores.
+        Number of parameters of the adapter: an integer, ``"500k"``, or a share of the base model's
+        parameters, such as ``"0.5%"``. Ranks above `r_min` are then proportional to the scores.
     avg_rank
         Average of the ranks, instead of a budget; the average is lower if the matrices are too small for it.
-        Without a budget and an average, the ranks are those of the method's own formula.
+        Without a budget or an average, the ranks are computed by the method's own formula.
     targets
         Modules to adapt, as PEFT reads ``target_modules``: a list of names or suffixes, or one regular
         expression for whole names. ``"all-linear"`` or None selects every linear layer and stack of experts
-        but the output head and the routers of experts.
+        except the output head and the routers of experts.
     placement
         ``"attention"`` or ``"feed-forward"`` to adapt only those modules among the targets.
     roles
@@ -75,15 +75,16 @@ def allocate(
     Returns
     -------
     RankAllocation
-        The parameters never exceed the budget, and the budget pays for no further rank of a module below
-        its bound.
+        The number of parameters never exceeds the budget, but would exceed it if the rank of any module below
+        its bound were raised by 1.
 
     Raises
     ------
     ValueError
-        If no module is selected, an argument is malformed, the budget is infeasible (the message states the
-        feasible range) or a percentage of an unknown number, both `budget` and `avg_rank` are given or the
-        method needs one of them, the method needs another report, or `roles` match no module.
+        If an argument is malformed, no module is selected, or `roles` match no module. If the budget is
+        infeasible (the message states the feasible range), or is a percentage and the base model's number of
+        parameters is unknown. If both `budget` and `avg_rank` are given, or the method needs one of them and
+        neither is given. If the method needs another report.
 
     Examples
     --------
@@ -99,7 +100,7 @@ def allocate(
     """
     r_min, r_max = rank_bounds(r_min, r_max)
     if budget is not None and avg_rank is not None:
-        raise ValueError("give either budget or avg_rank")
+        raise ValueError("give budget or avg_rank, not both")
     registered = signals.find(method)
     if roles is not None and "roles" in registered.options:
         method_options["roles"] = roles
@@ -144,7 +145,7 @@ def _selection(
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """The limits of ranks: bounds of each, and a budget or an average of all."""
+    """The limits of the ranks: bounds for every single rank, and a budget or an average rank."""
 
     r_min: int
     r_max: int
@@ -182,7 +183,7 @@ def _targeted(
     targets: naming.Targets,
     facts: ModelFacts,
 ) -> list[AdaptedModule]:
-    """Return the modules that `targets` selects; an error names packed weights as the cause."""
+    """Return the modules that `targets` selects; if there are none, the error also names packed weights."""
     try:
         return targeted(every, targets, facts.ties)
     except ValueError as error:
@@ -190,7 +191,7 @@ def _targeted(
         if not packed:
             raise
         raise ValueError(
-            f"{error}; {len(packed)} weights were not read, the first is {packed[0].name}: {packed[0].reason}"
+            f"{error}; {len(packed)} weights were not read; the first is {packed[0].name}: {packed[0].reason}"
         ) from None
 
 
@@ -200,7 +201,7 @@ def _facts(evidence: Report[Any] | Source) -> ModelFacts:
 
 
 def _others(every: Sequence[AdaptedModule], facts: ModelFacts, chosen: set[str]) -> list[str]:
-    """Return the names of the modules that are not adapted, those without a row included."""
+    """Return the names of the modules that are not adapted, including modules without a row."""
     names = [module.name for module in every]
     names += facts.modules
     return [name for name in dict.fromkeys(names) if name not in chosen]
@@ -216,19 +217,19 @@ def _without_refused(
     ValueError
         If PEFT can adapt none of the modules.
     """
-    held = [module for module in modules if module.name not in facts.refused]
+    adaptable = [module for module in modules if module.name not in facts.refused]
     names = [module.name for module in modules if module.name in facts.refused]
-    if not held:
+    if not adaptable:
         raise ValueError(
             f"none of the {len(names)} modules can be adapted: {names[0]}: {facts.refused[names[0]]}"
         )
-    return held, {name: f"not adapted: {facts.refused[name]}" for name in names}
+    return adaptable, {name: f"not adapted: {facts.refused[name]}" for name in names}
 
 
 def _with_caps(
     flags: Mapping[str, str], modules: Sequence[AdaptedModule], ranks: Iterable[int], r_max: int
 ) -> dict[str, str]:
-    """Return the flags, with a remark on every module whose rank its matrix limits."""
+    """Return the flags, with a remark on every module whose rank is limited by the size of its matrix."""
     found = dict(flags)
     for module, rank in zip(modules, ranks, strict=True):
         if rank >= min(module.shape) and rank < r_max:
@@ -243,7 +244,7 @@ def _label(evidence: Report[Any] | Source) -> str:
 
 
 def _placed(modules: list[AdaptedModule], placement: Placement, roles: Roles) -> list[AdaptedModule]:
-    """Return the modules that a placement adapts."""
+    """Return the modules that a placement selects."""
     selected = in_placement([module.name for module in modules], placement, roles)
     chosen = [module for module, is_selected in zip(modules, selected, strict=True) if is_selected]
     if not chosen:

@@ -89,7 +89,7 @@ def fit_ranks(
 
     ``r_l = r_min + c * score_l``, rounded half up and clipped to ``[r_min, r_max]``, with the largest ``c``
     whose total cost is within the budget. The rest of the budget is spent on single ranks in the order of
-    the remainders, largest first, until it pays for no further rank of a module below its bound.
+    the remainders, largest first, until no rank of a module below its bound can be raised.
 
     Parameters
     ----------

@@ -52,7 +52,7 @@ def allocate(
     r_max: Annotated[int, typer.Option(min=1, help="Largest rank.")] = 32,
     budget: Annotated[
         str | None,
-        typer.Option(help="Number of adapter parameters: 500000, 500k, or 0.5% of the base model's."),
+        typer.Option(help="Number of adapter parameters: 500000, 500k, or 0.5% of the base model's number."),
     ] = None,
     avg_rank: Annotated[float | None, typer.Option(help="Average rank, instead of a budget.")] = None,
     targets: Annotated[

@@ -107,6 +107,6 @@ def _check_complete(report: SpectralReport) -> None:
     failed = [row for row in report.modules if not row.has_spectrum]
     if failed:
         raise IncompleteError(
-            f"{len(failed)} of {len(report)} matrices have no spectrum, the first is {failed[0].name}: "
+            f"{len(failed)} of {len(report)} matrices have no spectrum; the first is {failed[0].name}: "
             f"{'; '.join(failed[0].flags)}"
         )

@@ -19,7 +19,7 @@ from lorank.cli.errors import UsageError
 
 _FILES = "give one .npz file that holds X and Y, or two .npy files: X.npy Y.npy"
 _NPY, _NPZ = b"\x93NUMPY", b"PK"
-# Exceptions of numpy, zipfile and their decoders for damaged files, beside OSError.
+# Exceptions other than OSError that numpy, zipfile and their decoders raise for damaged files.
 _UNREADABLE = (
     ValueError,
     TypeError,
@@ -67,7 +67,7 @@ def open_samples(paths: Sequence[Path], x: str | None, y: str | None) -> tuple[N
     FormatError
         If a file is damaged or holds Python objects, or an array is missing.
     ValueError
-        If the shapes of the arrays are not those of samples, or do not agree.
+        If the arrays do not have the shapes of samples, or their shapes do not agree.
     """
     if len(paths) == 1:
         inputs, outputs = _from_archive(paths[0], x, y)

@@ -1,4 +1,4 @@
-"""The view of a report on the terminal: order, columns and number of its rows."""
+"""Prints a report on the terminal, with options for the order, columns and number of rows."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ REPORT_ENDINGS = (".json", ".parquet", ".csv")
 
 
 def is_report(source: str) -> bool:
-    """Return True if a file exists whose name ends like a saved report."""
+    """Return True if the source is an existing file with the suffix of a saved report."""
     path = Path(source)
     return path.suffix in REPORT_ENDINGS and not path.name.endswith(".index.json") and path.is_file()
 
 
 def with_rows(report: AnyReport, rows: Sequence[Any]) -> AnyReport:
-    """Return a report with other rows."""
+    """Return a copy of a report with other rows."""
     return replace(report, modules=rows)  # type: ignore[arg-type]  # The rows are of the report's class.
 
 
 @dataclass(frozen=True, slots=True)
 class ReportView:
-    """The options that select what is shown of a report.
+    """The options for printing a report.
 
     Attributes
     ----------
     sort
-        Name of the number by which rows are sorted, or ``"name"``; None for the report's order.
+        Name of the column by which rows are sorted, or ``"name"``; None for the report's order.
     descending
         True to reverse the order.
     top
@@ -77,7 +77,7 @@ class ReportView:
         else:
             columns = report.columns if self.columns == "all" else self.columns.split(",")
             hidden = ()
-            # Wrapped lines are easier to read than columns of one letter.
+            # Wrapped lines are easier to read than columns that are one letter wide.
             terminal = console(reports.width_of(columns))
         terminal.print(reports.report_table(report, rows, columns))
         show_remark(terminal, report)

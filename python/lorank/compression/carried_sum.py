@@ -1,4 +1,4 @@
-"""The tensors beside factors of a weighted sum of adapters."""
+"""Computes the tensors other than factors in a weighted sum of adapters."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lorank.adapters.stored import Stored
 def carried_sum(
     parts: Sequence[tuple[AdapterContent, float]], after: Collection[LoraModule]
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Return the tensors that a weighted sum of adapters carries, and notes about them.
+    """Return the tensors other than factors in a weighted sum of adapters, and notes about them.
 
-    Full differences are added up. Of other tensors, which hold trained values and not differences, the first
-    adapter's are taken; those of an adapter with the weight 0 are left out.
+    Full differences are added up. Other tensors hold trained values, not differences, so the sum takes each
+    of them from the first adapter that holds it. Adapters with the weight 0 contribute nothing.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def carried_sum(
     Raises
     ------
     ValueError
-        If two differences of one key have unequal shapes.
+        If adapters hold differences of unequal shapes under the same key.
     """
     form = format_of(parts[0][0])
     every: dict[str, list[tuple[AdapterContent, Stored, float]]] = {}
@@ -49,7 +49,9 @@ def carried_sum(
             shared += len(terms) > 1
     notes = [f"{added} full differences (.diff, .diff_b) were added up"] if added else []
     if shared:
-        notes.append(f"{shared} tensors that are not factors lie in several adapters: the first's were taken")
+        notes.append(
+            f"several adapters hold {shared} tensors that are not factors: the first adapter's were used"
+        )
     return found, notes
 
 
@@ -61,7 +63,7 @@ def _sum(key: str, terms: Sequence[tuple[AdapterContent, Stored, float]]) -> Sto
         if total is not None and total.shape != values.shape:
             raise ValueError(
                 f"tensor {key!r} has shape {list(total.shape)} in {first.label} and {list(values.shape)} in "
-                f"{adapter.label}: differences of unequal shapes do not add up"
+                f"{adapter.label}: differences of unequal shapes cannot be added"
             )
         total = values if total is None else total + values
     assert total is not None

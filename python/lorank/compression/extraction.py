@@ -139,7 +139,7 @@ def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[lis
     for name in changed:
         by_reason[refused[name]].append(name)
     notes = [
-        f"{len(names)} changed modules are left out, the first is {names[0]}: {reason}"
+        f"{len(names)} changed modules are left out; the first is {names[0]}: {reason}"
         for reason, names in by_reason.items()
     ]
     held = [form for form in forms if form.module.name not in refused]
@@ -149,7 +149,7 @@ def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[lis
 
 
 def _pairs(before: Source, after: Source) -> tuple[list[MatrixPair], list[str]]:
-    """Return the matrices of both models by name, and notes of those of one model only.
+    """Pair the matrices of both models by name; return notes on matrices that only one model has.
 
     A matrix that one model shares between modules and the other does not is paired for each of them.
     """
@@ -170,7 +170,7 @@ def _pairs(before: Source, after: Source) -> tuple[list[MatrixPair], list[str]]:
         raise ValueError(f"{before.label} and {after.label} have no selected matrix in common")
     alone = [name for name in own[0] if name not in new], [name for name in own[1] if name not in old]
     notes = [
-        f"{len(names)} matrices are in {label} only, the first is {min(names, key=naming.natural_key)}"
+        f"{len(names)} matrices are in {label} only; the first is {min(names, key=naming.natural_key)}"
         for label, names in zip((before.label, after.label), alone, strict=True)
         if names
     ]
@@ -190,7 +190,7 @@ def _other_changes(before: Source, after: Source) -> list[str]:
     notes = [f"{len(changed)} tensors changed, which no adapter holds: {some}"] if changed else []
     only = ((before.label, [n for n in old if n not in new]), (after.label, [n for n in new if n not in old]))
     return notes + [
-        f"{len(names)} tensors that are not matrices are in {label} only, the first is {names[0]}"
+        f"{len(names)} tensors that are not matrices are in {label} only; the first is {names[0]}"
         for label, names in only
         if names
     ]

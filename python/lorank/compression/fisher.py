@@ -35,7 +35,7 @@ def fisher_scores(
         A live PEFT model with an adapter in balanced spectral form: one that `elastic` returned and
         `LoraAdapter.into_model` put in, or a saved one that PEFT loaded.
     batches
-        Validation batches: mappings that the model takes as keyword arguments, labels included.
+        Validation batches: mappings that the model takes as keyword arguments, including labels.
     adapter_name
         Name of the adapter.
     loss

@@ -144,7 +144,7 @@ def checked_knobs(knobs: Mapping[str, object]) -> Knobs:
     """
     known = [field.name for field in fields(Knobs)]
     if unknown := [name for name in knobs if name not in known]:
-        raise TypeError(f"no knob {unknown[0]!r}: choose among {', '.join(known)}")
+        raise TypeError(f"unknown option {unknown[0]!r}: choose among {', '.join(known)}")
     return Knobs(**cast("dict[str, Any]", dict(knobs)))
 
 
@@ -158,7 +158,7 @@ def parameters_of(budget: Budget) -> int:
     """
     if isinstance(budget, str) and budget.strip().endswith("%"):
         raise ValueError(
-            f"budget={budget}: an adapter does not know its base model's size: give a number of parameters"
+            f"budget={budget}: the size of the adapter's base model is unknown: give a number of parameters"
         )
     try:
         return parse_budget(budget, None)

@@ -72,7 +72,7 @@ def _is_table(module: LoraModule) -> bool:
 
 
 def _check_experts(adapters: Sequence[AdapterContent]) -> None:
-    """Refuse experts one by one (transformers 4) beside stacks of them (transformers 5)."""
+    """Refuse a mix of single experts (transformers 4) and stacks of experts (transformers 5)."""
     stacks = {
         module.name.rpartition(".")[0]: adapter
         for adapter in reversed(adapters)

@@ -140,7 +140,7 @@ def _terms(sources: Sequence[tuple[LoraModule, float]]) -> list[list[Term]]:
 def _check_layers(
     config: Mapping[str, Any], others: Mapping[str, Any], modules: Mapping[str, LoraModule]
 ) -> None:
-    """Refuse modules whose factors PEFT could not load beside tensors or layers of another adapter."""
+    """Refuse modules whose factors PEFT cannot load together with other adapters' tensors or layers."""
     saved = [(name, re.compile(rf"(^|.*\.){name}($|\..*)")) for name in config.get("modules_to_save") or ()]
     for module in modules:
         owner = next((name for name, pattern in saved if pattern.match(module)), None)

@@ -101,7 +101,7 @@ class SpectralForm:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters that gave the update."""
+        """Number of parameters of the original factors or difference."""
         module = self.module
         return module.copies * math.prod(module.shape) if self.is_dense else module.num_parameters
 

@@ -13,10 +13,10 @@ from typing import Any
 from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 
-# The classes that build a model with a head, tried in this order if a configuration names no class.
+# The classes that build a model with a head, tried in this order if a configuration does not give the class.
 _WITH_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForCTC")
 
-# The errors that the libraries' constructors raise for a configuration that does not fit.
+# The errors that the libraries' constructors raise for a configuration that they cannot build.
 _MISFITS = (
     ArithmeticError,
     AssertionError,
@@ -40,8 +40,8 @@ class Unknown:
     reason
         The reason, as a clause for messages.
     is_foreign
-        True if a configuration exists but the model's code is not available; names of tensors may then mean
-        anything.
+        True if a configuration exists but the model's code is not available; names of tensors then follow
+        no known convention.
     """
 
     reason: str
@@ -56,8 +56,8 @@ def build(config: ModelConfig, names: Collection[str]) -> Skeleton | Unknown:
     config
         The model's configuration.
     names
-        The names of the checkpoint's tensors. Their number bounds the number of layers that a configuration
-        may ask for. They decide between a base model and one with a head if the configuration names no class.
+        The names of the checkpoint's tensors. The number of names limits the number of layers of the model.
+        If the configuration does not give the model's class, the names decide whether the model has a head.
     """
     library = library_of(config, len(names))
     if isinstance(library, Unknown):
@@ -67,7 +67,7 @@ def build(config: ModelConfig, names: Collection[str]) -> Skeleton | Unknown:
     except _misfits() as error:
         name = config.diffusers_class or config.content.get("model_type")
         reason = _first_line(error)
-        return Unknown(f"{library} does not build a model of type {name!r}: {reason}", True)
+        return Unknown(f"{library} cannot build a model of type {name!r}: {reason}", True)
 
 
 def library_of(config: ModelConfig, num_tensors: int) -> str | Unknown:
@@ -83,10 +83,10 @@ def library_of(config: ModelConfig, num_tensors: int) -> str | Unknown:
     if config.is_empty:
         return Unknown("there is no config.json beside the weights")
     if too_many := config.excess(num_tensors):
-        return Unknown(f"config.json asks for {too_many}, but the files hold {num_tensors} tensors", True)
+        return Unknown(f"config.json has {too_many}, but the files hold only {num_tensors} tensors", True)
     library = config.library
     if not library:
-        return Unknown("config.json names no model type")
+        return Unknown("config.json does not give the model type")
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec(library) is None:
         return Unknown(f"{library} is not installed")
     return library
@@ -101,14 +101,14 @@ def model_of(config: ModelConfig, names: Collection[str]) -> Any:
 
 
 def _misfits() -> tuple[type[Exception], ...]:
-    """Return the errors for a configuration that does not fit, with the one that transformers 5 adds."""
+    """Return the errors for a configuration that cannot be built, with the one that transformers 5 adds."""
     errors = importlib.import_module("huggingface_hub.errors")
     strict = getattr(errors, "StrictDataclassError", None)
     return (*_MISFITS, strict) if strict is not None else _MISFITS
 
 
 def _transformers_model(config: ModelConfig, names: Collection[str]) -> Any:
-    """Build a model of transformers; the names of tensors decide if it has a head."""
+    """Build a model of transformers; `names` decide whether the model has a head."""
     import torch
     import transformers
 
@@ -145,7 +145,7 @@ def _diffusers_model(config: ModelConfig) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, at most 200 characters."""
+    """Return the first line of an error's message (two if it ends with a colon), cut to 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     return text[:200] or type(error).__name__
@@ -153,9 +153,10 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence warnings of libraries while they are imported and build a model that will not run.
+    """Silence the warnings of libraries while they are imported and build a model.
 
-    torch, torchao, transformers and others log missing kernels at import. Errors are still logged.
+    torch, torchao, transformers and others warn of missing kernels, but the model will not run. Errors are
+    still logged.
     """
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))

@@ -78,7 +78,7 @@ class ModelConfig:
 
     @property
     def library(self) -> str:
-        """The library that builds the model; empty if the configuration names no model type."""
+        """The library that builds the model; empty if the configuration does not give the model type."""
         if "_class_name" in self.content:
             return "diffusers"
         return "transformers" if isinstance(self.content.get("model_type"), str) else ""
@@ -112,7 +112,7 @@ class ModelConfig:
         return {}
 
     def excess(self, num_tensors: int) -> str:
-        """Return the setting that asks for more modules than a checkpoint can fill; empty if none does.
+        """Return a setting that needs more modules than a checkpoint can fill; empty if there is none.
 
         Parameters
         ----------

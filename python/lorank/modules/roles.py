@@ -1,7 +1,7 @@
 """The role of a module, attention or feed-forward, read from its dotted name.
 
-Tables list the names that transformers, timm and open_clip give to modules. A name outside the tables is an
-error, whose message names the option that helps; nothing is guessed.
+Tables list the names of modules in transformers, timm and open_clip. A name that is not in the tables raises
+an error, and the message gives the option that sets its role. Roles are never guessed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from lorank.modules.blocks import has_number, is_outside, match_of_block
 Role = Literal["attention", "feed-forward"]
 Placement = Literal["attention", "feed-forward", "all"]
 Roles: TypeAlias = "Mapping[str, Role | None] | None"
-"""Roles given by a user: role by the regular expression for a run of whole parts of a name."""
+"""A user's roles, by regular expression.
+
+An expression matches consecutive, whole parts of a dotted name.
+"""
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _FEED_FORWARD = re.compile(
@@ -24,7 +27,7 @@ _FEED_FORWARD = re.compile(
     r"|(?:shared_)?experts?|\w*moe\w*",
     re.IGNORECASE,
 )
-# Last parts of names that show a role if no part above them does: OPT's fc1 lies directly in the block.
+# Last parts of names that show a role if no earlier part does: OPT's fc1 is directly in the block.
 _LEAVES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"[qkvo]_proj|qkv(?:_proj)?|query|key|value|query_key_value|c_attn|Wqkv"), "attention"),
     (
@@ -49,8 +52,9 @@ def roles_of(names: Sequence[str], roles: Roles = None) -> list[Role | None]:
     names
         The modules' dotted names.
     roles
-        Role or None by a regular expression that matches a run of whole parts of a name (``"mixer"``,
-        ``r"mixer\.(in|out)_proj"``, ``r".*\.mixer\..*"``). The first match decides, before the tables.
+        A map from regular expressions to a role, or to None for neither. An expression matches consecutive,
+        whole parts of a name (``"mixer"``, ``r"mixer\.(in|out)_proj"``, ``r".*\.mixer\..*"``). The first
+        expression that matches decides; the tables decide if none matches.
 
     Raises
     ------
@@ -76,14 +80,15 @@ def check_expressions(blocks: str | None, roles: Roles) -> None:
 
 
 def check_roles(names: Sequence[str], roles: Roles) -> None:
-    """Raise ValueError if `roles` is malformed, or expressions of it match none of the names."""
-    if idle := [
+    """Raise ValueError if `roles` is malformed, or one of its expressions matches no name."""
+    if unmatched := [
         repr(given)
         for given, (expression, _) in zip(roles or (), _compiled_roles(roles), strict=True)
         if not any(expression.fullmatch(name) for name in names)
     ]:
-        match = "matches" if len(idle) == 1 else "match"
-        raise ValueError(f"roles: {', '.join(idle)} {match} none of {len(names)} modules ({names[0]}, ...)")
+        match = "matches" if len(unmatched) == 1 else "match"
+        listed = ", ".join(unmatched)
+        raise ValueError(f"roles: {listed} {match} none of {len(names)} modules ({names[0]}, ...)")
 
 
 def in_placement(names: Sequence[str], placement: Placement, roles: Roles = None) -> list[bool]:
@@ -130,7 +135,7 @@ def _role_of(name: str, own: Sequence[tuple[re.Pattern[str], Role | None]]) -> R
         if expression.fullmatch(name):
             return role
     found = match_of_block(name)
-    # The parts above the block name the model and show no role.
+    # The parts before the block belong to the model's name and show no role.
     inside = name if found is None else name[found.end() + 1 :]
     parts = inside.split(".")
     if naming.is_embedding(name) or naming.is_output_head(name) or naming.is_router(name):

@@ -1,1 +1,1 @@
-"""The one place that knows PEFT: names in files, settings, scaling, rank patterns and targets."""
+"""PEFT's conventions: names in files, settings, scaling, rank patterns and targets."""

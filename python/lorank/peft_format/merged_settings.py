@@ -14,7 +14,7 @@ _OF_ALL = ("alora_invocation_tokens", "layer_replication")
 
 
 def merged(settings: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Return the settings of a sum of adapters: those of the first, and some that only later ones have.
+    """Return the settings of a sum of adapters: the first adapter's, and some that only later adapters have.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Names in PEFT's files: of the files, of their tensors, and of modules inside PEFT's layers.
+"""Names of PEFT's files, of the tensors in them, and of modules inside PEFT's layers.
 
 The key of a tensor is the prefix, the path of a layer, and the tensor's name within that layer. PEFT replaces
 a module that it adapts by a layer, which holds the module as its `base_layer`.
@@ -20,7 +20,7 @@ BASE_LAYER = "base_layer"
 
 INSIDE = f".{BASE_LAYER}"
 BASE_WEIGHT = f"{INSIDE}.weight"
-"""The end of the key of a base weight, which PEFT saves beside the factors of embeddings and heads."""
+"""The end of the key of a base weight, which PEFT saves with the factors of embeddings and heads."""
 
 BIAS = "lora_B.bias"
 """The name within a layer of the bias that `lora_bias` adds to the outputs of B."""

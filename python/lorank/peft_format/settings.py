@@ -29,7 +29,7 @@ class Settings:
     initial_rank
         The rank from which AdaLoRA started.
     rank_stabilized
-        True if alpha is divided by the root of the rank.
+        True if alpha is divided by the square root of the rank.
     """
 
     def __init__(self, label: str, config: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ class Settings:
         self.alpha = _alpha(label, "lora_alpha", config.get("lora_alpha", DEFAULT_ALPHA))
         self.initial_rank = _rank(label, "init_r", config.get("init_r", DEFAULT_INITIAL_RANK))
         self.rank_stabilized = bool(config.get("use_rslora"))
-        # AdaLoRA's `rank_pattern` holds masks.
+        # AdaLoRA's `rank_pattern` holds masks, not ranks.
         has_ranks = kind_of(config) != "ADALORA"
         self._ranks = _compiled(label, config, "rank_pattern", _rank) if has_ranks else {}
         self._alphas = _compiled(label, config, "alpha_pattern", _alpha)
@@ -52,7 +52,7 @@ class Settings:
     def adalora_scaling(self, rank: int) -> float:
         """Return the scaling of an AdaLoRA module of a rank.
 
-        PEFT divides by the initial rank plus 1e-5, whatever rank the masks have left.
+        PEFT divides alpha by the initial rank plus 1e-5, even if the masks have lowered the rank.
         """
         return (self.alpha if self.alpha > 0 else float(rank)) / (self.initial_rank + 1e-5)
 
@@ -83,4 +83,4 @@ def _compiled(
             compiled_key(name): checked(label, f"{key}[{name!r}]", value) for name, value in pattern.items()
         }
     except ValueError as error:
-        raise FormatError(f"{label}: a key of the settings' {key}: {error}") from None
+        raise FormatError(f"{label}: the settings' {key} has an invalid key: {error}") from None

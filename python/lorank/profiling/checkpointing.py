@@ -1,9 +1,9 @@
 """Gradient checkpointing in a model without trained parameters.
 
-Reentrant checkpoints record a block only if one of its input tensors requires a gradient, which the inputs of
-a frozen model do not. Inputs or embeddings cannot be marked from outside for every model: some models mark
-them themselves, and some take embeddings as inputs. So every checkpointed block gets an extra input that
-requires a gradient, and does not use it.
+A reentrant checkpoint records a block only if one of the block's input tensors requires a gradient. The
+inputs of a frozen model require none. Setting `requires_grad` on the inputs or embeddings does not work for
+every model: some models set it themselves, and some take embeddings as inputs. Therefore every checkpointed
+block gets an extra, unused input that requires a gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _apply: Callable[..., Any] = CheckpointFunction.apply
 
 @contextmanager
 def trainable_checkpoints() -> Iterator[None]:
-    """Make reentrant checkpoints record their blocks for any inputs, within the context."""
+    """Make reentrant checkpoints record their blocks, even if no input requires a gradient."""
     _enter(1)
     try:
         yield
@@ -33,7 +33,7 @@ def trainable_checkpoints() -> Iterator[None]:
 
 
 def _enter(step: int) -> None:
-    """Replace torch's function while any thread is within `trainable_checkpoints`."""
+    """Add `step` to the number of open contexts; replace `CheckpointFunction.apply` while any is open."""
     global _depth
     with _lock:
         _depth += step
@@ -44,10 +44,10 @@ def _enter(step: int) -> None:
 
 
 def _recorded(function: Callable[..., Any], preserve_random_state: bool, *inputs: Any) -> Any:
-    """Call `CheckpointFunction.apply` with an extra input, and with tensor keywords as inputs.
+    """Call `CheckpointFunction.apply` with an extra input, and pass tensors among the keywords as inputs.
 
-    transformers binds keywords to the function, out of torch's sight. Gradients of such tensors would pass
-    through the graph before the blocks again for each block that uses them.
+    transformers binds keyword arguments to the function, so torch does not detach the tensors among them.
+    The backward pass of every block would then run through the graph that computed such a tensor.
     """
     keywords = function.keywords if isinstance(function, partial) else {}
     names = [

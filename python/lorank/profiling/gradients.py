@@ -37,7 +37,7 @@ def profile_gradients(
     """Compute spectra of the gradients of the base model's weights over mini-batches.
 
     The weights are not trained and get no `.grad`: ``G = sum delta x^T`` follows from the inputs and output
-    gradients of each module. A ``k x k`` projection of each batch's gradient is kept. Memory beside the
+    gradients of each module. A ``k x k`` projection of each batch's gradient is kept. Memory besides the
     model: ``modules * M * k^2`` numbers for `M` batches, ``modules * k (out + in)`` for the projections,
     and the projected inputs of one batch.
 
@@ -47,7 +47,7 @@ def profile_gradients(
         A torch model, plain or with PEFT adapters, whose base modules are profiled. Its mode stays the same:
         dropout is active in training mode.
     batches
-        Mappings of the model's keyword arguments, labels included; batches of any type if `loss` is given.
+        Mappings of the model's keyword arguments, including labels; batches of any type if `loss` is given.
         Their number is an upper bound of effective ranks: `allocate` flags modules that reach it, because
         more batches may show larger ranks.
     energy

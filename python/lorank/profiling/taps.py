@@ -5,8 +5,8 @@ contains a gradient, the backward pass of that backward pass computes ``W v``, w
 the inner result. Each of these applications of `W` adds a term to the gradient of `W`: ``delta x^T`` for
 the first, ``delta v^T`` for the second.
 
-The functions here act as a second weight of zeros beside `W`: they change no value, and autograd passes them
-exactly the pairs whose products sum to the gradient of `W`, at every order.
+The functions here act as a second weight of zeros that is added to `W`: they change no value, and autograd
+passes them exactly the pairs whose products sum to the gradient of `W`, at every order.
 """
 
 from __future__ import annotations

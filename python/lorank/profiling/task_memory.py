@@ -8,7 +8,7 @@ from lorank.profiling.targets import Target
 
 
 def input_bytes(target: Target, folds: int) -> int:
-    """Return the bytes of the sums over a module's inputs, factorisations included."""
+    """Return the bytes of the sums over a module's inputs, including factorisations."""
     return 16 * folds * target.info.shape[1] ** 2
 
 

@@ -33,7 +33,7 @@ def profile_tasks(
 ) -> TaskReport:
     """Estimate the rank of each module's task, from its inputs to minus its output gradients.
 
-    A gradient step asks each module with inputs `X` (a row for each token) to change its outputs by minus
+    For each module with inputs `X` (a row for each token), a gradient step changes the outputs by minus
     their gradients `Y`. Rows without a gradient, such as padded and masked tokens, are not samples: a row
     is left out if its gradient is zero up to rounding errors. Only sums over rows are kept, and modules
     that read the same rows share the sums over inputs.

@@ -1,4 +1,4 @@
-"""Reports that are kept as JSON."""
+"""Reports that are saved as JSON."""
 
 from __future__ import annotations
 
@@ -25,30 +25,33 @@ _VERSION = 1
 
 
 class JsonReport(Report[R]):
-    """A report whose subclass defines the values of a row beside its identity, and of the header."""
+    """A report that is saved as JSON.
+
+    Subclasses convert the fields of a row that other reports lack, and the header of the file.
+    """
 
     __slots__ = ()
 
     format: ClassVar[str]
-    """The format that the file's header names."""
+    """The name of the format in the file's header."""
 
     @classmethod
     @abstractmethod
     def assembled(cls, rows: Sequence[Any], skipped: Sequence[Skipped], header: Mapping[str, Any]) -> Self:
-        """Return the report of rows and a file's header."""
+        """Build a report from rows and the header of a file."""
 
     @staticmethod
     @abstractmethod
     def row_to_json(row: Any) -> dict[str, Any]:
-        """Return the values of a row beside its identity."""
+        """Return the fields of a row except its identity (name, module, kind, shape and flags)."""
 
     @staticmethod
     @abstractmethod
     def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
-        """Return the row of an identity and the values that `row_to_json` returned."""
+        """Build a row from its identity and the result of `row_to_json`."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values: nan is null, infinity is the string "inf"."""
+        """Return the report as JSON values: NaN becomes null, infinity the string "inf"."""
         return {
             "format": self.format,
             "version": _VERSION,
@@ -97,7 +100,7 @@ class JsonReport(Report[R]):
     @classmethod
     def _json_path(cls, path: str | Path) -> Path:
         if Path(path).suffix != ".json":
-            raise ValueError(f"{path}: a {cls.__name__} is kept as JSON: end the name with .json")
+            raise ValueError(f"{path}: a {cls.__name__} is saved as JSON: end the file name with .json")
         return Path(path)
 
     def to_pandas(self) -> pd.DataFrame:

@@ -51,6 +51,6 @@ def _class_of(path: Path) -> type[AnyReport]:
         raise FormatError(f"{path}: is not a lorank report: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if not isinstance(found, str) or found not in _CLASSES:
-        reason = f"it is a {found}" if isinstance(found, str) else "it names no format"
+        reason = f"it is a {found}" if isinstance(found, str) else "it does not give its format"
         raise FormatError(f"{path}: is not a lorank report: {reason}")
     return _CLASSES[found]

@@ -16,7 +16,7 @@ from lorank.sources.base import MatrixInfo
 
 
 class Row(ByValue):
-    """A row of any report. Rows are equal if all their values are, nan included."""
+    """A row of any report. Rows are equal if all their values are equal; NaN equals NaN."""
 
     __slots__ = ()
 

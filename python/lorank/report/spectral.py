@@ -123,7 +123,7 @@ class SpectralReport(Report[ModuleSpectrum]):
         ----------
         path
             A name that ends with ``.json``, ``.parquet`` (extra ``report``) or ``.csv``. JSON and parquet
-            hold the report, kept eigenvalues included; CSV holds the numbers of the rows.
+            hold the report, including kept eigenvalues; CSV holds the numbers of the rows.
 
         Raises
         ------
@@ -174,7 +174,7 @@ class SpectralReport(Report[ModuleSpectrum]):
         FormatError
             If the file is not a report.
         ValueError
-            If the name has another ending than those of `save`.
+            If the name has an ending that `save` does not write.
 
         Examples
         --------

@@ -55,8 +55,8 @@ class BaseModel:
         base
             A folder with a `config.json`, that file, a hub id, a file or folder of weights, or a live model.
         adapted
-            The names of an adapter's modules. They decide between a model with and without a head if the
-            configuration names no class.
+            The names of an adapter's modules. If the configuration does not give the model's class, the names
+            decide whether the model has a head.
 
         Raises
         ------

@@ -84,7 +84,7 @@ class Found:
 
     @property
     def dora(self) -> bool:
-        """True if the adapter has magnitudes beside the factors [DORA]."""
+        """True if the adapter has magnitudes in addition to factors [DORA]."""
         return bool(self.config.get("use_dora"))
 
     @property
@@ -139,7 +139,7 @@ class Found:
 
     @property
     def base_copies(self) -> list[str]:
-        """The keys of base weights, which PEFT saves beside the factors of embeddings and heads."""
+        """The keys of base weights, which PEFT saves with the factors of embeddings and heads."""
         return [key for key in self.adapter.carried if BASE_WEIGHT in key]
 
     @property
@@ -223,7 +223,7 @@ class Found:
         return None
 
     def blocks(self) -> dict[str, dict[str, set[int]]]:
-        """Return the numbers of adapted blocks by the name of their stack and the type of module."""
+        """Map the name of a stack of blocks and a type of module to the numbers of the adapted blocks."""
         found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for module in self.modules:
             if numbered := _NUMBERED.fullmatch(module.name):

@@ -88,7 +88,7 @@ def bad(verdicts: Sequence[Verdict], runtimes: Sequence[str] | None = None) -> l
     verdicts
         The verdicts about the adapter.
     runtimes
-        The runtimes that were asked for by name. If none were, runtimes that do not read the format of the
+        The runtimes that the user named. If there are none, runtimes that do not read the format of the
         adapter are left out.
     """
     counted = [verdict for verdict in verdicts if runtimes or verdict.reads_format]

@@ -1,7 +1,7 @@
 """Verdicts about an adapter's files: which runtimes load them right, wrong, or not at all.
 
-Each runtime multiplies ``B A`` by a scale of its own. The right scale is PEFT's: ``alpha_l / r_l``, with the
-patterns.
+Each runtime multiplies ``B A`` by a scale of its own. The right scale is PEFT's: ``alpha_l / r_l``, after
+`rank_pattern` and `alpha_pattern` are applied to module `l`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Verdict:
     version
         The version of the runtime whose rules were used.
     reads_format
-        False if the runtime reads no adapters of this format.
+        False if the runtime does not read adapters of this format.
     """
 
     runtime: str
@@ -70,7 +70,8 @@ def check(
         Names in `RUNTIMES` (default: all).
     base
         The base model: a folder with its `config.json`, that file, a hub id, or a live model. If it is given,
-        names that match no module, shapes that do not fit and modules that PEFT cannot adapt are found.
+        the check also finds names that match no module, shapes that do not fit, and modules that PEFT cannot
+        adapt.
 
     Returns
     -------
@@ -82,7 +83,7 @@ def check(
     FormatError, OSError
         If the adapter cannot be read, so that no runtime loads it.
     ValueError
-        If a runtime is unknown, or the modules of the base model are.
+        If a runtime is unknown, or the base model's modules are unknown.
 
     Notes
     -----
@@ -106,16 +107,16 @@ def check(
     """
     selected = list(RUNTIMES) if runtimes is None else list(runtimes)
     if unknown := [name for name in selected if name not in RUNTIMES]:
-        raise ValueError(f"no runtime {unknown[0]!r}: choose among {', '.join(RUNTIMES)}")
+        raise ValueError(f"unknown runtime {unknown[0]!r}: choose among {', '.join(RUNTIMES)}")
     stored = read_as_stored(folder)
     model = None if base is None else BaseModel.of(base, stored.adapter.modules)
     found = Found(stored, model)
-    spoiled = not_finite(stored.tensors)
-    return [_verdict(RUNTIMES[name], found, spoiled) for name in RUNTIMES if name in selected]
+    non_finite = not_finite(stored.tensors)
+    return [_verdict(RUNTIMES[name], found, non_finite) for name in RUNTIMES if name in selected]
 
 
-def _verdict(runtime: Runtime, a: Found, spoiled: Sequence[tuple[str, str]]) -> Verdict:
-    """Return the verdict about an adapter in one runtime; `spoiled` are tensors that are not finite."""
+def _verdict(runtime: Runtime, a: Found, non_finite: Sequence[tuple[str, str]]) -> Verdict:
+    """Return the verdict about an adapter in one runtime; `non_finite` are tensors that are not finite."""
     if other := _other_format(runtime, a):
         return Verdict(runtime.name, "refuses", other, version=runtime.version, reads_format=False)
     missed = runtime.misses(a)
@@ -128,7 +129,7 @@ def _verdict(runtime: Runtime, a: Found, spoiled: Sequence[tuple[str, str]]) -> 
     ]
     factors = (min(ratios, default=1.0), max(ratios, default=1.0))
     reasons = [
-        *_not_numbers(spoiled),
+        *_not_numbers(non_finite),
         *_not_found(missed, len(a.modules)),
         *_scaled([ratio for ratio in ratios if ratio]),
         *runtime.loses(a),
@@ -144,7 +145,7 @@ def _other_format(runtime: Runtime, a: Found) -> str:
         return ""
     return {
         "folders": "reads PEFT folders only",
-        "image files": "reads files of image adapters only, no PEFT folders",
+        "image files": "reads files of image adapters only, not PEFT folders",
         "neither": "reads files of its own format only",
     }[runtime.reads]
 
@@ -169,14 +170,14 @@ def _not_found(missed: dict[str, str], count: int) -> Iterable[str]:
         yield f"leaves out {all_of} {count} modules without an error: {next(iter(missed.values()))}"
 
 
-def _not_numbers(spoiled: Sequence[tuple[str, str]]) -> Iterable[str]:
+def _not_numbers(non_finite: Sequence[tuple[str, str]]) -> Iterable[str]:
     """Yield a reason if tensors hold values that are not finite."""
-    if spoiled:
-        key, value = spoiled[0]
+    if non_finite:
+        key, value = non_finite[0]
         owner, found, rest = key.removeprefix(PREFIX).rpartition(".lora_")
         factor = rest.removesuffix(".weight")
         named = f"lora_{factor} of {owner}" if found else key
-        others = f", and {len(spoiled) - 1} other tensors hold such values" if len(spoiled) > 1 else ""
+        others = f", and {len(non_finite) - 1} other tensors hold such values" if len(non_finite) > 1 else ""
         yield f"computes NaN, because {named} holds {value}{others}"
 
 
@@ -192,7 +193,7 @@ def _scaled(ratios: Sequence[float]) -> Iterable[str]:
 
 
 def right_profile(runtimes: Sequence[str] | None = None) -> Profile:
-    """Return the first profile that every runtime loads right by its scale.
+    """Return the first profile whose files every runtime scales right.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Assembles a source from the tensors of a checkpoint, with the names of the loaded model."""
+"""Assembles a source from the tensors of a checkpoint, under the names that the loaded model gives them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StoredTensors(Protocol):
         ...
 
     def shared_with(self, name: str) -> str | None:
-        """Return the first tensor of the same memory and shape; None for the first one itself."""
+        """Return the name of the first tensor with the same memory and shape; None if this is the first."""
         ...
 
     def are_equal(self, a: str, b: str) -> bool:
@@ -63,9 +63,9 @@ def assemble(
     label: str,
     tensors: StoredTensors,
     config: ModelConfig,
-    ask: Callable[[Mapping[str, tuple[int, ...]]], Description | Unknown],
+    describe: Callable[[Mapping[str, tuple[int, ...]]], Description | Unknown],
 ) -> Source:
-    """Open a source over a checkpoint's tensors.
+    """Open a source that reads a checkpoint's tensors.
 
     Parameters
     ----------
@@ -75,13 +75,13 @@ def assemble(
         The tensors of the checkpoint.
     config
         The model's configuration.
-    ask
+    describe
         A function that describes the model, given the shapes of the tensors that are not packed.
     """
     entries = tensors.entries()
     packing = Packing(entries, Quantization(config.quantization), tensors.content, tensors.metadata)
     plain = {name: shape for name, (_, shape) in entries.items() if packing.reason(name) is None}
-    found = ask(plain)
+    found = describe(plain)
     if isinstance(found, Unknown):
         return _by_names(label, tensors, config, packing, found)
     model, placement = found.skeleton, found.placement
@@ -94,7 +94,7 @@ def assemble(
 def _by_names(
     label: str, tensors: StoredTensors, config: ModelConfig, packing: Packing, unknown: Unknown
 ) -> Source:
-    """Open a source whose model is unknown, by names and shapes of tensors."""
+    """Open a source for an unknown model, guessing modules from the names and shapes of tensors."""
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
     finder = MatrixFinder(shapes, config, has_packed=bool(packing.codes))
@@ -132,7 +132,7 @@ def _by_skeleton(
     model: Skeleton,
     placement: Placement,
 ) -> Source:
-    """Open a source whose model is known."""
+    """Open a source for a known model."""
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
     described = {name: model.weights[to] for name, to in placement.renamed.items() if to in model.weights}
@@ -167,7 +167,7 @@ def _by_skeleton(
 
 
 def _ordered(matrices: Sequence[SourceMatrix]) -> tuple[SourceMatrix, ...]:
-    """Sort matrices by name with numbers by value: files sort block 10 before block 2."""
+    """Sort matrices by name, and numbers in names by value: files list block 10 before block 2."""
     return tuple(sorted(matrices, key=lambda matrix: naming.natural_key(matrix.info.name)))
 
 
@@ -178,7 +178,7 @@ def _sort_out(
     matrices: list[SourceMatrix],
     skipped: list[Skipped],
 ) -> None:
-    """Add a tensor's matrices to `matrices`, or the tensor with the reason to `skipped`."""
+    """Add a tensor's matrices to `matrices`, or add the tensor and the reason to `skipped`."""
     dtype, shape = tensors.entries()[name]
     found = finder.matrices(name, dtype)
     if isinstance(found, str):
@@ -197,7 +197,10 @@ def _sort_out(
 
 
 def _rows(tensors: StoredTensors, skipped: Iterable[Skipped]) -> dict[str, Callable[[], Matrix]]:
-    """Return functions that read skipped tensors, each as one row; tied and empty ones are left out."""
+    """Return functions that read skipped tensors as one row each, by name.
+
+    Tied, empty and non-float tensors are left out.
+    """
     entries = tensors.entries()
     return {
         entry.name: partial(tensors.matrix, entry.name, 1, size)
@@ -209,7 +212,7 @@ def _rows(tensors: StoredTensors, skipped: Iterable[Skipped]) -> dict[str, Calla
 
 
 def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> dict[str, str]:
-    """Return the name of the original by the name of each stored copy of a tied tensor.
+    """Map the name of each stored copy of a tied tensor to the name of the original.
 
     transformers ties two stored tensors only if they are equal.
     """
@@ -227,7 +230,7 @@ def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> di
 
 
 def _converted(tensors: StoredTensors, conversion: Conversion, model: Skeleton) -> Iterator[SourceMatrix]:
-    """Yield the matrices of parameters that are computed from several tensors when they are read."""
+    """Yield the matrices of parameters whose values are computed from several tensors on reading."""
     dtype = arrays.FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
     if dtype is None:
         return
@@ -250,7 +253,7 @@ def _computed(
     rows: int,
     cols: int,
 ) -> Matrix:
-    """Return a matrix of a converted parameter; with `part`, only the tensors of one expert are converted."""
+    """Return a matrix of a converted parameter. If `part` is given, convert only this expert's tensors."""
     import torch
 
     def fetch(name: str, expert: int | None) -> Any:

@@ -20,7 +20,7 @@ from lorank.sources.tensor_matrices import MatrixFinder
 
 
 def from_module(model: Any) -> Source:
-    """Open a source over the parameters of a live model, which stay where they are.
+    """Open a source that reads the parameters of a live model without moving them.
 
     Modules that share a parameter are tied: the first one counts, the others are skipped. Quantized weights
     are dequantized and offloaded weights are read one matrix at a time. Adapters of PEFT are left out: the

@@ -205,7 +205,7 @@ class Packing:
         yield from self._beside(packed)
 
     def _beside(self, packed: Packed) -> Iterator[str]:
-        """Yield the tensors beside codes that have the names of parts."""
+        """Yield the names of the tensors that accompany the codes of a packed weight."""
         prefixes = {packed.weight}
         if packed.module and packed.module != packed.weight:
             prefixes.add(f"{packed.module}.")

@@ -108,7 +108,7 @@ def _contents(names: Collection[str], expected: str) -> str:
 
 
 def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
-    """Return the name in the base model by the stored name of each tensor; leave out those of adapters.
+    """Map the stored names of the base model's tensors to their names in the model; leave out adapters.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
 
 def exclusion_reason(name: str) -> str:
     """Return the reason why `base_tensors` does not return a tensor."""
-    return "trained by PEFT beside the base weight" if _COPY.search(name) else "a factor of an adapter"
+    return "a copy of a base weight that PEFT trained" if _COPY.search(name) else "a factor of an adapter"
 
 
 def check_adapter_folder(path: Path) -> None:
@@ -171,7 +171,7 @@ def _method(name: str) -> str | None:
 
 
 def _owners(names: Iterable[str]) -> dict[str, str]:
-    """Return the kind of the adapter by the name of each module with factors."""
+    """Map the name of each module with factors to the kind of its adapter."""
     found: dict[str, str] = {}
     for name in names:
         for key, kind in _ADAPTERS.items():

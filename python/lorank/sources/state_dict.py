@@ -30,7 +30,7 @@ _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
-    """Open a source over arrays that stay where they are.
+    """Open a source that reads arrays without moving them.
 
     Tensors that share memory and shape are tied: the first one counts, the others are skipped.
     """
@@ -40,7 +40,7 @@ def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
 
 
 class StoredArrays:
-    """Arrays and tensors of a mapping, by their names without PEFT; values stay where they are.
+    """Arrays and tensors of a mapping, by their names without PEFT. Values are not moved.
 
     Raises
     ------
@@ -118,7 +118,7 @@ class StoredArrays:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The metadata of the files: empty, as arrays have none."""
+        """The metadata of the files: empty, because arrays have no metadata."""
         return {}
 
 

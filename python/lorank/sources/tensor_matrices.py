@@ -57,7 +57,7 @@ class MatrixFinder:
     described
         The parameter of the skeleton that a tensor is loaded into, by the name of the tensor.
     has_packed
-        True if some weights are packed, under other names than those of plain weights.
+        True if some weights are packed. The names of packed weights differ from those of plain weights.
     """
 
     def __init__(

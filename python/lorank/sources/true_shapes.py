@@ -137,7 +137,7 @@ def quanto(packed: Packed) -> Shape | None:
 
 
 def aqlm(packed: Packed) -> Shape | None:
-    """Return the shape by the size of groups of values in the codebooks."""
+    """Compute the shape from the size of groups of values in the codebooks."""
     books, codes = packed.find("{m}.codebooks"), packed.codes.shape
     if books is None or len(books.shape) != 4 or len(codes) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Changes of rank under `torch.distributed`: equal numbers in all processes, and a new gradient reducer."""
+"""Keeps the processes of `torch.distributed` equal when ranks change, and rebuilds the gradient reducer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def averaged(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [part.view_as(tensor).to(tensor.device) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def of_first_process(values: Sequence[float], device: Any) -> list[float]:
-    """Return the numbers of the first process; those of other processes may differ in the last bits."""
+def first_process_values(values: Sequence[float], device: Any) -> list[float]:
+    """Return the first process's values in every process; each process's own may differ in the last bits."""
     if not _is_distributed():
         return list(values)
     shared = torch.tensor(values, dtype=torch.float64, device=device)
@@ -37,17 +37,23 @@ def _is_distributed() -> bool:
     return bool(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
-def agree(factor: FactorChange, wrappers: Sequence[Any]) -> None:
-    """Take over the tensors of the first process; decompositions may differ in the last bits or in signs."""
+def broadcast_factor(factor: FactorChange, wrappers: Sequence[Any]) -> None:
+    """Broadcast a factor's new tensors from the first process of each wrapper.
+
+    Decompositions in different processes may differ in the last bits or in signs.
+    """
     for wrapper in wrappers:
         first = dist.get_global_rank(wrapper.process_group, 0)
-        for tensor in (factor.values, factor.of_values, factor.of_gradients):
+        for tensor in (factor.values, factor.value_coefficients, factor.gradient_coefficients):
             if tensor is not None:
                 dist.broadcast(tensor, first, wrapper.process_group)
 
 
 def rebuild_reducer(wrapper: Any) -> None:
-    """Give a DistributedDataParallel wrapper the new shapes, by the steps of its own unpickling."""
+    """Rebuild the gradient reducer of a DistributedDataParallel wrapper for the new shapes.
+
+    The steps are those of `DistributedDataParallel.__setstate__`.
+    """
     parameters, is_sparse = wrapper._build_params_for_reducer()
     names = wrapper._build_debug_param_to_name_mapping(parameters)
     wrapper._ddp_init_helper(parameters, is_sparse, names, wrapper.static_graph)

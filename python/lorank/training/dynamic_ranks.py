@@ -24,7 +24,7 @@ from lorank.profiling.targets import FoundTargets, named_targets
 from lorank.report.gradients import GradientReport, ModuleGradients
 from lorank.sources import live
 from lorank.training import optimizer_state
-from lorank.training.data_parallel import of_first_process
+from lorank.training.data_parallel import first_process_values
 from lorank.training.gradient_scores import GradientScores
 from lorank.training.gradient_window import GradientWindow
 from lorank.training.layers import check_trained, lora_layers
@@ -94,8 +94,8 @@ class DynamicRanks:
     -----
     Gradients of micro-batches add up until `step`, so that accumulated micro-batches count as one batch.
     Under `torch.distributed`, sketches are averaged over processes, and all processes use the ranks of the
-    first one. If no gradient reaches any module in a window, ranks stay as they are, with one warning for
-    the training.
+    first one. If no gradient reaches any module in a window, ranks do not change, and the first such window
+    of a training causes a warning.
 
     An open window needs memory for ``modules * window * k^2`` numbers, for the projections, and, until the
     loss of a batch is freed, for the projected inputs and for the outputs of modules before the first
@@ -207,7 +207,7 @@ class DynamicRanks:
         Returns
         -------
         RankUpdate or None
-            The change; None if ranks stay as they are.
+            The change; None if ranks do not change.
 
         Raises
         ------
@@ -244,8 +244,8 @@ class DynamicRanks:
         FormatError
             If the state is damaged or of another kind.
         ValueError
-            If the ranks of the state differ from the model's, or the sketches of an open window have another
-            size than the option `sketch`.
+            If the ranks of the state differ from those in the model, or the size of an open window's sketches
+            differs from the option `sketch`.
         """
         loaded = GardState.from_dict(state)
         if loaded.sketches and loaded.sketch != self._window.size:
@@ -319,7 +319,7 @@ class DynamicRanks:
 
     def _shared(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """Return the first process's ranks."""
-        shared = of_first_process([float(rank) for rank in ranks.values()], self._window.device)
+        shared = first_process_values([float(rank) for rank in ranks.values()], self._window.device)
         return {name: int(rank) for name, rank in zip(ranks, shared, strict=True)}
 
     def _check_optimizer(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from lorank.profiling.gradients import gradient_row
 from lorank.profiling.targets import Target
 from lorank.report.gradients import ModuleGradients
-from lorank.training.data_parallel import of_first_process
+from lorank.training.data_parallel import first_process_values
 
 
 class GradientScores:
@@ -51,7 +51,7 @@ class GradientScores:
             gradient_row(target, [sketches[index] for sketches in steps], self._energy)
             for index, target in enumerate(self._targets)
         ]
-        shared = of_first_process([row.effective_rank for row in rows], device)
+        shared = first_process_values([row.effective_rank for row in rows], device)
         return [replace(row, effective_rank=value) for row, value in zip(rows, shared, strict=True)]
 
     def smooth(self, rows: Sequence[ModuleGradients]) -> list[ModuleGradients]:

@@ -53,7 +53,7 @@ def _check_wrapping(model: Any) -> None:
 
 
 def by_layer(values: Mapping[str, Any], layers: Mapping[str, AdaptedLayer], argument: str) -> dict[str, Any]:
-    """Return the values by the names of the layers.
+    """Map the names of layers to the values that a user gave.
 
     Parameters
     ----------

@@ -128,8 +128,8 @@ def _rates(layers: Mapping[str, AdaptedLayer], lr: float, rule: str) -> dict[str
     """Return the learning rate of each module."""
     strength, multiplier = _RULES[rule]
     strengths = {name: strength(layer) for name, layer in layers.items()}
-    if idle := [name for name, value in strengths.items() if not value]:
-        raise ValueError(f"module {idle[0]!r} has scaling 0: rule='scale' cannot give it a learning rate")
+    if unscaled := [name for name, value in strengths.items() if not value]:
+        raise ValueError(f"module {unscaled[0]!r} has scaling 0: rule='scale' cannot give it a learning rate")
     mean = sum(strengths.values()) / max(len(strengths), 1)
     # Rounded, so that rates that differ by rounding errors share a group.
     return {name: float(f"{lr * multiplier(mean / value):.{_DIGITS}g}") for name, value in strengths.items()}

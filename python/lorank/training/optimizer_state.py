@@ -1,13 +1,13 @@
-r"""The state of an optimizer for a LoRA factor, carried over to another rank.
+r"""Converts an optimizer's state for a LoRA factor to another rank.
 
 A factor changes along its rank axis only. Shrinking changes the basis: ``A' = T_A A`` and ``B' = B T_B`` with
 ``T_A T_B = I``. Gradients become ``T_B^T dA`` and ``dB T_A^T``. First moments are averages of gradients and
 transform exactly like them. Second moments transform with the squares of the coefficients, which is exact if
 the gradients of different ranks are uncorrelated, and an approximation otherwise.
 
-New ranks start with a first moment of zero and the mean second moment of the other ranks. Step counters stay,
-so that Adam no longer corrects the bias of moments that start at zero: second moments of zero would make the
-first steps several times as long as the learning rate.
+New ranks start with a first moment of zero and the mean second moment of the other ranks. Step counters are
+kept, so Adam does not correct the bias of moments that start at zero. With second moments of zero, the first
+steps would therefore be several times as long as the learning rate.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ class FactorChange:
         The new rank.
     values
         Values of the factor at the new rank.
-    of_values, of_gradients
+    value_coefficients, gradient_coefficients
         Coefficients ``(kept, old rank)`` of the new basis, for values and for gradients; None if all old
-        ranks stay. Ranks after the kept ones are new.
+        ranks are kept. The first `kept` ranks are in this basis, the others are new.
     """
 
     parameter: torch.nn.Parameter
     axis: int
     rank: int
     values: torch.Tensor
-    of_values: torch.Tensor | None = None
-    of_gradients: torch.Tensor | None = None
+    value_coefficients: torch.Tensor | None = None
+    gradient_coefficients: torch.Tensor | None = None
 
     def gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a gradient, or an average of gradients, at the new rank."""
-        return self._extended(self._kept(tensor, self.of_gradients), tensor.new_zeros(()))
+        return self._extended(self._kept(tensor, self.gradient_coefficients), tensor.new_zeros(()))
 
     def mean_square(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return an average of squared gradients at the new rank; new ranks get the mean of the others."""
-        kept = self._kept(tensor, _squared(self.of_gradients))
+        kept = self._kept(tensor, _squared(self.gradient_coefficients))
         return self._extended(kept, kept.mean(self.axis, keepdim=True))
 
     def sum_of_squares(self, tensor: torch.Tensor, start: float) -> torch.Tensor:
         """Return a sum of squared gradients at the new rank; new ranks get `start`."""
-        kept = self._kept(tensor, _squared(self.of_gradients))
+        kept = self._kept(tensor, _squared(self.gradient_coefficients))
         return self._extended(kept, tensor.new_full((), start))
 
     def largest_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return an upper bound of gradients at the new rank, by the triangle inequality."""
-        coefficients = None if self.of_gradients is None else self.of_gradients.abs()
+        """Return an upper bound on absolute gradients at the new rank, by the triangle inequality."""
+        coefficients = None if self.gradient_coefficients is None else self.gradient_coefficients.abs()
         return self._extended(self._kept(tensor, coefficients), tensor.new_zeros(()))
 
     def mean_squared_step(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return an average of squared steps at the new rank; new ranks get the mean of the others."""
-        kept = self._kept(tensor, _squared(self.of_values))
+        kept = self._kept(tensor, _squared(self.value_coefficients))
         return self._extended(kept, kept.mean(self.axis, keepdim=True))
 
     def _kept(self, tensor: torch.Tensor, coefficients: torch.Tensor | None) -> torch.Tensor:
@@ -83,15 +83,14 @@ class FactorChange:
         return torch.cat([kept, new.expand(shape)], self.axis)
 
     def apply(self) -> None:
-        """Set the parameter's new values in place, and bring its pending gradient to the new rank.
+        """Set the parameter's new values in place, and convert its pending gradient to the new rank.
 
         The parameter stays the same object, so that optimizers, gradient scalers and hooks stay valid.
         """
         parameter, gradient = self.parameter, self.parameter.grad
         parameter.grad = None
-        # A graph that is still alive, such as that of the last loss, holds the node that accumulates the
-        # parameter's gradient, and the node rejects other shapes. A change of the element type makes torch
-        # create a new node.
+        # The graph of the last loss may still hold the node that accumulates the parameter's gradient, and
+        # this node rejects other shapes. After a change of the element type, torch creates a new node.
         other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
         if parameter.device.type == "mps":
             other = torch.float16 if parameter.dtype == torch.float32 else torch.float32
@@ -107,7 +106,7 @@ def _squared(coefficients: torch.Tensor | None) -> torch.Tensor | None:
 
 _Carry = Callable[[FactorChange, torch.Tensor], torch.Tensor]
 
-# By the keys of torch.optim, which other packages share.
+# The conversion of each state tensor, by its key in torch.optim. Other packages use the same keys.
 _RULES: dict[str, _Carry] = {
     "exp_avg": FactorChange.gradient,  # Adam, AdamW, Adamax, NAdam, RAdam, Lion
     "momentum_buffer": FactorChange.gradient,  # SGD, RMSprop, Muon
@@ -115,10 +114,10 @@ _RULES: dict[str, _Carry] = {
     "exp_avg_sq": FactorChange.mean_square,
     "max_exp_avg_sq": FactorChange.mean_square,  # amsgrad
     "square_avg": FactorChange.mean_square,  # RMSprop, Adadelta
-    "exp_inf": FactorChange.largest_gradient,  # Adamax: a maximum, correct after one step from zero
+    "exp_inf": FactorChange.largest_gradient,  # Adamax: a maximum; correct one step after it starts at zero
     "acc_delta": FactorChange.mean_squared_step,  # Adadelta
 }
-# Adagrad's sum of squares, which starts at an option of the optimizer.
+# The key of Adagrad's sum of squares. Its initial value is an option of the optimizer.
 _SUM = "sum"
 
 
@@ -138,7 +137,7 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def check(optimizer: Any, factors: Mapping[str, Sequence[torch.nn.Parameter]]) -> None:
-    """Check that the optimizer's state can be carried over to other ranks.
+    """Check that the optimizer's state can be converted to other ranks.
 
     Parameters
     ----------
@@ -150,7 +149,7 @@ def check(optimizer: Any, factors: Mapping[str, Sequence[torch.nn.Parameter]]) -
     Raises
     ------
     NotImplementedError
-        If the state of a parameter has a tensor under an unknown key, or of another shape than the parameter.
+        If a parameter's state has a tensor with an unknown key, or a tensor of a different shape.
     ValueError
         If a parameter is trained, but not by this optimizer.
     """
@@ -167,22 +166,22 @@ def check(optimizer: Any, factors: Mapping[str, Sequence[torch.nn.Parameter]]) -
                 _check_state(label, module, parameter, optimizer.state.get(parameter, {}))
             elif parameter.requires_grad:
                 raise ValueError(
-                    f"module {module!r}: {label} does not hold its factors: the optimizer belongs to another "
-                    "model, or holds copies of the parameters, as DeepSpeed's optimizers do"
+                    f"module {module!r}: {label} does not hold the module's factors: the optimizer belongs "
+                    "to another model, or holds copies of the parameters, as DeepSpeed's optimizers do"
                 )
 
 
 def _check_state(label: str, module: str, parameter: torch.nn.Parameter, state: Mapping[str, Any]) -> None:
-    """Raise NotImplementedError for state of a parameter that no rule can carry over."""
+    """Raise NotImplementedError for state of a parameter that no rule can convert."""
     for key, value in state.items():
         is_counter = not _has_elements(value) and not isinstance(value, (list, tuple, dict))
         is_known = key in _RULES or key == _SUM
-        # torchao keeps numbers of few bits in subclasses, which cannot be cut or extended along an axis.
+        # torchao stores low-bit states in tensor subclasses, which cannot be cut or extended along an axis.
         is_plain = type(value) is torch.Tensor and value.shape == parameter.shape
         if not is_counter and not (is_known and is_plain):
             raise NotImplementedError(
                 f"module {module!r}: the state {key!r} of {label} cannot be carried over to another rank: "
-                "lorank has no rule for its values; use another optimizer"
+                "lorank has no rule for this state; use another optimizer"
             )
 
 
@@ -192,7 +191,7 @@ def _has_elements(value: Any) -> bool:
 
 
 def carry(optimizer: Any, change: FactorChange) -> None:
-    """Bring the state of a parameter to its new rank; call it before `FactorChange.apply`."""
+    """Convert the state of a parameter to the new rank. Call this before `FactorChange.apply`."""
     state = optimizer.state.get(change.parameter, {})
     for key, value in state.items():
         if not _has_elements(value):

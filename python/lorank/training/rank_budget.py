@@ -68,7 +68,7 @@ class RankBudget:
         # A module cannot use more ranks than the shorter side of its matrix, but it may have them already.
         caps = np.array([min(module.shape) for module in self._modules])
         most = np.maximum(np.minimum(now + reach, caps).clip(max=r_max), least)
-        # Ranks at their upper bounds cost this much: a larger budget has no use.
+        # The cost of ranks at their upper bounds. A larger budget cannot be used.
         usable = int(most @ costs)
         found = fit_ranks(
             signal.scores,

@@ -23,7 +23,7 @@ from lorank.adapters.live.layers import AdaptedLayer
 from lorank.allocation.budget import is_integer
 from lorank.peft_format.initialization import check_config
 from lorank.training import optimizer_state
-from lorank.training.data_parallel import agree, rebuild_reducer
+from lorank.training.data_parallel import broadcast_factor, rebuild_reducer
 from lorank.training.layers import by_layer, check_layer, check_ties, lora_layers
 from lorank.training.optimizer_state import FactorChange
 from lorank.training.truncation import new_ranks, truncated
@@ -169,7 +169,7 @@ def resize_lora(
     wrappers = data_parallel_wrappers(model)
     for name, (_, factors) in plans.items():
         for factor in factors:
-            agree(factor, wrappers)
+            broadcast_factor(factor, wrappers)
             if inner is not None:
                 optimizer_state.carry(inner, factor)
             factor.apply()

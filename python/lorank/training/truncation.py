@@ -25,7 +25,7 @@ class Truncation:
     A, B
         The new factors, ``A' = of_a A (k, in)`` and ``B' = B of_b^T (out, k)``.
     of_a, of_b
-        Coefficients ``(k, r)`` of the new factors in the old ones, with ``of_a of_b^T = I``.
+        Coefficients ``(k, r)`` that combine the old ranks into the new ranks, with ``of_a of_b^T = I``.
     dropped
         Singular values of ``B A`` after the first `k`, descending.
     """

@@ -53,7 +53,7 @@ class Place:
     weights
         The name of the file of tensors within the folder.
     is_alone
-        True if only the file of tensors is written, as the folder is not the adapter's own.
+        True if only the file of tensors is written, because the folder may hold other files.
     address
         The path by which the adapter is read again.
     """
@@ -85,7 +85,7 @@ class AdapterFormat(ABC):
     card_entries
         Lines of a model card's front matter.
     carried_remark
-        A sentence of the card on tensors beside factors; empty if there is none.
+        A sentence of the card on tensors other than factors; empty if there is none.
     """
 
     name: ClassVar[Format]
@@ -161,7 +161,7 @@ class AdapterFormat(ABC):
 
     @abstractmethod
     def settings_files(self, adapter: AdapterContent, profile: Profile) -> dict[str, str]:
-        """Return the text of every file of settings beside the tensors, by name."""
+        """Return the text of every settings file, by file name."""
 
     @abstractmethod
     def readers(self, profile: Profile) -> str:

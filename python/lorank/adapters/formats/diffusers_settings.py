@@ -1,4 +1,4 @@
-"""The settings in the metadata of diffusers' files: those of PEFT, for each part of a pipeline."""
+"""PEFT's settings in the metadata of diffusers' files, for each part of a pipeline."""
 
 from __future__ import annotations
 

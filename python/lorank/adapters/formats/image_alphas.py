@@ -1,4 +1,4 @@
-"""Alphas of an image file that give the same update in every program that reads it.
+"""Alphas of an image adapter that give the same update in every program that reads it.
 
 Programs scale a module by ``alpha / rank`` of its tensors, and by 1 where there is no alpha (kohya's scripts,
 ComfyUI, diffusers 0.42). Diffusers has further rules:

@@ -1,4 +1,4 @@
-"""The keys of image files: factors, biases and alphas of kohya's scripts, diffusers and ComfyUI."""
+"""The keys of image adapters: factors, biases and alphas of kohya's scripts, diffusers and ComfyUI."""
 
 from __future__ import annotations
 

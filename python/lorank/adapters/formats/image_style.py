@@ -1,4 +1,4 @@
-"""The spelling of an image file's keys and metadata, as data."""
+"""The spelling of an image adapter's keys and metadata, as data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorank.adapters.formats.diffusers_settings import PartSettings
 
 @dataclass(frozen=True, slots=True)
 class ImageStyle:
-    """The spelling of an image file's keys and metadata.
+    """The spelling of an image adapter's keys and metadata.
 
     Attributes
     ----------

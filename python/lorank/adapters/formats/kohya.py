@@ -150,7 +150,7 @@ def _only_safetensors(folder: Path) -> Path:
 
 
 def _needed(adapter: AdapterContent) -> set[str]:
-    """Return the modules with any tensor beside their factors: readers look for that beside factors."""
+    """Return the modules with further tensors, which readers look for only in modules with factors."""
     names = adapter.modules.keys()
     others = {name for key in adapter.carried for name in carried_tensors.starts(key) if name in names}
     return carried_tensors.with_own_tensors(adapter) | others

@@ -1,4 +1,4 @@
-"""Reads the modules of an image file; their factors stay on disk."""
+"""Reads the modules of an image adapter's file; the factors stay on disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lorank.modules.weight import Kind
 from lorank.peft_format.names import BIAS, PREFIX
 from lorank.sources import arrays
 
-# Methods whose update is not a product of two factors, by the ends of their keys.
+# Methods whose update is not a product of two factors, by the ends of their tensors' keys.
 _OTHER_METHODS = {
     re.compile(rf".*{ending}"): method
     for ending, method in {
@@ -44,12 +44,12 @@ _ALPHAS_IN_METADATA = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha
 
 
 def read(tensors: Tensors) -> AdapterContent:
-    """Read an adapter over a file's tensors.
+    """Read an adapter from a file's tensors, without the values of the factors.
 
     Raises
     ------
     FormatError
-        If the file belongs to another method, which is named, or its factors do not fit each other.
+        If the file is of another method (the message gives its name), or factors do not fit each other.
     """
     found = _Found.of(tensors)
     settings = PartSettings.of(tensors.label, tensors.metadata)
@@ -66,7 +66,7 @@ def read(tensors: Tensors) -> AdapterContent:
     return AdapterContent(
         {module.name: module for module in modules},
         carried={key: tensors.stored(key) for key in found.others},
-        notes=[*found.notes(), *_silent_alpha(tensors.metadata, found.alphas, settings, modules)],
+        notes=[*found.notes(), *_alpha_without_tensor(tensors.metadata, found.alphas, settings, modules)],
         format="kohya",
         label=tensors.label,
         is_spectral=SPECTRAL_KEY in tensors.metadata,
@@ -94,15 +94,15 @@ class _Found:
             raise FormatError(f"{tensors.label}: holds no LoRA factors (lora_up/lora_down, lora_A/lora_B)")
         if any(name.startswith(PREFIX) for name in modules):
             raise FormatError(
-                f"{tensors.label}: has the names of PEFT but no adapter_config.json beside it, or was named "
-                "without its folder: give the folder that holds both, or the scale of the update is unknown"
+                f"{tensors.label}: has the names of PEFT, whose scale is in adapter_config.json: give the "
+                "folder that holds both files"
             )
         alphas = image_keys.alphas(tensors, others, modules.keys())
         used = set(alphas.values())
         return cls(modules, alphas, [key for key in others if key not in used])
 
     def notes(self) -> list[str]:
-        """Describe the normalised keys, and the tensors that are kept as they are."""
+        """Return notes on keys that saving changes, and on tensors that are kept unchanged."""
         magnitudes = carried.magnitudes(self.others, self.modules.keys())
         lost = [key for key in self.others if image_keys.is_alpha(key)]
         added = [key for key in self.others if carried.is_added(key)]
@@ -110,16 +110,16 @@ class _Found:
         notes = [dora_note(len(magnitudes))] if magnitudes else []
         if lost:
             notes.append(
-                f"{len(lost)} alphas belong to no module with factors and were not applied, the first is "
+                f"{len(lost)} alphas were not applied, because their modules have no factors; the first is "
                 f"{lost[0]}"
             )
         if unusual := [key for name, key in self.alphas.items() if key != alpha_key(name)]:
             notes.append(
-                f"{len(unusual)} alphas with unusual names were folded into the factors, the first was "
-                f"{unusual[0]}: programs that do not know the name scaled these modules by 1"
+                f"{len(unusual)} alphas with unusual names were folded into the factors; the first was "
+                f"{unusual[0]}. Programs that do not read such names scaled the modules by 1"
             )
         if added:
-            notes.append(f"{len(added)} full differences lie beside the factors, the first is {added[0]}")
+            notes.append(f"the file also holds {len(added)} full differences; the first is {added[0]}")
         if rest:
             notes.append(f"{rest} tensors that are not factors are kept as they are")
         if any("mid" in keys.factors for keys in self.modules.values()):
@@ -127,21 +127,21 @@ class _Found:
         return notes
 
 
-def _silent_alpha(
+def _alpha_without_tensor(
     metadata: Mapping[str, str],
     alphas: Mapping[str, str],
     settings: PartSettings,
     modules: Sequence[LoraModule],
 ) -> list[str]:
-    """Describe an alpha that the metadata name and no tensor holds."""
+    """Return a note if the metadata give an alpha and no tensor holds one."""
     key = next((key for key in _ALPHAS_IN_METADATA if key in metadata), None)
     if key is None or alphas or settings.parts:
         return []
     if metadata[key] in {f"{module.rank}" for module in modules} | {f"{module.rank}.0" for module in modules}:
         return []
     return [
-        f"metadata name {key} = {metadata[key][:20]}, but no tensor holds an alpha: the scale 1 was taken, "
-        "and the entry is not written again"
+        f"the metadata give {key} = {metadata[key][:20]}, but no tensor holds an alpha: the scale 1 was "
+        "used, and saving drops the entry"
     ]
 
 
@@ -177,7 +177,7 @@ def _module(
 def _shapes(
     tensors: Tensors, name: str, keys: Mapping[str, str]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
-    """Return the shapes of A, B and mid, which fit each other; None for a module without mid."""
+    """Return the shapes of A, B and mid after checking that they fit; the shape of a missing mid is None."""
 
     def fail(reason: str) -> NoReturn:
         raise FormatError(f"{tensors.label}: module {name!r}: {reason}")
@@ -198,7 +198,7 @@ def _shapes(
 
 
 def _scaling(tensors: Tensors, name: str, rank: int, alpha: str | None, settings: PartSettings) -> float:
-    """Return the scaling that a module's alpha or the settings in the metadata give; 1 without both."""
+    """Return a module's scaling from its alpha, or else from the metadata's settings; 1 without either."""
     if alpha is not None:
         return tensors.number(alpha) / rank
     stated = settings.rank_and_scaling(name)
@@ -213,7 +213,7 @@ def _scaling(tensors: Tensors, name: str, rank: int, alpha: str | None, settings
 
 
 def _bias(tensors: Tensors, name: str, key: str, outputs: int) -> np.ndarray[Any, Any]:
-    """Read the bias that is added to the output of B, and scaled with it."""
+    """Read the bias that is added to the output of B before scaling."""
     shape = tensors.shapes()[key]
     if shape != (outputs,):
         raise FormatError(

@@ -154,8 +154,8 @@ def _weights(folder: Path) -> Tensors:
 def _needed(adapter: AdapterContent) -> set[str]:
     """Return the modules whose layer is needed even at rank 0.
 
-    Beside modules with tensors of their own, these are modules that contain another adapted module (its name
-    leads through their layer), and modules whose table is saved: vLLM and llama.cpp skip
+    These are modules with tensors of their own, modules that contain another adapted module (whose name
+    includes the outer layer), and modules whose table is saved: vLLM and llama.cpp skip
     ``X.base_layer.weight`` and refuse ``X.weight``.
     """
     layers = {

@@ -1,4 +1,4 @@
-"""Factors of PEFT's files that follow from the stored tensors: those of stacks, and of AdaLoRA."""
+"""Computes factors from the stored tensors of a PEFT file, for stacks of experts and for AdaLoRA."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lorank.sources import arrays
 class StackFactors:
     """The factors of a stack of experts.
 
-    The stored A is ``(experts * r, in)``, with experts slowest, and B is ``(out, r * experts)``, with experts
-    fastest.
+    The stored A is ``(experts * r, in)``; the expert index varies slowest. The stored B is
+    ``(out, r * experts)``; the expert index varies fastest.
 
     Attributes
     ----------
     stored
-        The stored tensors.
+        A and B of all experts, as stored.
     copies
         Number of experts.
     is_swapped
@@ -40,7 +40,7 @@ class StackFactors:
 
 @dataclass(frozen=True, slots=True)
 class AdaLoraFactors:
-    """The factors ``B (E * A)`` of AdaLoRA, with a value for each rank.
+    """The factors ``B (E * A)`` of AdaLoRA, where E holds a value for each rank.
 
     Attributes
     ----------

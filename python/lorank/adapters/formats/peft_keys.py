@@ -1,4 +1,4 @@
-"""The keys of a PEFT file: those of factors to write, and those of a file by their roles."""
+"""The keys of a PEFT file: makes keys for factors to write, and sorts the keys of a file by role."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remarks on an adapter in PEFT's format: what was normalised on reading, and what is carried untouched."""
+"""Notes on an adapter in PEFT's format: settings changed on reading, and tensors that are kept unchanged."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def of_settings(
     if config.get("use_dora") or magnitudes:
         notes.append(dora_note(len(magnitudes)))
     if without := without_magnitude(config, carried, names):
-        notes.append(f"DoRA: {len(without)} modules have no magnitude vector, the first is {without[0]}")
+        notes.append(f"DoRA: {len(without)} modules have no magnitude vector; the first is {without[0]}")
     if others := len(carried) - len(magnitudes):
         notes.append(f"{others} tensors that are not factors are kept as they are")
     return notes

@@ -163,7 +163,7 @@ class _Reader:
 
     def module(self) -> LoraModule:
         if "E" in self.keys:
-            self._fail("has lora_E, which is AdaLoRA's, but the settings say LORA")
+            self._fail("has lora_E of AdaLoRA, but peft_type is LORA in the settings")
         a_shape, b_shape = self._shapes()
         name = self.parameter.name if self.parameter else self.path
         # A projection inside a module has the rank and scale of that module.
@@ -179,8 +179,8 @@ class _Reader:
             self._fail(f"factors of shapes {list(b_shape)} and {list(a_shape)} do not fit each other")
         if a_shape[0] != rank and not self.contradictions:
             self._fail(
-                f"has rank {a_shape[0]}, but the settings say {rank}: `lorank check --fix` writes the ranks "
-                "of the tensors"
+                f"has rank {a_shape[0]}, but rank {rank} in the settings: `lorank check --fix` writes the "
+                "ranks of the tensors"
             )
         rank = a_shape[0]
         return LoraModule(

@@ -52,7 +52,7 @@ def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: b
         "target_modules": kept or linear,
         "exclude_modules": before.get("exclude_modules") if kept else _excluded(before, linear, dropped),
         "target_parameters": stacks or None,
-        # PEFT refuses dropout beside adapted parameters, which experts one by one become on loading.
+        # PEFT refuses dropout with adapted parameters, and loads single experts as adapted parameters.
         **({"lora_dropout": 0.0} if any(naming.is_in_experts(m.name) for m in modules) else {}),
         # Stacks are written as PEFT lays them out today.
         **({"peft_version": FIRST_VERSION} if stacks and is_earlier(before) else {}),

@@ -36,7 +36,7 @@ def add_adapter(live: LiveModel, adapter: AdapterContent, name: str) -> LiveMode
     Raises
     ------
     ValueError
-        If PEFT cannot add it beside the adapters that the model has.
+        If PEFT cannot combine the adapter with those that the model has.
     """
     import peft
 

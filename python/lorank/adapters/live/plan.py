@@ -1,4 +1,4 @@
-"""Plans the changes that put an adapter into a live model, before the first change is made."""
+"""Plans the changes that put an adapter into a live model, before any change is made."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lorank.adapters.stored_factors import padded_factors
 from lorank.peft_format.name_matching import KnownNames
 from lorank.peft_format.names import BIAS, INSIDE, MAGNITUDE, PREFIX, TOKENS, layer_path
 
-OTHER_NAME = "put the adapter in under a name that the model does not have yet"
+OTHER_NAME = "give the adapter a name that the model does not have yet"
 
-# Largest relative difference between the updates of tied tables, as rounding causes.
-_ALIKE = 1e-3
+# Largest relative difference between the updates of tied tables that rounding may cause.
+_TIE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Plan:
     values
         Tensors of the model with their new values.
     ties
-        Layers with the embeddings whose factors they use transposed.
+        Pairs of a layer and an embedding; the layer uses the transposed factors of the embedding.
     dropped
         Layers from which the adapter is removed.
     """
@@ -46,18 +46,18 @@ class Plan:
     dropped: list[AdaptedLayer] = field(default_factory=list)
 
     def set(self, tensor: Any, value: Any) -> None:
-        """Record a copy of a tensor's new values, which may be part of the model itself."""
+        """Record a copy of a tensor's new values, because `value` may belong to the model."""
         import torch
 
         values = torch.as_tensor(value).detach()
         self.values.append((tensor, values.to(tensor, copy=True).contiguous()))
 
     def apply(self) -> None:
-        """Make the changes."""
+        """Apply the planned changes to the model."""
         for tensor, values in self.values:
             if tensor.shape != values.shape:
                 tensor.grad = None
-            # The old values stay where they are, for adapters that were read from the model.
+            # Not overwritten in place: adapters that were read from the model share the old values.
             tensor.data = values
         for layer, source in self.ties:
             (a, b), (source_a, source_b) = layer.factors, source.factors
@@ -75,7 +75,7 @@ def planned(live: LiveModel, adapter: AdapterContent, name: str) -> Plan:
     Raises
     ------
     ValueError
-        If modules or other tensors do not fit the model's.
+        If modules or other tensors of the adapter do not fit the model.
     """
     layers = live.layers(name)
     modules = _by_layer(adapter, layers)
@@ -112,7 +112,7 @@ def _by_layer(adapter: AdapterContent, layers: Mapping[str, AdaptedLayer]) -> di
 
 
 def _set_layer(plan: Plan, layer: AdaptedLayer, module: LoraModule | None, rank: int) -> None:
-    """Plan a layer's factors and bias: zeros where the adapter has none."""
+    """Plan the values of a layer's factors and bias, with zeros where the adapter has no values."""
     a, b = layer.factors
     scaling = layer.scaling if module is None or not module.rank else module.scaling
     if module is None:
@@ -124,7 +124,7 @@ def _set_layer(plan: Plan, layer: AdaptedLayer, module: LoraModule | None, rank:
     if not kind or new_a.shape != (rank * layer.copies, *a.shape[1:]) or new_b.shape[0] != b.shape[0]:
         raise ValueError(
             f"module {layer.name!r} has factors of shapes {tuple(b.shape)} and {tuple(a.shape)} in the model "
-            f"and of {new_b.shape} and {new_a.shape} in the adapter: they belong to different models"
+            f"and of {new_b.shape} and {new_a.shape} in the adapter: the adapter belongs to another model"
         )
     plan.set(a, new_a)
     plan.set(b, new_b)
@@ -133,7 +133,9 @@ def _set_layer(plan: Plan, layer: AdaptedLayer, module: LoraModule | None, rank:
     if layer.bias is not None:
         plan.set(layer.bias, np.zeros(tuple(layer.bias.shape), np.float32) if bias is None else bias)
     elif bias is not None:
-        raise ValueError(f"module {layer.name!r} has no bias for lora_bias in the model: {OTHER_NAME}")
+        raise ValueError(
+            f"module {layer.name!r} has a bias (lora_bias) in the adapter, but not in the model: {OTHER_NAME}"
+        )
 
 
 def _tie(
@@ -153,14 +155,20 @@ def _tie(
 
 
 def _transposed(head: LoraModule) -> LoraModule:
-    """Return the update of a head as that of its embedding."""
+    """Return the transposed update of a head, as an update of its embedding."""
     factors = MatrixFactors([in_memory(head.A.T, head.B.T)] if head.rank else [])
     shape = head.shape[::-1]
     return replace(head, kind="embedding", shape=shape, factors=factors, a_tail=shape[1:], carried={})
 
 
 def _ratio(head: LoraModule, table: LoraModule) -> float:
-    """Return the factor between the updates of a head and of its embedding, which has to be one number."""
+    """Return the ratio of a head's update to the update of its embedding.
+
+    Raises
+    ------
+    ValueError
+        If the two updates are not proportional.
+    """
     b, a = (head.scaling * head.B.astype(np.float64)), head.A.astype(np.float64)
     if not table.rank:
         table_b, table_a = np.zeros((table.shape[0], 1)), np.zeros((1, table.shape[1]))
@@ -170,7 +178,7 @@ def _ratio(head: LoraModule, table: LoraModule) -> float:
     square = float(((table_a @ table_a.T) * (table_b.T @ table_b)).sum())
     norm = float(((a @ a.T) * (b.T @ b)).sum())
     ratio = product / square if square > 0 else 1.0
-    if abs(norm - ratio * product) > _ALIKE**2 * max(norm, square):
+    if abs(norm - ratio * product) > _TIE_TOLERANCE**2 * max(norm, square):
         raise ValueError(
             f"modules {table.name!r} and {head.name!r} share one update in the model, but have two "
             f"in the adapter: {OTHER_NAME}, with ensure_weight_tying=False"
@@ -179,7 +187,10 @@ def _ratio(head: LoraModule, table: LoraModule) -> float:
 
 
 def _keep_wrappers(plan: Plan, layers: Sequence[AdaptedLayer]) -> None:
-    """Keep zeros in wrappers around a parameter that stays adapted: PEFT names it by their nesting."""
+    """Keep all wrappers of a layer that has an adapted parameter, and set the unused ones to zero.
+
+    PEFT nests a layer's wrappers and derives the names of tensors from the nesting.
+    """
     dropped = {layer.name for layer in plan.dropped}
     kept = {_owner(layer) for layer in layers if layer.is_stack and layer.name not in dropped}
     for layer in [layer for layer in plan.dropped if layer.is_stack and _owner(layer) in kept]:
@@ -192,12 +203,12 @@ def _owner(layer: AdaptedLayer) -> str:
 
 
 def _set_others(plan: Plan, live: LiveModel, adapter: AdapterContent, name: str) -> None:
-    """Plan the tensors beside factors: magnitudes, saved modules, tokens, trained parts of the base model."""
-    left = {layer.name for layer in plan.dropped}
+    """Plan tensors other than factors: magnitudes, saved modules, tokens, trained parts of the base model."""
+    dropped = {layer.name for layer in plan.dropped}
     own = {
         f"{layer.path}.{MAGNITUDE}": layer.magnitude
         for layer in live.layers(name).values()
-        if layer.magnitude is not None and layer.name not in left
+        if layer.magnitude is not None and layer.name not in dropped
     }
     originals = dict(_originals(live, name))
     saved = {key.removeprefix(PREFIX): x for key, x in live_tensors.saved_modules(live, name).items()}
@@ -209,8 +220,8 @@ def _set_others(plan: Plan, live: LiveModel, adapter: AdapterContent, name: str)
         tables = [(own, short), (saved, short)]
         if not _is_saved_module(adapter, short):
             tables.append((base, short.replace(INSIDE, "")))
-        for table, wanted in tables:
-            if (found := names[id(table)].only(wanted)) in table:
+        for table, path in tables:
+            if (found := names[id(table)].only(path)) in table:
                 assert found is not None
                 _set_other(plan, key, table[found], value, is_shared=table is base)
                 originals.pop(found, None)
@@ -240,7 +251,7 @@ def _set_other(plan: Plan, key: str, tensor: Any, value: Any, *, is_shared: bool
     if tensor.shape != value.shape:
         raise ValueError(
             f"{key!r} has shape {tuple(value.shape)} in the adapter, {tuple(tensor.shape)} in the model: "
-            "they belong to different models"
+            "the adapter belongs to another model"
         )
     if is_shared and torch.equal(tensor.detach(), value.to(tensor)):
         return  # Other adapters use the base model, too.

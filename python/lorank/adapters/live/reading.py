@@ -22,7 +22,7 @@ _KNOWN_VARIANTS = ("Dora", "ALora", "MiCA", "Velora", "Monteclora")
 
 
 def from_model(model: Any, adapter_name: str) -> AdapterContent:
-    """Read an adapter over a live model's tensors; see `LoraAdapter.from_model`."""
+    """Read an adapter from a live model's tensors; see `LoraAdapter.from_model`."""
     extras.require("peft", "peft", "for live models")
     live = LiveModel.of(model)
     layers = live.layers(adapter_name)
@@ -134,5 +134,5 @@ def _noted(adapter: AdapterContent, layers: Mapping[str, AdaptedLayer]) -> Adapt
     )
     if not scaled:
         return adapter
-    note = f"{scaled} modules were scaled by hand: the scaling that the live layers apply was taken"
+    note = f"{scaled} modules were scaled by hand: the scaling of the live layers was used"
     return replace(adapter, notes=[*adapter.notes, note])

@@ -62,7 +62,7 @@ def into_model(adapter: AdapterContent, model: Any, adapter_name: str) -> None:
 
 
 def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> None:
-    """Refuse an adapter that needs other layers than those of the model."""
+    """Refuse an adapter that needs layers that the model lacks."""
     layers = live.layers(name)
     for layer in layers.values():
         if layer.is_adalora:
@@ -89,7 +89,7 @@ def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> Non
         ours, theirs = (json.dumps(plain(c.get(key)) or None) for c in (adapter.config, config))
         if ours != theirs:
             raise ValueError(
-                f"adapter {name!r} of the model has {key}={theirs}, the adapter to put in {key}={ours}: "
+                f"adapter {name!r} of the model has {key}={theirs}, the adapter to load has {key}={ours}: "
                 f"{OTHER_NAME}"
             )
 

@@ -40,5 +40,5 @@ def find(name: str) -> Registered:
     ['r_base']
     """
     if name not in METHODS:
-        raise ValueError(f"no method {name!r}: choose one of {', '.join(names())}")
+        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(names())}")
     return METHODS[name]

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @register("gard", needs="gradients")
 def gard(report: GradientReport, modules: Sequence[AdaptedModule], r_min: int, r_max: int) -> Signal:
-    """Score modules by their share of effective ranks, ``r_eff / sum(r_eff)``; needs a budget.
+    """Score modules by their share of effective ranks, ``r_eff / sum(r_eff)``.
+
+    The method needs a budget.
 
     Parameters
     ----------

@@ -17,7 +17,9 @@ from lorank.report import SpectralReport
 
 @register("stable-rank", needs="spectra")
 def stable_rank(report: SpectralReport, modules: Sequence[AdaptedModule], r_min: int, r_max: int) -> Signal:
-    """Score modules by the stable rank of their weight, ``||W||_F^2 / ||W||_2^2``; needs a budget.
+    """Score modules by the stable rank of their weight, ``||W||_F^2 / ||W||_2^2``.
+
+    The method needs a budget.
 
     Parameters
     ----------
@@ -28,9 +30,9 @@ def stable_rank(report: SpectralReport, modules: Sequence[AdaptedModule], r_min:
 
     Notes
     -----
-    The score lies between 1 and the rank of the weight, whatever the scale of the weight. A stack of experts
-    has the mean of its experts. A module without a stable rank (a zero matrix, or one without a spectrum) has
-    the score 0 and is flagged.
+    The score lies between 1 and the rank of the weight, whatever the scale of the weight. The score
+    of a stack of experts is the mean over the experts. A module without a stable rank (a zero matrix, or one
+    without a spectrum) has the score 0 and is flagged.
 
     Examples
     --------
@@ -51,5 +53,5 @@ def stable_rank(report: SpectralReport, modules: Sequence[AdaptedModule], r_min:
         if known:
             scores[index] = np.mean(known)
         if missing := len(values[module.name]) - len(known):
-            flags[module.name] = f"no stable rank of {missing} of {len(values[module.name])} matrices"
+            flags[module.name] = f"no stable rank for {missing} of {len(values[module.name])} matrices"
     return Signal(scores, None, flags)

@@ -178,7 +178,7 @@ def _block(share: float, blocks: str, ascii_only: bool) -> str:
 
 
 def _ticks(bars: int, each: int, pitch: int) -> str:
-    """Return the line of numbers under the bars, counted from 1, as many as do not overlap."""
+    """Return the line of bar numbers under the bars, from 1, without numbers that would overlap."""
     line = ""
     for bar in range(bars):
         value = 1 + bar * each

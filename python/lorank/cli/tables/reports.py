@@ -29,7 +29,7 @@ _OF_PACKED = re.compile(r"^(scale|part) of the packed weight \S+")
 
 
 def fitting(columns: Sequence[str], width: int) -> Sequence[str]:
-    """Return the first columns, as many as fit a terminal of that width beside the names, at least two."""
+    """Return the first columns that, with the names, fit a terminal of that width; at least two."""
     return columns[: max(2, (width - _NAME_WIDTH) // _COLUMN_WIDTH)]
 
 

@@ -148,7 +148,7 @@ def no_lora_biases(a: Found) -> str:
 
 
 def no_others(a: Found, but: Callable[[str], bool] = lambda _: False) -> str:
-    """Return a reason about tensors beside the factors that are not accepted; empty if there are none."""
+    """Return the reason for refusing tensors other than factors; empty if there are none."""
     others = [key for key in (*a.others, *a.base_copies) if not but(key)]
     return (
         f"reads nothing but factors, and the file holds {len(others)} other tensors: {others[0]}"
@@ -158,7 +158,7 @@ def no_others(a: Found, but: Callable[[str], bool] = lambda _: False) -> str:
 
 
 def others_lost(a: Found) -> Iterable[str]:
-    """Return a reason if the adapter has trained tensors beside the factors."""
+    """Return a reason if the adapter has trained tensors other than factors."""
     return leaves_out([*a.others, *a.lora_biases])
 
 

@@ -24,7 +24,7 @@ DEFAULT_MAX_RANK = 16
 _TABLES = ("embed_tokens", "lm_head")
 _HEADS = ("score", "classifier")
 
-# Copies of base weights that are accepted beside the factors of embeddings and heads.
+# Base weights of adapted embeddings and heads, which are accepted and ignored.
 _PASSED_OVER = tuple(f".{name}{BASE_WEIGHT}" for name in _TABLES)
 _GATES = ("gate_up_proj", "w13_weight")
 _DOWNS = ("down_proj", "w2_weight")
