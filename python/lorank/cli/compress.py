@@ -46,7 +46,10 @@ def compress(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Truncate the updates of a trained adapter to most of their energy (PARA)."""
+    """Truncate the updates of a trained adapter to most of their energy (PARA).
+
+    Exactly one of --rank-ratio, --avg-rank, --energy, --budget and --auto selects the size of the result.
+    """
     knobs = checked_knobs(
         rank_ratio=rank_ratio,
         avg_rank=avg_rank,

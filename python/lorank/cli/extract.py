@@ -54,7 +54,10 @@ def extract(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Extract a LoRA adapter from the difference of two models."""
+    """Extract a LoRA adapter from the difference of two models.
+
+    Exactly one of --avg-rank, --energy, --budget and --auto selects the size of the result.
+    """
     knobs = checked_knobs(
         _BASE_PARAMETERS,
         avg_rank=avg_rank,

@@ -58,7 +58,12 @@ def merge(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge adapters into one adapter of their weighted sum."""
+    """Merge adapters into one adapter of their weighted sum.
+
+    Exactly one of --rank-ratio, --avg-rank, --energy, --budget and --auto selects the size of the result.
+
+    --energy 1 keeps the exact sum.
+    """
     knobs = checked_knobs(
         rank_ratio=rank_ratio,
         avg_rank=avg_rank,
