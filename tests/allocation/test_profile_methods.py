@@ -25,6 +25,7 @@ def test_ranks_are_proportional_to_effective_ranks() -> None:
         ]
     )
     allocation = lorank.allocate(report, "gard", r_min=2, r_max=100, avg_rank=2 + 65 / 4)
+    assert allocation.facts.reason == "the report does not describe the model"
     assert list(allocation.ranks.values()) == [12, 22, 37, 2]
     assert list(allocation.scores.values()) == pytest.approx([1 / 6.5, 2 / 6.5, 3.5 / 6.5, 0])
     cost = sum((2 + n) * sum(shape) for n, shape in zip((10, 20, 35, 0), shapes, strict=True))

@@ -136,7 +136,7 @@ def test_check_sets_the_exit_status_and_fixes_adapters(adapter: Path, tmp_path: 
 
 def test_info_shows_ranks(adapter: Path) -> None:
     text = ok("info", adapter, "--modules")
-    assert "ranks 8 to 8" in text
+    assert ", rank 8, " in text
     assert "model.layers.1.self_attn.q_proj" in text
     content = json.loads(ok("info", adapter, "--json"))
     assert {module["rank"] for module in content["modules"]} == {8}

@@ -208,6 +208,13 @@ def test_bad_usage_is_status_two(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_unknown_columns_are_answered_with_each_known_one_once() -> None:
+    listed = run("report", "x.csv", "--sort", "beauty").stderr.partition("one of ")[2].partition(", not")[0]
+    columns = " ".join(listed.split()).split(", ")
+    assert {"name", "alpha_hill", "effective_rank", "k_star"} <= set(columns)
+    assert len(set(columns)) == len(columns)
+
+
 def test_unwritable_output_is_reported_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run("analyze", tmp_path / "missing", "-o", tmp_path / "file" / "report.json")

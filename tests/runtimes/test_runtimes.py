@@ -366,3 +366,5 @@ def test_unknown_runtime_and_missing_adapter_raise(tmp_path: Path) -> None:
         lorank.check(tmp_path, ["nobody"])
     with pytest.raises(FileNotFoundError):
         lorank.check(tmp_path / "none")
+    with pytest.raises(TypeError, match="check reads files, not a dict: save the adapter"):
+        lorank.check({})  # type: ignore[arg-type]  # The error is under test.

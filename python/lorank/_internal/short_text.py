@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 
 _LINES = 3
@@ -26,6 +26,18 @@ def counted(number: int, singular: str, plural: str = "") -> str:
     ('1 matrix', '1,200 tensors')
     """
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def spanned(values: Collection[int], noun: str) -> str:
+    """Return the least and the largest of values with their noun, or the value if all are equal.
+
+    Examples
+    --------
+    >>> spanned([8, 8], "rank"), spanned([1, 19, 4], "rank")
+    ('rank 8', 'ranks 1 to 19')
+    """
+    least, most = min(values, default=0), max(values, default=0)
+    return f"{noun} {least}" if least == most else f"{noun}s {least} to {most}"
 
 
 def listing(title: str, lines: Iterable[str], total: int, rest: str) -> str:

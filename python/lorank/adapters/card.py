@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorank._core import __version__
+from lorank._internal.short_text import counted, spanned
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Profile
 from lorank.adapters.formats.base import AdapterFormat
@@ -46,8 +47,9 @@ def text(
     ]
     lines += [f"# LoRA adapter{f' for {base}' if base else ''}", ""]
     lines += [
-        f"{len(adapter.adapted)} adapted modules, {adapter.num_parameters:,} parameters, ranks "
-        f"{_range(adapter)}. {_MARK}{__version__} in the profile `{profile}`, for {form.readers(profile)}.",
+        f"{counted(len(adapter.adapted), 'adapted module')}, {counted(adapter.num_parameters, 'parameter')}, "
+        f"{spanned([module.rank for module in adapter.adapted], 'rank')}. {_MARK}{__version__} in the profile "
+        f"`{profile}`, for {form.readers(profile)}.",
         "",
     ]
     if form.carried_remark and (adapter.carried or any(m.carried for m in adapter.modules.values())):
@@ -59,11 +61,6 @@ def text(
     if adapter.notes:
         lines += [*(f"- {note}" for note in adapter.notes), ""]
     return "\n".join(lines)
-
-
-def _range(adapter: AdapterContent) -> str:
-    ranks = [module.rank for module in adapter.adapted]
-    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
 def _certified(certificate: Certificate) -> list[str]:

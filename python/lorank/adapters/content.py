@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
+from lorank._internal.short_text import counted, spanned
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.formats.image_style import ImageStyle
 from lorank.adapters.module import LoraModule
@@ -80,9 +81,8 @@ class AdapterContent:
 
     def __repr__(self) -> str:
         ranks = [module.rank for module in self.modules.values()]
-        span = f"ranks {min(ranks, default=0)} to {max(ranks, default=0)}"
         return (
-            f"{type(self).__name__}({self.label!r}, {self.format}, {len(ranks)} modules, {span}, "
+            f"{type(self).__name__}({self.label!r}, {self.format}, {counted(len(ranks), 'module')}, {spanned(ranks, 'rank')}, "
             f"{self.num_parameters:,} parameters)"
         )
 

@@ -197,7 +197,8 @@ def _targeted(
 
 def _facts(evidence: Report[Any] | Source) -> ModelFacts:
     """Return the facts about the model; reports of gradients and tasks hold none."""
-    return getattr(evidence, "facts", ModelFacts())
+    unknown = ModelFacts(reason="the report does not describe the model")
+    return getattr(evidence, "facts", unknown)
 
 
 def _others(every: Sequence[AdaptedModule], facts: ModelFacts, chosen: set[str]) -> list[str]:

@@ -51,7 +51,7 @@ def report(
 ) -> None:
     """Show a saved report as a table, or write it as an HTML page."""
     view = ReportView(sort, descending, top, columns, skipped, json_output)
-    view.check((*SpectralReport.columns, *GradientReport.columns, *TaskReport.columns))
+    view.check(dict.fromkeys((*SpectralReport.columns, *GradientReport.columns, *TaskReport.columns)))
     if html is not None:
         check_new(html, overwrite)
     loaded = load_report(file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class ReportView:
     skipped: bool
     as_json: bool
 
-    def check(self, known: Sequence[str]) -> None:
+    def check(self, known: Collection[str]) -> None:
         """Raise UsageError if `sort` or `columns` names an unknown column."""
         for column in [] if self.columns in (None, "all") else str(self.columns).split(","):
             check_choice("--columns", column, known)

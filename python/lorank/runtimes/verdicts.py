@@ -82,6 +82,8 @@ def check(
     ------
     FormatError, OSError
         If the adapter cannot be read, so that no runtime loads it.
+    TypeError
+        If `folder` is not a path.
     ValueError
         If a runtime is unknown, or the base model's modules are unknown.
 
@@ -105,6 +107,10 @@ def check(
     PEFT right (1.0, 1.0)
     LoRAX wrong (0.5, 0.5)
     """
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(
+            f"check reads files, not a {type(folder).__name__}: save the adapter, and give its path"
+        )
     selected = list(RUNTIMES) if runtimes is None else list(runtimes)
     if unknown := [name for name in selected if name not in RUNTIMES]:
         raise ValueError(f"unknown runtime {unknown[0]!r}: choose among {', '.join(RUNTIMES)}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich import box
 from rich.table import Table
 
-from lorank._internal.short_text import counted
+from lorank._internal.short_text import counted, spanned
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent
 
@@ -34,7 +34,7 @@ def summary(adapter: AdapterContent) -> str:
     span = f"{scalings[0]:.4g}" + (f" to {scalings[-1]:.4g}" if len(scalings) > 1 else "")
     dtypes = ", ".join(sorted({module.dtype for module in adapter.adapted}))
     lines = [
-        f"{counted(len(ranks), 'module')}, ranks {min(ranks)} to {max(ranks)}, "
+        f"{counted(len(ranks), 'module')}, {spanned(ranks, 'rank')}, "
         f"average {sum(ranks) / len(ranks):.2f}, scalings {span}: "
         f"{counted(adapter.num_parameters, 'parameter')} in {dtypes}",
     ]

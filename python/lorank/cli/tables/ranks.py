@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lorank._internal.short_text import counted
+from lorank._internal.short_text import counted, spanned
 from lorank.allocation.rank_allocation import RankAllocation
 from lorank.modules import naming
 
@@ -95,7 +95,7 @@ def allocation_summary(allocation: RankAllocation) -> str:
     base = allocation.base_parameters
     share = f" ({100 * allocation.num_parameters / base:.3g} % of the base model)" if base else ""
     return (
-        f"{counted(len(ranks), 'module')}, ranks {min(ranks)} to {max(ranks)}, "
+        f"{counted(len(ranks), 'module')}, {spanned(ranks, 'rank')}, "
         f"average {allocation.average_rank:.2f}: {counted(allocation.num_parameters, 'parameter')}{share}"
     )
 
