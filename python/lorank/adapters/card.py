@@ -46,10 +46,10 @@ def text(
         "",
     ]
     lines += [f"# LoRA adapter{f' for {base}' if base else ''}", ""]
+    ranks = [module.rank for module in adapter.adapted]
     lines += [
-        f"{counted(len(adapter.adapted), 'adapted module')}, {counted(adapter.num_parameters, 'parameter')}, "
-        f"{spanned([module.rank for module in adapter.adapted], 'rank')}. {_MARK}{__version__} in the profile "
-        f"`{profile}`, for {form.readers(profile)}.",
+        f"{counted(len(ranks), 'adapted module')}, {counted(adapter.num_parameters, 'parameter')}, "
+        f"{spanned(ranks, 'rank')}. {_MARK}{__version__} in the profile `{profile}`, for {form.readers(profile)}.",
         "",
     ]
     if form.carried_remark and (adapter.carried or any(m.carried for m in adapter.modules.values())):

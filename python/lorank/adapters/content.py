@@ -81,8 +81,9 @@ class AdapterContent:
 
     def __repr__(self) -> str:
         ranks = [module.rank for module in self.modules.values()]
+        modules, span = counted(len(ranks), "module"), spanned(ranks, "rank")
         return (
-            f"{type(self).__name__}({self.label!r}, {self.format}, {counted(len(ranks), 'module')}, {spanned(ranks, 'rank')}, "
+            f"{type(self).__name__}({self.label!r}, {self.format}, {modules}, {span}, "
             f"{self.num_parameters:,} parameters)"
         )
 
