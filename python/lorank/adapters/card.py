@@ -49,7 +49,8 @@ def text(
     ranks = [module.rank for module in adapter.adapted]
     lines += [
         f"{counted(len(ranks), 'adapted module')}, {counted(adapter.num_parameters, 'parameter')}, "
-        f"{spanned(ranks, 'rank')}. {_MARK}{__version__} in the profile `{profile}`, for {form.readers(profile)}.",
+        f"{spanned(ranks, 'rank')}. {_MARK}{__version__} in the profile `{profile}`, for "
+        f"{form.readers(profile)}.",
         "",
     ]
     if form.carried_remark and (adapter.carried or any(m.carried for m in adapter.modules.values())):
