@@ -126,7 +126,7 @@ def test_check_sets_the_exit_status_and_fixes_adapters(adapter: Path, tmp_path: 
     ok("compress", adapter, "-o", tmp_path / "mixed", "--avg-rank", 3)
     failing = run("check", tmp_path / "mixed")
     assert failing.returncode == 1
-    assert "does not load right in" in failing.stderr
+    assert "does not load correctly in" in failing.stderr
     ok("check", tmp_path / "mixed", "--for", "llama.cpp", "--fix", tmp_path / "fixed")
     ok("check", tmp_path / "mixed", "--fix", tmp_path / "everywhere")
     ok("check", tmp_path / "everywhere")
@@ -147,7 +147,7 @@ USAGE = {
     "two knobs": ("exactly one", "compress A -o O --avg-rank 2 --energy 0.5"),
     "ratio above 1": ("--rank-ratio 2.0 is not between 0 and 1", "compress A -o O --rank-ratio 2"),
     "ratio nan": ("--rank-ratio nan is not", "compress A -o O --rank-ratio nan"),
-    "ratio 0": ("--rank-ratio 0.0 keeps nothing: ask for a larger", "compress A -o O --rank-ratio 0"),
+    "ratio 0": ("--rank-ratio 0.0 keeps nothing: give a larger", "compress A -o O --rank-ratio 0"),
     "rank 0": ("ask for a larger --avg-rank", "compress A -o O --avg-rank 0"),
     "budget 0": ("ask for a larger --budget", "compress A -o O --budget 0k"),
     "budget word": ("--budget abc is not a number of parameters", "compress A -o O --budget abc"),

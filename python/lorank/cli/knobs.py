@@ -38,5 +38,5 @@ def checked_knobs(base_parameters: int | None = None, **given: Any) -> dict[str,
         knobs = Knobs(**counted)
     if knobs.keep_nothing:
         option = options[amounts[0]]
-        raise UsageError(f"{option} {chosen[amounts[0]]} keeps nothing: ask for a larger {option}")
+        raise UsageError(f"{option} {chosen[amounts[0]]} keeps nothing: give a larger {option}")
     return chosen
