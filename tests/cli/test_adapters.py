@@ -237,7 +237,7 @@ def test_extract_reports_filters_without_matches(tmp_path: Path) -> None:
     assert 0 < share["num_parameters"] <= 0.3 * 128
     text = ok(*arguments, "--avg-rank", 2, "--exclude", "typo", "--prefix", "bert", "--overwrite")
     assert "--exclude 'typo' matches no module" in text
-    assert "[default: (128)]" in ok("extract", "--help")
+    assert "(default: 128)" in ok("extract", "--help")
     assert set(lorank.LoraAdapter.load(tmp_path / "o").modules) == {"bert.q", "bert.k"}
 
 
