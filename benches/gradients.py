@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="file for the numbers as JSON")
     arguments = parser.parse_args()
     steps = [overhead(size, arguments.pairs, arguments.threads) for size in (64, 128)]
     print(f"a training step, {arguments.threads} threads, medians of {arguments.pairs} pairs")

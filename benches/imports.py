@@ -23,7 +23,7 @@ HEAVY = ("torch", "transformers", "peft", "pandas", "pyarrow", "plotly", "huggin
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="file for the numbers as JSON")
     arguments = parser.parse_args()
     runs = [
         [

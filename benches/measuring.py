@@ -36,20 +36,21 @@ Run = dict[str, Any]
 
 
 def weights_alone(model: Path, folder: Path) -> Path:
-    """Return a link to a model's weights without the `config.json`, about which lorank asks transformers."""
+    """Return a link to a model's weights without `config.json`, so that lorank does not use transformers."""
     link = folder / "model.safetensors"
     link.symlink_to(model.resolve() / "model.safetensors")
     return link
 
 
 def fresh(code: str, *arguments: object, threads: int) -> Run:
-    """Run ``run(*arguments, threads)`` of some code in a new process; the clock starts after imports.
+    """Run ``run(*arguments, threads)`` of some code in a new process.
 
-    It starts a tenth of a second after imports, as the threads of OpenBLAS, which start with NumPy, occupy a
-    processor for some fifty milliseconds. A result with a key "seconds" replaces the measured time.
+    The clock starts a tenth of a second after imports. Before that, the threads of OpenBLAS, which start with
+    NumPy, occupy a processor for some fifty milliseconds. A result with a key "seconds" replaces the measured
+    time.
 
     Each run starts after memory was touched and freed, so that the virtual machine already owns those pages.
-    160 MB of other pages took 0.2 to 0.5 s, one to two times the time of the computation itself.
+    The first use of 160 MB of other pages took 0.2 to 0.5 s, one to two times as long as the computation.
     """
     _use_memory()
     environment = os.environ | dict.fromkeys(_THREADS, str(threads)) | {"HF_HUB_OFFLINE": "1"}
@@ -69,9 +70,9 @@ def fresh(code: str, *arguments: object, threads: int) -> Run:
 def fresh_to_folder(code: str, *arguments: object, threads: int) -> Run:
     """Run code that writes a folder, its last argument, with an idle disk; remove the folder.
 
-    Files of earlier runs are on disk before this run starts: otherwise the kernel writes them on a processor
-    that two threads need, but one thread does not. The folder is removed immediately, as the next run would
-    otherwise use other memory.
+    Files of earlier runs are flushed to disk before this run starts. Otherwise the kernel writes them during
+    the run and occupies a processor, which delays two threads but not one. The folder is removed immediately,
+    so that the next run can use the same memory.
     """
     os.sync()
     found = fresh(code, *arguments, threads=threads)
@@ -110,7 +111,7 @@ def parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=doc)
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--repeats", type=int, default=repeats)
-    found.add_argument("--json", type=Path, help="also write the numbers here")
+    found.add_argument("--json", type=Path, help="file for the numbers as JSON")
     return found
 
 

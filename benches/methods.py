@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=768)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--avg-rank", type=float, default=8)
-    parser.add_argument("--json", type=Path, help="read runs from here, and write them as they end")
+    parser.add_argument("--json", type=Path, help="file of finished runs, which are read first and extended")
     arguments = parser.parse_args()
     setting = {key: getattr(arguments, key) for key in ("reviews", "held_out", "epochs", "avg_rank")}
     setting["empirical_base"] = EMPIRICAL_BASE

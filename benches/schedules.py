@@ -69,7 +69,7 @@ def run(method: str, rule: str, epochs: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="file for the numbers as JSON")
     arguments = parser.parse_args()
     rows = [
         run(method, rule, arguments.epochs, seed=0)

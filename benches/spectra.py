@@ -1,8 +1,8 @@
 """All eigenvalues of one matrix, exact, fast and sampled, against torch: ``python -m benches.spectra``.
 
-The matrices are Gaussian, float32, in memory. The peers are the Gram matrix in float64 with
-`torch.linalg.eigvalsh`, and `torch.linalg.svdvals` in float32 for "fast". Contenders take turns, every run
-in a new process; the first run is not counted.
+The matrices are Gaussian, float32, in memory. The peer of "exact" is `torch.linalg.eigvalsh` of the Gram
+matrix in float64. The peer of "fast" is `torch.linalg.svdvals` in float32. Contenders take turns. Every run
+has a new process, which first computes a small matrix without measuring.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ PEERS = {
 def main() -> None:
     options = measuring.parser(__doc__, repeats=3)
     options.add_argument("--shapes", default="1024x1024,2048x2048,4096x4096,11008x4096")
-    options.add_argument("--sampled", default="8192x8192", help="shape to estimate; none if empty")
+    options.add_argument(
+        "--sampled", default="8192x8192", help="shape of the sampled matrix; empty to skip it"
+    )
     arguments = options.parse_args()
     threads, rows = arguments.threads, []
     for shape in arguments.shapes.split(","):

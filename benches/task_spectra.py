@@ -206,7 +206,7 @@ def print_totals(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write everything measured there")
+    parser.add_argument("--json", type=Path, help="file for all measurements as JSON")
     arguments = parser.parse_args()
     paper = [measure(task, arguments.seeds) for task in PAPER_TASKS]
     print(f"{arguments.seeds} seeds, {D_IN} inputs, {D_OUT} outputs, {FRESH} fresh samples")

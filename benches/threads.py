@@ -33,7 +33,7 @@ def run(path, threads):
 
 def main() -> None:
     options = measuring.parser(__doc__, repeats=7)
-    options.add_argument("--layers", type=int, default=32, help="of the adapter")
+    options.add_argument("--layers", type=int, default=32, help="number of layers of the adapter")
     arguments = options.parse_args()
     from tests.support.material import smollm2
 

@@ -302,4 +302,4 @@ def _loaded(adapter: AdapterContent | str | Path) -> LoraAdapter:
         return LoraAdapter.from_content(adapter)
     if isinstance(adapter, (str, Path)):
         return LoraAdapter.load(adapter)
-    raise TypeError(f"an adapter is a LoraAdapter or a path, not a {type(adapter).__name__}")
+    raise TypeError(f"an adapter is a LoraAdapter or a path, not an object of type {type(adapter).__name__}")

@@ -108,5 +108,5 @@ def test_wrong_ranks_in_the_metadata_are_ignored_or_raise(tmp_path: Path) -> Non
         assert set(again.ranks.values()) == {largest}
         assert any("do not fit and were ignored" in note for note in again.notes)
     fewer = with_stated_ranks(tmp_path / "b", json.dumps(dict.fromkeys(small.ranks, 1)))
-    with pytest.raises(lorank.FormatError, match="state rank 1, but its factors have more"):
+    with pytest.raises(lorank.FormatError, match="states rank 1, but the factors have a higher"):
         lorank.compress(fewer, rank_ratio=1.0, progress=False)

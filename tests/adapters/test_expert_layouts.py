@@ -1,4 +1,4 @@
-"""Adapters of stacked experts: both layouts of PEFT, bare names, and the outputs of PEFT with each."""
+"""Adapters of stacked experts: layouts of old and new PEFT, bare names, and the outputs of PEFT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def experts(model: Any, folder: Path, *targets: str, **config: Any) -> Path:
     return saved(trained(model, LoraConfig(**settings)), folder)
 
 
-def laid_out_as_before_019(folder: Path, copies: int, version: str | None = "0.18.1") -> Path:
+def in_layout_of_018(folder: Path, copies: int, version: str | None = "0.18.1") -> Path:
     """Rewrite an adapter in the layout of PEFT 0.18, which exchanges A and B of every expert."""
 
     def turn(tensors: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def test_layout_before_019_is_read_and_rewritten(name: str, tmp_path: Path) -> N
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", *targets, **more)
     expected, updates = outputs(loaded(model, today)), dense(lorank.LoraAdapter.load(today))
-    before = laid_out_as_before_019(today, copies=4)
+    before = in_layout_of_018(today, copies=4)
     found = dense(lorank.LoraAdapter.load(before))
     assert set(found) == set(updates)
     for key, update in updates.items():
@@ -85,7 +85,7 @@ def test_square_factors_of_the_earlier_layout_load_wrongly(tmp_path: Path) -> No
     model = tiny_models.qwen3_moe(moe_intermediate_size=16)
     today = experts(model, tmp_path / "today", GATE_UP)
     expected = outputs(loaded(model, today))
-    before = laid_out_as_before_019(today, copies=4)
+    before = in_layout_of_018(today, copies=4)
     (verdict,) = lorank.check(before, ["peft"])
     assert (verdict.status, "swapped" in verdict.reason) == ("wrong", True)
     assert not torch.allclose(outputs(loaded(model, before)), expected, atol=1e-3)
@@ -99,9 +99,7 @@ def test_shapes_take_precedence_over_the_version(tmp_path: Path) -> None:
     configured(today, peft_version="0.18.1")
     assert lorank.check(today, ["peft"])[0].status == "right"
     for version in ("0.21.2", None):
-        before = laid_out_as_before_019(
-            experts(model, tmp_path / f"before {version}", GATE_UP, DOWN), 4, version
-        )
+        before = in_layout_of_018(experts(model, tmp_path / f"before {version}", GATE_UP, DOWN), 4, version)
         (verdict,) = lorank.check(before, ["peft"])
         assert verdict.status == "refuses"
         assert ("although peft_version is 0.21.2" in verdict.reason) == (version is not None)
@@ -112,7 +110,7 @@ def test_width_of_the_model_determines_the_layout_of_one_parameter(tmp_path: Pat
     model = tiny_models.qwen3_moe()
     today = experts(model, tmp_path / "today", DOWN, target_modules=["q_proj"])
     expected = outputs(loaded(model, today))
-    before = laid_out_as_before_019(today, copies=4, version=None)
+    before = in_layout_of_018(today, copies=4, version=None)
     assert lorank.check(before, ["peft"])[0].status == "refuses"
     assert_read_and_rewritten(model, before, expected, tmp_path)
 
@@ -130,7 +128,7 @@ def test_stacks_declared_transposed_have_one_layout_in_all_releases(tmp_path: Pa
 
 def test_written_files_name_the_release_of_their_layout(tmp_path: Path) -> None:
     model = tiny_models.qwen3_moe(moe_intermediate_size=16)
-    before = laid_out_as_before_019(experts(model, tmp_path / "a", GATE_UP), 4, "0.17.0")
+    before = in_layout_of_018(experts(model, tmp_path / "a", GATE_UP), 4, "0.17.0")
     adapter = lorank.LoraAdapter.load(before)
     adapter.save(tmp_path / "b")
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
@@ -205,7 +203,7 @@ def test_compressed_bare_names_load_with_the_certified_error(name: str, tmp_path
 
 
 def separate(folder: Path, rank: Callable[[int, str], int], **config: Any) -> tuple[Path, torch.Tensor]:
-    """Write an adapter of separate experts, as in transformers 4; return its folder and logits."""
+    """Write an adapter of separate experts, as in transformers 4; return its folder and adapted logits."""
     from safetensors.numpy import save_file
 
     model, generator = tiny_models.qwen3_moe(), np.random.default_rng(0)
@@ -319,7 +317,7 @@ def test_gate_without_up_raises(tmp_path: Path) -> None:
 def test_factors_deeper_than_their_parameters_raise(tmp_path: Path) -> None:
     folder = experts(tiny_models.mixtral(), tmp_path / "a", GATE_UP, DOWN)
     configured(folder, target_parameters=[GATE_UP])
-    with pytest.raises(lorank.FormatError, match="target_parameters names 1 of its 2 adapted parameters"):
+    with pytest.raises(lorank.FormatError, match="has 2 adapted parameters, but target_parameters names 1"):
         lorank.LoraAdapter.load(folder)
 
     def bury(tensors: dict[str, Any]) -> None:
@@ -327,7 +325,7 @@ def test_factors_deeper_than_their_parameters_raise(tmp_path: Path) -> None:
             tensors[key.replace("experts.", "experts.base_layer.base_layer.")] = tensors.pop(key)
 
     configured(edited(folder, bury), target_parameters=[GATE_UP, DOWN])
-    with pytest.raises(lorank.FormatError, match="lies deeper than target_parameters names"):
+    with pytest.raises(lorank.FormatError, match="is nested too deep for the 2 parameters"):
         lorank.LoraAdapter.load(folder)
     assert load_file(folder / "adapter_model.safetensors")
 

@@ -128,7 +128,7 @@ def test_alpha_tensors_take_precedence_over_settings(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("{", "is not JSON"),
-        ("[]", "holds a list, not settings"),
+        ("[]", "holds an object of type list, not settings"),
         ('{"transformer.r": "6"}', "r is '6'"),
         ('{"transformer.r": 5, "text_encoder.r": 6}', "has rank 6, but the settings in the metadata state 5"),
         ('{"transformer.r": 6, "transformer.init_lora_weights": "pissa"}', "changes the base model"),
@@ -155,7 +155,7 @@ def test_alphas_of_any_number_type_are_read(dtype: Any, tmp_path: Path) -> None:
     scalings = sorted(module.scaling for module in lorank.LoraAdapter.load(path).modules.values())
     assert scalings == pytest.approx([3 / 6, 3 / 4])
     save_file(tensors | dict.fromkeys(alphas, np.ones(2, dtype)), path)
-    with pytest.raises(lorank.FormatError, match=r"alpha' of shape \[2\] is not one number"):
+    with pytest.raises(lorank.FormatError, match=r"alpha' of shape \[2\] is not a single number"):
         lorank.LoraAdapter.load(path)
 
 
@@ -197,7 +197,7 @@ def test_duplicate_factors_raise(tmp_path: Path) -> None:
         "m.lora_down.weight": np.ones((3, 4), np.float32),
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(lorank.FormatError, match="are the same thing twice"):
+    with pytest.raises(lorank.FormatError, match="define the same parameter"):
         lorank.LoraAdapter.load(tmp_path / "a.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Keys with names of wrappers: read and written without these names, and reported."""
+"""Keys with names of wrappers. lorank removes these names and reports them."""
 
 from __future__ import annotations
 
@@ -104,5 +104,5 @@ def test_keys_equal_without_wrappers_raise(tmp_path: Path) -> None:
         tensors[f"_orig_mod.{key}"] = tensors[key].copy()
 
     edited(folder, double)
-    with pytest.raises(lorank.FormatError, match=r"_orig_mod.*are the same thing twice"):
+    with pytest.raises(lorank.FormatError, match=r"_orig_mod.*define the same parameter"):
         lorank.LoraAdapter.load(folder)

@@ -1,4 +1,4 @@
-"""Adapters in live models: injected, wrapped, beside others, in any mode; the rest stays unchanged."""
+"""Adapters in live models: injection, wrappers, several adapters, modes, and models that stay unchanged."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_carried_tensors_are_replaced(settings: dict[str, Any], tmp_path: Path) 
     assert_same(outputs(other.eval(), IDS), expected)
     if "modules_to_save" not in settings:
         with pytest.raises(
-            ValueError, match=r"adapter 'default' of the model has .*: give the adapter a name"
+            ValueError, match=r"adapter 'default' of the model has .*: insert the adapter under a new name"
         ):
             small.into_model(live(copy.deepcopy(base)))
 
@@ -244,7 +244,7 @@ def test_saved_module_never_overwrites_the_base_model() -> None:
     adapter = lorank.LoraAdapter.from_model(live(modules_to_save=["lm_head"]))
     model = live()
     with pytest.raises(
-        ValueError, match=r"no tensor for 'base_model.model.lm_head.weight': give the adapter a name"
+        ValueError, match=r"no tensor for 'base_model.model.lm_head.weight': insert the adapter under"
     ):
         adapter.into_model(model)
 
@@ -277,7 +277,7 @@ def test_adalora_of_a_convolution_becomes_lora(tmp_path: Path) -> None:
 
 def test_models_without_a_readable_adapter_raise() -> None:
     adapter = lorank.LoraAdapter.from_model(live())
-    with pytest.raises(TypeError, match="Module, not a str"):
+    with pytest.raises(TypeError, match="Module, not an object of type str"):
         lorank.LoraAdapter.from_model("model")
     for config, kind in (
         (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
@@ -316,7 +316,7 @@ def test_unfitting_adapter_changes_nothing() -> None:
         (
             dora,
             "default",
-            "use_dora=true, the adapter to load has use_dora=null: give the adapter a name",
+            "use_dora=true, but the new adapter has use_dora=null: insert the adapter under a new name",
         ),
         (merged, "default", "is merged into module"),
         (gpt2, "default", "fits no module that adapter 'default' of the model could adapt"),
@@ -357,7 +357,7 @@ def test_data_parallel_processes_raise(tmp_path: Path) -> None:
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         assert lorank.LoraAdapter.from_model(wrapped).ranks == adapter.ranks
-        with pytest.raises(ValueError, match="put the adapter into the model before it is wrapped"):
+        with pytest.raises(ValueError, match="insert the adapter before the model is wrapped"):
             adapter.into_model(wrapped)
     finally:
         torch.distributed.destroy_process_group()

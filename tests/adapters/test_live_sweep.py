@@ -1,4 +1,4 @@
-"""Every kind of layer with every option of LoRA: read from a live model, inserted, and saved by PEFT."""
+"""Every kind of layer with every option of LoRA: reading and insertion in live models, files of PEFT."""
 
 from __future__ import annotations
 

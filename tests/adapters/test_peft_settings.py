@@ -1,4 +1,4 @@
-"""PEFT files whose settings and tensors describe other methods than LoRA or contradict each other."""
+"""PEFT files whose settings and tensors describe methods other than LoRA, or contradict each other."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def test_grouped_convolutions_raise_with_their_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        (f"base_model.model.{MODULE}.lora_E", "has lora_E of AdaLoRA"),
+        (f"base_model.model.{MODULE}.lora_E", "has lora_E, a tensor of AdaLoRA, but"),
         (f"base_model.model.{MODULE}.lora_diag", "belongs to KaSA"),
-        (KEY.removeprefix("base_model.model."), "are the same thing twice"),
-        (KEY.removesuffix(".weight"), "are the same thing twice"),
-        (f"base_model.model.{MODULE}.lora_embedding_A", "are the same thing twice"),
+        (KEY.removeprefix("base_model.model."), "define the same parameter"),
+        (KEY.removesuffix(".weight"), "define the same parameter"),
+        (f"base_model.model.{MODULE}.lora_embedding_A", "define the same parameter"),
         (f"base_model.model.{MODULE}.lora_B.bias", r"a bias of shape \[6, 32\] does not fit 32 outputs"),
         ("base_model.model.elsewhere.lora_B.bias", "'base_model.model.elsewhere.lora_B.bias': its module"),
     ],

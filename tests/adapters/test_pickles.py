@@ -1,4 +1,4 @@
-"""Adapters cross process boundaries: pickled or copied, they save the same bytes, without their source."""
+"""Pickled and copied adapters save the same bytes as the original, even without its source."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_ranks_that_contradict_the_settings_raise(tmp_path: Path) -> None:
     model, config = case("llama")
     folder = saved(trained(model, config), tmp_path / "a")
     configured(folder, r=7)
-    with pytest.raises(lorank.FormatError, match="has rank 6, but rank 7 in the settings"):
+    with pytest.raises(lorank.FormatError, match="has rank 6, but the settings state 7"):
         lorank.LoraAdapter.load(folder)
 
 
@@ -158,7 +158,7 @@ def test_paths_are_accepted_and_wrong_arguments_raise(tmp_path: Path) -> None:
         assert lorank.merge([path, adapter], **knobs).ranks == expected
         with pytest.raises(TypeError, match="merge takes a list of adapters, not one"):
             lorank.merge(path, **knobs)
-    with pytest.raises(TypeError, match="a LoraAdapter or a path, not a dict"):
+    with pytest.raises(TypeError, match="a LoraAdapter or a path, not an object of type dict"):
         lorank.compress({}, **knobs)
     for call in (lorank.compress, lorank.extract, lorank.merge, lorank.LoraAdapter.load):
         two = (folder, folder) if call is lorank.extract else (folder,)

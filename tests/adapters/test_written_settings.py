@@ -1,4 +1,4 @@
-"""Written settings loaded by PEFT: targets, patterns and scales, and saved again."""
+"""Settings that lorank writes and PEFT loads and saves again: targets, patterns and scales."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_check_sets_the_exit_status_and_fixes_adapters(adapter: Path, tmp_path: 
     ok("compress", adapter, "-o", tmp_path / "mixed", "--avg-rank", 3)
     failing = run("check", tmp_path / "mixed")
     assert failing.returncode == 1
-    assert "does not load right in" in failing.stderr
+    assert "does not load correctly in" in failing.stderr
     ok("check", tmp_path / "mixed", "--for", "llama.cpp", "--fix", tmp_path / "fixed")
     ok("check", tmp_path / "mixed", "--fix", tmp_path / "everywhere")
     ok("check", tmp_path / "everywhere")
@@ -152,7 +152,7 @@ USAGE = {
     "budget 0": ("give a larger --budget", "compress A -o O --budget 0k"),
     "budget word": ("--budget abc is not a number of parameters", "compress A -o O --budget abc"),
     "budget negative": ("--budget -5 is not a number of parameters", "compress A -o O --budget -5"),
-    "budget share": ("--budget 50%: the size of the adapter's base model", "compress A -o O --budget 50%"),
+    "budget share": ("--budget 50%: an adapter does not store", "compress A -o O --budget 50%"),
     "budget of modules": ("--scope 'module' contradicts", "compress A -o O --budget 9 --scope module"),
     "scope": ("scope must be 'global' or 'module'", "compress A -o O --avg-rank 2 --scope layer"),
     "smallest": ("--rank-ratio or --avg-rank only", "compress A -o O --energy 0.5 --keep smallest"),
@@ -237,7 +237,7 @@ def test_extract_reports_filters_without_matches(tmp_path: Path) -> None:
     assert 0 < share["num_parameters"] <= 0.3 * 128
     text = ok(*arguments, "--avg-rank", 2, "--exclude", "typo", "--prefix", "bert", "--overwrite")
     assert "--exclude 'typo' matches no module" in text
-    assert "[default: (128)]" in ok("extract", "--help")
+    assert "(default: 128)" in ok("extract", "--help")
     assert set(lorank.LoraAdapter.load(tmp_path / "o").modules) == {"bert.q", "bert.k"}
 
 

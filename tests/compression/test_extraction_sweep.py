@@ -38,7 +38,7 @@ def sound(_: Any) -> dict[str, torch.Tensor]:
 
 
 ARCHITECTURES: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
-    # Dense decoders, tied and not.
+    # Dense decoders, with and without tied embeddings.
     "LlamaForCausalLM": tokens,
     "Qwen2ForCausalLM": tokens,
     "Qwen3ForCausalLM": tokens,
@@ -89,8 +89,8 @@ def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return logits.float()
 
 
-def without_left_out(base: Any, tuned: Any, adapted: Collection[str]) -> list[str]:
-    """Reset parameters of the tuned model that the adapter does not hold; return their names."""
+def reset_left_out(base: Any, tuned: Any, adapted: Collection[str]) -> list[str]:
+    """Reset the tuned parameters that are not in the adapter, and return their names."""
     left_out = []
     before = dict(base.named_parameters())
     for name, parameter in tuned.named_parameters():
@@ -116,10 +116,10 @@ def test_peft_gives_the_outputs_of_the_tuned_model(name: str, tmp_path: Path) ->
     adapter = lorank.extract(*folders, energy=1.0, max_rank=4096, progress=False)
     adapter.save(tmp_path / "adapter")
 
-    left_out = without_left_out(base, tuned, adapter.modules)
+    left_out = reset_left_out(base, tuned, adapter.modules)
     named = [note for note in adapter.notes if "left out" in note or "no adapter holds" in note]
     assert bool(left_out) == bool(named)
     inputs = ARCHITECTURES[name](base)
-    before, wanted = outputs(base, inputs), outputs(tuned, inputs)
+    before, expected = outputs(base, inputs), outputs(tuned, inputs)
     found = outputs(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), inputs)
-    assert float((found - wanted).norm()) < 1e-5 * float((wanted - before).norm())
+    assert float((found - expected).norm()) < 1e-5 * float((expected - before).norm())

@@ -1,4 +1,4 @@
-"""Groups of modules that need one rank in PEFT: found, selected, written and loaded together."""
+"""Groups of modules that need one rank in PEFT: detection, selection, and files."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def test_automatic_threshold_keeps_modules_of_two_values() -> None:
         ({"budget": "abc"}, "budget=abc is not a number of parameters"),
         ({"budget": "-5"}, "budget=-5 is not a number"),
         ({"budget": -5}, "budget=-5 is not a number"),
-        ({"budget": "50%"}, "the size of the adapter's base model is unknown"),
+        ({"budget": "50%"}, "does not store the size of its base model"),
         ({"energy": 0.9, "keep": "smallest"}, "rank_ratio or avg_rank only"),
         ({"budget": 9, "scores": {}}, "rank_ratio or avg_rank only"),
     ],

@@ -89,7 +89,7 @@ def test_invalid_arguments_raise_with_reasons(profile: Any) -> None:
             profile(model, nothing)
     with pytest.raises(ValueError, match=r"returned no loss: put labels into the batches, or give loss"):
         profile(model, [{"input_ids": batches[0]["input_ids"]}])
-    with pytest.raises(ValueError, match=r"a batch is a Tensor, not a mapping: give loss="):
+    with pytest.raises(ValueError, match=r"a batch has type Tensor, not a mapping: give loss="):
         profile(model, [batches[0]["input_ids"]])
     singles: list[Any] = [
         batches[0],

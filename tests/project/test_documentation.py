@@ -98,7 +98,7 @@ def printed(*arguments: str) -> str:
             main()
         except SystemExit as ending:
             status = ending.code
-    # `check` ends with 1 where a runtime does not load the adapter right.
+    # `check` ends with 1 where a runtime does not load the adapter correctly.
     assert status in ((None, 0, 1) if arguments[0] == "check" else (None, 0)), text.getvalue()
     return text.getvalue()
 

@@ -1,4 +1,4 @@
-"""Lack of memory or threads and defects of lorank end a run with an error; only numbers flag a row."""
+"""Errors for lack of memory, lack of threads and defects; only numerical problems flag a row instead."""
 
 from __future__ import annotations
 
@@ -55,12 +55,14 @@ load = lambda: _core._panicking_matrix(16, 16)
 matrices.open_source = lambda _: replace(source, matrices=(replace(source.matrices[0], load=load),))
 lorank.cli.main()
 """
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory beyond /proc's")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the size of a process from /proc"
+)
 
 
 def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in its own process."""
-    # Each arena of glibc reserves 128 MiB of addresses.
+    # glibc reserves 128 MiB of addresses for each arena, which count towards the limit.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"}
     line = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
@@ -176,7 +178,7 @@ def saved_adapter(folder: Path, width: int) -> Path:
 
 
 def with_defects(path: Path, *names: str) -> Callable[[object], Source]:
-    """Return an `open_source` whose matrices of some names cause panics."""
+    """Return a replacement of `open_source` in which the named matrices cause panics."""
     source = open_source(path)
     found = list(source.matrices)
     for i, matrix in enumerate(found):
@@ -208,7 +210,7 @@ def test_defect_is_not_written_to_the_journal(
     assert lorank.analyze(small, resume=journal) == lorank.analyze(small)
 
 
-def test_defect_of_a_command_is_one_line(small: Path) -> None:
+def test_defect_prints_one_line(small: Path) -> None:
     result = run(DEFECTIVE, "analyze", small)
     assert result.returncode == 1
     assert re.fullmatch(f"lorank: module '{LARGE}': {REPORTED}\n", result.stderr)
@@ -252,7 +254,7 @@ def test_write_errors_name_the_final_file(kind: type[Exception], tmp_path: Path)
     folder = tmp_path / "adapter"
     with pytest.raises(kind, match=f"^the 8 bytes of {folder}/a$"), staged_folder(folder) as staging:
         raise kind(f"the 8 bytes of {staging}/a")
-    # NumPy's own class has no constructor that takes a message.
+    # NumPy's subclass of MemoryError has no constructor that takes a message.
     with pytest.raises(MemoryError, match="Unable to allocate"), staged_folder(folder):
         np.empty(1 << 58)
     assert not list(tmp_path.iterdir())

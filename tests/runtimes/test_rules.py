@@ -219,5 +219,5 @@ def test_fix_checks_the_written_adapter(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", factors(QV, 600), r=600)
     result = fails_after(lambda f: configured(f, use_rslora=True), folder, tmp_path / "b")
     assert result.returncode == 1
-    assert "does not load right in vLLM" in result.stderr
+    assert "does not load correctly in vLLM" in result.stderr
     assert lorank.check(tmp_path / "b", ["peft"])[0].status == "right"

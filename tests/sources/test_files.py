@@ -136,7 +136,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def refused(result: subprocess.CompletedProcess[str], *parts: str, free_of: tuple[str, ...] = ()) -> None:
-    """Check for status 1 and one line with the given parts of the error."""
+    """Check that a command failed with status 1 and printed one line that contains the given parts."""
     assert "Traceback" not in result.stderr
     assert "panicked" not in result.stderr
     assert result.returncode == 1
@@ -156,7 +156,7 @@ def test_hub_id_is_found_in_the_cache(tmp_path: Path, make: Callable[[Path], Pat
         result = offline(code.format(name), HF_HUB_CACHE=tmp_path)
         assert result.stdout.strip() == "13", result.stderr
     result = offline(code.format("acme/other"), HF_HUB_CACHE=tmp_path)
-    assert "FileNotFoundError: acme/other: no such file or folder, and as a hub id" in result.stderr
+    assert "FileNotFoundError: acme/other: no such file or folder; as a hub id, it" in result.stderr
 
 
 def test_hub_id_is_found_under_hf_home(tmp_path: Path) -> None:
@@ -165,10 +165,12 @@ def test_hub_id_is_found_under_hf_home(tmp_path: Path) -> None:
     assert result.stdout.strip() == "13", result.stderr
 
 
-def test_hub_id_missing_from_the_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_missing_from_the_cache_prints_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused(command("analyze", "acme/other"), "acme/other", "neither in the local cache nor")
+    refused(command("analyze", "acme/other"), "acme/other", "it is not in the local cache and could not")
 
 
 class Malicious:
@@ -230,7 +232,7 @@ def test_sparse_tensor_is_skipped(tmp_path: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", [1, 2], {"a": {"b": 1}, "c": 2}, {1: torch.eye(2)}])
-def test_other_pickles_raise(tmp_path: Path, content: Any) -> None:
+def test_pickles_without_a_state_dict_raise(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "model.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -329,7 +331,7 @@ def test_tied_arrays_count_once() -> None:
 
 
 def raw(path: Path, tensors: dict[str, Any], data: bytes = b"\0" * 256, header: bytes | None = None) -> Path:
-    """Write a file with any header; a tensor has a type, a shape, and offsets if they are not consecutive."""
+    """Write a file with any header. Tensors are given as type, shape and, unless consecutive, offsets."""
     entries, offset = {}, 0
     for name, (dtype, shape, *offsets) in tensors.items():
         size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(dtype, 1) * int(np.prod(shape))
@@ -407,7 +409,7 @@ def test_tensor_of_an_unknown_type_is_skipped(tmp_path: Path) -> None:
 
 
 def test_unused_bytes_are_ignored(tmp_path: Path) -> None:
-    # The format's own library refuses such files; this reader takes them (rust/lorank/tests/files).
+    # The safetensors library refuses such files; lorank reads them (rust/lorank/tests/files).
     a, b = (RNG.standard_normal((2, 3)) for _ in range(2))
     tensors = {"a.weight": ("F64", [2, 3], (8, 56)), "b.weight": ("F64", [2, 3], (64, 112))}
     data = b"\xff" * 8 + a.tobytes() + b"\xff" * 8 + b.tobytes() + b"\xff" * 40
@@ -418,17 +420,20 @@ def test_unused_bytes_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
-        ("", "is no shard index"),
-        ("{}", "is no shard index"),
-        ("[" * 100_000, "is no shard index"),
-        ("not json", "is no shard index"),
-        ("[]", "is no shard index"),
-        ('{"weight_map": {"a": 3}}', "is no shard index"),
-        ('{"weight_map": {"a": "../outside.safetensors"}}', "tensor `a`: lies in `../outside.safetensors`"),
+        ("", "is not a shard index"),
+        ("{}", "is not a shard index"),
+        ("[" * 100_000, "is not a shard index"),
+        ("not json", "is not a shard index"),
+        ("[]", "is not a shard index"),
+        ('{"weight_map": {"a": 3}}', "is not a shard index"),
+        (
+            '{"weight_map": {"a": "../outside.safetensors"}}',
+            "tensor `a`: its shard `../outside.safetensors` is not",
+        ),
         ('{"weight_map": {"a": "/etc/passwd"}}', "not a plain file name"),
         ('{"weight_map": {"a": ""}}', "not a plain file name"),
         ('{"weight_map": {"a": "missing.safetensors"}}', "missing.safetensors"),
-        ('{"weight_map": {"a": "model.safetensors"}}', "tensor `a`: the index says it lies in"),
+        ('{"weight_map": {"a": "model.safetensors"}}', "tensor `a`: is missing from `model.safetensors`"),
     ],
 )
 def test_hostile_indices_raise(tmp_path: Path, index: str, reason: str) -> None:
@@ -474,7 +479,7 @@ def test_paths_without_weights_raise(tmp_path: Path) -> None:
         lorank.analyze(tmp_path / "notes.txt")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         lorank.analyze(tmp_path / "none")
-    with pytest.raises(TypeError, match="cannot read weights from a int"):
+    with pytest.raises(TypeError, match="cannot read weights from an object of type int"):
         lorank.analyze(3)
 
 

@@ -1,6 +1,7 @@
-"""Tiny models of every architecture that the installed transformers builds from a config of its own.
+"""Tiny models of every architecture that the installed transformers builds from its default config.
 
-Sizes are reduced by names of settings; models that then fail are tried with their own widths and one layer.
+Settings of sizes are found by name and reduced. A model that fails with reduced widths is built with its
+default widths, a small vocabulary and few layers.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ MISFITS = (
     ValueError,
 )
 
-# Settings by name: counts and widths.
+# Names of settings that count layers, and the reduced values of other settings.
 _LAYERS = re.compile(
     r"(?:num_(?:hidden_|encoder_|decoder_)?layers|n_layers?|num_(?:en|de)coder_layers|(?:en|de)coder_layers|"
     r"depth|num_blocks|n_block|num_hidden_groups|layers)"
@@ -152,7 +153,7 @@ def _shrunk(config: Any, widths: dict[str, int], layers: int) -> Any:
 
 
 def _varied(types: list[Any], layers: int) -> list[Any]:
-    """Return a number of layer types, different ones first."""
+    """Return the given number of layer types, distinct types first."""
     return [*dict.fromkeys(types), *types][:layers]
 
 
@@ -164,7 +165,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def perturbed(model: Any, seed: int = 1, amount: float = 0.1) -> dict[str, torch.Tensor]:
-    """Return a state dict whose matrices and stacks have changed; tied parameters change alike."""
+    """Return a state dict with perturbed matrices and stacks; tied parameters stay equal."""
     generator = torch.Generator().manual_seed(seed)
     state, buffers = dict(model.state_dict()), dict(model.named_buffers())
     changed: dict[int, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Few samples, inputs without full rank, targets without variation or noise, extreme units."""
+"""Task spectra of few samples, rank-deficient inputs, constant or noiseless targets, and extreme units."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_columns_in_different_units_are_used() -> None:
     plain, mixed = task_spectrum(X, Y), task_spectrum(X * units, Y)
     assert not any("rank" in flag for flag in mixed.flags)
     assert mixed.noise == pytest.approx(plain.noise, rel=1e-9)
-    # The untruncated fit does not depend on units; ranks below do.
+    # The fit of full rank does not depend on units; fits of lower ranks do.
     assert mixed.predicted_r2[-1] == pytest.approx(plain.predicted_r2[-1], rel=1e-9)
 
 
@@ -72,7 +72,7 @@ def test_fewer_samples_than_inputs_give_the_smallest_norm(n: int) -> None:
 
 
 def task_error(X: Array, Y: Array, rank: int) -> float:
-    """Return the mean squared error of refits at one rank in ten folds."""
+    """Return the mean squared error of held-out predictions at one rank over ten folds."""
     total = 0.0
     for fold in range(10):
         held_out = np.arange(len(X)) % 10 == fold
@@ -146,7 +146,7 @@ def test_noiseless_targets_are_flagged() -> None:
     assert 0 < found.noise < 1e-6
     assert found.num_above == 3
     assert found.predicted_r2[3] == pytest.approx(1.0, abs=1e-12)
-    # Rounding errors do not count as values, even if the given noise is below them.
+    # Values at the rounding level are not counted, even if the given noise is below that level.
     assert task_spectrum(X, Y, noise=1e-200).num_above == 3
 
 

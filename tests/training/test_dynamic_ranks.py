@@ -1,4 +1,4 @@
-"""Ranks that change in a training loop: exact gradients as the oracle, budgets, bounds and windows."""
+"""Dynamic ranks in a training loop: comparison with exact gradients, budgets, bounds and windows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.support.optimizers import adamw
 
 
 def exact_gradients(model: Any, step: int) -> dict[str, Any]:
-    """Return the gradients of base weights by autograd in a copy of the model that trains them."""
+    """Return the gradients of base weights, computed by autograd in a copy with trainable base weights."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         module._forward_hooks.clear()
@@ -94,7 +94,7 @@ def test_ranks_equal_those_from_exact_gradients() -> None:
 @pytest.mark.parametrize(("max_change", "r_min"), [(1, 1), (3, 3), (None, 1)])
 def test_budget_bounds_and_largest_change_hold_at_every_step(max_change: int | None, r_min: int) -> None:
     model = llama(targets=["q_proj", "v_proj", "up_proj", "down_proj", "embed_tokens"])
-    # The gradient of an embedding cannot be sketched: it keeps its rank and its share of the budget.
+    # The gradient of an embedding cannot be sketched: the module keeps its rank and its share of the budget.
     embedding = model.get_base_model().model.embed_tokens
     history = [ranks(model)]
 
@@ -115,7 +115,7 @@ def test_budget_bounds_and_largest_change_hold_at_every_step(max_change: int | N
         abs(after[name] - before[name]) for before, after in itertools.pairwise(history) for name in after
     ]
     assert 1 <= max(steps) <= (max_change or 6)
-    # The budget is used up: no module below its bounds could take one more rank.
+    # The rest of the budget is too small for one more rank of any module below its upper bound.
     for update in updates:
         before = history[update.step - 1]
         for name, rank in update.ranks.items():
@@ -159,7 +159,7 @@ def test_ranks_stay_during_warmup_and_after_freeze() -> None:
 
 
 def dense_loss(model: Any, updates: dict[str, Any]) -> tuple[float, dict[str, float]]:
-    """Return the loss with given updates in place of the adapter, and its gradient norms by module."""
+    """Return the loss with given updates in place of the adapter, and the gradient norm of each weight."""
     twin = copy.deepcopy(model).eval()
     for module in twin.modules():
         module._forward_hooks.clear()
@@ -259,7 +259,7 @@ def test_hooks_are_removed_after_the_block_and_after_an_error() -> None:
     dynamic.close()
 
 
-class Pictures(torch.nn.Module):
+class MixedLayers(torch.nn.Module):
     """A convolution, a layer without gradient, and linear layers of a given class."""
 
     def __init__(self, linear: Any) -> None:
@@ -280,7 +280,7 @@ def test_convolutions_and_four_bit_layers_change_ranks(bits: int) -> None:
         linear = pytest.importorskip("bitsandbytes").nn.Linear4bit
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["kernel", "first", "aside", "last"])
-    model = get_peft_model(Pictures(linear).to("cpu"), config).train()
+    model = get_peft_model(MixedLayers(linear).to("cpu"), config).train()
     size = size_of(model)
 
     def loss_of(model: Any, step: int) -> Any:
@@ -340,9 +340,8 @@ def test_no_rank_exceeds_a_side_of_its_matrix() -> None:
 
 def test_orthogonal_adapters_train_after_their_initialisation_is_reset(tmp_path: Path) -> None:
     model = llama(init_lora_weights="orthogonal")
-    DynamicRanks(
-        model, adamw(model), **OPTIONS | {"r_min": 4, "r_max": 4}
-    )  # The bounds exclude every other rank.
+    # PEFT loads orthogonal adapters of even rank only: these bounds allow rank 4 alone.
+    DynamicRanks(model, adamw(model), **OPTIONS | {"r_min": 4, "r_max": 4})
     model.peft_config["default"].init_lora_weights = True
     updates = trained(model)
     assert any(rank % 2 for rank in updates[-1].ranks.values())

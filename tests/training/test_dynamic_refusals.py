@@ -191,7 +191,7 @@ def test_trainer_with_adafactor_is_refused_after_the_first_step(tmp_path: Path) 
         ({"budget": 3000}, "the adapter has 3,712 parameters, more than the budget of 3,000: begin with"),
         ({"r_max": 3}, r"'model\.layers\.0\.self_attn\.q_proj' has rank 4, outside r_min 1 and r_max 3"),
         ({"r_min": 5}, "has rank 4, outside r_min 5 and r_max 12"),
-        ({"adapter_name": "other"}, "no adapter 'other' in the model: it has default"),
+        ({"adapter_name": "other"}, "no adapter 'other' in the model, only default"),
     ],
 )
 def test_invalid_options_raise(options: Any, message: str) -> None:

@@ -32,7 +32,7 @@ def linear_task(rows: int, seed: int) -> tuple[Any, Any]:
 
 
 class Branches(torch.nn.Module):  # type: ignore[misc]
-    """Two layers: gradients of `steady` have one direction in all batches, those of `varied` several."""
+    """Two layers. The gradients of `steady` have one direction in all batches, and of `varied` several."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ def basis(old: list[torch.Tensor], new: list[torch.Tensor]) -> list[tuple[torch.
 
 
 def extended(key: str, value: torch.Tensor, axis: int, options: dict[str, Any]) -> torch.Tensor:
-    """Append two ranks: averages of squares get the mean of the others, Adagrad's sums the initial value."""
+    """Append two ranks: the mean for averages of squares, the initial value for Adagrad's sums, else zero."""
     new = torch.zeros_like(value.narrow(axis, 0, 2))
     if key in MEANS:
         new += value.mean(axis, keepdim=True)
@@ -118,7 +118,7 @@ def steps_of_new_ranks(model: Any, optimizer: Any, old: int, count: int) -> tupl
     ("kind", "options", "rates"), [(torch.optim.AdamW, {}, 1.1), (torch.optim.RMSprop, {"alpha": 0.999}, 3)]
 )
 def test_new_ranks_take_steps_as_large_as_old_ones(kind: Any, options: dict[str, Any], rates: float) -> None:
-    """Compare step sizes: Adam's step count continues, so its bias correction does not cover new ranks."""
+    """Compare step sizes. Adam's step count continues, so its bias correction does not cover new ranks."""
     model = linear()
     optimizer = kind(trainable(model), lr=1e-3, **options)
     for seed in range(200):

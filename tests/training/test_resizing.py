@@ -1,4 +1,4 @@
-"""Ranks of live PEFT models grow and shrink: dense float64 oracles, all kinds of layers, saved files."""
+"""Larger and smaller ranks in live PEFT models: comparison with dense updates, kinds of layers, files."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class FileTensors:
         position, _, shape = self._entries[name]
         dtype = self.dtype(name)
         if math.prod(shape) != 1:
-            raise FormatError(f"{self.label}: tensor {name!r} of shape {list(shape)} is not one number")
+            raise FormatError(f"{self.label}: tensor {name!r} of shape {list(shape)} is not a single number")
         if not dtype.startswith(("int", "uint")):
             return float(self.matrix(name, 1, 1).to_array()[0, 0])
         (value,) = np.frombuffer(self._checkpoint.stored_bytes(position), np.dtype(dtype).newbyteorder("<"))
@@ -108,7 +108,7 @@ class ArrayTensors:
     def number(self, name: str) -> float:
         """Return the one element of a tensor of any number type."""
         if math.prod(self._shapes[name]) != 1:
-            raise FormatError(f"{self.label}: tensor {name!r} is not one number")
+            raise FormatError(f"{self.label}: tensor {name!r} is not a single number")
         return float(self._values[name].reshape(()))
 
     def stored(self, name: str) -> Stored:

@@ -16,7 +16,7 @@ Adapter = Annotated[
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder or .safetensors file to write.")]
 RankRatio = Annotated[
     float | None,
-    typer.Option(help="Keep this share of all singular values: the largest, across all modules."),
+    typer.Option(help="Keep this share of the singular values of all modules, the largest ones."),
 ]
 AvgRank = Annotated[float | None, typer.Option(help="Keep this many singular values per module on average.")]
 Energy = Annotated[
@@ -24,13 +24,13 @@ Energy = Annotated[
 ]
 Budget = Annotated[
     str | None,
-    typer.Option(help="Keep the singular values that fit into this many parameters: 500000, 500k or 1.5M."),
+    typer.Option(help="Keep the singular values that fit into this many parameters, such as 500000 or 500k."),
 ]
 BudgetOrShare = Annotated[
     str | None,
     typer.Option(
-        help="Keep the singular values that fit into this many parameters, or into a share of the base "
-        "model's: 0.5%."
+        help="Keep the singular values that fit into this many parameters, such as 500000 or 500k, or into "
+        "this share of the base model's parameters, such as 0.5%."
     ),
 ]
 Auto = Annotated[
@@ -42,13 +42,14 @@ ComputedRank = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Largest rank of a module; no larger one is computed.",
-        show_default=str(DEFAULT_MAX_RANK),
+        help=f"Largest rank of a module (default: {DEFAULT_MAX_RANK}); higher ranks are not computed.",
     ),
 ]
 Scope = Annotated[
     str,
-    typer.Option(help="global: modules compete. module: each keeps the same rank, or share of its energy."),
+    typer.Option(
+        help="global: one selection over all modules. module: the same rank or share of energy in each."
+    ),
 ]
 ProfileOption = Annotated[
     str,

@@ -45,20 +45,22 @@ def allocate(
             "--method",
             "-m",
             help=f"{', '.join(signals.names())}; described below. gard needs a saved report of gradients, "
-            "task one of tasks.",
+            "and task a saved report of tasks.",
         ),
     ] = "htsr",
     r_min: Annotated[int, typer.Option(min=0, help="Smallest rank.")] = 4,
     r_max: Annotated[int, typer.Option(min=1, help="Largest rank.")] = 32,
     budget: Annotated[
         str | None,
-        typer.Option(help="Number of adapter parameters: 500000, 500k, or 0.5% of the base model's number."),
+        typer.Option(
+            help="Number of adapter parameters, such as 500k, or share of the base model, such as 0.5%."
+        ),
     ] = None,
-    avg_rank: Annotated[float | None, typer.Option(help="Average rank, instead of a budget.")] = None,
+    avg_rank: Annotated[float | None, typer.Option(help="Average rank; replaces --budget.")] = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            "--targets", "-t", help="Modules to adapt, written as for --include (default: all-linear)."
+            "--targets", "-t", help="Modules to adapt, in the syntax of --include (default: all-linear)."
         ),
     ] = None,
     placement: Annotated[
@@ -72,10 +74,10 @@ def allocate(
             "--placement. Repeatable.",
         ),
     ] = None,
-    lora_alpha: Annotated[float, typer.Option(help="LoRA alpha at the average rank.")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="LoRA alpha of a module with the average rank.")] = 8,
     scale_rule: Annotated[
         str,
-        typer.Option(help="constant: alpha / r, r the average rank. rank-stabilized: alpha / sqrt(rank)."),
+        typer.Option(help="constant: alpha / (average rank). rank-stabilized: alpha / sqrt(rank)."),
     ] = "constant",
     output: Annotated[
         Path | None,
@@ -149,7 +151,7 @@ def _check_allocation(
     if r_min > r_max:
         raise UsageError(f"--r-min {r_min} is above --r-max {r_max}")
     if budget is not None and avg_rank is not None:
-        raise UsageError("give either --budget or --avg-rank")
+        raise UsageError("give --budget or --avg-rank, not both")
     if budget is not None:
         try:
             parse_budget(budget, 1)

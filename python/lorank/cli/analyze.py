@@ -68,7 +68,7 @@ def analyze(
     if output is not None:
         _check_output_file(output, overwrite)
     if is_report(source):
-        raise UsageError(f"{source} looks like a saved report: see lorank report")
+        raise UsageError(f"{source} looks like a saved report: show it with lorank report")
     view = ReportView(sort, descending, top, columns, skipped, json_output)
     view.check(METRICS)
     check_choice("--accuracy", accuracy, get_args(Accuracy))

@@ -103,7 +103,9 @@ def _key(path: Path, keys: Sequence[str], option: str, wanted: str | None) -> st
     if len(alike) == 1:
         return alike[0]
     holds = ", ".join(keys) or "nothing"
-    raise FormatError(f"{path}: no array is named {name!r}: it holds {holds}; name one by --{option}")
+    raise FormatError(
+        f"{path}: no array is named {name!r}; the file holds {holds}: choose one with --{option}"
+    )
 
 
 def _mapped(path: Path) -> NamedArray:

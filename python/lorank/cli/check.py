@@ -37,16 +37,16 @@ def check(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The base model (a folder, config.json or hub id), to compare names and shapes with."
+            help="Base model (a folder, config.json or hub id) whose names and shapes the adapter must fit."
         ),
     ] = None,
     json_output: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Check which runtimes load an adapter right, wrong, or not at all.
+    """Check which runtimes load an adapter correctly, incorrectly, or not at all.
 
-    The exit status is 1 unless every runtime of --for loads the adapter right;
-    without --for, every runtime that reads its format.
+    The exit status is 1 if a runtime of --for does not load the adapter correctly.
+    Without --for, only the runtimes that read its format count.
     """
     names = [name.strip() for value in runtime or [] for name in value.split(",")] or None
     for name in names or ():
@@ -67,4 +67,4 @@ def check(
     else:
         console().print(tables.verdict_table(verdicts))
     if bad := runtimes.bad(verdicts, names):
-        raise IncompleteError(f"{fix or adapter} does not load right in {', '.join(bad)}")
+        raise IncompleteError(f"{fix or adapter} does not load correctly in {', '.join(bad)}")

@@ -37,7 +37,9 @@ def compress(
     auto: Auto = False,
     max_rank: MaxRank = None,
     scope: Scope = "global",
-    keep: Annotated[str, typer.Option(help="largest, or smallest to study reverse pruning.")] = "largest",
+    keep: Annotated[
+        str, typer.Option(help="Values to keep: largest, or smallest (reverse pruning, for studies).")
+    ] = "largest",
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
     modules: Modules = False,

@@ -37,7 +37,7 @@ def extract(
     exclude: Exclude = None,
     prefix: Annotated[
         str,
-        typer.Option(help="Prefix for the name of every module, such as bert, if the model to adapt has it."),
+        typer.Option(help="Prefix of all module names in the model to adapt, such as bert."),
     ] = "",
     guess: Guess = False,
     avg_rank: AvgRank = None,

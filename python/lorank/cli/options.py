@@ -18,7 +18,7 @@ Include = Annotated[
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option("--exclude", "-x", help="Leave out these modules, written as for --include."),
+    typer.Option("--exclude", "-x", help="Exclude these modules, in the syntax of --include."),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Largest number of threads (default: all processors).")
@@ -27,9 +27,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 Guess = Annotated[
     bool,
-    typer.Option("--guess", help="Continue if names and shapes leave doubts about the kinds of modules."),
+    typer.Option("--guess", help="Continue even if names and shapes leave the kinds of modules uncertain."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Draw no progress bar.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show a progress bar.")]
 
 Sort = Annotated[str | None, typer.Option(help="Sort rows by name or by a metric.")]
 Descending = Annotated[bool, typer.Option("--descending", "-d", help="Sort in descending order.")]
@@ -40,4 +40,4 @@ Columns = Annotated[
         help=f"Columns of the table, separated by commas, or 'all': {', '.join(METRICS)}.", show_default=False
     ),
 ]
-ShowSkipped = Annotated[bool, typer.Option("--skipped", help="List the skipped tensors with the reasons.")]
+ShowSkipped = Annotated[bool, typer.Option("--skipped", help="List the skipped tensors and the reasons.")]

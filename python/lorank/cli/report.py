@@ -64,7 +64,7 @@ def report(
         raise ValueError(f"{file}: none of its {rows} is selected by --include and --exclude")
     if html is not None:
         if not isinstance(shown, SpectralReport):
-            raise UsageError(f"--html draws spectra, and {file} is a report of {shown.provides}")
+            raise UsageError(f"--html draws spectra, but {file} is a report of {shown.provides}")
         shown.to_html(html)
         print_message(f"saved to {html}")
     view.show(shown)

@@ -119,8 +119,8 @@ def _check_spectral(adapter: AdapterContent) -> None:
         for b, a in module.factors():
             if not all(are_orthogonal(side, module.dtype) for side in (b.to_array().T, a.to_array())):
                 raise ValueError(
-                    f"module {module.name!r}: its factors are not singular vectors: put "
-                    "lorank.elastic(adapter) into the model first"
+                    f"module {module.name!r}: its factors are not singular vectors: insert "
+                    "lorank.elastic(adapter) first"
                 )
 
 

@@ -158,7 +158,7 @@ def parameters_of(budget: Budget) -> int:
     """
     if isinstance(budget, str) and budget.strip().endswith("%"):
         raise ValueError(
-            f"budget={budget}: the size of the adapter's base model is unknown: give a number of parameters"
+            f"budget={budget}: an adapter does not store the size of its base model: give a number"
         )
     try:
         return parse_budget(budget, None)

@@ -30,7 +30,9 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FormatError(f"{path}: is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise FormatError(f"{path}: holds a {type(config).__name__}, not an adapter's settings")
+        raise FormatError(
+            f"{path}: holds an object of type {type(config).__name__}, not an adapter's settings"
+        )
     return config
 
 

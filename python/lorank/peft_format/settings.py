@@ -76,7 +76,7 @@ def _compiled(
     pattern = config.get(key) or {}
     if not isinstance(pattern, Mapping):
         raise FormatError(
-            f"{label}: the settings' {key} is a {type(pattern).__name__}, not a table of modules"
+            f"{label}: the settings' {key} has type {type(pattern).__name__}, not a table of modules"
         )
     try:
         return {

@@ -157,7 +157,7 @@ def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
     elif isinstance(batch, Mapping):
         value = getattr(model(**batch), "loss", None)
     else:
-        raise ValueError(f"a batch is a {type(batch).__name__}, not a mapping: give loss=f(model, batch)")
+        raise ValueError(f"a batch has type {type(batch).__name__}, not a mapping: give loss=f(model, batch)")
     if value is None:
         raise ValueError(
             "the model returned no loss: put labels into the batches, or give loss=f(model, batch)"

@@ -1,4 +1,4 @@
-"""Verdicts about an adapter's files: which runtimes load them right, wrong, or not at all.
+"""Verdicts about an adapter's files: which runtimes load them correctly, incorrectly, or not at all.
 
 Each runtime multiplies ``B A`` by a scale of its own. The right scale is PEFT's: ``alpha_l / r_l``, after
 `rank_pattern` and `alpha_pattern` are applied to module `l`.
@@ -59,7 +59,7 @@ class Verdict:
 def check(
     folder: str | Path, runtimes: Sequence[str] | None = None, *, base: Any | None = None
 ) -> list[Verdict]:
-    """Find the runtimes that load an adapter right, wrong, or not at all.
+    """Find the runtimes that load an adapter correctly, incorrectly, or not at all.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ def _scaled(ratios: Sequence[float]) -> Iterable[str]:
 
 
 def right_profile(runtimes: Sequence[str] | None = None) -> Profile:
-    """Return the first profile whose files every runtime scales right.
+    """Return the first profile that every runtime loads with the right scale.
 
     Parameters
     ----------

@@ -62,6 +62,6 @@ def open_source(source: AnySource) -> Source:
     if is_module(source):
         return live.from_module(source)
     raise TypeError(
-        f"cannot read weights from a {type(source).__name__}: pass a path, a hub id, "
+        f"cannot read weights from an object of type {type(source).__name__}: pass a path, a hub id, "
         "a mapping of arrays or a torch.nn.Module"
     )

@@ -95,8 +95,8 @@ def _snapshot(hub_id: str, choices: Sequence[list[str]], is_complete: Callable[[
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(
-            f"{hub_id}: no such file or folder, and as a hub id it is neither in the local cache "
-            f"nor could it be downloaded ({reason})"
+            f"{hub_id}: no such file or folder; as a hub id, it is not in the local cache and could not be "
+            f"downloaded ({reason})"
         ) from error
     return folder
 

@@ -90,7 +90,7 @@ def _pipeline(label: str, folder: Path) -> str:
         for part in folder.iterdir()
         if part.is_dir() and any(_may_be_model(file.name) for file in part.iterdir())
     )
-    models = f": name one of its models ({', '.join(parts)})" if parts else ", whose models are not there"
+    models = f": name one of its models ({', '.join(parts)})" if parts else " without its models"
     return f"{label}: is a pipeline of diffusers{models}"
 
 
@@ -159,7 +159,7 @@ def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """Return the reason why a folder with an adapter's settings but without weights of PEFT is not read."""
     names = [file.name for file in folder.iterdir()]
     if any(name.endswith("adapters.safetensors") for name in names) and "peft_type" not in settings:
-        return f"{folder}: is an adapter of MLX, which is not read: convert it to PEFT's format"
+        return f"{folder}: is an adapter of MLX, which lorank cannot read: convert it to PEFT's format"
     if any(map(_may_be_model, names)):
         return _not_an_adapter(str(folder), f"a model beside {CONFIG_FILE}")
     return None

@@ -182,7 +182,7 @@ def _unwrapped(file: Path, content: Any) -> Mapping[str, Any]:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise FormatError(f"{file}: holds a {type(content).__name__}, not a state dict of named tensors")
+        raise FormatError(f"{file}: holds an object of type {type(content).__name__}, not a state dict")
     return content
 
 

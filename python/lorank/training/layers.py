@@ -30,7 +30,9 @@ def lora_layers(model: Any, adapter_name: str) -> dict[str, AdaptedLayer]:
     _check_wrapping(model)
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
-        raise ValueError(f"no adapter {adapter_name!r} in the model: it has {', '.join(configs) or 'none'}")
+        if not configs:
+            raise ValueError(f"no adapter {adapter_name!r}: the model has no adapters")
+        raise ValueError(f"no adapter {adapter_name!r} in the model, only {', '.join(configs)}")
     kind = str(getattr(configs[adapter_name].peft_type, "value", configs[adapter_name].peft_type))
     if kind != "LORA":
         raise NotImplementedError(

@@ -45,8 +45,8 @@ impl AsRef<[u8]> for ArrayMemory {
     }
 }
 
-/// The numbers of an array: in its own memory if it is contiguous, otherwise copied. They may outlive the
-/// call that passed the array.
+/// The numbers of a Python array. A contiguous array is not copied. The numbers may outlive the call that
+/// passed the array.
 pub enum SharedValues {
     InPlace(ArrayMemory),
     Copied(Vec<f64>),
@@ -90,18 +90,20 @@ impl Matrix {
     fn from_array(array: &Bound<'_, PyUntypedArray>, dtype: Option<&str>) -> PyResult<Self> {
         let &[rows, cols] = array.shape() else {
             return Err(PyValueError::new_err(format!(
-                "a matrix has 2 dimensions, the array has shape {:?}",
+                "a matrix has 2 dimensions, but the array has shape {:?}",
                 array.shape()
             )));
         };
         let dtype = element_type(array, dtype)?;
         let stride = |axis: usize, length: usize| -> PyResult<usize> {
             if length <= 1 {
-                return Ok(1); // no stride is used; NumPy may store anything
+                return Ok(1); // the stride is not used, and NumPy may store any value
             }
             let bytes = usize::try_from(array.strides()[axis]).ok();
             bytes.filter(|b| b % dtype.size() == 0).map(|b| b / dtype.size()).ok_or_else(|| {
-                PyValueError::new_err("negative or fractional strides: pass numpy.ascontiguousarray(W)")
+                PyValueError::new_err(
+                    "the strides are negative or fractional: pass numpy.ascontiguousarray(W)",
+                )
             })
         };
         let strides = (stride(0, rows)?, stride(1, cols)?);
@@ -112,7 +114,7 @@ impl Matrix {
         };
         // SAFETY: the pointer is valid while `array` is borrowed; only its `data` field is read.
         let data: *const u8 = unsafe { (*array.as_array_ptr()).data }.cast_const().cast();
-        // The pointer of an empty array may be null; that of a slice may not.
+        // The pointer of an empty array may be null, but the pointer of a slice must not.
         let start = if len == 0 { std::ptr::NonNull::dangling().as_ptr() } else { data };
         let memory = ArrayMemory { start, len, _owner: array.clone().unbind() };
         StoredMatrix::in_memory(Arc::new(memory), dtype, (rows, cols), strides).map(Self).map_err(to_py)
@@ -130,7 +132,7 @@ impl Matrix {
         self.0.dtype().name()
     }
 
-    /// Returns the values as a `NumPy` array: float64 for float64, float32 for all narrower types.
+    /// Returns the values as a `NumPy` array: float64 for float64, float32 for all other types.
     #[allow(clippy::cast_possible_truncation)] // Values of narrower types are not rounded.
     fn to_array<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let (stored, (rows, cols)) = (self.0.clone(), self.shape());
@@ -160,7 +162,7 @@ impl Computed for Defective {
     }
 }
 
-/// Returns, for tests, a float32 matrix whose computation panics.
+/// Returns a float32 matrix whose computation panics, for tests.
 #[pyfunction(name = "_panicking_matrix")]
 pub fn panicking_matrix(rows: usize, cols: usize) -> Matrix {
     Matrix(StoredMatrix::computed(Arc::new(Defective), DType::F32, (rows, cols)))
@@ -212,7 +214,7 @@ impl Checkpoint {
         files.into_iter().map(Path::to_path_buf).collect()
     }
 
-    /// Returns the metadata of the header of a single file. Empty for several files.
+    /// Returns the metadata in the header of a single file; an empty map for several files.
     fn metadata(&self) -> BTreeMap<String, String> {
         let files: Vec<_> = self.0.tensors.iter().map(|t| &t.file).collect();
         match files.split_first() {

@@ -50,7 +50,7 @@ class PartSettings:
         except ValueError as error:
             raise FormatError(f"{label}: is not JSON: {error}") from error
         if not isinstance(content, dict):
-            raise FormatError(f"{label}: holds a {type(content).__name__}, not settings")
+            raise FormatError(f"{label}: holds an object of type {type(content).__name__}, not settings")
         parts: dict[str, dict[str, Any]] = defaultdict(dict)
         for key, value in content.items():
             part, _, setting = key.rpartition(".")

@@ -142,14 +142,15 @@ def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[
             continue
         if len(names) < len(inner):
             raise FormatError(
-                f"{label}: module {module!r}: target_parameters names {len(names)} of "
-                f"its {len(inner)} adapted parameters"
+                f"{label}: module {module!r}: has {len(inner)} adapted parameters, but "
+                f"target_parameters names {len(names)}"
             )
         for path in inner:
             depth = (len(path) - len(module)) // len(INSIDE)
             if depth >= len(names):
                 raise FormatError(
-                    f"{label}: module {path!r}: lies deeper than target_parameters names parameters"
+                    f"{label}: module {path!r}: is nested too deep for the {len(names)} parameters that "
+                    "target_parameters names"
                 )
             found[path] = f"{module}.{held_order(names)[len(names) - 1 - depth]}"
     return found

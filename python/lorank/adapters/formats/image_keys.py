@@ -65,7 +65,7 @@ def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:
         if (first := adapters.setdefault(name, adapter)) != adapter:
             raise FormatError(
                 f"{tensors.label}: module {name!r}: has tensors of two adapters, {first!r} and {adapter!r} "
-                f"(tensor {key!r}): leave one adapter in the file"
+                f"(tensor {key!r}): keep one adapter in the file"
             )
         if match["end"] == "bias" and letter != "B":
             raise FormatError(
@@ -74,7 +74,7 @@ def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:
         table, entry = (biases, name) if match["end"] == "bias" else (factors[name], letter)
         if entry in table:
             raise FormatError(
-                f"{tensors.label}: tensors {table[entry]!r} and {key!r} are the same thing twice"
+                f"{tensors.label}: tensors {table[entry]!r} and {key!r} define the same parameter"
             )
         table[entry] = key
     if orphans := [key for name, key in biases.items() if name not in factors]:
@@ -103,7 +103,7 @@ def alphas(tensors: Tensors, keys: Iterable[str], names: Collection[str]) -> dic
             continue
         if module in found:
             raise FormatError(
-                f"{tensors.label}: tensors {found[module]!r} and {key!r} are the same thing twice"
+                f"{tensors.label}: tensors {found[module]!r} and {key!r} define the same parameter"
             )
         found[module] = key
     return found

@@ -69,7 +69,7 @@ class Unwrapped:
             name = _without(key, front)
             if name in clean:
                 raise FormatError(
-                    f"{tensors.label}: tensors {clean[name]!r} and {key!r} are the same thing twice"
+                    f"{tensors.label}: tensors {clean[name]!r} and {key!r} define the same parameter"
                 )
             clean[name] = key
         stored_as = {name: key for name, key in clean.items() if name != key}

@@ -94,8 +94,8 @@ class _Found:
             raise FormatError(f"{tensors.label}: holds no LoRA factors (lora_up/lora_down, lora_A/lora_B)")
         if any(name.startswith(PREFIX) for name in modules):
             raise FormatError(
-                f"{tensors.label}: has the names of PEFT, whose scale is in adapter_config.json: give the "
-                "folder that holds both files"
+                f"{tensors.label}: has tensor names of PEFT, which stores the scale of updates in "
+                "adapter_config.json: give the folder that holds both files"
             )
         alphas = image_keys.alphas(tensors, others, modules.keys())
         used = set(alphas.values())

@@ -47,8 +47,8 @@ class CutFactors:
         pairs = [(b.to_array(), a.to_array()) for b, a in self.padded()]
         if any(b[:, self.rank :].any() and a[self.rank :].any() for b, a in pairs):
             raise FormatError(
-                f"module {self.name!r}: metadata {RANKS_KEY} state rank {self.rank}, but its factors have "
-                "more: write the adapter again from its source"
+                f"module {self.name!r}: {RANKS_KEY} in the metadata states rank {self.rank}, but the factors "
+                "have a higher rank: save the adapter again from its source"
             )
         return [in_memory(b[:, : self.rank], a[: self.rank]) for b, a in pairs]
 

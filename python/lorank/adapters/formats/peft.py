@@ -76,9 +76,7 @@ class _Peft(AdapterFormat):
 
     def place(self, target: Path) -> Place:
         if target.suffix == ".safetensors":
-            raise ValueError(
-                f"{target}: a PEFT adapter is a folder, its settings beside its factors: name a folder"
-            )
+            raise ValueError(f"{target}: a PEFT adapter is a folder with settings and factors: name a folder")
         return Place(target, WEIGHTS_FILE, is_alone=False, address=target)
 
     def member_name(self, name: str) -> str:

@@ -61,7 +61,7 @@ class FoundKeys:
             is_bias = name.re is BIAS_KEY
             table, entry = (self.biases, path) if is_bias else (self.factors[path], name["factor"])
             if entry in table:
-                raise FormatError(f"{label}: tensors {table[entry]!r} and {key!r} are the same thing twice")
+                raise FormatError(f"{label}: tensors {table[entry]!r} and {key!r} define the same parameter")
             table[entry] = key
         elif ".lora_diag" in key:
             raise FormatError(f"{label}: tensor {key!r} belongs to KaSA: only LoRA can be read")

@@ -163,7 +163,7 @@ class _Reader:
 
     def module(self) -> LoraModule:
         if "E" in self.keys:
-            self._fail("has lora_E of AdaLoRA, but peft_type is LORA in the settings")
+            self._fail("has lora_E, a tensor of AdaLoRA, but peft_type is LORA")
         a_shape, b_shape = self._shapes()
         name = self.parameter.name if self.parameter else self.path
         # A projection inside a module has the rank and scale of that module.
@@ -179,7 +179,7 @@ class _Reader:
             self._fail(f"factors of shapes {list(b_shape)} and {list(a_shape)} do not fit each other")
         if a_shape[0] != rank and not self.contradictions:
             self._fail(
-                f"has rank {a_shape[0]}, but rank {rank} in the settings: `lorank check --fix` writes the "
+                f"has rank {a_shape[0]}, but the settings state {rank}: `lorank check --fix` writes the "
                 "ranks of the tensors"
             )
         rank = a_shape[0]
@@ -253,7 +253,7 @@ class _Reader:
         a, b = shapes[self.keys["A"]], shapes[self.keys["B"]]
         if len(a) < 2 or len(b) < 2 or 0 in (*a[1:], b[0], *b[2:]) or min(a[0], b[1]) < least:
             self._fail(
-                f"factors of shapes {list(b)} and {list(a)} are not matrices: was a sharded model saved?"
+                f"factors of shapes {list(b)} and {list(a)} are not matrices, as if a sharded model was saved"
             )
         return a, b
 
@@ -273,5 +273,5 @@ def _refuse_kernels(label: str, paths: Iterable[str]) -> None:
         if _CONVOLUTION.search(path):
             raise FormatError(
                 f"{label}: module {path!r}: AdaLoRA of a convolution does not store the kernel's shape: load "
-                "it with PEFT, and read it from the live model by LoraAdapter.from_model"
+                "the adapter with PEFT and read it from the live model with LoraAdapter.from_model"
             )

@@ -65,8 +65,8 @@ def add_layers(live: LiveModel, name: str, modules: Sequence[str]) -> LiveModel:
     config = live.configs.get(name)
     if config is None:
         raise ValueError(
-            f"the model keeps no config of adapter {name!r}, which does not adapt {modules[0]!r}: put the "
-            "adapter in under another name"
+            f"the model keeps no config of adapter {name!r}, which does not adapt {modules[0]!r}: insert "
+            "the adapter under a new name"
         )
     partial = copy.deepcopy(config)
     for key, value in {**_BESIDE_LAYERS, **target_modules(modules, live.modules)}.items():

@@ -148,7 +148,9 @@ class LiveModel:
             If the model's parameters are sharded.
         """
         if not is_module(model):
-            raise TypeError(f"a live model is a torch.nn.Module, not a {type(model).__name__}")
+            raise TypeError(
+                f"a live model is a torch.nn.Module, not an object of type {type(model).__name__}"
+            )
         found = cls(around(model))
         for path, module in found.modules.items():
             if type(module).__name__ in _SHARDED:

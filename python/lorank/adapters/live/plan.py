@@ -18,7 +18,7 @@ from lorank.adapters.stored_factors import padded_factors
 from lorank.peft_format.name_matching import KnownNames
 from lorank.peft_format.names import BIAS, INSIDE, MAGNITUDE, PREFIX, TOKENS, layer_path
 
-OTHER_NAME = "give the adapter a name that the model does not have yet"
+OTHER_NAME = "insert the adapter under a new name"
 
 # Largest relative difference between the updates of tied tables that rounding may cause.
 _TIE_TOLERANCE = 1e-3

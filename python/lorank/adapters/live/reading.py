@@ -28,7 +28,9 @@ def from_model(model: Any, adapter_name: str) -> AdapterContent:
     layers = live.layers(adapter_name)
     if adapter_name not in live.adapters:
         raise ValueError(
-            f"no adapter {adapter_name!r} in the model: it has {', '.join(live.adapters) or 'none'}"
+            f"no adapter {adapter_name!r} in the model, only {', '.join(live.adapters)}"
+            if live.adapters
+            else f"no adapter {adapter_name!r}: the model has no adapters"
         )
     config = settings(live, adapter_name, layers)
     if not layers and config.get("peft_type", "LORA") in ("LORA", "ADALORA"):
@@ -134,5 +136,5 @@ def _noted(adapter: AdapterContent, layers: Mapping[str, AdaptedLayer]) -> Adapt
     )
     if not scaled:
         return adapter
-    note = f"{scaled} modules were scaled by hand: the scaling of the live layers was used"
+    note = f"modules scaled by hand: {scaled}; lorank keeps the scaling that the live layers apply"
     return replace(adapter, notes=[*adapter.notes, note])

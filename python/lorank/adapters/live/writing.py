@@ -38,13 +38,13 @@ def into_model(adapter: AdapterContent, model: Any, adapter_name: str) -> None:
             "peft.PeftModel.from_pretrained(model, folder)"
         )
     if not format_of(adapter).holds_settings:
-        raise ValueError("an image adapter has no PEFT settings: it cannot be put into a PEFT model")
+        raise ValueError("an image adapter has no PEFT settings: it cannot be inserted into a PEFT model")
     if reason := nothing_left(adapter):
         raise ValueError(reason)
     if any(type(wrapper).__name__ == "DistributedDataParallel" for wrapper in live.wrappers):
         raise ValueError(
-            "the model is wrapped in DistributedDataParallel, which remembers shapes: put the adapter into "
-            "the model before it is wrapped"
+            "the model is wrapped in DistributedDataParallel, which depends on the shapes of "
+            "parameters: insert the adapter before the model is wrapped"
         )
     is_new = adapter_name not in live.adapters
     if not is_new:
@@ -75,7 +75,7 @@ def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> Non
         check(layer)
         if variant_of(layer).startswith("Monteclora"):
             raise ValueError(
-                f"module {layer.name!r} samples as MonteCLoRA does, at its first rank: {OTHER_NAME}"
+                f"module {layer.name!r} belongs to MonteCLoRA, which samples at its first rank: {OTHER_NAME}"
             )
     config = settings(live, name, layers)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
@@ -89,7 +89,7 @@ def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> Non
         ours, theirs = (json.dumps(plain(c.get(key)) or None) for c in (adapter.config, config))
         if ours != theirs:
             raise ValueError(
-                f"adapter {name!r} of the model has {key}={theirs}, the adapter to load has {key}={ours}: "
+                f"adapter {name!r} of the model has {key}={theirs}, but the new adapter has {key}={ours}: "
                 f"{OTHER_NAME}"
             )
 

@@ -58,9 +58,9 @@ class Runtime:
     loses
         A function that returns a reason for each part that is silently left out or computed otherwise.
     remark
-        A function that returns a remark on an adapter that is loaded right.
+        A function that returns a remark on an adapter that is loaded correctly.
     profiles
-        The profiles of lorank that are loaded right.
+        The profiles of lorank that are loaded correctly.
     unknown
         The treatment of keys that name no module of the model.
     by_suffix

@@ -1,8 +1,8 @@
-//! Gram matrices `G = X X^T`, lower triangle, where `X` is the wide orientation of `W`.
+//! Lower triangles of Gram matrices `G = X X^T`, where `X` is the wide orientation of `W`.
 //!
-//! `X (p, m)` with `p <= m` is upcast in panels of at least `p / 4` columns, so that `1.25 p^2` numbers are
-//! needed beyond the stored matrix. The panels take `p^2 m / 2` multiplications at the speed of faer's GEMM,
-//! half as many as a full product.
+//! `X (p, m)` with `p <= m` is upcast in panels of at least `p / 4` columns. `G` and a panel need memory for
+//! `1.25 p^2` numbers in addition to the stored matrix. The panels take `p^2 m / 2` multiplications at the
+//! speed of faer's GEMM, half as many as a full product.
 
 use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
@@ -20,21 +20,27 @@ use crate::matrix::MatrixView;
 use crate::matrix::stacked::{Gram, Stacked, gram_scratch as thin_scratch};
 
 /// Returns the number of columns of a panel. Panels are deep enough for a fast GEMM and for few passes over
-/// `G`. A panel with few rows has more columns, as they fit into cache and are read in longer runs.
+/// `G`. A panel with few rows has more columns, since these fit into cache and are read in longer runs.
 fn depth(p: usize, m: usize) -> usize {
     (32_768 / p.max(1)).clamp(256, 4096).max(p / 4).min(m)
 }
 
-/// Largest order of diagonal triangles, which are multiplied in steps of [`STEP`] columns. Each step includes
-/// half a square above the diagonal. faer's triangular product avoids these, but is slower for small blocks.
+/// Largest order of diagonal triangles, which are multiplied in steps of [`STEP`] columns. Each step also
+/// computes half a square above the diagonal. faer's triangular product avoids this work, but is slower for
+/// small blocks.
 const TRIANGLE: usize = 64;
+
+/// Number of columns of a step.
 const STEP: usize = 16;
 
-/// Number of rows of a tile of faer's kernels, or half of it.
+/// Multiple to which half an order is rounded up: the number of rows of a tile of faer's kernels, or half of
+/// that number.
 const KERNEL: usize = 48;
 
-/// Largest number of pieces of a rectangle that threads share, and least number of columns of a piece.
+/// Largest number of pieces into which a rectangle is divided among threads.
 const PIECES: usize = 4;
+
+/// Smallest number of columns of a piece.
 const PIECE: usize = 256;
 
 /// Returns the number of elements of a panel of a `(rows, cols)` matrix.
@@ -83,7 +89,7 @@ pub fn gram<T: Number>(
     let mut buffer = MatMut::from_column_major_slice_with_stride_mut(panel, rows, cols, spaced::<T>(rows));
     for first in (0..m).step_by(depth) {
         cancel.check()?;
-        // The first product initialises the memory, on the threads that will use it.
+        // The first product initialises the memory on the threads that will use it.
         let accum = if first == 0 { Accum::Replace } else { Accum::Add };
         let columns = first..m.min(first + depth);
         if let Some(x) = in_place {
@@ -133,8 +139,8 @@ fn thin_gram<T: Number>(
     Ok(())
 }
 
-/// Computes `G += X X^T` or `G = X X^T`, lower triangle, recursively: a rectangle below the diagonal with
-/// half of the rows, which is half of the work, and two triangles of half the order.
+/// Computes the lower triangle of `G += X X^T` or `G = X X^T` recursively. A rectangle below the diagonal
+/// takes half of the work. Above it and to its right, two triangles of half the order remain.
 fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, accum: Accum, strategy: Strategy) {
     let p = gram.nrows();
     if p <= TRIANGLE {
@@ -227,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn every_number_of_rows_of_thin_matrices() {
+    fn thin_matrices_equal_the_plain_product_for_every_number_of_rows() {
         let cancel = CancelToken::default();
         for p in 1..=2 * THIN {
             for m in [p + 1, 511, 1200] {

@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn second_differences() {
+    fn eigenvalues_of_second_differences_equal_the_formula() {
         for n in [1, 2, 3, 10, 257, 1500] {
             let found = eigenvalues(vec![2.0; n], vec![-1.0; n - 1]);
             for (k, x) in (1..).zip(&found) {
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn diagonal_and_empty() {
+    fn eigenvalues_of_diagonal_and_empty_matrices_are_exact() {
         assert!(eigenvalues(vec![], vec![]).is_empty());
         let found = eigenvalues(vec![3.0, -1.0, 2.0], vec![0.0, 0.0]);
         assert_eq!(

@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn some_and_all_vectors() {
+    fn some_and_all_vectors_are_accurate() {
         for n in [1, 2, 3, 17, 64, 128] {
             for width in [1, 3] {
                 let a = banded(n, width);

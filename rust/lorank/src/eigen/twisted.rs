@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn second_differences() {
+    fn eigenvectors_of_second_differences_equal_the_formula() {
         for n in [1usize, 2, 3, 8, 9, 64, 300] {
             let step = PI / (n + 1) as f64;
             let matrix = Tridiagonal { diagonal: vec![2.0; n], off_diagonal: vec![-1.0; n - 1] };

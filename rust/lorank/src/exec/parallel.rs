@@ -17,15 +17,16 @@ use crate::{Error, Result};
 pub enum Strategy {
     /// One thread works on the matrix; other threads work on other matrices.
     Alone,
-    /// All threads of the pool work on the matrix, and on no other.
+    /// All threads of the pool work on the matrix, and on no other matrix.
     Together,
 }
 
-/// Number of multiplications of a Gram matrix from which all threads share a matrix: some seconds of work on
-/// one core. This bounds the wait for the last matrix of a queue, and the number of large matrices in memory.
+/// Smallest number of multiplications for which all threads work together on a Gram matrix: some seconds of
+/// work on one core. This limit bounds the wait for the last matrix of a queue, and the number of large
+/// matrices in memory.
 const TOGETHER_FROM: u128 = 40_000_000_000;
 
-/// Number of multiplications from which otherwise idle threads speed up a matrix: some milliseconds of work.
+/// Smallest number of multiplications for which otherwise idle threads save time: some milliseconds of work.
 const USEFUL_FROM: u128 = 30_000_000;
 
 impl Strategy {
@@ -69,8 +70,8 @@ fn pool_built(
     build(builder).map_err(|e| Error::NoThreads { threads, source: e.into() })
 }
 
-/// Calls `work` for the indices in `order`, on up to `threads` threads of the current pool. Each worker takes
-/// the next index when it has finished one, and keeps its workspace.
+/// Calls `work` for the indices in `order`, on up to `threads` threads of the current pool. A worker that has
+/// finished an index takes the next one, and reuses its workspace.
 pub(crate) fn side_by_side<W: Default>(
     order: &[usize],
     threads: usize,

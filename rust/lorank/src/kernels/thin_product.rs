@@ -4,13 +4,15 @@
 //! and partial tiles cost as much as the arithmetic. Here the sums of a tile stay in registers, and the
 //! operands are read unpacked from a panel in cache.
 //!
-//! A panel holds some columns of a matrix `X (p, m)` with few rows. It is column-major (as is `X = B^T` of a
-//! row-major `B`) or row-major (as is `A`). Both sides are padded with zeros to multiples of
-//! [`Number::WIDEST`].
+//! A panel holds some columns of a matrix `X (p, m)` with few rows. Panels of `X = A` are row-major. Panels
+//! of `X = B^T` are column-major, since `B` is row-major. Both dimensions are padded with zeros to multiples
+//! of [`Number::WIDEST`].
 //!
-//! Vectors are the widest of the machine. The bits of a result depend on their width and on shapes alone.
+//! The kernels use the widest vectors of the machine. The bits of a result depend only on the width of the
+//! vectors and on the shapes.
 
-// Measured without forced inlining: every vector instruction becomes a call, and kernels are 20 times slower.
+// Without forced inlining, every vector instruction becomes a call, and kernels are 20 times slower
+// (measured).
 #![allow(clippy::inline_always)]
 
 use std::ops::Range;
@@ -23,16 +25,16 @@ use crate::kernels::simd::{dispatch, dispatch_halved};
 /// Largest number of rows for which these kernels are used.
 pub(crate) const THIN: usize = 128;
 
-/// Number of rows of a tile. That many sums hide the latency of a multiplication and fit into 16 registers.
-/// Padded sides are multiples of it, as is [`Number::WIDEST`].
+/// Number of rows of a tile. The sums of a tile hide the latency of a multiplication and fit into 16
+/// registers. Padded dimensions and [`Number::WIDEST`] are multiples of this number.
 pub(crate) const HIGH: usize = 8;
 
-/// Largest number of rows of a tile of a product with a transpose. The sums of two vectors per row fill 24 of
-/// 32 registers, those of one vector 12 of 16.
+/// Largest number of rows of a tile of a product with a transpose. With two vectors per row, the sums fill 24
+/// of 32 registers; with one vector per row, they fill 12 of 16.
 const TALLEST: usize = 12;
 
 /// Computes `Y = L R` for padded row-major `L (rows, depth)` and `R (depth, cols)`, with `cols` a multiple of
-/// half of [`Number::WIDEST`]. Rows of `Y` and `R` begin at the same distances. Elements of `Y` beyond `cols`
+/// half of [`Number::WIDEST`]. Rows of `Y` and `R` have the same stride. Elements of `Y` beyond `cols`
 /// are not written.
 pub(crate) fn multiply<T: Number>(left: &[T], right: Panel<'_, T>, out: &mut [T]) {
     let whole = right.cols / T::WIDEST * T::WIDEST;
@@ -66,7 +68,7 @@ pub(crate) fn add_row_products<T: Number>(left: Panel<'_, T>, right: &[T], out: 
     dispatch(RowProducts { left, right, out });
 }
 
-/// Rows that begin `stride` elements apart.
+/// A matrix whose rows begin `stride` elements apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Panel<'a, T> {
     pub values: &'a [T],
@@ -118,15 +120,15 @@ impl<T: Number> WithSimd for TransposedProduct<'_, T> {
 }
 
 impl<T: Number> TransposedProduct<'_, T> {
-    /// Multiplies in tiles of `BESIDE` vectors. Heights of tiles differ by one at most, so that no row is
-    /// padding.
+    /// Multiplies in tiles that are `BESIDE` vectors wide. The tiles divide the rows as evenly as possible,
+    /// so that no tile contains padding.
     #[inline(always)]
     fn multiply<const BESIDE: usize, S: Simd>(mut self, simd: S) {
         let height = self.left.cols;
         let tiles = height.div_ceil(TALLEST);
         for tile in 0..tiles {
             let rows = height * tile / tiles..height * (tile + 1) / tiles;
-            // A height that is a constant keeps the sums in registers.
+            // With a constant height, the sums stay in registers.
             match rows.len() {
                 1 => self.tile::<1, BESIDE, S>(simd, rows.start),
                 2 => self.tile::<2, BESIDE, S>(simd, rows.start),
@@ -157,7 +159,7 @@ impl<T: Number> TransposedProduct<'_, T> {
         }
     }
 
-    /// Computes `BESIDE` vectors from column `j` on, of `ROWS` rows from `first` on.
+    /// Computes `ROWS` rows of `BESIDE` vectors, beginning at row `first` and column `j`.
     #[inline(always)]
     fn strip<const ROWS: usize, const BESIDE: usize, S: Simd>(&mut self, simd: S, first: usize, j: usize) {
         let Panel { values, stride, .. } = self.right;
@@ -240,8 +242,8 @@ fn add_tile<T: Number, S: Simd>(simd: S, sums: &[T::Vector<S>; HIGH], out: &mut 
     }
 }
 
-/// Returns, for [`HIGH`] rows, the sum over `k` of their `k`-th element times a vector of the `k`-th row of
-/// `right`.
+/// Returns a vector for each of [`HIGH`] rows: the sum over `k` of the row's `k`-th element times the first
+/// vector of the `k`-th row of `right`.
 #[inline(always)]
 fn row_products<T: Number, S: Simd>(
     simd: S,
@@ -260,8 +262,8 @@ fn row_products<T: Number, S: Simd>(
 }
 
 /// Returns the sums over `k` of the first `ROWS` elements of the `k`-th row of `left` times `BESIDE` vectors
-/// of the `k`-th row of `right`. All elements of `left` are addressed from one pointer, where
-/// [`row_products`] needs one per row.
+/// of the `k`-th row of `right`. All elements of `left` are addressed from one pointer, whereas
+/// [`row_products`] needs one pointer per row.
 #[inline(always)]
 fn column_products<const ROWS: usize, const BESIDE: usize, T: Number, S: Simd>(
     simd: S,
@@ -327,7 +329,7 @@ pub(crate) mod tests {
         });
     }
 
-    /// Checks that both products of one vector's width are added to the existing values.
+    /// Checks that [`add_outer_products`] and [`add_row_products`] add their products to the existing values.
     fn assert_narrow_products<T: Number>(rows: usize, depth: usize, gap: usize) {
         let (rows, width, stride) = (rows * HIGH, T::WIDEST, rows * HIGH + gap);
         let at = |values: &[T], i: usize| values[i].to_f64();
@@ -358,19 +360,19 @@ pub(crate) mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn transposed_products(rows in 1usize..40, width in 1usize..6, depth in 1usize..20) {
+        fn transposed_product_is_exact(rows in 1usize..40, width in 1usize..6, depth in 1usize..20) {
             assert_transposed_product::<f64>((rows, width), depth);
             assert_transposed_product::<f32>((rows, width), depth);
         }
 
         #[test]
-        fn narrow_products(rows in 1usize..4, depth in 1usize..20, gap in 0usize..5) {
+        fn products_are_added_to_existing_values(rows in 1usize..4, depth in 1usize..20, gap in 0usize..5) {
             assert_narrow_products::<f64>(rows, depth, gap);
             assert_narrow_products::<f32>(rows, depth, gap);
         }
 
         #[test]
-        fn products(shape in (1usize..5, 1usize..8), depth in 1usize..20) {
+        fn product_is_exact(shape in (1usize..5, 1usize..8), depth in 1usize..20) {
             assert_product::<f64>(shape, depth);
             assert_product::<f32>(shape, depth);
         }

@@ -1,4 +1,4 @@
-//! Low-rank updates: their decomposition from factors, their truncation, and differences of weights.
+//! Low-rank updates: SVDs of products of factors, truncation, and differences of weights.
 
 mod basis;
 mod cholesky_qr;

@@ -56,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn worked_by_hand() {
+    fn ranks_equal_results_by_hand() {
         let spectrum = Spectrum::new(vec![1.0, 3.0]).unwrap();
         assert!((stable_rank(&spectrum) - 4.0 / 3.0).abs() < 1e-15);
         assert!((participation_ratio(&spectrum) - 1.6).abs() < 1e-15);

@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn worked_by_hand() {
+    fn exponents_equal_results_by_hand() {
         // n = 4: k = 2, threshold 2; tail 4, 16: ln 2 + ln 8 = 4 ln 2.
         let four = [1.0, 2.0, 4.0, 16.0];
         assert!((alpha(&four, Convention::Median) - (1.0 + 2.0 / (4.0 * 2f64.ln()))).abs() < 1e-15);
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn undefined_and_infinite() {
+    fn exponent_of_few_or_equal_values_is_undefined_or_infinite() {
         for convention in [Convention::Median, Convention::XminMid] {
             for few in [&[][..], &[0.0, 0.0], &[0.0, 3.0]] {
                 assert!(alpha(few, convention).is_nan());

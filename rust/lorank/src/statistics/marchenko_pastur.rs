@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn worked_by_hand() {
+    fn law_equals_results_by_hand() {
         // Mean 3, Q = 4: edge 3 (1 + 1/2)^2 = 6.75, in both orientations.
         for shape in [(4, 16), (16, 4)] {
             let found = law(&[1.0, 1.0, 1.0, 9.0], shape, Scale::Mean);

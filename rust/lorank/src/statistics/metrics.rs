@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn worked_by_hand() {
+    fn metrics_equal_results_by_hand() {
         let m = SpectralMetrics::new(&Spectrum::new(vec![1.0, 1.0, 1.0, 100.0]).unwrap(), (4, 16)).unwrap();
         let close = |x: f64, y: f64| (x - y).abs() < 1e-12;
         // Mean 25.75, Q = 4: edge 25.75 (3/2)^2.

@@ -9,14 +9,16 @@ use serde::Deserialize;
 use crate::storage::safetensors::{SafetensorsFile, TensorInfo};
 use crate::{Error, Result};
 
-/// File names of transformers: the index of a sharded checkpoint, and the single file of any other.
+/// File name that transformers gives to the index of a sharded checkpoint.
 const INDEX: &str = "model.safetensors.index.json";
+
+/// File name that transformers gives to a checkpoint without shards.
 const SINGLE: &str = "model.safetensors";
 
 /// A tensor and the open file that contains it.
 #[derive(Clone, Debug)]
 pub struct StoredTensor {
-    /// The file, or shard.
+    /// The file or shard that contains the tensor.
     pub file: Arc<SafetensorsFile>,
     /// Name, type, shape and position of the tensor.
     pub info: TensorInfo,
@@ -25,7 +27,7 @@ pub struct StoredTensor {
 /// All tensors of a checkpoint.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
-    /// The tensors in the order of the file. Shards are ordered by name.
+    /// The tensors, ordered by the name of their file and by their position in it.
     pub tensors: Vec<StoredTensor>,
 }
 
@@ -41,7 +43,7 @@ impl Checkpoint {
     /// name files in its own folder.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Format`], which name the file and the tensor.
+    /// [`Error::Io`] and [`Error::Format`]. Their messages name the file and the tensor.
     ///
     /// # Examples
     /// ```
@@ -102,7 +104,7 @@ impl Checkpoint {
             let file = Arc::new(SafetensorsFile::open(path)?);
             for info in file.tensors() {
                 if !seen.insert(info.name.clone()) {
-                    let reason = "also lies in another file of the folder: name one file";
+                    let reason = "is also in another file of the folder: give the path of one file";
                     return Err(Error::tensor(path, &info.name, reason));
                 }
                 tensors.push(StoredTensor { file: Arc::clone(&file), info: info.clone() });
@@ -117,14 +119,13 @@ impl Checkpoint {
         }
         let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
         let index: Index = serde_json::from_slice(&text)
-            .map_err(|e| Error::format(path, format!("is no shard index: {e}")))?;
+            .map_err(|e| Error::format(path, format!("is not a shard index: {e}")))?;
         let folder = path.parent().unwrap_or_else(|| Path::new("."));
         let mut shards: BTreeMap<&str, Arc<SafetensorsFile>> = BTreeMap::new();
         let mut tensors = Vec::with_capacity(index.weight_map.len());
         for (tensor, shard) in &index.weight_map {
             if !is_plain_name(shard) {
-                let reason =
-                    format!("lies in `{shard}`, which is not a plain file name: the index points elsewhere");
+                let reason = format!("its shard `{shard}` is not a plain file name");
                 return Err(Error::tensor(path, tensor, reason));
             }
             let file = if let Some(file) = shards.get(shard.as_str()) {
@@ -135,7 +136,7 @@ impl Checkpoint {
                 file
             };
             let position = file.position(tensor).ok_or_else(|| {
-                Error::tensor(path, tensor, format!("the index says it lies in `{shard}`, which lacks it"))
+                Error::tensor(path, tensor, format!("is missing from `{shard}`, where the index places it"))
             })?;
             tensors.push((shard, position, file));
         }

@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn extreme_shapes() {
+    fn factors_of_extreme_shapes_are_accurate() {
         for (m, n) in [(1, 1), (1, 7), (7, 1), (5, 5), (90, 3), (3, 90), (200, 64)] {
             assert_factors(&Mat::zeros(m, n));
             assert_factors(&Mat::from_fn(m, n, |_, _| 2.5)); // rank 1

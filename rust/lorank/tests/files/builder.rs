@@ -45,7 +45,7 @@ pub fn write(folder: &TempDir, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
 }
 
 /// Checks that a message contains the path of its file and the given parts.
-pub fn assert_says(error: &Error, path: &Path, parts: &[&str]) {
+pub fn assert_message(error: &Error, path: &Path, parts: &[&str]) {
     let text = error.to_string();
     assert!(text.contains(&path.display().to_string()), "{text:?} names {}", path.display());
     for part in parts {

@@ -9,7 +9,7 @@ use lorank::cancel::CancelToken;
 use lorank::checkpoint::Checkpoint;
 use tempfile::TempDir;
 
-use crate::builder::{assert_says, folder, index, vectors, write};
+use crate::builder::{assert_message, folder, index, vectors, write};
 
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -38,7 +38,7 @@ fn sharded() -> TempDir {
 }
 
 #[test]
-fn file_and_folder_with_one_file() {
+fn file_and_folder_with_one_file_have_the_same_tensors() {
     let folder = folder();
     let path = write(&folder, "model.safetensors", vectors(&[("y", &[1.0]), ("x", &[2.0])]));
     let expected = named(&[("y", 1.0), ("x", 2.0)]);
@@ -50,7 +50,7 @@ fn file_and_folder_with_one_file() {
 }
 
 #[test]
-fn shards_by_folder_and_by_index() {
+fn shards_are_found_by_folder_and_by_index() {
     let folder = sharded();
     let expected = named(&[("w3", 3.0), ("w2", 2.0), ("w1", 1.0)]);
     assert_eq!(contents(folder.path()), expected);
@@ -67,7 +67,7 @@ fn index_of_another_name() {
     write(&folder, "diffusion.safetensors.index.json", index(&[("w", "a.safetensors")]));
     assert_eq!(contents(folder.path()), named(&[("w", 1.0)]));
     write(&folder, "second.safetensors.index.json", index(&[("v", "a.safetensors")]));
-    assert_says(&Checkpoint::open(folder.path()).unwrap_err(), folder.path(), &["several checkpoints"]);
+    assert_message(&Checkpoint::open(folder.path()).unwrap_err(), folder.path(), &["several checkpoints"]);
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn symbolic_links_are_followed() {
     assert_eq!(contents(snapshot.path()), contents(blobs.path()));
     fs::remove_file(blobs.path().join("b.safetensors")).unwrap();
     let dangling = snapshot.path().join("b.safetensors");
-    assert_says(&Checkpoint::open(snapshot.path()).unwrap_err(), &dangling, &[]);
+    assert_message(&Checkpoint::open(snapshot.path()).unwrap_err(), &dangling, &[]);
 }
 
 #[test]
@@ -93,29 +93,33 @@ fn index_may_only_name_files_in_its_folder() {
     for shard in [up.as_str(), "../x", "..", ".", "", "a/b", "./a", "a\\\\b", secret.to_str().unwrap()] {
         let path = write(&folder, INDEX, index(&[("layer.w", shard)]));
         let error = Checkpoint::open(folder.path()).unwrap_err();
-        assert_says(&error, &path, &["`layer.w`", "not a plain file name"]);
+        assert_message(&error, &path, &["`layer.w`", "not a plain file name"]);
     }
     // A plain name of something that is not a file.
     write(&folder, INDEX, index(&[("layer.w", "a")]));
-    assert_says(&Checkpoint::open(folder.path()).unwrap_err(), &folder.path().join("a"), &["regular file"]);
+    assert_message(
+        &Checkpoint::open(folder.path()).unwrap_err(),
+        &folder.path().join("a"),
+        &["regular file"],
+    );
 }
 
 #[test]
 fn missing_shard_and_missing_tensor_are_errors() {
     let folder = sharded();
     let path = write(&folder, INDEX, index(&[("w3", "a.safetensors"), ("gone", "a.safetensors")]));
-    assert_says(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["`gone`", "`a.safetensors`"]);
+    assert_message(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["`gone`", "`a.safetensors`"]);
     write(&folder, INDEX, index(&[("w3", "a.safetensors"), ("w1", "c.safetensors")]));
     let error = Checkpoint::open(folder.path()).unwrap_err();
     assert!(matches!(error, Error::Io { .. }));
-    assert_says(&error, &folder.path().join("c.safetensors"), &[]);
+    assert_message(&error, &folder.path().join("c.safetensors"), &[]);
 }
 
 #[test]
 fn error_names_the_malformed_shard() {
     let folder = sharded();
     let path = write(&folder, "b.safetensors", b"short");
-    assert_says(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["not a safetensors file"]);
+    assert_message(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["not a safetensors file"]);
 }
 
 #[test]
@@ -123,22 +127,22 @@ fn malformed_index_is_an_error() {
     let folder = sharded();
     for text in ["", "nonsense", "[]", "{}", r#"{"weight_map":[]}"#, r#"{"weight_map":{"w1":7}}"#, "\u{0}"] {
         let path = write(&folder, INDEX, text);
-        assert_says(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["no shard index"]);
+        assert_message(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["not a shard index"]);
     }
     let path = write(&folder, "config.json", r#"{"hidden_size":768}"#);
-    assert_says(&Checkpoint::open(&path).unwrap_err(), &path, &["weight_map"]);
+    assert_message(&Checkpoint::open(&path).unwrap_err(), &path, &["weight_map"]);
     write(&folder, INDEX, index(&[]));
     assert!(Checkpoint::open(folder.path()).unwrap().tensors.is_empty());
 }
 
 #[test]
-fn folders_without_an_index() {
+fn folders_without_an_index_are_sorted_or_refused() {
     let folder = folder();
     write(&folder, "pytorch_model.bin", b"pickle");
-    assert_says(&Checkpoint::open(folder.path()).unwrap_err(), folder.path(), &[".safetensors"]);
+    assert_message(&Checkpoint::open(folder.path()).unwrap_err(), folder.path(), &[".safetensors"]);
     write(&folder, "part2.safetensors", vectors(&[("x", &[2.0])]));
     write(&folder, "part1.safetensors", vectors(&[("y", &[1.0])]));
     assert_eq!(contents(folder.path()), named(&[("y", 1.0), ("x", 2.0)]));
     let path = write(&folder, "part3.safetensors", vectors(&[("z", &[3.0]), ("y", &[4.0])]));
-    assert_says(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["`y`", "another file"]);
+    assert_message(&Checkpoint::open(folder.path()).unwrap_err(), &path, &["`y`", "another file"]);
 }

@@ -11,7 +11,7 @@ use lorank::checkpoint::Checkpoint;
 use lorank::safetensors::SafetensorsFile;
 use proptest::prelude::*;
 
-use crate::builder::{assert_says, entry, file_bytes, folder, vectors, write};
+use crate::builder::{assert_message, entry, file_bytes, folder, vectors, write};
 
 /// Checks that opening fails with a message that contains the path of the file and the given parts.
 fn assert_refused(bytes: &[u8], parts: &[&str]) {
@@ -19,8 +19,8 @@ fn assert_refused(bytes: &[u8], parts: &[&str]) {
     let path = write(&folder, "hostile.safetensors", bytes);
     let error = SafetensorsFile::open(&path).unwrap_err();
     assert!(matches!(error, Error::Format { .. }), "{error}");
-    assert_says(&error, &path, parts);
-    assert_says(&Checkpoint::open(&path).unwrap_err(), &path, parts);
+    assert_message(&error, &path, parts);
+    assert_message(&Checkpoint::open(&path).unwrap_err(), &path, parts);
 }
 
 fn assert_header_refused(header: &str, data: usize, parts: &[&str]) {
@@ -28,7 +28,7 @@ fn assert_header_refused(header: &str, data: usize, parts: &[&str]) {
 }
 
 #[test]
-fn file_shorter_than_eight_bytes() {
+fn file_shorter_than_eight_bytes_is_refused() {
     for length in 0..8 {
         assert_refused(&vec![1; length], &["not a safetensors file"]);
     }
@@ -36,23 +36,23 @@ fn file_shorter_than_eight_bytes() {
 }
 
 #[test]
-fn header_longer_than_the_file() {
+fn header_longer_than_the_file_is_refused() {
     for length in [3u64, 1 << 20, 100_000_001, 1 << 40, 1 << 63, u64::MAX - 7, u64::MAX] {
         assert_refused(&[&length.to_le_bytes()[..], b"{}"].concat(), &["header of"]);
     }
 }
 
 #[test]
-fn header_beyond_the_limit() {
+fn header_beyond_the_limit_is_refused() {
     // The file really has this length; it is sparse, so that nothing is written.
     let folder = folder();
     let path = write(&folder, "hostile.safetensors", 100_000_001u64.to_le_bytes());
     std::fs::File::options().write(true).open(&path).unwrap().set_len(200_000_000).unwrap();
-    assert_says(&SafetensorsFile::open(&path).unwrap_err(), &path, &["header of 100000001 bytes"]);
+    assert_message(&SafetensorsFile::open(&path).unwrap_err(), &path, &["header of 100000001 bytes"]);
 }
 
 #[test]
-fn header_of_another_json_type() {
+fn header_of_another_json_type_is_refused() {
     for header in
         ["", " ", "nonsense", "{", r#"{"a""#, "{}{}", "[]", "3", "null", r#""text""#, "[[[[", "\0\0"]
     {
@@ -69,7 +69,7 @@ fn header_of_another_json_type() {
 }
 
 #[test]
-fn entries_of_the_wrong_type() {
+fn entries_of_the_wrong_type_are_refused() {
     for body in [
         "3",
         "null",
@@ -103,7 +103,7 @@ fn entries_of_the_wrong_type() {
 }
 
 #[test]
-fn invalid_offsets() {
+fn invalid_offsets_are_refused() {
     let max = usize::MAX;
     for (shape, begin, end) in [
         (&[1][..], 4, 0),     // reversed
@@ -124,7 +124,7 @@ fn invalid_offsets() {
 }
 
 #[test]
-fn overflowing_shapes() {
+fn overflowing_shapes_are_refused() {
     let half = 1 << 32;
     for dtype in ["F32", "BOOL", "F4", "UNKNOWN"] {
         for shape in [&[half, half][..], &[half, half, 0], &[usize::MAX, 2], &[3, usize::MAX / 2]] {
@@ -140,7 +140,7 @@ fn overflowing_shapes() {
 }
 
 #[test]
-fn overlapping_tensors() {
+fn overlapping_tensors_are_refused() {
     for (first, second) in [((0, 8), (0, 8)), ((0, 8), (4, 12)), ((4, 12), (0, 8)), ((0, 16), (4, 8))] {
         let tensor = |name, (begin, end)| entry(name, "F32", &[(end - begin) / 4], begin, end);
         let between = entry("between", "F32", &[1], 16, 20);
@@ -160,7 +160,7 @@ fn duplicate_names() {
 }
 
 #[test]
-fn truncation_at_every_length() {
+fn truncation_at_every_length_is_refused() {
     let bytes = vectors(&[("first", &[1.0, 2.0]), ("second", &[3.0])]);
     for length in 0..bytes.len() {
         assert_refused(&bytes[..length], &[]);
@@ -168,15 +168,15 @@ fn truncation_at_every_length() {
 }
 
 #[test]
-fn missing_paths_and_folders() {
+fn missing_paths_and_folders_are_errors() {
     let folder = folder();
     let missing = folder.path().join("missing.safetensors");
     for error in [SafetensorsFile::open(&missing).unwrap_err(), Checkpoint::open(&missing).unwrap_err()] {
         assert!(matches!(error, Error::Io { .. }));
-        assert_says(&error, &missing, &[]);
+        assert_message(&error, &missing, &[]);
     }
-    assert_says(&SafetensorsFile::open(folder.path()).unwrap_err(), folder.path(), &["regular file"]);
-    assert_says(
+    assert_message(&SafetensorsFile::open(folder.path()).unwrap_err(), folder.path(), &["regular file"]);
+    assert_message(
         &SafetensorsFile::open(Path::new("/dev/null")).unwrap_err(),
         Path::new("/dev/null"),
         &["regular"],
@@ -193,7 +193,7 @@ fn named_pipe_is_an_error_without_blocking() {
             let (sender, receiver) = mpsc::channel();
             std::thread::spawn(move || sender.send(Checkpoint::open(&opened)));
             let result = receiver.recv_timeout(Duration::from_secs(10)).expect("open returns");
-            assert_says(&result.unwrap_err(), &path, &["regular file"]);
+            assert_message(&result.unwrap_err(), &path, &["regular file"]);
         }
     }
 }
@@ -226,7 +226,7 @@ proptest! {
         let folder = folder();
         let path = write(&folder, "damaged.safetensors", &bytes);
         match SafetensorsFile::open(&path) {
-            Err(error) => assert_says(&error, &path, &[]),
+            Err(error) => assert_message(&error, &path, &[]),
             Ok(file) => {
                 for tensor in file.tensors() {
                     let read = file.read(tensor, 0, tensor.len, &CancelToken::default()).unwrap();

@@ -9,14 +9,14 @@ use lorank::dtype::DType;
 use lorank::safetensors::{SafetensorsFile, TensorInfo};
 use lorank::source::{Buffer, StoredMatrix};
 
-use crate::builder::{assert_says, entry, file_bytes, folder, vectors, write};
+use crate::builder::{assert_message, entry, file_bytes, folder, vectors, write};
 
 fn read(file: &SafetensorsFile, tensor: &TensorInfo) -> Vec<u8> {
     file.read(tensor, 0, tensor.len, &CancelToken::default()).unwrap()
 }
 
 #[test]
-fn tensors_in_the_order_of_the_header() {
+fn tensors_keep_the_order_of_the_header() {
     let folder = folder();
     let data: Vec<u8> = (0..48).collect();
     // Metadata of any type is ignored; gaps and padding belong to no tensor.
@@ -45,14 +45,14 @@ fn tensors_in_the_order_of_the_header() {
     assert_eq!(file.read(z, 4, 5, &cancel).unwrap(), data[12..17]);
     assert!(file.read(z, 24, 0, &cancel).unwrap().is_empty());
     for (start, len) in [(0, 25), (24, 1), (25, 0), (usize::MAX, 2), (1, usize::MAX)] {
-        assert_says(&file.read(z, start, len, &cancel).unwrap_err(), &path, &["`z`"]);
+        assert_message(&file.read(z, start, len, &cancel).unwrap_err(), &path, &["`z`"]);
     }
     cancel.cancel();
     assert!(matches!(file.read(z, 0, 24, &cancel), Err(Error::Cancelled)));
 }
 
 #[test]
-fn data_at_unaligned_offsets() {
+fn data_at_unaligned_offsets_are_read() {
     let folder = folder();
     let values = [1.5f32, -2.25, 1e-30, 3e30];
     let data: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -71,7 +71,7 @@ fn data_at_unaligned_offsets() {
 }
 
 #[test]
-fn tensors_without_elements() {
+fn tensors_without_elements_are_read() {
     let folder = folder();
     // Empty tensors may share an offset and lie at the edge of other tensors.
     let header = format!(
@@ -105,7 +105,7 @@ fn types_without_a_spectrum_are_listed() {
     assert_eq!(dtypes, ["F7_X", "F4", "BOOL", "F8_E5M2"]);
     for tensor in &tensors[..3] {
         let error = StoredMatrix::in_file(tensor.clone(), (1, 1), 0).unwrap_err();
-        assert_says(&error, &path, &[&format!("`{}`", tensor.info.name), &tensor.info.dtype]);
+        assert_message(&error, &path, &[&format!("`{}`", tensor.info.name), &tensor.info.dtype]);
     }
     assert_eq!(StoredMatrix::in_file(tensors[3].clone(), (1, 1), 0).unwrap().dtype(), DType::F8E5M2);
 }
@@ -126,12 +126,12 @@ fn matrix_beyond_its_tensor_is_an_error() {
         ((2, 3), usize::MAX / 24 + 1),
     ] {
         let error = StoredMatrix::in_file(tensor.clone(), shape, index).unwrap_err();
-        assert_says(&error, &path, &["`w`"]);
+        assert_message(&error, &path, &["`w`"]);
     }
 }
 
 #[test]
-fn file_that_shrinks_after_opening() {
+fn file_that_shrinks_after_opening_is_an_error() {
     let folder = folder();
     let path = write(&folder, "model.safetensors", vectors(&[("kept", &[1.0; 4]), ("lost", &[2.0; 1000])]));
     let file = SafetensorsFile::open(&path).unwrap();
@@ -140,5 +140,5 @@ fn file_that_shrinks_after_opening() {
     assert_eq!(read(&file, &file.tensors()[0]).len(), 16);
     let lost = &file.tensors()[1];
     let error = file.read(lost, 0, lost.len, &CancelToken::default()).unwrap_err();
-    assert_says(&error, &path, &["`lost`", "truncated"]);
+    assert_message(&error, &path, &["`lost`", "truncated"]);
 }

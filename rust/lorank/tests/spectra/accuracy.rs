@@ -71,7 +71,7 @@ fn orthonormal_columns() {
 }
 
 #[test]
-fn rank_deficient() {
+fn rank_deficient_matrices_have_exact_zeros() {
     let mut gaussian = Gaussian::new(3);
     for (rows, cols, rank) in [(20, 20, 1), (100, 60, 7), (60, 100, 59), (400, 120, 30)] {
         let product = gaussian.matrix(rows, rank) * gaussian.matrix(rank, cols);

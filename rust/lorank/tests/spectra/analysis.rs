@@ -83,7 +83,7 @@ fn failing_matrix_does_not_stop_the_others() {
 }
 
 #[test]
-fn empty_input_and_zero_threads() {
+fn empty_input_and_zero_threads_are_allowed() {
     assert!(run(&[], 4).is_empty());
     assert!(run(&[gaussian(1, 3, 3)], 0)[0].is_ok());
 }
@@ -107,7 +107,7 @@ fn cancellation_by_a_callback_stops_soon() {
 }
 
 #[test]
-fn cancellation_before_the_start() {
+fn cancellation_before_the_start_is_an_error() {
     let cancel = CancelToken::default();
     cancel.cancel();
     let result = analyze(&[gaussian(1, 3, 3)], Accuracy::Exact, 2, &cancel, &|_, _| {
@@ -117,7 +117,7 @@ fn cancellation_before_the_start() {
 }
 
 #[test]
-fn matrices_in_a_file() {
+fn matrices_in_a_file_are_analyzed() {
     // Three experts of shape (4, 6) in one tensor, and a separate matrix.
     let mut gaussian = Gaussian::new(5);
     let (experts, single) = (gaussian.matrix(12, 6), gaussian.matrix(10, 3));

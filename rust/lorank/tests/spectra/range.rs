@@ -1,4 +1,4 @@
-//! Tests of norms far from 1, values without a spectrum, and shapes without elements.
+//! Tests of norms far from 1, entries that are not finite or have squares out of range, and empty shapes.
 
 use lorank::cancel::CancelToken;
 use lorank::dtype::DType;
@@ -33,7 +33,7 @@ fn try_f32(values: &[f32], rows: usize, cols: usize) -> Result<Spectrum> {
 }
 
 #[test]
-fn tiny_and_huge_norms() {
+fn tiny_and_huge_norms_keep_the_accuracy() {
     let s: Vec<f64> = (1..=40).map(f64::from).collect();
     let matrix = Gaussian::new(1).with_singular_values(90, 40, &s);
     for norm in [1e-140, 1e-30, 1e30, 1e140] {
@@ -78,7 +78,7 @@ fn nan_and_infinity_are_errors_at_any_position() {
             }
         }
     }
-    // One NaN among float8 codes; the format has no infinity.
+    // The second float8 code is NaN; the format has no infinity.
     let view = MatrixView::row_major(&[0x38, 0x7f], DType::F8E4M3, 1, 2).unwrap();
     assert!(eigen::spectrum(&view, Accuracy::Exact, 1, &CancelToken::default()).is_err());
 }
@@ -95,9 +95,9 @@ fn magnitudes_with_squares_out_of_range_are_errors() {
 }
 
 #[test]
-fn shapes_without_elements() {
+fn empty_shapes_have_no_values() {
     let cancel = CancelToken::default();
-    // The last two would not terminate if empty rows were visited.
+    // The shapes with `usize::MAX` would not terminate if empty rows were visited.
     for (rows, cols) in [(0, 0), (0, 5), (5, 0), (0, usize::MAX), (usize::MAX, 0)] {
         for strides in [(cols, 1), (1, rows), (1, 1)] {
             let view = MatrixView::new(&[], DType::F32, (rows, cols), strides).unwrap();
@@ -108,7 +108,7 @@ fn shapes_without_elements() {
 }
 
 #[test]
-fn cancellation_before_the_start() {
+fn cancellation_before_the_start_is_an_error() {
     let cancel = CancelToken::default();
     cancel.cancel();
     let view = MatrixView::from_f64(&[1.0, 2.0], 1, 2).unwrap();

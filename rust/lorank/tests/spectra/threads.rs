@@ -33,13 +33,13 @@ fn assert_independent_of_threads(view: &MatrixView<'_>) {
 }
 
 #[test]
-fn bits_of_a_parallel_reduction() {
+fn bits_of_a_parallel_reduction_are_equal() {
     let numbers = Gaussian::new(1).numbers(1100 * 1100);
     assert_independent_of_threads(&MatrixView::from_f64(&numbers, 1100, 1100).unwrap());
 }
 
 #[test]
-fn bits_of_tall_and_wide_matrices() {
+fn bits_of_tall_and_wide_matrices_are_equal() {
     let numbers = Gaussian::new(2).numbers(3000 * 300);
     let view = MatrixView::from_f64(&numbers, 3000, 300).unwrap();
     assert_independent_of_threads(&view);
@@ -47,7 +47,7 @@ fn bits_of_tall_and_wide_matrices() {
 }
 
 #[test]
-fn bits_of_shapes_smaller_than_one_strip() {
+fn bits_of_shapes_smaller_than_one_strip_are_equal() {
     let numbers = Gaussian::new(3).numbers(1000);
     for (rows, cols) in [(1, 1), (1, 1000), (1000, 1), (2, 500), (25, 40)] {
         assert_independent_of_threads(&MatrixView::from_f64(&numbers, rows, cols).unwrap());
@@ -55,7 +55,7 @@ fn bits_of_shapes_smaller_than_one_strip() {
 }
 
 #[test]
-fn bits_of_the_public_entry_point() {
+fn bits_of_the_public_entry_point_are_equal() {
     for (rows, cols) in [(22_300, 600), (500, 400), (300, 300)] {
         let bytes = codes(&Gaussian::new(4).numbers(rows * cols));
         let view = MatrixView::row_major(&bytes, DType::F8E4M3, rows, cols).unwrap();

@@ -163,7 +163,7 @@ proptest! {
 }
 
 #[test]
-fn budgets_worked_by_hand() {
+fn budgets_equal_results_by_hand() {
     // Energies per parameter are 9/9 and 4/9 in the first module, 4/2 and 1/2 in the second.
     let of = |parameters| budget(&[3.0, 2.0, 2.0, 1.0], &[2, 2], &[9, 2], parameters).unwrap();
     assert_eq!(of(1), [false; 4]);

@@ -9,14 +9,14 @@ use crate::storage::safetensors::bits_per_element;
 use crate::storage::writer::out_tensor::OutTensor;
 use crate::{Error, Result};
 
-/// Alignment of the tensor data in bytes, which other readers expect.
+/// Alignment in bytes that other readers expect of the tensor data.
 const ALIGNMENT: usize = 8;
 
 /// The key of the header's metadata.
 pub(super) const METADATA: &str = "__metadata__";
 
-/// Returns the indices of the tensors in file order: wide elements first, then by name, as the reference
-/// implementation orders them. This aligns every tensor.
+/// Returns the indices of the tensors in the file order of the reference implementation: tensors with wide
+/// elements first, and tensors of equal width by name. This order aligns every tensor.
 pub(super) fn layout(tensors: &[OutTensor<'_>]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..tensors.len()).collect();
     let width = |i: usize| bits_per_element(tensors[i].dtype()).unwrap_or(0);
@@ -24,7 +24,7 @@ pub(super) fn layout(tensors: &[OutTensor<'_>]) -> Vec<usize> {
     order
 }
 
-/// A JSON object in the given order, where a `serde_json` map would sort its keys.
+/// A JSON object that keeps the given order of keys, whereas a `serde_json` map would sort them.
 struct Entries<'a>(Vec<(&'a str, Value)>);
 
 impl Serialize for Entries<'_> {
@@ -35,7 +35,7 @@ impl Serialize for Entries<'_> {
 
 /// The beginning of a file, and the positions of its tensors.
 pub(super) struct Header {
-    /// Length of the header, and the header.
+    /// The length of the header, followed by the header itself.
     pub text: Vec<u8>,
     /// Position of every tensor, in bytes after `text`.
     pub offsets: Vec<u64>,

@@ -29,18 +29,19 @@ pub use out_tensor::{Content, OutTensor};
 /// Number of elements converted at a time, which stay in cache.
 const PIECE: usize = 1 << 16;
 
-/// Number of bytes copied at a time: few system calls, but no seconds without a poll of the cancel token.
+/// Number of bytes copied between polls of the cancel token: enough for few system calls, but not for seconds
+/// of copying.
 const COPIED: usize = 1 << 22;
 
-/// Size of the consecutive tensors that one thread writes, in bytes.
+/// Size in bytes of a run of consecutive tensors, which one thread writes.
 const RUN: u64 = 1 << 20;
 
 /// Writes a file of tensors and metadata with up to `threads` threads.
 ///
 /// # Errors
-/// [`Error::InvalidInput`] if a tensor is malformed or two have one name, [`Error::Numerical`] for a value
-/// that its type cannot represent (including NaN and infinities), [`Error::Io`], [`Error::Cancelled`]. After
-/// an error the target is unchanged.
+/// [`Error::InvalidInput`] if a tensor is malformed or two have the same name, [`Error::Numerical`] for a
+/// value that its type cannot represent (including NaN and infinities), [`Error::Io`], [`Error::Cancelled`].
+/// After an error the target is unchanged.
 ///
 /// # Examples
 /// ```
@@ -82,7 +83,7 @@ pub fn write(
             };
             if let Err(error) = guarded(|| file.write_from(start + offsets[run[0]], pending, &mut write)) {
                 stop.cancel();
-                // The first error is returned; the others follow from it or would recur.
+                // Only the first error is returned: later errors follow from it or would recur.
                 failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             }
         });
@@ -101,8 +102,8 @@ struct Space {
     pending: Pending,
 }
 
-/// Returns runs of consecutive tensors for one thread each, as ranges of `order`. Long runs keep writes few,
-/// as every write blocks the other threads.
+/// Divides the tensors into runs, each written by one thread. A run is a range of `order`. Long runs need few
+/// writes; every write blocks the other threads.
 fn runs(order: &[usize], offsets: &[u64]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (place, &i) in order.iter().enumerate() {

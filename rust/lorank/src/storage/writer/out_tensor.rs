@@ -99,6 +99,6 @@ impl OutTensor<'_> {
             Content::Raw { bytes, .. } => bytes.len() == len,
             Content::Stored(_) => true,
         };
-        if given { Ok(len) } else { fail(format!("its values do not fill shape {:?}", self.shape)) }
+        if given { Ok(len) } else { fail(format!("the values do not fill shape {:?}", self.shape)) }
     }
 }

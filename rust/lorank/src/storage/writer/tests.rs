@@ -38,7 +38,7 @@ fn written(folder: &Path, tensors: &[OutTensor<'_>]) -> SafetensorsFile {
 }
 
 #[test]
-fn every_content_comes_back() {
+fn every_kind_of_content_is_read_back() {
     let folder = tempfile::tempdir().unwrap();
     let raw = OutTensor {
         name: "ids".into(),
@@ -68,7 +68,7 @@ fn every_content_comes_back() {
     for tensor in file.tensors() {
         assert_eq!(tensor.offset * 8 % bits_per_element(&tensor.dtype).unwrap(), 0, "aligned");
     }
-    // A copy of a tensor, even into its own file.
+    // A tensor can be copied into the file that it is read from.
     let checkpoint = Checkpoint::open(file.path()).unwrap();
     let ids = checkpoint.tensors.iter().find(|t| t.info.name == "ids").unwrap();
     let copy = OutTensor { name: "copied".into(), shape: vec![], content: Content::Stored(ids) };
@@ -78,7 +78,7 @@ fn every_content_comes_back() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
 }
 
-/// Metadata first, then wide elements, independent of the alphabetical order.
+/// Checks that metadata comes first, and that wide elements precede others whatever the names are.
 #[test]
 fn header_has_the_order_of_the_data() {
     let folder = tempfile::tempdir().unwrap();
@@ -104,7 +104,7 @@ fn header_has_the_order_of_the_data() {
     assert_eq!(next, bytes.len() as u64);
 }
 
-/// The failure occurs after earlier tensors have been written, in the file that they are copied from.
+/// Rewrites a file from its own tensors, and fails after some of them have been written.
 #[test]
 fn file_is_unchanged_after_a_failed_rewrite_from_itself() {
     let folder = tempfile::tempdir().unwrap();
@@ -165,7 +165,7 @@ fn failures_leave_the_target_unchanged() {
     assert!(matches!(write(&nowhere, &[], &BTreeMap::new(), 1, &go), Err(Error::Io { .. })));
 }
 
-/// Threes, followed by a given last number.
+/// Computes threes, followed by a given last number.
 struct Threes(f32);
 
 impl Computed for Threes {
@@ -207,7 +207,7 @@ fn computed_values_are_written() {
 
 proptest! {
     #[test]
-    fn any_names_shapes_and_values(tensors in prop::collection::btree_map("(?s).{0,12}|[\"\\\\\n{}]{1,3}",
+    fn any_tensors_are_read_back(tensors in prop::collection::btree_map("(?s).{0,12}|[\"\\\\\n{}]{1,3}",
         (prop::collection::vec(0usize..4, 0..4), prop::array::uniform27(-1e30f64..1e30)), 1..8),
         metadata in prop::collection::btree_map("(?s).{0,5}", "(?s).{0,9}", 0..3))
     {
