@@ -327,7 +327,7 @@ def test_factors_deeper_than_their_parameters_raise(tmp_path: Path) -> None:
             tensors[key.replace("experts.", "experts.base_layer.base_layer.")] = tensors.pop(key)
 
     configured(edited(folder, bury), target_parameters=[GATE_UP, DOWN])
-    with pytest.raises(lorank.FormatError, match="lies deeper than target_parameters names"):
+    with pytest.raises(lorank.FormatError, match="has more layers than target_parameters names"):
         lorank.LoraAdapter.load(folder)
     assert load_file(folder / "adapter_model.safetensors")
 

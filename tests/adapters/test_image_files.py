@@ -197,7 +197,7 @@ def test_duplicate_factors_raise(tmp_path: Path) -> None:
         "m.lora_down.weight": np.ones((3, 4), np.float32),
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(lorank.FormatError, match="are the same thing twice"):
+    with pytest.raises(lorank.FormatError, match="have the same meaning"):
         lorank.LoraAdapter.load(tmp_path / "a.safetensors")
 
 

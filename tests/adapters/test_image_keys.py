@@ -125,7 +125,7 @@ def test_alpha_without_factors_is_kept_and_noted(tmp_path: Path) -> None:
 def test_two_alphas_of_one_module_raise(tmp_path: Path) -> None:
     _, up, down = FACTORS["kohya"]
     twice = {f"lora_unet_x.{word}": np.array(3.0, np.float32) for word in ("alpha", "network_alpha")}
-    with pytest.raises(lorank.FormatError, match=r"x\.network_alpha' are the same thing twice"):
+    with pytest.raises(lorank.FormatError, match=r"x\.network_alpha' have the same meaning"):
         loaded(tmp_path / "a.safetensors", pair(up, down) | twice)
 
 

@@ -104,5 +104,5 @@ def test_keys_equal_without_wrappers_raise(tmp_path: Path) -> None:
         tensors[f"_orig_mod.{key}"] = tensors[key].copy()
 
     edited(folder, double)
-    with pytest.raises(lorank.FormatError, match=r"_orig_mod.*are the same thing twice"):
+    with pytest.raises(lorank.FormatError, match=r"_orig_mod.*have the same meaning"):
         lorank.LoraAdapter.load(folder)

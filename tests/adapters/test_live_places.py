@@ -316,7 +316,7 @@ def test_unfitting_adapter_changes_nothing() -> None:
         (
             dora,
             "default",
-            "use_dora=true, the adapter to load has use_dora=null: give the adapter a name",
+            "use_dora=true, but the adapter to load has use_dora=null: give the adapter a name",
         ),
         (merged, "default", "is merged into module"),
         (gpt2, "default", "fits no module that adapter 'default' of the model could adapt"),

@@ -67,9 +67,9 @@ def test_grouped_convolutions_raise_with_their_name(tmp_path: Path) -> None:
     [
         (f"base_model.model.{MODULE}.lora_E", "has lora_E of AdaLoRA"),
         (f"base_model.model.{MODULE}.lora_diag", "belongs to KaSA"),
-        (KEY.removeprefix("base_model.model."), "are the same thing twice"),
-        (KEY.removesuffix(".weight"), "are the same thing twice"),
-        (f"base_model.model.{MODULE}.lora_embedding_A", "are the same thing twice"),
+        (KEY.removeprefix("base_model.model."), "have the same meaning"),
+        (KEY.removesuffix(".weight"), "have the same meaning"),
+        (f"base_model.model.{MODULE}.lora_embedding_A", "have the same meaning"),
         (f"base_model.model.{MODULE}.lora_B.bias", r"a bias of shape \[6, 32\] does not fit 32 outputs"),
         ("base_model.model.elsewhere.lora_B.bias", "'base_model.model.elsewhere.lora_B.bias': its module"),
     ],

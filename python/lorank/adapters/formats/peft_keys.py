@@ -1,4 +1,4 @@
-"""The keys of a PEFT file: makes keys for factors to write, and sorts the keys of a file by role."""
+"""Makes the keys of factors in a PEFT file, and sorts the keys of a file by role."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class FoundKeys:
             is_bias = name.re is BIAS_KEY
             table, entry = (self.biases, path) if is_bias else (self.factors[path], name["factor"])
             if entry in table:
-                raise FormatError(f"{label}: tensors {table[entry]!r} and {key!r} are the same thing twice")
+                raise FormatError(f"{label}: tensors {table[entry]!r} and {key!r} have the same meaning")
             table[entry] = key
         elif ".lora_diag" in key:
             raise FormatError(f"{label}: tensor {key!r} belongs to KaSA: only LoRA can be read")

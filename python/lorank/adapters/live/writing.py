@@ -1,4 +1,4 @@
-"""Puts adapters into live models: layers change in place, and the model's config follows them."""
+"""Puts adapters into live models: changes layers in place, and PEFT's config with them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def into_model(adapter: AdapterContent, model: Any, adapter_name: str) -> None:
         raise ValueError(reason)
     if any(type(wrapper).__name__ == "DistributedDataParallel" for wrapper in live.wrappers):
         raise ValueError(
-            "the model is wrapped in DistributedDataParallel, which remembers shapes: put the adapter into "
+            "the model is wrapped in DistributedDataParallel, which needs fixed shapes: put the adapter into "
             "the model before it is wrapped"
         )
     is_new = adapter_name not in live.adapters
@@ -62,7 +62,7 @@ def into_model(adapter: AdapterContent, model: Any, adapter_name: str) -> None:
 
 
 def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> None:
-    """Refuse an adapter that needs layers that the model lacks."""
+    """Refuse an adapter that existing layers of the model cannot hold."""
     layers = live.layers(name)
     for layer in layers.values():
         if layer.is_adalora:
@@ -75,7 +75,7 @@ def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> Non
         check(layer)
         if variant_of(layer).startswith("Monteclora"):
             raise ValueError(
-                f"module {layer.name!r} samples as MonteCLoRA does, at its first rank: {OTHER_NAME}"
+                f"module {layer.name!r} has a sampler of MonteCLoRA, which fixes its rank: {OTHER_NAME}"
             )
     config = settings(live, name, layers)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
@@ -89,13 +89,13 @@ def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> Non
         ours, theirs = (json.dumps(plain(c.get(key)) or None) for c in (adapter.config, config))
         if ours != theirs:
             raise ValueError(
-                f"adapter {name!r} of the model has {key}={theirs}, the adapter to load has {key}={ours}: "
-                f"{OTHER_NAME}"
+                f"adapter {name!r} of the model has {key}={theirs}, but the adapter to load has "
+                f"{key}={ours}: {OTHER_NAME}"
             )
 
 
 def _replace(live: LiveModel, adapter: AdapterContent, name: str) -> None:
-    """Set the values of a live adapter to those of another one; add the layers that it lacks."""
+    """Set the values of a live adapter to another adapter's, and add the layers that it lacks."""
     missing = _missing(live, adapter, name)
     if missing:
         live = add_layers(live, name, missing)
@@ -135,7 +135,7 @@ def _missing(live: LiveModel, adapter: AdapterContent, name: str) -> list[str]:
         if found is None:
             raise ValueError(
                 f"{module.name!r} fits no module that adapter {name!r} of the model could adapt: the adapter "
-                "belongs to another model, or to another version of its code, with other names of modules"
+                "belongs to another model, or to a version of the model's code with other module names"
             )
         missing.append(found)
     return missing
