@@ -64,7 +64,7 @@ class LoraAdapter(AdapterContent):
             A PEFT folder (`adapter_config.json` and `adapter_model.safetensors` or `.bin`), or a
             `.safetensors` file with the keys of kohya or diffusers.
         threads, progress
-            As in `lorank.compress`, for `knobs`.
+            Options of the truncation, as in `lorank.compress`.
         **knobs
             Arguments of `lorank.compress`, to truncate the adapter. An elastic adapter is truncated without a
             decomposition.
@@ -127,16 +127,16 @@ class LoraAdapter(AdapterContent):
     def into_model(self, peft_model: Any, adapter_name: str = "default") -> None:
         """Put the adapter into a live model, in place of an adapter of the same name.
 
-        Layers change in place to the adapter's ranks and scalings. PEFT's config of the adapter changes with
-        them, so that a saved model computes the same after loading. Parameters stay the same objects; where
-        ranks change, build the optimizer again. Modules of rank 0 lose the adapter. Other adapters, the
-        active adapters, the modes of layers and the choice of trained parameters do not change. A new adapter
-        is neither active nor trained. If an error is raised, the model does not change.
+        Layers change in place to the adapter's ranks and scalings. PEFT's config of the adapter changes too,
+        so that a saved model computes the same after loading. Parameters stay the same objects; build the
+        optimizer again if ranks change. Modules of rank 0 lose the adapter. Other adapters, the active
+        adapters, the training modes of layers and the choice of trained parameters do not change. A new
+        adapter is neither active nor trained. If an error is raised, the model does not change.
 
         Parameters
         ----------
         peft_model
-            A model as for `from_model`.
+            A model that `from_model` accepts.
         adapter_name
             Name of an adapter of the model, or a new name.
 
@@ -145,8 +145,8 @@ class LoraAdapter(AdapterContent):
         TypeError
             If the model has no PEFT layers.
         ValueError
-            If the adapter is not in PEFT's format, names or shapes do not fit the model, or the adapter of
-            that name is of another kind (DoRA, AdaLoRA, other saved modules) or merged.
+            If the adapter is not in PEFT's format, names or shapes do not fit the model, or the model's
+            adapter of that name is merged or of another kind (DoRA, AdaLoRA, other saved modules).
 
         Examples
         --------
@@ -175,14 +175,14 @@ class LoraAdapter(AdapterContent):
         Parameters
         ----------
         folder
-            The folder; for adapters with kohya's keys, a `.safetensors` file.
+            The folder to write; for adapters with kohya's keys, a `.safetensors` file.
         profile
-            ``"compact"``: true ranks (PEFT, vLLM); experts that are modules of their own are padded to their
-            largest rank, as PEFT stacks them. ``"portable"``: all ranks padded to the largest, right in
+            ``"compact"``: true ranks (PEFT, vLLM); experts that are separate modules are padded to their
+            largest rank, because PEFT stacks them. ``"portable"``: all ranks padded to the largest, for
             every runtime. ``"tensor-rank"``: true ranks and an empty `alpha_pattern` (PEFT, recent
             vLLM, llama.cpp, TensorRT-LLM).
         dtype
-            Element type of the factors, by name or as torch's own (default: as they were stored).
+            Element type of the factors: a name or a torch dtype (default: the stored type).
         overwrite
             True to replace the files of another adapter. A `README.md` that lorank did not write is
             kept in any case.
@@ -199,7 +199,8 @@ class LoraAdapter(AdapterContent):
         FileExistsError
             If the target holds files and `overwrite` is false.
         ValueError
-            If every rank is 0, `threads` is not positive, or a PEFT adapter's folder is named like a file.
+            If every rank is 0, `threads` is not positive, or a PEFT adapter's folder ends with
+            `.safetensors`.
         NumericalError
             If a value does not fit the element type. Nothing is written in this case.
 

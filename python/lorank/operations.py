@@ -35,8 +35,8 @@ def compress(
     progress
         True to draw a progress bar on standard error, if that is a terminal.
     **knobs
-        Exactly one of `rank_ratio`, `avg_rank`, `energy`, `budget` and `auto`; and `max_rank`,
-        `scope`, `keep`, `scores`. See `lorank.compression.knobs.Knobs`.
+        Exactly one of `rank_ratio`, `avg_rank`, `energy`, `budget` and `auto`; optionally `max_rank`,
+        `scope`, `keep` and `scores`. See `lorank.compression.knobs.Knobs`.
 
     Returns
     -------
@@ -182,11 +182,11 @@ def merge(
     ValueError
         If
 
-        - the number of weights differs from that of adapters,
+        - the number of weights differs from the number of adapters,
         - formats, or the shapes of one module, differ,
-        - an adapter has DoRA magnitudes, which do not add up,
+        - an adapter has DoRA magnitudes, which cannot be added,
         - module names of one adapter differ from another's by a prefix,
-        - settings of which a sum has one (task type, biases, trained tokens) differ,
+        - adapters differ in a setting that a sum has only once (task type, biases, trained tokens),
         - one adapter has factors for a module that another saves as a whole,
         - without `force`: base models have different names, or an adapter shares no module with the others.
     TypeError
@@ -232,13 +232,13 @@ def extract(
     Parameters
     ----------
     base, tuned
-        The model before and after fine-tuning, as `analyze` takes them. They are read matrix by matrix.
+        The model before and after fine-tuning, in any form that `analyze` takes, read matrix by matrix.
     include, exclude
         The modules to extract or to leave out, as in `analyze`. Leave out embeddings and heads if an engine
         cannot adapt them.
     prefix
         A prefix for the names of all modules, such as ``"bert"`` if the checkpoint has ``encoder.layer.0``
-        and the model to adapt ``bert.encoder.layer.0``.
+        and the model to adapt has ``bert.encoder.layer.0``.
     guess
         True to continue if the model's code is not available, and names and shapes leave doubts about the
         kinds of its modules: see `lorank.modules.facts.ModelFacts`.
@@ -265,8 +265,8 @@ def extract(
 
     Notes
     -----
-    ``||W_tuned - W_base||_F^2`` is that of the dense difference. Differences with a side of at most 512
-    are decomposed in full, larger ones by randomised subspace iteration [HMT].
+    ``||W_tuned - W_base||_F^2`` is computed from the dense difference. Differences with a side of at most 512
+    are decomposed in full, larger differences by randomised subspace iteration [HMT].
 
     Examples
     --------
@@ -295,7 +295,7 @@ def extract(
 
 
 def _loaded(adapter: AdapterContent | str | Path) -> LoraAdapter:
-    """Return an adapter, read if a path is given."""
+    """Return an adapter, or read it from a path."""
     if isinstance(adapter, LoraAdapter):
         return adapter
     if isinstance(adapter, AdapterContent):

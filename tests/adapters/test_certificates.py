@@ -35,7 +35,7 @@ def test_certificate_survives_saving_in_another_profile(profile: Any, dtype: Any
         card = (tmp_path / other / "README.md").read_text()
         assert "compress, avg_rank=1" in card
         assert "- the eldest note" in card
-        assert "It holds more than factors" not in card
+        assert "also holds saved modules" not in card
         # The second rounding error is added to the first.
         assert (certificate.rounding_error or 0) >= (again.certificate.rounding_error or 0)
         assert (certificate.rounding_error is None) == (dtype is None)
@@ -106,7 +106,7 @@ def test_wrong_ranks_in_the_metadata_are_ignored_or_raise(tmp_path: Path) -> Non
     ):
         again = with_stated_ranks(tmp_path / "b", ranks)
         assert set(again.ranks.values()) == {largest}
-        assert any("do not fit and were ignored" in note for note in again.notes)
+        assert any("do not fit the factors and were ignored" in note for note in again.notes)
     fewer = with_stated_ranks(tmp_path / "b", json.dumps(dict.fromkeys(small.ranks, 1)))
     with pytest.raises(lorank.FormatError, match="states rank 1, but the factors have a higher"):
         lorank.compress(fewer, rank_ratio=1.0, progress=False)

@@ -137,7 +137,7 @@ def test_stored_padding_is_counted(tmp_path: Path) -> None:
     assert json.loads(family.stdout)["rank-1"]["stored_parameters"] == stored
     assert f"rank-1: portable: {stored:,} parameters are stored" in family.stderr
     assert "parameters are stored" in run("check", tmp_path / "c", "--fix", tmp_path / "f").stderr
-    assert "--max-rank bounds" in run("compress", *to, tmp_path / "g", "--rank-ratio", 0.95).stderr
+    assert "by --max-rank" in run("compress", *to, tmp_path / "g", "--rank-ratio", 0.95).stderr
 
 
 def test_saving_uses_the_given_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_saving_a_peft_adapter_as_a_file_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"small\.safetensors: a PEFT adapter is a folder"):
         small.save(target)
     assert not target.exists()
-    assert "name a folder" in run("compress", tmp_path / "source", "-o", target, "--avg-rank", 2).stderr
+    assert "give a folder" in run("compress", tmp_path / "source", "-o", target, "--avg-rank", 2).stderr
     assert not target.exists()
 
 

@@ -231,13 +231,13 @@ def test_unknown_scale_rule_raises() -> None:
 def test_names_missing_from_the_model_raise(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     save_file({"elsewhere.weight": rng.standard_normal((4, 4))}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="'elsewhere' fits none of its modules"):
+    with pytest.raises(ValueError, match="'elsewhere' fits none of the model's modules"):
         lorank.allocate(tmp_path / "a.safetensors", "uniform").to_lora_config(Nested())
     save_file({"layer.weight": rng.standard_normal((4, 4))}, tmp_path / "b.safetensors")
     twins = torch.nn.ModuleDict(
         {name: torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4)}) for name in "xy"}
     )
-    with pytest.raises(ValueError, match=r"'layer' fits several of its modules \(x.layer, y.layer\)"):
+    with pytest.raises(ValueError, match=r"'layer' fits several of the model's modules \(x.layer, y.layer\)"):
         lorank.allocate(tmp_path / "b.safetensors", "uniform").to_lora_config(twins)
     save_file({"w1.weight": rng.standard_normal((4, 5))}, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match=r"'w1' has shape \(4, 5\) in the source, but 'w1' .* \(4, 4\)"):

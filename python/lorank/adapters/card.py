@@ -1,4 +1,4 @@
-"""The README.md of a written adapter: its content, and the error of its compression."""
+"""The README.md of a written adapter, with the error of its compression."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MARK = "Written by lorank "
 
 
 def is_ours(text: str) -> bool:
-    """Return True for the text of a card that lorank wrote: no other README.md is replaced."""
+    """Return True for the text of a card that lorank wrote. Other README.md files are not replaced."""
     return _MARK in text
 
 
@@ -30,7 +30,7 @@ def text(
     adapter, form, profile
         The adapter, its format, and the profile that it is written in.
     certificate
-        The certificate with the rounding error; None for an adapter as it was trained.
+        The certificate with the rounding error; None for an adapter straight from training.
     stored
         Number of stored parameters, including padding.
     """

@@ -1,6 +1,6 @@
-"""Tensors that an adapter carries beside its factors, and the modules that they belong to.
+"""Tensors of an adapter other than its factors, and the modules that they belong to.
 
-The keys of an adapter in memory are those of a file in which every listed module has factors, even modules of
+In memory, these tensors have the keys of a file in which every listed module has factors, even modules of
 rank 0.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Iterator
 from lorank.adapters.content import AdapterContent
 from lorank.peft_format.names import PREFIX
 
-# DoRA's magnitudes as PEFT, kohya's scripts, LyCORIS and torchtune call them; PEFT may add an adapter's name.
+# Keys of DoRA's magnitudes in files of PEFT (which may add an adapter's name), kohya's scripts, LyCORIS and
+# torchtune.
 _MAGNITUDE = re.compile(
     r"(?P<owner>.+?)\.(?P<kind>dora_scale|(?:lora_|dora_)?magnitude(?:_vector)?)(?:\.[^.]+)*"
 )
@@ -23,16 +24,16 @@ _FACTOR_ENDS = re.compile(
 )
 
 _ADDED = (".diff", ".diff_b", ".w_norm", ".b_norm")
-"""Ends of full differences, which runtimes add to a weight or bias by the adapter's strength alone."""
+"""Ends of keys of full differences, which runtimes scale by the adapter's strength alone."""
 
 
 def is_added(key: str) -> bool:
-    """Return True for a full difference in an image adapter's file, which a weighted sum may add up."""
+    """Return True for the key of a full difference in an image adapter, which a weighted sum may add up."""
     return key.endswith(_ADDED)
 
 
 def owner(stem: str, names: Collection[str]) -> str | None:
-    """Return the module that the start of a key names, with or without an end that belongs to its factors."""
+    """Return the module that the start of a key names, without ends that belong to factors, or None."""
     if stem in names:
         return stem
     shorter = _FACTOR_ENDS.sub("", stem)
@@ -40,7 +41,7 @@ def owner(stem: str, names: Collection[str]) -> str | None:
 
 
 def magnitudes(keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
-    """Return the modules that DoRA magnitudes belong to, by the magnitudes' keys."""
+    """Map the key of every DoRA magnitude to the name of its module."""
     found = {}
     for key in keys:
         if not (match := _MAGNITUDE.fullmatch(key)):
@@ -53,7 +54,7 @@ def magnitudes(keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
 
 
 def with_own_tensors(adapter: AdapterContent) -> set[str]:
-    """Return the modules with a bias of their factors or a DoRA magnitude, whose layer rank 0 needs, too."""
+    """Return the modules with a bias of B or a DoRA magnitude: their layers are needed even at rank 0."""
     found = {name for name, module in adapter.modules.items() if module.carried}
     names = adapter.modules.keys()
     return found | (set(magnitudes(adapter.carried, names).values()) & names)

@@ -27,7 +27,7 @@ class AdapterContent:
     Attributes
     ----------
     modules
-        Modules by name, blocks in the order of their numbers. A module that lost all its rank stays listed.
+        Modules by name, in the order of block numbers. Modules of rank 0 stay listed.
     config
         PEFT's `adapter_config.json`; empty for other formats.
     carried
@@ -35,16 +35,16 @@ class AdapterContent:
         keys in PEFT's format are those of a file in which every listed module has factors; see
         `lorank.adapters.carried`.
     notes
-        Remarks on what was normalised on reading, and what is carried untouched.
+        Remarks on settings that reading normalised, and on tensors that are carried untouched.
     format
-        ``"peft"`` or ``"kohya"``: the names that the files use.
+        ``"peft"`` or ``"kohya"``: the naming of keys in the files.
     label
         The adapter's name in messages.
     is_spectral
-        True if factors are in balanced spectral form, so that any rank is cut without a decomposition.
+        True if factors are in balanced spectral form, which can be truncated without a decomposition.
     certificate
-        The errors of compressing, merging or extracting, read from `lorank.json` in a PEFT adapter's folder;
-        None for an adapter as it was trained.
+        The errors of compression, merging or extraction, read from `lorank.json` in a PEFT adapter's folder;
+        None for an adapter straight from training.
     key_style
         The spelling of an image adapter's keys; None for PEFT adapters.
     """

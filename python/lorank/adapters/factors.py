@@ -1,4 +1,4 @@
-"""The factors of a module: where they lie, and how they are read."""
+"""Factors of a module: matrices, tensors of a file or model, or pickled values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Pair = tuple[Matrix, Matrix]
 """``B (out, r)`` and ``A (r, in)``."""
 
 Factors = Callable[[], Sequence[Pair]]
-"""Returns the factors of every copy of a module."""
+"""A function that returns the factors of every copy of a module."""
 
 
 def in_memory(b: Array, a: Array) -> Pair:
@@ -28,7 +28,7 @@ def in_memory(b: Array, a: Array) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class MatrixFactors:
-    """Factors that are at hand.
+    """Factors that are given as matrices.
 
     Attributes
     ----------
@@ -52,9 +52,9 @@ class TensorFactors:
     tensors
         The tensors that hold the factors.
     b_key, a_key
-        Names of B and A.
+        Names of the tensors B and A.
     shape
-        ``(out, in)``.
+        Shape of the update, ``(out, in)``.
     rank
         Rank of both tensors.
     """
@@ -87,7 +87,7 @@ class PackedMatrix:
     Attributes
     ----------
     values
-        The matrix; for bfloat16 its bits, as unsigned integers.
+        The matrix; for bfloat16, the bits as unsigned integers.
     dtype
         Name of the element type.
     """
@@ -97,7 +97,7 @@ class PackedMatrix:
 
     @classmethod
     def of(cls, matrix: Matrix) -> PackedMatrix:
-        """Copy the values of a matrix; those of types that NumPy lacks, except bfloat16, as float32."""
+        """Copy the values of a matrix. Types that NumPy lacks become float32, except bfloat16."""
         values = np.array(matrix.to_array())
         if matrix.dtype == "bfloat16":
             # Every bfloat16 is the upper half of a float32.
@@ -125,7 +125,7 @@ class PackedFactors:
 
     @classmethod
     def of(cls, factors: Factors) -> PackedFactors:
-        """Copy the values of factors, which may lie in a file or a live model."""
+        """Copy the values of factors from a file or a live model."""
         return cls(tuple((PackedMatrix.of(b), PackedMatrix.of(a)) for b, a in factors()))
 
     def __call__(self) -> Sequence[Pair]:

@@ -14,7 +14,7 @@ _FILES = {CERTIFICATE_FILE, CONFIG_FILE, WEIGHTS_FILE, "README.md"}
 
 
 def remove_stale(folder: Path, members: Collection[str]) -> list[str]:
-    """Remove the members of an earlier family that the new ones do not replace.
+    """Remove the members of an earlier family that the new members do not replace.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def remove_stale(folder: Path, members: Collection[str]) -> list[str]:
     Returns
     -------
     list of str
-        Notes on folders with a member's name that stay, as they hold files of other programs.
+        Notes on folders that are kept because they hold files of other programs.
     """
     notes = []
     for path in sorted(folder.iterdir()):

@@ -1,13 +1,13 @@
 """Names of the entries and files that lorank adds to an adapter."""
 
 SPECTRAL_KEY = "lorank.spectral"
-"""Metadata of a file whose factors are in balanced spectral form."""
+"""Metadata key of a file whose factors are in balanced spectral form."""
 
 RANKS_KEY = "lorank.ranks"
-"""Metadata of a file with padded ranks: the true rank of every module, as JSON."""
+"""Metadata key of the true rank of every module, as JSON, in a file with padded ranks."""
 
 CERTIFICATE_KEY = "lorank.certificate"
-"""Metadata of an image adapter's file: the certificate, as JSON."""
+"""Metadata key of the certificate, as JSON, in an image adapter's file."""
 
 CERTIFICATE_FILE = "lorank.json"
-"""The file with the certificate, in the folder of a PEFT adapter."""
+"""Name of the file with the certificate in a PEFT adapter's folder."""

@@ -1,4 +1,4 @@
-"""One adapted module: its factors, and the update that they multiply to."""
+"""One adapted module: its factors, and the update that is their product."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class LoraModule:
     Attributes
     ----------
     name
-        The module's dotted name in the base model, or a stacked parameter's.
+        Dotted name of the module, or of the stacked parameter, in the base model.
     kind
-        The operation of the module on its weight.
+        Kind of the module's operation, such as ``"linear"`` or ``"expert"``.
     shape
         ``(out, in)``; kernels of convolutions are flattened to ``in * kh * kw``.
     rank
@@ -40,13 +40,13 @@ class LoraModule:
     dtype
         The stored element type.
     factors
-        Returns ``(B, A)`` of every copy, as matrices for the core.
+        A function that returns ``(B, A)`` of every copy, as matrices for the core.
     copies
         Number of updates that share the rank: the experts of a stack, else 1.
     a_tail, b_tail
-        The stored shapes after the rank: ``(in, kh, kw)`` and ``(1, 1)`` of a convolution.
+        Stored dimensions of A and B after the rank: ``(in, kh, kw)`` and ``(1, 1)`` for a convolution.
     carried
-        Further values of the module, which are kept unchanged, by the end of their keys.
+        Other tensors of the module, which are kept unchanged, by the end of their keys.
     """
 
     name: str
@@ -63,12 +63,12 @@ class LoraModule:
 
     @property
     def cost(self) -> int:
-        """Parameters of one rank: ``copies * (out + in)``."""
+        """Number of parameters of one rank: ``copies * (out + in)``."""
         return self.copies * sum(self.shape)
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of both factors."""
+        """Number of parameters of both factors."""
         return self.rank * self.cost
 
     @property
@@ -113,7 +113,7 @@ class LoraModule:
 
 
 def combined_values(copies: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
-    """Return the singular values of a module: for several copies, the root of the sum of their squares."""
+    """Return the singular values of a module: the root of the sum of squares over the copies."""
     if len(copies) == 1:
         return copies[0]
     root: npt.NDArray[np.float64] = np.sqrt(sum(np.square(values) for values in copies))

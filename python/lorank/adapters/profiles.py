@@ -21,7 +21,7 @@ class WrittenRank:
     Attributes
     ----------
     rank
-        Rank of the written factors: the module's own, or the one that it is padded to.
+        Rank of the written factors: the module's rank, or the rank that it is padded to.
     b_factor
         The number by which ``scaling * B`` is multiplied.
     """
@@ -55,7 +55,7 @@ def written_ranks(
     if profile == "portable":
         largest = max(module.rank for module in adapter.adapted)
         return {name: WrittenRank(largest, 1.0) for name in modules}
-    # PEFT has no rank 0: a module whose layer is needed gets a rank of zeros.
+    # PEFT has no rank 0: a module whose layer is needed gets rank 1 with factors of zeros.
     ranks = {name: max(m.rank, 1) for name, m in modules.items() if m.rank or name in needed}
     for group in rank_groups(modules.values(), adapter.config):
         if largest_of_group := max(ranks.get(name, 0) for name in group):
@@ -71,7 +71,7 @@ def written_ranks(
 
 def common_rank(ranks: Mapping[str, int]) -> int:
     """Return the settings' `r`: the rank of separate experts, if there are any, else the largest rank."""
-    # PEFT looks up no other rank for separate experts.
+    # PEFT gives all separate experts the rank `r`.
     return max(ranks[name] for name in separate_experts(ranks) or ranks)
 
 
@@ -80,5 +80,5 @@ def nothing_left(adapter: AdapterContent) -> str | None:
     if adapter.adapted:
         return None
     if adapter.certificate is not None and adapter.certificate.norm == 0:
-        return "every update is zero: the adapter is untrained, or what was merged cancels out"
+        return "every update is zero: the adapter is untrained, or the merged adapters cancel out"
     return "no module has any rank left: give a larger share, rank or budget"

@@ -26,7 +26,8 @@ def read_adapter(path: str | Path) -> AdapterContent:
 def read_as_stored(path: str | Path) -> AsStored:
     """Read an adapter with the ranks of the file's tensors, including padding.
 
-    Adapters whose initialisation changed the base model are read too: some runtimes change it again.
+    Adapters whose initialisation changed the base model are read too, because some runtimes repeat that
+    initialisation.
     """
     return _read(path, contradictions=True, changed_base=True)
 
@@ -64,7 +65,7 @@ def _finished(path: str | Path, stored: AsStored) -> AdapterContent:
 
 
 def _certified(adapter: AdapterContent, place: str, read: Callable[[], Any]) -> AdapterContent:
-    """Return the adapter with the certificate, and the notes beside it, if they belong to the adapter."""
+    """Return the adapter with the certificate and its notes, if the certificate fits the adapter."""
     try:
         content = read()
         certificate = Certificate.from_json(content)
@@ -73,7 +74,8 @@ def _certified(adapter: AdapterContent, place: str, read: Callable[[], Any]) -> 
         return replace(adapter, notes=[*adapter.notes, note])
     ranks = {module.name: module.rank_after for module in certificate.modules if module.rank_after}
     if ranks != {module.name: module.rank for module in adapter.adapted}:
-        return replace(adapter, notes=[*adapter.notes, f"{place} was ignored: it has other ranks"])
+        note = f"{place} was ignored: it has other ranks than the adapter"
+        return replace(adapter, notes=[*adapter.notes, note])
     earlier = content.get("notes")
     notes = [note for note in earlier if isinstance(note, str)] if isinstance(earlier, list) else []
     return replace(adapter, certificate=certificate, notes=list(dict.fromkeys([*notes, *adapter.notes])))

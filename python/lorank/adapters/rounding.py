@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 def rounded_types(
     adapter: AdapterContent, ranks: Mapping[str, WrittenRank], dtype: Dtype | None
 ) -> dict[str, str]:
-    """Return the element type of every module that is written in fewer than 32 bits, by name."""
+    """Map every module that is written in fewer than 32 bits to its element type."""
     types = {name: dtype or adapter.modules[name].dtype for name in ranks}
     return {name: stored for name, stored in types.items() if stored not in ("float32", "float64")}
 
@@ -34,7 +34,7 @@ def added(
     file: Path,
     types: Mapping[str, str],
 ) -> float | None:
-    """Return ``||.||_F`` between the updates in memory and in the file; None if none was rounded.
+    """Return the Frobenius norm of the updates' rounding errors; None if nothing was rounded.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def added(
     file
         The written file.
     types
-        Types of the modules that may have been rounded, as from `rounded_types`.
+        Element types of the modules that may have been rounded, from `rounded_types`.
     """
     if not types:
         return None
@@ -57,7 +57,7 @@ def added(
         b_key, a_key = keys[name]
         rounded = _copies(_rows(in_file, b_key), _rows(in_file, a_key), module.copies)
         for (b, a), (b2, a2) in zip(exact, rounded, strict=True):
-            # The file's update is the adapter's times the scale of its profile.
+            # The file's update is `b_factor` times the adapter's update.
             total += _squared_distance(b, a, b2, a2) / written.b_factor**2
     return math.sqrt(total)
 
@@ -74,7 +74,7 @@ def note(adapter: AdapterContent, amount: float) -> str:
 
 
 def _is_copied(module: LoraModule, written: WrittenRank, dtype: str) -> bool:
-    """Return True if the factors are written bit by bit."""
+    """Return True if the factors are written without any change of bits."""
     is_unchanged = is_stored_unchanged(module, written)
     return is_unchanged and all(factor.dtype == dtype for pair in module.factors() for factor in pair)
 
@@ -85,7 +85,7 @@ def _rows(tensors: FileTensors, key: str) -> Array:
 
 
 def _copies(b: Array, a: Array, copies: int) -> Iterator[tuple[Array, Array]]:
-    """Yield the factors of every copy, from the stored ones."""
+    """Yield the factors of every copy, from stored factors."""
     b, rank = b.reshape(b.shape[0], -1), a.shape[0] // copies
     a = a.reshape(a.shape[0], -1)
     return ((b[:, e::copies], a[e * rank : (e + 1) * rank]) for e in range(copies))
@@ -99,8 +99,8 @@ def _squared_distance(b: Array, a: Array, b2: Array, a2: Array) -> float:
 
 
 def _squared_norm(b: Array, a: Array) -> float:
-    """Return ``||B A||_F^2``, from small products of the factors."""
-    # A change of basis first: traces of the products alone would cancel.
+    """Return ``||B A||_F^2``, from the triangular factors of B and A^T."""
+    # The trace of B^T B A A^T would lose digits by cancellation.
     r_left: Array = np.linalg.qr(b.astype(np.float64))[1]
     r_right: Array = np.linalg.qr(a.T.astype(np.float64))[1]
     return float(np.square(r_left @ r_right.T).sum())

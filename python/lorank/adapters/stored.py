@@ -1,4 +1,4 @@
-"""Tensors that are written with the bytes that they were read with."""
+"""Tensors whose bytes are written as they were read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from lorank._core import FormatError, Matrix
 from lorank.sources import arrays
 
-# Element types by NumPy's or torch's names, and by those in safetensors headers.
+# Names of element types: NumPy's or torch's name -> the name in safetensors headers.
 SAFETENSORS_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -26,7 +26,7 @@ SAFETENSORS_NAMES = {
 }
 NAMES = {short: name for name, short in SAFETENSORS_NAMES.items()}
 
-# Types that NumPy lacks, by their names here: the core's name, and the type of their bits.
+# Types that NumPy lacks: name in `RawTensor.dtype` -> the core's name, and the type of the bits.
 _BITS = {
     "bfloat16": ("bfloat16", np.uint16),
     "F8_E4M3": ("float8_e4m3fn", np.uint8),
@@ -64,7 +64,7 @@ class RawTensor:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor that is written as it is found: the bytes of a file's tensor, or an array's.
+    """A tensor that is written unchanged: a tensor of a file, or an array.
 
     Pickling and deep copying copy the bytes, so that the copy does not depend on the file.
 
@@ -86,7 +86,7 @@ class Stored:
     dtype: str = ""
 
     def to_array(self) -> np.ndarray[Any, Any]:
-        """Return the values, which are floating-point numbers."""
+        """Return the values of a floating-point tensor."""
         if self.position is not None:
             values: np.ndarray[Any, Any] = self.origin.matrix(
                 self.position, 1, math.prod(self.shape)
@@ -95,14 +95,14 @@ class Stored:
         return self.origin.to_array() if isinstance(self.origin, RawTensor) else arrays.as_numpy(self.origin)
 
     def for_torch(self) -> Any:
-        """Return the values: a torch tensor itself, or an array that `torch.as_tensor` takes."""
+        """Return the stored torch tensor, or an array that `torch.as_tensor` accepts."""
         stored = self.packed() if self.dtype.startswith(("int", "uint", "bool")) else self
         if stored.position is not None or isinstance(stored.origin, RawTensor):
             return stored.to_array()
         return stored.origin
 
     def packed(self) -> Stored:
-        """Return the tensor with its bytes in place of a file or of torch's memory.
+        """Return the tensor with a copy of its bytes, independent of files and torch.
 
         Raises
         ------
@@ -114,7 +114,7 @@ class Stored:
             return Stored(RawTensor(raw, self.dtype, self.shape), dtype=self.dtype)
         if not arrays.is_tensor(self.origin):
             return self
-        values, name, shape = raw_bytes(self.origin, "of a live model")
+        values, name, shape = raw_bytes(self.origin, "tensor of a live model")
         return Stored(RawTensor(values.tobytes(), NAMES[name], shape), dtype=self.dtype)
 
     def __repr__(self) -> str:
@@ -129,17 +129,17 @@ class Stored:
         return replace(self)
 
 
-def raw_bytes(value: Any, name: str) -> tuple[np.ndarray[Any, Any], str, tuple[int, ...]]:
+def raw_bytes(value: Any, label: str) -> tuple[np.ndarray[Any, Any], str, tuple[int, ...]]:
     """Return the bytes of an array or tensor, its type by safetensors' name, and its shape.
 
     Raises
     ------
     FormatError
-        If safetensors has no such type.
+        If safetensors lacks the element type.
     """
     dtype = arrays.dtype_name(value)
     if dtype not in SAFETENSORS_NAMES:
-        raise FormatError(f"tensor {name!r}: {dtype} values cannot be stored in a safetensors file")
+        raise FormatError(f"{label}: {dtype} values cannot be stored in a safetensors file")
     shape = tuple(value.shape)
     if arrays.is_tensor(value):
         value = value.detach().cpu().contiguous()

@@ -28,7 +28,7 @@ def padded_factors(module: LoraModule, rank: int, factor: float = 1.0) -> tuple[
     )
     bs, as_ = zip(*[_padded(b, a, rank, factor) for b, a in pairs], strict=True)
     if module.kind == "expert":
-        # A: expert slowest; B: expert fastest.
+        # The index of the expert is the slowest in A and the fastest in B.
         return np.stack(bs, axis=2).reshape(module.shape[0], -1), np.concatenate(as_)
     b_shape, a_shape = stored_shapes(module, rank)
     return bs[0].reshape(b_shape), as_[0].reshape(a_shape)
@@ -40,7 +40,7 @@ def stored_shapes(module: LoraModule, rank: int) -> tuple[list[int], list[int]]:
 
 
 def is_stored_unchanged(module: LoraModule, written: WrittenRank) -> bool:
-    """Return True if factors are written without padding, scaling and interleaving."""
+    """Return True if factors are written without padding, scaling or interleaving."""
     is_unscaled = module.scaling * written.b_factor == 1.0
     return is_unscaled and module.rank == written.rank and module.kind != "expert"
 

@@ -42,7 +42,7 @@ class Tensors(Protocol):
 
 
 class FileTensors:
-    """The tensors of a safetensors file, which stays open and unread."""
+    """The tensors of a safetensors file, which stays open; values are read on demand."""
 
     def __init__(self, path: Path) -> None:
         self.label = str(path)

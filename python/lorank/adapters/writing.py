@@ -33,7 +33,7 @@ class Written:
     path
         The file of the factors.
     address
-        The path by which the adapter is read again.
+        The path to read the adapter from.
     certificate
         The adapter's certificate, with the error that rounding the factors added.
     stored_parameters
@@ -51,7 +51,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """An adapter to write, with the form and the place of its files."""
+    """An adapter to write, with the format and the place of its files."""
 
     adapter: AdapterContent
     format: AdapterFormat
@@ -96,14 +96,14 @@ def write_adapter(
     _check_target(job, overwrite)
     # Files of an earlier adapter must not contradict this one.
     stale = () if job.place.is_alone else (PICKLED_WEIGHTS_FILE, CERTIFICATE_FILE)
-    with staged_folder(job.place.folder, stale) as staging, ThreadPoolExecutor(1) as beside:
+    with staged_folder(job.place.folder, stale) as staging, ThreadPoolExecutor(1) as background:
         rounded = rounding.rounded_types(adapter, job.ranks, job.dtype)
         tensors = written_tensors(adapter, job.format, job.ranks, job.keys, job.dtype)
-        # Python writes texts while the core writes factors; the certificate and the card wait for the
-        # rounding error, if there is one. The texts begin when this thread has nothing more to do in Python:
-        # the core would wait for them.
+        # Another thread writes the texts while the core writes the factors. The texts begin after this
+        # thread's own work in Python, which they would delay. The certificate and the card are written when
+        # the rounding error is known, if there is one.
         begin = Event()
-        texts = beside.submit(_write_texts, job, staging, begin, with_card=not rounded)
+        texts = background.submit(_write_texts, job, staging, begin, with_card=not rounded)
         begin.set()
         certificate, notes = _write_weights(job, staging, tensors, rounded)
         notes += texts.result()
@@ -114,7 +114,7 @@ def write_adapter(
 
 
 def _checked_dtype(dtype: Any) -> Dtype | None:
-    """Return the name of an element type, given by name or as torch's own."""
+    """Return the name of an element type that is given as a name or a torch dtype."""
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if name is not None and name not in get_args(Dtype):
         raise ValueError(f"dtype must be {', '.join(map(repr, get_args(Dtype)))}, not {dtype!r}")
@@ -159,7 +159,7 @@ def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:
 
 def _write_texts(job: _Job, staging: Path, begin: Event, *, with_card: bool) -> list[str]:
     """Write the files that do not depend on the rounding of factors; return notes."""
-    begin.wait(timeout=1.0)  # An interrupt may come before it is set.
+    begin.wait(timeout=1.0)  # An interrupt may come before the event is set.
     for name, text in job.format.settings_files(job.adapter, job.profile).items():
         (staging / name).write_text(text, "utf-8")
     return _write_card(job, staging, job.adapter.certificate) if with_card else []
@@ -188,5 +188,5 @@ def _padding_note(job: _Job) -> list[str]:
     note = f"{job.profile}: {stored:,} parameters are stored, because ranks are padded with zeros"
     before = adapter.certificate.parameters_before if adapter.certificate else adapter.num_parameters
     if job.profile == "portable" and stored >= before:
-        note += f" to {largest}; nothing is saved: max_rank bounds the largest rank"
+        note += f" to {largest}; this saves nothing: bound the largest rank by max_rank"
     return [note]

@@ -40,7 +40,7 @@ def written_tensors(
     keys
         Keys of B and A of every written module.
     dtype
-        Element type of all factors; None for the type that each was stored in.
+        Element type of all factors; None for the stored types.
     """
     tensors: list[WrittenTensor] = []
     for name, written in ranks.items():
@@ -50,7 +50,7 @@ def written_tensors(
         for vector in module.carried.values():
             scaled = vector * np.float32(module.scaling * written.b_factor)
             tensors.append(_tensor(_bias_key(keys[name][0]), scaled, own))
-    # float32, as types of 16 bits do not hold every rank exactly.
+    # Alphas are float32, because types of 16 bits do not hold every rank exactly.
     tensors += [
         _tensor(key, np.array(alpha, dtype=np.float32), "float32")
         for key, alpha in form.alphas(adapter, ranks).items()
@@ -59,14 +59,14 @@ def written_tensors(
 
 
 def _bias_key(b_key: str) -> str:
-    """Return the key of the bias beside a factor B."""
+    """Return the key of B's bias."""
     return f"{b_key.removesuffix('.weight')}.bias"
 
 
 def _factors(
     module: LoraModule, written: WrittenRank, keys: tuple[str, str], dtype: str
 ) -> list[WrittenTensor]:
-    """Return the module's B and A; the stored matrices themselves, if they need no change."""
+    """Return the module's B and A, without a copy if they are stored unchanged."""
     if is_stored_unchanged(module, written):
         ((b, a),) = module.factors()
         b_shape, a_shape = stored_shapes(module, written.rank)
@@ -75,7 +75,7 @@ def _factors(
 
 
 def _type_name(dtype: str) -> str:
-    """Return safetensors' name of a type; bfloat16 for float8, for which there is no rounding rule here."""
+    """Return safetensors' name of a type; bfloat16 for float8, because lorank does not round to float8."""
     return SAFETENSORS_NAMES.get(dtype, "BF16")
 
 
@@ -92,5 +92,5 @@ def _carried(key: str, stored: Stored) -> WrittenTensor:
         return key, list(raw.shape), raw.data, SAFETENSORS_NAMES.get(raw.dtype, raw.dtype)
     if stored.dtype not in ("", arrays.dtype_name(stored.origin)):
         return _tensor(key, stored.origin, stored.dtype)
-    values, dtype, shape = raw_bytes(stored.origin, key)
+    values, dtype, shape = raw_bytes(stored.origin, f"tensor {key!r}")
     return key, list(shape), values.tobytes(), dtype

@@ -1,4 +1,4 @@
-"""Fields of PEFT's `LoraConfig`: the defaults of those that ranks depend on, and fields for training only."""
+"""Fields of PEFT's `LoraConfig`: defaults of the fields that decide ranks, and fields for training only."""
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
@@ -25,4 +25,4 @@ ONLY_FOR_TRAINING = (
     "tinit",
     "total_step",
 )
-"""Fields without a meaning, or with a wrong one, for a trained adapter that is written again."""
+"""Fields that would be meaningless or wrong in a trained adapter that is written again."""

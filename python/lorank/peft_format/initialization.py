@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Starts of `init_lora_weights` whose saved factors belong to a base model that the method has changed."""
+"""Starts of `init_lora_weights` that change the base model; saved factors belong to the changed model."""
 
 
 def changes_the_base(config: Mapping[str, Any]) -> str | None:
-    """Return the initialisation by which training changed the base model; None if it did not."""
+    """Return the initialisation that changed the base model; None if none did."""
     init = config.get("init_lora_weights", True)
     return init if _changes_the_base(init) else None
 
@@ -20,14 +20,14 @@ def _changes_the_base(init: Any) -> bool:
 
 
 def check_config(config: Any, new_ranks: Sequence[int]) -> None:
-    """Refuse a config of PEFT whose initialisation, which PEFT repeats on loading, does not allow new ranks.
+    """Refuse new ranks that a config's initialisation does not allow when PEFT repeats it on loading.
 
     Raises
     ------
     NotImplementedError
         If the initialisation derives the base model from the rank.
     ValueError
-        If it allows even ranks only, and a new rank is odd.
+        If the initialisation allows only even ranks, and a new rank is odd.
     """
     init = config.init_lora_weights
     if not new_ranks:

@@ -12,12 +12,12 @@ from lorank.peft_format.name_matching import KnownNames
 
 
 def resolve(modules: Sequence[AdaptedModule], model: Any) -> dict[str, str]:
-    """Return the name of every module in a live model, as `KnownNames.fitting` finds it.
+    """Map every module's name to its name in a live model, as `KnownNames.fitting` finds it.
 
     Raises
     ------
     ValueError
-        If a name fits none or several, two names fit the same, or shapes differ.
+        If a name fits no module or several, two names fit the same module, or shapes differ.
     """
     live: dict[str, Any] = dict(model.named_modules())
     live |= {name: p for name, p in model.named_parameters() if p.ndim == 3}
@@ -27,13 +27,13 @@ def resolve(modules: Sequence[AdaptedModule], model: Any) -> dict[str, str]:
         found = known.fitting(module.name)
         if len(found) != 1:
             problem = (
-                f"fits several of its modules ({', '.join(found[:3])})"
+                f"fits several of the model's modules ({', '.join(found[:3])})"
                 if found
-                else "fits none of its modules"
+                else "fits none of the model's modules"
             )
             raise ValueError(
-                f"{module.name!r} {problem}: {type(model).__name__} names its modules otherwise than the "
-                "source did; pass the live model itself to analyze or allocate"
+                f"{module.name!r} {problem}: the module names of {type(model).__name__} differ from the "
+                "source's; pass the live model itself to analyze or allocate"
             )
         _check_shape(module, found[0], live[found[0]])
         resolved[module.name] = found[0]

@@ -88,7 +88,7 @@ def settings(
 
 def _check_arguments(scale_rule: str, extra: Mapping[str, Any]) -> None:
     if clash := [name for name in _DECIDED if name in extra]:
-        raise ValueError(f"{', '.join(clash)}: decided by the allocation, cannot be passed")
+        raise ValueError(f"{', '.join(clash)}: decided by the allocation and cannot be passed")
     if scale_rule not in ("constant", "rank-stabilized"):
         raise ValueError(f"scale_rule must be 'constant' or 'rank-stabilized', not {scale_rule!r}")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorank.peft_format.validation import short
 
-# Settings that must be equal in all adapters; those in the first line may be missing in some.
+# Settings that must be equal in all adapters; settings of the first line may be missing in some.
 _OF_ANY = ("task_type", "bias", "lora_bias", "trainable_token_indices")
 _OF_ALL = ("alora_invocation_tokens", "layer_replication")
 
@@ -24,7 +24,7 @@ def merged(settings: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If two adapters differ in a setting of which a sum has one.
+        If two adapters differ in a setting that a sum has only once.
     """
     result = dict(settings[0][1])
     for key in (*_OF_ANY, *_OF_ALL):
@@ -35,7 +35,7 @@ def merged(settings: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
             if json.dumps(value, sort_keys=True) != json.dumps(found[0][1], sort_keys=True):
                 raise ValueError(
                     f"{key} is {short(found[0][1])} in {found[0][0]}, but {short(value)} in {label}: a sum "
-                    "has one of them; make them agree in adapter_config.json"
+                    "has only one value; make the values equal in adapter_config.json"
                 )
         if found[0][1] is not None:
             result[key] = found[0][1]

@@ -1,4 +1,4 @@
-"""Names of one module in two places: prefixes like ``bert.`` differ between files and models."""
+"""Matching of module names whose prefixes, like ``bert.``, differ between files and models."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class KnownNames:
                 self._longer[suffix].append(name)
 
     def fitting(self, name: str) -> list[str]:
-        """Return the known names that may mean the same module as a name, in their order.
+        """Return the known names that may belong to the same module as `name`, in their order.
 
-        A name fits a known name that is equal; else all known names that end with it; else the longest
-        known name that it ends with.
+        These are the equal name; else all known names that end with `name`; else the longest known name
+        that `name` ends with.
         """
         if name in self._names:
             return [name]

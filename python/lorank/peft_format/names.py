@@ -62,7 +62,7 @@ def layer_key(path: str, name: str) -> str:
 
 
 def layer_path(key: str) -> str:
-    """Return the path of the layer that a key of a layer's own tensor names."""
+    """Return the path of the layer in the key of a layer's own tensor."""
     return key.removeprefix(PREFIX).partition(_LAYER_PART)[0]
 
 
@@ -80,12 +80,12 @@ def factor_pattern(adapter_name: str) -> re.Pattern[str]:
 
 
 def innermost(path: str) -> str:
-    """Return the path of the module inside the nested layers of a path that ends with `base_layer`."""
+    """Return a path without `base_layer` at its end: the path of the module inside nested layers."""
     while path.endswith(INSIDE):
         path = path.removesuffix(INSIDE)
     return path
 
 
 def holder(name: str) -> str:
-    """Return the module that decides the rank of a projection inside it, as in `nn.MultiheadAttention`."""
+    """Return the module whose rank PEFT gives to a projection inside it, as in `nn.MultiheadAttention`."""
     return name.partition(f"{INSIDE}.")[0]

@@ -1,4 +1,4 @@
-"""Keys of tensors below PEFT's layers, for one choice of adapted modules or another.
+"""Keys of tensors inside PEFT's layers, which depend on the choice of adapted modules.
 
 PEFT replaces a module that it adapts by a layer, so the module's own tensors lie below `base_layer`: a bias
 is ``X.base_layer.bias`` where X has factors, and ``X.bias`` where it has none.
@@ -15,7 +15,7 @@ from lorank.peft_format.rank_groups import Adapted
 
 Value = TypeVar("Value")
 
-# Starts of the names of a layer's own parts, beside its base layer.
+# Starts of the names of a layer's parts other than its base layer.
 _OF_LAYERS = ("lora_", "token_adapter")
 
 
@@ -25,7 +25,7 @@ def wrapped(module: Adapted) -> str:
 
 
 def around(name: str) -> list[str]:
-    """Return the names of the modules whose layers a module lies in, outermost first."""
+    """Return the names of the modules whose layers contain a module, outermost first."""
     parts = name.split(f".{BASE_LAYER}.")
     return [f".{BASE_LAYER}.".join(parts[:count]) for count in range(1, len(parts))]
 
@@ -40,11 +40,11 @@ def respelled(
     tensors
         The tensors by keys that fit the modules in `before`.
     before, after
-        The modules with factors.
+        The modules with factors under the old keys and under the new keys.
     """
     old, new = _layers(before), _layers(after)
     keys = {key: _respelled(key, old, new) for key in tensors}
-    # Of two tensors with one new key, the respelled one stays: PEFT did not load the other beside it.
+    # If two tensors get the same key, the respelled tensor is kept, because PEFT did not load the other.
     order = sorted(tensors, key=lambda key: keys[key] != key)
     found = {keys[key]: tensors[key] for key in order}
     return {key: found[key] for key in dict.fromkeys(keys.values())}
@@ -63,7 +63,7 @@ def misnamed(modules: Collection[Adapted]) -> tuple[str, str] | None:
 
 
 def _layers(modules: Iterable[Adapted]) -> Counter[str]:
-    """Count the layers around a module: one, or one for every adapted parameter of a stack."""
+    """Count the layers around each module: one, or one for every adapted parameter of a stack."""
     return Counter(map(wrapped, modules))
 
 

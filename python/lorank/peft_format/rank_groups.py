@@ -1,4 +1,4 @@
-"""Groups of modules to which PEFT gives one rank: ties, attention in one module, separate experts.
+"""Groups of modules to which PEFT gives equal ranks: ties, attention in one module, separate experts.
 
 A stack of experts under one parameter needs no group: it is one module with copies.
 """
@@ -16,7 +16,7 @@ from lorank.peft_format.names import INSIDE
 # PEFT gives the output projection of an `nn.MultiheadAttention` the name that it has inside its wrapper.
 _ATTENTION_OUTPUT = f"{INSIDE}.out_proj"
 
-# One of several experts, each a module of its own: transformers 5 stacks them on loading.
+# Names of experts that are separate modules, which transformers 5 stacks on loading.
 _EXPERT = re.compile(r"(?P<container>.*\bexperts)\.\d+\.(?P<projection>.+)")
 
 # Names of expert parameters that map back to the hidden size; the others are fused into one parameter.
@@ -24,7 +24,7 @@ _OUTWARD = re.compile(r"down|out|w2|wo$")
 
 
 class Adapted(Protocol):
-    """The properties of a module that groups depend on, as of `LoraModule` and `AdaptedModule`."""
+    """The properties of a `LoraModule` or an `AdaptedModule` that groups depend on."""
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class Adapted(Protocol):
 
 
 def rank_groups(modules: Iterable[Adapted], settings: Mapping[str, Any]) -> list[list[str]]:
-    """Group the modules that have one rank, by name.
+    """Group the names of modules that must have equal ranks.
 
     Parameters
     ----------
@@ -68,12 +68,12 @@ def rank_groups(modules: Iterable[Adapted], settings: Mapping[str, Any]) -> list
 
 
 def rank_owner(name: str) -> str:
-    """Return the module by whose name PEFT looks up this one's rank: the same, except inside attention."""
+    """Return the name by which PEFT looks up a module's rank: its own name, except inside attention."""
     return name.removesuffix(_ATTENTION_OUTPUT)
 
 
 def separate_experts(names: Iterable[str]) -> list[str]:
-    """Return the names of experts that are modules of their own.
+    """Return the names of experts that are separate modules.
 
     transformers 5 stacks them on loading, and PEFT gives the stacks of all blocks the settings' rank, `r`.
     """
@@ -98,7 +98,7 @@ def _key(name: str) -> str:
 
 
 def _tied(modules: Sequence[Adapted]) -> dict[str, str]:
-    """Return the embedding's name for every head that shares its update, by their equal sides."""
+    """Map every head to the embedding whose update it shares, because their sides are equal."""
     embeddings = {tuple(sorted(m.shape)): m.name for m in modules if m.kind == "embedding"}
     sides = {m.name: tuple(sorted(m.shape)) for m in modules if m.kind == "linear"}
     return {name: embeddings[side] for name, side in sides.items() if side in embeddings}

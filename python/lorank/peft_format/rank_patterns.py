@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 def rank_keys(ranks: Mapping[str, int]) -> dict[int, str]:
     r"""Return one regular expression for each rank, which matches the modules of that rank and no others.
 
-    The expressions match names under any prefix, as names in a model may have one.
+    The expressions match names under any prefix, because names in a model may have one.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ def divisor(rank: float, rank_stabilized: bool) -> float:
 
 
 def alpha_of(scaling: float, rank: int, rank_stabilized: bool) -> float:
-    """Return the alpha from which PEFT computes exactly a scaling; the nearest alpha if there is none."""
+    """Return an alpha from which PEFT computes a scaling exactly; else the nearest alpha."""
     by = divisor(rank, rank_stabilized)
     product = scaling * by
     candidates = [

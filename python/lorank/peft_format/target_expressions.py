@@ -29,7 +29,7 @@ def accidental_matches(targets: Sequence[str], others: Iterable[str]) -> str | N
     hit = sorted(
         {other for other in others if other not in chosen and not chosen.isdisjoint(proper_suffixes(other))}
     )
-    # Prefixes of the live model may differ, but must not reach a target that ends with the name.
+    # Names in the live model may have a prefix, but the expression must not match a target.
     patterns = [re.escape(name) if name in suffixes else rf"(?:.*\.)?{re.escape(name)}" for name in hit]
     return "|".join(patterns) or None
 
@@ -37,8 +37,8 @@ def accidental_matches(targets: Sequence[str], others: Iterable[str]) -> str | N
 def guard(targets: Sequence[str]) -> str | None:
     """Return an expression for modules in numbered blocks that end with the name of a target outside blocks.
 
-    The target ``proj_out`` also selects every ``blocks.0.proj_out``, even where these names are not known. A
-    prefix that only some names of a model have, such as ``bert.``, holds no number.
+    The target ``proj_out`` also selects every ``blocks.0.proj_out``, even if these names are not known. A
+    prefix that only the live model's names have, such as ``bert.``, contains no number.
     """
     short = [name for name in targets if not any(part.isdigit() for part in name.split("."))]
     if not short:
@@ -64,7 +64,7 @@ def either(*expressions: str | None) -> str | None:
 
 
 def as_expression(names: Any) -> str | None:
-    """Return names, which PEFT reads as a list of suffixes or as an expression, as one expression."""
+    """Return one expression for names that PEFT reads as a list of suffixes or as an expression."""
     if not names or isinstance(names, str):
         return names or None
     return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
@@ -77,7 +77,7 @@ def _extended(targets: Sequence[str]) -> set[str]:
 
 
 def _alternatives(names: Sequence[str]) -> str:
-    """Return names as alternatives of an expression; names that differ in the block alone share one."""
+    """Return names as alternatives of an expression; names that differ only in the block share one."""
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
         numbered = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)

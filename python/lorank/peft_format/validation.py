@@ -29,7 +29,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("use_rslora", "use_dora", "lora_bias"), ("true or false", lambda x: isinstance(x, bool))
     ),
     **dict.fromkeys(
-        ("base_model_name_or_path", "task_type", "bias"), ("a word", lambda x: isinstance(x, str))
+        ("base_model_name_or_path", "task_type", "bias"), ("a string", lambda x: isinstance(x, str))
     ),
 }
 
@@ -40,7 +40,7 @@ def kind_of(config: Mapping[str, Any]) -> str:
 
 
 def checked_kind(label: str, config: Mapping[str, Any], *, changed_base: bool = False) -> Kind:
-    """Return the kind of an adapter whose settings are right.
+    """Check an adapter's settings, and return its kind.
 
     Parameters
     ----------
@@ -78,6 +78,6 @@ def checked_kind(label: str, config: Mapping[str, Any], *, changed_base: bool = 
 
 
 def short(value: Any) -> str:
-    """Return a setting's value for a message of one line."""
+    """Return a setting's value as text of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -19,20 +19,20 @@ from lorank.adapters.tensors import Tensors
 
 @dataclass(frozen=True, slots=True)
 class AsStored:
-    """An adapter with the ranks of the file's tensors, and the differences between it and the file.
+    """An adapter with the ranks of the file's tensors, and its differences from the file.
 
     Attributes
     ----------
     adapter
-        The adapter with padding, and with the ranks of the tensors, whatever the settings state.
+        The adapter with the ranks of the tensors, including padding, even if the settings state others.
     tensors
         The tensors by their names without wrappers.
     wrappers
-        The names of wrappers that keys of the file hold.
+        Names of wrappers in the file's keys.
     stored_as
         Key without wrappers -> the file's key, for keys with a wrapper's name.
     swapped
-        Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
+        Stacks of experts in the layout of PEFT before 0.19.
     """
 
     adapter: AdapterContent
@@ -55,7 +55,7 @@ class Place:
     is_alone
         True if only the file of tensors is written, because the folder may hold other files.
     address
-        The path by which the adapter is read again.
+        The path to read the adapter from.
     """
 
     folder: Path
@@ -78,8 +78,8 @@ class AdapterFormat(ABC):
     holds_settings
         True if adapters have PEFT's settings, so that they can be put into a live model.
     rewrites_certificate
-        True if the file of tensors holds the certificate, so that it is written again with the rounding
-        error, which is measured on the file.
+        True if the file of tensors holds the certificate: the file is then written again, with the rounding
+        error that was measured on it.
     certificate_place
         The name of the file or of the metadata entry that holds the certificate.
     card_entries
@@ -165,11 +165,11 @@ class AdapterFormat(ABC):
 
     @abstractmethod
     def readers(self, profile: Profile) -> str:
-        """Return the programs that load an adapter in a profile, for the card."""
+        """Return the names of programs that load a profile's adapters, as text for the card."""
 
     @abstractmethod
     def carried_by_sum(self, adapter: AdapterContent, after: Collection[LoraModule]) -> dict[str, Stored]:
-        """Return an adapter's carried tensors by their keys in a sum that adapts other modules."""
+        """Return an adapter's carried tensors, by their keys in a sum of adapters that adapts `after`."""
 
     @abstractmethod
     def adds_up(self, key: str) -> bool:
@@ -179,19 +179,19 @@ class AdapterFormat(ABC):
     def sum_fields(
         self, adapters: Sequence[AdapterContent], acting: Sequence[AdapterContent], *, ties_tables: bool
     ) -> dict[str, Any]:
-        """Return the settings and the spelling of keys of a sum, as fields of `AdapterContent`.
+        """Return the settings and the key spelling of a sum of adapters, as fields of `AdapterContent`.
 
         Parameters
         ----------
         adapters
             All terms of the sum.
         acting
-            The terms whose settings count.
+            The terms whose settings the sum takes.
         ties_tables
             True if the sum ties its output head to the embedding.
 
         Raises
         ------
         ValueError
-            If settings of which a sum has one differ.
+            If the terms differ in a setting that a sum has only once.
         """

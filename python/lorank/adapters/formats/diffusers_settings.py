@@ -60,7 +60,7 @@ class PartSettings:
         return cls(dict(parts), {part: Settings(label, settings) for part, settings in parts.items()})
 
     def part_of(self, name: str) -> str | None:
-        """Return the part that a module belongs to; None if it has no settings."""
+        """Return the part that a module belongs to; None if the part has no settings."""
         return next((part for part in self.parts if not part or name.startswith(f"{part}.")), None)
 
     def rank_and_scaling(self, name: str) -> tuple[int, float] | None:
@@ -69,7 +69,7 @@ class PartSettings:
         return None if part is None else self.tables[part].rank_and_scaling(_within(part, name))
 
     def rewritten(self, ranks: Mapping[str, int]) -> str:
-        """Return the metadata for modules of other ranks, with scale 1."""
+        """Return the metadata for other ranks of the modules, with scale 1."""
         by_part: dict[str, dict[str, int]] = defaultdict(dict)
         for name, rank in ranks.items():
             if (part := self.part_of(name)) is not None:

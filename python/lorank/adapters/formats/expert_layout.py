@@ -1,12 +1,12 @@
 """PEFT's adapters of parameters (`target_parameters`): the parameter of each path, and its orientation.
 
-PEFT wraps a module once per adapted parameter, in the order in which the module holds them, and names the
-factors of inner wrappers `base_layer`: the deepest belongs to the first parameter. The factors of all
-experts of a stack lie in one tensor: A is `(experts * r, in)`, B is `(out, r * experts)`.
+PEFT wraps a module once for each adapted parameter, in the module's order of parameters. Each wrapper holds
+the previous one as its `base_layer`, so the innermost belongs to the first parameter. One tensor holds the
+factors of all experts of a stack: A is `(experts * r, in)`, B is `(out, r * experts)`.
 
 Before 0.19, PEFT took the last dimension of a stack for its outputs. Most models store `(experts, out, in)`,
-so that A held the outputs and B the inputs. 0.19 swapped them, except for stacks that are declared to be
-stored `(experts, in, out)` (`is_transposed`), whose factors are the same before and after.
+so that A held the outputs and B the inputs. PEFT 0.19 swapped them, except for stacks that a model declares
+to be stored `(experts, in, out)` (`is_transposed`): these have the same factors in all releases.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorank.peft_format.names import INSIDE, innermost
 ExpertLayout = Literal["current", "earlier"]
 
 FIRST_VERSION = "0.19.0"
-"""The first release of PEFT whose experts are laid out as they are today."""
+"""The first release of PEFT with the current layout of experts."""
 
 _GATED = re.compile(r"gate_up|w13")
 _AFTER_ALL = re.compile(r"down|out|w2|wo$")
@@ -52,7 +52,7 @@ class Parameter:
     layout
         ``"earlier"`` if A holds the outputs and B the inputs, as PEFT before 0.19 wrote them.
     contradicts_version
-        True if the shapes show another layout than `peft_version`.
+        True if the shapes show another layout than `peft_version` implies.
     """
 
     name: str
@@ -67,7 +67,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 def parameters(
     tensors: Tensors, config: Mapping[str, Any], factors: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Parameter]:
-    """Find the parameter that the factors under each path belong to.
+    """Map each path of factors to its parameter.
 
     Parameters
     ----------
@@ -110,13 +110,13 @@ def parameters(
 
 
 def is_earlier(config: Mapping[str, Any]) -> bool:
-    """Return True if `peft_version` is before 0.19, whose experts have the earlier layout."""
+    """Return True if `peft_version` is before 0.19, so that experts have the earlier layout."""
     numbers = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version") or ""))
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 19)
 
 
 def held_order(names: Sequence[str]) -> list[str]:
-    """Sort parameters as modules hold them: projections in (gate before up) before projections out."""
+    """Sort parameters in a module's order: gate, up, then the projections back to the hidden size."""
 
     def place(name: str) -> tuple[bool, bool, int]:
         return bool(_AFTER_ALL.search(name)), bool(_AFTER_THE_GATE.search(name)), names.index(name)
@@ -125,7 +125,7 @@ def held_order(names: Sequence[str]) -> list[str]:
 
 
 def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
-    """Find the name of the parameter that each path belongs to."""
+    """Map each path of factors to the name of its parameter."""
     targets = config.get("target_parameters")
     if not targets:
         return {}
@@ -159,9 +159,9 @@ def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[
 def _candidates(config: Mapping[str, Any], targets: Sequence[str], module: str, count: int) -> list[str]:
     """Find the names of a module's parameters that targets select, as PEFT matches them.
 
-    A target without a dot selects the parameter in every module that holds one. The file does not state which
-    modules hold one. Where targets with a module's name are not enough, the modules are those that
-    `target_modules` does not select.
+    A target without a dot selects a parameter of that name in every module, and the file does not list the
+    modules that have one. Such targets are used if the others select too few parameters of the module, and
+    `target_modules` does not select the module.
     """
     fitting, bare = [], []
     for target in targets:
@@ -197,7 +197,7 @@ def _shown(paths: Sequence[str], named: Mapping[str, str], shapes: Shapes) -> Ex
 
 
 def _by_gate(sides: Mapping[str, tuple[int, int]]) -> ExpertLayout | None:
-    """Compare fused gate and up, which have two outputs a unit, with down, which has one input a unit."""
+    """Infer the layout from the fused gate and up, which has twice as many outputs as down has inputs."""
     gates = [side for name, side in sides.items() if _GATED.search(name)]
     downs = [side for name, side in sides.items() if _AFTER_ALL.search(name)]
     if len(gates) != 1 or len(downs) != 1:
@@ -209,7 +209,7 @@ def _by_gate(sides: Mapping[str, tuple[int, int]]) -> ExpertLayout | None:
 
 
 def _by_hidden_size(module: str, sides: Mapping[str, tuple[int, int]], shapes: Shapes) -> ExpertLayout | None:
-    """Compare with the width of the model, which the adapted attention projections of the block show."""
+    """Infer the layout from the hidden size, which adapted attention projections of the block show."""
     block = naming.block_of(module)
     hidden: set[int] = set()
     for path, (a, b) in shapes.items():
@@ -228,14 +228,14 @@ def _by_hidden_size(module: str, sides: Mapping[str, tuple[int, int]], shapes: S
 
 
 def _decided(config: Mapping[str, Any], module: str, shown: ExpertLayout | None) -> tuple[ExpertLayout, bool]:
-    """Decide a module's layout by its shapes, by `peft_version`, and by the known layouts of models."""
+    """Return a module's layout by shapes, version and model, and True if it contradicts `peft_version`."""
     model = f"{config.get('base_model_name_or_path')} {config.get('auto_mapping')}"
     version = config.get("peft_version")
     if shown is None:
         return ("earlier" if is_earlier(config) and not _DECLARED.search(model) else "current"), False
     if shown == "current" or not version or is_earlier(config):
         return shown, False
-    # Stored (in, out) without declaring it: today's PEFT writes the layout that others had before 0.19.
+    # Without a declaration, PEFT today gives stacks stored (in, out) the layout of others before 0.19.
     if _UNDECLARED.search(model) or module.endswith(_MAY_BE_UNDECLARED):
         return "current", False
     return "earlier", True

@@ -1,16 +1,16 @@
 """Alphas of an image adapter that give the same update in every program that reads it.
 
-Programs scale a module by ``alpha / rank`` of its tensors, and by 1 where there is no alpha (kohya's scripts,
+Programs scale a module by ``alpha / rank`` of its tensors, and by 1 if it has no alpha (kohya's scripts,
 ComfyUI, diffusers 0.42). Diffusers has further rules:
 
-- Files without alphas: an alpha that is added makes it refuse the file (SD 3, Wan, Qwen-Image).
-- Files of the UNets (SD, SDXL): it takes the most frequent alpha for attention layers and text encoders,
-  whatever their own alphas are. One alpha for all modules is right.
-- `transformer.` keys (Flux): it takes alphas by ends of names, and many names end with ``proj_out``. One
-  alpha for all modules is right.
-- Files of other transformers: it multiplies the factors by ``alpha / rank`` (Wan, Z-Image, Flux), or drops
-  alphas (the last layer of Flux; before 0.42 Qwen-Image). An alpha that equals the rank is right.
-- A few of its converters expect every module of a block.
+- Files without alphas: diffusers refuses the file if an alpha is added (SD 3, Wan, Qwen-Image).
+- Files of UNets (SD, SDXL): diffusers applies the most frequent alpha to all attention layers and text
+  encoders. One alpha for all modules is correct.
+- `transformer.` keys (Flux): diffusers looks up alphas by ends of names, and many names end with
+  ``proj_out``. One alpha for all modules is correct.
+- Files of other transformers: diffusers multiplies the factors by ``alpha / rank`` (Wan, Z-Image, Flux), or
+  drops alphas (the last layer of Flux; before 0.42 Qwen-Image). An alpha that equals the rank is correct.
+- A few of diffusers' converters expect every module of a block.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from lorank._core import FormatError
 from lorank.adapters.carried import owner
 from lorank.adapters.tensors import Tensors
 
-# A module's name, the marks of its factors, an adapter's name (DiffSynth), and the factor's tensor.
+# Keys of factors: the module's name, the factor, an adapter's name (DiffSynth), and weight or bias.
 _FACTOR = re.compile(
     r"(?P<name>.+?)(?:\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.|(?<=_lora\d)\.)"
     r"(?P<factor>up|down|mid|A|B)"
@@ -57,7 +57,7 @@ def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:
     others = []
     for key, shape in tensors.shapes().items():
         match = _FACTOR.fullmatch(key)
-        # Without the usual end, a matrix alone is a factor: `lora_A.alpha` is a number.
+        # Without the usual end, only a matrix is a factor: `lora_A.alpha` is a number.
         if match is None or (match["end"] is None and len(shape) < 2):
             others.append(key)
             continue
@@ -83,7 +83,7 @@ def sorted_out(tensors: Tensors) -> tuple[dict[str, Spelled], list[str]]:
 
 
 def alphas(tensors: Tensors, keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
-    """Find the keys of alphas by module; the spelling of names may differ from that in the factors' keys.
+    """Map modules to the keys of their alphas, which may spell names differently from the factors' keys.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def alphas(tensors: Tensors, keys: Iterable[str], names: Collection[str]) -> dic
 
 
 def _flattened(name: str) -> str:
-    """Flatten a module's name as kohya's scripts do: ``lora_unet_mid_block`` of ``unet.mid.block``."""
+    """Flatten a name as kohya's scripts do, without ``lora_``: ``unet_mid_block`` for ``unet.mid.block``."""
     return name.replace(".", "_").removeprefix("lora_")
 
 

@@ -19,7 +19,7 @@ class ImageStyle:
     metadata
         The text entries of the file's header.
     settings
-        The settings of diffusers in the metadata.
+        PEFT's settings in the metadata, as diffusers writes them.
     has_alphas
         True if modules have alphas, under the usual key ``<module>.alpha``.
     """

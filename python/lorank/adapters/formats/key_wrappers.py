@@ -1,8 +1,8 @@
 """Wrappers of modules: their names in an adapter's keys, and the keys without these names.
 
 `torch.compile`, FSDP, activation checkpointing, DeepSpeed and data parallelism each put a module around
-the model or around its blocks. A state dict that is saved from the wrapped model carries the wrapper's
-attribute in its keys, which a model without the wrapper does not have.
+the model or around its blocks. The keys of a state dict that is saved from the wrapped model contain the
+wrapper's attribute; a model without the wrapper has no such keys.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ANYWHERE = (
     "_checkpoint_wrapped_module",
     "_forward_module",
 )
-"""Attributes of `torch.compile`, FSDP, checkpointing and DeepSpeed, which models do not use themselves."""
+"""Attributes of `torch.compile`, FSDP, checkpointing and DeepSpeed; models have no modules of these names."""
 
 AT_THE_FRONT = "module"
-"""The attribute of data parallelism. Models use the name too, so it counts only at the front."""
+"""The attribute of data parallelism. Models have modules of this name too, so only the front is removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Unwrapped:
     tensors
         The file's tensors under the names without wrappers.
     wrappers
-        The wrappers' names that were left out, in the order of `ANYWHERE`.
+        Names of the removed wrappers, in the order of `ANYWHERE`.
     stored_as
         Key without wrappers -> the file's key, for keys that held a wrapper's name.
     """
@@ -48,14 +48,14 @@ class Unwrapped:
 
     @classmethod
     def of(cls, tensors: Tensors, targets: Any = None) -> Unwrapped:
-        """Take the names of wrappers out of a file's keys.
+        """Remove the names of wrappers from a file's keys.
 
         Parameters
         ----------
         tensors
             The file's tensors.
         targets
-            The settings' `target_modules`: they show whether the model's own module is called `module`.
+            The settings' `target_modules`, which show whether the model itself has a module `module`.
 
         Raises
         ------
@@ -80,10 +80,10 @@ class Unwrapped:
         return cls(_Renamed(tensors, clean), wrappers, stored_as)
 
     def note(self) -> str:
-        """Describe which names were left out of how many keys."""
+        """Return a note with the removed names and the number of changed keys."""
         names = ", ".join(self.wrappers)
         return (
-            f"{len(self.stored_as)} keys held the names of wrappers ({names}), which were left out: "
+            f"{len(self.stored_as)} keys held the names of wrappers ({names}), which were removed: "
             "runtimes do not find such keys in the model"
         )
 
@@ -98,7 +98,7 @@ def _front(keys: Iterable[str], targets: Any) -> bool:
 
 
 def _without(key: str, front: bool = False) -> str:
-    """Remove wrappers from a key; `front` also removes the one of data parallelism."""
+    """Remove the names of wrappers from a key; with `front`, also the name of data parallelism."""
     name = ".".join(part for part in key.split(".") if part not in ANYWHERE)
     if not front:
         return name
@@ -125,7 +125,7 @@ class _Renamed:
         self._shapes = {name: shapes[key] for name, key in keys.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return every tensor's shape, in order."""
+        """Return the shape of every tensor by name, in order."""
         return self._shapes
 
     def dtype(self, name: str) -> str:
@@ -137,7 +137,7 @@ class _Renamed:
         return self._tensors.matrix(self._keys[name], rows, cols)
 
     def number(self, name: str) -> float:
-        """Return the one element of a tensor, of any type that is a number."""
+        """Return the only element of a tensor of any numeric type."""
         return self._tensors.number(self._keys[name])
 
     def stored(self, name: str) -> Stored:

@@ -29,9 +29,9 @@ from lorank.peft_format.names import CONFIG_FILE
 from lorank.sources import recognise
 
 _WEIGHTS = "adapter.safetensors"
-"""The file's name where the caller names only a folder."""
+"""The name of the file if the caller gives only a folder."""
 
-# Metadata about the ranks, scales and bytes of the file that was read.
+# Keys of metadata that describe the ranks, scales or bytes of the file that was read: not written again.
 _STALE = re.compile(
     r"ss_network_(?:dim|alpha)|(?:lora_|network_)?(?:alpha|rank|dim)|sshs_\w+|modelspec\.hash_\w+"
     rf"|{'|'.join(map(re.escape, (SPECTRAL_KEY, RANKS_KEY, CERTIFICATE_KEY, SETTINGS_KEY)))}"
@@ -150,14 +150,14 @@ def _only_safetensors(folder: Path) -> Path:
 
 
 def _needed(adapter: AdapterContent) -> set[str]:
-    """Return the modules with further tensors, which readers look for only in modules with factors."""
+    """Return the modules with tensors other than factors: readers require factors in such modules."""
     names = adapter.modules.keys()
     others = {name for key in adapter.carried for name in carried_tensors.starts(key) if name in names}
     return carried_tensors.with_own_tensors(adapter) | others
 
 
 def _summed_style(styles: Sequence[ImageStyle]) -> ImageStyle:
-    """Return the spelling of a sum of adapters: where they differ, the first adapter's."""
+    """Return the key spelling of a sum of adapters; if they differ, the first adapter decides."""
     keys: dict[str, tuple[str, str]] = {}
     parts: dict[str, Mapping[str, Any]] = {}
     for style in reversed(styles):

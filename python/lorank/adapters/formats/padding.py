@@ -1,6 +1,6 @@
-"""Ranks that a profile pads with zeros: recorded in the file's metadata, and removed on reading.
+"""Padding of ranks with zeros: true ranks in the file's metadata, and removal of the padding on reading.
 
-Padding belongs to the file, not to the adapter: if its zeros counted as ranks, a rank ratio would keep too
+Padding belongs to the file, not to the adapter: if the zeros counted as ranks, a rank ratio would keep too
 many values.
 """
 
@@ -20,7 +20,7 @@ from lorank.adapters.profiles import WrittenRank
 
 @dataclass(frozen=True, slots=True)
 class CutFactors:
-    """Factors without the zeros behind their rank.
+    """Factors without the zeros that pad their rank.
 
     Attributes
     ----------
@@ -54,24 +54,26 @@ class CutFactors:
 
 
 def metadata(adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, str]:
-    """Return the metadata of padded ranks; empty if no rank is padded."""
+    """Return the metadata with the true ranks; empty if no rank is padded."""
     ranks = {name: adapter.modules[name].rank for name in written}
     is_padded = any(ranks[name] != entry.rank for name, entry in written.items())
     return {RANKS_KEY: json.dumps(ranks)} if is_padded else {}
 
 
 def removed(adapter: AdapterContent, found: Mapping[str, str]) -> AdapterContent:
-    """Return an adapter with its true ranks, as far as a file's metadata record them."""
+    """Return an adapter without padding, if a file's metadata record the true ranks."""
     if RANKS_KEY not in found:
         return adapter
     ranks = _ranks(found[RANKS_KEY])
     if ranks is None or any(not 0 <= ranks.get(m.name, -1) <= m.rank for m in adapter.modules.values()):
-        return replace(adapter, notes=[*adapter.notes, f"metadata {RANKS_KEY} do not fit and were ignored"])
+        return replace(
+            adapter, notes=[*adapter.notes, f"metadata {RANKS_KEY} do not fit the factors and were ignored"]
+        )
     padded = sum(ranks[module.name] < module.rank for module in adapter.modules.values())
     return replace(
         adapter,
         modules={name: _cut(module, ranks[name]) for name, module in adapter.modules.items()},
-        notes=[*adapter.notes, f"zeros that padded the ranks of {padded} modules were left out"],
+        notes=[*adapter.notes, f"zeros that padded the ranks of {padded} modules were removed"],
     )
 
 

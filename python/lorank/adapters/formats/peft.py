@@ -53,8 +53,8 @@ class _Peft(AdapterFormat):
     certificate_place = CERTIFICATE_FILE
     card_entries = ("library_name: peft",)
     carried_remark = (
-        "It holds more than factors (saved modules, biases or magnitudes), which not all of these programs "
-        "load: `lorank check` shows which do."
+        "The adapter also holds saved modules, biases or magnitudes, which some of these programs do not "
+        "load: `lorank check` shows which programs load them."
     )
 
     def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
@@ -107,7 +107,7 @@ class _Peft(AdapterFormat):
         return {}
 
     def settings(self, adapter: AdapterContent, profile: Profile) -> dict[str, Any]:
-        """Return the `adapter_config.json` of an adapter that is written in a profile."""
+        """Return the content of `adapter_config.json` for an adapter in a profile."""
         ranks = {name: written.rank for name, written in self.written_ranks(adapter, profile).items()}
         return peft_settings.settings(adapter, ranks, has_alphas=profile == "compact")
 
@@ -153,7 +153,7 @@ def _needed(adapter: AdapterContent) -> set[str]:
     """Return the modules whose layer is needed even at rank 0.
 
     These are modules with tensors of their own, modules that contain another adapted module (whose name
-    includes the outer layer), and modules whose table is saved: vLLM and llama.cpp skip
+    includes the outer layer), and modules whose base weight is saved: vLLM and llama.cpp skip
     ``X.base_layer.weight`` and refuse ``X.weight``.
     """
     layers = {

@@ -1,4 +1,4 @@
-"""The keys of a PEFT file: makes keys for factors to write, and sorts the keys of a file by role."""
+"""Makes the keys of factors in a PEFT file, and sorts the keys of a file by role."""
 
 from __future__ import annotations
 

@@ -12,15 +12,15 @@ from lorank.adapters.formats.expert_layout import Parameter
 def dora_note(count: int) -> str:
     """Return the remark on an adapter with magnitude vectors."""
     return (
-        f"DoRA: {count} magnitude vectors are kept as they are; the certificate is about B A, before the "
-        "columns are normalised"
+        f"DoRA: {count} magnitude vectors are kept as they are; the certificate covers B A before DoRA "
+        "normalises its columns"
     )
 
 
 def without_magnitude(
     config: Mapping[str, Any], carried: Mapping[str, Any], names: Iterable[str]
 ) -> list[str]:
-    """Return the modules of a DoRA adapter whose file has no magnitudes: PEFT initialises new ones."""
+    """Return the modules of a DoRA adapter that lack magnitudes in the file: PEFT initialises new ones."""
     if not config.get("use_dora"):
         return []
     names = list(names)
@@ -44,13 +44,13 @@ def of_settings(
     """
     notes = []
     if kind == "ADALORA":
-        notes.append("AdaLoRA: its values were folded into B; the result is a plain LoRA adapter")
+        notes.append("AdaLoRA: lora_E was multiplied into B; the result is a plain LoRA adapter")
     if config.get("monteclora_config"):
-        notes.append("MonteCLoRA: its sampler, which only trains, was left out; the result is a plain LoRA")
+        notes.append("MonteCLoRA: the sampler, only for training, was removed; the result is a plain LoRA")
     if config.get("alora_invocation_tokens"):
-        notes.append("aLoRA: acts from its invocation tokens on; they are kept in the settings")
+        notes.append("aLoRA: the adapter acts from its invocation tokens on; the settings keep the tokens")
     if config.get("use_rslora"):
-        notes.append("rsLoRA: its scaling lora_alpha / sqrt(r) was taken over")
+        notes.append("rsLoRA: the scaling lora_alpha / sqrt(r) was kept")
     magnitudes = carried_tensors.magnitudes(carried, ())
     if config.get("use_dora") or magnitudes:
         notes.append(dora_note(len(magnitudes)))
@@ -62,10 +62,10 @@ def of_settings(
 
 
 def of_experts(config: Mapping[str, Any], stacks: Sequence[Parameter]) -> list[str]:
-    """Return the remark on stacks of experts that lie as PEFT before 0.19 wrote them."""
+    """Return the remark on stacks of experts in the layout of PEFT before 0.19."""
     if not stacks:
         return []
     note = f"{len(stacks)} stacks of experts have inputs and outputs swapped, as PEFT before 0.19 wrote them"
     if any(stack.contradicts_version for stack in stacks):
-        note += f": their shapes show it, although peft_version is {config.get('peft_version')}"
+        note += f": their shapes show this layout, although peft_version is {config.get('peft_version')}"
     return [note]

@@ -26,7 +26,7 @@ from lorank.peft_format.names import BIAS, holder, is_embedding_key
 from lorank.peft_format.settings import Settings
 from lorank.peft_format.validation import checked_kind
 
-# Names of convolutions: by the last two parts of a module's name.
+# Names of convolutions, by the last two parts of a module's name.
 _CONVOLUTION = re.compile(r"(^|\.|_)(conv[^.]*|down_?sample[^.]*|patch_embed[^.]*)(\.[^.]+)?$", re.IGNORECASE)
 
 
@@ -56,14 +56,14 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """An adapter, and the stacks whose stored layout is not today's.
+    """An adapter, and the stacks whose stored layout is not the current one.
 
     Attributes
     ----------
     adapter
         The adapter with the names and orientation of today's PEFT.
     swapped
-        Stacks of experts whose factors lie as PEFT before 0.19 wrote them.
+        Stacks of experts in the layout of PEFT before 0.19.
     """
 
     adapter: AdapterContent
@@ -77,7 +77,7 @@ def read(
     contradictions: bool = False,
     layers: Layers | None = None,
 ) -> AdapterContent:
-    """Read an adapter over PEFT's tensors; see `read_all`."""
+    """Read an adapter from PEFT's tensors and settings; see `read_all`."""
     return read_all(tensors, config, contradictions=contradictions, layers=layers).adapter
 
 
@@ -89,19 +89,19 @@ def read_all(
     layers: Layers | None = None,
     changed_base: bool = False,
 ) -> Reading:
-    """Read an adapter over PEFT's tensors, and their layout.
+    """Read an adapter, and the layout of its stacks, from PEFT's tensors and settings.
 
     Parameters
     ----------
     tensors, config
         The contents of the two files.
     contradictions
-        True to accept tensors of other ranks than the settings state. The scale is then that of the settings,
-        as in the layers that such files were saved from.
+        True to accept tensors whose ranks differ from the settings. Scales then come from the settings, as in
+        the layers that such files were saved from.
     layers
         The live layers that hold the tensors; None for a file.
     changed_base
-        True to accept an initialisation that changes the base model: the factors then belong to changed
+        True to accept an initialisation that changes the base model, so that the factors belong to changed
         weights.
 
     Raises
@@ -221,9 +221,9 @@ class _Reader:
         return LoraModule(parameter.name, "expert", shape, rank, scaling, self._dtype(), factors, copies)
 
     def adalora(self) -> LoraModule:
-        """Return a module of AdaLoRA; its masks may have left rank 0."""
+        """Return a module of AdaLoRA, whose masks may have left rank 0."""
         if "E" not in self.keys:
-            self._fail("AdaLoRA without lora_E")
+            self._fail("has no lora_E, but peft_type is ADALORA in the settings")
         a_shape, b_shape = self._shapes(least=0)
         rank, shape = a_shape[0], (b_shape[0], a_shape[1])
         e_shape = self.tensors.shapes()[self.keys["E"]]

@@ -1,4 +1,4 @@
-"""The `adapter_config.json` of an adapter that is written."""
+"""The content of `adapter_config.json` in a written adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorank.peft_format.target_expressions import accidental_matches, as_express
 
 
 def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: bool) -> dict[str, Any]:
-    """Return the settings that give every module its rank, and the scale of its profile.
+    """Return the settings that give every module its rank, and its scale in the profile.
 
     Parameters
     ----------
@@ -54,28 +54,28 @@ def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: b
         "target_parameters": stacks or None,
         # PEFT refuses dropout with adapted parameters, and loads single experts as adapted parameters.
         **({"lora_dropout": 0.0} if any(naming.is_in_experts(m.name) for m in modules) else {}),
-        # Stacks are written as PEFT lays them out today.
+        # Stacks are written in PEFT's current layout.
         **({"peft_version": FIRST_VERSION} if stacks and is_earlier(before) else {}),
     }
 
 
 def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] | None:
-    """Return the target modules of earlier settings; None if they do not select all that is written."""
+    """Return the target modules of earlier settings; None if they do not select every written module."""
     targets, excluded = before.get("target_modules"), before.get("exclude_modules")
     # A choice of layers is not written again: suffixes alone would select more.
     if not isinstance(targets, (list, tuple)) or before.get("layers_to_transform") is not None:
         return None
     selects, excludes = naming.matcher(targets), naming.matcher(excluded or [])
-    # A merge may adapt more than its first adapter did.
+    # A merged adapter has its first term's settings, but may adapt more modules.
     return sorted(targets) if all(selects(name) and not excludes(name) for name in names) else None
 
 
 def _excluded(before: Mapping[str, Any], names: Sequence[str], dropped: Sequence[str]) -> str | None:
-    """Return an expression for modules that end with a full name of the list, but were not adapted.
+    """Return an expression for unadapted modules whose names end with a name in the list.
 
-    Other modules than the adapted ones are not known. Earlier settings that exclude them are written again,
-    unless they match one of the names. A plain list of targets never left out a module that ends with a full
-    name.
+    The base model's other modules are not known. An earlier expression that excludes some of them is kept,
+    unless it matches a name in the list. Earlier targets that are a plain list also selected every module
+    whose name ends with a name in the list.
     """
     targets, earlier = before.get("target_modules"), as_expression(before.get("exclude_modules"))
     if targets is None:
@@ -84,5 +84,5 @@ def _excluded(before: Mapping[str, Any], names: Sequence[str], dropped: Sequence
     if not is_plain or (earlier and any(map(naming.matcher(earlier), names))):
         return only(names)
     selects = naming.matcher(targets)
-    # A merge may adapt what its first adapter did not select.
+    # A merged adapter may adapt modules that its first term's settings do not select.
     return either(accidental_matches(names, dropped), earlier) if all(map(selects, names)) else only(names)

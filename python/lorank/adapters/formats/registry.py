@@ -1,4 +1,4 @@
-"""The format object of an adapter."""
+"""Looks up the format of an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of live layers that must have one rank: tied layers, and the projections of one attention."""
+"""Groups of live layers that must have equal ranks: tied layers, and projections of an attention module."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lorank.peft_format.rank_groups import rank_owner
 
 
 def live_groups(layers: Iterable[AdaptedLayer], *, ties_tables: bool) -> list[list[AdaptedLayer]]:
-    """Return all layers in groups, each of which has one rank.
+    """Return all layers in groups that must have equal ranks.
 
     Parameters
     ----------
     layers
         All layers of an adapter.
     ties_tables
-        True if PEFT will tie heads to embeddings on loading (`ensure_weight_tying`), whether or not they are
-        tied here.
+        True if PEFT will tie heads to embeddings on loading (`ensure_weight_tying`), even if the live
+        model does not.
     """
     layers = list(layers)
     ties = tied_to(layers)
@@ -38,7 +38,7 @@ def _shape(layer: AdaptedLayer) -> tuple[int, ...]:
 
 
 def tied_to(layers: Iterable[AdaptedLayer]) -> dict[str, str]:
-    """Return the embedding whose factors a layer uses transposed, by the layer's name."""
+    """Map every tied layer to the embedding whose transposed factors it uses, by name."""
     layers = list(layers)
     embeddings = {_address(layer, 0): layer.name for layer in layers if layer.is_embedding}
     found = {

@@ -16,8 +16,8 @@ from lorank.adapters.live.config import target_modules
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel, is_lora_layer, is_training_wrapper
 from lorank.adapters.live.reading import plain
 
-# Settings that do not concern layers, with values that turn them off: the model already has their parts.
-_BESIDE_LAYERS = {
+# Values that turn off settings whose effects the model already has.
+_TURNED_OFF = {
     "bias": "none",
     "modules_to_save": None,
     "trainable_token_indices": None,
@@ -31,7 +31,7 @@ _BESIDE_LAYERS = {
 
 
 def add_adapter(live: LiveModel, adapter: AdapterContent, name: str) -> LiveModel:
-    """Add the layers of a new adapter, which is not active.
+    """Add the layers of a new, inactive adapter.
 
     Raises
     ------
@@ -48,9 +48,9 @@ def add_adapter(live: LiveModel, adapter: AdapterContent, name: str) -> LiveMode
     if replication and not any(_replicates(other, replication) for other in live.configs.values()):
         raise ValueError(
             f"the adapter replicates layers ({replication}), which would change the model for its other "
-            "adapters: save it and load it into the base model with peft.PeftModel.from_pretrained"
+            "adapters: save the adapter and load it into the base model with peft.PeftModel.from_pretrained"
         )
-    # Wrappers of parameters are nested, so PEFT requires all adapters to name them alike.
+    # PEFT nests wrappers of parameters, so all adapters must have the same `target_parameters`.
     found = [getattr(other, "target_parameters", None) for other in live.configs.values()]
     alike = [targets for targets in found if targets]
     if config.target_parameters and alike:
@@ -61,7 +61,7 @@ def add_adapter(live: LiveModel, adapter: AdapterContent, name: str) -> LiveMode
 
 
 def add_layers(live: LiveModel, name: str, modules: Sequence[str]) -> LiveModel:
-    """Add layers of an adapter of the model to further modules."""
+    """Extend an adapter of the model to further modules."""
     config = live.configs.get(name)
     if config is None:
         raise ValueError(
@@ -69,7 +69,7 @@ def add_layers(live: LiveModel, name: str, modules: Sequence[str]) -> LiveModel:
             "the adapter under a new name"
         )
     partial = copy.deepcopy(config)
-    for key, value in {**_BESIDE_LAYERS, **target_modules(modules, live.modules)}.items():
+    for key, value in {**_TURNED_OFF, **target_modules(modules, live.modules)}.items():
         setattr(partial, key, value)
     if live.tuner is not None:
         try:

@@ -12,24 +12,24 @@ from lorank.modules.live_modules import around, is_module
 from lorank.peft_format.names import BASE_LAYER, innermost
 from lorank.peft_format.scaling import alpha_of, divisor
 
-# Wrappers that hold slices of parameters instead of parameters.
+# Wrappers that hold slices instead of whole parameters.
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedLayer:
-    """A LoRA layer of a live model, as one adapter sees it.
+    """The part of one adapter in a LoRA layer of a live model.
 
     Attributes
     ----------
     name
-        The module's name in the base model; of stacked experts the parameter's.
+        Name of the module, or of the stacked parameter, in the base model.
     layer
         PEFT's layer.
     adapter
         The adapter's name.
     path
-        The path of the factors in PEFT's files: the name, or that of a wrapper around the module.
+        Path of the factors in PEFT's files: the name, or the path of a wrapper around the module.
     """
 
     name: str
@@ -212,7 +212,7 @@ def _walk(module: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def is_lora_layer(module: Any) -> bool:
-    """Return True if a module is a LoRA layer of PEFT, AdaLoRA's included."""
+    """Return True if a module is a LoRA or AdaLoRA layer of PEFT."""
     return _is(module, "LoraLayer")
 
 
@@ -222,7 +222,7 @@ def is_training_wrapper(module: Any) -> bool:
 
 
 def _is(module: Any, name: str) -> bool:
-    """Return True if one of a module's classes is PEFT's class of that name."""
+    """Return True if a module is an instance of PEFT's class of a name."""
     return any(base.__name__ == name and base.__module__.startswith("peft.") for base in type(module).__mro__)
 
 

@@ -16,8 +16,8 @@ from lorank.adapters.live import tensors as live_tensors
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel
 from lorank.adapters.tensors import ArrayTensors
 
-# Variants of LoRA whose update is the product of the factors, or follows from settings and magnitudes too.
-# The last two differ from LoRA in training alone.
+# Variants of LoRA whose update follows from the factors, some with settings or magnitudes. The last two
+# differ from LoRA only in training.
 _KNOWN_VARIANTS = ("Dora", "ALora", "MiCA", "Velora", "Monteclora")
 
 
@@ -49,7 +49,7 @@ def from_model(model: Any, adapter_name: str) -> AdapterContent:
 
 
 def settings(live: LiveModel, adapter_name: str, layers: Mapping[str, AdaptedLayer]) -> dict[str, Any]:
-    """Return an adapter's settings as JSON values, from the layers where the model keeps no config."""
+    """Return an adapter's settings as JSON values; from its layers if the model keeps no config."""
     if (config := live.configs.get(adapter_name)) is not None:
         content: dict[str, Any] = plain(config.to_dict() if hasattr(config, "to_dict") else dict(config))
         return content
@@ -106,7 +106,7 @@ def variant_of(layer: AdaptedLayer) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Scales:
-    """The ranks and scalings that live layers apply, after `scale_layer` and the like."""
+    """The ranks and scalings that live layers apply, with changes by methods such as `scale_layer`."""
 
     layers: Mapping[str, AdaptedLayer]
 

@@ -10,7 +10,7 @@ from lorank.modules import naming
 from lorank.peft_format import names
 from lorank.peft_format.names import BASE_LAYER, BIAS, INSIDE, MAGNITUDE, PREFIX
 
-# The last names of tables that PEFT stores whole where they are adapted.
+# Ends of the names of embeddings and heads that PEFT stores whole if they are adapted.
 _TABLES = ("embed_tokens", "lm_head")
 
 Tensors = dict[str, Any]
@@ -19,7 +19,7 @@ Tensors = dict[str, Any]
 def of(
     live: LiveModel, adapter: str, layers: Mapping[str, AdaptedLayer], config: Mapping[str, Any]
 ) -> Tensors:
-    """Return an adapter's own tensors, and those of the base model that PEFT stores with it."""
+    """Return an adapter's own tensors, and the tensors of the base model that PEFT stores with it."""
     own: Tensors = {}
     for layer in layers.values():
         own |= _of_layer(layer)
@@ -58,7 +58,7 @@ def saved_modules(live: LiveModel, adapter: str) -> Tensors:
 
 
 def base_tensors(live: LiveModel) -> Tensors:
-    """Return the parameters of the base model by path, without those of training wrappers."""
+    """Return the parameters of the base model by path, except parameters of training wrappers."""
     return {
         f"{path}.{name}" if path else name: parameter
         for path, module in live.modules.items()
@@ -79,7 +79,7 @@ def _biases(live: LiveModel, which: str) -> Iterable[tuple[str, Any]]:
 
 
 def _tables(live: LiveModel, config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Yield the embeddings that PEFT stores whole: adapted ones, or those whose vocabulary was resized."""
+    """Yield the tensors of embeddings and heads that PEFT stores whole: adapted or resized ones."""
     tables = _input_and_output(live.base)
     is_adapted = _adapts_tables(live, config)
     if not tables or not (is_adapted or _was_resized(live.base, config)):

@@ -1,4 +1,4 @@
-"""Puts adapters into live models: layers change in place, and the model's config follows them."""
+"""Puts adapters into live models: changes layers in place, and PEFT's config with them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def into_model(adapter: AdapterContent, model: Any, adapter_name: str) -> None:
 
 
 def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> None:
-    """Refuse an adapter that needs layers that the model lacks."""
+    """Refuse an adapter that existing layers of the model cannot hold."""
     layers = live.layers(name)
     for layer in layers.values():
         if layer.is_adalora:
@@ -95,7 +95,7 @@ def _check_structure(live: LiveModel, adapter: AdapterContent, name: str) -> Non
 
 
 def _replace(live: LiveModel, adapter: AdapterContent, name: str) -> None:
-    """Set the values of a live adapter to those of another one; add the layers that it lacks."""
+    """Set the values of a live adapter to another adapter's, and add the layers that it lacks."""
     missing = _missing(live, adapter, name)
     if missing:
         live = add_layers(live, name, missing)
@@ -135,7 +135,7 @@ def _missing(live: LiveModel, adapter: AdapterContent, name: str) -> list[str]:
         if found is None:
             raise ValueError(
                 f"{module.name!r} fits no module that adapter {name!r} of the model could adapt: the adapter "
-                "belongs to another model, or to another version of its code, with other names of modules"
+                "belongs to another model, or to a version of the model's code with other module names"
             )
         missing.append(found)
     return missing
