@@ -156,7 +156,7 @@ def test_hub_id_is_found_in_the_cache(tmp_path: Path, make: Callable[[Path], Pat
         result = offline(code.format(name), HF_HUB_CACHE=tmp_path)
         assert result.stdout.strip() == "13", result.stderr
     result = offline(code.format("acme/other"), HF_HUB_CACHE=tmp_path)
-    assert "FileNotFoundError: acme/other: no such file or folder, and as a hub id" in result.stderr
+    assert "FileNotFoundError: acme/other: no such file or folder, and the hub model" in result.stderr
 
 
 def test_hub_id_is_found_under_hf_home(tmp_path: Path) -> None:
