@@ -1,7 +1,7 @@
-"""The numbered block of a module and its depth, read from its dotted name.
+"""Reads the numbered block of a module, and the depth of that block, from the dotted name of the module.
 
-Tables list the names that transformers, timm and open_clip give to blocks. A number outside the tables is an
-error, whose message names the option that helps; nothing is guessed.
+Tables list the names that transformers, timm and open_clip give to blocks. A name with another
+number is an error, and its message gives the option `blocks`. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Block:
     stack
         The name of the list that holds the block; an encoder and a decoder are two stacks.
     number
-        The number of the block in the stack; with stages (Swin), the numbers of the stage and of the block.
+        The number of the block in the stack; in models with stages (Swin), the numbers of the stage and of
+        the block.
     """
 
     stack: str
@@ -47,23 +48,23 @@ class Depth:
     count: int
 
 
-# Names of lists of blocks, nested lists first. The numbers of all groups order the blocks.
+# Expressions for the names of lists of blocks, nested lists first. The groups' numbers order the blocks.
 _BLOCKS = tuple(
     re.compile(rf"(?:^|\.){expression}(?=\.|$)")
     for expression in (
         r"layers\.(\d+)\.blocks\.(\d+)",  # Swin
         r"stages\.(\d+)\.(?:layers|blocks)\.(\d+)",  # ConvNeXt
         r"block\.(\d+)\.(\d+)",  # SegFormer
-        # ALBERT shares one layer among all depths, unless configured to have more.
+        # ALBERT shares one layer among all depths, unless its configuration sets several.
         r"albert_layer_groups\.(\d+)\.albert_layers\.(\d+)",
-        # Modules between two stages are in no block. Further numbers (T5's sub-layers, experts) do not
+        # Modules between two stages are outside blocks. Further numbers (T5's sub-layers, experts) do not
         # count as depth.
         r"(?:layers?|h|blocks?|resblocks|(?:single_)?transformer_blocks|(?:en|de)coder_layers)"
         r"\.(\d+)(?!\.downsampl|\d)",
     )
 )
 
-# Parts of names of modules before, between and after the blocks.
+# Parts of names that mark modules before, between and after the blocks.
 _OUTSIDE = re.compile(
     r"embeddings?|patch_embed\w*|feature_extractor|feature_projection|downsample|downsampling_layer"
     r"|merger|connector|\w*projector|pooler|heads?|\w*classifier"
@@ -78,15 +79,15 @@ def numbered_block(name: str, blocks: str | None = None) -> Block | None:
     name
         The module's dotted name.
     blocks
-        A regular expression that is searched instead of the known ones. Its groups are the numbers of the
-        block, stages first; the text before the first group names the stack. Names without a match are in
-        no block.
+        A regular expression that is searched instead of the known ones. Its groups match the numbers of
+        stages, if any, and of the block; the text before the first group names the stack. Modules whose names
+        do not match are outside blocks.
 
     Raises
     ------
     ValueError
-        If the name has a number that may or may not be that of a block, or a group of `blocks` does not
-        match a number.
+        If it is unclear whether a number in the name is a block's, or a group of `blocks` does not match a
+        number.
 
     Examples
     --------
@@ -115,7 +116,7 @@ def depths_of(
 ) -> list[Depth | None]:
     """Return the depth of each module in its stack; None for modules outside numbered blocks.
 
-    Blocks that hold one of `names` or of `others` are counted: if all known modules are in blocks 6 to 11,
+    Only blocks that hold a module of `names` or `others` count: if all these modules are in blocks 6 to 11,
     block 6 is the first of six.
 
     Parameters
@@ -123,14 +124,14 @@ def depths_of(
     names
         The modules' dotted names.
     blocks
-        As in `numbered_block`.
+        A regular expression that finds blocks, as in `numbered_block`.
     others
-        The names of further modules of the model; names that cannot be read are ignored.
+        The names of other modules of the model; names without a readable block are ignored.
 
     Raises
     ------
     ValueError
-        If one of `names` cannot be read, or `blocks` matches none of them.
+        If the block of one of `names` cannot be read, or `blocks` matches no name.
 
     Examples
     --------
@@ -153,17 +154,17 @@ def depths_of(
 
 
 def _readable_blocks(names: Iterable[str], blocks: str | None) -> Iterator[Block | None]:
-    """Yield the blocks of the names that can be read."""
+    """Yield the blocks of modules; skip names whose block cannot be read."""
     for name in names:
         with suppress(ValueError):
             yield numbered_block(name, blocks)
 
 
 def match_of_block(name: str) -> re.Match[str] | None:
-    """Return the match of the first known list of blocks in a name; None if another list precedes it."""
+    """Match the first known list of blocks in a name; None if a number of another list precedes the match."""
     for expression in _BLOCKS:
         if found := expression.search(name):
-            # A number at the start belongs to a wrapper (nn.Sequential, sentence-transformers).
+            # A number at the start of the name belongs to a wrapper (nn.Sequential, sentence-transformers).
             above = name[: found.start()].split(".")[1:]
             return None if any(part.isdecimal() for part in above) else found
     return None
@@ -174,7 +175,7 @@ def _block(found: re.Match[str], name: str) -> Block:
     groups = [i + 1 for i, text in enumerate(found.groups()) if text is not None]
     if not groups or not all(found[i].isdecimal() for i in groups):
         raise ValueError(
-            f"blocks={found.re.pattern!r} gives no number for {name!r}: the block's number must be a group"
+            f"blocks={found.re.pattern!r} matches no number in {name!r}: the block's number must be a group"
         )
     return Block(name[: found.start(groups[0])].rstrip("."), tuple(int(found[i]) for i in groups))
 

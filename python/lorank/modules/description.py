@@ -1,8 +1,9 @@
 """Describes the model of a checkpoint and the parameters that its tensors become, in a separate process.
 
-Building a model imports torch and its libraries, which costs seconds and a gigabyte of memory. If they are
-loaded already, this process builds the model. If not, a child process describes it as JSON, and this process
-stays small. A hostile configuration costs at most the time limit of the child.
+Building a model imports torch and its libraries, which costs seconds and a gigabyte of memory. If the
+libraries are already loaded, this process builds the model. Otherwise, a child process builds it and returns
+the description as JSON, so that this process stays small. A hostile configuration costs at most the time
+limit of the child.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lorank.modules.weight import Weight
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The child uses the search path of the parent, and never adds the folder in which it runs.
+# The child uses the search path of the parent, and never adds its working folder.
 _CHILD = """
 import json, sys
 question = json.load(sys.stdin)
@@ -59,7 +60,7 @@ def describe_model(config: ModelConfig, shapes: Shapes) -> Description | Unknown
     config
         The model's configuration.
     shapes
-        The shapes of the checkpoint's tensors by name, without packed ones.
+        The shape of every tensor of the checkpoint that is not packed, by name.
     """
     library = library_of(config, len(shapes))
     if isinstance(library, Unknown):
@@ -91,7 +92,7 @@ def describe_model(config: ModelConfig, shapes: Shapes) -> Description | Unknown
 
 
 def answer(question: Mapping[str, Any]) -> None:
-    """Describe the model of a question and print the answer, in the child process."""
+    """Print the description of a model as JSON. The child process runs this function."""
     out, sys.stdout = sys.stdout, sys.stderr  # messages of the libraries must not mix with the answer
     shapes = {name: tuple(shape) for name, shape in question["shapes"].items()}
     found = _described(ModelConfig(question["config"], Path(question["folder"])), shapes)
@@ -125,7 +126,7 @@ def _to_json(found: Description | Unknown) -> dict[str, Any]:
 
 
 def _from_json(content: Mapping[str, Any], config: ModelConfig, shapes: Shapes) -> Description | Unknown:
-    """Return the description that `_to_json` wrote."""
+    """Return the description from the values that `_to_json` returns."""
     if "reason" in content:
         return Unknown(content["reason"], content["is_foreign"])
     weights = [

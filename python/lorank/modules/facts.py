@@ -1,4 +1,7 @@
-"""Facts about a model beside its matrices. Reports keep them, so that allocation respects PEFT's limits."""
+"""Facts about a model other than its matrices.
+
+Reports store them so that allocation respects PEFT's limits.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Facts about a model that decide what can be adapted.
+    """Facts about a model that decide which modules can be adapted.
 
     Attributes
     ----------
     class_name
-        The class of the model, whose code names the modules; empty if names were guessed from the files.
+        The name of the model's class, whose code gives the names of modules; empty if these were guessed.
     doubts
         The reasons why guessed names, kinds or orientations may be wrong.
     refused
         The reason why PEFT cannot adapt a module, by the name of the module.
     ties
-        The further modules that share a weight, by the name of the module that has the row in the report.
+        The other modules that share a weight, by the name of the module with the row in the report.
     modules
-        The names of all modules with containers and norms, none of which a target may match by mistake.
+        The names of all modules, including containers and norms, so that a target matches none by mistake.
     reason
-        The reason why names were guessed; empty if they were not, or if `doubts` holds the reason.
+        The reason why names were guessed; empty if no names were, or if `doubts` holds the reason.
     """
 
     class_name: str = ""

@@ -1,12 +1,12 @@
-"""Walks the modules of a live model under the names that they have without wrappers."""
+"""Iterates over the modules of a live model, by their names without wrappers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# The attribute in which a wrapper of PEFT or torch keeps the wrapped module, by library and base class:
-# wrappers around a model or a part of it, and layers of PEFT.
+# Attributes that hold the wrapped module, by library and by base class of the wrapper. `_AROUND` lists
+# wrappers around a model or a part of a model, `_LAYERS` layers of PEFT.
 _AROUND = {
     "peft.": {"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"},
     "torch.": {
@@ -27,7 +27,7 @@ def is_module(value: object) -> bool:
 
 
 def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every module of the base model with the prefix of its parameters' names; skip wrappers."""
+    """Yield the prefix of the parameters' names and the module, for every module without wrappers."""
     module = unwrapped(module)
     yield prefix, module
     for name, child in module._modules.items():
@@ -36,7 +36,7 @@ def named_modules(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unwrapped(module: Any) -> Any:
-    """Return the module inside wrappers and layers of PEFT and of torch."""
+    """Return the module inside wrappers of PEFT and torch and inside layers of PEFT."""
     inner = module
     while inner is not None:
         module, inner = inner, _wrapped(inner, _AROUND) or _wrapped(inner, _LAYERS)

@@ -1,8 +1,8 @@
 """Maps the tensors of a checkpoint to the parameters of the loaded model.
 
 transformers renames, splits, stacks and transposes tensors when it loads a checkpoint. This module applies
-the rules and operations of transformers. Stacks are converted one expert at a time, so that memory stays
-bounded by a few matrices.
+the rules and operations of transformers. Stacks are converted one expert at a time, so that memory holds
+only a few matrices at once.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from lorank.modules.skeleton import Skeleton
 
 Fetch = Callable[[str, "int | None"], Any]
-"""A function that returns a tensor of a checkpoint by its name: the tensor, or one matrix of a stack."""
+"""A function `fetch(name, index)` that reads one matrix of a stack; the whole tensor if `index` is None."""
 
-# The errors of transformers' operations for tensors that they do not fit.
+# The errors that transformers' operations raise for tensors that do not fit.
 _MISFITS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, StopIteration)
 
 
@@ -60,7 +60,8 @@ class Conversion:
         fetch
             A function that reads a tensor of the checkpoint.
         expert
-            The number of an expert, to return stacks of its matrix alone; None for the complete parameters.
+            The index of an expert, to return stacks that hold only this expert's matrix; None for complete
+            parameters.
         """
         model = self.skeleton.model
         converter = copy.deepcopy(_converters(self.skeleton)[next(iter(self.sources))])
@@ -72,7 +73,7 @@ class Conversion:
 
 
 def _parts(names: Sequence[str], expert: int | None) -> list[tuple[str, int | None]]:
-    """Return the tensors to read for an expert: one of its own, or its matrix in a stack."""
+    """Return the names of the tensors to read, each with the index of the expert if the tensor is a stack."""
     if expert is None:
         return [(name, None) for name in names]
     return [(names[0], expert)] if len(names) == 1 else [(names[expert], None)]
@@ -85,11 +86,11 @@ class Placement:
     Attributes
     ----------
     renamed
-        The name of the parameter by the name of the tensor, for tensors that are loaded unchanged.
+        The parameter's name by the tensor's name, for tensors that are loaded unchanged.
     conversions
         Computations of parameters from one or several tensors.
     strangers
-        The reason by the name of the tensor, for tensors that belong to no parameter of the model.
+        The reasons why tensors belong to no parameter of the model, by the tensor's name.
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
@@ -97,9 +98,9 @@ class Placement:
     strangers: dict[str, str] = field(default_factory=dict)
 
     def misfit(self, shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> str:
-        """Return the difference between the model and most tensors; empty if most tensors fit.
+        """Describe how most tensors differ from the model; empty if most tensors fit.
 
-        A resized vocabulary changes a few tensors, not most of them. Buffers fit by their names.
+        A resized vocabulary changes only a few tensors. Buffers are compared by their names alone.
         """
         converted = sum(len(conversion.names) for conversion in self.conversions)
         if 2 * (len(self.renamed) + converted) < len(shapes):
@@ -176,7 +177,7 @@ def _targets(skeleton: Skeleton) -> Callable[[str], tuple[str, str]]:
 
 @lru_cache(maxsize=2)
 def _rules(skeleton: Skeleton) -> list[Any]:
-    """Return the rules by which transformers loads a model."""
+    """Return transformers' rules for loading a model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return list(get_model_conversion_mapping(skeleton.model))
@@ -184,7 +185,7 @@ def _rules(skeleton: Skeleton) -> list[Any]:
 
 @lru_cache(maxsize=2)
 def _converters(skeleton: Skeleton) -> dict[str, Any]:
-    """Return the conversions of a model by their patterns, in the order of transformers."""
+    """Map patterns of tensors' names to the conversions of a model, in transformers' order."""
     from transformers.core_model_loading import WeightConverter
 
     rules = [rule for rule in _rules(skeleton) if isinstance(rule, WeightConverter)]
@@ -192,7 +193,7 @@ def _converters(skeleton: Skeleton) -> dict[str, Any]:
 
 
 def _older_targets(model: Any, state: Mapping[str, Any], prefix: str) -> Callable[[str], tuple[str, str]]:
-    """Return the function of `_targets` for transformers before 5, which renames and handles a prefix."""
+    """Return the function of `_targets` for transformers before 5, which only renames tensors."""
     renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
 
     def target_of(name: str) -> tuple[str, str]:
@@ -213,7 +214,7 @@ def _older_targets(model: Any, state: Mapping[str, Any], prefix: str) -> Callabl
 def _checked(
     conversion: Conversion, shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton
 ) -> tuple[Conversion, str]:
-    """Run a conversion without values; return it completed, and the reason if it does not fit the model."""
+    """Run a conversion on the meta device; return it with its targets, or with the reason for a misfit."""
     import torch
 
     def fetch(name: str, part: int | None) -> Any:
@@ -241,7 +242,7 @@ def _is_by_expert(
     fetch: Fetch,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool:
-    """Return True if the tensors of one expert give the matrices of that expert in every parameter."""
+    """Return True if an expert's tensors suffice to compute its matrix in every parameter."""
     counts = {shape[0] for shape in whole.values()}
     if len(counts) != 1 or any(len(shape) != 3 for shape in whole.values()):
         return False

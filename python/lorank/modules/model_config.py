@@ -1,4 +1,4 @@
-"""The configuration of a model, `config.json`: every key that lorank reads, over all libraries."""
+"""The configuration of a model, `config.json`: every key that lorank reads, for all libraries."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ FILE_NAME = "config.json"
 """The file that holds the configuration of a model."""
 
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside `config.json` that held the settings of a quantization before they moved into that file."""
+"""Files beside `config.json` in which older libraries store the settings of a quantization."""
 
 # Keys under which libraries keep the settings of a quantization.
 _QUANTIZATION = ("quantization_config", "compression_config", "quantization")
 
-# Numbers that decide how many modules are built.
+# Keys of numbers that decide how many modules are built.
 _DEPTHS = re.compile(
     r".*(?:layers?|blocks?|depths?|experts?|stages?|levels?|heads?|codebooks?|quantizers?)", re.IGNORECASE
 )
 # A model has at least one tensor per layer, but layers may be shared, and files may hold a part of a model.
-_LAYERS_A_TENSOR = 16
+_LAYERS_PER_TENSOR = 16
 _ALWAYS_ALLOWED = 4096
 # transformers gives every label a name. The largest data sets have some 20,000 classes.
 _LABELS = re.compile(r"(?:num|n)_(?:\w+_)?(?:labels|classes)", re.IGNORECASE)
@@ -97,7 +97,7 @@ class ModelConfig:
 
     @property
     def text_model_type(self) -> str:
-        """The name of the architecture of the language model in a model of several parts."""
+        """The name of the architecture of the language model, which may be a part of a larger model."""
         return _model_type(self._of_text)
 
     @property
@@ -119,7 +119,7 @@ class ModelConfig:
         num_tensors
             The number of tensors in the checkpoint.
         """
-        allowed = _ALWAYS_ALLOWED + _LAYERS_A_TENSOR * num_tensors
+        allowed = _ALWAYS_ALLOWED + _LAYERS_PER_TENSOR * num_tensors
         for key, value in _numbers(self.content):
             if _DEPTHS.fullmatch(key) and value > allowed:
                 return f"{key}={value}"

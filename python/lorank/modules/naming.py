@@ -1,4 +1,4 @@
-"""The dotted names of modules: their special kinds, blocks and suffixes, and targets that select them."""
+"""Reads kinds, blocks and suffixes of modules from their dotted names, and selects modules by targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_embedding(name: str) -> bool:
 
 
 def is_output_head(name: str) -> bool:
-    """Return True if a module maps hidden states to logits; "all-linear" of PEFT leaves it out."""
+    """Return True if a module maps hidden states to logits; PEFT's "all-linear" leaves it out."""
     parts = name.split(".")
     return not _OUTPUT_HEADS.isdisjoint(parts) or parts[:2] == ["cls", "predictions"]
 
@@ -48,7 +48,7 @@ def is_router(name: str) -> bool:
 
 
 def is_parameter(name: str) -> bool:
-    """Return True for the name of a weight; PEFT adapts it by the name of the parameter."""
+    """Return True for the name of a weight, which PEFT adapts as a parameter by that name."""
     return name.endswith(".weight")
 
 
@@ -58,7 +58,7 @@ def without_parameter(name: str) -> str:
 
 
 def spellings(name: str) -> list[str]:
-    """Return the names that select a module: its name, and the name without its parameter."""
+    """Return the names that select a module: its name with and without the name of its weight."""
     return list(dict.fromkeys([name, without_parameter(name)]))
 
 
@@ -114,7 +114,7 @@ def suffixes(name: str) -> Iterator[str]:
 
 
 def is_suffix(short: str, name: str) -> bool:
-    """Return True if `short` is `name` or a dotted suffix of it."""
+    """Return True if `short` is `name` or one of its dotted suffixes."""
     return name == short or name.endswith(f".{short}")
 
 
@@ -124,7 +124,7 @@ def expression(text: str) -> re.Pattern[str]:
     Raises
     ------
     ValueError
-        If it is malformed, or too large or too deep for Python.
+        If the expression is malformed, or too large or too deep for Python.
     """
     try:
         return re.compile(text)
@@ -139,7 +139,7 @@ def option_expression(option: str, text: str) -> re.Pattern[str]:
     Raises
     ------
     ValueError
-        If it is not a regular expression; the message names the option.
+        If the value is not a regular expression; the message names the option.
     """
     if not isinstance(text, str):
         raise ValueError(f"{option} must be a regular expression, not {text!r}")
@@ -198,7 +198,7 @@ def filtered(names: Iterable[str], include: Targets, exclude: Targets) -> list[s
     Raises
     ------
     ValueError
-        If an entry of a list `include` selects nothing.
+        If an entry of the list `include` selects no name.
     """
     names = list(names)
     check_known(include, names)

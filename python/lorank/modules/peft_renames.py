@@ -1,7 +1,7 @@
-"""Targets that PEFT renames: layers of experts in transformers 4, which transformers 5 stacks.
+"""Finds targets that PEFT renames: names of experts' layers in transformers 4, which version 5 stacks.
 
 For some mixtures of experts, PEFT takes every target that ends with such a name for a stack of experts, even
-layers of dense and shared blocks. Those layers can only be adapted by the names of their parameters.
+a layer of a dense or shared block. Such a layer can be adapted only by the name of its parameter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _RENAMED = {
 
 
 def renames_target(module: str, model_type: str) -> bool:
-    """Return True if PEFT takes the name of a module for a name of experts.
+    """Return True if PEFT takes the name of a module for the name of a stack of experts.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def renames_target(module: str, model_type: str) -> bool:
 
 @cache
 def _families() -> dict[str, Any]:
-    """Return the family of every model type, by the table of transformers 5 and PEFT's addition to it."""
+    """Map every model type to its family, by transformers 5's table and PEFT's addition."""
     if importlib.util.find_spec("transformers") is None:
         return {}
     try:

@@ -1,8 +1,8 @@
-"""Weights of live models in tensors of a quantization library: their true shapes, and their values.
+"""Reads shapes and values of live models' weights that are tensors of a quantization library.
 
-Supported are bitsandbytes 4- and 8-bit, tensor subclasses of torch, torchao and quanto, and modules of HQQ.
-The library that quantized a weight dequantizes it, one matrix at a time. Codes in plain tensors are
-dequantized by `lorank.sources.dequantized`.
+Supports 4- and 8-bit weights of bitsandbytes, tensor subclasses of torch, torchao and quanto, and modules of
+HQQ. The library that quantized a weight dequantizes it, one matrix at a time. `lorank.sources.dequantized`
+dequantizes codes in plain tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def is_quantized(module: Any, parameter: Any) -> bool:
-    """Return True if a parameter holds codes instead of numbers."""
+    """Return True if a parameter holds codes instead of values."""
     return (
         _bits(parameter) is not None
         or getattr(parameter, "is_quantized", False)
@@ -63,7 +63,7 @@ def loader(module: Any, parameter: Any) -> Callable[[], Any] | None:
 
 
 def _bits(parameter: Any) -> int | None:
-    """Return 4 or 8 for a parameter of bitsandbytes, None for others."""
+    """Return 4 or 8 for a parameter of bitsandbytes; None for other parameters."""
     names = {base.__name__ for base in type(parameter).__mro__}
     if "Params4bit" in names:
         return 4
@@ -77,7 +77,7 @@ def _is_foreign_tensor(parameter: Any) -> bool:
 
 
 def _own_dequantize(quantized: Any) -> Any:
-    """Dequantize by the method of the tensor or module."""
+    """Dequantize with the method of a tensor or module itself."""
     return quantized.dequantize().detach().float()
 
 

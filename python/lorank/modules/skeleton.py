@@ -24,13 +24,13 @@ class Skeleton:
     label
         The name of the model's class.
     weights
-        Every parameter by its name, in the model's order; a tied parameter has an entry for each name.
+        Every parameter by its name, in the model's order; a tied parameter has one entry per name.
     owners
-        The first name of a tied parameter by each of its further names.
+        The first name of a tied parameter, by each of its other names.
     make_model
-        A function that returns the model: built on the meta device, or a live one.
+        A function that returns the model, either live or built on the meta device.
     modules
-        The dotted names of all modules, with containers and layers without weights.
+        The dotted names of all modules, including containers and layers without weights.
     model_type
         The `model_type` of the model's configuration; empty if it has none.
     """
@@ -82,8 +82,8 @@ class Skeleton:
         Parameters
         ----------
         stored
-            The shapes of parameters in the files, by name. They differ from the model's if the vocabulary was
-            resized without a change of the configuration.
+            The shapes of parameters in the files, by name. They differ from the skeleton's if the
+            vocabulary was resized without a change of the configuration.
         """
         return sum(
             math.prod(stored.get(name, weight.shape))
@@ -107,6 +107,6 @@ class Skeleton:
 
 
 def _parent(prefix: str) -> str:
-    """Return the prefix of the parent of a module, given the prefix of the module."""
+    """Return the prefix of a module's parent, given the prefix of the module."""
     above = prefix.removesuffix(".").rpartition(".")[0]
     return f"{above}." if above else ""

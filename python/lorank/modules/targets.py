@@ -1,4 +1,4 @@
-"""The modules of a model that can get a rank, and those that targets select."""
+"""Lists the modules of a model that can get a rank, and selects modules by targets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Matrix(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
+        """Shape ``(out, in)`` of the matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class AdaptedModule:
     shape
         Shape ``(out, in)`` of the matrix.
     copies
-        Number of matrices that share the rank: the experts of a stack, else 1.
+        Number of matrices that share the rank: the number of experts in a stack, else 1.
 
     Examples
     --------
@@ -86,12 +86,12 @@ def targeted(
     targets
         Names, suffixes or an expression, as in `lorank.allocate`.
     ties
-        The further modules that share the weight of a module, by the name of that module.
+        The other modules that share the weight of a module, by the name of that module.
 
     Raises
     ------
     ValueError
-        If no module is selected, or a target is a module that shares the weight of another one.
+        If no module is selected, or a target selects only a module that shares another module's weight.
     """
     if targets is None or targets == naming.ALL_LINEAR:
         chosen = [

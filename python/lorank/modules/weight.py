@@ -11,7 +11,7 @@ from lorank.modules.peft_renames import renames_target
 
 Kind = Literal["linear", "embedding", "conv", "expert"]
 
-# PEFT 0.21 refuses these modules of models whose scan reads the weights directly, past any adapter.
+# PEFT 0.21 refuses these modules of these models, because the scan reads the weights directly, past adapters.
 _MAMBA_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_MODULES = {"out_proj", "conv1d"}
 
@@ -31,8 +31,8 @@ class Weight:
     name
         The parameter's dotted name in the model.
     module
-        The name by which PEFT adapts the parameter: the name of the module, or of the parameter for a stack
-        of experts and for a matrix in a class that PEFT does not support.
+        The name by which PEFT adapts the parameter: the module's name, or the parameter's name for stacks of
+        experts and for classes without a layer in PEFT.
     kind
         The operation that the module performs with the weight; None for parameters that are not the weight
         matrix of a module.
@@ -131,22 +131,22 @@ def _refused(owner: str, module: Any, parent: Any, model_type: str) -> str:
     if any(base.__name__ == "MultiheadAttention" for base in type(parent).__mro__) and leaf == "out_proj":
         return "nn.MultiheadAttention reads this weight itself: PEFT adapts the whole attention module"
     if "_ConvNd" in classes and not _is_plain_convolution(module):
-        return f"{type(module).__name__} computes more than a convolution, which PEFT would not repeat"
+        return f"{type(module).__name__} computes more than a convolution, unlike PEFT's layer"
     if kind_of(module)[0] is not None:
         holder: object = type(parent)
         read = direct_read(holder, leaf, despite_calls=model_type in _MAMBA_MODELS)
         if read:
             return f"{type(parent).__name__} reads the {read} of {leaf} itself, past PEFT's layer"
     if "Embedding" in classes and not _is_plain_lookup(module):
-        return f"{type(module).__name__} computes more than a look-up of rows, which PEFT would not repeat"
+        return f"{type(module).__name__} computes more than a look-up of rows, unlike PEFT's layer"
     return ""
 
 
 def _has_own_forward(module: Any) -> bool:
     """Return True for a linear layer of transformers whose own `forward` computes more than the product.
 
-    A router that returns logits and scores is one. PEFT's layer would add the update to the returned value.
-    If the weight is adapted as a parameter, the update is added to the weight instead.
+    An example is a router that returns logits and scores. PEFT's layer would add the update to the returned
+    value. If the weight is adapted as a parameter, the update is added to the weight instead.
     """
     classes = type(module).__mro__
     if not any(base.__name__ == "Linear" for base in classes):
@@ -164,7 +164,7 @@ def _is_plain_convolution(module: Any) -> bool:
 
 
 def _is_plain_lookup(module: Any) -> bool:
-    """Return True for an embedding that looks up rows and at most scales them, which PEFT repeats."""
+    """Return True for an embedding that looks up rows and at most scales them, as PEFT's layer does."""
     for base in type(module).__mro__:
         if "forward" in vars(base):
             return base.__module__.startswith("torch.nn") or hasattr(module, "embed_scale")

@@ -9,9 +9,9 @@ from typing import TypeAlias
 from lorank.sources.base import MatrixInfo, Skipped, Source, SourceMatrix
 
 AnySource: TypeAlias = "str | Path | Mapping[str, object] | object"
-"""A path, a hub id, a mapping name -> array, a live `torch.nn.Module`, or an opened `Source`."""
+"""A path, a hub id, a mapping from names to arrays, a live `torch.nn.Module`, or an opened `Source`."""
 
-OPENING = "reading names and asking for the model"
+OPENING = "reading names and identifying the model"
 """The message that is shown while a source is opened, which may import transformers."""
 
 __all__ = ["OPENING", "AnySource", "MatrixInfo", "Skipped", "Source", "SourceMatrix", "open_source"]
@@ -23,8 +23,8 @@ def open_source(source: AnySource) -> Source:
     Parameters
     ----------
     source
-        A safetensors file, a shard index or a folder of them; a `.bin`, `.pt` or `.pth` state dict;
-        a hub id (the local cache comes first); a mapping name -> array; a `torch.nn.Module`.
+        A safetensors file, shard index or folder; a `.bin`, `.pt` or `.pth` state dict; a hub id (the local
+        cache is tried first); a mapping from names to arrays; a `torch.nn.Module`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""NumPy arrays and torch tensors as matrices for the core, without a copy if their strides allow.
+"""Converts NumPy arrays and torch tensors to matrices for the core, without a copy if strides allow it.
 
 torch is imported only for values that are tensors of torch.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from lorank._core import Matrix
 
-# Element types with a spectrum: the name in NumPy and torch by the name in any library.
+# Element types whose spectrum can be computed: their name in NumPy and torch, by their name in any library.
 FLOAT_TYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -21,7 +21,7 @@ FLOAT_TYPES = {
     "F8_E5M2": "float8_e5m2",
 } | {name: name for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
 
-# The integer types, of torch and of NumPy, as which the core receives types that NumPy lacks.
+# The core receives floating-point types that NumPy lacks as integers: the integer types of torch and NumPy.
 _CONTAINERS = {
     "bfloat16": ("uint16", np.uint16),
     "float8_e4m3fn": ("uint8", np.uint8),

@@ -1,4 +1,4 @@
-"""The types of every source: its matrices, and the tensors that are skipped."""
+"""The types that all sources share: sources, their matrices, and skipped tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MatrixInfo:
     Attributes
     ----------
     name
-        The dotted name of the module; for an expert, the name of the stacked parameter and the number of the
+        The dotted name of the module; for an expert, the name of the stacked parameter and the index of the
         expert in brackets.
     module
         The name by which an adapter targets the module; for an expert, the name of the stacked parameter.
@@ -30,7 +30,7 @@ class MatrixInfo:
     dtype
         The stored element type.
     expert
-        The number of the expert in its stack; None for other matrices.
+        The index of the expert in its stack; None for other matrices.
     """
 
     name: str
@@ -74,7 +74,7 @@ class SourceMatrix:
     info
         The identity of the matrix.
     load
-        A function that returns the matrix for the core. It costs no memory unless `lazy` is True.
+        A function that returns the matrix for the core. It allocates no memory unless `lazy` is True.
     lazy
         True if `load` dequantizes values or copies them from a device; such matrices are loaded a few at a
         time.
@@ -103,19 +103,19 @@ class Source:
     matrices
         The matrices that can be analysed, in the order of the source.
     skipped
-        The other tensors.
+        The tensors without matrices, with the reasons.
     num_parameters
-        Number of parameters of the model, tied ones once; None if unknown.
+        Number of parameters of the model, counting tied parameters once; None if unknown.
     fingerprint
         Digest of the files, by which an interrupted run can be resumed; None for sources in memory.
     unknown_parameters
         The reason why `num_parameters` is None.
     facts
-        Facts about the model beside its matrices.
+        Facts about the model other than its matrices.
     skeleton
         The skeleton of the model, by which its matrices are named; None if names were guessed.
     skipped_values
-        Functions that read skipped tensors of floating-point numbers, each as one row, by tensor name.
+        Functions that read skipped floating-point tensors as matrices of one row, by the tensor's name.
     """
 
     label: str

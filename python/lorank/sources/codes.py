@@ -1,7 +1,7 @@
-"""A tensor of codes among the tensors of its checkpoint.
+"""Tensors of codes, and the names and element types of the tensors that describe them.
 
 Names of tensors are given as templates: ``{w}`` is the full name of the weight (``layers.0.q_proj.weight``,
-or ``layers.0.mlp.experts.gate_up_proj`` of a stack), ``{m}`` the name of its module, ``{p}`` and ``{l}`` the
+or ``layers.0.mlp.experts.gate_up_proj`` for a stack), ``{m}`` the name of its module, ``{p}`` and ``{l}`` the
 parts of ``{w}`` before and after its last dot.
 """
 
@@ -77,11 +77,11 @@ class Packed:
         return module_of(self.weight)
 
     def named(self, template: str) -> str:
-        """Return the name of a template for this weight."""
+        """Fill a template with the names of this weight."""
         return name_of(template, self.weight)
 
     def find(self, *templates: str) -> TensorSpec | None:
-        """Return the first of several tensors that the checkpoint holds; None if it holds none of them."""
+        """Return the tensor of the first template that the checkpoint holds; None if it holds none."""
         for template in templates:
             if (found := self.tensors.get(self.named(template))) is not None:
                 return found
@@ -95,17 +95,17 @@ class Packed:
 
     @property
     def bits(self) -> int | None:
-        """Bits of a code in the configuration; None if unknown."""
+        """Number of bits per code, by the configuration; None if unknown."""
         return self.quantization.bits(self.module)
 
 
 def module_of(weight: str) -> str:
-    """Return the module of a weight: the name without ``.weight``; for a stack of experts its own name."""
+    """Return the module of a weight: the name without ``.weight``; a stack of experts keeps its name."""
     return weight.removesuffix(".weight") if weight != "weight" else ""
 
 
 def name_of(template: str, weight: str) -> str:
-    """Return the name of a template for a weight of that full name.
+    """Fill a template with the names of a weight.
 
     Examples
     --------

@@ -15,12 +15,12 @@ from lorank.sources.codes import SCALES, name_of
 from lorank.sources.packing import Codes
 
 Loader = Callable[[int | None], Any]
-"""A function that returns the weight for None, or the matrix of an expert by its number."""
+"""A function that returns the matrix of an expert for its index, or the whole weight for None."""
 
 # The values of 4-bit floats (e2m1), by code.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-# Classes that keep one scale per output as a row vector, and the dimension of outputs in their weight.
+# Classes that store one scale per output as a row vector: the dimension of the outputs in their weight.
 _SCALES_OF_OUTPUTS = {"CompressedTensorsFP8Linear": 0, "FbgemmFp8Llama4TextExperts": 2}
 
 
@@ -64,7 +64,7 @@ class LiveCodes:
         return self.tensors[self.name]
 
     def find(self, *templates: str) -> Any:
-        """Return the first of several tensors that the model holds; None if it holds none of them."""
+        """Return the tensor of the first template that the model holds; None if it holds none."""
         names = (name_of(template, self.codes.weight) for template in templates)
         return next((self.tensors[name] for name in names if name in self.tensors), None)
 
@@ -79,14 +79,14 @@ def loader(live: LiveCodes) -> Loader | None:
     shape = live.shape
     if shape is None:
         return None
-    if (own := _own_way(live, shape)) is not None:
+    if (own := _own_dequantizer(live, shape)) is not None:
         return lambda _: own().detach().float()
     build = _LOADERS.get(live.codes.scheme.name)
     return None if build is None else build(live, shape)
 
 
-def _own_way(live: LiveCodes, shape: tuple[int, ...]) -> Callable[[], Any] | None:
-    """Return the function of the module that dequantizes, as in gptqmodel and in transformers for Gemma."""
+def _own_dequantizer(live: LiveCodes, shape: tuple[int, ...]) -> Callable[[], Any] | None:
+    """Return the module's own function that dequantizes its weight (gptqmodel, Gemma); None without one."""
     module, local = live.module, live.name.rpartition(".")[2]
     if local == "qweight" and hasattr(module, "dequantize_weight"):
         return lambda: _oriented(module.dequantize_weight(), shape)
@@ -103,7 +103,7 @@ def _oriented(weight: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _scaled(live: LiveCodes, shape: tuple[int, ...], unpack: Callable[[Any], Any]) -> Loader | None:
-    """Multiply codes by a grid of scales."""
+    """Return a loader that multiplies codes by a grid of scales; None if the scales do not fit."""
     scale = live.find(*SCALES)
     if scale is None:
         return None
@@ -160,10 +160,10 @@ def _grid(
 def _block_sizes(
     grid: tuple[int, ...], shape: tuple[int, ...], declared: tuple[int, int] | None
 ) -> tuple[int, ...] | None:
-    """Return the size of a block that shares a scale in each dimension; the last blocks may be smaller."""
-    wanted = (*(None for _ in shape[2:]), *(declared or (None, None)))
+    """Return the size, in each dimension, of the blocks that share a scale; the last ones may be smaller."""
+    expected = (*(None for _ in shape[2:]), *(declared or (None, None)))
     sizes = []
-    for count, size, block in zip(grid, shape, wanted, strict=True):
+    for count, size, block in zip(grid, shape, expected, strict=True):
         if count == 1:
             sizes.append(size)
         elif block and -(-size // block) == count:
@@ -178,7 +178,7 @@ def _block_sizes(
 
 
 def _spread(scales: Any, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Any:
-    """Repeat scales for each value; dimensions with one scale are left to broadcasting."""
+    """Repeat each scale over its block; dimensions with one scale are left to broadcasting."""
     for dimension, (block, size) in enumerate(zip(blocks, shape, strict=True)):
         if scales.shape[dimension] > 1 and block > 1:
             scales = scales.repeat_interleave(block, dim=dimension).narrow(dimension, 0, size)
@@ -199,7 +199,7 @@ def _as_floats(codes: Any) -> Any:
 
 
 def _unpacked_fours(codes: Any) -> Any:
-    """Unpack 4-bit floats, two per byte, the low one first."""
+    """Unpack two 4-bit floats per byte, starting with the low four bits."""
     import torch
 
     table = torch.tensor(_E2M1, dtype=torch.float32, device=codes.device)
@@ -209,7 +209,7 @@ def _unpacked_fours(codes: Any) -> Any:
 
 
 def _blocks_of_fours(live: LiveCodes, _: tuple[int, ...]) -> Loader | None:
-    """Dequantize blocks of 4-bit floats along the last dimension with one exponent per block."""
+    """Return a loader of 4-bit floats in blocks along the last dimension, with one exponent per block."""
     scales = live.find("{w}_scales")
     if scales is None or tuple(scales.shape) != tuple(live.values.shape[:-1]):
         return None
@@ -224,7 +224,10 @@ def _blocks_of_fours(live: LiveCodes, _: tuple[int, ...]) -> Loader | None:
 
 
 def _nvfp4(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
-    """Dequantize 4-bit floats with two levels of scales; compressed-tensors divides by the global one."""
+    """Return a loader of 4-bit floats with two levels of scales.
+
+    compressed-tensors divides by the global scale; other libraries multiply.
+    """
     if not str(getattr(live.find(*SCALES), "dtype", "")).endswith("float8_e4m3fn"):
         return None
     load = _scaled(live, shape, _unpacked_fours)
@@ -244,7 +247,7 @@ def _nvfp4(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
 
 
 def _pack_quantized(live: LiveCodes, shape: tuple[int, ...]) -> Loader | None:
-    """Dequantize signed integers in 32-bit words: ``(q - z) * scale`` by groups of columns."""
+    """Return a loader of signed integers in 32-bit words: ``(q - z) * scale`` by groups of columns."""
     rows, cols = shape if len(shape) == 2 else (0, 0)
     bits = next((b for b in (4, 8, 2) if -(-cols * b // 32) == live.values.shape[-1]), 0)
     scale, zeros, groups = (live.find(f"{{w}}_{part}") for part in ("scale", "zero_point", "g_idx"))
@@ -276,7 +279,7 @@ def _columns(groups: Any, cols: int, count: int) -> Any:
 
 
 def _unpacked_words(words: Any, bits: int) -> Any:
-    """Unpack signed integers along the last dimension, the lowest bits first."""
+    """Unpack signed integers along the last dimension, starting with the lowest bits."""
     import torch
 
     shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
@@ -285,7 +288,7 @@ def _unpacked_words(words: Any, bits: int) -> Any:
 
 
 def _bitnet(live: LiveCodes, _shape: tuple[int, ...]) -> Loader | None:
-    """Dequantize ternary values: a quarter of the rows in every two bits, divided by the scale."""
+    """Return a loader of ternary values, divided by the scale. Every two bits hold a quarter of the rows."""
     scale = live.find("{w}_scale")
     if scale is None or "BitLinear" not in live.is_of:
         return None

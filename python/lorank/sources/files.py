@@ -19,7 +19,7 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
 
 
 def open_path_or_hub_id(source: str | Path) -> Source:
-    """Open a path if it exists, else the hub model of that id."""
+    """Open a path if it exists, else the hub model with that id."""
     if source == "":
         raise FileNotFoundError("an empty path names no source")
     return open_path(hub.local_path(source, hub.download_model), str(source))
@@ -49,7 +49,7 @@ def _open_safetensors(path: Path, label: str) -> Source:
 
 
 class StoredFiles:
-    """The tensors of a safetensors checkpoint, by their names without PEFT; values stay on disk.
+    """The tensors of a safetensors checkpoint, by their names in the base model; values stay on disk.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def _open_pickles(path: Path, label: str) -> Source:
 
 
 def _fingerprint(files: Sequence[Path], tensors: Sequence[tuple[str, str, list[int]]]) -> str:
-    """Return a digest of the headers of a checkpoint and of size and modification time of each file."""
+    """Return a digest of a checkpoint's headers and of each file's name, size and modification time."""
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()

@@ -25,7 +25,7 @@ def doubts(shapes: Mapping[str, tuple[int, ...]], unknown: Unknown) -> tuple[str
     """
     found = [unknown.reason] if unknown.is_foreign else []
     if single := [name for name in shapes if _SINGLE_EXPERT.fullmatch(name)]:
-        found.append(f"experts are stored one by one, which newer transformers stack ({_some(single)})")
+        found.append(f"experts are stored one by one, but newer transformers stack them ({_some(single)})")
     three = [name for name, shape in shapes.items() if len(shape) == 3 and name.endswith(".weight")]
     if three:
         found.append(f"3-D weights may be kernels or stacks of matrices ({_some(three)})")

@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 
 
 def local_path(source: str | Path, download: Callable[[str], Path]) -> Path:
-    """Return the path of a source that is on this machine or on the hub.
+    """Return the local path of a source; download it if only the hub has it.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def local_path(source: str | Path, download: Callable[[str], Path]) -> Path:
     Raises
     ------
     FileNotFoundError
-        If no file or folder has the name, and no hub model of that id can be downloaded.
+        If no file or folder has that name, and no hub model with that id can be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -38,9 +38,9 @@ def local_path(source: str | Path, download: Callable[[str], Path]) -> Path:
 
 
 def download_model(hub_id: str) -> Path:
-    """Return the local folder of a hub model: from the cache if all its files are there.
+    """Return the local folder of a hub model; download what the cache lacks.
 
-    The configuration and one format of weights are downloaded, safetensors if the model has them.
+    The folder holds the configuration and one format of weights: safetensors if the model has them.
     """
     settings = [model_config.FILE_NAME, *model_config.QUANTIZATION_FILES]
     safetensors = [*settings, "*.safetensors", "*.safetensors.index.json"]
@@ -55,7 +55,7 @@ def download_config(hub_id: str) -> Path:
 
 
 def _snapshot(hub_id: str, choices: Sequence[list[str]], is_complete: Callable[[Path], bool]) -> Path:
-    """Return the cached or downloaded folder with the files of the first choice that makes it complete.
+    """Return the folder of a hub model: from the cache, or with the first choice of files that completes it.
 
     Parameters
     ----------
@@ -72,7 +72,9 @@ def _snapshot(hub_id: str, choices: Sequence[list[str]], is_complete: Callable[[
         If the model is not in the cache and cannot be downloaded.
     """
     hub = extras.require(
-        "huggingface_hub", "hub", f"as there is no file or folder {hub_id!r}, to look for a hub id"
+        "huggingface_hub",
+        "hub",
+        f"to look up {hub_id!r} on the hub, because no such file or folder exists",
     )
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

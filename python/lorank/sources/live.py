@@ -22,9 +22,9 @@ from lorank.sources.tensor_matrices import MatrixFinder
 def from_module(model: Any) -> Source:
     """Open a source that reads the parameters of a live model without moving them.
 
-    Modules that share a parameter are tied: the first one counts, the others are skipped. Quantized weights
-    are dequantized and offloaded weights are read one matrix at a time. Adapters of PEFT are left out: the
-    source is the base model, with its names without PEFT, a compiler or data parallelism.
+    Modules that share a parameter are tied: the first counts and the others are skipped. Quantized weights
+    are dequantized and offloaded weights are read one matrix at a time. The source is the base model
+    without PEFT's adapters, and names do not depend on PEFT, compilers or data parallelism.
     """
     weights = list(_weights(model))
     packed = LivePacking(
@@ -126,9 +126,9 @@ def _weights(model: Any) -> Iterator[tuple[str, _Weight, tuple[int, ...]]]:
 
 
 def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
-    """Yield weights that are not parameters, each with its number of values or why it is unknown.
+    """Yield weights that are not parameters, each with its number of values or the reason why none is known.
 
-    They are behind a method, computed from other parameters, or codes in buffers.
+    Such weights are returned by a method, computed from other parameters, or stored as codes in buffers.
     """
     for prefix, module in named_modules(model):
         kind = type(module).__name__
@@ -150,7 +150,7 @@ def _hidden_weights(model: Any) -> Iterator[tuple[Skipped, int | str]]:
 
 
 def _kernel_experts(prefix: str, module: Any) -> Iterator[tuple[Skipped, int | str]]:
-    """Yield experts that transformers passed to a kernel, which stores them in an order of its own."""
+    """Yield experts that transformers passed to a kernel, which stores them in its own order."""
     hidden, inner = module.hidden_size, module.intermediate_size
     for local, sizes in (("gate_up_proj", (hidden, 2 * inner)), ("down_proj", (inner, hidden))):
         if local not in module._parameters:

@@ -25,7 +25,7 @@ class LivePacking:
     Attributes
     ----------
     shapes
-        The true shape of each packed weight by its full name, if it is known.
+        The true shapes of packed weights by their full names, where the shape is known.
     """
 
     def __init__(self, tensors: Mapping[str, tuple[Any, Any]], quantization: Quantization) -> None:
@@ -58,7 +58,7 @@ class LivePacking:
         return self._packing.part_reason(name)
 
     def loader(self, name: str) -> tuple[str, dequantized.Loader] | None:
-        """Return the full name of a packed weight and the function that dequantizes it; None for others."""
+        """Return the full name of a packed weight and its dequantizing function; None for other tensors."""
         codes = self._codes.get(name)
         load = None if codes is None else dequantized.loader(codes)
         return None if codes is None or load is None else (codes.codes.weight, load)

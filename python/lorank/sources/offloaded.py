@@ -1,4 +1,4 @@
-"""Weights that Accelerate offloads: on the meta device between calls, with values behind a hook."""
+"""Reads weights that Accelerate offloads: a hook holds the values while the weight is on the meta device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def loaders(model: Any) -> dict[int, Callable[[], Any]]:
-    """Return a function that reads the values of each offloaded parameter, by its `id`."""
+    """Map the `id` of each offloaded parameter to a function that reads its values."""
     return {
         id(parameter): partial(_value, hook.weights_map, name)
         for hook, name, parameter in _offloaded(model)
@@ -17,10 +17,10 @@ def loaders(model: Any) -> dict[int, Callable[[], Any]]:
 
 
 def ties(model: Any) -> dict[int, int]:
-    """Return the `id` of the first of equal offloaded tables, by the `id` of each table.
+    """Map the `id` of each offloaded table to the `id` of the first table with equal values.
 
-    Offloading stores tied tables separately, on disk even under two names. Only parameters with the shape of
-    an embedding are read and compared.
+    Offloading stores tied tables separately, and on disk even under two names. Only parameters with the
+    shape of an embedding are read and compared.
     """
     tables = {
         tuple(parameter.shape)
@@ -42,7 +42,7 @@ def ties(model: Any) -> dict[int, int]:
 
 
 def _offloaded(model: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Yield each hook with the name and the parameter that it offloads."""
+    """Yield each offloaded parameter with its hook and its name, in the order hook, name, parameter."""
     for module in model.modules():
         for hook in _hooks(module):
             recurse = bool(getattr(hook, "place_submodules", False))
@@ -65,6 +65,6 @@ def _value(weights: Mapping[str, Any], name: str) -> Any:
 
 
 def _are_equal(a: Any, b: Any) -> bool:
-    """Return True if two tensors are the same memory or hold equal values."""
+    """Return True if two tensors share memory or hold equal values."""
     same: bool = a.shape == b.shape and a.dtype == b.dtype and (a.data_ptr() == b.data_ptr() or a.equal(b))
     return same

@@ -1,7 +1,7 @@
-"""Finds the packed weights among the tensors of a checkpoint, and their parts.
+"""Finds packed weights and their parts among the tensors of a checkpoint.
 
-The number of a model's parameters is counted here, because a packed weight has another number of parameters
-than its codes have elements.
+This module also counts the parameters of a model, because the number of parameters of a packed weight differs
+from the number of elements of its codes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorank.sources.codes import INTEGERS, SCALES, Packed, TensorSpec, element_t
 from lorank.sources.quantization import Quantization
 from lorank.sources.schemes import Scheme, schemes_of
 
-# Names of tensors that accompany codes, over all libraries. They are recognised only beside codes.
+# Names of tensors that accompany codes, for all libraries. They are recognised only beside codes.
 _PART = re.compile(r"scal|zero|absmax|amax|quant|SCB|_idx|_shape|bitsandbytes__")
 _SCALE = re.compile(r"scal|absmax|amax|SCB|SU|SV|suh|svh")
 
@@ -50,8 +50,8 @@ class Codes:
     scheme
         The scheme by which it is packed.
     shape
-        The true shape of the weight; one dimension if only the number of its values is known, None if that is
-        unknown, too.
+        The true shape of the weight; one dimension if only the number of its values is known, None if that
+        number is unknown, too.
     """
 
     weight: str
@@ -197,7 +197,7 @@ class Packing:
 
     def _parts_of(self, packed: Packed, scheme: Scheme) -> Iterator[str]:
         """Yield the names of the parts of a packed weight."""
-        # `_beside` finds scales by their prefix; only those of a weight without a module have no prefix.
+        # `_beside` finds scales by the prefix of the module, which only weights outside modules lack.
         marks = () if scheme.marks is SCALES and packed.module else scheme.marks
         for template in (*marks, *scheme.parts):
             if (name := packed.named(template)) in self._tensors and name != packed.name:
@@ -220,7 +220,7 @@ class Packing:
                     yield name
 
     def _find_alone(self, name: str) -> None:
-        """Record a part of the model, or a part whose codes are in another file."""
+        """Record a tensor that belongs to the whole model, or a part whose codes are in another file."""
         scheme = self._quantization.method or "quantized"
         leaf = name.rpartition(".")[2]
         is_part = _OF_THE_MODEL.fullmatch(name) is not None
@@ -248,7 +248,7 @@ class Packing:
 
 
 def total(counts: Iterable[int | str]) -> tuple[int | None, str]:
-    """Return the sum of numbers of parameters; None and the reason if one of them is unknown."""
+    """Return the sum of numbers of parameters; None and the reason if one number is unknown."""
     number = 0
     for count in counts:
         if isinstance(count, str):
@@ -258,7 +258,7 @@ def total(counts: Iterable[int | str]) -> tuple[int | None, str]:
 
 
 def _weight_named(name: str, template: str) -> str | None:
-    """Return the weight whose codes have that name; None if the name does not fit the template."""
+    """Return the name of the weight whose codes have a name; None if the name does not fit the template."""
     if template == "{w}":
         return name
     if template == "{p}._{l}_qdata":

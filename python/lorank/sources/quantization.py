@@ -70,7 +70,7 @@ class Quantization:
         return None
 
     def bits(self, module: str) -> int | None:
-        """Return the bits of a code in a module; None if the settings do not determine them."""
+        """Return the number of bits per code of a module; None if the settings do not determine it."""
         for place in _mappings(self._settings):
             own = place.get(module)
             if isinstance(own, Mapping) and (found := _bits_within(own)):
@@ -99,7 +99,7 @@ def _mappings(settings: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[s
 
 
 def _bits_within(settings: Mapping[str, Any]) -> set[int]:
-    """Return all numbers of bits that settings name."""
+    """Return all numbers of bits per code in the settings."""
     found = set()
     for place in _mappings(settings):
         found |= {place[key] for key in _BITS if type(place.get(key)) is int and 1 <= place[key] <= 16}

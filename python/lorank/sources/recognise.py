@@ -18,7 +18,7 @@ from lorank.peft_format.names import CONFIG_FILE, INSIDE, PICKLED_WEIGHTS_FILE, 
 
 _PIPELINE = "model_index.json"
 
-# Kind of the adapter by the pattern of its keys, which the name of the module precedes.
+# Kinds of adapters by the pattern of their keys; keys follow the name of the module.
 _ADAPTERS = {
     re.compile(rf"(?P<module>.+?){key}"): kind
     for key, kind in {
@@ -37,7 +37,7 @@ _ADAPTERS = {
 }
 _READABLE = ("LoRA", "DoRA", "LORA", "ADALORA")
 
-# Files without weights of a model: those of adapters, training runs and tokenizers.
+# Files of adapters, training runs and tokenizers, which hold no weights of a model.
 _ADAPTER_FILES = re.compile(
     rf"{re.escape(WEIGHTS_FILE)}|{re.escape(PICKLED_WEIGHTS_FILE)}|(?:\d+_)?adapters\.safetensors"
 )
@@ -52,7 +52,7 @@ _COPY = re.compile(r"\.modules_to_save\.\w+\.")
 
 
 def model_weights(path: Path, label: str) -> Path:
-    """Return the file, index or folder to read a model from, without an adapter beside it.
+    """Return the file, index or folder with the weights of a model; leave out an adapter beside them.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def check_adapter_tensors(label: str, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Return the reason why a folder with an adapter's settings but without weights of PEFT is not read."""
+    """Return the reason for refusing a folder with an adapter's settings but no PEFT weights, if known."""
     names = [file.name for file in folder.iterdir()]
     if any(name.endswith("adapters.safetensors") for name in names) and "peft_type" not in settings:
         return f"{folder}: is an adapter of MLX, which lorank cannot read: convert it to PEFT's format"
@@ -166,7 +166,7 @@ def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _method(name: str) -> str | None:
-    """Return the kind of the adapter that has a key of this name; None for other tensors."""
+    """Return the kind of adapter whose keys have such a name; None for other tensors."""
     return next((kind for key, kind in _ADAPTERS.items() if key.fullmatch(name)), None)
 
 
@@ -221,7 +221,7 @@ def _not_an_adapter(label: str, content: str) -> str:
     """Return the error message for content that is not an adapter."""
     return (
         f"{label}: holds {content}, not an adapter: `lorank analyze` reads models, and `lorank extract` "
-        "makes an adapter of two of them"
+        "makes an adapter from two models"
     )
 
 

@@ -16,7 +16,7 @@ from lorank.sources.quantization import Quantization
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A scheme of packing weights.
+    """A scheme by which weights are packed.
 
     Attributes
     ----------
@@ -27,8 +27,8 @@ class Scheme:
     types
         Element types of the codes; empty for any type.
     marks
-        Templates of tensors of which the checkpoint holds at least one. If there are none, the other
-        conditions decide.
+        Templates of the tensors that reveal the scheme: the checkpoint must hold at least one. If `marks` is
+        empty, the other conditions decide.
     shape
         A function that returns the true shape of the weight; None if the checkpoint does not state it.
     fits
@@ -36,8 +36,8 @@ class Scheme:
     parts
         Templates of further tensors of the weight whose names hold no "scale" or the like.
     declared
-        A function that returns True for configurations that make the marks unnecessary, as these may be in
-        another file.
+        A function that returns True for configurations that make the marks unnecessary, because the marked
+        tensors may be in another file.
     is_live
         True if the weight of a loaded model can be dequantized.
     """
@@ -337,7 +337,7 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("fp8 with row scales", "{w}", _FP8, SCALES, shapes.as_stored, shapes.has_scales_of_rows),
     Scheme("fp8 with block scales", "{w}", _FP8, SCALES, shapes.as_stored),
     Scheme(
-        "fp8 with scales of its own kind",
+        "fp8 with unknown scales",
         "{w}",
         _FP8,
         (),

@@ -1,4 +1,4 @@
-"""Sources of state dicts: pickled by torch, or mappings name -> array."""
+"""Sources of state dicts: files pickled by torch, or mappings from names to arrays."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
     """Open a source that reads arrays without moving them.
 
-    Tensors that share memory and shape are tied: the first one counts, the others are skipped.
+    Tensors that share memory and shape are tied: the first one counts and the others are skipped.
     """
     tensors = StoredArrays(mapping, label)
     source = assemble(label, tensors, ModelConfig(), lambda _: Unknown("arrays come without their model"))
@@ -40,7 +40,7 @@ def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
 
 
 class StoredArrays:
-    """Arrays and tensors of a mapping, by their names without PEFT. Values are not moved.
+    """Arrays and tensors of a mapping, by their names in the base model. Values are not moved.
 
     Raises
     ------
@@ -56,8 +56,8 @@ class StoredArrays:
         self.skipped: list[Skipped] = []
         self._values: dict[str, Any] = {}
         self._shared: dict[str, str] = {}
-        # Tensor subclasses of quantization libraries, which can be dequantized.
-        self._own_kinds: set[str] = set()
+        # Names of tensor subclasses of quantization libraries, which can be dequantized.
+        self._quantized: set[str] = set()
         owners: dict[object, str] = {}
         if unnamed := [name for name in mapping if not isinstance(name, str)]:
             raise TypeError(f"names must be strings, got {unnamed[0]!r}")
@@ -74,7 +74,7 @@ class StoredArrays:
             else:
                 self._values[name] = value
                 if quantized.is_quantized(None, value) and quantized.loader(None, value) is not None:
-                    self._own_kinds.add(name)
+                    self._quantized.add(name)
                 owner = owners.setdefault(arrays.identity(value), name)
                 if owner != name:
                     self._shared[name] = owner
@@ -85,17 +85,17 @@ class StoredArrays:
         return self._entries
 
     def _type(self, name: str) -> str:
-        """Return the element type of a tensor, dequantized."""
-        return "float32" if name in self._own_kinds else arrays.dtype_name(self._values[name])
+        """Return the element type of a tensor's dequantized values."""
+        return "float32" if name in self._quantized else arrays.dtype_name(self._values[name])
 
     def is_lazy(self, name: str) -> bool:
         """Return True if reading a matrix of the tensor copies its values."""
-        return name in self._own_kinds or arrays.needs_copy(self._values[name])
+        return name in self._quantized or arrays.needs_copy(self._values[name])
 
     def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
         """Return the `index`-th matrix: the tensor, an expert of a stack, or a flattened kernel."""
         value = self._values[name]
-        if name in self._own_kinds and (load := quantized.loader(None, value)) is not None:
+        if name in self._quantized and (load := quantized.loader(None, value)) is not None:
             value = load()
         if value.ndim == 3 and tuple(value.shape[1:]) == (rows, cols):
             value = value[index]
@@ -104,7 +104,7 @@ class StoredArrays:
         return arrays.matrix(value)
 
     def shared_with(self, name: str) -> str | None:
-        """Return the first tensor of the same memory and shape; None for the first one itself."""
+        """Return the name of the first tensor with the same memory and shape; None if this is the first."""
         return self._shared.get(name)
 
     def are_equal(self, a: str, b: str) -> bool:

@@ -1,4 +1,4 @@
-"""Finds the matrices in a tensor, by the model's skeleton if it is known, else by name and shape."""
+"""Finds the matrices in a tensor: by the model's skeleton if known, else by name and shape."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lorank.modules.weight import Kind, Weight
 from lorank.sources.arrays import FLOAT_TYPES
 from lorank.sources.base import MatrixInfo
 
-# Architectures whose stacks of experts are stored (experts, in, out) and declare this to PEFT.
+# Architectures that store stacks of experts as (experts, in, out) and declare this to PEFT.
 _TRANSPOSED_EXPERTS = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
 
-# Architectures whose linear layers are Conv1D of transformers, stored (in, out).
+# Architectures whose linear layers are Conv1D of transformers, which stores (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
 
@@ -51,13 +51,13 @@ class MatrixFinder:
     Parameters
     ----------
     shapes
-        The shape of every tensor by its name. The kind of some tensors depends on others.
+        The shape of every tensor by its name. The kind of some tensors depends on other tensors.
     config
         The model's configuration.
     described
         The parameter of the skeleton that a tensor is loaded into, by the name of the tensor.
     has_packed
-        True if some weights are packed. The names of packed weights differ from those of plain weights.
+        True if some weights are packed. Packed weights have other names than plain weights.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class MatrixFinder:
         return matrices_of(weight, shape, FLOAT_TYPES[dtype])
 
     def _guessed(self, name: str) -> Weight:
-        """Guess the parameter by the name and the shape of a tensor."""
+        """Guess the parameter of a tensor from its name and shape."""
         shape = self.shapes[name]
         is_weight = self.plain_names or name == "weight" or name.endswith(".weight")
         module = name.removesuffix(".weight") if not self.plain_names else name
@@ -150,7 +150,7 @@ def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[MatrixS
 
 
 def _looks_like_gpt2(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return True if a fused query-key-value weight is stored (in, 3 in), as in Conv1D."""
+    """Return True if a fused query-key-value weight has shape ``(in, 3 * in)``, as in Conv1D."""
     return any(
         name.endswith("attn.c_attn.weight") and len(shape) == 2 and shape[1] == 3 * shape[0]
         for name, shape in shapes.items()

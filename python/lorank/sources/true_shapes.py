@@ -48,7 +48,7 @@ def flat(packed: Packed, bits: int | None) -> Shape | None:
 
 
 def bitsandbytes(packed: Packed) -> Shape | None:
-    """Return the shape in the quantization state if it fits the bytes; else their number of codes."""
+    """Return the shape in the quantization state if it fits the bytes, else the number of codes."""
     count = packed.codes.size * ELEMENT_BITS.get(packed.codes.type, 8) // 4
     for kind in ("nf4", "fp4"):
         text = packed.text(packed.named(f"{{w}}.quant_state.bitsandbytes__{kind}"))
@@ -63,7 +63,7 @@ def bitsandbytes(packed: Packed) -> Shape | None:
 
 
 def pack_quantized(packed: Packed) -> Shape | None:
-    """Return `weight_shape` if it fits the 32-bit words; else the shape by the configured bits."""
+    """Return `weight_shape` if it fits the 32-bit words, else the shape by the configured bits."""
     *rest, words = packed.codes.shape
     stored = packed.numbers("{w}_shape")
     if (
@@ -77,7 +77,7 @@ def pack_quantized(packed: Packed) -> Shape | None:
 
 
 def gptq(packed: Packed) -> Shape | None:
-    """Return ``(out, in)``: `in` by the column indices, the zero points or the configured bits."""
+    """Return ``(out, in)``; column indices, zero points or the configured bits determine `in`."""
     *rest, words, out = packed.codes.shape
     width = INTEGER_BITS[packed.codes.type]
     indices, zeros = packed.find("{m}.g_idx"), packed.find("{m}.qzeros")
@@ -91,7 +91,7 @@ def gptq(packed: Packed) -> Shape | None:
 
 
 def is_awq(packed: Packed) -> bool:
-    """Return True if codes are packed along `out`, as the scales show."""
+    """Return True if codes are packed along `out`, judged by the scales."""
     scales = packed.find("{m}.scales")
     if scales is None or len(scales.shape) != len(packed.codes.shape):
         return packed.quantization.method == "awq"
@@ -108,7 +108,7 @@ def awq(packed: Packed) -> Shape | None:
 
 
 def hqq(packed: Packed) -> Shape | None:
-    """Return the stored `shape` if it fits; else the number of codes by the stored or configured bits."""
+    """Return the stored `shape` if it fits, else the number of codes by the stored or configured bits."""
     stored, bits = packed.numbers("{m}.shape"), packed.numbers("{m}.nbits")
     capacity = packed.codes.size * ELEMENT_BITS.get(packed.codes.type, 8)
     if stored and math.prod(stored) <= capacity:
@@ -132,12 +132,12 @@ def torchao(packed: Packed) -> Shape | None:
 
 
 def quanto(packed: Packed) -> Shape | None:
-    """Return the shape of 8-bit codes; for others their number by the configured bits."""
+    """Return the shape of 8-bit codes; for other codes, their number by the configured bits."""
     return packed.codes.shape if packed.codes.type in ("i8", "fp8") else flat(packed, packed.bits)
 
 
 def aqlm(packed: Packed) -> Shape | None:
-    """Compute the shape from the size of groups of values in the codebooks."""
+    """Return the shape, from the size of the groups of values in the codebooks."""
     books, codes = packed.find("{m}.codebooks"), packed.codes.shape
     if books is None or len(books.shape) != 4 or len(codes) < 2:
         return None
@@ -145,12 +145,12 @@ def aqlm(packed: Packed) -> Shape | None:
 
 
 def vptq(packed: Packed) -> Shape | None:
-    """Return ``(out, in)`` that the configuration lists."""
+    """Return the shape ``(out, in)`` that the configuration lists."""
     return packed.quantization.features(packed.module)
 
 
 def higgs(packed: Packed) -> Shape | None:
-    """Return the shape for words of shape ``(out bits / 16, in)``; the size of the table shows the bits."""
+    """Return the shape for words of shape ``(out * bits / 16, in)``; the table's size determines the bits."""
     table = packed.find("{m}.tables")
     bits = table.size.bit_length() - 1 if table is not None else 0
     rows, cols = packed.codes.shape
@@ -158,19 +158,19 @@ def higgs(packed: Packed) -> Shape | None:
 
 
 def quip(packed: Packed) -> Shape | None:
-    """Return ``(out, in)`` by the lengths of the sign vectors of both sides."""
+    """Return ``(out, in)``, the lengths of the two sign vectors."""
     out, fan_in = packed.find("{m}.SV"), packed.find("{m}.SU")
     return (out.size, fan_in.size) if out is not None and fan_in is not None else None
 
 
 def exl2(packed: Packed) -> Shape | None:
-    """Return ``(out, in)``: `in` by the permutation of the columns."""
+    """Return ``(out, in)``; the permutation of the columns determines `in`."""
     order = packed.find("{m}.q_perm", "{m}.q_invperm")
     return (packed.codes.shape[-1], order.size) if order is not None else None
 
 
 def exl3(packed: Packed) -> Shape | None:
-    """Return ``(out, in)`` by tiles of 16 x 16."""
+    """Return ``(out, in)`` from the number of 16 x 16 tiles."""
     tiles_in, tiles_out, *_ = packed.codes.shape
     return 16 * tiles_out, 16 * tiles_in
 
@@ -180,7 +180,7 @@ def mlx(packed: Packed) -> Shape | None:
     *rest, words = packed.codes.shape
     bits, scales = packed.bits, packed.find("{m}.scales")
     if bits is None and scales is not None and scales.type == "u8":
-        # Codes are floats: of 8 bits if 32 of them share a scale, else of 4 bits.
+        # Codes are floats of 8 bits if 32 codes share a scale, else of 4 bits.
         bits = 8 if words == 8 * scales.last else 4
     return (*rest, words * 32 // bits) if bits else None
 
@@ -193,7 +193,7 @@ def by_bits(packed: Packed) -> Shape | None:
 
 
 def _scale(packed: Packed) -> TensorSpec:
-    """Return the scales, an empty tensor if there are none."""
+    """Return the scales; an empty tensor if there are none."""
     return packed.scale or TensorSpec("", ())
 
 
@@ -208,7 +208,7 @@ def has_four_bit_groups(packed: Packed) -> bool:
     """Return True if each scale belongs to 32 codes of a row, two codes per byte."""
     *rows, cols = packed.codes.shape
     scale = _scale(packed)
-    # A single column of plain numbers more likely holds one scale for each row of 16 8-bit integers.
+    # A single column of scales without exponents more likely belongs to rows of 16 8-bit integers.
     is_clear = scale.type in EXPONENTS or scale.last > 1
     return is_clear and scale.shape == (*rows, cols // 16) and cols % 16 == 0
 
@@ -219,18 +219,18 @@ def has_float8_scales(packed: Packed) -> bool:
 
 
 def is_half_as_high(packed: Packed) -> bool:
-    """Return True if there is one scale per row and half as many rows of bytes."""
+    """Return True if the scales have twice as many rows as the bytes."""
     scale = _scale(packed)
     return len(scale.shape) == 2 and scale.shape[0] == 2 * packed.codes.shape[0]
 
 
 def has_one_scale(packed: Packed) -> bool:
-    """Return True if one scale holds for the whole weight."""
+    """Return True if one scale applies to the whole weight."""
     return _scale(packed).size == 1
 
 
 def has_scales_of_rows(packed: Packed) -> bool:
-    """Return True if each scale holds for a row, or for a column of a transposed weight."""
+    """Return True if each scale applies to a row, or to a column of a transposed weight."""
     *_, rows, cols = packed.codes.shape if len(packed.codes.shape) > 1 else (1, *packed.codes.shape)
     shape = [size for size in _scale(packed).shape if size != 1]
     shape = shape[1:] if len(packed.codes.shape) == 3 and shape[:1] == [packed.codes.shape[0]] else shape
