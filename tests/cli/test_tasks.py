@@ -308,7 +308,7 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("missing.npz", "missing.npz: no such file"),
         ("nan.npz", "row 17 of Y in nan.npz holds NaN"),
         ("X.npy nan.npy", "row 17 of nan.npy holds NaN"),
-        ("keys.npz", "no array is named 'X': it holds inputs, targets; name one by --x"),
+        ("keys.npz", "no array is named 'X': it holds inputs, targets; choose one with --x"),
         ("keys.npz --x inputs", "no array is named 'Y'"),
         ("objects.npz", "Y in objects.npz: cannot be read: Object arrays"),
         ("X.npy objects.npy", "objects.npy: cannot be read"),

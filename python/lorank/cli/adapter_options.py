@@ -16,7 +16,7 @@ Adapter = Annotated[
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder or .safetensors file to write.")]
 RankRatio = Annotated[
     float | None,
-    typer.Option(help="Keep this share of all singular values: the largest, across all modules."),
+    typer.Option(help="Keep this share of all singular values, the largest across all modules."),
 ]
 AvgRank = Annotated[float | None, typer.Option(help="Keep this many singular values per module on average.")]
 Energy = Annotated[
@@ -29,8 +29,8 @@ Budget = Annotated[
 BudgetOrShare = Annotated[
     str | None,
     typer.Option(
-        help="Keep the singular values that fit into this many parameters, or into a share of the base "
-        "model's: 0.5%."
+        help="Keep the singular values that fit into this many parameters, or into this share of the base "
+        "model's parameters: 0.5%."
     ),
 ]
 Auto = Annotated[
@@ -42,13 +42,13 @@ ComputedRank = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Largest rank of a module; no larger one is computed.",
+        help="Largest rank to compute for a module.",
         show_default=str(DEFAULT_MAX_RANK),
     ),
 ]
 Scope = Annotated[
     str,
-    typer.Option(help="global: modules compete. module: each keeps the same rank, or share of its energy."),
+    typer.Option(help="global: modules compete. module: all keep one rank, or one share of energy."),
 ]
 ProfileOption = Annotated[
     str,
@@ -61,4 +61,4 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(help="Type of the factors: float32, float16, bfloat16 or float64 (default: unchanged)."),
 ]
-Modules = Annotated[bool, typer.Option("--modules", help="Show a row for each module, before and after.")]
+Modules = Annotated[bool, typer.Option("--modules", help="Show ranks, energy and errors of each module.")]

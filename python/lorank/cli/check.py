@@ -37,7 +37,7 @@ def check(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The base model (a folder, config.json or hub id), to compare names and shapes with."
+            help="The base model (a folder, config.json or hub id), for checks of names and shapes."
         ),
     ] = None,
     json_output: Json = False,
@@ -45,8 +45,8 @@ def check(
 ) -> None:
     """Check which runtimes load an adapter right, wrong, or not at all.
 
-    The exit status is 1 unless every runtime of --for loads the adapter right;
-    without --for, every runtime that reads its format.
+    The exit status is 1 unless every runtime in --for loads the adapter right.
+    The default of --for is every runtime that reads the format of the adapter.
     """
     names = [name.strip() for value in runtime or [] for name in value.split(",")] or None
     for name in names or ():
@@ -59,7 +59,7 @@ def check(
         mended = runtimes.mend(adapter, fix, names, base=base, overwrite=overwrite)
         print_notes(mended.written.notes)
         print_message(
-            f"saved to {fix} in the profile {mended.profile}; the verdicts are those of the written files"
+            f"saved to {fix} in the profile {mended.profile}; the verdicts apply to the written files"
         )
         verdicts = list(mended.verdicts)
     if json_output:

@@ -25,7 +25,7 @@ from lorank.cli.knobs import checked_knobs
 from lorank.cli.options import Exclude, Guess, Include, Json, Overwrite, Quiet, Threads
 from lorank.cli.spelling import spelled_as_options
 
-# Any number serves the check of a budget that is a share.
+# Placeholder for the base model's size, to check a budget that is a share.
 _BASE_PARAMETERS = 10**12
 
 
@@ -37,7 +37,7 @@ def extract(
     exclude: Exclude = None,
     prefix: Annotated[
         str,
-        typer.Option(help="Prefix for the name of every module, such as bert, if the model to adapt has it."),
+        typer.Option(help="Prefix to add to module names for the model to adapt, such as bert."),
     ] = "",
     guess: Guess = False,
     avg_rank: AvgRank = None,

@@ -36,7 +36,7 @@ def family(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compress an adapter to several average ranks by one decomposition, with an elastic parent."""
+    """Compress an adapter to several average ranks, and save an elastic parent."""
     ranks = _average_ranks(avg_ranks)
     check_form(profile, dtype)
     check_output_folder(output, overwrite)

@@ -29,7 +29,7 @@ Guess = Annotated[
     bool,
     typer.Option("--guess", help="Continue if names and shapes leave doubts about the kinds of modules."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Draw no progress bar.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Hide the progress bar.")]
 
 Sort = Annotated[str | None, typer.Option(help="Sort rows by name or by a metric.")]
 Descending = Annotated[bool, typer.Option("--descending", "-d", help="Sort in descending order.")]
