@@ -44,7 +44,7 @@ def test_effective_rank_equal_to_the_number_of_batches_is_flagged() -> None:
     ]
     report = lorank.GradientReport(rows, num_batches=4)
     flags = lorank.allocate(report, "gard", r_min=1, r_max=4, avg_rank=2).flags
-    assert flags == {"full": "its effective rank is the number of batches: more batches may show more"}
+    assert flags == {"full": "the number of batches limits its effective rank: more batches may raise it"}
 
 
 def test_budget_in_parameters_holds() -> None:

@@ -130,7 +130,7 @@ def test_ranks_cut_by_r_max_are_flagged() -> None:
     decay = signal_of("linear-decay", [*stack_of(2, {"attn": (8, 8)}), pooler], r_max=8, r_base=9)
     assert decay.flags == {
         "transformer.h.0.attn": cut,
-        "pooler.dense": f"in no numbered block: r_base; {cut}",
+        "pooler.dense": f"gets r_base, because it is in no numbered block; {cut}",
     }
 
 

@@ -128,7 +128,8 @@ def test_shards_are_read_and_skipped_tensors_noted(tmp_path: Path) -> None:
         "lm_head",
     ]
     assert any(
-        "1 tensors changed, which no adapter holds: model.norm.weight" in note for note in adapter.notes
+        "1 tensors changed, but an adapter cannot hold them: model.norm.weight" in note
+        for note in adapter.notes
     )
     without = lorank.extract(
         tmp_path / "base", tmp_path / "tuned", exclude=["embed_tokens"], avg_rank=2, progress=False
@@ -142,7 +143,7 @@ def test_shards_are_read_and_skipped_tensors_noted(tmp_path: Path) -> None:
 
 
 def changed_names(note: str) -> list[str]:
-    return note.partition("no adapter holds: ")[2].split(", ")
+    return note.partition("cannot hold them: ")[2].split(", ")
 
 
 def test_changed_tensors_outside_module_matrices_are_noted(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_changed_tensors_outside_module_matrices_are_noted(tmp_path: Path) -> No
     files = [[tmp_path / f"{n}.{x}" for n in ("base", "tuned")] for x in ("safetensors", "bin")]
     for pair in ([base, tuned], *files):
         notes = lorank.extract(*pair, avg_rank=1, progress=False).notes
-        (changed,) = [note for note in notes if "no adapter holds" in note]
+        (changed,) = [note for note in notes if "cannot hold them" in note]
         assert changed.startswith("5 tensors changed")
         assert {"norm.bias", "position", "A_log", "scalar", "resized.bias"} >= set(changed_names(changed)[:3])
         for name in ("gone.bias", "new.bias"):
@@ -258,7 +259,7 @@ def test_prefix_makes_names_fit_a_wrapped_model(tmp_path: Path) -> None:
     for prefix in ("bert", "bert."):
         adapter = lorank.extract(*paths, prefix=prefix, **knobs)
         assert list(adapter.modules) == [f"bert.{name}" for name in plain.modules]
-        assert any(f"with {prefix!r} before" in note for note in adapter.notes)
+        assert any(f"with the prefix {prefix!r}" in note for note in adapter.notes)
     adapter.save(tmp_path / "a")
     merged = dict(loaded(classifier, tmp_path / "a").merge_and_unload().named_parameters())
     for name, update in dense(adapter).items():
@@ -272,7 +273,7 @@ def test_invalid_extractions_raise() -> None:
         lorank.extract(base, base, rank_ratio=0.5)
     with pytest.raises(ValueError, match="no selected matrix differs"):
         lorank.extract(base, base, avg_rank=1, progress=False)
-    with pytest.raises(ValueError, match=r"a: \(4, 4\) in mapping, \(5, 4\) .*exclude it"):
+    with pytest.raises(ValueError, match=r"a: \(4, 4\) in mapping, \(5, 4\) .*exclude this module"):
         lorank.extract(base, {**base, "a.weight": np.ones((5, 4))}, avg_rank=1)
     with pytest.raises(ValueError, match="no selected matrix in common"):
         lorank.extract(base, {"c.weight": np.eye(3)}, avg_rank=1)

@@ -20,7 +20,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def parse_budget(budget: Budget, num_parameters: int | None, unknown: str = "") -> int:
-    """Return a budget as a number of parameters.
+    """Convert a budget to a number of parameters.
 
     Parameters
     ----------
@@ -85,11 +85,11 @@ def fit_ranks(
     at_least: npt.ArrayLike | None = None,
     at_most: npt.ArrayLike | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Fit integer ranks that grow in proportion to scores to a budget.
+    """Choose integer ranks within a budget, in proportion to scores.
 
     ``r_l = r_min + c * score_l``, rounded half up and clipped to ``[r_min, r_max]``, with the largest ``c``
-    whose total cost is within the budget. The rest of the budget is spent on single ranks in the order of
-    the remainders, largest first, until no rank of a module below its bound can be raised.
+    that keeps the total cost within the budget. The rest of the budget is spent on single ranks in the order
+    of the remainders, largest first, until no module can take another rank.
 
     Parameters
     ----------
@@ -102,8 +102,8 @@ def fit_ranks(
     budget
         Upper bound of ``sum(ranks * costs)``, an integer.
     at_least, at_most
-        Bounds of single modules, one per module, within ``[r_min, r_max]``; for ranks that may change by a
-        limited number only. `at_most` may be below `r_min` if the matrix has a lower rank.
+        Bounds of each module, within ``[r_min, r_max]``, for ranks that may change only by a limited number.
+        `at_most` may be below `r_min` for a matrix of lower rank.
 
     Returns
     -------
@@ -130,7 +130,7 @@ def fit_ranks(
         raise ValueError(f"budget must be an integer, not {budget!r}")
     if len(score) == 0:
         return np.zeros(0, dtype=np.int64)
-    # These are ranks above r_min: adding r_min first would round the remainders.
+    # Ranks are counted from r_min, because adding r_min would round the remainders.
     high = _bounds("at_most", r_max if at_most is None else at_most, (0, r_max), len(score)) - r_min
     low = np.minimum(0, high)
     if at_least is not None:
@@ -155,7 +155,7 @@ def fit_ranks(
 
 
 def rank_bounds(r_min: int, r_max: int) -> tuple[int, int]:
-    """Return the bounds of ranks as integers of Python, which do not overflow.
+    """Return the bounds of ranks as Python integers, which do not overflow.
 
     Raises
     ------
@@ -171,7 +171,7 @@ def rank_bounds(r_min: int, r_max: int) -> tuple[int, int]:
 
 
 def is_integer(value: object) -> bool:
-    """Return True for an integer of Python or NumPy; False for a bool."""
+    """Return True for a Python or NumPy integer; False for a bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
@@ -219,18 +219,18 @@ def _proportional(
     high: npt.NDArray[np.int64],
     budget: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return ``c * score``, rounded for the largest `c` within the budget, and exact at the limit of `c`.
+    """Return ``c * score``: rounded for the largest `c` within the budget, and exact for the limit of `c`.
 
-    The limit is the smallest float64 `c` that exceeds the budget. At this number, and not one bit below,
-    remainders that are equal in exact arithmetic are equal.
+    The limit is the smallest float64 `c` that exceeds the budget. Remainders that are equal in exact
+    arithmetic are equal at the limit, but may differ at the next smaller float64.
 
-    Positive float64 numbers have the order of their bit patterns, so bisection over the patterns ends at
-    the limit after 63 steps, whatever the scale of the scores.
+    Positive float64 numbers sort like their bit patterns, so bisection over the patterns reaches the limit
+    in 63 steps for scores of any scale.
     """
 
     def exact(pattern: int) -> npt.NDArray[np.float64]:
         c = np.array(pattern, dtype=np.int64).view(np.float64)
-        # A product above the bound would only lose digits of the remainder.
+        # Products far above the bound would lose the digits of the remainder.
         product: npt.NDArray[np.float64] = np.minimum(c * score, high + 1.0)
         return product
 

@@ -43,13 +43,13 @@ class RankAllocation:
     other_modules
         Names of the modules that are not adapted, which the patterns of a `LoraConfig` must not match.
     flags
-        Remarks by the name of the module, also on modules that get no rank.
+        Remarks by module name, including modules that get no rank.
     source
         Name of the source that the ranks were derived from.
     base_parameters
         Number of parameters of the base model; None if unknown.
     facts
-        Facts about the model beside its matrices.
+        Facts about the model other than its matrices.
 
     Examples
     --------
@@ -98,9 +98,8 @@ class RankAllocation:
         Parameters
         ----------
         model
-            The base model, before PEFT adapts it. If it is given, names are resolved to names of its
-            modules, and a name that fits no module, or several, is an error. If not, names match as
-            suffixes, so that prefixes may differ.
+            The base model, before PEFT adapts it. If it is given, each name must match exactly one of
+            its modules. If not, names match as suffixes, so that prefixes may differ.
         scale_rule
             ``"constant"`` scales every module by ``lora_alpha / r`` as plain LoRA does, with `r` the rounded
             average rank; ``"rank-stabilized"`` scales by ``lora_alpha / sqrt(rank)``.
@@ -146,7 +145,7 @@ class RankAllocation:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the allocation to a JSON file, which is complete or does not appear."""
+        """Write the allocation to a JSON file atomically."""
         write_text(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
 
     def to_json(self) -> dict[str, Any]:

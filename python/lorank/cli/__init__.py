@@ -31,8 +31,8 @@ app.command()(info.info)
 _debug = False
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"lorank {lorank.__version__}")
         raise typer.Exit
 

@@ -62,4 +62,4 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(help="Type of the factors: float32, float16, bfloat16 or float64 (default: unchanged)."),
 ]
-Modules = Annotated[bool, typer.Option("--modules", help="Show a row for each module, before and after.")]
+Modules = Annotated[bool, typer.Option("--modules", help="Show ranks, energy and errors of each module.")]

@@ -28,7 +28,7 @@ class AdapterOutput:
     profile
         Form of the files.
     dtype
-        Type of the factors; None to keep theirs.
+        Type of the factors; None to keep their types.
     overwrite
         True to replace existing files.
     threads
@@ -116,7 +116,7 @@ def adapter_json(adapter: AdapterContent, dtype: str | None = None) -> dict[str,
     adapter
         The adapter.
     dtype
-        Type of the written factors; None for the types that they have.
+        Type of the written factors; None to keep their types.
     """
     return {
         "label": adapter.label,

@@ -29,7 +29,7 @@ from lorank.report.loading import AnyReport, load_report
 from lorank.sources import OPENING, Source, open_source
 from lorank.sources.guesses import doubtful
 
-# The way to make a report, by the evidence that a method needs.
+# Advice on making the report that a method needs.
 _MAKERS: Mapping[Evidence, str] = {
     "spectra": "make one with lorank analyze MODEL -o report.json",
     "gradients": "make one in Python with lorank.profile_gradients(model, batches).save('report.json')",
@@ -38,7 +38,7 @@ _MAKERS: Mapping[Evidence, str] = {
 
 
 def allocate(
-    source: Annotated[str, typer.Argument(help="A model as for analyze, or a saved report as for report.")],
+    source: Annotated[str, typer.Argument(help="A model (see analyze) or a saved report (see report).")],
     method: Annotated[
         str,
         typer.Option(
@@ -70,8 +70,8 @@ def allocate(
         list[str] | None,
         typer.Option(
             "--option",
-            help="NAME=VALUE for the method, described below; VALUE may be JSON. roles={...} also applies to "
-            "--placement. Repeatable.",
+            help="NAME=VALUE of an option of the method (see below); VALUE may be JSON. roles={...} also "
+            "applies to --placement. Repeatable.",
         ),
     ] = None,
     lora_alpha: Annotated[float, typer.Option(help="LoRA alpha of a module with the average rank.")] = 8,
@@ -96,7 +96,7 @@ def allocate(
     _check_method_options(method, options, placement)
     if output is not None:
         check_output_folder(output, overwrite)
-    wanted = parse_targets(targets)
+    selected = parse_targets(targets)
     evidence = _evidence(source, method, not quiet)
     if output is not None and not guess:
         _check_not_doubtful(evidence)
@@ -108,7 +108,7 @@ def allocate(
             r_max=r_max,
             budget=budget,
             avg_rank=avg_rank,
-            targets=wanted,
+            targets=selected,
             placement=placement,  # type: ignore[arg-type]  # Checked above.
             threads=threads,
             progress=not quiet,
@@ -130,7 +130,7 @@ def allocate(
 
 
 def methods_help() -> str:
-    """Return a paragraph on each method: the ranks that it computes, and its options."""
+    """Return a paragraph on the ranks and the options of each method."""
     paragraphs = ["Ranks by method, within --r-min and --r-max; a budget scales the part above --r-min."]
     for name in signals.names():
         method = signals.find(name)
@@ -145,7 +145,7 @@ def methods_help() -> str:
 def _check_allocation(
     method: str, r_min: int, r_max: int, budget: str | None, avg_rank: float | None, scale_rule: str
 ) -> None:
-    """Raise UsageError for options that are wrong whatever the source holds."""
+    """Raise UsageError for options that are wrong for every source."""
     check_choice("--method", method, signals.names())
     check_choice("--scale-rule", scale_rule, ("constant", "rank-stabilized"))
     if r_min > r_max:
@@ -160,7 +160,7 @@ def _check_allocation(
 
 
 def _method_options(pairs: list[str] | None) -> dict[str, Any]:
-    """Return the options of a method from ``NAME=VALUE``, where the value is JSON or a text."""
+    """Parse options of a method, ``NAME=VALUE``, with values in JSON or plain text."""
     options: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
@@ -174,7 +174,7 @@ def _method_options(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _check_method_options(method: str, options: Mapping[str, Any], placement: str) -> None:
-    """Raise UsageError for options that the method does not have; `roles` is also one of the placement."""
+    """Raise UsageError for options that the method lacks, except `roles` for a placement."""
     own = {name: options[name] for name in options if name != "roles" or placement == "all"}
     try:
         signals.find(method).check_options(method, own)
@@ -192,7 +192,7 @@ def _check_not_doubtful(evidence: AnyReport | Source) -> None:
 
 
 def _evidence(source: str, method: str, progress: bool) -> AnyReport | Source:
-    """Return the saved report or the opened source, whichever `source` names.
+    """Load the saved report or open the model that `source` names.
 
     Raises
     ------

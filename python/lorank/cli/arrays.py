@@ -1,4 +1,4 @@
-"""Samples in .npy and .npz files from any program."""
+"""Reading of samples from .npy and .npz files, which may be damaged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _UNREADABLE = (
 
 @dataclass(frozen=True, slots=True)
 class NamedArray:
-    """An array with its name in messages."""
+    """An array and its name for messages."""
 
     name: str
     values: npt.NDArray[Any]
@@ -94,9 +94,9 @@ def _member(path: Path, archive: Any, key: str) -> NamedArray:
     return NamedArray(name, values)
 
 
-def _key(path: Path, keys: Sequence[str], option: str, wanted: str | None) -> str:
-    """Return the key of that name, or the only one that differs from it in the case of its letters."""
-    name = option.upper() if wanted is None else wanted
+def _key(path: Path, keys: Sequence[str], option: str, given: str | None) -> str:
+    """Return the key that equals a name, or the only key that equals it except for case."""
+    name = option.upper() if given is None else given
     alike = [key for key in keys if key.lower() == name.lower()]
     if name in alike:
         return name
@@ -110,13 +110,13 @@ def _key(path: Path, keys: Sequence[str], option: str, wanted: str | None) -> st
 
 def _mapped(path: Path) -> NamedArray:
     _check_magic(path, _NPY, ".npy")
-    # A header may claim any size: a size beyond the file raises an error, without a warning of numpy.
+    # A size in the header beyond the file raises an error; NumPy's overflow warning is not needed.
     with _reading(str(path)), np.errstate(over="ignore"):
         return NamedArray(str(path), np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def _check_magic(path: Path, magic: bytes, ending: str) -> None:
-    """Raise FormatError for the first bytes of another format, which numpy would read as a pickle."""
+    """Raise FormatError unless a file starts with `magic`: NumPy reads other files as pickles."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.is_dir():
@@ -131,7 +131,7 @@ def _check_magic(path: Path, magic: bytes, ending: str) -> None:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Raise every error of the block as a FormatError that names the file."""
+    """Convert reading errors in the block to a FormatError that names the file."""
     try:
         yield
     except (FormatError, UsageError):

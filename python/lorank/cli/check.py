@@ -59,7 +59,7 @@ def check(
         mended = runtimes.mend(adapter, fix, names, base=base, overwrite=overwrite)
         print_notes(mended.written.notes)
         print_message(
-            f"saved to {fix} in the profile {mended.profile}; the verdicts are those of the written files"
+            f"saved to {fix} in the profile {mended.profile}; the verdicts apply to the written files"
         )
         verdicts = list(mended.verdicts)
     if json_output:

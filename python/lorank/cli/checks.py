@@ -11,7 +11,7 @@ from lorank.modules import naming
 
 
 def parse_targets(values: list[str] | None) -> naming.Targets:
-    """Return a list of names or suffixes, or the one regular expression after ``re:``."""
+    """Parse names or suffixes, or one regular expression after ``re:``."""
     if not values:
         return None
     if any(value.startswith("re:") for value in values):

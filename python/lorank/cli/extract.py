@@ -25,7 +25,7 @@ from lorank.cli.knobs import checked_knobs
 from lorank.cli.options import Exclude, Guess, Include, Json, Overwrite, Quiet, Threads
 from lorank.cli.spelling import spelled_as_options
 
-# Any number serves the check of a budget that is a share.
+# Placeholder for the base model's size, to check a budget that is a share.
 _BASE_PARAMETERS = 10**12
 
 

@@ -17,8 +17,8 @@ def checked_knobs(base_parameters: int | None = None, **given: Any) -> dict[str,
     Parameters
     ----------
     base_parameters
-        Number of parameters of which a budget may be a share, for the check alone; None if a budget cannot be
-        a share.
+        Size of the base model, for the check of a budget that is a share; None if the command accepts no
+        share.
     **given
         Value of each knob of the command; None or False for knobs that were not given.
 

@@ -47,7 +47,8 @@ def merge(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Merge even if the base models have different names or share no module."
+            "--force",
+            help="Merge adapters that share no module, or whose base models have different names.",
         ),
     ] = False,
     profile: ProfileOption = "compact",
@@ -82,7 +83,7 @@ def merge(
 
 
 def _weighted(arguments: list[str]) -> tuple[list[str], list[float] | None]:
-    """Return paths and weights from ``PATH`` or ``PATH:WEIGHT``; the weights are None if none is given."""
+    """Parse ``PATH`` or ``PATH:WEIGHT`` arguments to paths and weights; None without weights."""
     parts = [_weight(argument) for argument in arguments]
     paths, weights = [path for path, _ in parts], [weight for _, weight in parts]
     if all(weight is None for weight in weights):

@@ -1,4 +1,4 @@
-"""Lines, JSON and tables on the standard streams."""
+"""Output of messages, JSON and tables to the standard streams."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-# Wide enough for the default columns.
+# Characters, enough for the default columns.
 _WIDTH_WITHOUT_TERMINAL = 160
 
 
 def print_message(message: str) -> None:
-    """Print a line for people to standard error."""
+    """Print a message to standard error."""
     print(message, file=sys.stderr)  # noqa: T201
 
 
@@ -25,7 +25,7 @@ def print_json(content: Any) -> None:
 def console(width: int = 0) -> Console:
     """Return a console on standard output, at least `width` columns wide.
 
-    The console has the width of the terminal, or 160 columns for a pipe or a file.
+    The width is otherwise that of the terminal, or 160 columns for a pipe or a file.
     """
     found = Console() if sys.stdout.isatty() else Console(width=_WIDTH_WITHOUT_TERMINAL)
     return found if found.width >= width else Console(width=width)

@@ -14,7 +14,7 @@ _ARGUMENT = re.compile(
 
 
 def as_options(message: str) -> str:
-    """Return a message with options for arguments: ``--avg-rank 3`` for ``avg_rank=3``."""
+    """Replace arguments in a message by options: ``avg_rank=3`` becomes ``--avg-rank 3``."""
 
     def spelled(found: re.Match[str]) -> str:
         option = (found["given"] or found["named"] or found["flag"]).replace("_", "-")
@@ -25,7 +25,7 @@ def as_options(message: str) -> str:
 
 @contextmanager
 def spelled_as_options(error_type: type[Exception] = ValueError) -> Iterator[None]:
-    """Raise every ValueError of the block as `error_type`, with options for arguments in its message."""
+    """Raise a ValueError of the block as `error_type`, with arguments in its message spelled as options."""
     try:
         yield
     except ValueError as error:

@@ -43,7 +43,7 @@ def task(
         typer.Option(help="Value C at which the decay starts (default: the largest singular value)."),
     ] = None,
     space: Annotated[
-        str, typer.Option(help="weights (for inputs of unit variance) or prediction.")
+        str, typer.Option(help="Space of the spectrum: weights (for inputs of unit variance) or prediction.")
     ] = "weights",
     folds: Annotated[int, typer.Option(min=2, help="Number of folds of the cross-validation.")] = 10,
     json_output: Json = False,
@@ -71,7 +71,7 @@ def task(
 
 
 def _summed(inputs: NamedArray, outputs: NamedArray, folds: int, quiet: bool) -> TaskSpectrum:
-    """Return the sums over all rows, of which one chunk at a time is in float64."""
+    """Sum over all rows, in chunks that are converted to float64."""
     X, Y = inputs.values, outputs.values
     numbers = X.shape[1] + Y[:1].size
     step = min(max(_CHUNK // numbers, _FEWEST_ROWS), _MOST_ROWS)
@@ -90,7 +90,7 @@ def _summed(inputs: NamedArray, outputs: NamedArray, folds: int, quiet: bool) ->
 
 
 def _name_bad_row(array: NamedArray, start: int, stop: int) -> None:
-    """Raise ValueError for the first row with a value that is not finite or too large."""
+    """Raise ValueError for the first row with a value that is too large or not finite."""
     for row in range(start, stop):
         checked_rows(f"row {row} of {array.name}", array.values[row : row + 1].reshape(1, -1), None)
 

@@ -41,7 +41,7 @@ def difference_forms(
 ) -> list[SpectralForm]:
     """Decompose the difference of every pair; return the form of each module.
 
-    Matrices that are computed on loading are read in batches of one for each thread, to bound memory.
+    Matrices that are computed on loading are read in batches, one matrix per thread, to bound memory.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def _form(matrix: SourceMatrix, results: Sequence[_Leading]) -> SpectralForm:
         a_tail=matrix.kernel or shape[1:],
         b_tail=(1,) * (len(matrix.kernel) - 1),
     )
-    # Where all values were computed, a difference of the two energies is rounding.
+    # If all values were computed, the two energies differ only by rounding.
     unseen = energy - kept if len(parts[0].singular_values) < min(shape) else 0.0
     following = max(result.following for result in results)
     return SpectralForm(module, parts, max(unseen, 0.0), following, is_dense=True)

@@ -43,7 +43,7 @@ def extract(
     if knobs.get("rank_ratio") is not None:
         raise ValueError("rank_ratio has no meaning for a dense difference: use avg_rank, energy or budget")
     given = {"max_rank": DEFAULT_MAX_RANK, **{k: v for k, v in knobs.items() if v is not None}}
-    # Wrong knobs are found before any file is opened, whatever the size of the base model.
+    # This check precedes the opening of files and does not depend on the size of the base model.
     checked_knobs(with_counted_budget(given, 0))
     with waiting(OPENING, enabled=progress):
         before, after = open_source(base), open_source(tuned)
@@ -51,7 +51,7 @@ def extract(
     if before.facts.doubts and not guess:
         raise ValueError(doubtful(before.label, before.facts, "extract"))
     pairs, notes = _pairs(before.select(include, exclude), after.select(include, exclude))
-    notes += [*_other_changes(before, after), *_idle(exclude, before, after)]
+    notes += [*_other_changes(before, after), *_unmatched(exclude, before, after)]
     notes += _naming_notes(before, prefix)
     assert chosen.max_rank is not None
     computed = difference_forms(pairs, chosen.max_rank, thread_count(threads), progress)
@@ -82,7 +82,7 @@ def _held(
 
 
 def _targets(forms: Sequence[SpectralForm], before: Source, prefix: str) -> dict[str, Any]:
-    """Return PEFT's settings that select only the modules, where all names of the model are known."""
+    """Return PEFT's settings that select exactly the modules; empty if the model's names are unknown."""
     if before.skeleton is None or prefix:
         return {}
     names = [form.module.name for form in forms if form.module.kind != "expert"]
@@ -104,8 +104,8 @@ def _renamed(form: SpectralForm, prefix: str) -> SpectralForm:
     return replace(form, module=replace(form.module, name=name))
 
 
-def _idle(exclude: naming.Targets, *sources: Source) -> list[str]:
-    """Return notes on entries of `exclude` that select nothing, which are probably misspelt."""
+def _unmatched(exclude: naming.Targets, *sources: Source) -> list[str]:
+    """Return notes on entries of `exclude` that match no module and are probably misspelt."""
     names = {matrix.info.module for source in sources for matrix in source.matrices}
     names = names.union(*(others for source in sources for others in source.facts.ties.values()))
     entries = [exclude] if isinstance(exclude, str) else [[entry] for entry in exclude or ()]
@@ -118,15 +118,14 @@ def _idle(exclude: naming.Targets, *sources: Source) -> list[str]:
 
 def _naming_notes(before: Source, prefix: str) -> list[str]:
     model = f"the {before.facts.class_name} of {before.label}" if before.skeleton else before.label
-    names = f"modules are named as in {model}{f' with {prefix!r} before' if prefix else ''}"
-    advice = (
-        f"{names}: PEFT finds them only in a model that names them so{'' if prefix else ', or give a prefix'}"
-    )
-    return [advice, *([before.facts.remark] if before.facts.remark else [])]
+    names = f"modules are named as in {model}{f' with the prefix {prefix!r}' if prefix else ''}"
+    advice = "" if prefix else "; otherwise, give a prefix"
+    note = f"{names}: PEFT finds them only in a model with these names{advice}"
+    return [note, *([before.facts.remark] if before.facts.remark else [])]
 
 
 def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[list[SpectralForm], list[str]]:
-    """Return the forms of modules that PEFT can adapt, and notes on other modules that have changed.
+    """Return the forms of modules that PEFT can adapt, and notes on other changed modules.
 
     Raises
     ------
@@ -151,7 +150,7 @@ def _without_refused(forms: Sequence[SpectralForm], before: Source) -> tuple[lis
 def _pairs(before: Source, after: Source) -> tuple[list[MatrixPair], list[str]]:
     """Pair the matrices of both models by name; return notes on matrices that only one model has.
 
-    A matrix that one model shares between modules and the other does not is paired for each of them.
+    If only one model shares a matrix between modules, the matrix is paired once for each module.
     """
     old, new = twins.by_name(before), twins.by_name(after)
     own = [{matrix.info.name for matrix in source.matrices} for source in (before, after)]
@@ -163,7 +162,7 @@ def _pairs(before: Source, after: Source) -> tuple[list[MatrixPair], list[str]]:
         if other.info.shape != matrix.info.shape:
             raise ValueError(
                 f"{name}: {matrix.info.shape} in {before.label}, {other.info.shape} in {after.label}: "
-                "exclude it to leave it out"
+                "exclude this module to extract the others"
             )
         pairs.append(MatrixPair(matrix, other))
     if not pairs:
@@ -187,7 +186,7 @@ def _other_changes(before: Source, after: Source) -> list[str]:
         if name in new and not (shapes[0][name] == shapes[1][name] and _are_equal(old[name](), new[name]()))
     ]
     some = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-    notes = [f"{len(changed)} tensors changed, which no adapter holds: {some}"] if changed else []
+    notes = [f"{len(changed)} tensors changed, but an adapter cannot hold them: {some}"] if changed else []
     only = ((before.label, [n for n in old if n not in new]), (after.label, [n for n in new if n not in old]))
     return notes + [
         f"{len(names)} tensors that are not matrices are in {label} only; the first is {names[0]}"
@@ -201,9 +200,9 @@ def _are_equal(a: _core.Matrix, b: _core.Matrix) -> bool:
 
 
 def _without_copies(forms: Sequence[SpectralForm]) -> tuple[list[SpectralForm], list[str]]:
-    """Return the forms without output heads that are stored copies of the embedding, and notes.
+    """Leave out output heads that are stored copies of the embedding; return the other forms and notes.
 
-    Changes of tied weights are equal to the last bit, changes of separate weights are not.
+    Changes of tied weights are equal to the last bit; changes of separate weights are not.
     """
     embeddings = [form for form in forms if form.module.kind == "embedding" and form.energy > 0]
     kept, notes = [], []
@@ -211,7 +210,7 @@ def _without_copies(forms: Sequence[SpectralForm]) -> tuple[list[SpectralForm], 
         name = form.module.name
         twins = [x for x in embeddings if naming.is_output_head(name) and _change_alike(x, form)]
         if twins:
-            notes.append(f"{name} is {twins[0].module.name} under another name, and extracted with it")
+            notes.append(f"{name} is {twins[0].module.name} under another name, and is extracted with it")
         else:
             kept.append(form)
     return kept, notes

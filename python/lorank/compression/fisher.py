@@ -32,8 +32,8 @@ def fisher_scores(
     Parameters
     ----------
     peft_model
-        A live PEFT model with an adapter in balanced spectral form: one that `elastic` returned and
-        `LoraAdapter.into_model` put in, or a saved one that PEFT loaded.
+        A live PEFT model with an adapter in balanced spectral form: the result of `elastic`, put
+        in by `LoraAdapter.into_model` or loaded by PEFT from files.
     batches
         Validation batches: mappings that the model takes as keyword arguments, including labels.
     adapter_name
@@ -114,7 +114,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _check_spectral(adapter: AdapterContent) -> None:
-    """Refuse factors that are not singular vectors: a score belongs to one singular value."""
+    """Refuse factors that are not singular vectors, because a score belongs to one singular value."""
     for module in adapter.adapted:
         for b, a in module.factors():
             if not all(are_orthogonal(side, module.dtype) for side in (b.to_array().T, a.to_array())):
@@ -125,7 +125,7 @@ def _check_spectral(adapter: AdapterContent) -> None:
 
 
 def _factors(peft_model: Any, adapter_name: str) -> dict[str, Any]:
-    """Return the adapter's factors by their keys in a file."""
+    """Map keys in a file to the adapter's factors."""
     name_of_factor = factor_pattern(adapter_name)
     return {
         found[1] + (found[2] or ""): parameter

@@ -1,4 +1,4 @@
-"""Knobs: the number of singular values to keep, and the modules that compete for it."""
+"""Knobs: the number of singular values to keep, and the competition of modules for values."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Knobs:
     max_rank
         Largest rank of a module.
     scope
-        ``"global"``: modules compete. ``"module"``: one rank for all modules, or an energy for each.
+        ``"global"``: modules compete. ``"module"``: all modules keep one rank, or one share of energy.
     keep
         ``"largest"``, or ``"smallest"`` for the study of reverse pruning.
     scores
-        One score per singular value, by module name, in place of the values: larger is kept first.
+        One score per singular value, by module name, instead of the values: larger scores come first.
     """
 
     rank_ratio: float | None = None
@@ -77,11 +77,11 @@ class Knobs:
             raise ValueError("a parameter budget is shared by all modules: scope='module' contradicts it")
         counted = self.rank_ratio is not None or self.avg_rank is not None
         if (self.keep == "smallest" or self.scores is not None) and not counted:
-            raise ValueError("keep='smallest' and scores go with rank_ratio or avg_rank only")
+            raise ValueError("keep='smallest' and scores need rank_ratio or avg_rank")
 
     @property
     def keep_nothing(self) -> bool:
-        """True if no value is kept, whatever the adapter."""
+        """True if no value of any adapter is kept."""
         parameters = None if self.budget is None else parameters_of(self.budget)
         return 0 in (self.rank_ratio, self.avg_rank, self.energy, parameters, self.max_rank)
 
@@ -118,13 +118,12 @@ def _check_range(name: str, value: float | None, most: float) -> None:
 def with_counted_budget(
     knobs: Mapping[str, object], num_parameters: int | None, unknown: str = ""
 ) -> dict[str, Any]:
-    """Return knobs whose budget is a number of parameters, computed from a share of the base model.
+    """Replace a budget that is a share of the base model by a number of parameters.
 
     Raises
     ------
     ValueError
-        If the budget ends with a per cent sign and is not a share, or the size is unknown, for the reason
-        `unknown`.
+        If a percentage is malformed, or the size of the base model is unknown; `unknown` is the reason.
     """
     budget = knobs.get("budget")
     if isinstance(budget, str) and budget.strip().endswith("%"):
@@ -140,7 +139,7 @@ def checked_knobs(knobs: Mapping[str, object]) -> Knobs:
     TypeError
         If an argument is not a field of `Knobs`.
     ValueError
-        If not exactly one of the first five is given, or one is out of range.
+        If not exactly one of the first five fields is given, or a value is out of range.
     """
     known = [field.name for field in fields(Knobs)]
     if unknown := [name for name in knobs if name not in known]:

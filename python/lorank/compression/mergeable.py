@@ -1,4 +1,4 @@
-"""Checks that adapters have a sum: they belong to one base model, under the same names."""
+"""Checks that adapters can be summed: they belong to one base model and use the same names."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def check_one_model(adapters: Sequence[AdapterContent], *, force: bool) -> None:
     Raises
     ------
     ValueError
-        If one names experts one by one and another their stack; without `force`, if base models have
-        different names, or an adapter shares no module with the others.
+        If one adapter names single experts and another names their stack; without `force`, if base models
+        have different names, or an adapter shares no module with the others.
     """
     _check_experts(adapters)
     if force:
@@ -43,8 +43,8 @@ def check_one_model(adapters: Sequence[AdapterContent], *, force: bool) -> None:
         own = [module.name for module in adapter.adapted]
         if own and names and names.isdisjoint(own):
             raise ValueError(
-                f"{adapter.label} shares no module with the other adapters: it adapts {own[0]!r}, they "
-                f"{min(names)!r} and others. If all of them were trained on one model, force=True merges them"
+                f"{adapter.label} shares no module with the other adapters: it adapts {own[0]!r}, but "
+                f"they adapt {min(names)!r}. If all of them were trained on one model, force=True merges them"
             )
 
 
@@ -62,7 +62,7 @@ def ties_tables(adapters: Sequence[AdapterContent]) -> bool:
         if tied and name is not None and not other.config.get("ensure_weight_tying"):
             raise ValueError(
                 f"{tied[0].label} ties the output head to the embedding (ensure_weight_tying), but "
-                f"{other.label} adapts {name!r} by itself: a sum does one of both"
+                f"{other.label} adapts {name!r} separately: a sum cannot do both"
             )
     return bool(tied)
 

@@ -83,7 +83,9 @@ def _checked_weights(adapters: Sequence[AdapterContent], weights: Sequence[float
         raise ValueError("adapters of PEFT and of kohya or diffusers cannot be merged with each other")
     for adapter in adapters:
         if adapter.config.get("use_dora") or carried.magnitudes(adapter.carried, adapter.modules.keys()):
-            raise ValueError(f"{adapter.label}: DoRA magnitudes do not add up: merge it into a model")
+            raise ValueError(
+                f"{adapter.label}: DoRA magnitudes do not add up: merge the adapter into its model"
+            )
     _check_prefixes(adapters)
     return shares
 
@@ -98,7 +100,7 @@ def _check_prefixes(adapters: Sequence[AdapterContent]) -> None:
                 # Two names within one adapter belong to two modules of the model.
                 if other is not None and short not in adapter.modules and name not in other.modules:
                     raise ValueError(
-                        f"{adapter.label} adapts {name!r}, but {other.label} adapts {short!r}: names of one "
+                        f"{adapter.label} adapts {name!r}, but {other.label} adapts {short!r}: they name one "
                         "module with and without a prefix. Load one adapter into the kind of model that the "
                         "other was trained in, and save it again from there"
                     )
@@ -116,7 +118,7 @@ def _update(name: str, sources: Sequence[tuple[LoraModule, float]]) -> Update:
         if same != (first.kind, first.shape, first.copies, first.a_tail):
             raise ValueError(
                 f"module {name!r} is {first.kind} {first.shape} in one adapter and {module.kind} "
-                f"{module.shape} in another: they belong to different models"
+                f"{module.shape} in another: the adapters belong to different models"
             )
     biases: dict[str, Any] = {}
     for module, weight in sources:
@@ -148,13 +150,13 @@ def _check_layers(
             owner = "trainable_token_indices"
         if owner is not None:
             raise ValueError(
-                f"module {module!r} has factors in one adapter, but another trains it by itself ({owner}): "
+                f"module {module!r} has factors in one adapter, but another trains its weights ({owner}): "
                 "PEFT cannot do both"
             )
     if pair := nesting.misnamed(modules.values()):
         raise ValueError(
-            f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts by itself: PEFT gives "
-            "the first another name then, and would not load it"
+            f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts: PEFT would rename "
+            f"{pair[0]!r} and not load its factors"
         )
 
 
@@ -163,5 +165,7 @@ def _notes(adapters: Sequence[AdapterContent]) -> list[str]:
     # One model may be named by a hub id and by a folder; shapes have been compared.
     bases = {adapter.base_model for adapter in adapters if adapter.base_model}
     if len(bases) > 1:
-        notes.append(f"base models are called {', '.join(sorted(bases))}: a sum is one of one base model")
+        notes.append(
+            f"base models have different names ({', '.join(sorted(bases))}), but a sum needs one base model"
+        )
     return notes

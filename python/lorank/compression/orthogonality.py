@@ -19,7 +19,7 @@ def are_orthogonal(vectors: npt.NDArray[Any], dtype: str) -> bool:
     Parameters
     ----------
     vectors
-        Vectors ``(k, n)``, one in a row. A vector of zeros is orthogonal to all others.
+        Vectors ``(k, n)``, one per row. A vector of zeros is orthogonal to all others.
     dtype
         Stored element type by NumPy's name.
     """

@@ -63,6 +63,6 @@ def product_svd(B: Any, A: Any) -> ProductSvd:
         lambda receive: _core.rebuild([(decomposition, kept.tolist())], 1, receive)
     )
     columns, rows = b.to_array(), a.to_array()
-    # The length of balanced columns and rows is the root of their value.
+    # The length of balanced columns and rows is the root of their singular value.
     roots = np.sqrt(values[kept])
     return ProductSvd(columns / roots, values[kept], rows / roots[:, None])

@@ -1,4 +1,4 @@
-"""The choice of singular values that stay, over all modules at once."""
+"""The choice of singular values to keep, over all modules at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorank.peft_format.rank_groups import group_indices
 
 Mask = npt.NDArray[np.bool_]
 
-# The optimal hard threshold for a square matrix of unknown noise, in medians: [GD].
+# The optimal hard threshold for a square matrix of unknown noise, as a multiple of the median [GD].
 _GAVISH_DONOHO = 2.858
 
 _SMALLEST_SCORE = float(np.finfo(np.float64).tiny)
@@ -26,7 +26,7 @@ _SMALLEST_SCORE = float(np.finfo(np.float64).tiny)
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """Modules that keep one rank, with one sequence of values, pooled as for the copies of a stack."""
+    """Modules that keep one rank, with one sequence of values for all, as for the copies of a stack."""
 
     forms: Sequence[SpectralForm]
     values: npt.NDArray[np.float64]
@@ -49,7 +49,7 @@ class _Pool:
 
 
 def select(forms: Sequence[SpectralForm], knobs: Knobs, groups: Iterable[Sequence[str]] = ()) -> list[Mask]:
-    """Return a mask of the values that stay for each module.
+    """Return a mask of the values to keep for each module.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def select(forms: Sequence[SpectralForm], knobs: Knobs, groups: Iterable[Sequenc
 
 
 def _selected(pools: Sequence[_Pool], knobs: Knobs) -> list[Mask]:
-    """Return a mask of the values that stay for each pool."""
+    """Return a mask of the values to keep for each pool."""
     lengths = [len(pool.values) for pool in pools]
     scores = _concatenated([_scores(pool, knobs.scores) for pool in pools])
     if knobs.max_rank is not None:
@@ -107,7 +107,7 @@ def notes(forms: Sequence[SpectralForm], knobs: Knobs) -> list[str]:
     counts = [np.count_nonzero(form.values) for form in forms if not form.is_dense]
     few = sum(0 < count <= 2 for count in counts) if knobs.auto else 0
     return (
-        [f"{few} modules of one or two ranks were left as they are: too few values to estimate noise"]
+        [f"{few} modules of one or two ranks are unchanged: they have too few values to estimate noise"]
         if few
         else []
     )
@@ -126,7 +126,7 @@ def _choice(knobs: Knobs) -> Callable[[npt.NDArray[np.float64], int], Mask]:
 
 
 def _share(energy: float, pools: Sequence[_Pool], allowed: npt.NDArray[np.float64]) -> float:
-    """Return a share of the total energy as a share of the energy of the allowed values.
+    """Convert a share of the total energy to a share of the energy of the allowed values.
 
     The total includes values that were not computed and those beyond `max_rank`.
 
@@ -145,7 +145,7 @@ def _share(energy: float, pools: Sequence[_Pool], allowed: npt.NDArray[np.float6
         where = f"module {pools[0].forms[0].module.name!r}: " if len(pools) == 1 else ""
         raise ValueError(
             f"{where}energy={energy} is out of reach: the singular values that may be kept hold "
-            f"{held / (held + missing):.4f} of the whole energy; a larger max_rank allows more"
+            f"{held / (held + missing):.4f} of the total energy; a larger max_rank allows more"
         )
     return min(share, 1.0)
 
@@ -166,7 +166,7 @@ def _scores_of(form: SpectralForm, scores: Scores) -> npt.NDArray[np.float64]:
     if np.any(bad := ~np.isfinite(given) | (given < 0)):
         i = int(np.argmax(bad))
         raise ValueError(f"module {name!r}: score {i} is {given[i]}: scores are finite numbers, 0 or above")
-    # A value of zero is never kept, whatever its score; a value with a score of zero may be.
+    # A value of zero is never kept, whatever its score; other values may be kept with a score of zero.
     return np.where(form.values > 0, np.maximum(given, _SMALLEST_SCORE), 0.0)
 
 
@@ -181,7 +181,7 @@ def _root_of_squares(parts: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np
 
 
 def _capped(scores: npt.NDArray[np.float64], lengths: Sequence[int], knobs: Knobs) -> npt.NDArray[np.float64]:
-    """Return scores with all but the best `max_rank` of every module set to zero, which is never kept."""
+    """Set all but the best `max_rank` scores of every module to zero, so that no others are kept."""
     assert knobs.max_rank is not None
     masks = [_choice(knobs)(part, knobs.max_rank) for part in _split(scores, lengths)]
     return np.where(_concatenated(masks), scores, 0.0)
@@ -191,9 +191,9 @@ def _above_noise(pool: _Pool) -> Mask:
     """Return the values above a noise floor.
 
     For a difference of dense weights, the energy of the values that were not computed is known. The floor is
-    the Marchenko-Pastur edge of the remaining values [MP], computed again until no more values exceed it; the
-    largest rank of several modules holds for all. For an adapter, whose other values are zero, the floor is
-    2.858 times the median of its values [GD]; one or two values are all kept, as none could exceed it.
+    the Marchenko-Pastur edge of the remaining values [MP], computed again until no more values exceed it; all
+    modules of a pool keep the largest of their ranks. For an adapter, whose other values are zero, the floor
+    is 2.858 times the median of its values [GD]; one or two values are kept, because none could exceed it.
     """
     values = pool.values
     positive = values[values > 0]

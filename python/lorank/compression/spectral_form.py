@@ -31,7 +31,7 @@ class Update:
     module
         The module's name, kind and shape; its rank is the sum of the ranks of the terms.
     terms
-        Returns, for every copy, the products ``weight * B @ A`` to add up.
+        Function that returns the products ``weight * B @ A`` to add up, for every copy.
     is_spectral
         True if a flag of the file states that there is one term, in spectral form. The form is checked before
         it is used.
@@ -43,7 +43,7 @@ class Update:
 
     @classmethod
     def of(cls, module: LoraModule, *, is_spectral: bool = False) -> Update:
-        """Return the update of a module itself."""
+        """Return the current update of a module."""
         return cls(module, lambda: [[(b, a, module.scaling)] for b, a in module.factors()], is_spectral)
 
 
@@ -107,7 +107,7 @@ class SpectralForm:
 
     @property
     def energy(self) -> float:
-        """``||dW||_F^2``, computed values or not."""
+        """``||dW||_F^2``, including values that were not computed."""
         return self.unseen_energy + float(np.square(self.values).sum())
 
     @cached_property
@@ -117,7 +117,7 @@ class SpectralForm:
 
     @property
     def largest_values(self) -> npt.NDArray[np.float64]:
-        """Largest of the copies' singular values: the spectral error of leaving one out."""
+        """Largest value over the copies, by index: the spectral error of dropping this value."""
         if len(self.parts) == 1:
             return self.values
         largest: npt.NDArray[np.float64] = np.max([part.singular_values for part in self.parts], axis=0)
@@ -127,7 +127,7 @@ class SpectralForm:
 def truncate(
     forms: Sequence[SpectralForm], masks: Sequence[npt.NDArray[np.bool_]], threads: int
 ) -> list[LoraModule]:
-    """Return modules that keep the values of masks, with scaling 1.
+    """Return modules of scaling 1 that keep the values that masks select.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def truncate(
 
     Notes
     -----
-    Factors of decompositions are computed when they are first read; those of `Triplets` are in memory.
+    Factors of decompositions are computed when they are first read; factors of `Triplets` are in memory.
     """
     factors: list[list[tuple[_core.Matrix, _core.Matrix] | None]] = [
         [None] * len(form.parts) for form in forms
@@ -206,9 +206,9 @@ def spectral_form(
 
 
 def _batches(updates: Sequence[Update]) -> Iterator[list[int]]:
-    """Yield the indices of plain modules together, and those of stacks one by one.
+    """Yield the indices of plain modules together, and indices of stacks one by one.
 
-    Factors of plain modules stay on disk until a worker needs them. Those of experts are copied to memory.
+    Workers read factors of plain modules from disk. Factors of experts are copied to memory.
     """
     yield [i for i, update in enumerate(updates) if update.module.copies == 1]
     yield from ([i] for i, update in enumerate(updates) if update.module.copies > 1)
@@ -235,7 +235,7 @@ def _decomposed(
 
 
 def _unchanged(update: Update) -> SpectralForm | None:
-    """Return the form of factors that are singular vectors already; None if they are not.
+    """Return the form of factors that are already singular vectors; None for other factors.
 
     In balanced factors, the length of every column of B and row of A is the root of the singular value.
     """
@@ -244,7 +244,7 @@ def _unchanged(update: Update) -> SpectralForm | None:
         columns, rows = b.to_array().T, a.to_array()
         if not all(are_orthogonal(side, update.module.dtype) for side in (columns, rows)):
             return None
-        # Profiles other than "compact" scale B alone.
+        # Profiles other than "compact" scale only B.
         length, width = (np.linalg.norm(x.astype(np.float64), axis=1) for x in (columns, rows))
         size = abs(scaling)
         balance = np.sqrt(np.divide(size * width, length, out=np.zeros_like(length), where=length > 0))

@@ -21,14 +21,14 @@ from lorank.peft_format.rank_groups import rank_groups
 
 
 def compress(adapter: Adapter, knobs: Knobs, threads: int | None, progress: bool) -> Adapter:
-    """Truncate the updates of an adapter to where most of their energy is; see `lorank.compress`."""
+    """Truncate the updates of an adapter to most of their energy; see `lorank.compress`."""
     forms = decomposed(adapter, threads, progress)
     result = truncated(adapter, forms, knobs, f"compress, {knobs}", threads)
     return replace(result, notes=[*result.notes, *_zeros(forms)])
 
 
 def _zeros(forms: Sequence[SpectralForm]) -> list[str]:
-    """Return a note on ranks whose singular value is zero, as `rank_ratio` counts them."""
+    """Return a note on ranks whose singular value is zero, because `rank_ratio` counts them."""
     total = sum(form.module.rank for form in forms)
     zeros = total - sum(int(np.count_nonzero(form.values)) for form in forms)
     if not zeros:
@@ -71,9 +71,9 @@ def truncated(
     Parameters
     ----------
     adapter
-        The adapter, which gives everything but the factors.
+        The adapter, of which everything but the factors is copied.
     forms
-        Decomposed updates of its modules.
+        Decomposed updates of the adapter's modules.
     knobs
         The number of values to keep.
     action
@@ -104,7 +104,7 @@ def _certificates(forms: Sequence[SpectralForm], masks: Sequence[Mask]) -> list[
     starts = np.cumsum([0, *(len(mask) for mask in masks[:-1])])
     ranks = np.add.reduceat(keep, starts, dtype=np.int64).tolist()
     kept = np.add.reduceat(np.where(keep, squares, 0.0), starts).tolist()
-    # Dropped values have a sum of their own: the difference of two large sums would lose small values.
+    # Dropped values are summed directly: a difference of two large sums would lose small values.
     dropped = np.add.reduceat(np.where(keep, 0.0, squares), starts).tolist()
     next_values = np.maximum.reduceat(np.where(keep, 0.0, largest), starts).tolist()
     return [

@@ -12,12 +12,12 @@ from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Weight
 from lorank.sources import Source, SourceMatrix
 
-# PEFT shares one update between the input embeddings and heads tied to them if one has such a name.
+# PEFT shares one update between input embeddings and tied heads if one of them has such a name.
 _PEFT_TIES = {"embed_tokens", "lm_head"}
 
 
 def by_name(source: Source) -> dict[str, SourceMatrix]:
-    """Return a source's matrices by name; a shared matrix has the names of all its modules."""
+    """Map names to a source's matrices; a shared matrix is listed for each of its modules."""
     found = {matrix.info.name: matrix for matrix in source.matrices}
     for owner, others in source.facts.ties.items():
         for other in others:
@@ -28,7 +28,7 @@ def by_name(source: Source) -> dict[str, SourceMatrix]:
 
 
 def refused(source: Source) -> dict[str, str]:
-    """Return the reasons why PEFT cannot adapt modules, by name; tied modules included."""
+    """Map modules that PEFT cannot adapt, and modules tied to them, to reasons."""
     found = dict(source.facts.refused)
     for owner, others in source.facts.ties.items():
         for other in others:
@@ -59,16 +59,16 @@ def added(
     forms
         The updates of the modules that have a matrix.
     before
-        The base model. A module that shares a weight in the base model only has an update of its own.
+        The base model. A module that shares a weight only in the base model has its own update.
     exclude
         Modules that get no update, as in `lorank.extract`.
 
     Returns
     -------
     list of SpectralForm
-        Every module's update.
+        The update of every module.
     dict
-        PEFT's setting that ties the modules, where it has one.
+        The setting by which PEFT ties the modules; empty if there is none.
     list of str
         Notes on shared weights.
     """
@@ -86,7 +86,7 @@ def added(
             if other not in known and form.energy > 0 and (weight := _weight(before.skeleton, other))
         ]
         notes += [
-            f"{weight.module} shares the weight of {owner}, but is excluded: PEFT leaves it as it was"
+            f"{weight.module} shares the weight of {owner}, but is excluded: PEFT leaves it unchanged"
             for weight in others
             if is_excluded(weight.module)
         ]
@@ -95,7 +95,7 @@ def added(
             continue
         result += [_twin(form, weight) for weight in others]
         names = ", ".join(weight.module for weight in others)
-        note = f"{names} has the update of {owner}, whose weight it shares"
+        note = f"the update and the weight of {owner} are shared with {names}"
         if _peft_ties(form, others):
             settings["ensure_weight_tying"] = True
             note = f"{note} (ensure_weight_tying)"

@@ -33,9 +33,9 @@ class BaseModel:
     shapes
         Shape ``(out, in)`` of the matrix of each module in PEFT's orientation, by the name that PEFT uses.
     containers
-        The names of all modules, with those that hold no matrix.
+        The names of all modules, including modules without a matrix.
     facts
-        Facts about the model beside its matrices.
+        Facts about the model other than its matrices.
     skeleton
         The skeleton of the model; None if names were guessed.
     """
@@ -102,7 +102,7 @@ class BaseModel:
         return cls(source.label, shapes, frozenset(parents | shapes.keys()), source.facts)
 
     def missing(self, modules: Iterable[LoraModule]) -> dict[str, str]:
-        """Return a reason by name for every module of an adapter that the model lacks."""
+        """Map the name of every adapted module that the model lacks to a reason."""
         found = {}
         for module in modules:
             if not self._has(module.name):
@@ -127,10 +127,10 @@ class BaseModel:
         return next((f"{m.name}: {reasons[m.name]}" for m in modules if m.name in reasons), "")
 
     def _has(self, name: str) -> bool:
-        """Return True if the model has a module of that name, or of a name that it gets on loading."""
+        """Return True if the model has a module of that name, or of the name that it becomes on loading."""
         if self._own_name(name) in self.shapes or name in self.containers:
             return True
-        # The model may hold experts in stacks that the adapter names one by one.
+        # The model may stack experts that the adapter names one by one.
         stack, dot, _ = name.rpartition(".experts.")
         if dot and f"{stack}.experts" in self.containers:
             return True
@@ -147,7 +147,7 @@ class BaseModel:
         return weight.module if weight is not None and weight.kind and not is_part else name
 
     def _loaded(self, name: str) -> tuple[str, bool]:
-        """Return the parameter that a module's weight is loaded into, and True if it is a part of it."""
+        """Return the parameter that holds a module's weight after loading, and True if it holds more."""
         assert self.skeleton is not None
         return loaded_name(f"{name}.weight", self.skeleton)
 
@@ -161,7 +161,7 @@ class BaseModel:
 
 
 def _as_peft_reads(weight: Weight) -> tuple[int, int] | None:
-    """Return shape ``(out, in)`` of a weight's matrix, of one expert for a stack; None for other weights."""
+    """Return the shape ``(out, in)`` of a matrix, or of one expert in a stack; None for other weights."""
     shape = weight.shape
     if weight.kind == "expert" and len(shape) == 3:
         rows, cols = shape[1:]

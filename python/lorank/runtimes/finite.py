@@ -1,4 +1,4 @@
-"""Finds tensors with NaN or infinite values, which every runtime loads and computes NaN from."""
+"""Finds NaN and infinite values in tensors; every runtime loads such tensors and computes NaN."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def not_finite(tensors: Tensors) -> list[tuple[str, str]]:
     Returns
     -------
     list of (str, str)
-        Key of each tensor with ``"NaN"`` or ``"Inf"``, in the order of the file.
+        Key of each such tensor, and ``"NaN"`` or ``"Inf"``, in the order of the file.
     """
     found = []
     for key, shape in tensors.shapes().items():

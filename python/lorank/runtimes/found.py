@@ -104,7 +104,7 @@ class Found:
 
     @property
     def base_change(self) -> str | None:
-        """The initialisation that changed the base model; None if it did not change."""
+        """The initialisation that changed the base model; None if the model is unchanged."""
         return changes_the_base(self.config)
 
     @property
@@ -126,7 +126,7 @@ class Found:
 
     @cached_property
     def alphas(self) -> dict[str, float]:
-        """The alpha in an image adapter's file by the name of each module that has one."""
+        """Alphas in an image adapter's file by module name; modules without one are absent."""
         tensors, keys = self.stored.tensors, self.stored.tensors.shapes()
         named = {module.name: alpha_key(module.name) for module in self.modules}
         return {name: tensors.number(key) for name, key in named.items() if key in keys}
@@ -168,7 +168,7 @@ class Found:
 
     @cached_property
     def misfits(self) -> list[tuple[LoraModule, int]]:
-        """Modules whose tensors have another rank than the settings give them, each with that rank."""
+        """Modules whose tensors have another rank than in the settings, with the rank in the settings."""
         if self.adalora:
             return []
         ranks = [(module, self.settings.rank_and_scaling(holder(module.name))[0]) for module in self.modules]
@@ -180,7 +180,7 @@ class Found:
 
     @cached_property
     def wrapped(self) -> dict[str, str]:
-        """The key of a factor by the name of the module, for keys that hold the name of a wrapper."""
+        """One key per module name, for modules whose keys hold the name of a wrapper."""
         owners: dict[str, str] = {}
         for clean, key in self.stored.stored_as.items():
             owners.setdefault(layer_path(clean), key)

@@ -22,7 +22,7 @@ class Mended:
     profile
         The profile of the written adapter.
     written
-        The record of writing.
+        The result of writing.
     verdicts
         The verdicts about the written adapter.
     """
@@ -40,11 +40,11 @@ def mend(
     base: Any | None = None,
     overwrite: bool = False,
 ) -> Mended:
-    """Write an adapter again in the first profile that every runtime loads correctly.
+    """Write an adapter again in a profile that the runtimes load correctly.
 
-    The first profile is the one that suits the scales of the runtimes. If a runtime does not load the result
-    correctly, as with experts of unequal ranks, the adapter is written in the portable profile. The profile
-    that more runtimes load correctly is kept.
+    The first attempt is the profile that suits the scales of the runtimes. If a runtime does not load the
+    result correctly, as with experts of unequal ranks, the second attempt is the portable profile. The
+    profile that more runtimes load correctly is kept.
 
     Parameters
     ----------

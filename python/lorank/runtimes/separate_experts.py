@@ -1,7 +1,7 @@
 """Experts that are separate modules, `experts.N.gate_proj`, as in transformers 4.
 
-transformers 5 stacks the experts of a block, gate and up in one parameter. An adapter for such a model needs
-one rank for all experts of a stack, and gate and up together.
+transformers 5 stacks the experts of a block, with gate and up in one parameter. An adapter for such a model
+needs one rank for all experts of a stack, and adapts gate and up together.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SeparateExperts:
         return [m for kinds in self.by_stack.values() for experts in kinds.values() for m in experts.values()]
 
     def unequal(self) -> str:
-        """Return a message about the first container whose experts have several ranks; empty if none has."""
+        """Return a message about the first container whose experts differ in rank; empty if there is none."""
         for stack, kinds in self.by_stack.items():
             for kind, experts in kinds.items():
                 ranks = sorted({module.rank for module in experts.values()})

@@ -193,9 +193,9 @@ def _scaled(ratios: Sequence[float]) -> Iterable[str]:
     if max(abs(low - 1), abs(high - 1)) <= _TOLERANCE:
         return
     if high - low <= _TOLERANCE * high:
-        yield f"scales every update by {high:.4g}"
+        yield f"applies {high:.4g} times the right scale to every update"
     else:
-        yield f"scales updates by {low:.4g} to {high:.4g}"
+        yield f"applies {low:.4g} to {high:.4g} times the right scale"
 
 
 def right_profile(runtimes: Sequence[str] | None = None) -> Profile:

@@ -27,7 +27,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Registered:
-    """Return the method of a name.
+    """Find a method by name.
 
     Raises
     ------

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @register("gard", needs="gradients")
 def gard(report: GradientReport, modules: Sequence[AdaptedModule], r_min: int, r_max: int) -> Signal:
-    """Score modules by their share of effective ranks, ``r_eff / sum(r_eff)``.
+    """Score modules by their share of the summed effective ranks, ``r_eff / sum(r_eff)``.
 
     The method needs a budget.
 
@@ -40,7 +40,7 @@ def gard(report: GradientReport, modules: Sequence[AdaptedModule], r_min: int, r
         row = rows[module.name]
         remarks = list(row.flags)
         if 1 < report.num_batches <= row.effective_rank < min(module.shape):
-            remarks.append("its effective rank is the number of batches: more batches may show more")
+            remarks.append("the number of batches limits its effective rank: more batches may raise it")
         if remarks:
             flags[module.name] = "; ".join(remarks)
     return Signal(effective / total if total > 0 else effective, None, flags)

@@ -65,7 +65,7 @@ def htsr(
     convention: Literal["median", "xmin_mid"] = "median",
     scale: Literal["mean", "median"] = "mean",
 ) -> Signal:
-    """Score modules by ``0.7 alpha + 0.3 (1 - spikes)``, each min-max normalised; ranks are linear in it.
+    """Score modules by ``0.7 alpha + 0.3 (1 - spikes)``, both normalised; ranks are linear in the score.
 
     Parameters
     ----------
@@ -88,8 +88,9 @@ def htsr(
 
     Notes
     -----
-    A module without a finite exponent gets the largest finite one and is flagged. A module without a spectrum
-    gets the smallest number of spikes of the others. A stack of experts has the mean of its experts' metrics.
+    Metrics are min-max normalised. A module without a finite exponent gets the largest finite one and is
+    flagged. A module without a spectrum gets the smallest number of spikes of any module. A stack of experts
+    has the mean of its experts' metrics.
     """
     rows: dict[str, list[ModuleSpectrum]] = defaultdict(list)
     for row in report.modules:
@@ -110,7 +111,7 @@ def htsr(
 def _alphas(
     names: Sequence[str], rows: dict[str, list[ModuleSpectrum]], metric: str
 ) -> tuple[Array, dict[str, str]]:
-    """Return the exponent of each module; clip those that are not finite to the largest and flag them."""
+    """Return the exponent of each module; replace infinite and NaN ones by the largest, and flag them."""
     values = np.empty(len(names))
     flags: dict[str, str] = {}
     for i, name in enumerate(names):
@@ -130,7 +131,7 @@ def _alphas(
 def _spikes(names: Sequence[str], rows: dict[str, list[ModuleSpectrum]], metric: str) -> Array:
     """Return the number of spikes of each module; the smallest number for modules without a spectrum.
 
-    Such a module does not stretch the scale of the others.
+    The smallest number does not change the range for normalisation.
     """
     values = np.full(len(names), np.nan)
     for i, name in enumerate(names):
@@ -149,7 +150,7 @@ def _averaged(values: Array, blocks: Sequence[str]) -> Array:
 
 
 def _min_max(values: Array) -> Array:
-    """Scale values to [0, 1), equal ones to 0: equations 5 and 8."""
+    """Scale values to [0, 1); equal values become 0 (equations 5 and 8)."""
     if not len(values):
         return values
     scaled: Array = (values - values.min()) / (values.max() - values.min() + _EPSILON)

@@ -1,7 +1,7 @@
 """The registry of methods: functions that compute a `Signal`, registered under their names.
 
-A method depends neither on budgets nor on PEFT. It returns a score of each module and, if its source defines
-a formula for them, ranks.
+A method depends neither on budgets nor on PEFT. It returns a score for each module, and ranks if its
+source defines a formula for ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Signal:
         Rank of each module by the method's own formula, for use without a budget; None if the method
         defines no ranks.
     flags
-        Remarks by the name of the module, also on modules that get no rank.
+        Remarks by module name, including modules that get no rank.
     """
 
     scores: npt.NDArray[np.float64]
@@ -54,7 +54,7 @@ class Registered:
     needs
         Kind of the report that the method reads; ``"shapes"`` if the shapes of modules are enough.
     check
-        Raises ValueError for values of options that the method cannot use.
+        Function that raises ValueError for option values that the method cannot use.
     """
 
     function: Method
@@ -85,7 +85,7 @@ class Registered:
         Raises
         ------
         ValueError
-            If the method has no such option, or cannot use its value.
+            If the method lacks an option or cannot use its value.
         """
         known = self.options
         if unknown := [option for option in options if option not in known]:
@@ -99,7 +99,7 @@ class Registered:
         Raises
         ------
         ValueError
-            If it is of another kind; the message names the function that makes the right one.
+            If the report is of another kind; the message names the function that makes the right kind.
         """
         if self.needs != "shapes" and getattr(evidence, "provides", None) != self.needs:
             raise ValueError(f"method {name!r} needs {self.needs}: pass the result of {_MAKERS[self.needs]}")

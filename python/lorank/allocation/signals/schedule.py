@@ -1,4 +1,4 @@
-"""Schedules: ranks from the place of a module in the model alone.
+"""Schedules: ranks that depend only on the place of a module in the model.
 
 Source: [SCHEDULES], section 3.1.
 
@@ -74,7 +74,7 @@ def linear_decay(
 ) -> Signal:
     """Give rank ``r_base - (r_base - r_min) i / (L - 1)`` in block `i` of `L`, counted from 0.
 
-    Section 3.1.1: from `r_base` in the first block to `r_min` in the last; `r_base` for ``L = 1``.
+    Section 3.1.1: ranks go from `r_base` in the first block to `r_min` in the last; `r_base` for ``L = 1``.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def linear_decay(
     base = r_max if r_base is None else int(r_base)
 
     def rank(depth: Depth) -> Fraction:
-        # The maximum with r_min in the formula is the clipping that follows every schedule.
+        # The formula's maximum with r_min follows from the clipping in `_signal`.
         return base - (base - r_min) * Fraction(depth.index, depth.count - 1)
 
     return _by_depth(report, modules, r_min, r_max, base, blocks, rank)
@@ -128,8 +128,8 @@ def empirical(
     modules, r_min, r_max
         As in `lorank.allocate`.
     r_base
-        Rank in the last blocks (default: `r_max`). Take a value below `r_max`: the ranks ``1.2 r_base`` of
-        the middle blocks are clipped to `r_max`, and the modules are flagged.
+        Rank in the last blocks (default: `r_max`). Above ``r_max / 1.2``, the ranks of the middle
+        blocks are clipped to `r_max`, and the modules are flagged.
     blocks
         Regular expression for the number of a block, as in `lorank.modules.blocks.numbered_block`.
 
@@ -160,7 +160,7 @@ def attention_heavy(
     r_base: int | None = None,
     roles: Roles = None,
 ) -> Signal:
-    """Give rank `r_base` to attention, ``max(r_min, r_base / 2)`` to feed-forward.
+    """Give rank `r_base` to attention and ``max(r_min, r_base / 2)`` to feed-forward.
 
     Section 3.1.2.
 
@@ -182,7 +182,7 @@ def attention_heavy(
 
     Notes
     -----
-    A module of neither role (a pooler, a head, a router) gets `r_base` and is flagged.
+    A module with neither role (a pooler, a head, a router) gets `r_base` and is flagged.
     """
     del report
     base = r_max if r_base is None else int(r_base)
@@ -195,7 +195,7 @@ def attention_heavy(
         )
     ranks = [base * (Fraction(1) if role is None else _ATTENTION_HEAVY[role]) for role in found]
     flags = {
-        name: "neither attention nor feed-forward: r_base"
+        name: "gets r_base, because it is neither attention nor feed-forward"
         for name, role in zip(names, found, strict=True)
         if role is None
     }
@@ -221,7 +221,7 @@ def _by_depth(
         )
     ranks = [Fraction(base) if depth is None or depth.count == 1 else rank(depth) for depth in depths]
     flags = {
-        name: "in no numbered block: r_base"
+        name: "gets r_base, because it is in no numbered block"
         for name, depth in zip(names, depths, strict=True)
         if depth is None
     }
@@ -229,7 +229,7 @@ def _by_depth(
 
 
 def _known(evidence: Report[Any] | Source | None) -> dict[str, None]:
-    """Return the names of all known modules of the model, over whose blocks depth is counted."""
+    """Return the names of all known modules of the model; depth is counted over their blocks."""
     if evidence is None:
         return {}
     rows = evidence.modules if isinstance(evidence, Report) else (m.info for m in evidence.matrices)
@@ -243,7 +243,7 @@ def _signal(
     r_max: int,
     flags: Mapping[str, str],
 ) -> Signal:
-    """Return the signal of the rounded and clipped ranks; flag the modules whose rank `r_max` cuts."""
+    """Return the signal of the rounded and clipped ranks; flag the modules with ranks above `r_max`."""
     rounded = np.array([math.floor(rank + Fraction(1, 2)) for rank in exact], dtype=np.int64)
     ranks = np.clip(rounded, r_min, r_max)
     cut = {

@@ -1,6 +1,6 @@
-"""K*: ranks from the spectrum of the task that the data set each module.
+"""K*: ranks from the spectrum of each module's task.
 
-Source: [KSTAR]. The estimate per module of a model is an open problem of that paper.
+Source: [KSTAR]. The paper leaves the estimate for single modules of a model open.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _check(estimate: str = "k_star") -> None:
-    """Raise ValueError for an estimate that does not exist."""
+    """Raise ValueError for an unknown estimate."""
     if estimate not in ("k_star", "predicted_rank"):
         raise ValueError(f"estimate must be 'k_star' or 'predicted_rank', not {estimate!r}")
 
@@ -32,7 +32,7 @@ def task(
     *,
     estimate: Literal["k_star", "predicted_rank"] = "k_star",
 ) -> Signal:
-    """Give rank K*, or the smallest rank that predicts held-out tokens nearly as well as the full one.
+    """Give rank K*, or the smallest rank that predicts held-out tokens nearly as well as full rank.
 
     Ranks are clipped to the bounds. The score is ``max(rank - r_min, 0)``.
 
@@ -43,8 +43,7 @@ def task(
     modules, r_min, r_max
         As in `lorank.allocate`.
     estimate
-        ``"k_star"``, or ``"predicted_rank"``: the smallest rank that predicts held-out tokens nearly as well
-        as the full rank.
+        ``"k_star"``, or ``"predicted_rank"`` for the rank that predicts held-out tokens.
     """
     rows = {row.module: row for row in report.modules}
     ranks = np.array([getattr(rows[module.name], estimate) for module in modules], dtype=np.int64)

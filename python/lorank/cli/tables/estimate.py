@@ -1,4 +1,4 @@
-"""The estimate of a task for a terminal: numbers, a plot of the spectrum, the predicted R^2."""
+"""The estimate of a task for a terminal: numbers, a plot of the spectrum, and the predicted R^2."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def estimate_json(found: TaskEstimate) -> dict[str, Any]:
 
 
 def estimate_table(found: TaskEstimate, title: str) -> Table:
-    """Return a table of the ranks and of the numbers that they follow from."""
+    """Return a table of the ranks and the numbers that determine them."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -131,7 +131,7 @@ def spectrum_picture(found: TaskEstimate, width: int, ascii_only: bool) -> Text:
 
 
 def _scale(logs: npt.NDArray[np.float64]) -> tuple[float, int, int]:
-    """Return the logarithm of the factor between rows, and the rows above and below the threshold."""
+    """Return the logarithm of the factor between rows, and the numbers of rows above and below tau."""
     highest, lowest = float(logs[0]), float(np.min(logs[np.isfinite(logs)]))
     if highest > 0:
         step = max(highest / _ROWS_ABOVE, _FINEST)
@@ -155,7 +155,7 @@ def _rows(
     above, below
         Numbers of rows above and below the threshold.
     pitch
-        Distance of two bars, in characters.
+        Distance between two bars, in characters.
     ascii_only
         True to use ASCII characters only.
     """
@@ -173,16 +173,16 @@ def _block(share: float, blocks: str, ascii_only: bool) -> str:
     filled = min(max(share, 0.0), 1.0)
     if ascii_only:
         return "#" if filled >= 0.5 else " "
-    # Positive shares get the smallest visible block at least.
+    # Positive shares get at least the smallest visible block.
     return blocks[max(round(filled * (len(blocks) - 1)), int(filled > 0))]
 
 
 def _ticks(bars: int, each: int, pitch: int) -> str:
-    """Return the line of bar numbers under the bars, from 1, without numbers that would overlap."""
+    """Return the line of value numbers under the bars, from 1, without overlaps."""
     line = ""
     for bar in range(bars):
         value = 1 + bar * each
-        # Bars of one value each get round numbers.
+        # If each bar shows one value, label multiples of 5.
         is_round = bar == 0 or each > 1 or value % 5 == 0
         if is_round and len(line) <= bar * pitch - (2 if line else 0):
             line = line.ljust(bar * pitch) + str(value)

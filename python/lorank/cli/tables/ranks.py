@@ -20,7 +20,7 @@ _EXPERT_NUMBER = re.compile(r"\bexperts\.\d+")
 # Narrower columns fold the names of blocks into too many lines.
 _NARROWEST_BLOCK = 20
 
-# Colours from few ranks to many.
+# Colours from the smallest rank to the largest.
 _PALETTE = ("bright_black", "blue", "cyan", "green", "yellow", "red")
 
 
@@ -74,7 +74,7 @@ def _heading_width(heading: str) -> int:
 
 def _place_of(name: str) -> tuple[str, str]:
     """Return a module's block, and the module's name within the block."""
-    # Image adapters write underscores for the dots of names.
+    # Image adapters write underscores instead of dots in names.
     dotted = name if "." in name else name.replace("_", ".")
     block = naming.block_of(dotted)
     return name[: len(block)], dotted[len(block) + 1 :] or _ITSELF
@@ -83,7 +83,7 @@ def _place_of(name: str) -> tuple[str, str]:
 def _shortest_unique_suffix(name: str, names: Iterable[str]) -> str:
     """Return the shortest dotted suffix of a name that no other name ends with."""
     others = [other for other in names if other != name]
-    # A parameter's own name means nothing without the name of its module.
+    # The suffix "weight" alone does not identify a module.
     named = [suffix for suffix in naming.suffixes(name) if suffix != "weight"]
     unique = [s for s in named if not any(naming.is_suffix(s, other) for other in others)]
     return unique[-1] if unique else name
@@ -101,17 +101,17 @@ def allocation_summary(allocation: RankAllocation) -> str:
 
 
 def _coloured(ranks: Sequence[int], low: int, high: int) -> Text:
-    """Return the ranks of a cell, coloured by the largest among all from `low` to `high`."""
+    """Return the ranks of a cell; the largest, on a scale from `low` to `high`, sets the colour."""
     least, most = min(ranks), max(ranks)
     step = 0 if high == low else (most - low) * (len(_PALETTE) - 1) // (high - low)
     return Text(str(most) if least == most else f"{least}-{most}", style=_PALETTE[step])
 
 
 def flags_by_text(flags: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each different flag, with the module or the number of modules that have it."""
+    """Yield a line for each flag with its module, or with the number of its modules."""
     modules: dict[str, list[str]] = {}
     for name, flag in flags.items():
         modules.setdefault(flag, []).append(name)
     for flag, names in modules.items():
-        subject = names[0] if len(names) == 1 else f"{len(names)} modules, the first is {names[0]}"
+        subject = names[0] if len(names) == 1 else f"{len(names)} modules, such as {names[0]}"
         yield f"{subject}: {flag}"

@@ -24,12 +24,12 @@ from lorank.report.tasks import TaskReport
 _COLUMN_WIDTH = 12
 _NAME_WIDTH = 44
 
-# A reason that names another tensor; without the name, many tensors have the same reason.
+# Reasons that name a packed weight; without the name, tensors with equal reasons can be counted.
 _OF_PACKED = re.compile(r"^(scale|part) of the packed weight \S+")
 
 
 def fitting(columns: Sequence[str], width: int) -> Sequence[str]:
-    """Return the first columns that, with the names, fit a terminal of that width; at least two."""
+    """Return the first columns that fit a terminal of this width, but at least two."""
     return columns[: max(2, (width - _NAME_WIDTH) // _COLUMN_WIDTH)]
 
 
@@ -44,14 +44,14 @@ def width_of(columns: Sequence[str]) -> int:
 
 
 def ordered(rows: Sequence[Any], sort: str | None, descending: bool, top: int | None) -> list[Any]:
-    """Return rows of any report in another order; rows with an undefined number come last.
+    """Sort and cut the rows of a report; rows with an undefined number come last.
 
     Parameters
     ----------
     rows
         The rows.
     sort
-        Name of the number to sort by, or ``"name"``; None for the given order.
+        Column to sort by, or ``"name"``; None for the given order.
     descending
         True to reverse the order.
     top

@@ -18,7 +18,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     table.add_column("runtime", no_wrap=True)
     table.add_column("version", no_wrap=True)
     table.add_column("loads", no_wrap=True)
-    table.add_column("scale x", justify="right", no_wrap=True)
+    table.add_column("scale / right", justify="right", no_wrap=True)
     table.add_column("remark", overflow="fold")
     for verdict in verdicts:
         low, high = verdict.factors or (float("nan"),) * 2

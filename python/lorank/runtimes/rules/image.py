@@ -13,20 +13,20 @@ from lorank.peft_format.names import MAGNITUDE
 from lorank.runtimes.found import Found
 from lorank.runtimes.rules.runtime import Runtime, by_module, leaves_out
 
-# Names of kohya for the modules of Stable Diffusion, which diffusers renames one by one.
+# Names that kohya gives to modules of Stable Diffusion; diffusers renames these modules one by one.
 _KOHYA_PART = re.compile(r"lora_(?P<part>unet|te1?|te2)_(?P<rest>.+)")
 _UNET_BLOCKS = re.compile(r"(?:down|mid|up|input|middle|output)_block")
 _UNET_ATTENTION = re.compile(r"transformer_blocks_\d+_.*attn[12]_.*(?:to_q|to_k|to_v|to_out_0)")
 _TEXT_ATTENTION = re.compile(r".*self_attn_(?:q|k|v|out)_proj")
 
-# Keys without "lora" that diffusers converts: those of Wan, Z-Image and Qwen-Image.
+# Keys of Wan, Z-Image and Qwen-Image without "lora" that diffusers converts.
 _FOLDED = re.compile(
     r"diffusion_model\.(?:blocks|patch_embedding|text_embedding|time_embedding|time_projection|head)\b.*"
     r"\.(?:alpha|diff|diff_b)"
     r"|diffusion_model\.(?:layers|noise_refiner|context_refiner)\.\d+\..+\.alpha"
     r"|(?:diffusion_model\.)?transformer_blocks\.\d+\.(?:attn|img_mlp|txt_mlp|img_mod|txt_mod)\..+\.alpha"
 )
-# Full differences of Wan that diffusers leaves out: of weights except the head's, and of biases of norms.
+# Full differences of Wan that diffusers leaves out: weights outside the head, and biases of norms.
 _LOST = re.compile(r"diffusion_model\.(?:(?!head\.).+\.diff|.*norm.*\.diff_b)")
 
 _FLUX = "single_transformer_blocks."
@@ -38,7 +38,7 @@ def _diffusers_scale(a: Found, module: LoraModule) -> float:
     part = _part_of_stable_diffusion(module.name)
     if part is None or not _loses_its_alpha(module.name):
         return by_module(a, module)
-    # The pattern for the alpha of the module matches nothing, so that it gets the most frequent alpha.
+    # The pattern for the module's alpha matches nothing, so that the module gets the most frequent alpha.
     alphas = [alpha for other, alpha in a.alphas.items() if _part_of_stable_diffusion(other) == part]
     return Counter(alphas).most_common(1)[0][0] / module.rank if alphas else by_module(a, module)
 
@@ -62,7 +62,7 @@ def _diffusers_refuses(a: Found) -> str:
     keys = list(a.stored.tensors.shapes())
     alphas = [key for key in keys if key.endswith(".alpha")]
     if alphas and SETTINGS_KEY in a.stored.tensors.metadata:
-        return f"reads scales from alphas or from the metadata, but the file holds both, such as {alphas[0]}"
+        return f"reads scales from alphas or from metadata, but the file holds both: {alphas[0]} and metadata"
     if any(_KOHYA in key for key in keys):
         renamed = any(_part_of_stable_diffusion(module.name) for module in a.modules)
         left = [key for key in a.adapter.carried if not key.endswith(_MAGNITUDES)]

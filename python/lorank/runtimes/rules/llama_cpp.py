@@ -57,7 +57,7 @@ def _experts(a: Found) -> str:
 
 
 def _known(key: str) -> bool:
-    """Return True for tensors that the converter copies or skips and the program does not apply."""
+    """Return True for tensors that the converter copies or skips and that llama.cpp does not apply."""
     return "_layernorm" in key or ".norm" in key or BASE_WEIGHT in key
 
 
@@ -70,7 +70,7 @@ def _loses(a: Found) -> Iterable[str]:
 
 def _remark(a: Found) -> str:
     tables = [m.name for m in a.modules if _is_table(m.name)] if a.shares_tables is None else []
-    return f"if embedding and head of the model are not tied: {tables[0]} is adapted" if tables else ""
+    return f"only if embedding and head are not tied: {tables[0]} is adapted" if tables else ""
 
 
 def _ollama_refuses(a: Found) -> str:
@@ -80,13 +80,13 @@ def _ollama_refuses(a: Found) -> str:
         return "has no names for DoRA's magnitudes"
     alpha = a.config.get("lora_alpha")
     if alpha is not None and not (isinstance(alpha, int) and alpha >= 0):
-        return f"reads lora_alpha only from integers, but it is {alpha!r}"
+        return f"needs an integer of 0 or more as lora_alpha, not {alpha!r}"
     others = [m.name for m in a.modules if m.kind != "linear" or m.name.rpartition(".")[2] not in _OLLAMA]
     if others:
         return f"has no name for {others[0]}, only for {', '.join(_OLLAMA)}"
     if wide := [m for m in a.modules if m.rank > min(m.shape)]:
         return (
-            f"transposes the factors of {wide[0].name}: its rank {wide[0].rank} exceeds a side of the matrix"
+            f"transposes factors of {wide[0].name}, because rank {wide[0].rank} exceeds a side of the matrix"
         )
     return first_of(no_replication(a), no_lora_biases(a), no_others(a))
 
@@ -99,7 +99,7 @@ def _ollama_loses(a: Found) -> Iterable[str]:
 def _ollama_remark(a: Found) -> str:
     remark = "for Llama and Gemma 2 only"
     if any(m.name.rpartition(".")[2] in _ATTENTION for m in a.modules):
-        remark += "; its converter reorders A of q_proj and k_proj of a Llama: compare the answers"
+        remark += "; for Llama, its converter reorders A of q_proj and k_proj: compare the answers"
     return remark
 
 

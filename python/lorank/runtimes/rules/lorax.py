@@ -53,7 +53,7 @@ def _loses(a: Found) -> Iterable[str]:
 
 def _remark(a: Found) -> str:
     counts = {len(numbers) for kinds in a.blocks().values() for numbers in kinds.values()}
-    remarks = [f"if the model has {max(counts)} blocks and no more"] if counts else []
+    remarks = [f"only if the model has no more than {max(counts)} blocks"] if counts else []
     if a.rank < _LEAST_RANK:
         remarks.append(
             f"on GPUs it pads ranks to {_LEAST_RANK}, and divides alpha by {_LEAST_RANK} in all but the "

@@ -1,4 +1,4 @@
-"""The rules of PEFT and of its users: hot-swapping, `load_adapter` of transformers, Unsloth."""
+"""The rules of PEFT, PEFT's hot-swapping, `load_adapter` of transformers, and Unsloth."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _refuses(a: Found) -> str:
     own = {module.name for module in experts.modules}
     if misfits := [found for found in a.misfits if found[0].name not in own]:
         module, rank = misfits[0]
-        return f"sizes do not match: {module.name} has rank {module.rank}, but {rank} in the settings"
+        return f"sizes do not match: {module.name} has rank {module.rank}, but the settings give rank {rank}"
     if tables := a.unequal_tables():
         first, second = tables
         return (
@@ -57,7 +57,7 @@ def _refuses(a: Found) -> str:
     if (a.of_kinds("expert") or experts) and (setting := _not_with_parameters(a)):
         return f"{setting} is not supported with adapted parameters"
     if (init := a.base_change) and init.lower().startswith(_NEEDS_MORE):
-        return f"cannot initialise the base model by {init!r} again from the adapter's files"
+        return f"cannot repeat the initialisation {init!r} of the base model from the adapter's files"
     return ""
 
 
@@ -84,7 +84,7 @@ def _separate_experts_refused(a: Found) -> str:
     """Return the reason why separate experts do not fit in stacks; empty if they fit."""
     experts = a.separate_experts
     if problem := experts.unequal() or experts.without_partner() or experts.missing():
-        return f"stacks the experts, and needs all of them with one rank: {problem}"
+        return f"stacks the experts, which must all be adapted with one rank: {problem}"
     targets = a.config.get("target_modules")
     selects = naming.matcher(targets) if isinstance(targets, str) and targets != naming.ALL_LINEAR else None
     for stack, kinds in experts.by_stack.items():
@@ -120,12 +120,12 @@ def _loses(a: Found) -> Iterable[str]:
             f"them{_although(a)}"
         )
     if (init := a.base_change) and init.lower() not in _REPEATED:
-        yield f"initialises the base model by {init!r} again, and gets other weights than the training"
+        yield f"initialises the base model by {init!r} again, and gets other weights than in training"
 
 
 def _remark(a: Found) -> str:
     if a.base_change:
-        return f"if the base model has its original weights, which {a.base_change!r} changes again"
+        return f"only if the base model has its original weights, because {a.base_change!r} is applied again"
     if a.separate_experts:
         return "stacks the experts on loading if the model's code does"
     return ""
@@ -142,7 +142,7 @@ def _hotswap_refuses(a: Found) -> str:
     if a.adalora:
         return "AdaLoRA cannot be swapped in"
     if a.config.get("alpha_pattern"):
-        return "alpha_pattern must equal that of the adapter it replaces: only the portable profile is safe"
+        return "alpha_pattern must equal that of the replaced adapter: only the portable profile is safe"
     if embeddings := a.of_kinds("embedding"):
         return f"{embeddings[0].name} is an embedding"
     if a.dora:
@@ -158,7 +158,7 @@ def _hotswap_refuses(a: Found) -> str:
 
 def _hotswap_remark(a: Found) -> str:
     return (
-        "if the adapter that it replaces adapts the same modules with "
+        "only if the replaced adapter adapts the same modules with "
         f"use_rslora={a.rank_stabilized}, use_dora=False and lora_dropout="
         f"{a.config.get('lora_dropout') or 0.0}"
     )

@@ -1,6 +1,6 @@
 """The type of a runtime's rules, and the rules that several runtimes share.
 
-The reasons that rules return have the runtime as their subject, or name another one.
+The runtime is the subject of every reason that a rule returns, unless the reason names another subject.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def no_remark(a: Found) -> str:
 
 
 def any_form(a: Found) -> str:
-    """Return an empty reason."""
+    """Accept an adapter in any form: return an empty reason."""
     del a
     return ""
 
@@ -50,13 +50,13 @@ class Runtime:
     name
         The name of the runtime.
     version
-        The version whose rules these are.
+        The version that the rules describe.
     scale
         A function that returns the factor of a module's update; 0 if the module is left out.
     refuses
         A function that returns the reason why the adapter is not loaded; empty if it is.
     loses
-        A function that returns a reason for each part that is silently left out or computed otherwise.
+        A function that returns a reason for each part that is silently left out or computed differently.
     remark
         A function that returns a remark on an adapter that is loaded correctly.
     profiles
@@ -84,14 +84,14 @@ class Runtime:
     reads: Literal["folders", "image files", "neither"] = "folders"
 
     def misses(self, a: Found) -> dict[str, str]:
-        """Return a reason by the name of each module that is not found by its key."""
+        """Map the name of each module that is not found by its key to a reason."""
         missed = {}
         for name, key in a.wrapped.items():
             if not (self.by_suffix and _is_tail(name, key)):
                 missed[name] = f"keys hold {', '.join(a.stored.wrappers)}, as in {key}"
         if self.needs_prefix:
             missed |= {
-                name: f"keys lack the prefix {PREFIX}, as those of {name}"
+                name: f"keys lack the prefix {PREFIX}, such as the keys of {name}"
                 for name in a.unprefixed
                 if name not in missed
             }
@@ -125,12 +125,12 @@ def by_module(a: Found, module: LoraModule) -> float:
 
 
 def by_tensor(a: Found, module: LoraModule) -> float:
-    """Scale by the global alpha and the rank of the tensor; an alpha of 0 means no scale."""
+    """Scale by the global alpha and the rank of the tensor; an alpha of 0 means scale 1."""
     return a.alpha / module.rank if a.alpha else 1.0
 
 
 def not_plain(a: Found, *, but: tuple[str, ...] = ()) -> str:
-    """Return a reason about the first module that is not linear or of an accepted kind; empty if none."""
+    """Return a reason about the first module that is neither linear nor of a kind in `but`; empty if none."""
     kinds = [kind for kind in ("conv", "embedding", "expert") if kind not in but]
     if other := a.of_kinds(*kinds):
         return f"{other[0].name} is not a plain linear layer ({other[0].kind})"
@@ -151,9 +151,7 @@ def no_others(a: Found, but: Callable[[str], bool] = lambda _: False) -> str:
     """Return the reason for refusing tensors other than factors; empty if there are none."""
     others = [key for key in (*a.others, *a.base_copies) if not but(key)]
     return (
-        f"reads nothing but factors, and the file holds {len(others)} other tensors: {others[0]}"
-        if others
-        else ""
+        f"reads only factors, but the file holds {len(others)} other tensors: {others[0]}" if others else ""
     )
 
 

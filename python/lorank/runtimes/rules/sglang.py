@@ -46,7 +46,7 @@ def _pairs(a: Found) -> str:
     for name in known:
         parent, _, last = name.rpartition(".")
         if last == "up_proj" and f"{parent}.gate_proj" not in known:
-            return f"needs gate_proj beside up_proj: {parent} lacks it"
+            return f"needs gate_proj with up_proj: {parent} lacks gate_proj"
     return ""
 
 

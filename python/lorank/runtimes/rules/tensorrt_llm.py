@@ -19,7 +19,7 @@ from lorank.runtimes.rules.runtime import (
     original_base,
 )
 
-# Names of modules whose factors are read, and parts of names that are ignored elsewhere.
+# Names of modules in blocks, whose factors are read; parts of other names, which are ignored.
 _IN_A_BLOCK = re.compile(r".+\.\d+\.\w+(?:\.\w+){1,3}")
 _ENDS_OF_MODELS = ("lm_head", "embed_tokens")
 

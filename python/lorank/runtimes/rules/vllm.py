@@ -85,9 +85,9 @@ def _experts(a: Found) -> str:
     for owner, parameters in owners.items():
         gates, downs = parameters.intersection(_GATES), parameters.intersection(_DOWNS)
         if gates and not downs:
-            return f"reads the factors of {owner}.{min(gates)} as down_proj, because it needs both"
+            return f"reads the factors of {owner}.{min(gates)} as down_proj, because it needs factors of both"
         if downs and not gates:
-            return f"needs gate_up_proj beside {owner}.{min(downs)}"
+            return f"needs gate_up_proj with {owner}.{min(downs)}"
     if a.swapped:
         return f"{a.swapped[0].name} has inputs and outputs swapped, as PEFT before 0.19 wrote them"
     return ""
@@ -99,7 +99,7 @@ def _rank(a: Found) -> str:
 
 
 def needed_rank(a: Found) -> int:
-    """Return the rank that vLLM must support: the largest of a tensor, or the global one if larger."""
+    """Return the rank that vLLM must support: the largest rank of a tensor, or the global rank if larger."""
     return max(a.largest_rank, int(a.rank))
 
 
