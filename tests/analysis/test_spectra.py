@@ -409,7 +409,7 @@ def test_only_large_matrices_are_sampled():
     assert abs(one.mp_spikes - other.mp_spikes) <= other.mp_spikes_error
     assert other.frobenius_norm == pytest.approx(one.frobenius_norm, rel=1e-12)
     assert np.isnan(other.eigenvalue_error)
-    with pytest.raises(ValueError, match="'sampled' has no single eigenvalues"):
+    with pytest.raises(ValueError, match="'sampled' does not compute single eigenvalues"):
         lorank.spectrum(weights["middle"], accuracy="sampled")
 
 

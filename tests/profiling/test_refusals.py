@@ -87,7 +87,7 @@ def test_invalid_arguments_raise_with_reasons(profile: Any) -> None:
     for nothing in nothings:
         with pytest.raises(ValueError, match="no batches: profiling needs at least one"):
             profile(model, nothing)
-    with pytest.raises(ValueError, match=r"returned no loss: put labels into the batches, or give loss"):
+    with pytest.raises(ValueError, match=r"returned no loss: put labels into the batches, or pass loss"):
         profile(model, [{"input_ids": batches[0]["input_ids"]}])
     with pytest.raises(ValueError, match=r"a batch has type Tensor, not a mapping: give loss="):
         profile(model, [batches[0]["input_ids"]])

@@ -57,7 +57,7 @@ def test_tasks_with_shared_inputs_equal_separate_tasks() -> None:
     assert_same(tasks[0].estimate(), task_spectrum(X, Y, folds=5))
     assert_same(tasks[1].estimate(), task_spectrum(X, other, folds=5))
     inputs.update(X[:1])
-    with pytest.raises(ValueError, match="seen 76 samples and this task 75"):
+    with pytest.raises(ValueError, match="have 76 samples and this task has 75"):
         tasks[0].estimate()
 
 
@@ -81,8 +81,8 @@ def test_refused_batch_changes_nothing() -> None:
     stream.update(X, Y)
     before = stream.estimate()
     for bad_X, bad_Y, message in [
-        (X[:, :3], Y, "X has 3 columns, the batches before had 4"),
-        (X, Y[:, :2], "Y has 2 columns, the batches before had 3"),
+        (X[:, :3], Y, "X has 3 columns, but earlier batches had 4"),
+        (X, Y[:, :2], "Y has 2 columns, but earlier batches had 3"),
         (X, Y * np.nan, "Y holds NaN"),
     ]:
         with pytest.raises(ValueError, match=message):

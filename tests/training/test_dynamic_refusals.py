@@ -242,7 +242,7 @@ def test_wrong_types_of_model_and_optimizer_raise() -> None:
     for optimizer in ("adamw", None):
         with pytest.raises(TypeError, match="optimizer must be a torch optimizer, not"):
             DynamicRanks(model, optimizer, **OPTIONS)
-    with pytest.raises(TypeError, match=r"ranks must be a mapping by module, not \[2\]"):
+    with pytest.raises(TypeError, match=r"ranks must be a mapping from module names, not \[2\]"):
         lorank.training.resize_lora(model, [2])
 
 

@@ -15,15 +15,15 @@ from lorank._internal.core_calls import reworded
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, which replaces `target` when the block ends without an error.
+    """Yield a temporary path, whose file replaces `target` if the block ends without an error.
 
     Raises
     ------
     OSError
-        If the folder cannot be written to. The target does not change.
+        If the folder of `target` cannot be written to. The target then stays unchanged.
     """
     with _made_folder(target.parent):
-        temporary = _beside(target.parent, f"{target.name}.", target.suffix)
+        temporary = _hidden_path(target.parent, f"{target.name}.", target.suffix)
         try:
             temporary.touch(exist_ok=False)
         except OSError as error:
@@ -56,7 +56,7 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder whose files move to `folder` when the block ends without an error.
 
     A new folder appears with all its files at once. In an existing folder, files are replaced when all new
-    ones are complete. Errors of the block name files by their final paths, and `folder` does not change.
+    ones are complete. After an error of the block, `folder` is unchanged; the error names final paths.
 
     Parameters
     ----------
@@ -70,12 +70,12 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     OSError
         If the folder cannot be written to.
     LorankError, MemoryError
-        If the block raises it.
+        If the block raises one of them.
     """
     is_new = not folder.exists()
     place = folder.parent if is_new else folder
     with _made_folder(place):
-        staging = _beside(place, f"{folder.name}.")
+        staging = _hidden_path(place, f"{folder.name}.")
         try:
             staging.mkdir()
         except OSError as error:
@@ -114,7 +114,7 @@ def check_writable(target: Path) -> None:
     Raises
     ------
     OSError
-        If the folder that would hold it cannot be written to.
+        If the folder that would hold the target cannot be written to.
     """
     existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     existing = target.absolute().parent if existing == target and target.is_file() else existing
@@ -131,8 +131,8 @@ def write_text(target: Path, text: str) -> None:
         temporary.write_text(text, "utf-8")
 
 
-def _beside(folder: Path, beginning: str, end: str = "") -> Path:
-    """Return a hidden path in a folder that does not exist yet.
+def _hidden_path(folder: Path, beginning: str, end: str = "") -> Path:
+    """Return an unused hidden path in a folder.
 
     Files made at this path get the default permissions; `tempfile` would make them private.
     """

@@ -16,11 +16,11 @@ def collect(
     Parameters
     ----------
     call
-        Calls the core with a callback that takes the index of an input and its result or exception.
+        Function that calls the core with a callback of the index of an input, and its result or exception.
     name_of
-        Returns the name of the module at an index; None for inputs without a name.
+        Function that returns the name of the module at an index; None if the inputs have no names.
     on_result
-        Receives the index of each result when the result is ready.
+        Function that receives the index of each result as soon as the result is ready.
 
     Raises
     ------
@@ -53,9 +53,9 @@ def reworded(error: Exception, change: Callable[[str], str]) -> Exception:
     error
         An exception of the core, or one that this function returned.
     change
-        Returns the new message for the old one.
+        Function from the old message to the new one.
     """
     if isinstance(error, OSError) and error.strerror is not None:
-        # Python chooses the class by the error number, and adds the file name to the message.
+        # Python chooses the subclass of OSError by the number, and adds the file name to the message.
         return OSError(error.errno, change(error.strerror), error.filename)
     return type(error)(change(str(error)))

@@ -1,4 +1,4 @@
-"""Equality of rows and reports: arrays by their values, nan equal to nan."""
+"""Equality of rows and reports: arrays are compared by value, and NaN equals NaN."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ def lazy_names(
     package
         ``__name__`` of the package.
     places
-        Module inside the package that defines a name, by that name.
+        Mapping of each public name to the module inside the package that defines it.
     packages
         Names of public packages inside the package.
     needs_torch_for
-        Purpose for which all the names need torch, as the end of a sentence; None if they do not need it.
+        Purpose for which the names need torch, as the end of an error message; None if they need no torch.
     """
     content = vars(sys.modules[package])
 

@@ -52,7 +52,7 @@ def listing(title: str, lines: Iterable[str], total: int, rest: str) -> str:
     total
         Number of entries.
     rest
-        The place where the other entries are found.
+        Expressions that return all entries.
     """
     shown = [f"  {line}" for line in islice(lines, _LINES)]
     if total > _LINES:

@@ -6,7 +6,7 @@ from lorank import _core
 
 
 def thread_count(threads: int | None) -> int:
-    """Return `threads`, or the number of processors that the process may use for None.
+    """Return `threads`; for None, return the number of processors that the process may use.
 
     Raises
     ------

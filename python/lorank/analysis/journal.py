@@ -44,7 +44,7 @@ class Journal:
         self.finished = {row.name: row for row in _read(path, header)} if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _drop_torn_line(path)
+            _drop_incomplete_line(path)
         self._file = path.open("a", encoding="utf-8")
         if self._file.tell() == 0:
             self._write(header)
@@ -67,7 +67,7 @@ class Journal:
 
 
 def _read(path: Path, header: dict[str, Any]) -> Iterable[ModuleSpectrum]:
-    # An interruption may have cut off the part after the last newline.
+    # The text after the last newline may be an incomplete line of an interrupted run.
     lines = path.read_text("utf-8").split("\n")[:-1]
     if not lines:
         return []
@@ -87,8 +87,8 @@ def _read(path: Path, header: dict[str, Any]) -> Iterable[ModuleSpectrum]:
     return rows
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Remove a last line without its newline, which an interruption left."""
+def _drop_incomplete_line(path: Path) -> None:
+    """Remove an incomplete last line, which an interrupted run left."""
     with path.open("r+b") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)

@@ -51,18 +51,18 @@ def analyze(
           eigenvalues may be zero, or if it is at least 32 times as long as wide, as embeddings are. The
           `accuracy` of a row names the arithmetic of its matrix.
         - ``"sampled"``: estimates by stochastic Lanczos quadrature [SLQ] if both sides are at least 2048,
-          ``"fast"`` for other matrices. At 8192x8192 it takes a tenth of the time. The exponent and the
-          spikes have error bars (`alpha_hill_error`, `mp_spikes_error`), which covered the exact values of
-          98 % of the matrices of two real models. The other metrics have none. Kept eigenvalues are
-          quantiles.
+          ``"fast"`` for other matrices. At 8192x8192 it takes less than a tenth of the time of ``"exact"``.
+          The exponent and the spikes have error bars (`alpha_hill_error`, `mp_spikes_error`), which covered
+          the exact values of 98 % of the matrices of two real models. The other metrics have no error bars.
+          Kept eigenvalues are quantiles.
     threads
-        Largest number of threads; by default all processors that the process may use. The numbers do not
-        depend on it.
+        Largest number of threads; by default all processors that the process may use. Results do not depend
+        on the number of threads.
     resume
         Path of a journal, for sources on disk. Each finished matrix is written to the journal, and a run that
-        finds the journal continues from it. If the memory does not suffice for one matrix, or the analysis of
-        one meets a defect of lorank, the others are still analysed; the run raises the error at its end, and
-        the next run tries that matrix again.
+        finds the journal continues from it. If a matrix fails for lack of memory or by a defect of lorank,
+        the run still analyses the others and raises the error at its end; the next run tries that matrix
+        again.
     progress
         True to draw a progress bar on standard error, if that is a terminal.
     keep_eigenvalues
@@ -71,7 +71,7 @@ def analyze(
     Returns
     -------
     SpectralReport
-        A row for each matrix, also for each expert of a stack, and the skipped tensors. A matrix with NaN or
+        A row for each matrix, including each expert of a stack, and the skipped tensors. A matrix with NaN or
         infinite values has a row with a flag and no numbers.
 
     Raises
@@ -83,16 +83,16 @@ def analyze(
     ValueError
         If no matrix is selected, or the journal belongs to another run.
     MemoryError, OSError
-        If the system lacks the memory for a matrix, or cannot start threads. Fewer `threads` need less of
-        both.
+        If the system lacks the memory for a matrix, or cannot start threads. Fewer `threads` need less
+        memory.
     LorankError
-        If the analysis of a matrix meets a defect of lorank. The message asks for a report of it.
+        If the analysis of a matrix meets a defect of lorank. Please report such errors.
 
     Notes
     -----
-    Each thread needs the memory of one matrix as stored, and of about ``p^2 + 700 p`` float64 numbers with
-    ``p = min(out, in)``; ``accuracy="sampled"`` needs ``out * in`` float32 numbers instead. All threads
-    together analyse a matrix that would take one core some seconds.
+    Each thread needs memory for one stored matrix and for about ``p^2 + 700 p`` float64 numbers, with
+    ``p = min(out, in)``; ``accuracy="sampled"`` needs ``out * in`` float32 numbers instead. A matrix that
+    would take one core some seconds is analysed by all threads together.
 
     Examples
     --------
@@ -164,7 +164,7 @@ def _analyze_batch(
 
     def on_result(index: int, outcome: Any) -> None:
         matrix = batch[index]
-        # Values that are not finite fail in every run, so that failure is the row's result.
+        # A matrix with values that are not finite fails in every run, so its row records the failure.
         if isinstance(outcome, _core.NumericalError):
             finish(matrix, ModuleSpectrum.failed(matrix.info, str(outcome)))
         elif isinstance(outcome, Exception):
@@ -176,13 +176,13 @@ def _analyze_batch(
 
 
 def _incomplete(failures: Sequence[Exception], total: int, journal: str | Path | None) -> Exception:
-    """Return the first exception, whose message also counts the others and names the journal."""
+    """Return the first exception, with the number of failures and the journal added to its message."""
     rest = f"{len(failures)} of {total} matrices failed, and the next run with {journal} tries them again"
     return core_calls.reworded(failures[0], lambda message: f"{message}; {rest}")
 
 
 def _batches(matrices: Sequence[SourceMatrix], threads: int) -> Iterator[Sequence[SourceMatrix]]:
-    """Yield all matrices that can be read in place, then the lazy ones, one for each thread at a time."""
+    """Yield one batch of all matrices that can be read in place, then batches of a lazy matrix per thread."""
     direct = [matrix for matrix in matrices if not matrix.lazy]
     if direct:
         yield direct
@@ -192,7 +192,7 @@ def _batches(matrices: Sequence[SourceMatrix], threads: int) -> Iterator[Sequenc
 
 
 def _work(matrix: SourceMatrix) -> int:
-    """Return the arithmetic that a matrix needs, in thousands of multiplications."""
+    """Return the work for a matrix, in thousands of multiplications."""
     short, long = sorted(matrix.info.shape)
     return max(1, int(np.ceil(short * short * (long + 4 * short) / 1000)))
 

@@ -36,10 +36,10 @@ def profile_gradients(
 ) -> GradientReport:
     """Compute spectra of the gradients of the base model's weights over mini-batches.
 
-    The weights are not trained and get no `.grad`: ``G = sum delta x^T`` follows from the inputs and output
-    gradients of each module. A ``k x k`` projection of each batch's gradient is kept. Memory besides the
-    model: ``modules * M * k^2`` numbers for `M` batches, ``modules * k (out + in)`` for the projections,
-    and the projected inputs of one batch.
+    The weights are not trained and get no `.grad`: the gradient ``G = sum delta x^T`` of a module follows
+    from its inputs `x` and output gradients `delta`. A ``k x k`` projection of each batch's gradient is kept.
+    Memory besides the model: ``modules * M * k^2`` numbers for `M` batches, ``modules * k (out + in)`` for
+    the projections, and the projected inputs of one batch.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def profile_gradients(
         dropout is active in training mode.
     batches
         Mappings of the model's keyword arguments, including labels; batches of any type if `loss` is given.
-        Their number is an upper bound of effective ranks: `allocate` flags modules that reach it, because
+        Their number is an upper bound of effective ranks. `allocate` flags modules at this bound, because
         more batches may show larger ranks.
     energy
         Share of the spectrum that the effective rank holds, in (0, 1].
@@ -63,7 +63,7 @@ def profile_gradients(
     seed
         Seed of the random projections.
     progress
-        Draw a progress bar on standard error, if that is a terminal.
+        True to draw a progress bar on standard error, if that is a terminal.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def profile_gradients(
     Raises
     ------
     ImportError
-        Without torch (extra ``peft``).
+        If torch is not installed (extra ``peft``).
     TypeError
         If `model` is not a module, or `batches` is a single batch.
     ValueError
@@ -85,9 +85,9 @@ def profile_gradients(
     Source: [GARD], static variant. With ``C_ab = <G_a, G_b> / M``, the effective rank is the smallest number
     of eigenvalues of C that hold the share `energy` of their sum.
 
-    If the loss contains gradients itself (forces, gradient penalties), its own backward passes do not count,
-    but the terms that they add to the gradient of the loss do. Modules that Accelerate offloads are profiled
-    like others. Layers whose weight cannot be read are in `skipped`, with the reason.
+    If the loss itself contains gradients (forces, gradient penalties), backward passes within the loss do not
+    count, but the terms that they add to the gradient of the loss do. Modules that Accelerate offloads are
+    profiled like others. Layers whose weight cannot be read are in `skipped`, with the reason.
 
     Examples
     --------

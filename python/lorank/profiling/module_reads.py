@@ -20,15 +20,15 @@ _ROUNDING = 8 * float(np.finfo(np.float32).eps)
 class ModuleRead(NamedTuple):
     """The inputs of one call of a module.
 
-    Rows without a gradient are not samples of the task: padded and masked tokens, or labels that do not
-    count. As samples of the target zero they would lower the estimated noise.
+    Rows without a gradient (padded tokens, masked tokens, ignored labels) are not samples of the task: with
+    the target zero, they would lower the estimated noise.
 
     Attributes
     ----------
     x
         The inputs, ``(tokens, in)``.
     has_gradient
-        True for rows to which a gradient came back, ``(tokens,)``.
+        True for rows with a gradient, ``(tokens,)``.
     """
 
     x: torch.Tensor
@@ -36,23 +36,23 @@ class ModuleRead(NamedTuple):
 
     @classmethod
     def of(cls, x: torch.Tensor, delta: torch.Tensor) -> ModuleRead:
-        """Make a read from inputs and output gradients, ``(tokens, in)`` and ``(tokens, out)``."""
+        """Build a `ModuleRead` from inputs and output gradients, ``(tokens, in)`` and ``(tokens, out)``."""
         sizes = delta.abs().amax(1) if delta.numel() else delta.new_zeros(len(delta))
         # If the terms of a gradient cancel (queries of the first token), some kernels leave a rounding error.
         floor = _ROUNDING * sizes.max() if len(sizes) else 0.0
-        # Negated, so that NaN counts as a gradient; a later check raises for NaN.
+        # The comparison is negated, so that NaN counts as a gradient; a later check raises for NaN.
         return cls(x, ~(sizes <= floor))
 
     @property
     def key(self) -> object:
-        """Key that is equal for reads of the same rows of the same memory, while both tensors are alive."""
+        """Key of the rows in memory: equal keys mean equal rows, as long as both tensors are alive."""
         x = self.x
         has_gradient = self.has_gradient.cpu().numpy().tobytes()
         return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, has_gradient
 
     @property
     def rows(self) -> npt.NDArray[np.float32]:
-        """Inputs of the rows to which a gradient came back."""
+        """Inputs of the rows with a gradient, shape ``(samples, in)``."""
         return as_float32(self.x[self.has_gradient])
 
 
@@ -93,7 +93,7 @@ class _ReadRecorder:
         return x
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
-        """Keep the read."""
+        """Record the inputs of one call and the rows with a gradient."""
         self.reads[index].append(ModuleRead.of(kept, delta))
 
     def see_inner(self, index: int, x: torch.Tensor, delta: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ Loss = Callable[[Any, Any], Any]
 
 
 def checked_model(model: Any) -> Any:
-    """Return the model without compilers' and parallel wrappers.
+    """Return the model without the wrappers of compilers and data parallelism.
 
     Compiled code does not call hooks that were added after compilation, and copies of the model on other
     devices would share its hooks.
@@ -30,7 +30,7 @@ def checked_model(model: Any) -> Any:
     TypeError
         If the model is not a torch module.
     ValueError
-        As `check_weights`.
+        In the cases of `check_weights`.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: load it first")
@@ -60,7 +60,7 @@ def check_weights(model: Any) -> None:
 
 
 def check_batches(batches: Any) -> None:
-    """Raise TypeError if `batches` is not an iterable of batches, but for example a single batch."""
+    """Raise TypeError if `batches` is a single batch or not iterable."""
     if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, torch.Tensor, str)):
         what = type(batches).__name__
         raise TypeError(f"batches must be an iterable of batches, not {what}: put a single batch in a list")
@@ -81,7 +81,7 @@ def frozen(model: Any) -> Iterator[None]:
             module.get_parameter(name).requires_grad_(False)
         yield
     finally:
-        # By name, because Accelerate replaces the parameters that it offloads.
+        # Parameters are looked up by name, because Accelerate replaces those that it offloads.
         for module, name, required in before:
             module.get_parameter(name).requires_grad_(required)
         for buffer, value in buffers:
@@ -131,20 +131,20 @@ def backward_passes(
 
 
 def _checked_loss(model: Any, batch: Any, loss: Loss | None, index: int) -> torch.Tensor:
-    """Return the loss of a batch; raise ValueError for a loss that differentiates by frozen parameters."""
+    """Return the loss of a batch; raise ValueError if it differentiates with respect to frozen parameters."""
     try:
         return loss_of(model, batch, loss)
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise
         raise ValueError(
-            f"batch {index}: the loss differentiates by the model's parameters, which are frozen while "
-            f"profiling, or by a tensor that requires no gradient ({error})"
+            f"batch {index}: the loss differentiates with respect to the model's parameters, which are "
+            f"frozen while profiling, or to a tensor that requires no gradient ({error})"
         ) from error
 
 
 def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
-    """Return the loss of a batch on the model's device, by the caller's function or the model's own.
+    """Compute the loss of a batch on the model's device, by the caller's function or the model itself.
 
     Raises
     ------
@@ -160,14 +160,14 @@ def loss_of(model: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
         raise ValueError(f"a batch has type {type(batch).__name__}, not a mapping: give loss=f(model, batch)")
     if value is None:
         raise ValueError(
-            "the model returned no loss: put labels into the batches, or give loss=f(model, batch)"
+            "the model returned no loss: put labels into the batches, or pass loss=f(model, batch)"
         )
     found: torch.Tensor = value
     return found
 
 
 def _moved(batch: Any, model: Any) -> Any:
-    """Return the batch on the model's device, as tensors apart from the caller's graphs and `.grad`."""
+    """Move a batch to the model's device, detached from the caller's graphs and `.grad`."""
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
     if isinstance(batch, Mapping):
         return {key: _moved_value(value, device) for key, value in batch.items()}
@@ -180,5 +180,5 @@ def _moved_value(value: Any, device: torch.device | None) -> Any:
         return moved
     if moved.is_inference():
         return moved.clone()
-    # Detached: the caller's tensor gets no `.grad`, and its graph is not freed by a backward pass.
+    # The result is detached: the caller's tensor gets no `.grad`, and backward passes do not free its graph.
     return moved.detach().requires_grad_() if moved.requires_grad else moved

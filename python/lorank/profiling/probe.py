@@ -1,9 +1,9 @@
 """Inputs and output gradients of modules, observed while other code runs the model.
 
 Autograd does not compute the gradient of a frozen weight, but the gradient is ``G = sum delta x^T`` over
-tokens, and both factors pass through the module. A forward hook receives `x` and puts a tap on the module's
-outputs; the tap receives `delta` during the backward pass. So each backward pass counts once, also under
-gradient checkpointing, which runs forward passes twice.
+tokens, with the inputs `x` and the output gradients `delta` of the module. A forward hook receives `x` and
+puts a tap on the module's outputs; the tap receives `delta` during the backward pass. Each backward pass
+therefore counts once, also under gradient checkpointing, which runs forward passes twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Observer(Protocol):
         """Receive a module's output gradients ``(tokens, out)``, and the kept part of its inputs."""
 
     def see_inner(self, index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
-        """Receive rows of a term ``delta^T x`` of the gradient, due to a gradient within the loss."""
+        """Receive the rows of a term ``delta^T x`` that a gradient within the loss adds to the gradient."""
 
 
 class Probe:
@@ -40,7 +40,7 @@ class Probe:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count backward passes within the block, and from then on only within such blocks."""
+        """Count backward passes within the block, and none after it."""
         self.is_counting = True
         try:
             yield
@@ -53,7 +53,7 @@ def probing(targets: Sequence[Target], observer: Observer) -> Iterator[Probe]:
     """Report all passes through the targets' modules to an observer, within the context.
 
     A backward pass counts if it computes the gradient of every leaf, as `loss.backward()` does. A backward
-    pass for selected tensors, as in `torch.autograd.grad` by positions or pixels, does not count.
+    pass for selected tensors, such as `torch.autograd.grad` for positions or pixels, does not count.
     """
     probe = Probe()
     handles = [
@@ -77,7 +77,8 @@ class _ModuleTap:
         return self
 
     def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the outputs with a tap, or None for a copy of the module, which has the same hooks."""
+        """Return the outputs with a tap; None without autograd, and for copies of the module."""
+        # Copies of a module share its hooks.
         if module is not self._target.module or not torch.is_grad_enabled():
             return None
         return tapped(args[0] if args else kwargs["input"], output, self)
@@ -86,21 +87,23 @@ class _ModuleTap:
         return self._probe.is_counting and is_whole_pass()
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
-        kept: torch.Tensor = _apart(
+        kept: torch.Tensor = _without_autograd(
             x, lambda: self._observer.see_input(self._index, rows_in(self._target, x.detach()))
         )
         return kept
 
     def see(self, kept: torch.Tensor, delta: torch.Tensor) -> None:
         rows = rows_out(self._target, delta.detach())
-        _apart(delta, lambda: self._observer.see_gradient(self._index, kept, rows))
+        _without_autograd(delta, lambda: self._observer.see_gradient(self._index, kept, rows))
 
     def see_inner(self, x: torch.Tensor, delta: torch.Tensor) -> None:
         rows = rows_out(self._target, delta.detach())
-        _apart(delta, lambda: self._observer.see_inner(self._index, rows_in(self._target, x.detach()), rows))
+        _without_autograd(
+            delta, lambda: self._observer.see_inner(self._index, rows_in(self._target, x.detach()), rows)
+        )
 
 
-def _apart(tensor: torch.Tensor, work: Callable[[], Any]) -> Any:
+def _without_autograd(tensor: torch.Tensor, work: Callable[[], Any]) -> Any:
     """Run `work` without autograd, and without autocast to a lower precision."""
     with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
         return work()
@@ -112,7 +115,7 @@ def rows_in(target: Target, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(-1, x.shape[-1])
     layer = target.module
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    # By the layer's own list, because padding may be one-sided, as it is for "same".
+    # The layer's list of paddings by side, because padding="same" may pad one side more.
     padded = pad(_images(x).float(), layer._reversed_padding_repeated_twice, mode)
     patches = unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])

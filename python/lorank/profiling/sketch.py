@@ -1,7 +1,8 @@
 """Two-sided random projections of the gradients of weights, summed over a batch.
 
-``P_out G P_in`` with entries of variance ``1/k`` preserves inner products of gradients in expectation. The
-projection follows from projected inputs and projected output gradients: the gradient itself is never formed.
+``P_out G P_in``, with projections whose entries have the variance ``1/k``, preserves inner products of
+gradients in expectation. It follows from projected inputs and projected output gradients: the gradient itself
+is never formed.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class GradientSketches:
     targets
         The modules.
     size
-        Size `k` of the projections; None for exact gradients. Sides of up to `k` are not projected.
+        Size `k` of the projections; None for exact gradients. Dimensions of up to `k` are not projected.
     seed
-        Seed of the projections, with the module's name.
+        Seed of the projections, combined with the module's name.
     """
 
     def __init__(self, targets: Sequence[Target], size: int | None, seed: int = 0) -> None:
@@ -76,7 +77,7 @@ class GradientSketches:
         return (out, fan_in) if self.size is None else (min(out, self.size), min(fan_in, self.size))
 
     def device(self, index: int) -> torch.device:
-        """Return the device of a module's sketch: the device of its gradients, or at first of its weight."""
+        """Return the device of a module's sketch: that of the last gradient or, without one, the weight."""
         module = self._targets[index].module
         device: torch.device = module.weight.device
         is_offloaded = device.type == "meta" and hasattr(module, "_hf_hook")
@@ -113,9 +114,9 @@ class GradientSketches:
 
 
 def spectrum(sketches: Sequence[torch.Tensor | None]) -> npt.NDArray[np.float64]:
-    """Return the eigenvalues of ``C_ab = <G_a, G_b> / M`` of a module's sketches, descending, at least 0.
+    """Return the eigenvalues of ``C_ab = <G_a, G_b> / M`` for a module's sketches, descending, at least 0.
 
-    A sketch is None for a batch without a gradient of the module, which counts as zero.
+    A sketch is None, and counts as zero, for a batch without a gradient of the module.
     """
     count = len(sketches)
     seen = [sketch.flatten().double() for sketch in sketches if sketch is not None]

@@ -1,4 +1,4 @@
-"""Autograd functions that observe every use of a frozen weight, in gradients of gradients too.
+"""Autograd functions that observe every use of a frozen weight, including uses in gradients of gradients.
 
 A linear layer or convolution computes ``y = W x``. Its backward pass computes ``W^T delta``. If the loss
 contains a gradient, the backward pass of that backward pass computes ``W v``, where `v` is the gradient of
@@ -48,7 +48,7 @@ class Tap(Protocol):
 
 
 def tapped(x: torch.Tensor, y: torch.Tensor, tap: Tap) -> torch.Tensor:
-    """Return the outputs `y` of a module with inputs `x`, with a tap; use them in place of `y`."""
+    """Put a tap on the outputs `y` of a module with inputs `x`; return outputs to use in place of `y`."""
     watched: torch.Tensor = _Outputs.apply(x, y, _ANCHOR, tap)
     return watched
 
@@ -75,7 +75,7 @@ class _Outputs(torch.autograd.Function):  # type: ignore[misc]  # torch leaves i
     @staticmethod
     def forward(x: torch.Tensor, y: torch.Tensor, anchor: torch.Tensor, tap: Tap) -> torch.Tensor:
         del x, anchor, tap
-        # Detached, not a view of y, because later operations may change the result in place.
+        # The result is detached, not a view of y, because later operations may change the result in place.
         return y.detach()
 
     @staticmethod

@@ -91,7 +91,7 @@ def _unread(model: Any, source: Source) -> dict[str, Skipped]:
 
 
 def named_targets(model: Any, source: Source, names: Container[str]) -> FoundTargets:
-    """Return the modules of given names.
+    """Find the modules with given names.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Memory of the sums that `profile_tasks` keeps, and the passes that fit into it."""
+"""Memory for the sums that `profile_tasks` keeps, and the division of modules into passes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def passes_within(
             if inputs + outputs > memory:
                 raise ValueError(
                     f"memory {memory:,}: the sums of {targets[index].info.name} alone need "
-                    f"{inputs + outputs:,} bytes: give more, or fewer folds"
+                    f"{inputs + outputs:,} bytes: raise memory, or use fewer folds"
                 )
             if is_open and outputs <= left:
                 passes[-1][-1] = (*passes[-1][-1], index)

@@ -33,8 +33,8 @@ class TaskSums:
     tasks
         The sums of each module.
     settled
-        Modules whose sums are complete. A module is removed if it reads other rows than its group in a later
-        batch, and memory is too small for separate inputs.
+        Modules whose sums are complete. A module leaves this set if it reads other rows than its group in a
+        later batch, and memory is too small for separate sums over inputs.
     with_inner
         Modules through which a gradient within the loss passes.
     """
@@ -65,7 +65,7 @@ class TaskSums:
         return x
 
     def see_gradient(self, index: int, kept: torch.Tensor, delta: torch.Tensor) -> None:
-        """Add rows to the products of inputs and targets; `end_batch` adds them to the inputs."""
+        """Add rows to the products of inputs and targets; `end_batch` adds them to the sums over inputs."""
         target = self.order[index]
         if target not in self.settled:
             return
@@ -75,7 +75,7 @@ class TaskSums:
         except ValueError as error:
             name = self._targets[target].info.name
             raise ValueError(
-                f"batch {self._batch}: {name}, X its inputs and Y its output gradients: {error}"
+                f"batch {self._batch}: {name} (X: its inputs, Y: its output gradients): {error}"
             ) from error
         self._reads[target].append(read)
 
@@ -85,7 +85,7 @@ class TaskSums:
             self.with_inner.add(self.order[index])
 
     def end_batch(self) -> None:
-        """Add the rows of the batch to the inputs, once for all modules that read the same rows."""
+        """Add the rows of the batch to the sums over inputs, once for all modules that read the same rows."""
         self._batch += 1
         groups, self._inputs = self._inputs, []
         for members, moments in groups:
@@ -93,7 +93,7 @@ class TaskSums:
             for index in members:
                 by_rows.setdefault(tuple(read.key for read in self._reads[index]), []).append(index)
             first, *separated = by_rows.values()
-            # Copied before the rows of this batch are added to the shared inputs.
+            # The shared sums are copied before the rows of this batch are added.
             self._inputs += [
                 (part, self._separated(part, moments)) for part in separated if self._reserve(part)
             ]
@@ -104,7 +104,7 @@ class TaskSums:
         self._reads = {index: [] for index in self.order}
 
     def _reserve(self, members: Sequence[int]) -> bool:
-        """Reserve memory for separate inputs; if there is too little, give the modules up."""
+        """Reserve memory for separate sums; without enough memory, leave the modules to another pass."""
         needed = input_bytes(self._targets[members[0]], self._folds)
         if needed > self._spare:
             self.settled -= set(members)
@@ -113,7 +113,7 @@ class TaskSums:
         return True
 
     def _separated(self, members: Sequence[int], shared: InputMoments) -> InputMoments:
-        """Give modules a copy of the inputs that they have shared with their group until now."""
+        """Give modules their own copy of the sums over inputs that they shared with their group."""
         own = InputMoments(folds=self._folds)
         own.merge(shared)
         for index in members:

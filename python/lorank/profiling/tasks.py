@@ -31,12 +31,12 @@ def profile_tasks(
     memory: int = 4 * 2**30,
     progress: bool = True,
 ) -> TaskReport:
-    """Estimate the rank of each module's task, from its inputs to minus its output gradients.
+    """Estimate the rank of each module's task: the map from its inputs to its negative output gradients.
 
-    For each module with inputs `X` (a row for each token), a gradient step changes the outputs by minus
-    their gradients `Y`. Rows without a gradient, such as padded and masked tokens, are not samples: a row
-    is left out if its gradient is zero up to rounding errors. Only sums over rows are kept, and modules
-    that read the same rows share the sums over inputs.
+    The inputs `X` of a module have a row for each token. A gradient step changes the outputs in proportion to
+    the negative output gradients `Y`, the targets of the task. Rows without a gradient, such as padded and
+    masked tokens, are not samples: a row is left out if its gradient is zero up to rounding errors. Only sums
+    over rows are kept, and modules that read the same rows share the sums over inputs.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def profile_tasks(
     Raises
     ------
     ImportError
-        Without torch (extra ``peft``).
+        If torch is not installed (extra ``peft``).
     TypeError
         If `model` is not a module, or `batches` is a single batch.
     ValueError
@@ -73,7 +73,7 @@ def profile_tasks(
     Use more tokens than the widest module has inputs. With fewer tokens, the estimates have large errors and
     take longer, because the sums cannot be factored by Cholesky.
 
-    If the loss contains gradients itself (forces, gradient penalties), the rows are those of the outer
+    If the loss itself contains gradients (forces, gradient penalties), the rows are those of the outer
     backward pass, and modules through which an inner backward pass goes are flagged.
 
     Examples
@@ -113,7 +113,7 @@ def profile_tasks(
                         observer.end_batch()
                 rows |= _settled_rows(observer, found.chosen, space)
                 num_samples = max(num_samples, *(task.num_samples for task in observer.tasks.values()))
-                # Modules that were given up get groups of their own in another pass.
+                # Modules whose sums are incomplete get groups of their own in another pass.
                 groups += [(index,) for index in observer.order if index not in observer.settled]
     ordered = [rows[index] for index in range(len(found.chosen))]
     source = found.source
@@ -123,7 +123,7 @@ def profile_tasks(
 
 
 def _with_first(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """Return the first batch, and all batches from the first one on."""
+    """Return the first batch, and an iterable of all batches including the first."""
     iterator: Iterator[Any] = iter(batches)
     for first in iterator:
         return first, chain([first], iterator) if iterator is batches else batches
@@ -131,18 +131,19 @@ def _with_first(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
 
 
 def _check_repeatable(batches: Iterable[Any], num_passes: int, has_rows: bool) -> None:
-    """Raise ValueError for an iterator if there are several passes; before the first one if possible."""
+    """Raise ValueError if several passes would read an iterator; before the first pass if possible."""
     if iter(batches) is not batches or (num_passes == 1 and not has_rows):
         return
     why = (
-        "modules that shared their inputs at first read others later, which needs another pass or more memory"
+        "modules with the same inputs in the first batch have different ones later, which needs another pass "
+        "or more memory"
         if has_rows
-        else f"the memory allowed needs {num_passes} passes"
+        else f"the allowed memory needs {num_passes} passes"
     )
     raise ValueError(f"{why}, and batches is an iterator: pass a list")
 
 
-_INNER = "the loss holds a gradient that passes through it: that part of its task is left out"
+_INNER = "the loss contains a gradient through this module: that part of the task is left out"
 
 
 def _settled_rows(sums: TaskSums, targets: Sequence[Target], space: Space) -> dict[int, ModuleTask]:

@@ -17,14 +17,14 @@ Evidence = Literal["spectra", "gradients", "tasks"]
 
 R = TypeVar("R", bound=Row, covariant=True)
 
-# Numbers of a row in a `repr`.
+# Largest number of metrics of a row in a `repr`.
 _NUMBERS = 3
 
 
 class Report(ByValue, Generic[R]):
-    """Rows in the order of the model, by position and by name.
+    """Rows in the order of the model; ``report[name]`` is one row.
 
-    A report is data: it can be pickled, copied and compared.
+    Reports can be pickled, copied and compared.
     """
 
     __slots__ = ()
@@ -49,7 +49,7 @@ class Report(ByValue, Generic[R]):
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values: nan is null, infinity is the string "inf"."""
+        """Return the report as JSON values: NaN becomes null, infinity the string "inf"."""
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -58,12 +58,12 @@ class Report(ByValue, Generic[R]):
         return iter(self.modules)
 
     def __getitem__(self, name: str) -> R:
-        """Return the row of that name, or the only row whose name ends with it.
+        """Return the row with a name, or the only row whose name has it as a dotted suffix.
 
         Raises
         ------
         KeyError
-            If no row or several rows fit.
+            If no row or several rows match.
         """
         exact = [row for row in self.modules if row.name == name]
         found = exact or [row for row in self.modules if naming.is_suffix(name, row.name)]

@@ -1,4 +1,4 @@
-"""Spectra of matrices as columns and entries of plain values, for files and data frames."""
+"""Rows of a `SpectralReport` as columns or dictionaries of plain values, for files and data frames."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def columns(rows: Sequence[ModuleSpectrum]) -> dict[str, list[Any]]:
 
 
 def _value(row: ModuleSpectrum, metric: str) -> Any:
-    """Return a metric; None for a count without a spectrum."""
+    """Return a metric of a row; None for a count in a row without a spectrum."""
     return row.number(metric) if metric in COUNTS else getattr(row, metric)
 
 
@@ -47,12 +47,12 @@ def to_entries(rows: Sequence[ModuleSpectrum]) -> list[dict[str, Any]]:
 
 
 def from_entry(entry: Mapping[str, Any]) -> ModuleSpectrum:
-    """Return the row of an entry, whose flags are a list, or a text with "; " between them.
+    """Build a row from an entry, whose flags are a list or a string joined by "; ".
 
     Raises
     ------
     KeyError, TypeError, ValueError
-        If the entry has another structure.
+        If the entry is malformed.
     """
     metrics: dict[str, Any] = {
         name: int(entry[name] or 0) if name in COUNTS else number(entry[name]) for name in METRICS

@@ -23,7 +23,7 @@ _VERSION = 1
 
 
 class Header(TypedDict):
-    """The fields of a `SpectralReport` beside its rows."""
+    """The fields of a `SpectralReport` other than its rows."""
 
     skipped: Sequence[Skipped]
     source: str
@@ -34,20 +34,20 @@ class Header(TypedDict):
 
 
 class Content(NamedTuple):
-    """The content of a file."""
+    """Rows and header of a file."""
 
     rows: list[ModuleSpectrum]
     header: Header
 
 
 def save(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> None:
-    """Write rows and header in the format that the path's ending names; CSV holds rows only."""
+    """Write rows and header in the format of the path's suffix; CSV holds rows only."""
     writers = {".json": _save_json, ".parquet": _save_parquet, ".csv": _save_csv}
     _by_suffix(path, writers)(path, rows, header)
 
 
 def load(path: Path) -> Content:
-    """Read a file in the format that its ending names.
+    """Read a file in the format of its suffix.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def _by_suffix(path: Path, table: Mapping[str, Any]) -> Any:
 
 
 def to_json(rows: Sequence[ModuleSpectrum], header: Header) -> dict[str, Any]:
-    """Return JSON values: nan and counts without a spectrum are null, infinity is the string "inf"."""
+    """Return JSON values: NaN and counts without a spectrum become null, infinity the string "inf"."""
     return {**_header_to_json(header), "modules": to_entries(rows)}
 
 
@@ -131,7 +131,7 @@ def _load_csv(path: Path) -> Content:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if missing := columns([]).keys() - set(reader.fieldnames or ()):
-            raise ValueError(f"without columns {', '.join(sorted(missing))}")
+            raise ValueError(f"missing columns: {', '.join(sorted(missing))}")
         rows = [from_entry(entry) for entry in reader]
     unknown = "the report was read from CSV, which keeps rows only, unlike JSON and parquet"
     header = Header(

@@ -35,11 +35,11 @@ class ModuleGradients(Row):
     shape
         ``(out, in)``.
     effective_rank
-        Smallest number of eigenvalues that hold the share `energy` of their sum; a fraction once it is
-        smoothed over time. 0 if no gradient reached the module.
+        Smallest number of eigenvalues that hold the share `energy` of their sum; fractional if smoothed over
+        windows. 0 if no gradient reached the module.
     eigenvalues
-        Eigenvalues of ``C_ab = <G_a, G_b> / M`` for batches `a`, `b` of `M`, descending, float64, shape
-        ``(M,)``; in the unit of the squared gradient of a weight.
+        Eigenvalues of ``C_ab = <G_a, G_b> / M`` for the gradients `G_a` of `M` batches, descending, float64,
+        shape ``(M,)``, in the unit of a squared gradient.
     flags
         Remarks on the module, such as ``"no gradient reached it"``.
     """
@@ -141,7 +141,7 @@ class GradientReport(JsonReport[ModuleGradients]):
     def assembled(
         cls, rows: Sequence[ModuleGradients], skipped: Sequence[Skipped], header: Mapping[str, Any]
     ) -> Self:
-        """Return the report of rows and a file's header."""
+        """Build a report from rows and the header of a file."""
         sketch = header["sketch"]
         return cls(
             rows,
@@ -156,12 +156,12 @@ class GradientReport(JsonReport[ModuleGradients]):
 
     @staticmethod
     def row_to_json(row: ModuleGradients) -> dict[str, Any]:
-        """Return the values of a row beside its identity."""
+        """Return the fields of a row except its identity."""
         return {"effective_rank": row.effective_rank, "eigenvalues": row.eigenvalues.tolist()}
 
     @staticmethod
     def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> ModuleGradients:
-        """Return the row of an identity and the values that `row_to_json` returned."""
+        """Build a row from its identity and the result of `row_to_json`."""
         eigenvalues = np.asarray(entry["eigenvalues"], dtype=np.float64)
         return ModuleGradients(
             **identity, effective_rank=float(entry["effective_rank"]), eigenvalues=eigenvalues

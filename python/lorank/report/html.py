@@ -103,7 +103,7 @@ def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
     ]
     figure.update_layout(
         title="Metrics by block",
-        # Without this, plotly orders blocks by the first line that has them.
+        # Without explicit categories, plotly orders blocks by the first line that has them.
         xaxis={"categoryorder": "array", "categoryarray": [naming.block_of(row.module) for row in rows]},
         yaxis_title=_FIRST_METRIC,
         height=560,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from lorank.report.rows import Row
 
-# Rows of a table in a notebook.
+# Largest number of rows of a table in a notebook.
 _ROWS = 10
 
 

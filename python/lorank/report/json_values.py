@@ -10,14 +10,14 @@ from lorank.sources.base import Skipped
 
 
 def plain(value: Any) -> Any:
-    """Return a value that JSON can hold: None for nan, ``"inf"`` or ``"-inf"`` for infinity."""
+    """Convert a value for JSON: NaN to None, infinity to ``"inf"`` or ``"-inf"``."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else repr(value)
     return value
 
 
 def number(value: Any) -> float:
-    """Return the number of a value that `plain` returned; nan for None and for an empty cell of a table."""
+    """Convert a result of `plain` or a cell of a table to a float; None and an empty cell become NaN."""
     return math.nan if value in (None, "") else float(value)
 
 
@@ -27,5 +27,5 @@ def skipped_to_json(skipped: Iterable[Skipped]) -> list[dict[str, Any]]:
 
 
 def skipped_from_json(content: Sequence[Mapping[str, Any]]) -> list[Skipped]:
-    """Return the skipped tensors of values that `skipped_to_json` returned."""
+    """Build skipped tensors from the result of `skipped_to_json`."""
     return [Skipped(entry["name"], tuple(entry["shape"]), entry["reason"]) for entry in content]

@@ -22,7 +22,7 @@ _CLASSES: dict[str, type[AnyReport]] = {
 
 
 def load_report(path: str | Path) -> AnyReport:
-    """Read a saved report of any class, which a JSON file names.
+    """Read a saved report of any class; a JSON file contains the name of its class.
 
     Parameters
     ----------

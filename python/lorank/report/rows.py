@@ -30,12 +30,12 @@ class Row(ByValue):
     flags: tuple[str, ...]
 
     def number(self, column: str) -> float | int | None:
-        """Return a number of the row by its name; None for nan."""
+        """Return a number of the row by its name; None for NaN."""
         found: float | int = getattr(self, column)
         return None if math.isnan(found) else found
 
     def text(self, column: str) -> str:
-        """Return a number of the row as text: "-" for None, a float with four significant digits."""
+        """Return a number of the row as text: "-" for None, four significant digits for a float."""
         value = self.number(column)
         if value is None:
             return "-"
@@ -50,9 +50,9 @@ class Row(ByValue):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class ModuleSpectrum(Row):
-    """The spectrum of one matrix in numbers.
+    """Metrics of the spectrum of one matrix.
 
-    Eigenvalues are those of ``W^T W``: the squares of the singular values. Undefined numbers are nan.
+    Eigenvalues are those of ``W^T W``: the squares of the singular values. Undefined numbers are NaN.
 
     Attributes
     ----------
@@ -81,14 +81,14 @@ class ModuleSpectrum(Row):
     alpha_hill, alpha_hill_xmin_mid
         Hill estimate of the power-law exponent (PL_Alpha_Hill) in the conventions of `alpha_hill`.
     alpha_hill_error
-        Bound on the error of `alpha_hill`, given `eigenvalue_error`, with and without the unresolved
+        Bound on the error of `alpha_hill` due to `eigenvalue_error`, valid with and without the unresolved
         eigenvalues; an error bar for estimates.
     mp_edge, mp_spikes
-        Marchenko-Pastur edge by the mean eigenvalue, and the number of eigenvalues above it.
+        Marchenko-Pastur edge from the mean eigenvalue, and the number of eigenvalues above it.
     mp_spikes_error
         Bound on the error of `mp_spikes`; an error bar for estimates.
     mp_edge_median, mp_spikes_median
-        Marchenko-Pastur edge by the median eigenvalue, and the number of eigenvalues above it.
+        Marchenko-Pastur edge from the median eigenvalue, and the number of eigenvalues above it.
     mp_soft_rank
         ``mp_edge / lambda_max``.
     powerlaw_alpha, powerlaw_xmin, powerlaw_distance
@@ -161,7 +161,7 @@ class ModuleSpectrum(Row):
         return not np.isnan(self.frobenius_norm)
 
     def number(self, column: str) -> float | int | None:
-        """Return a number of the row by its name; None for nan and for a count without a spectrum."""
+        """Return a number of the row by its name; None for NaN and for a count without a spectrum."""
         if column in COUNTS and not self.has_spectrum:
             return None
         return Row.number(self, column)
@@ -174,7 +174,7 @@ class ModuleSpectrum(Row):
         metrics: dict[str, Any],
         eigenvalues: npt.NDArray[np.float64] | None = None,
     ) -> ModuleSpectrum:
-        """Return the row of a matrix, from its identity and the metrics that the core computed."""
+        """Build the row of a matrix from its identity and the metrics that the core computed."""
         flags: tuple[str, ...] = ()
         if metrics["num_nonzero"] == 0:
             flags = ("zero matrix",)

@@ -42,7 +42,7 @@ class SpectralReport(Report[ModuleSpectrum]):
         The reason why `num_parameters` is None: the report is from CSV, or a weight is packed in an unknown
         format.
     facts
-        Facts about the model beside its matrices; CSV does not keep them.
+        Facts about the model other than its matrices; not stored in CSV.
 
     Examples
     --------
@@ -91,11 +91,11 @@ class SpectralReport(Report[ModuleSpectrum]):
         return replace(self, modules=rows)
 
     def settings(self) -> dict[str, Any]:
-        """Return the requested accuracy, by its name."""
+        """Return a dictionary of the requested accuracy."""
         return {"accuracy": self.accuracy}
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values: nan and counts without a spectrum are null, infinity is the string "inf"."""
+        """Return JSON values: NaN and counts without a spectrum become null, infinity the string "inf"."""
         return files.to_json(self.modules, self._header())
 
     def to_pandas(self) -> pd.DataFrame:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class ModuleTask(Row):
-    """The task of one module: the regression of minus its output gradients on its inputs.
+    """The task of one module: the regression of its negative output gradients on its inputs.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class TaskReport(JsonReport[ModuleTask]):
     num_parameters
         Number of parameters of the base model, tied ones counted once; None if unknown.
     num_samples
-        Number of rows (tokens) that received a gradient, in the module with most of them.
+        Largest number of rows (tokens) with a gradient over all modules.
     unknown_parameters
         The reason why `num_parameters` is None.
 
@@ -130,7 +130,7 @@ class TaskReport(JsonReport[ModuleTask]):
     def assembled(
         cls, rows: Sequence[ModuleTask], skipped: Sequence[Skipped], header: Mapping[str, Any]
     ) -> Self:
-        """Return the report of rows and a file's header."""
+        """Build a report from rows and the header of a file."""
         return cls(
             rows,
             skipped,
@@ -142,13 +142,13 @@ class TaskReport(JsonReport[ModuleTask]):
 
     @staticmethod
     def row_to_json(row: ModuleTask) -> dict[str, Any]:
-        """Return the values of a row beside its identity."""
+        """Return the fields of a row except its identity."""
         numbers = {name: getattr(row, name) for name in (*_COUNTS, *_NUMBERS)}
         return numbers | {name: [plain(x) for x in getattr(row, name).tolist()] for name in _ARRAYS}
 
     @staticmethod
     def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> ModuleTask:
-        """Return the row of an identity and the values that `row_to_json` returned."""
+        """Build a row from its identity and the result of `row_to_json`."""
         values: dict[str, Any] = {name: int(entry[name]) for name in _COUNTS}
         values |= {name: number(entry[name]) for name in _NUMBERS}
         values |= {name: np.array([number(x) for x in entry[name]]) for name in _ARRAYS}

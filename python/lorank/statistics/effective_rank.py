@@ -23,8 +23,8 @@ def effective_rank(eigenvalues: npt.ArrayLike, energy: float) -> int:
 
     Notes
     -----
-    Source: [GARD], the energy-based effective rank. Sums are equal if they differ by less than 1e-12 of the
-    total.
+    Source: [GARD], the energy-based effective rank. Sums that differ by less than 1e-12 of the total count
+    as equal.
 
     Examples
     --------
@@ -39,6 +39,6 @@ def effective_rank(eigenvalues: npt.ArrayLike, energy: float) -> int:
     values = np.sort(np.clip(given, 0, None))[::-1]
     if not len(values) or values[0] == 0:
         return 0
-    # Division by the largest keeps the sums of huge values finite.
+    # Division by the largest value keeps the sums of huge values finite.
     sums = np.cumsum(values / values[0])
     return int(np.searchsorted(sums, energy * (1 - 1e-12) * sums[-1])) + 1

@@ -39,8 +39,8 @@ def marchenko_pastur(
     shape
         ``(out, in)`` of the weight, in any order.
     scale
-        Estimate of ``sigma^2``. ``"mean"``: the mean eigenvalue. ``"median"``: the median eigenvalue over the
-        median of the law for ``sigma = 1``, which spikes do not inflate.
+        Estimate of ``sigma^2``. ``"mean"``: the mean eigenvalue. ``"median"``: the median eigenvalue divided
+        by the median of the law for ``sigma = 1``; spikes do not inflate this estimate.
 
     Returns
     -------

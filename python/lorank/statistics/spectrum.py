@@ -37,7 +37,7 @@ def spectrum(
         reduction; eigenvalues below about ``1e-6`` of the largest one are noise.
     threads
         Largest number of threads; by default all processors that the process may use. The result does not
-        depend on it.
+        depend on the number of threads.
 
     Returns
     -------
@@ -60,6 +60,6 @@ def spectrum(
     """
     check_accuracy(accuracy)
     if accuracy not in ("exact", "fast"):
-        raise ValueError("accuracy='sampled' has no single eigenvalues: see lorank.analyze")
+        raise ValueError("accuracy='sampled' does not compute single eigenvalues: use lorank.analyze")
     array = W if arrays.is_array(W) else np.asarray(W, dtype=np.float64)
     return _core.spectrum(arrays.matrix(array), accuracy, thread_count(threads))

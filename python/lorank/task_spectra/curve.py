@@ -19,7 +19,9 @@ _ENOUGH = 0.95
 NO_FOLDS = "too few samples for cross-validation: no predicted R2"
 STEADY_OUTPUTS = "outputs that do not vary are left out of the predicted R2"
 NO_VARIATION = "no output varies: no predicted R2"
-FULL_RANK_FAILS = "the full rank predicts no better than the mean: predicted_rank is the smallest that does"
+FULL_RANK_FAILS = (
+    "the full rank predicts no better than the mean: predicted_rank is the smallest rank that predicts better"
+)
 NOTHING_PREDICTED = "no rank predicts better than the mean: predicted_rank is 1"
 
 
@@ -73,8 +75,8 @@ def held_out_errors(inputs: InputMoments, targets: TargetMoments) -> Array:
 def _gains(weights: Array, gram: Array, cross: Array) -> Array:
     """Compute the change of one fold's squared errors by each singular direction, shape ``(p, d_out)``.
 
-    With ``W_r = P[:, :r] V[:r]`` and ``Z = P^T X^T X P``, direction `r` adds to output `j` the terms of
-    ``||X W_r - Y||^2`` that contain its index: ``-2 (P^T X^T Y)_rj V_rj``, ``Z_rr V_rj^2``, and
+    With ``W_r = P[:, :r] V[:r]`` and ``Z = P^T X^T X P``, direction `r` adds to the error of output `j` the
+    terms of ``||X W_r - Y||^2`` that contain `r`: ``-2 (P^T X^T Y)_rj V_rj``, ``Z_rr V_rj^2``, and
     ``2 Z_sr V_sj V_rj`` for every direction `s` before it.
     """
     left, right = _directions(weights)
@@ -88,9 +90,9 @@ def _gains(weights: Array, gram: Array, cross: Array) -> Array:
 def _directions(weights: Array) -> tuple[Array, Array]:
     """Return ``P, V`` with ``W = P V``, where ``P[:, :r] V[:r]`` is the best approximation of rank `r`.
 
-    They are computed by eigendecomposition of the smaller Gram matrix, several times faster than a singular
-    value decomposition. Directions with singular values below ``sqrt(eps)`` times the largest one may be
-    mixed; their contribution is below the rounding error of a squared error.
+    The eigendecomposition of the smaller Gram matrix is several times faster than a singular value
+    decomposition. Directions with singular values below ``sqrt(eps)`` times the largest one may be mixed;
+    their contribution is below the rounding error of a squared error.
     """
     largest = float(np.max(np.abs(weights)))
     scaled = weights / largest if largest > 0 else weights
@@ -102,7 +104,7 @@ def _directions(weights: Array) -> tuple[Array, Array]:
 
 
 def predicted_r2(errors: Array, targets: TargetMoments, num_samples: int) -> tuple[Array, tuple[str, ...]]:
-    """Compute R^2 on held-out samples, the mean over all outputs that vary.
+    """Compute the mean R^2 on held-out samples over all outputs that vary.
 
     Returns
     -------
@@ -128,7 +130,7 @@ def rank_from_curve(curve: Array) -> PredictedRank:
     """Return the smallest rank, at least 1, that reaches 95 % of the full rank's R^2.
 
     If the full rank's R^2 is not positive, return the smallest rank with a positive R^2, which is the limit
-    of the rule for R^2 toward zero. If there is none, return 1.
+    of the rule for R^2 toward zero. If no R^2 is positive, return 1.
     """
     full = float(curve[-1])
     if np.isnan(full):

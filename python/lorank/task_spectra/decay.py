@@ -12,12 +12,13 @@ from lorank.task_spectra.least_squares import Array
 _EPS = float(np.finfo(np.float64).eps)
 
 TOO_FEW = "fewer than two values above the noise: rho is undefined"
-NO_DECAY = "no decay above the noise: every value above it counts"
+NO_DECAY = "no decay above the noise: k_star counts every value above the noise"
 
 # Fewest values of a piece: a line fits any two values exactly.
 _FEWEST = 3
 _MOST_PIECES = 3
-# Smallest standard deviation of logarithms from a line that counts as structure: one per cent of a value.
+# Floor of the standard deviation of logarithms from a line, about one per cent of a value: smaller deviations
+# do not justify another piece.
 _FINEST = 0.01
 
 
@@ -109,7 +110,7 @@ def decay(values: Array, above: int, tau: float, leading: float) -> Decay:
 
 
 def piecewise_decay(values: Array, above: int, tau: float) -> PiecewiseDecay:
-    """Fit a decay in up to three pieces, with the number of pieces by the information criterion [BIC].
+    """Fit a decay in up to three pieces; the information criterion [BIC] selects the number of pieces.
 
     A piece is a least-squares line through at least three logarithms. Pieces need not meet, so that a step
     between two plateaus is a breakpoint. For `m` values, `s` pieces and the residual sum of squares `S`, the
@@ -145,7 +146,7 @@ def piecewise_decay(values: Array, above: int, tau: float) -> PiecewiseDecay:
 def _crossing(height: float, slope: float, most: int) -> int:
     """Return the number of steps in which a line falls by `height`, at least 1 and at most `most`."""
     steps = min(height / -slope, float(most))
-    # Less a rounding error, so that a quotient of an integer is not rounded up.
+    # A rounding error is subtracted, so that a quotient that should be an integer is not rounded up.
     return max(math.ceil(steps - 1e-9), 1)
 
 

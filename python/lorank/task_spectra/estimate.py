@@ -32,8 +32,8 @@ class TaskEstimate:
     predicted_rank
         Smallest rank, at least 1, with 95 % of the full rank's predicted R^2.
     predicted_r2
-        R^2 on held-out samples of rank `r` in entry `r`, shape ``(p + 1,)``; the uniform average over
-        outputs, as in scikit-learn. ``nan`` if undefined.
+        R^2 of each rank on held-out samples, entry `r` for rank `r`, shape ``(p + 1,)``; the uniform average
+        over outputs, as in scikit-learn. NaN if undefined.
     piecewise
         The decay with up to three rates, and the rank at which its last piece reaches the noise.
     singular_values
@@ -46,7 +46,7 @@ class TaskEstimate:
     noise
         Standard deviation of the noise in an entry of `Y`, in units of `Y`, given or estimated.
     leading
-        The constant `C`: the largest singular value, or the given one.
+        The constant `C`: the given value, or else the largest singular value.
     num_above
         Number of singular values above `tau`.
     num_samples
@@ -142,16 +142,16 @@ def _sample_flags(n: int, d_in: int, rank: int) -> tuple[str, ...]:
 def _noise(targets: TargetMoments, projected: Array, errors: Array, n: int) -> tuple[float, tuple[str, ...]]:
     """Return the standard deviation of the noise, and flags.
 
-    The standard deviation is that of the residuals. If `X` has as many directions as samples, there are no
-    residuals, and it is that of the smallest held-out errors over ranks. These contain the error of the
-    weights too, so that the noise is overestimated rather than underestimated.
+    The estimate comes from the residuals. If the rank of `X` equals the number of samples, there are no
+    residuals, and the estimate comes from the held-out errors of the best rank. These include the error of
+    the weights, so that the noise is overestimated rather than underestimated.
     """
     rank, d_out = projected.shape
     energy = float(np.sum(targets.squares))
     if n <= rank:
         mean = float(np.min(np.sum(errors, axis=1))) / (n * d_out) if n > 1 else energy / d_out
-        assumed = "that of held-out samples" if n > 1 else "that of Y"
-        return math.sqrt(mean), (f"no residuals: the noise is assumed to be {assumed}; give it if known",)
+        basis = "the errors on held-out samples" if n > 1 else "Y"
+        return math.sqrt(mean), (f"no residuals: the noise is estimated from {basis}; pass it if known",)
     residual = energy - float(np.sum(np.square(projected)))
     # The rounding error of a difference of nearly equal sums.
     finest = 4 * _EPS * (rank + 1) * energy

@@ -76,7 +76,7 @@ def factor(gram: Array) -> Factor:
     values, vectors = np.linalg.eigh(scaled)
     kept = values > max(len(gram) * _EPS * values[-1], 0.0)
     whiten = vectors[:, kept] / np.sqrt(values[kept])
-    # The smallest norm is that in the caller's units, so that the basis is made orthogonal in these units.
+    # The norm is measured in the caller's units, so the basis is made orthogonal in these units.
     unseen = np.linalg.qr(vectors[:, ~kept] / norms[:, None])[0]
     return Factor(whiten / norms[:, None], unseen)
 

@@ -32,14 +32,16 @@ def checked_rows(name: str, values: npt.ArrayLike, width: int | None) -> npt.NDA
     if array.shape[1] == 0:
         raise ValueError(f"{name} has no columns")
     if width is not None and array.shape[1] != width:
-        raise ValueError(f"{name} has {array.shape[1]} columns, the batches before had {width}")
+        raise ValueError(f"{name} has {array.shape[1]} columns, but earlier batches had {width}")
     if array.dtype.kind in "cOSUmM":
         raise ValueError(f"{name} must hold real numbers, not {array.dtype}")
     for chunk in chunks(array):
         if not np.all(np.isfinite(chunk)):
             raise ValueError(f"{name} holds NaN or infinite values")
         if np.any(np.abs(chunk) > _LARGEST):
-            raise ValueError(f"{name} holds values beyond {_LARGEST:g}: their squares leave float64")
+            raise ValueError(
+                f"{name} holds values beyond {_LARGEST:g}: their squares exceed the range of float64"
+            )
     return array
 
 
@@ -64,15 +66,15 @@ def chunks(array: npt.NDArray[Any]) -> Iterator[Array]:
 
 
 def rows_of_fold(chunk: Array, first: int, fold: int, folds: int) -> Array:
-    """Return the rows of a fold: those with an index in the stream of `fold` modulo `folds`.
+    """Return the rows of a fold, whose indices in the stream are `fold` modulo `folds`.
 
-    `first` is the index of the chunk's first row.
+    `first` is the index of the chunk's first row in the stream.
     """
     return chunk[(fold - first) % folds :: folds]
 
 
 def after(sums: Array, rows: int) -> Array:
-    """Return sums by fold as if `rows` other rows had come before."""
+    """Return sums by fold as if `rows` other rows preceded them in the stream."""
     return np.roll(sums, rows % len(sums), axis=0)
 
 
@@ -153,7 +155,7 @@ class InputMoments:
         ------
         ValueError
             If the batch is malformed, has another width than earlier batches, or has NaN, infinite values or
-            values beyond 1e140. The sums are unchanged then.
+            values beyond 1e140. The sums then stay unchanged.
         """
         self.add(checked_rows("X", X, self.width))
 
@@ -169,7 +171,7 @@ class InputMoments:
             self.num_samples += len(chunk)
 
     def merge(self, other: InputMoments) -> None:
-        """Add the sums of another stream, as if its batches had come after those of this one.
+        """Add the sums of another stream, as if its batches followed those of this stream.
 
         Raises
         ------
@@ -194,7 +196,10 @@ class InputMoments:
         return gram
 
     def factor(self, without: int | None = None) -> Factor:
-        """Return the factor of ``X^T X`` of all folds but one, or of all; kept until the next update."""
+        """Return the factor of ``X^T X`` over all folds but `without`; None for all folds.
+
+        The factor is cached until the next update.
+        """
         assert self._grams is not None
         if without not in self._factors:
             self._factors[without] = factor(others(self._grams, without))

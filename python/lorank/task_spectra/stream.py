@@ -17,15 +17,15 @@ class TaskSpectrum:
 
     The model is ``Y = X W + noise`` without an intercept, as in `task_spectrum`.
 
-    For each fold, the sums ``X^T X`` and ``X^T Y``, and the sums and sums of squares of `Y` are kept.
-    Memory is ``folds * d_in * (d_in + d_out)`` numbers for any number of samples. The division into batches
-    changes the result by rounding errors only.
+    Each fold keeps the sums ``X^T X`` and ``X^T Y``, and the sums and sums of squares of `Y`. Memory is
+    ``folds * d_in * (d_in + d_out)`` numbers for any number of samples. The division into batches changes the
+    result by rounding errors only.
 
     Parameters
     ----------
     folds
         Number of folds of the cross-validation: row ``i`` of the stream belongs to fold ``i % folds``. None
-        for the number of `inputs`, or 10 without `inputs`.
+        for the folds of `inputs`, or 10 without `inputs`.
     inputs
         Moments shared with other tasks of the same inputs. The caller updates them once for each batch;
         `update` then adds nothing to them.
@@ -76,7 +76,7 @@ class TaskSpectrum:
         ------
         ValueError
             If the batch is malformed, has other widths than earlier batches, or has NaN, infinite values or
-            values beyond 1e140. The sums are unchanged then.
+            values beyond 1e140. The sums then stay unchanged.
         """
         d_in, d_out = self._inputs.width, None
         if self._targets is not None:
@@ -105,7 +105,7 @@ class TaskSpectrum:
             self._rows += len(x)
 
     def merge(self, other: TaskSpectrum) -> None:
-        """Add the samples of another task, as if its batches had come after those of this one.
+        """Add the samples of another task, as if its batches followed those of this task.
 
         Shared inputs stay unchanged: merge them once, with `InputMoments.merge`.
 
@@ -149,7 +149,7 @@ class TaskSpectrum:
             raise ValueError("no samples: a task spectrum needs at least one row of X and Y")
         if self._inputs.num_samples != self._rows:
             raise ValueError(
-                f"the shared inputs have seen {self._inputs.num_samples} samples and this task {self._rows}: "
+                f"the shared inputs have {self._inputs.num_samples} samples and this task has {self._rows}: "
                 "update the inputs once for each batch"
             )
         return estimate(self._inputs, self._targets, noise=noise, leading=leading, space=space)
@@ -184,8 +184,9 @@ def task_spectrum(
     Y
         Targets, shape ``(n, d_out)``, or ``(n,)`` for a single output.
     noise
-        Standard deviation of the noise in an entry of `Y`. By default that of the residuals, with ``n -
-        rank(X)`` degrees of freedom; with zero degrees of freedom that of held-out samples, with a flag.
+        Standard deviation of the noise in an entry of `Y`. By default estimated from the residuals, with
+        ``n - rank(X)`` degrees of freedom; with zero degrees of freedom, from the errors on held-out samples,
+        with a flag.
     leading
         The constant `C` in K*, in the unit of the singular values. By default the largest singular value, so
         that K* does not depend on units; equation 2 of the paper has ``1.0``.

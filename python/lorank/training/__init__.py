@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lorank.training.resizing import RankChange, resize_lora
     from lorank.training.restoring import restore_ranks
 
-# Imported on first use, because all of them need torch.
+# The modules are imported on first use, because all need torch.
 _LAZY = {
     "DynamicRanks": "dynamic_ranks",
     "GardCallback": "callback",

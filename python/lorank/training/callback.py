@@ -46,8 +46,8 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     Raises
     ------
     ValueError
-        On construction, if an option is out of range. When training begins, as `DynamicRanks`, or if the
-        checkpoint of a resumed run has no state of this callback.
+        On construction, if an option is out of range. When training begins, in the cases of `DynamicRanks`,
+        or if the checkpoint of a resumed run has no state of this callback.
     FormatError
         When a resumed training begins, if that state is damaged or of another step.
     NotImplementedError
@@ -143,7 +143,7 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     def on_save(
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any
     ) -> None:
-        """Write the state beside the checkpoint."""
+        """Write the state into the folder of the checkpoint."""
         if self._dynamic is None:
             return
         content = self._dynamic.state_dict()
@@ -187,14 +187,14 @@ def _check_arguments(args: TrainingArguments) -> None:
         )
     if args.load_best_model_at_end:
         raise NotImplementedError(
-            "TrainingArguments(load_best_model_at_end=True): Trainer cannot load a checkpoint with other "
-            "ranks than the last; after the training, load the best checkpoint's folder with "
+            "TrainingArguments(load_best_model_at_end=True): Trainer cannot load a checkpoint whose "
+            "ranks differ from the last ones; after the training, load the best checkpoint's folder with "
             "PeftModel.from_pretrained"
         )
 
 
 def _load(dynamic: DynamicRanks, path: Path, step: int) -> None:
-    """Load the state of a resumed run, which must be of the given step."""
+    """Load the state of a resumed run; raise FormatError unless it was saved at the given step."""
     try:
         dynamic.load_state_dict(read_state(path))
     except FormatError as error:

@@ -2,8 +2,8 @@
 
 In the last steps before each change, the gradients of the frozen weights are sketched. Their effective
 ranks, smoothed over time, are scores; the scores and the budget give new ranks, and the live model is
-resized. A module that grows computes what it computed before; a module that shrinks loses the smallest
-singular directions of its update.
+resized. A module that grows keeps its outputs; a module that shrinks loses the smallest singular directions
+of its update.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class RankUpdate:
     step
         Number of optimizer steps done before the change.
     ranks
-        Rank of each module that can change, from then on.
+        Rank of each module that can change, after the change.
     report
         Gradient spectra of the window, with smoothed effective ranks.
     changes
-        `RankChange` of each module whose rank moved: ``changes[name].error`` is the Frobenius norm of the
-        part of its update that was dropped.
+        `RankChange` of each module whose rank changed: ``changes[name].error`` is the Frobenius norm of the
+        dropped part of its update.
     num_parameters
-        Number of the adapter's parameters from then on.
+        Number of the adapter's parameters after the change.
     """
 
     step: int
@@ -97,9 +97,9 @@ class DynamicRanks:
     first one. If no gradient reaches any module in a window, ranks do not change, and the first such window
     of a training causes a warning.
 
-    An open window needs memory for ``modules * window * k^2`` numbers, for the projections, and, until the
-    loss of a batch is freed, for the projected inputs and for the outputs of modules before the first
-    trained one. The projections stay between windows, and are freed after the last change.
+    An open window needs memory for ``modules * window * k^2`` numbers and for the projections. Until the loss
+    of a batch is freed, it also needs memory for the projected inputs and for the outputs of modules before
+    the first trained one. The projections stay between windows, and are freed after the last change.
 
     Examples
     --------
@@ -148,7 +148,7 @@ class DynamicRanks:
             )
 
     def _start_budget(self) -> RankBudget:
-        """Return the budget, and check the ranks of the start against it."""
+        """Build the budget, and check the initial ranks against it."""
         layers = lora_layers(self._model, self._options.adapter_name)
         size = sum(factor.numel() for layer in layers.values() for factor in layer.factors)
         fixed = size - sum(layers[module.name].rank * module.cost for module in self._modules)
@@ -159,7 +159,7 @@ class DynamicRanks:
         return budget
 
     def freeze(self, after: int) -> None:
-        """Allow no change after step `after`, nor after an earlier `freeze_after`."""
+        """Exclude changes after step `after`; an earlier `freeze_after` still applies."""
         self._schedule = self._schedule.ending_after(after)
 
     @property
@@ -169,7 +169,7 @@ class DynamicRanks:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank of each module that can change, as the model is now."""
+        """Current rank of each module that can change."""
         layers = lora_layers(self._model, self._options.adapter_name)
         return {module.name: layers[module.name].rank for module in self._modules}
 
@@ -202,7 +202,7 @@ class DynamicRanks:
     def step(self) -> RankUpdate | None:
         """Count a step of the optimizer, and change ranks after the last step of an interval.
 
-        Call it after the optimizer's step and before the next forward pass.
+        Call this method after the optimizer's step and before the next forward pass.
 
         Returns
         -------
@@ -212,7 +212,7 @@ class DynamicRanks:
         Raises
         ------
         NotImplementedError
-            If `resize_lora` cannot resize the optimizer's state; raised as soon as the optimizer has one.
+            If `resize_lora` cannot resize the optimizer's state; raised as soon as the optimizer has state.
         """
         self._step += 1
         if not self._is_optimizer_checked:
@@ -225,7 +225,7 @@ class DynamicRanks:
     def state_dict(self) -> dict[str, Any]:
         """Return counters, smoothed effective ranks, and the sketches of an open window.
 
-        Under `torch.distributed`, call it in every process: sketches are averaged.
+        Under `torch.distributed`, call this method in every process: sketches are averaged.
         """
         return GardState(
             step=self._step,
@@ -250,7 +250,7 @@ class DynamicRanks:
         loaded = GardState.from_dict(state)
         if loaded.sketches and loaded.sketch != self._window.size:
             raise ValueError(
-                f"the state is within a window of sketch={loaded.sketch}: pass it in place of "
+                f"the saved window has sketch={loaded.sketch}: pass this value in place of "
                 f"sketch={self._window.size}"
             )
         if loaded.ranks != self.ranks:
@@ -274,12 +274,12 @@ class DynamicRanks:
             self._window.watch(self._schedule.is_watched(coming))
 
     def _change(self) -> RankUpdate | None:
-        """Resize the model by the window's gradients, if there were any."""
+        """Resize the model according to the gradients of the window, if there are any."""
         steps = self._window.take()
         rows = self._scores.measured(steps, self._window.device) if steps else []
         if not any(row.effective_rank for row in rows):
             if rows:
-                self._warn_of_silence(len(steps))
+                self._warn_without_gradients(len(steps))
             return None
         report = self._report(self._scores.smooth(rows), len(steps))
         before = self.ranks
@@ -293,8 +293,8 @@ class DynamicRanks:
         )
         return RankUpdate(self._step, ranks, report, changes, self._budget.num_parameters(ranks))
 
-    def _warn_of_silence(self, num_steps: int) -> None:
-        """Warn once that no gradient was seen; equal scores of zero would make ranks uniform."""
+    def _warn_without_gradients(self, num_steps: int) -> None:
+        """Warn once that ranks stay: with scores of zero for all modules, they would become uniform."""
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -340,7 +340,7 @@ def _resizable_targets(model: Any, options: GardOptions) -> FoundTargets:
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As `DynamicRanks`.
+        In the cases of `DynamicRanks`.
     """
     name = options.adapter_name
     layers = lora_layers(model, name)

@@ -83,13 +83,13 @@ class GradientWindow:
     def state(self) -> list[list[torch.Tensor]]:
         """Return the sketches of each step, on the CPU.
 
-        Under `torch.distributed`, call it in every process: sketches are averaged.
+        Under `torch.distributed`, call this method in every process: sketches are averaged.
         """
         self._steps = [averaged(sketches) for sketches in self._steps]
         return [[sketch.cpu() for sketch in sketches] for sketches in self._steps]
 
     def load(self, steps: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Take the result of `state`, each sketch to the device of its module.
+        """Load the result of `state`, and move each sketch to the device of its module.
 
         Raises
         ------

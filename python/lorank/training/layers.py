@@ -74,7 +74,7 @@ def by_layer(values: Mapping[str, Any], layers: Mapping[str, AdaptedLayer], argu
         If a name matches no layer or several, or two names match one layer.
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"{argument} must be a mapping by module, not {values!r}")
+        raise TypeError(f"{argument} must be a mapping from module names, not {values!r}")
     resolved: dict[str, Any] = {}
     for name, value in values.items():
         found = [name] if name in layers else [live for live in layers if naming.is_suffix(name, live)]
@@ -94,7 +94,7 @@ def by_layer(values: Mapping[str, Any], layers: Mapping[str, AdaptedLayer], argu
 
 
 def check_layer(adapted: AdaptedLayer) -> None:
-    """Raise for a layer whose update is anything but the product of two complete factors.
+    """Check that the update of a layer is the product of two complete factors.
 
     Raises
     ------

@@ -21,8 +21,8 @@ Rule = Literal["uniform", "scale", "rank", "sqrt-rank"]
 # Significant digits of learning rates.
 _DIGITS = 12
 
-# For each rule: the strength of a module, and the multiplier of its rate as a function of the ratio of the
-# mean strength to its own.
+# For each rule: the strength of a module, and the multiplier of its rate as a function of the mean strength
+# divided by the strength of the module.
 _Strength = Callable[[AdaptedLayer], float]
 _RULES: dict[str, tuple[_Strength, Callable[[float], float]]] = {
     "uniform": (lambda layer: layer.rank, lambda _: 1.0),
@@ -55,11 +55,11 @@ def param_groups(
     rule
         ``"uniform"``: multiplier 1, the common choice.
         ``"scale"``: ``mean(s r) / (s_l r_l)``. Adam's first steps are equally large for any scalings. The
-        multiplier is 1 if all ranks have one `lora_alpha`, because ``s r`` is constant then.
-        ``"rank"``: ``mean(r) / r_l``. Equal to "scale" for equal scalings: the scale rule "constant", the
-        default of `RankAllocation.to_lora_config`.
+        multiplier is 1 if `lora_alpha` is the same for all ranks, because ``s r`` is then constant.
+        ``"rank"``: ``mean(r) / r_l``. Equal to "scale" for equal scalings, as under the scale rule
+        "constant", the default of `RankAllocation.to_lora_config`.
         ``"sqrt-rank"``: ``sqrt(mean(r) / r_l)``. Nearly equal to "scale" for scalings in proportion to
-        ``1 / sqrt(r)``: the scale rule "rank-stabilized" [RSLORA].
+        ``1 / sqrt(r)``, as under the scale rule "rank-stabilized" [RSLORA].
     lora_plus_ratio
         Ratio of B's learning rate to that of A [LORA+]; 16 is usual. None for 1. Embeddings keep one rate for
         both factors: their A has one-hot inputs and needs no smaller steps.
@@ -71,8 +71,8 @@ def param_groups(
     Returns
     -------
     list of dict
-        Groups with the keys "params", "lr", "weight_decay" and "name". Every trainable parameter is in one of
-        them; modules with equal settings share a group.
+        Groups with the keys "params", "lr", "weight_decay" and "name". Every trainable parameter is in one
+        group; modules with equal settings share a group.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def param_groups(
     -----
     Groups follow ranks and scalings at the time of the call. After a change of ranks (`resize_lora`,
     `GardCallback`), parameters stay in their groups, with their rates. To resume such a training, call this
-    function before `restore_ranks`: a saved optimizer can be loaded only into the groups of the first start.
+    function before `restore_ranks`: a saved optimizer can be loaded only into the groups of the first run.
 
     Examples
     --------
@@ -131,7 +131,7 @@ def _rates(layers: Mapping[str, AdaptedLayer], lr: float, rule: str) -> dict[str
     if unscaled := [name for name, value in strengths.items() if not value]:
         raise ValueError(f"module {unscaled[0]!r} has scaling 0: rule='scale' cannot give it a learning rate")
     mean = sum(strengths.values()) / max(len(strengths), 1)
-    # Rounded, so that rates that differ by rounding errors share a group.
+    # Rates are rounded, so that rates that differ by rounding errors share a group.
     return {name: float(f"{lr * multiplier(mean / value):.{_DIGITS}g}") for name, value in strengths.items()}
 
 

@@ -37,9 +37,9 @@ class GardOptions:
     smoothing
         Weight `beta` of earlier windows, in [0, 1): ``beta * smoothed + (1 - beta) * new``. Default 0.5.
     max_change
-        Largest change of a rank at once. Default 4; None for no bound.
+        Largest change of a rank in one update. Default 4; None for no bound.
     warmup
-        Step until which (inclusive) no rank changes. Default 0.
+        Last step of the initial phase without changes of rank. Default 0.
     freeze_after
         Step after which no rank changes. Default None: ranks change until the end.
     adapter_name
@@ -128,7 +128,7 @@ _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 def lists_options(init: _Init) -> _Init:
-    """Replace ``**options`` in the signature that `inspect` and `help` show by the options' names.
+    """List the options by name, instead of ``**options``, in the signature for `inspect` and `help`.
 
     Type checkers and editors read the names from `GardArguments`.
     """

@@ -1,4 +1,4 @@
-"""Ranks under a budget, within reach of the ranks that modules have."""
+"""Ranks that meet a budget and differ from the current ranks by at most `max_change`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class RankBudget:
     modules
         The modules whose ranks change.
     fixed
-        Parameters of the adapter's other modules.
+        Number of parameters of the adapter's other modules.
     limit
-        Parameters that the adapter may have.
+        Largest number of parameters of the adapter.
     options
         Bounds of ranks and of their changes.
 
     Attributes
     ----------
     limit
-        As given; a resumed training sets it anew.
+        Largest number of parameters of the adapter; a resumed training sets the saved limit.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class RankBudget:
             )
 
     def fitted(self, report: GradientReport, ranks: Mapping[str, int]) -> dict[str, int]:
-        """Return the rank of each module by its effective rank, at most `max_change` from `ranks`."""
+        """Allocate ranks by effective ranks, at most `max_change` away from the current `ranks`."""
         r_min, r_max, max_change = self._options.r_min, self._options.r_max, self._options.max_change
         signal = signals.find("gard").function(report, self._modules, r_min, r_max)
         now = np.array(list(ranks.values()))
         reach = r_max if max_change is None else max_change
         costs = np.array([module.cost for module in self._modules])
         least = (now - reach).clip(r_min)
-        # A module cannot use more ranks than the shorter side of its matrix, but it may have them already.
+        # A module cannot use more ranks than the shorter side of its matrix, but it may have more already.
         caps = np.array([min(module.shape) for module in self._modules])
         most = np.maximum(np.minimum(now + reach, caps).clip(max=r_max), least)
         # The cost of ranks at their upper bounds. A larger budget cannot be used.

@@ -38,7 +38,7 @@ class ReadableConsole(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 
 def go_before_trackers(callback: TrainerCallback) -> None:
-    """Move a callback before all others, and those that print to the end, behind a `ReadableConsole`.
+    """Move a callback to the front, and callbacks that print to the end, after a `ReadableConsole`.
 
     Trainer passes one dictionary of logs to its callbacks in turn, trackers first. Entries that the callback
     adds reach trackers only if the callback comes before them. Call this from an event of the callback.
@@ -58,8 +58,8 @@ def go_before_trackers(callback: TrainerCallback) -> None:
 def _calling_handler(callback: TrainerCallback) -> Any:
     """Return the handler that is calling a callback; None if other code is calling it.
 
-    A callback gets no reference to Trainer or its handler, and the order of callbacks can only be set there.
-    So the handler is taken from the call stack.
+    The order of callbacks can only be set in the handler, but a callback gets no reference to Trainer or its
+    handler. The handler is therefore taken from the call stack.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -72,7 +72,7 @@ def _calling_handler(callback: TrainerCallback) -> Any:
 
 def _prints(callback: Any) -> bool:
     """Return True for the callbacks of transformers that write logs to the console or a notebook."""
-    # By name: the notebook's callback can be imported only where IPython is installed.
+    # The class is compared by name: the notebook's callback can be imported only where IPython is installed.
     return isinstance(callback, (PrinterCallback, ProgressCallback)) or any(
         kind.__name__ == "NotebookProgressCallback" for kind in type(callback).__mro__
     )

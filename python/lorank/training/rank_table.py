@@ -24,7 +24,7 @@ class RankTable:
         self._path = Path(folder) / "lora_ranks.csv"
 
     def drop_rows_after(self, step: int) -> None:
-        """Remove rows of steps that the training has yet to do: another or an interrupted run wrote them."""
+        """Remove rows of steps after `step`, which another run or an interrupted run wrote."""
         if not self._path.exists():
             return
         with self._path.open(newline="", encoding="utf-8") as file:
@@ -34,7 +34,7 @@ class RankTable:
             csv.writer(file).writerows([header, *kept])
 
     def append(self, update: RankUpdate) -> None:
-        """Append a row for each module; create the file with its header first if there is none."""
+        """Append a row for each module; if there is no file, create it with a header first."""
         is_new = not self._path.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", newline="", encoding="utf-8") as file:

@@ -86,14 +86,14 @@ def resize_lora(
     B random.) A module that shrinks gets the best approximation of its update at the new rank. Scalings
     stay the same.
 
-    Parameters stay the same objects with new values. Their pending gradients and the optimizer's state
-    follow. For new ranks they are zero, or the mean of the other ranks for averages of squares. When a
-    module shrinks, they follow the change of basis: second moments approximately, as if the gradients of
-    different ranks were uncorrelated. The adapter's config is updated, so that saving and loading the model
-    keeps its ranks.
+    Parameters stay the same objects with new values. Their pending gradients and the optimizer's state are
+    resized too. Entries for new ranks are zero; in averages of squares they are the mean of the other ranks.
+    When a module shrinks, gradients and state follow the change of basis; second moments do so approximately,
+    as if the gradients of different ranks were uncorrelated. The adapter's config is updated, so that saving
+    and loading the model keeps its ranks.
 
-    Under DistributedDataParallel, call it in every process with the same arguments, and with the model inside
-    the wrapper. The wrapper gets a new reducer.
+    Under DistributedDataParallel, call this function in every process with the same arguments, and with the
+    model inside the wrapper. The wrapper gets a new reducer.
 
     Parameters
     ----------
@@ -103,15 +103,15 @@ def resize_lora(
         New rank, at least 1, of each module to change. Names are those of the base model, or dotted suffixes
         that match one module only.
     optimizer
-        The optimizer that trains the model, or Accelerate's wrapper of it; None before there is one.
+        The optimizer that trains the model, or Accelerate's wrapper of it; None before the optimizer exists.
     adapter_name
         Name of the adapter.
     seed
-        Seed of random rows, with the module's name and its old rank. If a module may grow from one rank
-        twice, use different seeds, such as the step.
+        Seed of random rows, combined with the module's name and its old rank. If a module may grow twice from
+        the same rank, use different seeds, such as the step.
     directions
-        Array or tensor ``(n, in)`` for some modules, whose first rows become the new rows of A unchanged; `n`
-        is at least the number of new ranks. PEFT's random rows have a norm of about 0.58.
+        Arrays or tensors ``(n, in)`` by module, whose first rows become the new rows of A unchanged; `n` is
+        at least the number of new ranks. PEFT's random rows have a norm of about 0.58.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def resize_lora(
         optimizer does not hold the factors.
     NotImplementedError
         If a module or the optimizer's state cannot be resized: DoRA and other variants, stacked experts,
-        initialisations that change the base model, sharded or compiled models, state that is not by element.
+        initialisations that change the base model, sharded or compiled models, state that is not elementwise.
     NumericalError
         If the factors of a module to shrink have NaN or infinite values.
 
@@ -200,7 +200,7 @@ def check_resizable(config: Any, layers: Mapping[str, AdaptedLayer], ranks: Mapp
     Raises
     ------
     ValueError, NotImplementedError
-        As `resize_lora`.
+        In the cases of `resize_lora`.
     """
     check_config(config, list(ranks.values()))
     for name in ranks:
@@ -256,6 +256,6 @@ def _shrunk(
 
 
 def like(factor: torch.Tensor, axis: int, matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix ``(r, in)`` or ``(out, r)`` in type and shape of a factor, such as a convolution's."""
+    """Convert a matrix ``(r, in)`` or ``(out, r)`` to the element type and dimensions of a factor."""
     tail = factor.shape[1:] if axis == 0 else (-1, *factor.shape[2:])
     return matrix.to(factor).reshape(matrix.shape[0], *tail).contiguous()

@@ -23,9 +23,9 @@ def restore_ranks(
     """Give a live PEFT model the ranks and scalings of a checkpoint.
 
     ``Trainer.train(resume_from_checkpoint=...)`` loads the adapter's weights before it calls any callback.
-    If ranks changed during the training that it resumes, loading raises RuntimeError ("size mismatch").
-    Call this function first, so that weights and the optimizer's state have the shapes that were saved. It
-    reads names, shapes and settings, but no weights.
+    If ranks changed during the resumed training, loading raises RuntimeError ("size mismatch"). Call this
+    function first, so that weights and the optimizer's state have the saved shapes. The function reads names,
+    shapes and settings, but no weights.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def restore_ranks(
     checkpoint
         Folder of a Trainer's checkpoint or of a saved adapter.
     optimizer
-        The optimizer that trains the model; None before there is one.
+        The optimizer that trains the model; None before the optimizer exists.
     adapter_name
         Name of the adapter. PEFT saves an adapter with another name than "default" in a subfolder of that
         name.
@@ -53,7 +53,7 @@ def restore_ranks(
     ValueError
         If the checkpoint and the model adapt different modules.
     NotImplementedError
-        As `resize_lora`.
+        In the cases of `resize_lora`.
 
     Examples
     --------
@@ -109,12 +109,12 @@ def _adapter_folder(checkpoint: Path, adapter_name: str) -> Path:
 
 
 def _paired(names: list[str], layers: Mapping[str, AdaptedLayer], folder: Path) -> dict[str, str]:
-    """Return the name in the model of each module of the checkpoint.
+    """Map names of modules in the checkpoint to names in the model.
 
     Raises
     ------
     ValueError
-        If a module of either has no counterpart, or several.
+        If a module of the checkpoint or of the model has no counterpart, or several.
     """
     paired: dict[str, str] = {}
     for name in names:

@@ -48,7 +48,7 @@ class ChangeSchedule:
         return self.is_change(change) and change - step < self.window
 
     def is_over(self, step: int) -> bool:
-        """Return True if `freeze_after` excludes a change after `step` and after all later steps."""
+        """Return True if `freeze_after` excludes changes after `step` and after all later steps."""
         return self._is_after_the_end(self._next_multiple(step))
 
     def _next_multiple(self, step: int) -> int:

@@ -1,4 +1,4 @@
-"""The state of dynamic rank allocation, in a dictionary and in a file beside a checkpoint."""
+"""The state of dynamic rank allocation, in a dictionary and in a file within a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GardState:
     ranks
         Rank of each module that can change.
     budget
-        Parameters that the adapter may have.
+        Largest number of parameters of the adapter.
     sketch
         Size of the random projections; None for exact gradients.
     smoothed
@@ -88,7 +88,7 @@ def write_state(content: Mapping[str, Any], path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read a file of `write_state`, as the dictionary that was written.
+    """Read the dictionary that `write_state` wrote to a file.
 
     Raises
     ------

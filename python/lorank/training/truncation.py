@@ -12,7 +12,7 @@ import torch
 from lorank._core import NumericalError
 from lorank.adapters.live.layers import AdaptedLayer
 
-# Ratio of the smallest to the largest singular value from which on A is the basis, however good B is.
+# A is the basis if its ratio of the smallest to the largest singular value is at least this, for any B.
 _ILL_CONDITIONED = 1e-3
 
 
@@ -40,10 +40,10 @@ class Truncation:
 def truncated(A: torch.Tensor, B: torch.Tensor, rank: int) -> Truncation:
     """Truncate the product of ``B (out, r)`` and ``A (r, in)``.
 
-    The rows of the new A are orthogonal, each as long as the root mean square of the old rows, and B contains
-    the singular values. Steps of the optimizer therefore keep their size, and an update of zero stays
-    trainable; with factors of equal norms both would be zero. If A is ill-conditioned (A of an embedding
-    starts at zero), A and B exchange their parts.
+    The rows of the new A are orthogonal; the norm of each is the root mean square of the old rows' norms. B
+    contains the singular values. Steps of the optimizer therefore keep their size, and an update of zero
+    stays trainable: factors of equal norms would both be zero. If A is ill-conditioned (A of an embedding
+    starts at zero), A and B exchange their roles.
     """
     q_a, r_a = torch.linalg.qr(A.T)
     q_b, r_b = torch.linalg.qr(B)
@@ -58,9 +58,9 @@ def truncated(A: torch.Tensor, B: torch.Tensor, rank: int) -> Truncation:
 def _orthogonal(
     Q: torch.Tensor, R: torch.Tensor, directions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a factor ``X = (Q R)^T (r, n)`` in the basis ``c directions Q^T (k, n)``.
+    """Return a new basis ``c directions Q^T (k, n)`` for a factor ``X = (Q R)^T (r, n)``, and coefficients.
 
-    The other two results are the coefficients ``(k, r)`` of this factor and of the other one.
+    The coefficients ``(k, r)`` are those of this factor, then those of the other factor.
     """
     length = float(R.norm()) / math.sqrt(R.shape[1]) or 1.0
     own = length * directions @ torch.linalg.pinv(R.T)
@@ -103,7 +103,7 @@ def new_ranks(
     zeros = torch.zeros(out, n)
     if rows is not None:
         return _checked_rows(adapted.name, rows, n, fan_in), zeros
-    # On the CPU, so that rows do not depend on the device.
+    # Rows are drawn on the CPU, so that they do not depend on the device.
     generator = torch.Generator().manual_seed(_module_seed(seed, adapted.name, adapted.rank))
     if adapted.is_embedding:
         return torch.zeros(n, fan_in), torch.randn(out, n, generator=generator)
@@ -128,6 +128,6 @@ def _checked_rows(name: str, rows: Any, n: int, fan_in: int) -> torch.Tensor:
 
 
 def _module_seed(seed: int, name: str, rank: int) -> int:
-    # With the rank, so that rows appended by two calls differ: equal rows would get equal gradients.
+    # The rank is included, so that rows appended by two calls differ: equal rows would get equal gradients.
     digest = hashlib.blake2b(f"{seed}/{rank}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

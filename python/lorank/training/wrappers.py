@@ -1,7 +1,7 @@
-"""Wrappers around a live model, and those under which ranks cannot change.
+"""Wrappers around a live model, and checks for wrappers that prevent changes of ranks.
 
-A module has no reference to its wrappers, so that they are looked up among all objects in memory. A wrapper
-that is missed would go on without an error, but without calls of hooks or the exchange of gradients.
+A module has no reference to its wrappers; they are therefore looked up among all objects in memory. Training
+with an overlooked wrapper would raise no error, but would not call hooks or exchange gradients.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_one_device_a_process(model: Any) -> None:
     NotImplementedError
         If the model is wrapped in DataParallel over more than one device.
     """
-    if any(len(wrapper.device_ids) > 1 for wrapper in _around(model, DataParallel)):
+    if any(len(wrapper.device_ids) > 1 for wrapper in _wrappers_around(model, DataParallel)):
         raise NotImplementedError(
             "the model is wrapped in DataParallel over several devices, and gradients of its copies there "
             "cannot be observed: train with one process per device (torchrun), or on one device "
@@ -64,7 +64,7 @@ def data_parallel_wrappers(model: Any) -> list[Any]:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []
-    wrappers = _around(model, DistributedDataParallel)
+    wrappers = _wrappers_around(model, DistributedDataParallel)
     for wrapper in wrappers:
         if wrapper._comm_hooks or wrapper.static_graph:
             raise NotImplementedError(
@@ -74,10 +74,10 @@ def data_parallel_wrappers(model: Any) -> list[Any]:
     return wrappers
 
 
-def _around(model: Any, kind: type[Any]) -> list[Any]:
+def _wrappers_around(model: Any, kind: type[Any]) -> list[Any]:
     """Return the wrappers of a kind that share a parameter with the model."""
     own = {id(parameter) for parameter in model.parameters()}
-    # By type(): isinstance() would evaluate `__class__` of proxies.
+    # Classes come from type(): isinstance() would evaluate `__class__` of proxies.
     found = [candidate for candidate in gc.get_objects() if issubclass(type(candidate), kind)]
     return [wrapper for wrapper in found if any(id(p) in own for p in wrapper.parameters())]
 
