@@ -59,8 +59,8 @@ def test_fewer_samples_than_inputs_give_the_smallest_norm(n: int) -> None:
     values = np.linalg.svd(np.linalg.lstsq(X, Y)[0], compute_uv=False)
     np.testing.assert_allclose(found.singular_values, values, rtol=1e-6, atol=1e-7 * values[0])
     assert any("smallest norm" in flag for flag in found.flags)
-    assert any("noise is assumed" in flag for flag in found.flags)
-    assert not any("noise is assumed" in flag for flag in task_spectrum(X, Y, noise=0.1).flags)
+    assert any("noise is estimated from" in flag for flag in found.flags)
+    assert not any("noise is estimated from" in flag for flag in task_spectrum(X, Y, noise=0.1).flags)
     assert found.noise > 0
     assert 1 <= found.k_star <= 4
     if n == 1:
