@@ -33,7 +33,7 @@ class LoraAdapter(AdapterContent):
     >>> config = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
     >>> adapter = lorank.LoraAdapter.from_model(peft.get_peft_model(model, config))
     >>> adapter
-    LoraAdapter("adapter 'default'", peft, 2 modules, ranks 4 to 4, 96 parameters)
+    LoraAdapter("adapter 'default'", peft, 2 modules, rank 4, 96 parameters)
     >>> adapter.ranks
     {'0': 4, '1': 4}
     >>> adapter.modules["0"]

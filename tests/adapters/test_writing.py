@@ -166,7 +166,7 @@ def test_saving_a_peft_adapter_as_a_file_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"small\.safetensors: a PEFT adapter is a folder"):
         small.save(target)
     assert not target.exists()
-    assert "give a folder" in run("compress", tmp_path / "source", "-o", target, "--avg-rank", 2).stderr
+    assert "name a folder" in run("compress", tmp_path / "source", "-o", target, "--avg-rank", 2).stderr
     assert not target.exists()
 
 

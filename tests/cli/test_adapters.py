@@ -155,7 +155,7 @@ USAGE = {
     "budget share": ("--budget 50%: an adapter does not store", "compress A -o O --budget 50%"),
     "budget of modules": ("--scope 'module' contradicts", "compress A -o O --budget 9 --scope module"),
     "scope": ("scope must be 'global' or 'module'", "compress A -o O --avg-rank 2 --scope layer"),
-    "smallest": ("--rank-ratio or --avg-rank only", "compress A -o O --energy 0.5 --keep smallest"),
+    "smallest": ("need --rank-ratio or --avg-rank", "compress A -o O --energy 0.5 --keep smallest"),
     "profile": ("--profile must be one of compact, portable", "compress A -o O --avg-rank 2 --profile x"),
     "dtype": ("float32, float16, bfloat16, float64, not 'bf16'", "compress A -o O --avg-rank 2 --dtype bf16"),
     "full folder": ("is not empty", "compress A -o A --avg-rank 2"),

@@ -121,5 +121,5 @@ def test_weights_without_settings_raise(adapter: lorank.LoraAdapter, tmp_path: P
     adapter.save(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        with pytest.raises(lorank.FormatError, match=r"no adapter_config\.json beside it"):
+        with pytest.raises(lorank.FormatError, match="give the folder that holds both files"):
             lorank.LoraAdapter.load(path)

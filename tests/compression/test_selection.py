@@ -210,8 +210,8 @@ def test_automatic_threshold_keeps_modules_of_two_values() -> None:
         ({"budget": "-5"}, "budget=-5 is not a number"),
         ({"budget": -5}, "budget=-5 is not a number"),
         ({"budget": "50%"}, "does not store the size of its base model"),
-        ({"energy": 0.9, "keep": "smallest"}, "rank_ratio or avg_rank only"),
-        ({"budget": 9, "scores": {}}, "rank_ratio or avg_rank only"),
+        ({"energy": 0.9, "keep": "smallest"}, "need rank_ratio or avg_rank"),
+        ({"budget": 9, "scores": {}}, "need rank_ratio or avg_rank"),
     ],
 )
 def test_invalid_knobs_raise(knobs: dict[str, Any], message: str) -> None:

@@ -49,7 +49,13 @@ def trainer_of(folder: Path, *callbacks: Any) -> Any:
     model = get_peft_model(tiny_models.llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     ids = torch.arange(8)
     arguments = transformers.TrainingArguments(
-        str(folder), max_steps=3, logging_steps=1, report_to="none", save_strategy="no", use_cpu=True
+        str(folder),
+        max_steps=3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=False,
     )
     run = transformers.Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 8)
     run.remove_callback(transformers.ProgressCallback)
