@@ -48,8 +48,8 @@ def test_a_subclass_has_its_own_signature() -> None:
     "make", [GardCallback, GardOptions, lambda **options: DynamicRanks(None, None, **options)]
 )
 def test_unknown_options_raise_type_error(make: Any) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'intervall'"):
-        make(intervall=100)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'period'"):
+        make(period=100)
 
 
 @pytest.mark.parametrize(
