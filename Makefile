@@ -32,7 +32,7 @@ test-rust:
 test-python: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-coverage: $(VENV)/installed ## Run the Python tests with branch coverage (about 15 minutes); see build-coverage.
+coverage: $(VENV)/installed ## Run the Python tests with branch coverage (14 minutes); see build-coverage.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term --cov-report html:$(COVERAGE)
 
 sweep: $(VENV)/installed ## Allocate for and extract from every architecture of transformers (about 3 minutes).
