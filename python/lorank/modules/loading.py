@@ -242,7 +242,7 @@ def _is_by_expert(
     fetch: Fetch,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool:
-    """Return True if an expert's tensors suffice to compute its matrix in every parameter."""
+    """Return True if one expert's tensors suffice to compute its part of every parameter."""
     counts = {shape[0] for shape in whole.values()}
     if len(counts) != 1 or any(len(shape) != 3 for shape in whole.values()):
         return False

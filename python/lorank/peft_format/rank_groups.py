@@ -1,4 +1,6 @@
-"""Groups of modules to which PEFT gives equal ranks: ties, attention in one module, separate experts.
+"""Groups of modules to which PEFT gives equal ranks.
+
+These are tied tables, the projections of one `nn.MultiheadAttention`, and experts that are separate modules.
 
 A stack of experts under one parameter needs no group: it is one module with copies.
 """
@@ -13,13 +15,13 @@ from typing import Any, Protocol
 from lorank.modules.weight import Kind
 from lorank.peft_format.names import INSIDE
 
-# PEFT gives the output projection of an `nn.MultiheadAttention` the name that it has inside its wrapper.
+# PEFT wraps an `nn.MultiheadAttention`, so that its output projection is `ATTENTION.base_layer.out_proj`.
 _ATTENTION_OUTPUT = f"{INSIDE}.out_proj"
 
 # Names of experts that are separate modules, which transformers 5 stacks on loading.
 _EXPERT = re.compile(r"(?P<container>.*\bexperts)\.\d+\.(?P<projection>.+)")
 
-# Names of expert parameters that map back to the hidden size; the others are fused into one parameter.
+# Names of expert projections to the hidden size. transformers 5 fuses the others into one parameter.
 _OUTWARD = re.compile(r"down|out|w2|wo$")
 
 
@@ -75,7 +77,7 @@ def rank_owner(name: str) -> str:
 def separate_experts(names: Iterable[str]) -> list[str]:
     """Return the names of experts that are separate modules.
 
-    transformers 5 stacks them on loading, and PEFT gives the stacks of all blocks the settings' rank, `r`.
+    transformers 5 stacks them on loading. PEFT then gives all stacks the rank `r` of the settings.
     """
     return [name for name in names if _EXPERT.fullmatch(name)]
 
@@ -98,7 +100,7 @@ def _key(name: str) -> str:
 
 
 def _tied(modules: Sequence[Adapted]) -> dict[str, str]:
-    """Map every head to the embedding whose update it shares, because their sides are equal."""
+    """Map linear modules to the embedding that they are tied to: the one with sides of the same lengths."""
     embeddings = {tuple(sorted(m.shape)): m.name for m in modules if m.kind == "embedding"}
     sides = {m.name: tuple(sorted(m.shape)) for m in modules if m.kind == "linear"}
     return {name: embeddings[side] for name, side in sides.items() if side in embeddings}

@@ -85,9 +85,9 @@ def profile_gradients(
     Source: [GARD], static variant. With ``C_ab = <G_a, G_b> / M``, the effective rank is the smallest number
     of eigenvalues of C that hold the share `energy` of their sum.
 
-    If the loss itself contains gradients (forces, gradient penalties), backward passes within the loss do not
-    count, but the terms that they add to the gradient of the loss do. Modules that Accelerate offloads are
-    profiled like others. Layers whose weight cannot be read are in `skipped`, with the reason.
+    A loss may itself contain gradients (forces, gradient penalties). The backward passes that compute them
+    are ignored; the terms that they add to the gradient of the loss are included. Modules that Accelerate
+    offloads are profiled like others. Layers whose weight cannot be read are in `skipped`, with the reason.
 
     Examples
     --------

@@ -76,7 +76,7 @@ def _by_suffix(path: Path, table: Mapping[str, Any]) -> Any:
 
 
 def to_json(rows: Sequence[ModuleSpectrum], header: Header) -> dict[str, Any]:
-    """Return JSON values: NaN and counts without a spectrum become null, infinity the string "inf"."""
+    """Return JSON values. NaN becomes null, as do counts without a spectrum; infinity becomes "inf"."""
     return {**_header_to_json(header), "modules": to_entries(rows)}
 
 

@@ -39,7 +39,7 @@ class Found:
     Attributes
     ----------
     stored
-        The adapter with the ranks of its tensors and the spelling of its keys.
+        The adapter with the ranks of the file's tensors, and its differences from the file, such as keys.
     base
         The base model; None if none was given.
     """
@@ -49,7 +49,7 @@ class Found:
 
     @property
     def adapter(self) -> AdapterContent:
-        """The adapter with the ranks of its tensors, independent of the settings."""
+        """The adapter, with the ranks of its tensors even if the settings state others."""
         return self.stored.adapter
 
     @property
@@ -180,7 +180,7 @@ class Found:
 
     @cached_property
     def wrapped(self) -> dict[str, str]:
-        """One key per module name, for modules whose keys hold the name of a wrapper."""
+        """Map a module's name to one of its keys, for modules whose keys contain a wrapper's name."""
         owners: dict[str, str] = {}
         for clean, key in self.stored.stored_as.items():
             owners.setdefault(layer_path(clean), key)
@@ -223,7 +223,7 @@ class Found:
         return None
 
     def blocks(self) -> dict[str, dict[str, set[int]]]:
-        """Map the name of a stack of blocks and a type of module to the numbers of the adapted blocks."""
+        """Return the numbers of the adapted blocks: ``{stack of blocks: {type of module: numbers}}``."""
         found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for module in self.modules:
             if numbered := _NUMBERED.fullmatch(module.name):

@@ -197,7 +197,7 @@ class Packing:
 
     def _parts_of(self, packed: Packed, scheme: Scheme) -> Iterator[str]:
         """Yield the names of the parts of a packed weight."""
-        # `_beside` finds scales by the prefix of the module, which only weights outside modules lack.
+        # `_beside` finds scales by the prefix of the module. A weight outside any module has no prefix.
         marks = () if scheme.marks is SCALES and packed.module else scheme.marks
         for template in (*marks, *scheme.parts):
             if (name := packed.named(template)) in self._tensors and name != packed.name:
@@ -258,7 +258,7 @@ def total(counts: Iterable[int | str]) -> tuple[int | None, str]:
 
 
 def _weight_named(name: str, template: str) -> str | None:
-    """Return the name of the weight whose codes have a name; None if the name does not fit the template."""
+    """Return the name of the weight, from the name of its codes; None if that does not fit the template."""
     if template == "{w}":
         return name
     if template == "{p}._{l}_qdata":

@@ -87,7 +87,7 @@ def resize_lora(
     stay the same.
 
     Parameters stay the same objects with new values. Their pending gradients and the optimizer's state are
-    resized too. Entries for new ranks are zero; in averages of squares they are the mean of the other ranks.
+    resized too. Entries for new ranks are zero; in averages of squared gradients, the mean of the others.
     When a module shrinks, gradients and state follow the change of basis; second moments do so approximately,
     as if the gradients of different ranks were uncorrelated. The adapter's config is updated, so that saving
     and loading the model keeps its ranks.
@@ -245,7 +245,7 @@ def _shrunk(
     basis = truncated(A, B, rank)
     new_a, new_b, of_a, of_b = basis.A, basis.B, basis.of_a, basis.of_b
     if missing := rank - len(new_a):
-        # The new rank exceeds the module's dimensions: the surplus ranks are new ones.
+        # The new rank exceeds the smaller dimension of the module: the missing ranks are made as in growing.
         rows, columns = new_ranks(adapted, missing, None, seed, gaussian)
         new_a, new_b = torch.cat([new_a, rows.to(A)]), torch.cat([new_b, columns.to(B)], 1)
     dropped = abs(adapted.scaling) * basis.dropped.double().cpu().numpy()

@@ -16,7 +16,7 @@ from lorank.adapters.live.config import target_modules
 from lorank.adapters.live.layers import AdaptedLayer, LiveModel, is_lora_layer, is_training_wrapper
 from lorank.adapters.live.reading import plain
 
-# Values that turn off settings whose effects the model already has.
+# Settings of PEFT that act on the complete model: off where layers are added to a model that has the adapter.
 _TURNED_OFF = {
     "bias": "none",
     "modules_to_save": None,
@@ -164,7 +164,10 @@ def kept_state(live: LiveModel, name: str) -> Iterator[None]:
 
 
 def _active(module: Any, names: Sequence[str]) -> list[str]:
-    """Return the active adapters of a new layer: only LoRA layers may list adapters that they lack."""
+    """Return the names of the active adapters of a new layer.
+
+    A LoRA layer may list adapters that it does not have, other layers may not.
+    """
     if is_lora_layer(module):
         return list(names)
     known = module._adapters if is_training_wrapper(module) else module._all_available_adapter_names()

@@ -1,8 +1,8 @@
 //! The factors of the kept singular values of a decomposition.
 //!
 //! Factors are computed on demand, for instance when a file is written, so that not all of them are in memory
-//! at once. If terms of an update are in memory that other code may modify, as in live models, the factors
-//! are computed at once.
+//! at the same time. If an update's terms are in memory that other code may modify, as in live models, the
+//! factors are computed immediately.
 
 use std::sync::Arc;
 
@@ -141,7 +141,7 @@ impl Truncation {
         Ok(Factors { b: factor(Side::B, b, out, (out, k)), a: factor(Side::A, a, fan_in, (k, fan_in)) })
     }
 
-    /// Returns the factors from the decomposition by reflections, which needs no bound.
+    /// Repeats the decomposition by reflections, which needs no error bound, and returns its factors.
     fn by_reflections(&self, terms: &[Term], cancel: &CancelToken) -> Result<Factors> {
         let Self { decomposition, keep } = self;
         let ((out, fan_in), rank) = (decomposition.shape, keep.len());
@@ -178,7 +178,7 @@ struct Factor {
 
 /// The data from which a factor is computed.
 enum Source {
-    /// The kept columns of balanced columns in memory.
+    /// The balanced columns in memory, and the positions of those to keep.
     Columns { of: Arc<Values>, kept: Vec<usize> },
     /// The product of the side's stacked factors and a matrix `(K, k)`.
     Product { terms: Arc<[Term]>, by: Mat<f64>, precision: Precision },
