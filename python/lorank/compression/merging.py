@@ -162,7 +162,7 @@ def _check_layers(
 
 def _notes(adapters: Sequence[AdapterContent]) -> list[str]:
     notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
-    # One model may be named by a hub id and by a folder; shapes have been compared.
+    # A note, not an error: a hub id and a folder may name one model, and the shapes were compared before.
     bases = {adapter.base_model for adapter in adapters if adapter.base_model}
     if len(bases) > 1:
         notes.append(

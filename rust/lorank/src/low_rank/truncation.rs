@@ -40,8 +40,8 @@ pub struct Factors {
     pub a: StoredMatrix,
 }
 
-/// Computes the factors of every truncation, as [`decompose_all`](crate::low_rank::decompose::decompose_all)
-/// computes decompositions.
+/// Computes the factors of every truncation in parallel. The arguments are those of
+/// [`decompose_all`](crate::low_rank::decompose::decompose_all).
 ///
 /// # Errors
 /// The errors of [`decompose_all`](crate::low_rank::decompose::decompose_all).
