@@ -37,6 +37,16 @@ _MAKERS: Mapping[Evidence, str] = {
 }
 
 
+def _reports_needed() -> str:
+    """Return a sentence for each method that needs a saved report."""
+    needs = {name: signals.find(name).needs for name in signals.names()}
+    return " ".join(
+        f"{name} needs a saved report of {kind}."
+        for name, kind in needs.items()
+        if kind not in ("shapes", "spectra")
+    )
+
+
 def allocate(
     source: Annotated[str, typer.Argument(help="A model (see analyze) or a saved report (see report).")],
     method: Annotated[
@@ -44,8 +54,7 @@ def allocate(
         typer.Option(
             "--method",
             "-m",
-            help=f"{', '.join(signals.names())}; described below. gard needs a saved report of gradients, "
-            "and task a saved report of tasks.",
+            help=f"{', '.join(signals.names())}; described below. {_reports_needed()}",
         ),
     ] = "htsr",
     r_min: Annotated[int, typer.Option(min=0, help="Smallest rank.")] = 4,
@@ -115,7 +124,7 @@ def allocate(
             **options,
         )
     alpha = int(lora_alpha) if lora_alpha.is_integer() else lora_alpha
-    settings = allocation.lora_settings(scale_rule=scale_rule, lora_alpha=alpha)  # type: ignore[arg-type]
+    settings = allocation.lora_settings(scale_rule=scale_rule, lora_alpha=alpha)  # type: ignore[arg-type]  # Checked above.
     if output is not None:
         allocation.save(output / "allocation.json")
         config_file.write(output, settings, allocation.source or None)

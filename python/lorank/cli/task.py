@@ -61,7 +61,7 @@ def task(
     check_files(data, x, y)
     inputs, outputs = open_samples(data, x, y)
     spectrum = _summed(inputs, outputs, folds, quiet)
-    found = spectrum.estimate(noise=noise, leading=leading, space=space)  # type: ignore[arg-type]
+    found = spectrum.estimate(noise=noise, leading=leading, space=space)  # type: ignore[arg-type]  # Checked above.
     source = ", ".join(map(str, data))
     if json_output:
         print_json({"source": source, **tables.estimate_json(found)})
