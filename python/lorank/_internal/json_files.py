@@ -6,18 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorank._internal.regular_files import SETTINGS_BYTES, read_text
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
+# A value takes up to 100 bytes of memory, and as little as two bytes of a file.
+_MOST_VALUES = 32_000_000
+
+
+def read_json(path: Path, limit: int = SETTINGS_BYTES) -> Any:
+    """Return the content of a JSON file of at most `limit` bytes.
 
     Raises
     ------
     OSError
-        If the file cannot be read.
+        If the file cannot be read, is not a regular file, or is larger; `filename` is the path.
     ValueError
-        If the file is not JSON, or is nested too deeply for the parser.
+        If the file is not JSON, is nested too deeply for the parser, or holds too many values.
     """
-    return parse_json(path.read_text("utf-8"))
+    return parse_json(read_text(path, limit))
 
 
 def parse_json(text: str) -> Any:
@@ -26,8 +31,10 @@ def parse_json(text: str) -> Any:
     Raises
     ------
     ValueError
-        If the text is not JSON, or is nested too deeply for the parser.
+        If the text is not JSON, is nested too deeply for the parser, or holds too many values.
     """
+    if len(text) > _MOST_VALUES and sum(map(text.count, ",[{")) > _MOST_VALUES:
+        raise ValueError(f"holds more than {_MOST_VALUES:,} values")
     try:
         return json.loads(text)
     except RecursionError:

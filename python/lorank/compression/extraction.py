@@ -112,7 +112,7 @@ def _unmatched(exclude: naming.Targets, *sources: Source) -> list[str]:
     return [
         f"exclude={entry if isinstance(entry, str) else entry[0]!r} matches no module"
         for entry in entries
-        if not any(map(naming.matcher(entry), names))
+        if not any(map(naming.matcher(entry, "exclude"), names))
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lorank._internal.patterns import Expression, TimeLimit
 from lorank._internal.threads import thread_count
 from lorank.adapters import carried
 from lorank.adapters.content import Adapter, AdapterContent
@@ -143,9 +143,9 @@ def _check_layers(
     config: Mapping[str, Any], others: Mapping[str, Any], modules: Mapping[str, LoraModule]
 ) -> None:
     """Refuse modules whose factors PEFT cannot load together with other adapters' tensors or layers."""
-    saved = [(name, re.compile(rf"(^|.*\.){name}($|\..*)")) for name in config.get("modules_to_save") or ()]
+    saved = _saved(config.get("modules_to_save") or ())
     for module in modules:
-        owner = next((name for name, pattern in saved if pattern.match(module)), None)
+        owner = next((name for name, pattern in saved.items() if pattern.spans("match", module)), None)
         if any(key.startswith(f"{PREFIX}{module}{TOKENS}") for key in others):
             owner = "trainable_token_indices"
         if owner is not None:
@@ -158,6 +158,15 @@ def _check_layers(
             f"module {pair[0]!r} lies inside {pair[1]!r}, which another adapter adapts: PEFT would rename "
             f"{pair[0]!r} and not load its factors"
         )
+
+
+def _saved(names: Sequence[str]) -> dict[str, Expression]:
+    """Return the expressions by which PEFT finds the modules that it saves whole."""
+    limit = TimeLimit("modules_to_save")
+    try:
+        return {name: Expression(rf"(^|.*\.){name}($|\..*)", limit) for name in names}
+    except ValueError as error:
+        raise ValueError(f"the settings' modules_to_save: {error}") from None
 
 
 def _notes(adapters: Sequence[AdapterContent]) -> list[str]:

@@ -73,7 +73,7 @@ def added(
         Notes on shared weights.
     """
     known = {form.module.name for form in forms}
-    is_excluded = naming.matcher(exclude or [])
+    is_excluded = naming.matcher(exclude or [], "exclude")
     result: list[SpectralForm] = []
     settings: dict[str, Any] = {}
     notes: list[str] = []

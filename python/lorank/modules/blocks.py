@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
+from lorank._internal.patterns import Expression
 from lorank.modules import naming
 
 
@@ -96,12 +98,11 @@ def numbered_block(name: str, blocks: str | None = None) -> Block | None:
     >>> numbered_block("backbone.units.3.mixer.in_proj", blocks=r"units\.(\d+)")
     Block(stack='backbone.units', number=(3,))
     """
-    found = (
-        match_of_block(name) if blocks is None else naming.option_expression("blocks", blocks).search(name)
-    )
-    if found is not None:
-        return _block(found, name)
-    if blocks is None and has_number(name) and not is_outside(name):
+    if blocks is not None:
+        return _block_by(naming.option_expression("blocks", blocks), name)
+    if found := match_of_block(name):
+        return _block([found.span(i) for i in range(found.re.groups + 1)], name, found.re.pattern)
+    if has_number(name) and not is_outside(name):
         before = naming.block_of(name).split(".")[-2:-1]
         example = r"\.".join([*map(re.escape, before), r"(\d+)"])
         raise ValueError(
@@ -138,11 +139,14 @@ def depths_of(
     >>> depths_of(["layers.0.fc1", "layers.1.fc1", "pooler"])
     [Depth(index=0, count=2), Depth(index=1, count=2), None]
     """
-    found = [numbered_block(name, blocks) for name in names]
+    block_of = numbered_block
+    if blocks is not None:
+        block_of = partial(_block_by, naming.option_expression("blocks", blocks))
+    found = [block_of(name) for name in names]
     if blocks is not None and names and not any(found):
         raise ValueError(f"blocks={blocks!r} matches none of {len(names)} modules ({names[0]}, ...)")
     numbers: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-    for block in (*found, *_readable_blocks(others, blocks)):
+    for block in (*found, *_readable_blocks(others, block_of)):
         if block is not None:
             numbers[block.stack].add(block.number)
     order = {
@@ -153,11 +157,11 @@ def depths_of(
     return [None if block is None else order[block] for block in found]
 
 
-def _readable_blocks(names: Iterable[str], blocks: str | None) -> Iterator[Block | None]:
+def _readable_blocks(names: Iterable[str], block_of: Callable[[str], Block | None]) -> Iterator[Block | None]:
     """Yield the blocks of modules; skip names whose block cannot be read."""
     for name in names:
         with suppress(ValueError):
-            yield numbered_block(name, blocks)
+            yield block_of(name)
 
 
 def match_of_block(name: str) -> re.Match[str] | None:
@@ -170,14 +174,20 @@ def match_of_block(name: str) -> re.Match[str] | None:
     return None
 
 
-def _block(found: re.Match[str], name: str) -> Block:
-    """Return the block of a match."""
-    groups = [i + 1 for i, text in enumerate(found.groups()) if text is not None]
-    if not groups or not all(found[i].isdecimal() for i in groups):
+def _block_by(expression: Expression, name: str) -> Block | None:
+    """Return the block that a user's expression finds; None for modules outside blocks."""
+    spans = expression.spans("search", name)
+    return None if spans is None else _block(spans, name, expression.text)
+
+
+def _block(spans: Sequence[tuple[int, int]], name: str, pattern: str) -> Block:
+    """Return the block of a match, by the spans of the match and of its groups."""
+    groups = [(start, name[start:end]) for start, end in spans[1:] if start >= 0]
+    if not groups or not all(naming.is_number(text) for _, text in groups):
         raise ValueError(
-            f"blocks={found.re.pattern!r} matches no number in {name!r}: the block's number must be a group"
+            f"blocks={pattern!r} matches no number in {name!r}: the block's number must be a group"
         )
-    return Block(name[: found.start(groups[0])].rstrip("."), tuple(int(found[i]) for i in groups))
+    return Block(name[: groups[0][0]].rstrip("."), tuple(int(text) for _, text in groups))
 
 
 def has_number(name: str) -> bool:

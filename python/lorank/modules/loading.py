@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+from lorank.modules import naming
 from lorank.modules.skeleton import Skeleton
 
 Fetch = Callable[[str, "int | None"], Any]
@@ -260,4 +261,4 @@ def _is_by_expert(
 
 def _loading_order(name: str) -> list[tuple[int, str]]:
     """Return the key by which transformers sorts names: numbers sort by value."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    return [naming.number_first(part) for part in name.split(".")]

@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
+from lorank._core import FormatError
+from lorank._internal.patterns import Expression, TimeLimit
+
 Targets: TypeAlias = "str | Sequence[str] | None"
 """A selection of modules: names and suffixes, or one regular expression, as in PEFT's `target_modules`."""
 
@@ -27,6 +30,9 @@ _OUTPUT_HEADS = {
     "vocab_projector",
     "lm_prediction_head",
 }
+# The deepest names of known models have some 15 parts.
+_MOST_PARTS = 100
+_MOST_DIGITS = 18
 _NUMBERS = re.compile(r"(\d+)")
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 
@@ -95,7 +101,26 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     >>> sorted(["block.10", "block.2"], key=natural_key)
     ['block.2', 'block.10']
     """
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _NUMBERS.split(name)]
+    return [number_first(part) for part in _NUMBERS.split(name)]
+
+
+def number_first(part: str) -> tuple[int, str]:
+    """Return a key that sorts a part of a name: numbers by value, before text."""
+    return (int(part), "") if is_number(part) else (-1, part)
+
+
+def is_number(part: str) -> bool:
+    """Return True for a decimal number of a size that counts anything; Python refuses thousands of digits."""
+    return part.isdecimal() and len(part) <= _MOST_DIGITS
+
+
+def check_depth(label: str, names: Iterable[str]) -> None:
+    """Raise FormatError for a name of so many parts that its suffixes would fill the memory."""
+    for name in names:
+        if name.count(".") >= _MOST_PARTS:
+            raise FormatError(
+                f"{label}: tensor {name[:60]!r}...: has a name of more than {_MOST_PARTS} parts: rename it"
+            )
 
 
 def suffixes(name: str) -> Iterator[str]:
@@ -118,23 +143,17 @@ def is_suffix(short: str, name: str) -> bool:
     return name == short or name.endswith(f".{short}")
 
 
-def expression(text: str) -> re.Pattern[str]:
-    """Compile a regular expression of unknown origin.
-
-    Raises
-    ------
-    ValueError
-        If the expression is malformed, or too large or too deep for Python.
-    """
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        short = repr(text if len(text) <= 80 else f"{text[:77]}...")
-        raise ValueError(f"{short} is not a regular expression: {error}") from None
-
-
-def option_expression(option: str, text: str) -> re.Pattern[str]:
+def option_expression(option: str, text: str, limit: TimeLimit | None = None) -> Expression:
     """Compile a regular expression that is the value of an option.
+
+    Parameters
+    ----------
+    option
+        The name of the option.
+    text
+        The value.
+    limit
+        The time limit that the expressions of an option share; by default each has its own.
 
     Raises
     ------
@@ -144,18 +163,22 @@ def option_expression(option: str, text: str) -> re.Pattern[str]:
     if not isinstance(text, str):
         raise ValueError(f"{option} must be a regular expression, not {text!r}")
     try:
-        return expression(text)
+        return Expression(text, limit or TimeLimit(option))
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
 
 
-def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
+def matcher(targets: str | Sequence[str], origin: str = "") -> Callable[[str], bool]:
     """Return a function that returns True for names that targets select.
+
+    The function raises FormatError if an expression exceeds its time limit.
 
     Parameters
     ----------
     targets
         A regular expression for whole names, or a list of names and suffixes.
+    origin
+        The option, or the file and its setting, that holds the targets, for messages.
 
     Raises
     ------
@@ -169,8 +192,10 @@ def matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
     (True, False)
     """
     if isinstance(targets, str):
-        pattern = expression(targets)
-        return lambda name: pattern.fullmatch(name) is not None
+        try:
+            return Expression(targets, TimeLimit(origin or "targets")).matches
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}" if origin else str(error)) from None
     selected = frozenset(targets)
     if not selected:
         return lambda _: False
@@ -187,7 +212,8 @@ def check_known(targets: Targets, names: Iterable[str]) -> None:
     """
     if targets is None or isinstance(targets, str):
         return
-    known = {suffix for name in names for suffix in suffixes(name)}
+    entries = frozenset(targets)
+    known = {suffix for name in names for suffix in suffixes(name) if suffix in entries}
     if unknown := [target for target in targets if target not in known]:
         raise ValueError(f"no module is named {unknown[0]!r}, and no module's name ends with it")
 
@@ -202,6 +228,6 @@ def filtered(names: Iterable[str], include: Targets, exclude: Targets) -> list[s
     """
     names = list(names)
     check_known(include, names)
-    included = (lambda _: True) if include is None else matcher(include)
-    excluded = (lambda _: False) if exclude is None else matcher(exclude)
+    included = (lambda _: True) if include is None else matcher(include, "include")
+    excluded = (lambda _: False) if exclude is None else matcher(exclude, "exclude")
     return [name for name in names if included(name) and not excluded(name)]

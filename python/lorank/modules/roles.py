@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
+from lorank._internal.patterns import Expression, TimeLimit
 from lorank.modules import naming
 from lorank.modules.blocks import has_number, is_outside, match_of_block
 
@@ -84,7 +85,7 @@ def check_roles(names: Sequence[str], roles: Roles) -> None:
     if unmatched := [
         repr(given)
         for given, (expression, _) in zip(roles or (), _compiled_roles(roles), strict=True)
-        if not any(expression.fullmatch(name) for name in names)
+        if not any(map(expression.matches, names))
     ]:
         match = "matches" if len(unmatched) == 1 else "match"
         listed = ", ".join(unmatched)
@@ -129,10 +130,10 @@ def in_placement(names: Sequence[str], placement: Placement, roles: Roles = None
     return [role == placement for role in roles_of(names, roles)]
 
 
-def _role_of(name: str, own: Sequence[tuple[re.Pattern[str], Role | None]]) -> Role | None:
+def _role_of(name: str, own: Sequence[tuple[Expression, Role | None]]) -> Role | None:
     """Return the role of one module, by a user's expressions and then by the tables."""
     for expression, role in own:
-        if expression.fullmatch(name):
+        if expression.matches(name):
             return role
     found = match_of_block(name)
     # The parts before the block belong to the model's name and show no role.
@@ -162,16 +163,20 @@ def _role_of(name: str, own: Sequence[tuple[re.Pattern[str], Role | None]]) -> R
     )
 
 
-def _compiled_roles(roles: Roles) -> list[tuple[re.Pattern[str], Role | None]]:
+def _compiled_roles(roles: Roles) -> list[tuple[Expression, Role | None]]:
     """Compile and check a user's roles."""
     if roles is None:
         return []
     if not isinstance(roles, Mapping):
         raise ValueError(f"roles must map regular expressions to roles, got {roles!r}")
+    limit = TimeLimit("roles")
     for expression, role in roles.items():
         if role is not None and role not in get_args(Role):
             raise ValueError(
                 f"roles: {expression!r} must be 'attention', 'feed-forward' or None, not {role!r}"
             )
-        naming.option_expression("roles", expression)
-    return [(re.compile(rf"(?:.*\.)?(?:{expression})(?:\..*)?"), role) for expression, role in roles.items()]
+        naming.option_expression("roles", expression, limit)
+    return [
+        (naming.option_expression("roles", rf"(?:.*\.)?(?:{expression})(?:\..*)?", limit), role)
+        for expression, role in roles.items()
+    ]

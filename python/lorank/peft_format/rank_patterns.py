@@ -11,12 +11,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
 
-from lorank.modules import naming
 from lorank.peft_format.name_matching import proper_suffixes
-
-Value = TypeVar("Value")
 
 
 def rank_keys(ranks: Mapping[str, int]) -> dict[int, str]:
@@ -46,22 +42,3 @@ def _shadowed(names: Iterable[str]) -> set[str]:
     """Return the names that are a dotted suffix of another name."""
     known = set(names)
     return {suffix for name in known for suffix in proper_suffixes(name) if suffix in known}
-
-
-def compiled_key(key: str) -> re.Pattern[str]:
-    """Return the expression that PEFT makes of a pattern's key.
-
-    Raises
-    ------
-    ValueError
-        If the key is not a regular expression.
-    """
-    return naming.expression(rf"(.*\.)?({key})$")
-
-
-def first_match(table: Mapping[re.Pattern[str], Value], name: str, default: Value) -> Value:
-    """Return the value of the first key that matches a module's name, as PEFT does."""
-    for key, value in table.items():
-        if key.match(name):
-            return value
-    return default

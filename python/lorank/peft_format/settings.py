@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -11,8 +10,8 @@ import numpy as np
 
 from lorank._core import FormatError
 from lorank.peft_format.fields import DEFAULT_ALPHA, DEFAULT_INITIAL_RANK, DEFAULT_RANK
+from lorank.peft_format.pattern_table import PatternTable
 from lorank.peft_format.rank_groups import rank_owner
-from lorank.peft_format.rank_patterns import compiled_key, first_match
 from lorank.peft_format.scaling import divisor
 from lorank.peft_format.validation import kind_of, short
 
@@ -39,14 +38,14 @@ class Settings:
         self.rank_stabilized = bool(config.get("use_rslora"))
         # AdaLoRA's `rank_pattern` holds masks, not ranks.
         has_ranks = kind_of(config) != "ADALORA"
-        self._ranks = _compiled(label, config, "rank_pattern", _rank) if has_ranks else {}
-        self._alphas = _compiled(label, config, "alpha_pattern", _alpha)
+        self._ranks = _table(label, config if has_ranks else {}, "rank_pattern", _rank)
+        self._alphas = _table(label, config, "alpha_pattern", _alpha)
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
         """Return the rank and the scaling of a module."""
         owner = rank_owner(name)
-        rank = first_match(self._ranks, owner, self.rank)
-        alpha = first_match(self._alphas, owner, self.alpha)
+        rank = self._ranks.get(owner, self.rank)
+        alpha = self._alphas.get(owner, self.alpha)
         return rank, alpha / divisor(rank, self.rank_stabilized)
 
     def adalora_scaling(self, rank: int) -> float:
@@ -70,17 +69,16 @@ def _alpha(label: str, key: str, value: Any) -> float:
     return float(value)
 
 
-def _compiled(
+def _table(
     label: str, config: Mapping[str, Any], key: str, checked: Callable[[str, str, Any], Value]
-) -> dict[re.Pattern[str], Value]:
+) -> PatternTable[Value]:
     pattern = config.get(key) or {}
     if not isinstance(pattern, Mapping):
         raise FormatError(
             f"{label}: the settings' {key} has type {type(pattern).__name__}, not a table of modules"
         )
+    values = {name: checked(label, f"{key}[{short(name)}]", value) for name, value in pattern.items()}
     try:
-        return {
-            compiled_key(name): checked(label, f"{key}[{name!r}]", value) for name, value in pattern.items()
-        }
+        return PatternTable(values, f"{label}: the settings' {key}")
     except ValueError as error:
         raise FormatError(f"{label}: the settings' {key} has an invalid key: {error}") from None

@@ -24,7 +24,7 @@ from lorank.peft_format.validation import checked_kind
 from lorank.runtimes.base_model import BaseModel
 from lorank.runtimes.separate_experts import SeparateExperts
 
-_NUMBERED = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<block>\d+)\.(?P<kind>.+)")
+_NUMBERED = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<block>\d{1,18})\.(?P<kind>.+)")
 
 
 def _is_table(module: LoraModule) -> bool:
@@ -205,7 +205,9 @@ class Found:
             return names if self.config.get("target_parameters") else []
         if targets == naming.ALL_LINEAR:
             return []
-        selects, excludes = naming.matcher(targets), naming.matcher(excluded or [])
+        label = f"{self.adapter.label}: the settings'"
+        selects = naming.matcher(targets, f"{label} target_modules")
+        excludes = naming.matcher(excluded or [], f"{label} exclude_modules")
         return [name for name in names if not selects(holder(name)) or excludes(holder(name))]
 
     def unequal_tables(self) -> tuple[LoraModule, LoraModule] | None:
@@ -237,7 +239,7 @@ class Found:
         """
         missing = []
         for kinds in self.blocks().values():
-            every = set(range(max(max(numbers) for numbers in kinds.values()) + 1))
-            missing += [kind for kind, numbers in kinds.items() if numbers != every]
+            count = max(max(numbers) for numbers in kinds.values()) + 1
+            missing += [kind for kind, numbers in kinds.items() if len(numbers) != count]
         chosen = self.config.get("layers_to_transform") is not None
         return missing or [kind for kinds in self.blocks().values() for kind in kinds if chosen]

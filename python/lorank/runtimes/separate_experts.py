@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lorank.adapters.module import LoraModule
 
-_NAME = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d+)\.(?P<kind>\w+)")
+_NAME = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d{1,18})\.(?P<kind>\w+)")
 
 GATES = ("gate_proj", "w1")
 UPS = ("up_proj", "w3")
@@ -71,6 +71,7 @@ class SeparateExperts:
         for stack, kinds in self.by_stack.items():
             count = 1 + max(max(experts) for experts in kinds.values())
             for kind, experts in kinds.items():
-                if absent := set(range(count)) - set(experts):
-                    return f"{stack}.{min(absent)}.{kind} has no adapter, but other experts have one"
+                if len(experts) != count:
+                    absent = next(number for number in range(count) if number not in experts)
+                    return f"{stack}.{absent}.{kind} has no adapter, but other experts have one"
         return ""

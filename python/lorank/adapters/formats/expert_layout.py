@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,12 +132,15 @@ def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[
     by_module: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         by_module[innermost(path)].append(path)
+    owners: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for position, target in enumerate(targets):
+        owner, _, name = target.rpartition(".")
+        if name:
+            owners[owner].append((position, name))
+    is_selected = _selection(label, config)
     found: dict[str, str] = {}
     for module, inner in by_module.items():
-        try:
-            names = _candidates(config, targets, module, len(inner))
-        except ValueError as error:
-            raise FormatError(f"{label}: the settings' target_modules: {error}") from None
+        names = _candidates(is_selected, owners, module, len(inner))
         if not names:
             continue
         if len(names) < len(inner):
@@ -156,36 +159,45 @@ def _named(label: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[
     return found
 
 
-def _candidates(config: Mapping[str, Any], targets: Sequence[str], module: str, count: int) -> list[str]:
+def _candidates(
+    is_selected: Callable[[str], bool],
+    owners: Mapping[str, Sequence[tuple[int, str]]],
+    module: str,
+    count: int,
+) -> list[str]:
     """Find the names of a module's parameters that targets select, as PEFT matches them.
 
     A target without a dot selects a parameter of that name in every module, and the file does not list the
     modules that have one. Such targets are used if the others select too few parameters of the module, and
     `target_modules` does not select the module.
+
+    Parameters
+    ----------
+    is_selected
+        A function that returns True if `target_modules` selects a module.
+    owners
+        The names of parameters in `target_parameters` with their positions, by the names of their modules.
+    module, count
+        The module, and the number of its adapted parameters.
     """
-    fitting, bare = [], []
-    for target in targets:
-        owner, _, name = target.rpartition(".")
-        if not name:
-            continue
-        if not owner:
-            bare.append(name)
-        elif naming.is_suffix(owner, module):
-            fitting.append(name)
-    names = list(dict.fromkeys(fitting))
-    if len(names) < count and not _is_selected(config, module):
-        names = list(dict.fromkeys([*names, *bare]))
+    fitting = sorted(entry for owner in naming.suffixes(module) if owner for entry in owners.get(owner, ()))
+    names = list(dict.fromkeys(name for _, name in fitting))
+    if len(names) < count and not is_selected(module):
+        names = list(dict.fromkeys([*names, *(name for _, name in owners.get("", ()))]))
     return names
 
 
-def _is_selected(config: Mapping[str, Any], module: str) -> bool:
-    """Return True if `target_modules` selects a module."""
+def _selection(label: str, config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Return a function that returns True if `target_modules` selects a module."""
     targets = config.get("target_modules")
     if targets is None:
-        return False
+        return lambda _: False
     if targets == naming.ALL_LINEAR:
-        return not naming.is_in_experts(module)
-    return naming.matcher(targets)(module)
+        return lambda module: not naming.is_in_experts(module)
+    try:
+        return naming.matcher(targets, f"{label}: the settings' target_modules")
+    except ValueError as error:
+        raise FormatError(str(error)) from None
 
 
 def _shown(paths: Sequence[str], named: Mapping[str, str], shapes: Shapes) -> ExpertLayout | None:

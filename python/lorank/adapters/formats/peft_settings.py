@@ -14,6 +14,8 @@ from lorank.peft_format.rank_groups import rank_owner
 from lorank.peft_format.rank_patterns import rank_keys
 from lorank.peft_format.target_expressions import accidental_matches, as_expression, either, guard, only
 
+_EXCLUDED = "the settings' exclude_modules"
+
 
 def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: bool) -> dict[str, Any]:
     """Return the settings that give every module its rank, and its scale in the profile.
@@ -65,7 +67,7 @@ def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] 
     # A choice of layers is not written again: suffixes alone would select more.
     if not isinstance(targets, (list, tuple)) or before.get("layers_to_transform") is not None:
         return None
-    selects, excludes = naming.matcher(targets), naming.matcher(excluded or [])
+    selects, excludes = naming.matcher(targets), naming.matcher(excluded or [], _EXCLUDED)
     # A merged adapter has its first term's settings, but may adapt more modules.
     return sorted(targets) if all(selects(name) and not excludes(name) for name in names) else None
 
@@ -81,7 +83,7 @@ def _excluded(before: Mapping[str, Any], names: Sequence[str], dropped: Sequence
     if targets is None:
         return either(accidental_matches(names, dropped), guard(names))
     is_plain = isinstance(targets, (list, tuple)) and before.get("layers_to_transform") is None
-    if not is_plain or (earlier and any(map(naming.matcher(earlier), names))):
+    if not is_plain or (earlier and any(map(naming.matcher(earlier, _EXCLUDED), names))):
         return only(names)
     selects = naming.matcher(targets)
     # A merged adapter may adapt modules that its first term's settings do not select.

@@ -109,7 +109,7 @@ def _adapts_tables(live: LiveModel, config: Mapping[str, Any]) -> bool:
         return False
     targets = config.get("target_modules") or ()
     if isinstance(targets, str):
-        selects = naming.matcher(targets)
+        selects = naming.matcher(targets, "the settings' target_modules")
         return any(selects(path) for path in live.modules if path.rpartition(".")[2] in _TABLES)
     return any(name in targets for name in _TABLES)
 

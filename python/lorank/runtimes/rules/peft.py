@@ -86,7 +86,9 @@ def _separate_experts_refused(a: Found) -> str:
     if problem := experts.unequal() or experts.without_partner() or experts.missing():
         return f"stacks the experts, which must all be adapted with one rank: {problem}"
     targets = a.config.get("target_modules")
-    selects = naming.matcher(targets) if isinstance(targets, str) and targets != naming.ALL_LINEAR else None
+    selects = None
+    if isinstance(targets, str) and targets != naming.ALL_LINEAR:
+        selects = naming.matcher(targets, f"{a.adapter.label}: the settings' target_modules")
     for stack, kinds in experts.by_stack.items():
         for kind, modules in kinds.items():
             name = f"{stack}.{kind}"
