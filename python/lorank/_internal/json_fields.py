@@ -202,7 +202,8 @@ def check_unique(names: Sequence[str]) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _is_integer(value: object, least: int, most: int) -> bool:
