@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -20,21 +21,42 @@ def atomic_path(target: Path) -> Iterator[Path]:
     Raises
     ------
     OSError
-        If the folder of `target` cannot be written to. The target then stays unchanged.
+        If the folder of `target` cannot be written to, or the disk is full. The error names the target, which
+        stays unchanged.
     """
     with _made_folder(target.parent):
         temporary = _hidden_path(target.parent, f"{target.name}.", target.suffix)
         try:
-            temporary.touch(exist_ok=False)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(target)) from error
-        try:
-            yield temporary
-            temporary.replace(target)
+            with errors_name(target, temporary):
+                temporary.touch(exist_ok=False)
+                yield temporary
+                temporary.replace(target)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+@contextmanager
+def errors_name(target: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Add the name of a file to errors of the system in the block that name no file, or a temporary one.
+
+    Failures of writing, such as a full disk, do not name the file: the system gives only their number.
+
+    Parameters
+    ----------
+    target
+        The file to name.
+    temporary
+        The temporary file that the block writes instead.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_named = error.filename is not None and str(error.filename) != str(temporary)
+        if error.errno is None or is_named:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
 
 
 @contextmanager
@@ -77,12 +99,10 @@ def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     with _made_folder(place):
         staging = _hidden_path(place, f"{folder.name}.")
         try:
-            staging.mkdir()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(folder)) from error
-        try:
-            yield staging
-            _move(staging, folder, stale, is_new=is_new)
+            with errors_name(folder, staging):
+                staging.mkdir()
+                yield staging
+                _move(staging, folder, stale, is_new=is_new)
         except OSError as error:
             file = Path(str(error.filename))
             if error.errno is None or not file.is_relative_to(staging):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Iterable
 from itertools import islice
+from typing import Any
 
 _LINES = 3
+_LENGTH = 80
+
+# Unlike `repr`, it ends for values that are nested deeply.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LENGTH
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:
@@ -40,6 +48,18 @@ def spanned(values: Collection[int], noun: str) -> str:
     return f"{noun} {least}" if least == most else f"{noun}s {least} to {most}"
 
 
+def shown(value: Any) -> str:
+    """Return a value of unknown origin as text of at most 80 characters.
+
+    Examples
+    --------
+    >>> shown("1"), shown([[[[[1]]]]])
+    ("'1'", '[[[...]]]')
+    """
+    text = _SHORT.repr(value)
+    return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."
+
+
 def listing(title: str, lines: Iterable[str], total: int, rest: str) -> str:
     """Return a title with the first lines of a long list, for a `repr`.
 
@@ -54,7 +74,7 @@ def listing(title: str, lines: Iterable[str], total: int, rest: str) -> str:
     rest
         Expressions that return all entries.
     """
-    shown = [f"  {line}" for line in islice(lines, _LINES)]
+    first = [f"  {line}" for line in islice(lines, _LINES)]
     if total > _LINES:
-        shown.append(f"  ... {total - _LINES:,} more: see {rest}")
-    return "\n".join([title, *shown])
+        first.append(f"  ... {total - _LINES:,} more: see {rest}")
+    return "\n".join([title, *first])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+from lorank._internal.json_fields import Fields, check_unique
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class ModuleCertificate:
         return {**numbers, "error": self.error, "retained_energy": self.retained_energy}
 
     @classmethod
-    def from_json(cls, content: Any) -> ModuleCertificate:
+    def from_json(cls, content: Fields) -> ModuleCertificate:
         """Build a certificate from the result of `to_json`.
 
         Raises
@@ -63,17 +65,16 @@ class ModuleCertificate:
         ValueError
             If the content is not such a certificate.
         """
-        if not isinstance(content, dict) or not isinstance(content.get("name"), str):
-            raise ValueError("a module without a name")
-        numbers: dict[str, Any] = {name: content.get(name) for name in _FIELDS if name != "name"}
-        for key, value in numbers.items():
-            allowed = (int,) if key.startswith(("rank", "parameters")) else (int, float)
-            if type(value) not in allowed or not 0 <= value < math.inf:
-                raise ValueError(f"{content['name']}: {key} is {value!r}")
-        return cls(content["name"], **numbers)
+        return cls(
+            content.text("name"),
+            *(content.integer(name) for name in _COUNTS),
+            *(content.number(name, 0) for name in _NUMBERS),
+        )
 
 
-_FIELDS = tuple(field.name for field in fields(ModuleCertificate))
+_COUNTS = ("rank_before", "rank_after", "parameters_before", "parameters_after")
+_NUMBERS = ("energy", "dropped_energy", "spectral_error")
+_FIELDS = ("name", *_COUNTS, *_NUMBERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +172,15 @@ class Certificate:
         ValueError
             If the content is not such a certificate.
         """
-        if not isinstance(content, dict) or not isinstance(content.get("action"), str):
-            raise ValueError("no action")
-        modules, rounding = content.get("modules"), content.get("rounding_error")
-        if not isinstance(modules, list):
-            raise ValueError("no list of modules")
-        if rounding is not None and (type(rounding) not in (int, float) or not 0 <= rounding < math.inf):
-            raise ValueError(f"rounding_error is {rounding!r}")
-        return cls(content["action"], [ModuleCertificate.from_json(module) for module in modules], rounding)
+        fields = Fields(content)
+        rounding = None
+        if "rounding_error" in fields and fields.value("rounding_error") is not None:
+            rounding = fields.number("rounding_error", 0)
+        modules = [ModuleCertificate.from_json(module) for module in fields.objects("modules")]
+        check_unique([module.name for module in modules])
+        if not math.isfinite(sum(module.energy + module.dropped_energy for module in modules)):
+            raise ValueError("the sum of all energies is not finite")
+        return cls(fields.text("action"), modules, rounding)
 
     def to_text(self, notes: Sequence[str] = ()) -> str:
         """Return the certificate and an adapter's notes as JSON, with a line for every module."""

@@ -6,6 +6,7 @@ import heapq
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 Budget: TypeAlias = "int | str"
 """A number of parameters (``500_000``, ``"500k"``, ``"1.5M"``), or a percentage (``"0.5%"``)."""
 
-_COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbB]?)")
+_COUNT = re.compile(r"([0-9][0-9_,]{0,30}(?:\.[0-9]{1,30})?(?:[eE][0-9]{1,2})?)\s*([kKmMbB]?)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -34,7 +35,7 @@ def parse_budget(budget: Budget, num_parameters: int | None, unknown: str = "") 
     Raises
     ------
     ValueError
-        If the budget is malformed or negative, or a percentage of an unknown number of parameters.
+        If the budget is malformed, negative or not whole, or a percentage of an unknown number of parameters.
 
     Examples
     --------
@@ -44,18 +45,20 @@ def parse_budget(budget: Budget, num_parameters: int | None, unknown: str = "") 
     5000
     """
     if is_integer(budget):
-        parameters = float(budget)
+        parameters = Fraction(int(budget))
     elif isinstance(budget, str) and budget.strip().endswith("%"):
-        parameters = _share(budget.strip(), num_parameters, unknown)
+        parameters = Fraction(math.floor(_share(budget.strip(), num_parameters, unknown)))
     elif isinstance(budget, str) and (found := _COUNT.fullmatch(budget.strip())):
-        parameters = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
+        parameters = Fraction(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
     else:
         raise ValueError(
             f"a budget is a number of parameters (500000, '500k') or a percentage ('0.5%'), not {budget!r}"
         )
     if parameters < 0:
         raise ValueError(f"a budget cannot be negative: {budget!r}")
-    return math.floor(parameters)
+    if parameters.denominator > 1:
+        raise ValueError(f"a budget is a whole number of parameters, not {budget!r}")
+    return int(parameters)
 
 
 def _share(budget: str, num_parameters: int | None, unknown: str) -> float:
@@ -72,7 +75,10 @@ def _share(budget: str, num_parameters: int | None, unknown: str) -> float:
             "give the budget as a number of parameters"
         )
     # Rounding must not turn an exact product (0.5 % of 10,000) into the next smaller integer.
-    return percent * num_parameters / 100 * (1 + 4 * np.finfo(float).eps)
+    share = percent * num_parameters / 100 * (1 + 4 * np.finfo(float).eps)
+    if share == math.inf:
+        raise ValueError(f"not a percentage: {budget!r}")
+    return share
 
 
 def fit_ranks(

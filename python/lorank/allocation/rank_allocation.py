@@ -6,24 +6,29 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 
-from lorank._core import FormatError
 from lorank._internal import extras
 from lorank._internal.atomic import write_text
+from lorank._internal.json_fields import Fields, check_unique, reading
 from lorank._internal.json_files import read_json
 from lorank._internal.short_text import counted, listing
 from lorank.modules.facts import ModelFacts
 from lorank.modules.targets import AdaptedModule
+from lorank.modules.weight import Kind
 from lorank.peft_format import lora_config
 from lorank.peft_format.lora_config import ScaleRule
+from lorank.report.json_values import plain
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+ALLOCATION_FILE = "allocation.json"
 _FORMAT = "lorank.RankAllocation"
+_VERSION = 1
+_LARGEST_RANK = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -146,7 +151,7 @@ class RankAllocation:
 
     def save(self, path: str | Path) -> None:
         """Write the allocation to a JSON file atomically."""
-        write_text(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
+        write_text(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
 
     def to_json(self) -> dict[str, Any]:
         """Return the allocation as JSON values."""
@@ -157,14 +162,14 @@ class RankAllocation:
                 "shape": list(module.shape),
                 "copies": module.copies,
                 "rank": self.ranks[module.name],
-                "score": self.scores[module.name],
+                "score": plain(self.scores[module.name]),
                 "flag": self.flags.get(module.name),
             }
             for module in self.modules
         ]
         return {
             "format": _FORMAT,
-            "version": 1,
+            "version": _VERSION,
             "source": self.source,
             "method": self.method,
             "num_parameters": self.num_parameters,
@@ -180,29 +185,57 @@ class RankAllocation:
     def load(cls, path: str | Path) -> RankAllocation:
         """Read an allocation that `save` wrote.
 
+        Parameters
+        ----------
+        path
+            The file, or a folder that ``lorank allocate -o`` wrote.
+
         Raises
         ------
         FormatError
             If the file does not hold an allocation.
+        OSError
+            If the file cannot be read.
         """
-        try:
-            content = read_json(Path(path))
-            if content["format"] != _FORMAT:
-                raise ValueError(f"format {content['format']!r}")
-            entries = content["modules"]
-            return cls(
-                [
-                    AdaptedModule(m["name"], m["kind"], (m["shape"][0], m["shape"][1]), m["copies"])
-                    for m in entries
-                ],
-                {m["name"]: int(m["rank"]) for m in entries},
-                {m["name"]: float(m["score"]) for m in entries},
-                content["method"],
-                content["other_modules"],
-                {m["name"]: m["flag"] for m in entries if m["flag"]} | content.get("other_flags", {}),
-                content["source"],
-                content["base_parameters"],
-                ModelFacts.from_json(content["model"]) if "model" in content else ModelFacts(),
+        path = Path(path)
+        file = path / ALLOCATION_FILE if path.is_dir() else path
+        with reading(file, "a rank allocation"):
+            return cls._from_json(Fields(read_json(file)))
+
+    @classmethod
+    def _from_json(cls, content: Fields) -> RankAllocation:
+        content.check_format(_FORMAT, _VERSION)
+        entries = content.objects("modules")
+        modules = [
+            AdaptedModule(
+                entry.text("name"),
+                entry.choice("kind", get_args(Kind)),
+                cast("tuple[int, int]", entry.integers("shape", length=2, least=1)),
+                entry.integer("copies", 1),
             )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise FormatError(f"{path}: is not a rank allocation: {error!r}") from error
+            for entry in entries
+        ]
+        names = [module.name for module in modules]
+        check_unique(names)
+        flags = {
+            name: entry.text("flag")
+            for name, entry in zip(names, entries, strict=True)
+            if entry.value("flag")
+        }
+        if "other_flags" in content:
+            others = content.object("other_flags")
+            flags |= {name: others.text(name) for name in others}
+        return cls(
+            modules,
+            {
+                name: entry.integer("rank", 0, _LARGEST_RANK)
+                for name, entry in zip(names, entries, strict=True)
+            },
+            {name: entry.measure("score") for name, entry in zip(names, entries, strict=True)},
+            content.text("method"),
+            list(content.texts("other_modules")),
+            flags,
+            content.text("source"),
+            content.optional_integer("base_parameters"),
+            ModelFacts.from_json(content.object("model")) if "model" in content else ModelFacts(),
+        )

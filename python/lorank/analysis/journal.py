@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from lorank._core import FormatError
+from lorank._internal.json_fields import Fields, check_unique, reading
+from lorank._internal.json_files import parse_json
+from lorank.analysis.line_file import LineFile
 from lorank.report.columns import from_entry, to_entries
-from lorank.report.rows import ModuleSpectrum
+from lorank.report.rows import ModuleSpectrum, identity
+from lorank.sources.base import MatrixInfo
 
 _FORMAT = "lorank.journal"
+_JOURNAL = "a journal of lorank"
 
 
 class Journal:
@@ -22,8 +27,10 @@ class Journal:
     ----------
     path
         Path of the file, which is made if it does not exist.
-    identity
+    fingerprint
         Fingerprint of the source, and the options that change results.
+    matrices
+        The matrices of the source.
 
     Attributes
     ----------
@@ -33,29 +40,30 @@ class Journal:
     Raises
     ------
     FormatError
-        If the file is not a journal.
+        If the file is not a journal. It is not changed.
+    OSError
+        If the file cannot be written, or another run is using it.
     ValueError
         If the journal belongs to another source or to other options.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], matrices: Iterable[MatrixInfo]) -> None:
         self.path = path
-        header = {"format": _FORMAT, **identity}
-        self.finished = {row.name: row for row in _read(path, header)} if path.exists() else {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _drop_incomplete_line(path)
-        self._file = path.open("a", encoding="utf-8")
-        if self._file.tell() == 0:
-            self._write(header)
+        header = {"format": _FORMAT, **fingerprint}
+        self._file = LineFile(path)
+        try:
+            lines = self._file.read()
+            self.finished = {} if not lines else _finished(path, lines, header, matrices)
+            self._file.drop_torn_line()
+            if not lines:
+                self._file.append(json.dumps(header))
+        except BaseException:
+            self._file.close()
+            raise
 
     def add(self, row: ModuleSpectrum) -> None:
-        """Write a finished row to disk."""
-        self._write(to_entries([row])[0])
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        """Write a finished row to the file."""
+        self._file.append(json.dumps(to_entries([row])[0]))
 
     def __enter__(self) -> Journal:
         return self
@@ -66,29 +74,37 @@ class Journal:
         self._file.close()
 
 
-def _read(path: Path, header: dict[str, Any]) -> Iterable[ModuleSpectrum]:
-    # The text after the last newline may be an incomplete line of an interrupted run.
-    lines = path.read_text("utf-8").split("\n")[:-1]
-    if not lines:
-        return []
-    try:
-        found = json.loads(lines[0])
-        if found["format"] != _FORMAT:
-            raise ValueError(found["format"])
-        rows = [from_entry(json.loads(line)) for line in lines[1:]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path}: is not a journal of lorank: {error!r}") from error
-    different = [key for key in header if found.get(key) != header[key]]
+def _finished(
+    path: Path, lines: list[bytes], header: Mapping[str, Any], matrices: Iterable[MatrixInfo]
+) -> dict[str, ModuleSpectrum]:
+    """Return the rows of a journal by name."""
+    with reading(path, _JOURNAL):
+        found = _fields(lines, 0)
+        if found.value("format") != _FORMAT:
+            raise found.error("format", found.value("format"), repr(_FORMAT))
+    different = [key for key in header if key not in found or found.value(key) != header[key]]
     if different:
         raise ValueError(
             f"{path}: was written for another run (different {', '.join(different)}): "
             "name another file, or delete it to start over"
         )
-    return rows
+    with reading(path, _JOURNAL):
+        rows = [from_entry(_fields(lines, index)) for index in range(1, len(lines))]
+        check_unique([row.name for row in rows])
+    known = {info.name: identity(info) for info in matrices}
+    for row in rows:
+        if identity(row) != known.get(row.name):
+            raise FormatError(
+                f"{path}: does not fit the source, which has no matrix like {row!r}: "
+                "name another file, or delete it to start over"
+            )
+    return {row.name: row for row in rows}
 
 
-def _drop_incomplete_line(path: Path) -> None:
-    """Remove an incomplete last line, which an interrupted run left."""
-    with path.open("r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+def _fields(lines: list[bytes], index: int) -> Fields:
+    """Return the content of a line."""
+    place = f"line {index + 1}"
+    try:
+        return Fields(parse_json(lines[index].decode("utf-8")), place)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error

@@ -118,8 +118,13 @@ def analyze(
     with ExitStack() as stack:
         journal = None
         if resume is not None:
-            identity = {"fingerprint": _fingerprint(chosen.fingerprint), "keep_eigenvalues": keep_eigenvalues}
-            journal = stack.enter_context(Journal(Path(resume), {**identity, "accuracy": accuracy}))
+            run = {
+                "fingerprint": _fingerprint(chosen.fingerprint),
+                "keep_eigenvalues": keep_eigenvalues,
+                "accuracy": accuracy,
+            }
+            infos = (matrix.info for matrix in opened.matrices)
+            journal = stack.enter_context(Journal(Path(resume), run, infos))
             rows |= journal.finished
         todo = [matrix for matrix in chosen.matrices if matrix.info.name not in rows]
         total = sum(_work(matrix) for matrix in todo)

@@ -68,6 +68,14 @@ def main() -> None:
         if _debug:
             raise
         _fail(_message(error), 1)
+    except Exception as error:
+        if _debug:
+            raise
+        _fail(
+            f"internal error: {type(error).__name__}: {_first_line(str(error))} (a defect of lorank "
+            f"{lorank.__version__}: please report it with the output of lorank --debug ...)",
+            1,
+        )
 
 
 def _message(error: BaseException) -> str:
@@ -77,6 +85,9 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> None:
-    first_line = message.strip().splitlines()[0] if message.strip() else "unknown error"
-    print_message(f"lorank: {first_line}")
+    print_message(f"lorank: {_first_line(message)}")
     sys.exit(status)
+
+
+def _first_line(message: str) -> str:
+    return message.strip().splitlines()[0] if message.strip() else "unknown error"

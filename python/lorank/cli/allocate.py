@@ -13,7 +13,7 @@ import lorank
 from lorank._internal.progress import waiting
 from lorank.allocation import signals
 from lorank.allocation.budget import parse_budget
-from lorank.allocation.rank_allocation import RankAllocation
+from lorank.allocation.rank_allocation import ALLOCATION_FILE, RankAllocation
 from lorank.cli.checks import check_choice, check_output_folder, parse_targets
 from lorank.cli.errors import UsageError
 from lorank.cli.options import Guess, Json, Overwrite, Quiet, Threads
@@ -126,7 +126,7 @@ def allocate(
     alpha = int(lora_alpha) if lora_alpha.is_integer() else lora_alpha
     settings = allocation.lora_settings(scale_rule=scale_rule, lora_alpha=alpha)  # type: ignore[arg-type]  # Checked above.
     if output is not None:
-        allocation.save(output / "allocation.json")
+        allocation.save(output / ALLOCATION_FILE)
         config_file.write(output, settings, allocation.source or None)
     if json_output:
         print_json(

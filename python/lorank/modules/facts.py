@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorank._internal.json_fields import Fields
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -62,19 +64,20 @@ class ModelFacts:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> ModelFacts:
+    def from_json(cls, content: Fields) -> ModelFacts:
         """Return the facts from the values that `to_json` returns.
 
         Raises
         ------
-        KeyError, TypeError, AttributeError
+        ValueError
             If the content has another structure.
         """
+        refused, ties = content.object("refused"), content.object("ties")
         return cls(
-            str(content["class_name"]),
-            tuple(str(doubt) for doubt in content["doubts"]),
-            {str(name): str(reason) for name, reason in content["refused"].items()},
-            {str(name): tuple(map(str, others)) for name, others in content["ties"].items()},
-            tuple(str(name) for name in content["modules"]),
-            str(content.get("reason", "")),
+            content.text("class_name"),
+            content.texts("doubts"),
+            {name: refused.text(name) for name in refused},
+            {name: ties.texts(name) for name in ties},
+            content.texts("modules"),
+            content.text("reason", ""),
         )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorank.peft_format.validation import short
+from lorank._internal.short_text import shown
 
 # Settings that must be equal in all adapters; settings of the first line may be missing in some.
 _OF_ANY = ("task_type", "bias", "lora_bias", "trainable_token_indices")
@@ -34,7 +34,7 @@ def merged(settings: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
         for label, value in found[1:]:
             if json.dumps(value, sort_keys=True) != json.dumps(found[0][1], sort_keys=True):
                 raise ValueError(
-                    f"{key} is {short(found[0][1])} in {found[0][0]}, but {short(value)} in {label}: a sum "
+                    f"{key} is {shown(found[0][1])} in {found[0][0]}, but {shown(value)} in {label}: a sum "
                     "has only one value; make the values equal in adapter_config.json"
                 )
         if found[0][1] is not None:

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lorank._core import FormatError
+from lorank._internal.short_text import shown
 from lorank.peft_format.fields import DEFAULT_ALPHA, DEFAULT_INITIAL_RANK, DEFAULT_RANK
 from lorank.peft_format.pattern_table import PatternTable
 from lorank.peft_format.rank_groups import rank_owner
 from lorank.peft_format.scaling import divisor
-from lorank.peft_format.validation import kind_of, short
+from lorank.peft_format.validation import kind_of
 
 Value = TypeVar("Value")
 
@@ -58,14 +59,14 @@ class Settings:
 
 def _rank(label: str, key: str, value: Any) -> int:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value < 2**31:
-        raise FormatError(f"{label}: the settings' {key} is {short(value)}: ranks are positive integers")
+        raise FormatError(f"{label}: the settings' {key} is {shown(value)}: ranks are positive integers")
     return int(value)
 
 
 def _alpha(label: str, key: str, value: Any) -> float:
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not is_number or not abs(value) <= sys.float_info.max:
-        raise FormatError(f"{label}: the settings' {key} is {short(value)}: alphas are finite numbers")
+        raise FormatError(f"{label}: the settings' {key} is {shown(value)}: alphas are finite numbers")
     return float(value)
 
 

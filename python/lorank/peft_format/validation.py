@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 from lorank._core import FormatError
+from lorank._internal.short_text import shown
 from lorank.peft_format.initialization import changes_the_base
 
 Kind = Literal["LORA", "ADALORA"]
@@ -73,11 +74,5 @@ def checked_kind(label: str, config: Mapping[str, Any], *, changed_base: bool = 
         )
     for key, (wanted, fits) in _TYPES.items():
         if (value := config.get(key)) is not None and not fits(value):
-            raise FormatError(f"{label}: the settings' {key} is {short(value)}: it should be {wanted}")
+            raise FormatError(f"{label}: the settings' {key} is {shown(value)}: it should be {wanted}")
     return cast("Kind", kind)
-
-
-def short(value: Any) -> str:
-    """Return a setting's value as text of at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 
-from lorank.report.json_values import number, plain
+from lorank._internal.json_fields import Fields
+from lorank.modules.weight import Kind
+from lorank.report.json_values import plain
 from lorank.report.rows import COUNTS, METRICS, ModuleSpectrum
+from lorank.statistics.spectrum import Accuracy
 
 
 def columns(rows: Sequence[ModuleSpectrum]) -> dict[str, list[Any]]:
@@ -46,29 +51,50 @@ def to_entries(rows: Sequence[ModuleSpectrum]) -> list[dict[str, Any]]:
     return entries
 
 
-def from_entry(entry: Mapping[str, Any]) -> ModuleSpectrum:
+def from_entry(entry: Fields) -> ModuleSpectrum:
     """Build a row from an entry, whose flags are a list or a string joined by "; ".
 
     Raises
     ------
-    KeyError, TypeError, ValueError
+    ValueError
         If the entry is malformed.
     """
+    shape = entry.integer("out", 1), entry.integer("in", 1)
     metrics: dict[str, Any] = {
-        name: int(entry[name] or 0) if name in COUNTS else number(entry[name]) for name in METRICS
+        name: (entry.optional_integer(name) or 0)
+        if name in COUNTS
+        else entry.measure(name, _LEAST.get(name, 0))
+        for name in METRICS
     }
-    eigenvalues, expert, flags = entry.get("eigenvalues"), entry["expert"], entry["flags"]
-    if isinstance(flags, str):
-        flags = flags.split("; ") if flags else ()
     return ModuleSpectrum(
-        name=entry["name"],
-        module=entry["module"],
-        kind=entry["kind"],
-        shape=(int(entry["out"]), int(entry["in"])),
-        dtype=entry["dtype"],
-        expert=None if expert in (None, "") else int(expert),
-        accuracy=entry["accuracy"],
-        flags=tuple(flags),
-        eigenvalues=None if eigenvalues is None else np.asarray(eigenvalues, dtype=np.float64),
+        name=entry.text("name"),
+        module=entry.text("module"),
+        kind=entry.choice("kind", get_args(Kind)),
+        shape=shape,
+        dtype=entry.text("dtype"),
+        expert=entry.optional_integer("expert"),
+        accuracy=entry.choice("accuracy", get_args(Accuracy)),
+        flags=_flags(entry),
+        eigenvalues=_eigenvalues(entry, min(shape)),
         **metrics,
     )
+
+
+# Lower bounds of metrics; all others are at least 0.
+_LEAST = {"alpha_weighted": -math.inf}
+
+
+def _flags(entry: Fields) -> tuple[str, ...]:
+    if not isinstance(entry.value("flags"), str):
+        return entry.texts("flags")
+    flags = entry.text("flags")
+    return tuple(flags.split("; ")) if flags else ()
+
+
+def _eigenvalues(entry: Fields, count: int) -> npt.NDArray[np.float64] | None:
+    if "eigenvalues" not in entry or entry.value("eigenvalues") is None:
+        return None
+    values = entry.numbers("eigenvalues")
+    if len(values) != count or np.any(np.diff(values, prepend=0.0) < 0):
+        raise entry.error("eigenvalues", values.tolist(), f"{count} numbers from 0 in ascending order")
+    return values

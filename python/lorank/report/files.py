@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, get_args
 
-from lorank._core import FormatError
 from lorank._internal import extras
 from lorank._internal.atomic import atomic_path, write_text
-from lorank._internal.json_files import read_json
+from lorank._internal.json_fields import Fields, check_unique, reading
+from lorank._internal.json_files import parse_json, read_json
 from lorank.modules.facts import ModelFacts
 from lorank.report.columns import columns, from_entry, to_entries
-from lorank.report.json_values import skipped_from_json, skipped_to_json
+from lorank.report.json_values import plain, skipped_from_json, skipped_to_json
 from lorank.report.rows import COUNTS, METRICS, ModuleSpectrum
 from lorank.sources.base import Skipped
+from lorank.statistics.spectrum import Accuracy
 
 FORMAT = "lorank.SpectralReport"
+REPORT = "a lorank report"
 _VERSION = 1
+
+# Columns of numbers in CSV, and the spellings that `save` writes. `float` and `int` accept more.
+_NUMBERS = frozenset({"out", "in", "expert", *METRICS})
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
+_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 
 
 class Header(TypedDict):
@@ -53,19 +61,13 @@ def load(path: Path) -> Content:
     ------
     FormatError
         If the file is not a report.
+    OSError
+        If the file cannot be read.
     """
     readers = {".json": _load_json, ".parquet": _load_parquet, ".csv": _load_csv}
     reader = _by_suffix(path, readers)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
+    with reading(path, REPORT):
         content: Content = reader(path)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise
-        raise FormatError(f"{path}: is not a lorank report: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}: is not a lorank report: {error!r}") from error
     return content
 
 
@@ -80,9 +82,20 @@ def to_json(rows: Sequence[ModuleSpectrum], header: Header) -> dict[str, Any]:
     return {**_header_to_json(header), "modules": to_entries(rows)}
 
 
-def _from_json(content: Mapping[str, Any]) -> Content:
-    header = _header_from_json(content)
-    return Content([from_entry(entry) for entry in content["modules"]], header)
+def from_json(content: Any) -> Content:
+    """Build rows and header from the result of `to_json`.
+
+    Raises
+    ------
+    ValueError
+        If the content is malformed.
+    """
+    fields = Fields(content)
+    return Content(_rows(fields.objects("modules")), _header_from_json(fields))
+
+
+def _rows(entries: Iterable[Fields]) -> list[ModuleSpectrum]:
+    return [from_entry(entry) for entry in entries]
 
 
 def _header_to_json(header: Header) -> dict[str, Any]:
@@ -98,16 +111,15 @@ def _header_to_json(header: Header) -> dict[str, Any]:
     }
 
 
-def _header_from_json(content: Mapping[str, Any]) -> Header:
-    if content["format"] != FORMAT or content["version"] > _VERSION:
-        raise ValueError(f"format {content['format']!r}, version {content['version']}")
+def _header_from_json(content: Fields) -> Header:
+    content.check_format(FORMAT, _VERSION)
     return Header(
-        skipped=skipped_from_json(content["skipped"]),
-        source=content["source"],
-        accuracy=content["accuracy"],
-        num_parameters=content["num_parameters"],
-        unknown_parameters=content.get("unknown_parameters", ""),
-        facts=ModelFacts.from_json(content["model"]) if "model" in content else ModelFacts(),
+        skipped=skipped_from_json(content),
+        source=content.text("source"),
+        accuracy=content.choice("accuracy", get_args(Accuracy)),
+        num_parameters=content.optional_integer("num_parameters"),
+        unknown_parameters=content.text("unknown_parameters", ""),
+        facts=ModelFacts.from_json(content.object("model")) if "model" in content else ModelFacts(),
     )
 
 
@@ -116,7 +128,7 @@ def _save_json(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> No
 
 
 def _load_json(path: Path) -> Content:
-    return _from_json(read_json(path))
+    return from_json(read_json(path))
 
 
 def _save_csv(path: Path, rows: Sequence[ModuleSpectrum], _header: Header) -> None:
@@ -129,10 +141,7 @@ def _save_csv(path: Path, rows: Sequence[ModuleSpectrum], _header: Header) -> No
 
 def _load_csv(path: Path) -> Content:
     with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if missing := columns([]).keys() - set(reader.fieldnames or ()):
-            raise ValueError(f"missing columns: {', '.join(sorted(missing))}")
-        rows = [from_entry(entry) for entry in reader]
+        rows = _rows(_csv_entries(file))
     unknown = "the report was read from CSV, which keeps rows only, unlike JSON and parquet"
     header = Header(
         skipped=(),
@@ -143,6 +152,35 @@ def _load_csv(path: Path) -> Content:
         facts=ModelFacts(doubts=(unknown,)),
     )
     return Content(rows, header)
+
+
+def _csv_entries(file: Iterable[str]) -> Iterator[Fields]:
+    """Yield the lines of a CSV file as entries, with the types of JSON values."""
+    reader = csv.reader(file, strict=True)
+    names: list[str] = []
+    try:
+        names = next(reader, [])
+        check_unique(names)
+        if missing := columns([]).keys() - set(names):
+            raise ValueError(f"missing columns: {', '.join(sorted(missing))}")
+        for cells in reader:
+            if len(cells) != len(names):
+                raise ValueError(f"line {reader.line_num} has {len(cells)} cells instead of {len(names)}")
+            values = {name: _from_cell(name, cell) for name, cell in zip(names, cells, strict=True)}
+            yield Fields(values, f"line {reader.line_num}")
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+
+
+def _from_cell(column: str, cell: str) -> Any:
+    """Return a cell as a JSON value; a malformed number stays a string, which `Fields` refuses."""
+    if column not in _NUMBERS:
+        return cell
+    if cell in ("", "nan"):
+        return None
+    if _INTEGER.fullmatch(cell):
+        return int(cell)
+    return float(cell) if _DECIMAL.fullmatch(cell) else cell
 
 
 def _save_parquet(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> None:
@@ -168,9 +206,28 @@ def _arrow_type(pyarrow: Any, column: str) -> Any:
 
 def _load_parquet(path: Path) -> Content:
     parquet = extras.require("pyarrow.parquet", "report", "for parquet files")
-    content = parquet.read_table(path)
-    metadata = content.schema.metadata or {}
-    if FORMAT.encode() not in metadata:
-        raise ValueError("a parquet file of another program")
-    header = _header_from_json(json.loads(metadata[FORMAT.encode()]))
-    return Content([from_entry(entry) for entry in content.to_pylist()], header)
+    header, table = _parquet_content(parquet, path)
+    entries = ({name: plain(value) for name, value in row.items()} for row in table.to_pylist())
+    rows = _rows(Fields(entry, f"row {index}") for index, entry in enumerate(entries))
+    return Content(rows, _header_from_json(Fields(parse_json(header))))
+
+
+def _parquet_content(parquet: Any, path: Path) -> tuple[str, Any]:
+    """Return header and table of a parquet file."""
+    try:
+        # `read_table` would add columns for folders that are named like KEY=VALUE.
+        with path.open("rb") as source, parquet.ParquetFile(source) as file:
+            metadata = file.schema_arrow.metadata or {}
+            if FORMAT.encode() not in metadata:
+                raise ValueError("it is a parquet file of another program")
+            table = file.read()
+            check_unique(table.column_names)
+            return metadata[FORMAT.encode()].decode("utf-8"), table
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(str(error)) from error
+    except Exception as error:  # pyarrow raises exceptions of many classes for damaged files.
+        raise ValueError(str(error)) from error

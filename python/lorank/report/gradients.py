@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from lorank._internal.json_fields import Fields
 from lorank.modules.weight import Kind
 from lorank.report.base import Evidence
 from lorank.report.json_report import JsonReport
+from lorank.report.json_values import plain
 from lorank.report.rows import Row
 from lorank.sources.base import Skipped
 from lorank.statistics.effective_rank import effective_rank
@@ -138,31 +140,30 @@ class GradientReport(JsonReport[ModuleGradients]):
         return {"energy": self.energy, "sketch": self.sketch, "num_batches": self.num_batches}
 
     @classmethod
-    def assembled(
-        cls, rows: Sequence[ModuleGradients], skipped: Sequence[Skipped], header: Mapping[str, Any]
-    ) -> Self:
+    def assembled(cls, rows: Sequence[ModuleGradients], skipped: Sequence[Skipped], header: Fields) -> Self:
         """Build a report from rows and the header of a file."""
-        sketch = header["sketch"]
         return cls(
             rows,
             skipped,
-            header["source"],
-            header["num_parameters"],
-            float(header["energy"]),
-            None if sketch is None else int(sketch),
-            int(header["num_batches"]),
-            header.get("unknown_parameters", ""),
+            header.text("source"),
+            header.optional_integer("num_parameters"),
+            header.number("energy", 0, 1),
+            header.optional_integer("sketch", 1),
+            header.integer("num_batches"),
+            header.text("unknown_parameters", ""),
         )
 
     @staticmethod
     def row_to_json(row: ModuleGradients) -> dict[str, Any]:
         """Return the fields of a row except its identity."""
-        return {"effective_rank": row.effective_rank, "eigenvalues": row.eigenvalues.tolist()}
+        eigenvalues = [plain(value) for value in row.eigenvalues.tolist()]
+        return {"effective_rank": row.effective_rank, "eigenvalues": eigenvalues}
 
     @staticmethod
-    def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> ModuleGradients:
+    def row_from_json(identity: Mapping[str, Any], entry: Fields) -> ModuleGradients:
         """Build a row from its identity and the result of `row_to_json`."""
-        eigenvalues = np.asarray(entry["eigenvalues"], dtype=np.float64)
         return ModuleGradients(
-            **identity, effective_rank=float(entry["effective_rank"]), eigenvalues=eigenvalues
+            **identity,
+            effective_rank=entry.measure("effective_rank", 0),
+            eigenvalues=entry.measures("eigenvalues"),
         )

@@ -6,12 +6,13 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-from lorank._core import FormatError
 from lorank._internal import extras
 from lorank._internal.atomic import write_text
+from lorank._internal.json_fields import Fields, check_unique, reading
 from lorank._internal.json_files import read_json
+from lorank.modules.weight import Kind
 from lorank.report.base import R, Report
 from lorank.report.json_values import plain, skipped_from_json, skipped_to_json
 from lorank.report.rows import Row
@@ -37,7 +38,7 @@ class JsonReport(Report[R]):
 
     @classmethod
     @abstractmethod
-    def assembled(cls, rows: Sequence[Any], skipped: Sequence[Skipped], header: Mapping[str, Any]) -> Self:
+    def assembled(cls, rows: Sequence[Any], skipped: Sequence[Skipped], header: Fields) -> Self:
         """Build a report from rows and the header of a file."""
 
     @staticmethod
@@ -47,7 +48,7 @@ class JsonReport(Report[R]):
 
     @staticmethod
     @abstractmethod
-    def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
+    def row_from_json(identity: Mapping[str, Any], entry: Fields) -> Any:
         """Build a row from its identity and the result of `row_to_json`."""
 
     def to_json(self) -> dict[str, Any]:
@@ -88,14 +89,23 @@ class JsonReport(Report[R]):
             If the name does not end with ``.json``.
         """
         path = cls._json_path(path)
-        try:
-            content = read_json(path)
-            if content["format"] != cls.format or content["version"] > _VERSION:
-                raise ValueError(f"format {content['format']!r}, version {content['version']}")
-            rows = [cls.row_from_json(_read_identity(entry), entry) for entry in content["modules"]]
-            return cls.assembled(rows, skipped_from_json(content["skipped"]), content)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise FormatError(f"{path}: is not a {cls.format.removeprefix('lorank.')}: {error!r}") from error
+        with reading(path, f"a {cls.format.removeprefix('lorank.')}"):
+            return cls.from_json(read_json(path))
+
+    @classmethod
+    def from_json(cls, content: Any) -> Self:
+        """Build a report from the result of `to_json`.
+
+        Raises
+        ------
+        ValueError
+            If the content is malformed.
+        """
+        header = Fields(content)
+        header.check_format(cls.format, _VERSION)
+        rows = [cls.row_from_json(_read_identity(entry), entry) for entry in header.objects("modules")]
+        check_unique([row.name for row in rows])
+        return cls.assembled(rows, skipped_from_json(header), header)
 
     @classmethod
     def _json_path(cls, path: str | Path) -> Path:
@@ -135,7 +145,11 @@ def _identity(row: Row) -> dict[str, Any]:
     }
 
 
-def _read_identity(entry: Mapping[str, Any]) -> dict[str, Any]:
-    out, fan_in = entry["shape"]
-    identity = {key: entry[key] for key in ("name", "module", "kind")}
-    return {**identity, "shape": (int(out), int(fan_in)), "flags": tuple(entry["flags"])}
+def _read_identity(entry: Fields) -> dict[str, Any]:
+    return {
+        "name": entry.text("name"),
+        "module": entry.text("module"),
+        "kind": entry.choice("kind", get_args(Kind)),
+        "shape": entry.integers("shape", length=2, least=1),
+        "flags": entry.texts("flags"),
+    }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+from lorank._internal.json_fields import Fields
 from lorank.sources.base import Skipped
 
 
@@ -16,16 +17,20 @@ def plain(value: Any) -> Any:
     return value
 
 
-def number(value: Any) -> float:
-    """Convert a result of `plain` or a cell of a table to a float; None and an empty cell become NaN."""
-    return math.nan if value in (None, "") else float(value)
-
-
 def skipped_to_json(skipped: Iterable[Skipped]) -> list[dict[str, Any]]:
     """Return skipped tensors as JSON values."""
     return [{"name": entry.name, "shape": entry.shape, "reason": entry.reason} for entry in skipped]
 
 
-def skipped_from_json(content: Sequence[Mapping[str, Any]]) -> list[Skipped]:
-    """Build skipped tensors from the result of `skipped_to_json`."""
-    return [Skipped(entry["name"], tuple(entry["shape"]), entry["reason"]) for entry in content]
+def skipped_from_json(content: Fields) -> list[Skipped]:
+    """Build skipped tensors from the result of `skipped_to_json` in the field "skipped".
+
+    Raises
+    ------
+    ValueError
+        If the field is malformed.
+    """
+    return [
+        Skipped(entry.text("name"), entry.integers("shape"), entry.text("reason"))
+        for entry in content.objects("skipped")
+    ]

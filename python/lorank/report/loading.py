@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from lorank._core import FormatError
+from lorank._internal.json_fields import Fields, reading
 from lorank._internal.json_files import read_json
+from lorank._internal.short_text import shown
 from lorank.report import files
 from lorank.report.gradients import GradientReport
 from lorank.report.spectral import SpectralReport
@@ -14,11 +15,7 @@ from lorank.report.tasks import TaskReport
 
 AnyReport: TypeAlias = SpectralReport | GradientReport | TaskReport
 
-_CLASSES: dict[str, type[AnyReport]] = {
-    files.FORMAT: SpectralReport,
-    GradientReport.format: GradientReport,
-    TaskReport.format: TaskReport,
-}
+_PROFILES = (GradientReport, TaskReport)
 
 
 def load_report(path: str | Path) -> AnyReport:
@@ -33,24 +30,25 @@ def load_report(path: str | Path) -> AnyReport:
     ------
     FormatError
         If the file is not a report.
+    OSError
+        If the file cannot be read.
     ValueError
         If the name has another ending.
     """
     path = Path(path)
     if path.suffix != ".json":
         return SpectralReport.load(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    return _class_of(path).load(path)
+    with reading(path, files.REPORT):
+        return _from_json(read_json(path))
 
 
-def _class_of(path: Path) -> type[AnyReport]:
-    try:
-        content = read_json(path)
-    except ValueError as error:
-        raise FormatError(f"{path}: is not a lorank report: {error}") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(found, str) or found not in _CLASSES:
-        reason = f"it is a {found}" if isinstance(found, str) else "it does not give its format"
-        raise FormatError(f"{path}: is not a lorank report: {reason}")
-    return _CLASSES[found]
+def _from_json(content: Any) -> AnyReport:
+    """Build a report from the content of a JSON file."""
+    found = Fields(content).text("format")
+    for profile in _PROFILES:
+        if found == profile.format:
+            return profile.from_json(content)
+    if found != files.FORMAT:
+        raise ValueError(f"it is a {shown(found)}")
+    rows, header = files.from_json(content)
+    return SpectralReport(rows, **header)

@@ -182,12 +182,12 @@ class ModuleSpectrum(Row):
             flags = ("rank 1: alpha is undefined",)
         elif np.isinf(metrics["alpha_hill"]):
             flags = ("equal eigenvalues: alpha is infinite",)
-        return cls(**_identity(info), accuracy=accuracy, **metrics, flags=flags, eigenvalues=eigenvalues)
+        return cls(**identity(info), accuracy=accuracy, **metrics, flags=flags, eigenvalues=eigenvalues)
 
     @classmethod
     def failed(cls, info: MatrixInfo, reason: str) -> ModuleSpectrum:
         """Return the row of a matrix without a spectrum, with the reason as its flag."""
-        return cls(**_identity(info), flags=(reason,))
+        return cls(**identity(info), flags=(reason,))
 
 
 METRICS: tuple[str, ...] = tuple(
@@ -202,5 +202,6 @@ COUNTS = frozenset({"num_nonzero", "num_unresolved", "mp_spikes", "mp_spikes_err
 """Names of the metrics that are integers."""
 
 
-def _identity(info: MatrixInfo) -> dict[str, Any]:
-    return {field.name: getattr(info, field.name) for field in fields(MatrixInfo)}
+def identity(matrix: MatrixInfo | ModuleSpectrum) -> dict[str, Any]:
+    """Return the fields that identify a matrix, from its identity or its row."""
+    return {field.name: getattr(matrix, field.name) for field in fields(MatrixInfo)}

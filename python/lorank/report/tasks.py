@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from lorank._internal.json_fields import Fields
 from lorank.modules.weight import Kind
 from lorank.report.base import Evidence
 from lorank.report.json_report import JsonReport
-from lorank.report.json_values import number, plain
+from lorank.report.json_values import plain
 from lorank.report.rows import Row
 from lorank.sources.base import Skipped
 
@@ -127,17 +128,15 @@ class TaskReport(JsonReport[ModuleTask]):
         return {"num_samples": self.num_samples}
 
     @classmethod
-    def assembled(
-        cls, rows: Sequence[ModuleTask], skipped: Sequence[Skipped], header: Mapping[str, Any]
-    ) -> Self:
+    def assembled(cls, rows: Sequence[ModuleTask], skipped: Sequence[Skipped], header: Fields) -> Self:
         """Build a report from rows and the header of a file."""
         return cls(
             rows,
             skipped,
-            header["source"],
-            header["num_parameters"],
-            int(header["num_samples"]),
-            header.get("unknown_parameters", ""),
+            header.text("source"),
+            header.optional_integer("num_parameters"),
+            header.integer("num_samples"),
+            header.text("unknown_parameters", ""),
         )
 
     @staticmethod
@@ -147,9 +146,9 @@ class TaskReport(JsonReport[ModuleTask]):
         return numbers | {name: [plain(x) for x in getattr(row, name).tolist()] for name in _ARRAYS}
 
     @staticmethod
-    def row_from_json(identity: Mapping[str, Any], entry: Mapping[str, Any]) -> ModuleTask:
+    def row_from_json(identity: Mapping[str, Any], entry: Fields) -> ModuleTask:
         """Build a row from its identity and the result of `row_to_json`."""
-        values: dict[str, Any] = {name: int(entry[name]) for name in _COUNTS}
-        values |= {name: number(entry[name]) for name in _NUMBERS}
-        values |= {name: np.array([number(x) for x in entry[name]]) for name in _ARRAYS}
+        values: dict[str, Any] = {name: entry.integer(name) for name in _COUNTS}
+        values |= {name: entry.measure(name) for name in _NUMBERS}
+        values |= {name: entry.measures(name) for name in _ARRAYS}
         return ModuleTask(**identity, **values)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorank._internal.short_text import counted
 from lorank.task_spectra.curve import TargetMoments
 from lorank.task_spectra.estimate import Space, TaskEstimate, check_options, estimate
 from lorank.task_spectra.moments import InputMoments, after, as_array, checked_rows, chunks, rows_of_fold
@@ -56,6 +57,13 @@ class TaskSpectrum:
         self._inputs = inputs if inputs is not None else InputMoments(folds=10 if folds is None else folds)
         self._targets: TargetMoments | None = None
         self._rows = 0
+
+    def __repr__(self) -> str:
+        widths = "no widths yet"
+        if self._targets is not None:
+            _, d_in, d_out = self._targets.cross.shape
+            widths = f"{counted(d_in, 'input')}, {counted(d_out, 'output')}"
+        return f"TaskSpectrum({counted(self._rows, 'sample')}, {widths}, {self._inputs.folds} folds)"
 
     @property
     def num_samples(self) -> int:

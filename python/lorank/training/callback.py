@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from typing_extensions import Unpack
 
 from lorank._core import FormatError
+from lorank._internal.short_text import counted
 from lorank.training import rank_logs
 from lorank.training.dynamic_ranks import DynamicRanks, RankUpdate
 from lorank.training.options import GardArguments, GardOptions, lists_options
@@ -86,6 +87,9 @@ class GardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._dynamic: DynamicRanks | None = None
         self.history: list[RankUpdate] = []
+
+    def __repr__(self) -> str:
+        return f"GardCallback({self._options!r}, {counted(len(self.history), 'change')} of ranks)"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any

@@ -16,6 +16,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from lorank._internal.short_text import counted, listing
 from lorank.allocation.budget import parse_budget
 from lorank.modules.targets import AdaptedModule
 from lorank.peft_format.initialization import check_config
@@ -146,6 +147,15 @@ class DynamicRanks:
                 f"{chosen.freeze_after}",
                 stacklevel=2,
             )
+
+    def __repr__(self) -> str:
+        ranks = self.ranks
+        title = (
+            f"DynamicRanks of {counted(len(ranks), 'module')} after {counted(self._step, 'step')}: "
+            f"{self.num_parameters:,} of at most {self._budget.limit:,} parameters, {self._options!r}"
+        )
+        lines = (f"{name}: rank {rank}" for name, rank in ranks.items())
+        return listing(title, lines, len(ranks), "dynamic.ranks")
 
     def _start_budget(self) -> RankBudget:
         """Build the budget, and check the initial ranks against it."""

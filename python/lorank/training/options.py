@@ -12,7 +12,7 @@ from lorank.profiling.sketch import check_sketch
 from lorank.statistics.effective_rank import effective_rank
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class GardOptions:
     """Options of dynamic rank allocation, checked on construction.
 
@@ -100,6 +100,11 @@ class GardOptions:
         check_sketch(self.sketch)
         if self.budget is not None:
             parse_budget(self.budget, num_parameters=1)
+
+    def __repr__(self) -> str:
+        """Return the options that differ from their defaults."""
+        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return f"GardOptions({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
 
     def arguments(self) -> GardArguments:
         """Return the options as keyword arguments."""

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from lorank._core import FormatError
 from lorank._internal.atomic import atomic_path
+from lorank._internal.json_fields import Fields
+from lorank._internal.json_files import parse_json
 
 STATE_FILE = "lorank_gard.safetensors"
 
@@ -62,16 +64,32 @@ class GardState:
             If a field is missing or malformed.
         """
         try:
+            fields = Fields(dict(content))
+            ranks, smoothed = fields.object("ranks"), fields.object("smoothed")
             return cls(
-                step=int(content["step"]),
-                ranks={str(name): int(rank) for name, rank in content["ranks"].items()},
-                budget=int(content["budget"]),
-                sketch=content["sketch"],
-                smoothed={str(name): float(value) for name, value in content["smoothed"].items()},
-                sketches=[[torch.as_tensor(sketch) for sketch in step] for step in content["sketches"]],
+                step=fields.integer("step"),
+                ranks={name: ranks.integer(name) for name in ranks},
+                budget=fields.integer("budget"),
+                sketch=fields.optional_integer("sketch", 1),
+                smoothed={name: smoothed.number(name, 0) for name in smoothed},
+                sketches=_sketches(fields.value("sketches")),
             )
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise FormatError(f"damaged: {error!r}") from error
+        except (ValueError, TypeError) as error:
+            raise FormatError(f"damaged: {error}") from error
+
+
+def _sketches(content: Any) -> list[list[torch.Tensor]]:
+    """Return checked sketches.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the content is not lists of floating-point tensors.
+    """
+    sketches = [[torch.as_tensor(sketch) for sketch in step] for step in content]
+    if not all(sketch.is_floating_point() for step in sketches for sketch in step):
+        raise ValueError("the sketches are not floating-point tensors")
+    return sketches
 
 
 def write_state(content: Mapping[str, Any], path: Path) -> None:
@@ -82,9 +100,10 @@ def write_state(content: Mapping[str, Any], path: Path) -> None:
         for index, sketch in enumerate(sketches)
     }
     header = {**content, "sketches": [len(sketches) for sketches in content["sketches"]]}
+    # A safetensors file holds at least one tensor. `save_file` would not name the file of a full disk.
+    stored = save(tensors or {"none": torch.zeros(1)}, {_HEADER: json.dumps(header)})
     with atomic_path(path) as temporary:
-        # A safetensors file holds at least one tensor.
-        save_file(tensors or {"none": torch.zeros(1)}, temporary, {_HEADER: json.dumps(header)})
+        temporary.write_bytes(stored)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -94,14 +113,18 @@ def read_state(path: Path) -> dict[str, Any]:
     ------
     FormatError
         If the file is malformed or a tensor is missing.
+    OSError
+        If the file cannot be read.
     """
     try:
         with safe_open(path, "pt") as file:
-            content: dict[str, Any] = json.loads(file.metadata()[_HEADER])
-            content["sketches"] = [
+            header = Fields(parse_json((file.metadata() or {}).get(_HEADER, "")))
+            sketches = [
                 [file.get_tensor(f"{step}.{index}") for index in range(count)]
-                for step, count in enumerate(content["sketches"])
+                for step, count in enumerate(header.integers("sketches"))
             ]
+            return {**{key: header.value(key) for key in header}, "sketches": sketches}
+    except OSError:
+        raise
     except Exception as error:  # safetensors raises an exception type of its own, derived from Exception.
         raise FormatError(str(error)) from error
-    return content

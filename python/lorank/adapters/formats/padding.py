@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorank._core import FormatError
+from lorank._internal.json_files import parse_json
 from lorank.adapters.content import AdapterContent
 from lorank.adapters.factors import Factors, Pair, in_memory
 from lorank.adapters.metadata import RANKS_KEY
@@ -80,8 +81,8 @@ def removed(adapter: AdapterContent, found: Mapping[str, str]) -> AdapterContent
 def _ranks(text: str) -> dict[str, int] | None:
     """Return the recorded ranks; None if the text holds none."""
     try:
-        ranks = json.loads(text)
-    except (ValueError, RecursionError):
+        ranks = parse_json(text)
+    except ValueError:
         return None
     is_table = isinstance(ranks, dict) and all(type(rank) is int for rank in ranks.values())
     return ranks if is_table else None
