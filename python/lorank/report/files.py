@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypedDict
 from lorank._core import FormatError
 from lorank._internal import extras
 from lorank._internal.atomic import atomic_path, write_text
+from lorank._internal.csv_cells import from_cell, to_cell
 from lorank._internal.json_files import read_json
 from lorank.modules.facts import ModelFacts
 from lorank.report.columns import columns, from_entry, to_entries
@@ -124,7 +125,8 @@ def _save_csv(path: Path, rows: Sequence[ModuleSpectrum], _header: Header) -> No
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(table)
-        writer.writerows(zip(*table.values(), strict=True))
+        for row in zip(*table.values(), strict=True):
+            writer.writerow([to_cell(value) if isinstance(value, str) else value for value in row])
 
 
 def _load_csv(path: Path) -> Content:
@@ -132,7 +134,7 @@ def _load_csv(path: Path) -> Content:
         reader = csv.DictReader(file)
         if missing := columns([]).keys() - set(reader.fieldnames or ()):
             raise ValueError(f"missing columns: {', '.join(sorted(missing))}")
-        rows = [from_entry(entry) for entry in reader]
+        rows = [from_entry({key: _csv_value(value) for key, value in entry.items()}) for entry in reader]
     unknown = "the report was read from CSV, which keeps rows only, unlike JSON and parquet"
     header = Header(
         skipped=(),
@@ -145,6 +147,11 @@ def _load_csv(path: Path) -> Content:
     return Content(rows, header)
 
 
+def _csv_value(cell: Any) -> Any:
+    """Return the text of a cell; a list holds the cells beyond the header."""
+    return from_cell(cell) if isinstance(cell, str) else cell
+
+
 def _save_parquet(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> None:
     pyarrow = extras.require("pyarrow", "report", "for parquet files")
     parquet = extras.require("pyarrow.parquet", "report", "for parquet files")
@@ -154,8 +161,9 @@ def _save_parquet(path: Path, rows: Sequence[ModuleSpectrum], header: Header) ->
     arrays = {name: pyarrow.array(values, type=_arrow_type(pyarrow, name)) for name, values in table.items()}
     metadata = {FORMAT: json.dumps(_header_to_json(header))}
     content = pyarrow.table(arrays).replace_schema_metadata(metadata)
-    with atomic_path(path) as temporary:
-        parquet.write_table(content, temporary)
+    # The file is opened here, because pyarrow takes only paths in UTF-8.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        parquet.write_table(content, file)
 
 
 def _arrow_type(pyarrow: Any, column: str) -> Any:
@@ -168,7 +176,8 @@ def _arrow_type(pyarrow: Any, column: str) -> Any:
 
 def _load_parquet(path: Path) -> Content:
     parquet = extras.require("pyarrow.parquet", "report", "for parquet files")
-    content = parquet.read_table(path)
+    with path.open("rb") as file:
+        content = parquet.read_table(file)
     metadata = content.schema.metadata or {}
     if FORMAT.encode() not in metadata:
         raise ValueError("a parquet file of another program")

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 from lorank._internal.atomic import atomic_path
+from lorank._internal.csv_cells import to_cell
 from lorank.training.dynamic_ranks import RankUpdate
 
 _COLUMNS = ["step", "module", "rank", "effective_rank", "error"]
@@ -44,4 +45,6 @@ class RankTable:
             for row in update.report:
                 change = update.changes.get(row.name)
                 error = change.error if change is not None else 0.0
-                writer.writerow([update.step, row.name, update.ranks[row.name], row.effective_rank, error])
+                writer.writerow(
+                    [update.step, to_cell(row.name), update.ranks[row.name], row.effective_rank, error]
+                )
