@@ -4,11 +4,6 @@ from typing import TYPE_CHECKING
 
 from lorank._core import FormatError, LorankError, NumericalError, __version__
 from lorank._internal.lazy import lazy_names
-from lorank.analysis.matrices import analyze
-from lorank.report import ModuleSpectrum, SpectralReport
-from lorank.statistics.hill import alpha_hill
-from lorank.statistics.marchenko_pastur import MarchenkoPastur, marchenko_pastur
-from lorank.statistics.spectrum import spectrum
 
 if TYPE_CHECKING:
     from lorank import training
@@ -16,23 +11,34 @@ if TYPE_CHECKING:
     from lorank.allocation.allocate import allocate
     from lorank.allocation.budget import fit_ranks
     from lorank.allocation.rank_allocation import RankAllocation
+    from lorank.analysis.matrices import analyze
     from lorank.compression.fisher import fisher_scores
     from lorank.compression.product import product_svd
     from lorank.operations import compress, elastic, extract, family, merge
     from lorank.profiling import profile_gradients, profile_tasks
+    from lorank.report import ModuleSpectrum, SpectralReport
     from lorank.report.gradients import GradientReport
     from lorank.report.tasks import TaskReport
     from lorank.runtimes import check
+    from lorank.statistics.hill import alpha_hill
+    from lorank.statistics.marchenko_pastur import MarchenkoPastur, marchenko_pastur
+    from lorank.statistics.spectrum import spectrum
     from lorank.task_spectra import TaskSpectrum, task_spectrum
 
-# Imported at their first use, so that an analysis does not wait for the imports of allocation and adapters.
+# Imported at their first use, so that no command waits for the imports of others, and that the command line
+# is ready for Ctrl-C before they begin.
 _LAZY = {
     "GradientReport": "report.gradients",
     "LoraAdapter": "adapter",
+    "MarchenkoPastur": "statistics.marchenko_pastur",
+    "ModuleSpectrum": "report",
     "RankAllocation": "allocation.rank_allocation",
+    "SpectralReport": "report",
     "TaskReport": "report.tasks",
     "TaskSpectrum": "task_spectra",
     "allocate": "allocation.allocate",
+    "alpha_hill": "statistics.hill",
+    "analyze": "analysis.matrices",
     "check": "runtimes",
     "compress": "operations",
     "elastic": "operations",
@@ -40,10 +46,12 @@ _LAZY = {
     "family": "operations",
     "fisher_scores": "compression.fisher",
     "fit_ranks": "allocation.budget",
+    "marchenko_pastur": "statistics.marchenko_pastur",
     "merge": "operations",
     "product_svd": "compression.product",
     "profile_gradients": "profiling",
     "profile_tasks": "profiling",
+    "spectrum": "statistics.spectrum",
     "task_spectrum": "task_spectra",
 }
 

@@ -6,6 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from lorank._internal.printable import printable, shortened
+
+# Characters of an item's name at either end that are shown beside the bar.
+_LABEL_ENDS = 60
+
 
 @contextmanager
 def progress_bar(title: str, total: int, *, enabled: bool) -> Iterator[Callable[[int, str], None]]:
@@ -14,24 +19,27 @@ def progress_bar(title: str, total: int, *, enabled: bool) -> Iterator[Callable[
     The function takes the finished work, in the unit of `total`, and the name of the finished item. Nothing
     is drawn if `enabled` is False or standard error is not a terminal.
     """
-    if not enabled or not sys.stderr.isatty():
+    if not enabled or not _is_shown():
         yield lambda _amount, _label: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+    from lorank._internal.terminal import Terminal
+
     shown = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[label]}"),
-        console=Console(stderr=True),
+        TextColumn("{task.fields[label]}", style="dim", markup=False),
+        console=Terminal(stderr=True),
         transient=True,
     )
     with shown:
-        task = shown.add_task(title, total=total, label="")
-        yield lambda amount, label: shown.update(task, advance=amount, label=label)
+        task = shown.add_task(printable(title), total=total, label="")
+        yield lambda amount, label: shown.update(
+            task, advance=amount, label=printable(shortened(label, _LABEL_ENDS))
+        )
 
 
 @contextmanager
@@ -40,10 +48,17 @@ def waiting(title: str, *, enabled: bool) -> Iterator[None]:
 
     Nothing is drawn if `enabled` is False or standard error is not a terminal.
     """
-    if not enabled or not sys.stderr.isatty():
+    if not enabled or not _is_shown():
         yield
         return
-    from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(title):
+    from lorank._internal.terminal import Terminal
+
+    with Terminal(stderr=True).status(Text(printable(title))):
         yield
+
+
+def _is_shown() -> bool:
+    """Return True if standard error is a terminal; it is None in a process without one."""
+    return sys.stderr is not None and sys.stderr.isatty()

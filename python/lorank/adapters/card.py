@@ -7,6 +7,7 @@ from lorank._internal.short_text import counted, spanned
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Profile
 from lorank.adapters.formats.base import AdapterFormat
+from lorank.adapters.markdown import markdown_text, yaml_string
 
 _MARK = "Written by lorank "
 
@@ -38,14 +39,14 @@ def text(
     lines = [
         "---",
         *form.card_entries,
-        *([f"base_model: {base}"] if base else []),
+        *([f"base_model: {yaml_string(base)}"] if base else []),
         "tags:",
         "- lora",
         "- lorank",
         "---",
         "",
     ]
-    lines += [f"# LoRA adapter{f' for {base}' if base else ''}", ""]
+    lines += [f"# LoRA adapter{f' for {markdown_text(base)}' if base else ''}", ""]
     ranks = [module.rank for module in adapter.adapted]
     lines += [
         f"{counted(len(ranks), 'adapted module')}, {counted(adapter.num_parameters, 'parameter')}, "
@@ -60,7 +61,7 @@ def text(
     if certificate is not None:
         lines += _certified(certificate)
     if adapter.notes:
-        lines += [*(f"- {note}" for note in adapter.notes), ""]
+        lines += [*(f"- {markdown_text(note)}" for note in adapter.notes), ""]
     return "\n".join(lines)
 
 
@@ -74,7 +75,7 @@ def _certified(certificate: Certificate) -> list[str]:
     return [
         "## Operation and error",
         "",
-        f"{c.action}.",
+        f"{markdown_text(c.action)}.",
         "",
         "| | |",
         "|---|---|",

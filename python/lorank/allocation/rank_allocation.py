@@ -14,6 +14,7 @@ from lorank._internal import extras
 from lorank._internal.atomic import write_text
 from lorank._internal.json_fields import Fields, check_unique, reading
 from lorank._internal.json_files import read_json
+from lorank._internal.printable import printable_name
 from lorank._internal.short_text import counted, listing
 from lorank.modules.facts import ModelFacts
 from lorank.modules.targets import AdaptedModule
@@ -79,10 +80,11 @@ class RankAllocation:
 
     def __repr__(self) -> str:
         title = (
-            f"RankAllocation of {self.source or 'an unnamed model'} by {self.method}: "
+            f"RankAllocation of {printable_name(self.source or 'an unnamed model')} "
+            f"by {printable_name(self.method)}: "
             f"{counted(len(self.modules), 'module')}, {counted(self.num_parameters, 'parameter')}"
         )
-        lines = (f"{name}: rank {rank}" for name, rank in self.ranks.items())
+        lines = (f"{printable_name(name)}: rank {rank}" for name, rank in self.ranks.items())
         return listing(title, lines, len(self.ranks), "allocation.ranks")
 
     @property

@@ -5,14 +5,20 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import typer
+from lorank.cli.signals import ending_signals_exit
 
-import lorank
-from lorank.cli import allocate, analyze, check, compress, extract, family, info, merge, report, task
-from lorank.cli.errors import IncompleteError, UsageError
-from lorank.cli.output import print_message
+with ending_signals_exit():  # Imports take most of the time of a short command.
+    import typer
+
+    import lorank
+    from lorank.cli import allocate, analyze, check, compress, extract, family, info, merge, report, task
+    from lorank.cli.errors import IncompleteError, UsageError
+    from lorank.cli.group import CommandGroup
+    from lorank.cli.output import print_message
+    from lorank.cli.process import conventional
 
 app = typer.Typer(
+    cls=CommandGroup,
     help="LoRA ranks from spectra: before, during and after fine-tuning.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,6 +55,7 @@ def _options(
     _debug = debug
 
 
+@conventional
 def main() -> None:
     """Run the command line; an error prints one line and exits with status 1, or 2 for wrong usage."""
     try:

@@ -82,7 +82,7 @@ class AdapterOutput:
             terminal.print(tables.kept_table(certificate))
         terminal.print(tables.certificate_table(certificate))
         for note in adapter.notes:
-            terminal.print(as_options(note), style="dim", soft_wrap=True, markup=False)
+            terminal.print(as_options(note), style="dim", soft_wrap=True)
         print_notes(written.notes)
         print_message(f"saved to {written.path}")
 

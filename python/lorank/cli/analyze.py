@@ -26,6 +26,7 @@ from lorank.cli.options import (
 )
 from lorank.cli.output import print_message
 from lorank.cli.report_view import REPORT_ENDINGS, ReportView, is_report
+from lorank.cli.signals import Interrupted
 from lorank.report import METRICS, SpectralReport
 from lorank.statistics.spectrum import Accuracy
 
@@ -83,10 +84,10 @@ def analyze(
             progress=not quiet,
             keep_eigenvalues=keep_eigenvalues,
         )
-    except KeyboardInterrupt:
-        if resume is not None:
-            print_message(f"lorank: interrupted; the same command continues from {resume}")
-        raise
+    except KeyboardInterrupt as error:
+        if resume is None:
+            raise
+        raise Interrupted.by(error, f"the same command continues from {resume}") from error
     if output is not None:
         report.save(output)
     view.show(report)

@@ -29,4 +29,5 @@ def info(
     terminal.print(rank_map(loaded.ranks, f"ranks of {loaded.label}", terminal.width))
     if modules:
         terminal.print(tables.module_table(loaded))
-    terminal.print(tables.summary(loaded), soft_wrap=True, markup=False)
+    for line in tables.summary(loaded):
+        terminal.print(line, soft_wrap=True)

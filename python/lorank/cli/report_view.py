@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lorank._internal.terminal import Terminal
 from lorank.allocation.rank_allocation import RankAllocation
 from lorank.cli.checks import check_choice
 from lorank.cli.output import console, print_json
@@ -89,8 +88,8 @@ class ReportView:
             terminal.print(reports.skipped_summary(report), style="dim", soft_wrap=True)
 
 
-def show_remark(terminal: Console, shown: AnyReport | RankAllocation) -> None:
+def show_remark(terminal: Terminal, shown: AnyReport | RankAllocation) -> None:
     """Print the remark on guessed names, if names were guessed."""
     facts = getattr(shown, "facts", None)
     if isinstance(facts, ModelFacts) and facts.remark:
-        terminal.print(facts.remark, style="yellow", soft_wrap=True, markup=False)
+        terminal.print(facts.remark, style="yellow", soft_wrap=True)

@@ -104,4 +104,4 @@ def _show(found: TaskEstimate, title: str) -> None:
         terminal.print()
         terminal.print(curve)
     for flag in found.flags:
-        terminal.print(flag, style="yellow", soft_wrap=True, markup=False)
+        terminal.print(flag, style="yellow", soft_wrap=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from lorank._internal.equality import ByValue
+from lorank._internal.printable import printable, printable_name
 from lorank._internal.short_text import counted, listing
 from lorank.modules import naming
 from lorank.report.rows import Row
@@ -89,10 +90,12 @@ class Report(ByValue, Generic[R]):
         if self.num_parameters is not None:
             facts.append(counted(self.num_parameters, "parameter"))
         facts += [f"{name}={value!r}" for name, value in self.settings().items()]
-        return f"{type(self).__name__} of {self.source or 'an unnamed model'}: {', '.join(facts)}"
+        source = printable_name(self.source or "an unnamed model")
+        return f"{type(self).__name__} of {source}: {', '.join(facts)}"
 
 
 def _line(row: Row) -> str:
     known = [column for column in row.leading[:_NUMBERS] if row.number(column) is not None]
     facts = [f"{column} {row.text(column)}" for column in known]
-    return f"{row.name} ({row.shape[0]}x{row.shape[1]}): {', '.join([*facts, *row.flags])}"
+    shown = map(printable, [*facts, *row.flags])
+    return f"{printable_name(row.name)} ({row.shape[0]}x{row.shape[1]}): {', '.join(shown)}"

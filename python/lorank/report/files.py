@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypedDict, get_args
 
 from lorank._internal import extras
 from lorank._internal.atomic import atomic_path, write_text
+from lorank._internal.csv_cells import from_cell, to_cell
 from lorank._internal.json_fields import Fields, check_unique, reading
 from lorank._internal.json_files import parse_json, read_json
 from lorank.modules.facts import ModelFacts
@@ -136,7 +137,8 @@ def _save_csv(path: Path, rows: Sequence[ModuleSpectrum], _header: Header) -> No
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(table)
-        writer.writerows(zip(*table.values(), strict=True))
+        for row in zip(*table.values(), strict=True):
+            writer.writerow([to_cell(value) if isinstance(value, str) else value for value in row])
 
 
 def _load_csv(path: Path) -> Content:
@@ -166,16 +168,16 @@ def _csv_entries(file: Iterable[str]) -> Iterator[Fields]:
         for cells in reader:
             if len(cells) != len(names):
                 raise ValueError(f"line {reader.line_num} has {len(cells)} cells instead of {len(names)}")
-            values = {name: _from_cell(name, cell) for name, cell in zip(names, cells, strict=True)}
+            values = {name: _json_value(name, cell) for name, cell in zip(names, cells, strict=True)}
             yield Fields(values, f"line {reader.line_num}")
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from error
 
 
-def _from_cell(column: str, cell: str) -> Any:
+def _json_value(column: str, cell: str) -> Any:
     """Return a cell as a JSON value; a malformed number stays a string, which `Fields` refuses."""
     if column not in _NUMBERS:
-        return cell
+        return from_cell(cell)
     if cell in ("", "nan"):
         return None
     if _INTEGER.fullmatch(cell):
@@ -192,8 +194,9 @@ def _save_parquet(path: Path, rows: Sequence[ModuleSpectrum], header: Header) ->
     arrays = {name: pyarrow.array(values, type=_arrow_type(pyarrow, name)) for name, values in table.items()}
     metadata = {FORMAT: json.dumps(_header_to_json(header))}
     content = pyarrow.table(arrays).replace_schema_metadata(metadata)
-    with atomic_path(path) as temporary:
-        parquet.write_table(content, temporary)
+    # The file is opened here, because pyarrow takes only paths in UTF-8.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        parquet.write_table(content, file)
 
 
 def _arrow_type(pyarrow: Any, column: str) -> Any:

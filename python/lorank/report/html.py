@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from lorank._internal import extras
 from lorank._internal.atomic import write_text
 from lorank._internal.short_text import counted
 from lorank.modules import naming
-from lorank.report.html_table import html_table
+from lorank.report.html_table import html_name, html_table, html_text
 from lorank.report.rows import METRICS, ModuleSpectrum
 from lorank.sources.base import Skipped
 
@@ -64,11 +63,11 @@ def write_page(
         for position, figure in enumerate(figures)
     )
     parameters = "" if num_parameters is None else f", {counted(num_parameters, 'parameter')}"
-    escaped = html.escape(title)
+    escaped = html_text(title)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escaped}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escaped}</h1>"
-        f"<p>{counted(len(rows), 'matrix', 'matrices')}{parameters}; accuracy: {html.escape(accuracy)}.</p>"
+        f"<p>{counted(len(rows), 'matrix', 'matrices')}{parameters}; accuracy: {html_text(accuracy)}.</p>"
         f'{pictures}<h2>Matrices</h2><div class="scroll">{html_table(rows, METRICS)}</div>'
         f"{_skipped_list(skipped)}</body></html>\n"
     )
@@ -84,11 +83,11 @@ def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
     figure = graph_objects.Figure()
     for role, members in blocks.items():
         figure.add_scatter(
-            x=[naming.block_of(row.module) for row in members],
+            x=[html_name(naming.block_of(row.module)) for row in members],
             y=_finite(members, _FIRST_METRIC),
-            text=[f"{row.name}, {row.shape[0]}x{row.shape[1]}" for row in members],
+            text=[f"{html_name(row.name)}, {row.shape[0]}x{row.shape[1]}" for row in members],
             mode="lines+markers" if len(members) > 1 else "markers",
-            name=role,
+            name=html_name(role),
         )
     buttons = [
         {
@@ -104,7 +103,12 @@ def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
     figure.update_layout(
         title="Metrics by block",
         # Without explicit categories, plotly orders blocks by the first line that has them.
-        xaxis={"categoryorder": "array", "categoryarray": [naming.block_of(row.module) for row in rows]},
+        # With this type, it does not read names as numbers or dates.
+        xaxis={
+            "type": "category",
+            "categoryorder": "array",
+            "categoryarray": [html_name(naming.block_of(row.module)) for row in rows],
+        },
         yaxis_title=_FIRST_METRIC,
         height=560,
         updatemenus=[
@@ -126,10 +130,12 @@ def _spectra(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
     for position, row in enumerate(rows):
         assert row.eigenvalues is not None
         positive = row.eigenvalues[row.eigenvalues > 0]
-        figure.add_histogram(x=np.log10(positive), nbinsx=100, visible=position == 0, name=row.name)
+        figure.add_histogram(
+            x=np.log10(positive), nbinsx=100, visible=position == 0, name=html_name(row.name)
+        )
     buttons = [
         {
-            "label": row.name,
+            "label": html_name(row.name),
             "method": "update",
             "args": [{"visible": [i == position for i in range(len(rows))]}, {"shapes": _edge(row)}],
         }
@@ -165,7 +171,7 @@ def _skipped_list(skipped: Sequence[Skipped]) -> str:
     if not skipped:
         return ""
     items = "".join(
-        f"<li>{html.escape(entry.name)} ({'x'.join(map(str, entry.shape))}): {html.escape(entry.reason)}</li>"
+        f"<li>{html_name(entry.name)} ({'x'.join(map(str, entry.shape))}): {html_text(entry.reason)}</li>"
         for entry in skipped
     )
     summary = f"{counted(len(skipped), 'tensor')} skipped"

@@ -125,7 +125,7 @@ def _fingerprint(files: Sequence[Path], tensors: Sequence[tuple[str, str, list[i
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     for name, dtype, shape in tensors:
         digest.update(f"{name} {dtype} {shape}\n".encode())
     return digest.hexdigest()

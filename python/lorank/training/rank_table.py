@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from lorank._internal.atomic import atomic_path, errors_name
+from lorank._internal.csv_cells import to_cell
 from lorank._internal.json_fields import reading
 from lorank._internal.short_text import shown
 from lorank.training.dynamic_ranks import RankUpdate
@@ -75,7 +76,9 @@ class RankTable:
             for row in update.report:
                 change = update.changes.get(row.name)
                 error = change.error if change is not None else 0.0
-                writer.writerow([update.step, row.name, update.ranks[row.name], row.effective_rank, error])
+                writer.writerow(
+                    [update.step, to_cell(row.name), update.ranks[row.name], row.effective_rank, error]
+                )
 
 
 def _is_complete(row: list[str]) -> bool:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich import box
 from rich.table import Table
 
+from lorank._internal.printable import printable_name
 from lorank._internal.short_text import counted, spanned
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent
+from lorank.cli.tables.layout import titled_table
 
 
 def module_table(adapter: AdapterContent) -> Table:
     """Return a table with a row for each module."""
-    table = _table(f"{adapter.label}: {counted(len(adapter.modules), 'module')}")
+    table = titled_table(f"{adapter.label}: {counted(len(adapter.modules), 'module')}")
     table.add_column("module", overflow="fold")
     for heading in ("kind", "shape", "rank", "scaling", "type"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -22,12 +23,17 @@ def module_table(adapter: AdapterContent) -> Table:
         copies = f"{module.copies} x " if module.copies > 1 else ""
         shape = f"{copies}{module.shape[0]}x{module.shape[1]}"
         table.add_row(
-            module.name, module.kind, shape, str(module.rank), f"{module.scaling:.4g}", module.dtype
+            printable_name(module.name),
+            module.kind,
+            shape,
+            str(module.rank),
+            f"{module.scaling:.4g}",
+            module.dtype,
         )
     return table
 
 
-def summary(adapter: AdapterContent) -> str:
+def summary(adapter: AdapterContent) -> list[str]:
     """Return lines with the ranks, scalings, parameters, base model and notes of an adapter."""
     ranks = [module.rank for module in adapter.adapted]
     scalings = sorted({module.scaling for module in adapter.adapted})
@@ -44,13 +50,12 @@ def summary(adapter: AdapterContent) -> str:
         lines.append(
             "elastic: the adapter is in spectral form, and can be cut to any budget without a decomposition"
         )
-    return "\n".join([*lines, *adapter.notes])
+    return [*lines, *adapter.notes]
 
 
 def certificate_table(certificate: Certificate) -> Table:
     """Return a table with the parameters before and after, the energy retained, and the errors."""
-    table = _table(certificate.action)
-    table.show_header = False
+    table = titled_table(certificate.action, show_header=False)
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     before, after = certificate.parameters_before, certificate.parameters_after
@@ -66,13 +71,13 @@ def certificate_table(certificate: Certificate) -> Table:
 
 def kept_table(certificate: Certificate) -> Table:
     """Return a table with the rank, parameters, energy and error of each module."""
-    table = _table(f"{counted(len(certificate.modules), 'module')}, before -> after")
+    table = titled_table(f"{counted(len(certificate.modules), 'module')}, before -> after")
     table.add_column("module", overflow="fold")
     for heading in ("rank", "parameters", "energy retained", "error, Frobenius norm"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in certificate.modules:
         table.add_row(
-            entry.name,
+            printable_name(entry.name),
             f"{entry.rank_before} -> {entry.rank_after}",
             f"{entry.parameters_before:,} -> {entry.parameters_after:,}",
             f"{100 * entry.retained_energy:.4f} %",
@@ -83,7 +88,7 @@ def kept_table(certificate: Certificate) -> Table:
 
 def family_table(members: Mapping[str, AdapterContent]) -> Table:
     """Return a table with a row for each member of a family."""
-    table = _table("family")
+    table = titled_table("family")
     table.add_column("member")
     for heading in ("modules", "parameters", "energy retained", "relative error"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -91,14 +96,10 @@ def family_table(members: Mapping[str, AdapterContent]) -> Table:
         certificate = member.certificate
         assert certificate is not None
         table.add_row(
-            name,
+            printable_name(name),
             str(len(member.adapted)),
             f"{member.num_parameters:,}",
             f"{100 * certificate.retained_energy:.4f} %",
             f"{certificate.relative_error:.4g}",
         )
     return table
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

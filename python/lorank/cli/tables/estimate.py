@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lorank.cli.tables.layout import titled_table
 from lorank.report.json_values import plain
 from lorank.task_spectra import TaskEstimate
 
@@ -53,7 +53,7 @@ def estimate_json(found: TaskEstimate) -> dict[str, Any]:
 
 def estimate_table(found: TaskEstimate, title: str) -> Table:
     """Return a table of the ranks and the numbers that determine them."""
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table = titled_table(title, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
@@ -194,7 +194,7 @@ def curve_table(found: TaskEstimate, ascii_only: bool) -> Table | None:
     curve = found.predicted_r2
     if np.isnan(curve[-1]):
         return None
-    table = Table(title="predicted R2 by rank", title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table("predicted R2 by rank")
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("R2", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=_CURVE_WIDTH)

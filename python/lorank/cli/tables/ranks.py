@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from lorank._internal.printable import printable_name
 from lorank._internal.short_text import counted, spanned
 from lorank.allocation.rank_allocation import RankAllocation
+from lorank.cli.tables.layout import stacked, titled_table
 from lorank.modules import naming
 
 # The column of modules outside the numbered blocks.
@@ -19,6 +21,9 @@ _ITSELF = "(itself)"
 _EXPERT_NUMBER = re.compile(r"\bexperts\.\d+")
 # Narrower columns fold the names of blocks into too many lines.
 _NARROWEST_BLOCK = 20
+
+# Characters of a module's name at either end that are shown.
+_ENDS = 100
 
 # Colours from the smallest rank to the largest.
 _PALETTE = ("bright_black", "blue", "cyan", "green", "yellow", "red")
@@ -46,30 +51,30 @@ def rank_map(ranks: Mapping[str, int], title: str, width: int) -> Table:
         inner = _EXPERT_NUMBER.sub("experts.*", inner)
         columns.setdefault(inner)
         cells.setdefault(block, {}).setdefault(inner, []).append(rank)
-    headings = {inner: _shortest_unique_suffix(inner, columns) for inner in columns}
+    headings = {inner: printable_name(_shortest_unique_suffix(inner, columns), _ENDS) for inner in columns}
     low, high = min(ranks.values()), max(ranks.values())
     texts = {
         block: {inner: _coloured(of_one, low, high) for inner, of_one in found.items()}
         for block, found in cells.items()
     }
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table(title)
     table.add_column("block", overflow="fold")
     if _NARROWEST_BLOCK + sum(map(_heading_width, headings.values())) > width:
         table.add_column("ranks")
         for block, found in texts.items():
             listed = (Text(f"{headings[inner]} ") + text for inner, text in found.items())
-            table.add_row(block, Text(", ").join(listed))
+            table.add_row(printable_name(block), Text(", ").join(listed))
         return table
     for heading in headings.values():
-        table.add_column(heading.replace(".", "\n"), justify="right", no_wrap=True)
+        table.add_column(stacked(heading.split(".")), justify="right", no_wrap=True)
     for block, found in texts.items():
-        table.add_row(block, *(found.get(inner, Text("")) for inner in columns))
+        table.add_row(printable_name(block), *(found.get(inner, Text("")) for inner in columns))
     return table
 
 
 def _heading_width(heading: str) -> int:
     """Return the width of a column with its padding."""
-    return 3 + max(map(len, heading.split(".")))
+    return 3 + max(map(cell_len, heading.split(".")))
 
 
 def _place_of(name: str) -> tuple[str, str]:

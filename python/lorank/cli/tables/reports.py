@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
+from lorank._internal.printable import printable_name
 from lorank._internal.short_text import counted
+from lorank.cli.tables.layout import stacked, titled_table
 from lorank.modules import naming
 from lorank.report.base import Report
 from lorank.report.gradients import GradientReport
@@ -73,16 +73,16 @@ def report_table(report: Report[Any], rows: Sequence[Row], columns: Sequence[str
     """Return a table of rows of a report: name, shape, the numbers of the columns, flags."""
     some = "" if len(rows) == len(report) else f", {len(rows)} shown"
     title = f"{report.source}: {counted(len(report), *report.noun)}{some}{_extent(report)}"
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table(title)
     table.add_column("module", overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
     for column in columns:
-        table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
+        table.add_column(stacked(column.split("_")), justify="right", no_wrap=True)
     has_notes = any(row.flags for row in rows)
     if has_notes:
         table.add_column("note", overflow="fold")
     for row in rows:
-        cells = [row.name, f"{row.shape[0]}x{row.shape[1]}", *map(row.text, columns)]
+        cells = [printable_name(row.name), f"{row.shape[0]}x{row.shape[1]}", *map(row.text, columns)]
         cells += ["; ".join(row.flags)] if has_notes else []
         table.add_row(*cells, style="yellow" if row.flags else "")
     return table
@@ -101,12 +101,12 @@ def _extent(report: Report[Any]) -> str:
 def skipped_table(report: Report[Any]) -> Table:
     """Return a table of the skipped tensors with the reasons."""
     title = f"{counted(len(report.skipped), 'tensor')} skipped"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table(title)
     table.add_column("tensor", overflow="fold")
     table.add_column("shape", justify="right")
     table.add_column("reason", overflow="fold")
     for entry in report.skipped:
-        table.add_row(entry.name, "x".join(map(str, entry.shape)), entry.reason)
+        table.add_row(printable_name(entry.name), "x".join(map(str, entry.shape)), entry.reason)
     return table
 
 

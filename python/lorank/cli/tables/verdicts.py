@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
+from rich.text import Text
 
+from lorank.cli.tables.layout import titled_table
 from lorank.runtimes import Verdict
 
 _STYLES = {"right": "green", "wrong": "red", "refuses": "yellow"}
@@ -14,7 +15,7 @@ _STYLES = {"right": "green", "wrong": "red", "refuses": "yellow"}
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """Return a table with the verdict of each runtime on an adapter."""
-    table = Table(title="runtimes", title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table("runtimes")
     table.add_column("runtime", no_wrap=True)
     table.add_column("version", no_wrap=True)
     table.add_column("loads", no_wrap=True)
@@ -28,7 +29,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
         table.add_row(
             verdict.runtime,
             verdict.version,
-            f"[{_STYLES[verdict.status]}]{verdict.status}[/]",
+            Text(verdict.status, style=_STYLES[verdict.status]),
             factor,
             verdict.reason,
         )
