@@ -113,11 +113,13 @@ def _assembled(path: Path, label: str, tensors: StoredTensors) -> Source:
 
 def _open_pickles(path: Path, label: str) -> Source:
     """Open pickled state dicts."""
-    from lorank.sources import state_dict
+    from lorank.sources import state_dict, torch_files
 
-    tensors = state_dict.StoredArrays(state_dict.read_pickles(path), label)
+    found = torch_files.read_model(path)
+    tensors = state_dict.StoredArrays(found.tensors, label, found.check_unchanged)
     source = _assembled(path, label, tensors)
-    return replace(source, skipped=(*tensors.skipped, *source.skipped))
+    repeated = (Skipped(name, shape, reason) for name, (shape, reason) in found.repeated.items())
+    return replace(source, skipped=(*tensors.skipped, *source.skipped, *repeated))
 
 
 def _fingerprint(files: Sequence[Path], tensors: Sequence[tuple[str, str, list[int]]]) -> str:

@@ -141,9 +141,9 @@ def _weights(folder: Path) -> Tensors:
         return FileTensors(folder / WEIGHTS_FILE)
     pickled = folder / PICKLED_WEIGHTS_FILE
     if pickled.exists():
-        from lorank.sources.state_dict import read_pickle  # Slow to import, and rarely needed.
+        from lorank.sources.torch_files import read_tensors  # Slow to import, and rarely needed.
 
-        return ArrayTensors(read_pickle(pickled), str(pickled))
+        return ArrayTensors(read_tensors(pickled), str(pickled))
     if reason := recognise.other_adapter(folder, config_file.read(folder / CONFIG_FILE)):
         raise FormatError(reason)
     raise FormatError(f"{folder}: holds {CONFIG_FILE}, but neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}")
