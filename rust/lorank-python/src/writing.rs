@@ -65,6 +65,7 @@ pub fn write_safetensors(
 
 /// Exchanges the names of two files or folders in one step.
 #[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // PyO3 passes paths by value.
 pub fn exchange(a: PathBuf, b: PathBuf) -> PyResult<()> {
     lorank::exchange::exchange(&a, &b).map_err(to_py)
 }
