@@ -216,11 +216,12 @@ def _repair_beside(holder: Path) -> None:
     elif view.covers:
         staging = view.path / view.staging
         changes = Changes.read(staging)
-        if changes is None:
-            return
-        view.mark_shown()
-        changes.apply(view.path, staging / _PAYLOAD)
-        view.hide()
+        if changes is not None:
+            view.mark_shown()
+            changes.apply(view.path, staging / _PAYLOAD)
+            view.hide()
+    else:
+        discard(holder)
 
 
 def _finish(staging: Path, folder: Path) -> None:
