@@ -21,6 +21,7 @@ __all__ = [
     "analyze",
     "available_threads",
     "decompose",
+    "exchange",
     "marchenko_pastur",
     "marchenko_pastur_median",
     "rebuild",
@@ -101,6 +102,7 @@ def select_energy(values: npt.NDArray[np.float64], fraction: float) -> npt.NDArr
 def select_budget(
     values: npt.NDArray[np.float64], lengths: Sequence[int], costs: Sequence[int], parameters: int
 ) -> npt.NDArray[np.bool_]: ...
+def exchange(a: str | PathLike[str], b: str | PathLike[str]) -> None: ...
 def write_safetensors(
     path: str | PathLike[str],
     tensors: Sequence[tuple[str, Sequence[int], Matrix | tuple[Checkpoint, int] | bytes, str]],

@@ -1,40 +1,56 @@
-"""Files and folders that appear complete or not at all."""
+"""Files that appear complete or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
-import secrets
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorank._core import LorankError
-from lorank._internal.core_calls import reworded
+from lorank._internal.folder_changes import keep_mode
+from lorank._internal.folders import made_folder, sync_file, sync_folder
+from lorank._internal.hidden import hidden_file, remove_leftover_files
+from lorank._internal.staging import staged_folder as staged_folder
+
+# The longest name of a file of an adapter in a staging folder, with its folders.
+_LONGEST_INNER = "x" * 80
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path, whose file replaces `target` if the block ends without an error.
 
+    The file reaches the disk before its name does. If `target` is a link, the file that it points to is
+    replaced. Hidden files that killed processes left in the folder are removed.
+
     Raises
     ------
     OSError
-        If the folder of `target` cannot be written to, or the disk is full. The error names the target, which
+        If the folder of `target` cannot be written to, or `target` is not a regular file. The target then
         stays unchanged.
     """
-    with _made_folder(target.parent):
-        temporary = _hidden_path(target.parent, f"{target.name}.", target.suffix)
+    place = Path(os.path.realpath(target))
+    _check_replaceable(place)
+    with made_folder(place.parent):
+        remove_leftover_files(place.parent)
         try:
-            with errors_name(target, temporary):
-                temporary.touch(exist_ok=False)
-                yield temporary
-                temporary.replace(target)
+            hidden = hidden_file(place.parent)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        try:
+            with errors_name(target, hidden.path):
+                yield hidden.path
+                keep_mode(hidden.path, place)
+                sync_file(hidden.path)
+                hidden.path.replace(place)
+                sync_folder(place.parent)
         except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
+            _unlink(hidden.path)
             raise
+        finally:
+            hidden.release()
 
 
 @contextmanager
@@ -59,85 +75,27 @@ def errors_name(target: Path, temporary: Path | None = None) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
 
 
-@contextmanager
-def _made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder with its parents; if the block fails, remove the empty folders that were made."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
-        raise
-
-
-@contextmanager
-def staged_folder(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield a temporary folder whose files move to `folder` when the block ends without an error.
-
-    A new folder appears with all its files at once. In an existing folder, files are replaced when all new
-    ones are complete. After an error of the block, `folder` is unchanged; the error names final paths.
-
-    Parameters
-    ----------
-    folder
-        The final folder.
-    stale
-        Names of files in an existing folder to remove unless they are replaced.
-
-    Raises
-    ------
-    OSError
-        If the folder cannot be written to.
-    LorankError, MemoryError
-        If the block raises one of them.
-    """
-    is_new = not folder.exists()
-    place = folder.parent if is_new else folder
-    with _made_folder(place):
-        staging = _hidden_path(place, f"{folder.name}.")
-        try:
-            with errors_name(folder, staging):
-                staging.mkdir()
-                yield staging
-                _move(staging, folder, stale, is_new=is_new)
-        except OSError as error:
-            file = Path(str(error.filename))
-            if error.errno is None or not file.is_relative_to(staging):
-                raise
-            named = str(folder / file.relative_to(staging))
-            raise OSError(error.errno, error.strerror, named) from error
-        except (LorankError, MemoryError) as error:
-            if str(staging) not in str(error):
-                raise
-            raise reworded(error, lambda message: message.replace(str(staging), str(folder))) from None
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move(staging: Path, folder: Path, stale: Sequence[str], *, is_new: bool) -> None:
-    if is_new:
-        staging.rename(folder)
-        return
-    files = sorted(staging.iterdir())
-    for file in files:
-        file.replace(folder / file.name)
-    for name in set(stale) - {file.name for file in files}:
-        (folder / name).unlink(missing_ok=True)
-
-
 def check_writable(target: Path) -> None:
     """Check that a file or folder can be made at a path, before long work.
 
     Raises
     ------
     OSError
-        If the folder that would hold the target cannot be written to.
+        If the path is too long or leads through a file, or the folder that would hold the target cannot be
+        written to.
+    ValueError
+        If the path holds a NUL character.
     """
-    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
-    existing = target.absolute().parent if existing == target and target.is_file() else existing
+    if "\0" in str(target):
+        raise ValueError(f"{str(target)!r}: a path cannot hold a NUL character")
+    place = Path(os.path.realpath(target))
+    _check_names(place, target)
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    if existing == place and not place.is_dir():
+        _check_replaceable(place)
+        existing = place.parent
+    elif not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(existing))
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -148,12 +106,26 @@ def check_writable(target: Path) -> None:
 def write_text(target: Path, text: str) -> None:
     """Write a text file, which appears complete or not at all."""
     with atomic_path(target) as temporary:
-        temporary.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8", errors="backslashreplace")
 
 
-def _hidden_path(folder: Path, beginning: str, end: str = "") -> Path:
-    """Return an unused hidden path in a folder.
+def _check_names(place: Path, target: Path) -> None:
+    """Raise OSError for a path that the system cannot store."""
+    try:
+        for path in (place, place / _LONGEST_INNER):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
-    Files made at this path get the default permissions; `tempfile` would make them private.
-    """
-    return folder / f".{beginning}{secrets.token_hex(8)}{end}"
+
+def _check_replaceable(place: Path) -> None:
+    """Raise OSError if a pipe, a device or a folder is in the place of a file."""
+    if place.exists() and not place.is_file():
+        kind = errno.EISDIR if place.is_dir() else errno.EINVAL
+        raise OSError(kind, "is not a regular file", str(place))
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorank._core import FormatError
+from lorank._internal.staging import is_interrupted
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent
 from lorank.adapters.formats import padding
@@ -45,6 +47,10 @@ def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool 
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and (path / CONFIG_FILE).exists():
         return PEFT.read(path, contradictions=contradictions, changed_base=changed_base)
+    if path.is_dir() and is_interrupted(path):
+        raise FormatError(
+            f"{path}: an interrupted save left some of its files: save the adapter there again with overwrite"
+        )
     if path.is_dir():
         recognise.check_adapter_folder(path)
     return KOHYA.read(path, contradictions=contradictions, changed_base=changed_base)

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any, cast, get_args
 
 from lorank import _core
-from lorank._internal.atomic import staged_folder
+from lorank._internal.staging import is_occupied, staged_folder
 from lorank._internal.threads import thread_count
-from lorank.adapters import card, rounding
+from lorank.adapters import card, families, rounding
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.formats import padding
 from lorank.adapters.formats.base import AdapterFormat, Place
 from lorank.adapters.formats.registry import format_of
 from lorank.adapters.metadata import CERTIFICATE_FILE, SPECTRAL_KEY
-from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.profiles import PROFILES, WrittenRank
 from lorank.adapters.written_tensors import WrittenTensor, written_tensors
-from lorank.peft_format.names import PICKLED_WEIGHTS_FILE
+from lorank.peft_format.names import CONFIG_FILE, PICKLED_WEIGHTS_FILE
+
+# No program reads an adapter's folder without this file.
+_HEADS = (CONFIG_FILE,)
+
+# Larger cards are those of other programs.
+_LARGEST_CARD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +81,20 @@ class _Job:
         form = format_of(adapter)
         ranks = form.written_ranks(adapter, profile)
         keys = form.keys(adapter, ranks)
-        return cls(adapter, form, profile, checked, ranks, keys, form.place(target), count)
+        place = form.place(target)
+        if place.is_alone and target.is_symlink():
+            file = Path(os.path.realpath(target))
+            place = replace(place, folder=file.parent, weights=file.name)
+        return cls(adapter, form, profile, checked, ranks, keys, place, count)
 
     @property
     def weights(self) -> Path:
         return self.place.folder / self.place.weights
+
+    @property
+    def stale(self) -> Sequence[str]:
+        """Files of an earlier adapter, which must not contradict this one."""
+        return () if self.place.is_alone else (PICKLED_WEIGHTS_FILE, CERTIFICATE_FILE)
 
     @property
     def stored_parameters(self) -> int:
@@ -94,11 +113,87 @@ def write_adapter(
     """Write an adapter; see `LoraAdapter.save`."""
     job = _Job.of(adapter, target.expanduser(), profile, dtype, threads)
     _check_target(job, overwrite)
-    # Files of an earlier adapter must not contradict this one.
-    stale = () if job.place.is_alone else (PICKLED_WEIGHTS_FILE, CERTIFICATE_FILE)
-    with staged_folder(job.place.folder, stale) as staging, ThreadPoolExecutor(1) as background:
-        rounded = rounding.rounded_types(adapter, job.ranks, job.dtype)
-        tensors = written_tensors(adapter, job.format, job.ranks, job.keys, job.dtype)
+    with staged_folder(job.place.folder, job.stale, _HEADS, replaces=overwrite) as staging:
+        return _write(job, staging)
+
+
+def write_family(
+    members: Mapping[str, AdapterContent],
+    folder: Path,
+    profile: Profile,
+    dtype: Any,
+    *,
+    overwrite: bool,
+    threads: int | None = None,
+) -> tuple[dict[str, Written], list[str]]:
+    """Write several adapters into one folder, all of them or none.
+
+    Parameters
+    ----------
+    members
+        The adapters by name.
+    folder
+        The folder of the family.
+    profile, dtype, overwrite, threads
+        As in `write_adapter`.
+
+    Returns
+    -------
+    tuple
+        The results of writing by name, and notes on members of an earlier family that were kept.
+
+    Raises
+    ------
+    FileExistsError
+        If `overwrite` is false and files exist, or a member to replace was trained since it was written.
+    """
+    folder = folder.expanduser()
+    jobs = {
+        name: _Job.of(member, folder / format_of(member).member_name(name), profile, dtype, threads)
+        for name, member in members.items()
+    }
+    for job in jobs.values():
+        _check_target(job, overwrite)
+    families.check_replaceable(folder, members)
+    stale, notes = families.stale_members(folder, members)
+    inner = {name: os.path.relpath(job.place.folder, folder) for name, job in jobs.items()}
+    stale += [str(Path(inner[name], file)) for name, job in jobs.items() for file in job.stale]
+    written = {}
+    with staged_folder(folder, stale, _HEADS, replaces=overwrite) as staging:
+        for name, job in jobs.items():
+            (staging / inner[name]).mkdir(exist_ok=True)
+            written[name] = _write(job, staging / inner[name])
+            if not job.place.is_alone:
+                families.record_digests(staging / inner[name])
+    return written, notes
+
+
+@contextmanager
+def drafted(
+    adapter: AdapterContent, target: Path, *, overwrite: bool
+) -> Iterator[tuple[Callable[[Profile], Written], Path]]:
+    """Yield a function that writes a draft of an adapter in a profile, and the path of the draft.
+
+    The last draft appears at the target when the block ends without an error.
+    """
+    jobs = {profile: _Job.of(adapter, target.expanduser(), profile, None, None) for profile in PROFILES}
+    job = jobs[PROFILES[0]]
+    _check_target(job, overwrite)
+    with staged_folder(job.place.folder, job.stale, _HEADS, replaces=overwrite) as staging:
+
+        def write(profile: Profile) -> Written:
+            for file in staging.iterdir():
+                file.unlink()
+            return _write(jobs[profile], staging)
+
+        yield write, staging / job.place.weights if job.place.is_alone else staging
+
+
+def _write(job: _Job, staging: Path) -> Written:
+    """Write the files of an adapter into a staging folder."""
+    with ThreadPoolExecutor(1) as background:
+        rounded = rounding.rounded_types(job.adapter, job.ranks, job.dtype)
+        tensors = written_tensors(job.adapter, job.format, job.ranks, job.keys, job.dtype)
         # Another thread writes the texts while the core writes the factors. The texts begin after this
         # thread's own work in Python, which they would delay. The certificate and the card are written when
         # the rounding error is known, if there is one.
@@ -125,11 +220,13 @@ def _check_target(job: _Job, overwrite: bool) -> None:
     folder, is_alone = job.place.folder, job.place.is_alone
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file, not a folder")
+    if is_alone and job.weights.exists() and not job.weights.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file", str(job.weights))
     if overwrite or not folder.exists():
         return
     if is_alone and job.weights.exists():
         raise FileExistsError(f"{job.weights}: exists (overwrite replaces it)")
-    if not is_alone and any(folder.iterdir()):
+    if not is_alone and is_occupied(folder):
         raise FileExistsError(f"{folder}: is not empty (overwrite replaces the adapter in it)")
 
 
@@ -172,11 +269,22 @@ def _write_card(job: _Job, staging: Path, certificate: Certificate | None) -> li
     if certificate is not None:
         (staging / CERTIFICATE_FILE).write_text(certificate.to_text(job.adapter.notes), "utf-8")
     file = job.place.folder / "README.md"
-    if file.exists() and not card.is_ours(file.read_text("utf-8", errors="replace")):
+    if os.path.lexists(file) and not _is_our_card(file):
         return [f"{file} was kept, because lorank did not write it"]
     text = card.text(job.adapter, job.format, job.profile, certificate, job.stored_parameters)
     (staging / "README.md").write_text(text, "utf-8")
     return []
+
+
+def _is_our_card(file: Path) -> bool:
+    """Return True for a card that lorank wrote. Pipes and devices, which may never end, are not read."""
+    with suppress(OSError):
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as opened:
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST_CARD:
+                return card.is_ours(opened.read(_LARGEST_CARD).decode("utf-8", errors="replace"))
+    return False
 
 
 def _padding_note(job: _Job) -> list[str]:

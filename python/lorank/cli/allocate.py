@@ -11,6 +11,7 @@ import typer
 
 import lorank
 from lorank._internal.progress import waiting
+from lorank._internal.staging import staged_folder
 from lorank.allocation import signals
 from lorank.allocation.budget import parse_budget
 from lorank.allocation.rank_allocation import ALLOCATION_FILE, RankAllocation
@@ -126,8 +127,9 @@ def allocate(
     alpha = int(lora_alpha) if lora_alpha.is_integer() else lora_alpha
     settings = allocation.lora_settings(scale_rule=scale_rule, lora_alpha=alpha)  # type: ignore[arg-type]  # Checked above.
     if output is not None:
-        allocation.save(output / ALLOCATION_FILE)
-        config_file.write(output, settings, allocation.source or None)
+        with staged_folder(output, heads=(config_file.FILE_NAME,)) as staging:
+            allocation.save(staging / ALLOCATION_FILE)
+            config_file.write(staging, settings, allocation.source or None)
     if json_output:
         print_json(
             {**allocation.to_json(), "adapter_config": config_file.content(settings, allocation.source)}

@@ -8,7 +8,6 @@ from typing import Annotated, cast, get_args
 import typer
 
 import lorank
-from lorank._internal.atomic import check_writable
 from lorank.cli.checks import check_choice, check_new, parse_targets
 from lorank.cli.errors import IncompleteError, UsageError
 from lorank.cli.options import (
@@ -100,7 +99,6 @@ def _check_output_file(path: Path, overwrite: bool) -> None:
     if path.suffix not in REPORT_ENDINGS:
         raise UsageError(f"{path}: the name of a report must end with {', '.join(REPORT_ENDINGS)}")
     check_new(path, overwrite)
-    check_writable(path)
 
 
 def _check_complete(report: SpectralReport) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lorank._internal.atomic import check_writable
+from lorank._internal.staging import is_occupied
 from lorank.cli.errors import UsageError
 from lorank.modules import naming
 
@@ -35,9 +36,16 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
 
 
 def check_new(path: Path, overwrite: bool) -> None:
-    """Raise UsageError if a file exists and must not be replaced."""
+    """Raise UsageError if a file exists and must not be replaced.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    """
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists: choose another name or --overwrite")
+    check_writable(path)
 
 
 def check_output_folder(path: Path, overwrite: bool) -> None:
@@ -48,8 +56,8 @@ def check_output_folder(path: Path, overwrite: bool) -> None:
     OSError
         If the folder cannot be written to.
     """
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file: name a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if path.is_dir() and is_occupied(path) and not overwrite:
         raise UsageError(f"{path} is not empty: choose another folder or --overwrite")
     check_writable(path)

@@ -10,10 +10,9 @@ import typer
 
 import lorank
 from lorank.adapters.content import Profile
-from lorank.adapters.families import remove_stale
-from lorank.adapters.formats.registry import format_of
+from lorank.adapters.families import check_replaceable
 from lorank.adapters.profiles import nothing_left
-from lorank.adapters.writing import write_adapter
+from lorank.adapters.writing import write_family
 from lorank.cli.adapter_options import Adapter, DtypeOption, ProfileOption
 from lorank.cli.adapter_output import adapter_json, check_form, print_notes
 from lorank.cli.checks import check_output_folder
@@ -40,24 +39,27 @@ def family(
     ranks = _average_ranks(avg_ranks)
     check_form(profile, dtype)
     check_output_folder(output, overwrite)
+    check_replaceable(output, ["elastic", *(f"rank-{rank:g}" for rank in ranks)])
     parent = lorank.elastic(adapter, threads=threads, progress=not quiet)
     children = lorank.family(parent, ranks, threads=threads, progress=False)
     members = {"elastic": parent} | {f"rank-{rank:g}": child for rank, child in children.items()}
     for name, member in members.items():
         if reason := nothing_left(member):
             raise ValueError(f"{name}: {reason}")
-    stored = {}
-    for name, member in members.items():
-        target = output / format_of(member).member_name(name)
-        written = write_adapter(
-            member, target, cast(Profile, profile), dtype, overwrite=overwrite, threads=threads
-        )
-        stored[name] = written.stored_parameters
-        print_notes(f"{name}: {note}" for note in written.notes)
-    print_notes(remove_stale(output, members))
+    written, notes = write_family(
+        members, output, cast(Profile, profile), dtype, overwrite=overwrite, threads=threads
+    )
+    for name in members:
+        print_notes(f"{name}: {note}" for note in written[name].notes)
+    print_notes(notes)
     if json_output:
         content = {name: adapter_json(member, dtype) for name, member in members.items()}
-        print_json({name: {**content[name], "stored_parameters": stored[name]} for name in members})
+        print_json(
+            {
+                name: {**content[name], "stored_parameters": written[name].stored_parameters}
+                for name in members
+            }
+        )
         return
     console().print(tables.family_table(members))
     print_message(f"saved to {output}")

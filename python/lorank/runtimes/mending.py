@@ -9,7 +9,7 @@ from typing import Any
 
 from lorank.adapters.content import Profile
 from lorank.adapters.reading import read_for_repair
-from lorank.adapters.writing import Written, write_adapter
+from lorank.adapters.writing import Written, drafted
 from lorank.runtimes.verdicts import Verdict, check, right_profile
 
 
@@ -67,17 +67,18 @@ def mend(
     source = read_for_repair(adapter)
     first = right_profile(runtimes)
 
-    def tried(profile: Profile, again: bool) -> Mended:
-        written = write_adapter(source, target, profile, None, overwrite=overwrite or again)
-        return Mended(profile, written, check(written.address, runtimes, base=base))
+    with drafted(source, target, overwrite=overwrite) as (write, draft):
 
-    best = tried(first, False)
-    if first == "portable" or not bad(best.verdicts, runtimes):
-        return best
-    other = tried("portable", True)
-    if len(bad(other.verdicts, runtimes)) < len(bad(best.verdicts, runtimes)):
-        return other
-    return tried(first, True)
+        def tried(profile: Profile) -> Mended:
+            return Mended(profile, write(profile), check(draft, runtimes, base=base))
+
+        best = tried(first)
+        if first == "portable" or not bad(best.verdicts, runtimes):
+            return best
+        other = tried("portable")
+        if len(bad(other.verdicts, runtimes)) < len(bad(best.verdicts, runtimes)):
+            return other
+        return tried(first)
 
 
 def bad(verdicts: Sequence[Verdict], runtimes: Sequence[str] | None = None) -> list[str]:

@@ -31,7 +31,7 @@ mod _core {
     };
 
     #[pymodule_export]
-    use crate::writing::write_safetensors;
+    use crate::writing::{exchange, write_safetensors};
 
     use super::{Bound, PyModule, PyModuleMethods, PyResult};
 

@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 
 use crate::detached::detached_quiet;
+use crate::errors::to_py;
 use crate::matrix::{Checkpoint, Matrix};
 
 /// The source of a tensor's values, as passed by Python.
@@ -60,6 +61,13 @@ pub fn write_safetensors(
             .collect();
         write(&path, &out, &metadata, threads, cancel)
     })
+}
+
+/// Exchanges the names of two files or folders in one step.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // PyO3 passes paths by value.
+pub fn exchange(a: PathBuf, b: PathBuf) -> PyResult<()> {
+    lorank::exchange::exchange(&a, &b).map_err(to_py)
 }
 
 fn hold(content: PyContent<'_>, dtype: String) -> PyResult<Held> {

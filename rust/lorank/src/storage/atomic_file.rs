@@ -1,13 +1,17 @@
 //! Files that are replaced atomically.
 //!
 //! Data is written to a hidden file beside the target, which is finally renamed to the target. After an
-//! error, a full disk or an interruption the target is unchanged. Disk space for the whole file is reserved
-//! at the beginning, so that a full disk is an error before any work is done; reserved space is also written
-//! a fifth faster. Several threads may write to different positions.
+//! error, a full disk, an interruption or a power failure the target is unchanged or complete: the data
+//! reaches the disk before the rename, and the name before the function returns. Disk space for the whole
+//! file is reserved at the beginning, so that a full disk is an error before any work is done; reserved space
+//! is also written a fifth faster. Several threads may write to different positions.
+//!
+//! A process holds a lock on its hidden file. Hidden files without a lock belong to killed processes, and the
+//! next writer to the folder removes them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -33,17 +37,20 @@ pub(crate) struct AtomicFile<'a> {
 impl<'a> AtomicFile<'a> {
     /// Creates a file of `size` bytes.
     pub(crate) fn create(target: &'a Path, size: u64) -> Result<Self> {
+        remove_leftovers(folder_of(target));
         loop {
             // The name omits that of the target, which may have the maximal length already.
             let number = COUNTER.fetch_add(1, Ordering::Relaxed);
             let path = target.with_file_name(format!(".lorank.{}.{number}.part", std::process::id()));
             match OpenOptions::new().write(true).create_new(true).open(&path) {
+                // Another process may find the file before it is locked, and remove it.
+                Ok(file) if !owns(&file, &path) => {}
                 Ok(file) => {
                     let created = Self { target, path, file, keep: false };
                     created.reserve(size)?;
                     return Ok(created);
                 }
-                // A killed process with the same id left the file. Such ids are common in containers.
+                // A process of another container has the same id and folder, or a killed process had.
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
                 Err(e) => return Err(Error::io(target, e)),
             }
@@ -87,11 +94,15 @@ impl<'a> AtomicFile<'a> {
         sink.flush()
     }
 
-    /// Renames the file to its target.
+    /// Renames the file to its target, when the data is on the disk.
     pub(crate) fn finish(mut self) -> Result<()> {
-        std::fs::rename(&self.path, self.target).map_err(|e| Error::io(self.target, e))?;
+        let rename = || {
+            self.file.sync_data()?;
+            std::fs::rename(&self.path, self.target)
+        };
+        rename().map_err(|e| Error::io(self.target, e))?;
         self.keep = true;
-        Ok(())
+        sync_folder(folder_of(self.target)).map_err(|e| Error::io(self.target, e))
     }
 }
 
@@ -102,6 +113,72 @@ impl Drop for AtomicFile<'_> {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// Returns the folder of a file.
+fn folder_of(target: &Path) -> &Path {
+    match target.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// Writes the names in a folder to the disk, unless the folder cannot be opened or the file system does not
+/// write folders on request.
+fn sync_folder(folder: &Path) -> std::io::Result<()> {
+    let Ok(opened) = File::open(folder) else { return Ok(()) };
+    match opened.sync_all() {
+        Err(e) if !matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// Locks a hidden file. Returns `false` if another process has locked or removed it. File systems without
+/// locks are not an error: no process removes leftover files there.
+fn owns(file: &File, path: &Path) -> bool {
+    if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+        return false;
+    }
+    is_at(file, path)
+}
+
+/// Returns whether a path names an open file.
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), std::fs::symlink_metadata(path)) {
+        (Ok(opened), Ok(named)) => (opened.dev(), opened.ino()) == (named.dev(), named.ino()),
+        _ => false,
+    }
+}
+
+/// Removes the hidden files that killed processes left in a folder. Errors are ignored: leftover files take
+/// space, but are no obstacle.
+fn remove_leftovers(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if !is_file || !entry.file_name().to_str().is_some_and(is_hidden_name) {
+            continue;
+        }
+        let path = entry.path();
+        let mut options = OpenOptions::new();
+        #[cfg(target_os = "linux")]
+        options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+        if let Ok(file) = options.write(true).open(&path)
+            && file.try_lock().is_ok()
+            && is_at(&file, &path)
+        {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
+
+/// Returns whether a name is that of a hidden file of this module.
+fn is_hidden_name(name: &str) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    name.strip_prefix(".lorank.")
+        .and_then(|rest| rest.strip_suffix(".part"))
+        .and_then(|rest| rest.split_once('.'))
+        .is_some_and(|(id, number)| is_number(id) && is_number(number))
 }
 
 /// A reusable buffer of bytes to be written.
@@ -224,14 +301,39 @@ mod tests {
     fn long_names_and_leftover_files_are_no_obstacle() {
         let folder = tempfile::tempdir().unwrap();
         let next = COUNTER.load(Ordering::Relaxed); // other tests increment the counter, too
+        let remains = |number| format!(".lorank.{}.{number}.part", std::process::id());
+        let mut locked = Vec::new();
         for number in next..next + 1000 {
-            let remains = format!(".lorank.{}.{number}.part", std::process::id());
-            std::fs::write(folder.path().join(remains), b"").unwrap();
+            let file = File::create(folder.path().join(remains(number))).unwrap();
+            file.try_lock().unwrap();
+            locked.push(file);
         }
         let path = folder.path().join("x".repeat(255));
         written(&path, &[vec![1]]).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), [1]);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1001);
+    }
+
+    #[test]
+    fn leftover_files_of_killed_processes_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let precious = [".lorank.1.part", ".lorank.1.x.part", "lorank.1.2.part", ".lorank.1.2.part~", "mine"];
+        for name in [".lorank.1.2.part", ".lorank.77.0.part"].iter().chain(&precious) {
+            std::fs::write(at(name), b"old").unwrap();
+        }
+        std::os::unix::fs::symlink(at("mine"), at(".lorank.3.4.part")).unwrap();
+        std::fs::create_dir(at(".lorank.5.6.part")).unwrap();
+        written(&at("file"), &[vec![1]]).unwrap();
+        let mut found: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        found.sort();
+        let mut expected = [&precious[..], &["file", ".lorank.3.4.part", ".lorank.5.6.part"]].concat();
+        expected.sort_unstable();
+        assert_eq!(found, expected);
+        assert_eq!(std::fs::read(at("mine")).unwrap(), b"old");
     }
 
     #[cfg(target_os = "linux")]
