@@ -2,6 +2,8 @@
 
 mod atomic_file;
 pub mod checkpoint;
+mod digest;
+mod revision;
 mod rounding;
 pub mod safetensors;
 pub mod source;
