@@ -46,7 +46,7 @@ class FileTensors:
 
     def __init__(self, path: Path) -> None:
         self.label = str(path)
-        self._checkpoint = Checkpoint(path)
+        self._checkpoint = Checkpoint(path, repeated=True)
         self.metadata: Mapping[str, str] = self._checkpoint.metadata()
         self._entries = {
             name: (position, dtype, tuple(shape))

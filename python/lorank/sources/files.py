@@ -122,12 +122,13 @@ def _open_pickles(path: Path, label: str) -> Source:
     return replace(source, skipped=(*tensors.skipped, *source.skipped, *repeated))
 
 
-def _fingerprint(files: Sequence[Path], tensors: Sequence[tuple[str, str, list[int]]]) -> str:
+def _fingerprint(
+    files: Sequence[tuple[Path, int, int]], tensors: Sequence[tuple[str, str, list[int]]]
+) -> str:
     """Return a digest of a checkpoint's headers and of each file's name, size and modification time."""
     digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    for file, size, modified in files:
+        digest.update(f"{file.name} {size} {modified}\n".encode("utf-8", "surrogateescape"))
     for name, dtype, shape in tensors:
         digest.update(f"{name} {dtype} {shape}\n".encode())
     return digest.hexdigest()

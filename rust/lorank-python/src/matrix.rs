@@ -1,13 +1,13 @@
 //! The Python classes of matrices and checkpoints.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use lorank::cancel::CancelToken;
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
-
+use lorank::safetensors::Reads;
 use lorank::source::{Buffer, Computed, Parts, StoredMatrix};
 use numpy::{
     IntoPyArray, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
@@ -196,10 +196,14 @@ pub struct Checkpoint(lorank::checkpoint::Checkpoint);
 
 #[pymethods]
 impl Checkpoint {
+    /// Opens a checkpoint. `repeated` is true if tensors are read more than once, so that changes between two
+    /// reads are detected by a digest.
     #[new]
+    #[pyo3(signature = (path, *, repeated=false))]
     #[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
-    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        py.detach(|| lorank::checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_py)
+    fn new(py: Python<'_>, path: PathBuf, repeated: bool) -> PyResult<Self> {
+        let reads = if repeated { Reads::Repeated } else { Reads::Once };
+        py.detach(|| lorank::checkpoint::Checkpoint::open_for(&path, reads)).map(Self).map_err(to_py)
     }
 
     /// Returns every tensor as `(name, dtype, shape)`.
@@ -208,10 +212,15 @@ impl Checkpoint {
         self.0.tensors.iter().map(entry).collect()
     }
 
-    /// Returns the files that contain tensors, sorted by name.
-    fn files(&self) -> Vec<PathBuf> {
-        let files: BTreeSet<&Path> = self.0.tensors.iter().map(|t| t.file.path()).collect();
-        files.into_iter().map(Path::to_path_buf).collect()
+    /// Returns the files that contain tensors, sorted by name: path, size, and time of modification in
+    /// nanoseconds at the time of opening.
+    fn files(&self) -> Vec<(PathBuf, u64, i128)> {
+        let stored = |t: &StoredTensor| {
+            let (size, time) = t.file.size_and_time();
+            (t.file.path().to_path_buf(), size, time)
+        };
+        let files: BTreeSet<_> = self.0.tensors.iter().map(stored).collect();
+        files.into_iter().collect()
     }
 
     /// Returns the metadata in the header of a single file; an empty map for several files.

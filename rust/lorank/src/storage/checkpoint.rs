@@ -1,12 +1,16 @@
 //! Checkpoints: one safetensors file, or a folder of shards with an index.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
 
-use crate::storage::safetensors::{SafetensorsFile, TensorInfo};
+use crate::storage::revision::Revision;
+use crate::storage::safetensors::{Reads, SafetensorsFile, TensorInfo};
 use crate::{Error, Result};
 
 /// File name that transformers gives to the index of a sharded checkpoint.
@@ -14,6 +18,8 @@ const INDEX: &str = "model.safetensors.index.json";
 
 /// File name that transformers gives to a checkpoint without shards.
 const SINGLE: &str = "model.safetensors";
+
+const REPLACED: &str = "was replaced while the checkpoint was opened: load it again";
 
 /// A tensor and the open file that contains it.
 #[derive(Clone, Debug)]
@@ -33,7 +39,31 @@ pub struct Checkpoint {
 
 #[derive(Deserialize)]
 struct Index {
-    weight_map: BTreeMap<String, String>,
+    /// Tensors and their shards, including duplicates, which a map would hide.
+    #[serde(deserialize_with = "entries")]
+    weight_map: Vec<(String, String)>,
+}
+
+fn entries<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Vec<(String, String)>, D::Error> {
+    struct Entries;
+    impl<'de> Visitor<'de> for Entries {
+        type Value = Vec<(String, String)>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map of tensors to shards")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+            let mut found = Vec::new();
+            while let Some(entry) = map.next_entry()? {
+                found.push(entry);
+            }
+            Ok(found)
+        }
+    }
+    deserializer.deserialize_map(Entries)
 }
 
 impl Checkpoint {
@@ -61,22 +91,30 @@ impl Checkpoint {
     /// assert_eq!(checkpoint.tensors[0].info.shape, [1, 2]);
     /// ```
     pub fn open(path: &Path) -> Result<Self> {
-        let metadata = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-        if metadata.is_dir() {
-            return Self::open_folder(path);
-        }
-        if path.extension().is_some_and(|e| e == "json") {
-            return Self::open_index(path);
-        }
-        Self::open_files(&[path.to_path_buf()])
+        Self::open_for(path, Reads::Once)
     }
 
-    fn open_folder(folder: &Path) -> Result<Self> {
+    /// Opens a checkpoint as [`open`](Self::open) does, and selects how changes of its files are detected.
+    ///
+    /// # Errors
+    /// The errors of [`open`](Self::open).
+    pub fn open_for(path: &Path, reads: Reads) -> Result<Self> {
+        let metadata = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if metadata.is_dir() {
+            return Self::open_folder(path, reads);
+        }
+        if path.extension().is_some_and(|e| e == "json") {
+            return Self::open_index(path, reads);
+        }
+        Self::open_files(&[path.to_path_buf()], reads)
+    }
+
+    fn open_folder(folder: &Path, reads: Reads) -> Result<Self> {
         if folder.join(INDEX).exists() {
-            return Self::open_index(&folder.join(INDEX));
+            return Self::open_index(&folder.join(INDEX), reads);
         }
         if folder.join(SINGLE).exists() {
-            return Self::open_files(&[folder.join(SINGLE)]);
+            return Self::open_files(&[folder.join(SINGLE)], reads);
         }
         let candidates = |suffix: &str| -> Result<Vec<PathBuf>> {
             let entries = std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))?;
@@ -90,18 +128,19 @@ impl Checkpoint {
         let indices = candidates(".safetensors.index.json")?;
         let files = candidates(".safetensors")?;
         match (indices.as_slice(), files.as_slice()) {
-            ([index], _) => Self::open_index(index),
-            ([], [_, ..]) => Self::open_files(&files),
+            ([index], _) => Self::open_index(index, reads),
+            ([], [_, ..]) => Self::open_files(&files, reads),
             ([], []) => Err(Error::format(folder, "holds no .safetensors file")),
             _ => Err(Error::format(folder, "holds several checkpoints: name one index file")),
         }
     }
 
-    fn open_files(paths: &[PathBuf]) -> Result<Self> {
+    fn open_files(paths: &[PathBuf], reads: Reads) -> Result<Self> {
         let mut tensors: Vec<StoredTensor> = Vec::new();
         let mut seen = std::collections::HashSet::new();
+        let mut files = Vec::with_capacity(paths.len());
         for path in paths {
-            let file = Arc::new(SafetensorsFile::open(path)?);
+            let file = Arc::new(SafetensorsFile::open_for(path, reads)?);
             for info in file.tensors() {
                 if !seen.insert(info.name.clone()) {
                     let reason = "is also in another file of the folder: give the path of one file";
@@ -109,43 +148,88 @@ impl Checkpoint {
                 }
                 tensors.push(StoredTensor { file: Arc::clone(&file), info: info.clone() });
             }
+            files.push(file);
         }
+        check_in_place(&files)?;
         Ok(Self { tensors })
     }
 
-    fn open_index(path: &Path) -> Result<Self> {
-        if !std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_file() {
+    fn open_index(path: &Path, reads: Reads) -> Result<Self> {
+        let before = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if !before.is_file() {
             return Err(Error::format(path, "is not a regular file"));
         }
         let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let index: Index = serde_json::from_slice(&text)
+        let Index { weight_map } = serde_json::from_slice(&text)
             .map_err(|e| Error::format(path, format!("is not a shard index: {e}")))?;
+        let places = checked_places(path, &weight_map)?;
         let folder = path.parent().unwrap_or_else(|| Path::new("."));
-        let mut shards: BTreeMap<&str, Arc<SafetensorsFile>> = BTreeMap::new();
-        let mut tensors = Vec::with_capacity(index.weight_map.len());
-        for (tensor, shard) in &index.weight_map {
-            if !is_plain_name(shard) {
-                let reason = format!("its shard `{shard}` is not a plain file name");
-                return Err(Error::tensor(path, tensor, reason));
-            }
-            let file = if let Some(file) = shards.get(shard.as_str()) {
-                Arc::clone(file)
-            } else {
-                let file = Arc::new(SafetensorsFile::open(&folder.join(shard))?);
-                shards.insert(shard, Arc::clone(&file));
-                file
-            };
+        let names: BTreeSet<&str> = places.values().copied().collect();
+        let open = |&shard: &&str| {
+            let file = SafetensorsFile::open_for(&folder.join(shard), reads)?;
+            check_listed(path, &places, shard, &file)?;
+            Ok(Arc::new(file))
+        };
+        let files: Vec<Arc<SafetensorsFile>> = names.iter().map(open).collect::<Result<_>>()?;
+        let shards: HashMap<&str, &Arc<SafetensorsFile>> = names.into_iter().zip(&files).collect();
+        let mut tensors = Vec::with_capacity(places.len());
+        for (&tensor, &shard) in &places {
+            let file = shards[shard];
             let position = file.position(tensor).ok_or_else(|| {
                 Error::tensor(path, tensor, format!("is missing from `{shard}`, where the index places it"))
             })?;
             tensors.push((shard, position, file));
         }
+        let after = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if before.ino() != after.ino() || !Revision::of(&before).is_same(&Revision::of(&after)) {
+            return Err(Error::format(path, REPLACED));
+        }
+        check_in_place(&files)?;
         tensors.sort_by_key(|&(shard, position, _)| (shard, position));
-        let stored = |(_, position, file): (_, usize, Arc<SafetensorsFile>)| StoredTensor {
+        let stored = |(_, position, file): (_, usize, &Arc<SafetensorsFile>)| StoredTensor {
             info: file.tensors()[position].clone(),
-            file,
+            file: Arc::clone(file),
         };
         Ok(Self { tensors: tensors.into_iter().map(stored).collect() })
+    }
+}
+
+/// Returns the shard of every tensor, after checking that every tensor has one, in the folder of the index.
+fn checked_places<'a>(path: &Path, entries: &'a [(String, String)]) -> Result<BTreeMap<&'a str, &'a str>> {
+    let mut places = BTreeMap::new();
+    for (tensor, shard) in entries {
+        if !is_plain_name(shard) {
+            let reason = format!("its shard `{shard}` is not a plain file name");
+            return Err(Error::tensor(path, tensor, reason));
+        }
+        if places.insert(tensor.as_str(), shard.as_str()).is_some() {
+            return Err(Error::tensor(path, tensor, "appears twice in the index"));
+        }
+    }
+    Ok(places)
+}
+
+/// Refuses a shard with a tensor that the index places in another shard: the two may differ.
+fn check_listed(
+    path: &Path,
+    places: &BTreeMap<&str, &str>,
+    shard: &str,
+    file: &SafetensorsFile,
+) -> Result<()> {
+    for tensor in file.tensors() {
+        if let Some(other) = places.get(tensor.name.as_str()).filter(|&&other| other != shard) {
+            let reason = format!("is also in `{shard}`, but the index places it in `{other}`");
+            return Err(Error::tensor(path, &tensor.name, reason));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses files of which some were replaced while the others were opened.
+fn check_in_place(files: &[Arc<SafetensorsFile>]) -> Result<()> {
+    match files.iter().find(|file| !file.is_in_place()) {
+        Some(file) if files.len() > 1 => Err(Error::format(file.path(), REPLACED)),
+        _ => Ok(()),
     }
 }
 

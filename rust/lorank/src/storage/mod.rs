@@ -2,7 +2,9 @@
 
 mod atomic_file;
 pub mod checkpoint;
+mod digest;
 pub mod exchange;
+mod revision;
 mod rounding;
 pub mod safetensors;
 pub mod source;

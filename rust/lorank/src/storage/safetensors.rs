@@ -4,11 +4,14 @@
 //! On opening, the whole header is checked: lengths, names, shapes, and offsets that exceed the file or
 //! overlap. Tensors are then read by position into separate buffers. Files are not mapped into memory: memory
 //! stays bounded, and a file that shrinks while it is read causes an error instead of a signal.
+//!
+//! A file that changes after it was opened is an error, so that all values that were read belong together:
+//! see [`Reads`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, Metadata};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -16,6 +19,8 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 
 use crate::exec::aligned_bytes::AlignedBytes;
 use crate::exec::cancel::CancelToken;
+use crate::storage::digest::{Digest, PIECE};
+use crate::storage::revision::{Revision, Seen};
 use crate::{Error, Result};
 
 /// Largest length of a header, in bytes. The reference implementation has the same limit.
@@ -23,6 +28,17 @@ const MAX_HEADER: usize = 100_000_000;
 
 /// Number of bytes read between two polls of the cancel token.
 const READ_CHUNK: usize = 64 << 20;
+
+/// How changes of a file are detected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reads {
+    /// By the size and the times of the open file, after every read.
+    #[default]
+    Once,
+    /// For bytes that were read before, by a digest of them; for other bytes as under [`Once`](Self::Once).
+    /// A program that writes by a memory map may leave the times as they were.
+    Repeated,
+}
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +60,9 @@ pub struct TensorInfo {
 pub struct SafetensorsFile {
     path: PathBuf,
     file: File,
+    revision: Revision,
+    /// Digests of what was read, for [`Reads::Repeated`].
+    seen: Option<Seen>,
     tensors: Vec<TensorInfo>,
     positions: HashMap<String, usize>,
     metadata: BTreeMap<String, String>,
@@ -107,12 +126,21 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::Io`] if the file cannot be read, [`Error::Format`] if its header is inconsistent.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_for(path, Reads::Once)
+    }
+
+    /// Opens a file as [`open`](Self::open) does, and selects how its changes are detected.
+    ///
+    /// # Errors
+    /// The errors of [`open`](Self::open).
+    pub fn open_for(path: &Path, reads: Reads) -> Result<Self> {
         // Checked before opening, as opening a named pipe would block.
         if !std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_file() {
             return Err(Error::format(path, "is not a regular file"));
         }
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        let size = file.metadata().map_err(|e| Error::io(path, e))?.len();
+        let metadata = file.metadata().map_err(|e| Error::io(path, e))?;
+        let (size, revision) = (metadata.len(), Revision::of(&metadata));
         let mut length = [0; 8];
         if size < 8 {
             return Err(Error::format(path, format!("is not a safetensors file: only {size} bytes long")));
@@ -137,13 +165,26 @@ impl SafetensorsFile {
                 return Err(Error::tensor(path, &tensor.name, "appears twice in the header"));
             }
         }
-        Ok(Self { path: path.to_path_buf(), file, tensors, positions, metadata })
+        let seen = (reads == Reads::Repeated).then(Seen::default);
+        Ok(Self { path: path.to_path_buf(), file, revision, seen, tensors, positions, metadata })
     }
 
     /// Returns the path that was passed to [`open`](Self::open).
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Returns the size in bytes and the time of modification in nanoseconds, at the time of opening.
+    #[must_use]
+    pub fn size_and_time(&self) -> (u64, i128) {
+        self.revision.size_and_time()
+    }
+
+    /// Returns true if the path still leads to the open file.
+    pub(crate) fn is_in_place(&self) -> bool {
+        let identity = |found: std::io::Result<Metadata>| found.ok().map(|m| (m.dev(), m.ino()));
+        identity(self.file.metadata()) == identity(std::fs::metadata(&self.path))
     }
 
     /// Returns the tensors in the order of the header.
@@ -213,18 +254,57 @@ impl SafetensorsFile {
     }
 
     fn fill(&self, bytes: &mut [u8], tensor: &TensorInfo, start: usize, cancel: &CancelToken) -> Result<()> {
-        let mut position = tensor.offset + start as u64;
-        for chunk in bytes.chunks_mut(READ_CHUNK) {
+        let position = tensor.offset + start as u64;
+        let Some(seen) = &self.seen else {
+            self.pieces(bytes, (tensor, position), READ_CHUNK, cancel, |_| ())?;
+            return self.check_unchanged(tensor);
+        };
+        let mut digest = Digest::new();
+        self.pieces(bytes, (tensor, position), PIECE, cancel, |piece| digest.update(piece))?;
+        let (range, found) = ((position, bytes.len()), digest.value());
+        match seen.earlier(range) {
+            Some(earlier) if earlier == found => Ok(()),
+            Some(_) => Err(self.changed(tensor)),
+            None => {
+                self.check_unchanged(tensor)?;
+                seen.record(range, found);
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads bytes from a position in the file, and passes every piece of them to `take`.
+    fn pieces(
+        &self,
+        bytes: &mut [u8],
+        (tensor, mut position): (&TensorInfo, u64),
+        size: usize,
+        cancel: &CancelToken,
+        mut take: impl FnMut(&[u8]),
+    ) -> Result<()> {
+        for piece in bytes.chunks_mut(size) {
             cancel.check()?;
-            self.file.read_exact_at(chunk, position).map_err(|e| match e.kind() {
+            self.file.read_exact_at(piece, position).map_err(|e| match e.kind() {
                 std::io::ErrorKind::UnexpectedEof => {
                     Error::tensor(&self.path, &tensor.name, "the file was truncated while it was read")
                 }
                 _ => Error::io(&self.path, e),
             })?;
-            position += chunk.len() as u64;
+            take(piece);
+            position += piece.len() as u64;
         }
         Ok(())
+    }
+
+    /// Returns an error if the file changed since it was opened. The check follows the read: a writer updates
+    /// the times before it copies bytes.
+    fn check_unchanged(&self, tensor: &TensorInfo) -> Result<()> {
+        let now = self.file.metadata().map_err(|e| Error::io(&self.path, e))?;
+        if self.revision.is_same(&Revision::of(&now)) { Ok(()) } else { Err(self.changed(tensor)) }
+    }
+
+    fn changed(&self, tensor: &TensorInfo) -> Error {
+        Error::tensor(&self.path, &tensor.name, "the file changed after it was opened: load it again")
     }
 }
 
