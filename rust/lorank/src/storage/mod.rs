@@ -2,6 +2,7 @@
 
 mod atomic_file;
 pub mod checkpoint;
+pub mod mapped;
 mod rounding;
 pub mod safetensors;
 pub mod source;
