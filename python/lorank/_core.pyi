@@ -20,6 +20,7 @@ __all__ = [
     "alpha_hill",
     "analyze",
     "available_threads",
+    "copy_mapped",
     "decompose",
     "exchange",
     "marchenko_pastur",
@@ -79,6 +80,7 @@ def analyze(
     keep_eigenvalues: bool,
     on_result: Callable[[int, Any], object],
 ) -> None: ...
+def copy_mapped(array: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], int] | None: ...
 def sample(matrix: Matrix) -> dict[str, Any]: ...
 def decompose(
     updates: Sequence[Sequence[tuple[Matrix, Matrix, float]]],

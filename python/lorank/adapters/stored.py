@@ -10,6 +10,7 @@ import numpy as np
 
 from lorank._core import FormatError, Matrix
 from lorank.sources import arrays
+from lorank.sources.mapped import unmapped
 
 # Names of element types: NumPy's or torch's name -> the name in safetensors headers.
 SAFETENSORS_NAMES = {
@@ -92,7 +93,9 @@ class Stored:
                 self.position, 1, math.prod(self.shape)
             ).to_array()
             return values.reshape(self.shape)
-        return self.origin.to_array() if isinstance(self.origin, RawTensor) else arrays.as_numpy(self.origin)
+        if isinstance(self.origin, RawTensor):
+            return self.origin.to_array()
+        return unmapped(arrays.as_numpy(self.origin))
 
     def for_torch(self) -> Any:
         """Return the stored torch tensor, or an array that `torch.as_tensor` accepts."""

@@ -103,7 +103,7 @@ class ArrayTensors:
 
     def matrix(self, name: str, rows: int, cols: int) -> Matrix:
         """Return a tensor as a row-major matrix."""
-        return arrays.matrix(self._values[name].reshape(rows, cols))
+        return arrays.matrix(self._values[name], (rows, cols))
 
     def number(self, name: str) -> float:
         """Return the one element of a tensor of any number type."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from lorank.modules import naming
 from lorank.report import ModuleSpectrum, SpectralReport
 from lorank.sources import OPENING, AnySource, SourceMatrix, open_source
 from lorank.statistics.spectrum import Accuracy, check_accuracy
+
+# Largest number of matrices that are described and read in place together.
+_BATCH = 1 << 14
 
 
 def analyze(
@@ -126,8 +130,12 @@ def analyze(
             infos = (matrix.info for matrix in opened.matrices)
             journal = stack.enter_context(Journal(Path(resume), run, infos))
             rows |= journal.finished
-        todo = [matrix for matrix in chosen.matrices if matrix.info.name not in rows]
-        total = sum(_work(matrix) for matrix in todo)
+        finished = frozenset(rows)
+
+        def todo() -> Iterator[SourceMatrix]:
+            return (matrix for matrix in chosen.matrices if matrix.info.name not in finished)
+
+        total = sum(map(_work, todo()))
         advance = stack.enter_context(progress_bar("analysing", total, enabled=progress))
 
         def finish(matrix: SourceMatrix, row: ModuleSpectrum) -> None:
@@ -186,14 +194,16 @@ def _incomplete(failures: Sequence[Exception], total: int, journal: str | Path |
     return core_calls.reworded(failures[0], lambda message: f"{message}; {rest}")
 
 
-def _batches(matrices: Sequence[SourceMatrix], threads: int) -> Iterator[Sequence[SourceMatrix]]:
-    """Yield one batch of all matrices that can be read in place, then batches of a lazy matrix per thread."""
-    direct = [matrix for matrix in matrices if not matrix.lazy]
-    if direct:
-        yield direct
-    lazy = [matrix for matrix in matrices if matrix.lazy]
-    for first in range(0, len(lazy), threads):
-        yield lazy[first : first + threads]
+def _batches(
+    matrices: Callable[[], Iterable[SourceMatrix]], threads: int
+) -> Iterator[Sequence[SourceMatrix]]:
+    """Yield batches of matrices that can be read in place, then batches of a lazy matrix per thread."""
+    direct = (matrix for matrix in matrices() if not matrix.lazy)
+    while batch := list(islice(direct, _BATCH)):
+        yield batch
+    lazy = (matrix for matrix in matrices() if matrix.lazy)
+    while batch := list(islice(lazy, threads)):
+        yield batch
 
 
 def _work(matrix: SourceMatrix) -> int:

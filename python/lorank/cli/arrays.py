@@ -34,6 +34,9 @@ _UNREADABLE = (
     zlib.error,
 )
 
+# An array of an .npz file is refused beyond this size in bytes and this multiple of its compressed size.
+_LARGE, _EXPANSION = 1 << 28, 200
+
 
 @dataclass(frozen=True, slots=True)
 class NamedArray:
@@ -81,8 +84,21 @@ def _from_archive(path: Path, x: str | None, y: str | None) -> tuple[NamedArray,
     _check_magic(path, _NPZ, ".npz")
     with _reading(str(path)), np.load(path, allow_pickle=False) as archive:
         keys = _key(path, archive.files, "x", x), _key(path, archive.files, "y", y)
+        _check_expansion(path, archive.zip.infolist(), keys)
         inputs, outputs = (_member(path, archive, key) for key in keys)
     return inputs, outputs
+
+
+def _check_expansion(path: Path, members: Sequence[zipfile.ZipInfo], keys: Sequence[str]) -> None:
+    """Raise FormatError for an array that is large and expands as only repetitions do."""
+    for member in members:
+        key = member.filename.removesuffix(".npy")
+        is_large = member.file_size > _LARGE and member.file_size > _EXPANSION * member.compress_size
+        if key in keys and is_large:
+            raise FormatError(
+                f"{key} in {path}: expands from {member.compress_size:,} bytes to {member.file_size:,}: "
+                "save it with numpy.save"
+            )
 
 
 def _member(path: Path, archive: Any, key: str) -> NamedArray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lorank._core import Matrix
+from lorank.sources.mapped import unmapped
 
 # Element types whose spectrum can be computed: their name in NumPy and torch, by their name in any library.
 FLOAT_TYPES = {
@@ -68,8 +69,15 @@ def needs_copy(value: Any) -> bool:
     return is_tensor(value) and value.device.type != "cpu"
 
 
-def matrix(value: Any) -> Matrix:
-    """Convert a 2-D array or tensor to a matrix for the core.
+def matrix(value: Any, shape: tuple[int, int] | None = None) -> Matrix:
+    """Convert an array or tensor to a matrix for the core.
+
+    Parameters
+    ----------
+    value
+        An array or tensor; of two dimensions unless `shape` is given.
+    shape
+        The shape of the matrix, whose elements are those of `value` in row-major order.
 
     Raises
     ------
@@ -86,15 +94,23 @@ def matrix(value: Any) -> Matrix:
         if name in _CONTAINERS:
             import torch
 
-            return Matrix.from_array(value.view(getattr(torch, _CONTAINERS[name][0])).numpy(), name)
-        return Matrix.from_array(value.numpy())
-    if name in _CONTAINERS:
-        return Matrix.from_array(readable(value).view(_CONTAINERS[name][1]), name)
-    return Matrix.from_array(readable(value))
+            array = value.view(getattr(torch, _CONTAINERS[name][0])).numpy()
+        else:
+            array = value.numpy()
+    else:
+        array = readable(value)
+        array = array.view(_CONTAINERS[name][1]) if name in _CONTAINERS else array
+    if shape is not None and array.shape != shape:
+        # Changing the shape of other arrays copies them.
+        array = (array if array.flags.c_contiguous else unmapped(array)).reshape(shape)
+    return Matrix.from_array(array, name) if name in _CONTAINERS else Matrix.from_array(array)
 
 
 def as_numpy(values: Any) -> np.ndarray[Any, Any]:
-    """Convert an array, or a tensor of any element type and device, to a NumPy array."""
+    """Convert an array, or a tensor of any element type and device, to a NumPy array.
+
+    Memory that is mapped from a file stays mapped: read it by `unmapped`.
+    """
     if is_tensor(values):
         values = values.detach().cpu()
         if dtype_name(values) in _CONTAINERS:
@@ -107,14 +123,15 @@ def content(values: Any) -> bytes | None:
     """Return the bytes of an array's elements; None for a tensor on the meta device, which has no values."""
     if is_tensor(values) and values.device.type == "meta":
         return None
-    return readable(as_numpy(values)).tobytes()
+    return readable(unmapped(as_numpy(values))).tobytes()
 
 
 def readable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the array, or a copy if the core cannot read its strides or byte order."""
     if not array.dtype.isnative:
+        array = unmapped(array)
         array = array.astype(array.dtype.newbyteorder("="))
     regular = all(
         s >= 0 and s % array.itemsize == 0 for s, n in zip(array.strides, array.shape, strict=True) if n > 1
     )
-    return array if regular else np.ascontiguousarray(array)
+    return array if regular else np.ascontiguousarray(unmapped(array))

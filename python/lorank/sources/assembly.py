@@ -18,9 +18,10 @@ from lorank.modules.model_config import ModelConfig
 from lorank.modules.skeleton import Skeleton
 from lorank.sources import arrays, guesses
 from lorank.sources.base import Skipped, Source, SourceMatrix
+from lorank.sources.matrix_sequences import Chained, Mapped
 from lorank.sources.packing import Packing, total
 from lorank.sources.quantization import Quantization
-from lorank.sources.tensor_matrices import MatrixFinder, matrices_of
+from lorank.sources.tensor_matrices import MatrixFinder, MatrixSlice, matrices_of
 
 
 class StoredTensors(Protocol):
@@ -98,7 +99,7 @@ def _by_names(
     entries = tensors.entries()
     shapes = {name: shape for name, (_, shape) in entries.items()}
     finder = MatrixFinder(shapes, config, has_packed=bool(packing.codes))
-    matrices: list[SourceMatrix] = []
+    matrices: list[Sequence[SourceMatrix]] = []
     skipped: list[Skipped] = []
     counts: list[int | str] = []
     for name, (_, shape) in entries.items():
@@ -113,7 +114,7 @@ def _by_names(
     num_parameters, unknown_parameters = total(counts)
     return Source(
         label,
-        _ordered(matrices) if tensors.is_unordered else tuple(matrices),
+        _ordered(matrices) if tensors.is_unordered else Chained(matrices),
         tuple(skipped),
         num_parameters,
         unknown_parameters=unknown_parameters,
@@ -137,7 +138,7 @@ def _by_skeleton(
     shapes = {name: shape for name, (_, shape) in entries.items()}
     described = {name: model.weights[to] for name, to in placement.renamed.items() if to in model.weights}
     finder = MatrixFinder(shapes, config, described, bool(packing.codes))
-    matrices: list[SourceMatrix] = []
+    matrices: list[Sequence[SourceMatrix]] = []
     skipped: list[Skipped] = []
     copies = _copies(tensors, model, placement)
     for name, (_, shape) in entries.items():
@@ -153,7 +154,7 @@ def _by_skeleton(
             skipped.append(Skipped(name, shape, "a buffer of the model"))
     for conversion in placement.conversions:
         matrices += _converted(tensors, conversion, model)
-    facts = model.facts({matrix.info.module for matrix in matrices})
+    facts = model.facts({part[0].info.module for part in Chained(matrices).parts})
     plain = {to: shapes[name] for name, to in placement.renamed.items() if packing.reason(name) is None}
     return Source(
         label,
@@ -166,16 +167,17 @@ def _by_skeleton(
     )
 
 
-def _ordered(matrices: Sequence[SourceMatrix]) -> tuple[SourceMatrix, ...]:
-    """Sort matrices by name, and numbers in names by value: files list block 10 before block 2."""
-    return tuple(sorted(matrices, key=lambda matrix: naming.natural_key(matrix.info.name)))
+def _ordered(matrices: Sequence[Sequence[SourceMatrix]]) -> Chained[SourceMatrix]:
+    """Sort the matrices of parameters by name, and numbers in names by value: files list 10 before 2."""
+    parts = Chained(matrices).parts
+    return Chained(sorted(parts, key=lambda part: naming.natural_key(part[0].info.name)))
 
 
 def _sort_out(
     tensors: StoredTensors,
     finder: MatrixFinder,
     name: str,
-    matrices: list[SourceMatrix],
+    matrices: list[Sequence[SourceMatrix]],
     skipped: list[Skipped],
 ) -> None:
     """Add a tensor's matrices to `matrices`, or add the tensor and the reason to `skipped`."""
@@ -184,16 +186,13 @@ def _sort_out(
     if isinstance(found, str):
         skipped.append(Skipped(name, shape, found))
         return
-    matrices += [
-        SourceMatrix(
-            m.info,
-            partial(tensors.matrix, name, m.rows, m.cols, m.index),
-            lazy=tensors.is_lazy(name),
-            transposed=m.transposed,
-            kernel=m.kernel,
-        )
-        for m in found
-    ]
+    lazy = tensors.is_lazy(name)
+
+    def matrix(m: MatrixSlice) -> SourceMatrix:
+        values = partial(tensors.matrix, name, m.rows, m.cols, m.index)
+        return SourceMatrix(m.info, values, lazy=lazy, transposed=m.transposed, kernel=m.kernel)
+
+    matrices.append(Mapped(matrix, found) if len(found) > 1 else [matrix(m) for m in found])
 
 
 def _rows(tensors: StoredTensors, skipped: Iterable[Skipped]) -> dict[str, Callable[[], Matrix]]:
@@ -229,7 +228,9 @@ def _copies(tensors: StoredTensors, model: Skeleton, placement: Placement) -> di
     return found
 
 
-def _converted(tensors: StoredTensors, conversion: Conversion, model: Skeleton) -> Iterator[SourceMatrix]:
+def _converted(
+    tensors: StoredTensors, conversion: Conversion, model: Skeleton
+) -> Iterator[Sequence[SourceMatrix]]:
     """Yield the matrices of parameters whose values are computed from several tensors on reading."""
     dtype = arrays.FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
     if dtype is None:
@@ -238,10 +239,16 @@ def _converted(tensors: StoredTensors, conversion: Conversion, model: Skeleton) 
         if name not in conversion.targets:
             continue
         found = matrices_of(weight, weight.shape, dtype)
-        for m in [] if isinstance(found, str) else found:
-            part = m.info.expert if conversion.by_expert else None
-            values = partial(_computed, tensors, conversion, name, part, m.index, m.rows, m.cols)
-            yield SourceMatrix(m.info, values, lazy=True, transposed=m.transposed, kernel=m.kernel)
+        if not isinstance(found, str):
+            yield Mapped(partial(_converted_matrix, tensors, conversion, name), found)
+
+
+def _converted_matrix(
+    tensors: StoredTensors, conversion: Conversion, name: str, m: MatrixSlice
+) -> SourceMatrix:
+    part = m.info.expert if conversion.by_expert else None
+    values = partial(_computed, tensors, conversion, name, part, m.index, m.rows, m.cols)
+    return SourceMatrix(m.info, values, lazy=True, transposed=m.transposed, kernel=m.kernel)
 
 
 def _computed(

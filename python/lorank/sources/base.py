@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lorank._core import Matrix
@@ -10,6 +11,7 @@ from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
 from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Kind
+from lorank.sources.matrix_sequences import Mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ class Source:
     """
 
     label: str
-    matrices: tuple[SourceMatrix, ...]
+    matrices: Sequence[SourceMatrix]
     skipped: tuple[Skipped, ...]
     num_parameters: int | None
     fingerprint: str | None = None
@@ -135,13 +137,13 @@ class Source:
         if include is None and exclude is None:
             return self
         # A parameter that PEFT adapts by its name is also selected by the name of its module.
-        spellings = {m.info.module: set(naming.spellings(m.info.module)) for m in self.matrices}
+        modules = {matrix.info.module for matrix in self.matrices}
+        spellings = {module: set(naming.spellings(module)) for module in modules}
         names = set().union(*spellings.values())
         included = set(naming.filtered(names, include, None))
         excluded = names - set(naming.filtered(names, None, exclude))
-        matrices = [
-            matrix
-            for matrix in self.matrices
-            if (spelled := spellings[matrix.info.module]) & included and not spelled & excluded
-        ]
-        return replace(self, matrices=tuple(matrices))
+        chosen = {
+            module for module, spelled in spellings.items() if spelled & included and not spelled & excluded
+        }
+        indices = array("Q", (i for i, m in enumerate(self.matrices) if m.info.module in chosen))
+        return replace(self, matrices=Mapped(self.matrices.__getitem__, indices))

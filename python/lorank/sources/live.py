@@ -197,7 +197,7 @@ def _load(values: Callable[[], Any], index: int, rows: int, cols: int) -> Matrix
     """Read one matrix of a tensor."""
     tensor = values()
     tensor = tensor[index] if tensor.ndim == 3 and tuple(tensor.shape[1:]) == (rows, cols) else tensor
-    return arrays.matrix(tensor if tensor.ndim == 2 else tensor.reshape(rows, cols))
+    return arrays.matrix(tensor, (rows, cols))
 
 
 def _load_packed(load: dequantized.Loader, expert: int | None, rows: int, cols: int) -> Matrix:

@@ -15,6 +15,7 @@ from lorank.modules.model_config import ModelConfig
 from lorank.sources import arrays, recognise
 from lorank.sources.assembly import assemble
 from lorank.sources.base import Skipped, Source
+from lorank.sources.mapped import unmapped
 
 
 def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
@@ -103,9 +104,7 @@ class StoredArrays:
             value = load()
         if value.ndim == 3 and tuple(value.shape[1:]) == (rows, cols):
             value = value[index]
-        elif value.ndim != 2 or tuple(value.shape) != (rows, cols):
-            value = value.reshape(rows, cols)
-        return arrays.matrix(value)
+        return arrays.matrix(value, (rows, cols))
 
     def shared_with(self, name: str) -> str | None:
         """Return the name of the first tensor with the same memory and shape; None if this is the first."""
@@ -113,11 +112,13 @@ class StoredArrays:
 
     def are_equal(self, a: str, b: str) -> bool:
         """Return True if two tensors hold the same numbers."""
-        first, second = (arrays.as_numpy(self._values[name]) for name in (a, b))
+        self._check_unchanged()
+        first, second = (unmapped(arrays.as_numpy(self._values[name])) for name in (a, b))
         return first.dtype == second.dtype and np.array_equal(first, second, equal_nan=True)
 
     def content(self, name: str) -> bytes | None:
         """Return the bytes of a tensor; None if they cannot be read."""
+        self._check_unchanged()
         return arrays.content(self._values[name])
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorank.modules import naming
@@ -11,6 +11,7 @@ from lorank.modules.model_config import ModelConfig
 from lorank.modules.weight import Kind, Weight
 from lorank.sources.arrays import FLOAT_TYPES
 from lorank.sources.base import MatrixInfo
+from lorank.sources.matrix_sequences import Mapped
 
 # Architectures that store stacks of experts as (experts, in, out) and declare this to PEFT.
 _TRANSPOSED_EXPERTS = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
@@ -78,7 +79,7 @@ class MatrixFinder:
             name == "weight" or name.endswith(".weight") for name in shapes
         )
 
-    def matrices(self, name: str, dtype: str) -> list[MatrixSlice] | str:
+    def matrices(self, name: str, dtype: str) -> Sequence[MatrixSlice] | str:
         """Return the matrices of a tensor, or the reason why it has none."""
         shape = self.shapes[name]
         if math.prod(shape) == 0:
@@ -112,7 +113,7 @@ class MatrixFinder:
         return in_experts and (self.num_experts is None or shape[0] == self.num_experts)
 
 
-def matrices_of(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[MatrixSlice] | str:
+def matrices_of(weight: Weight, shape: tuple[int, ...], dtype: str) -> Sequence[MatrixSlice] | str:
     """Return the matrices of a parameter with a stored shape, or the reason why it has none."""
     if weight.kind is None:
         return "not the weight of a module"
@@ -134,7 +135,7 @@ def _info(weight: Weight, kind: Kind, shape: tuple[int, int], dtype: str) -> Mat
     return MatrixInfo(naming.without_parameter(weight.module), weight.module, kind, shape, dtype)
 
 
-def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[MatrixSlice] | str:
+def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> Sequence[MatrixSlice] | str:
     """Return the matrices of a stack of experts, with their shapes as stored.
 
     Neither the spectrum nor the cost of a rank depends on the orientation.
@@ -143,10 +144,13 @@ def _experts(weight: Weight, shape: tuple[int, ...], dtype: str) -> list[MatrixS
         return f"{len(shape)}-D tensor"
     module = weight.module
     experts, rows, cols = shape
-    infos = (
-        MatrixInfo(f"{module}[{i}]", module, "expert", (rows, cols), dtype, expert=i) for i in range(experts)
-    )
-    return [MatrixSlice(info, rows, cols, index, weight.transposed) for index, info in enumerate(infos)]
+    size = (rows, cols)
+
+    def expert(index: int) -> MatrixSlice:
+        info = MatrixInfo(f"{module}[{index}]", module, "expert", size, dtype, expert=index)
+        return MatrixSlice(info, rows, cols, index, weight.transposed)
+
+    return Mapped(expert, range(experts))
 
 
 def _looks_like_gpt2(shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,23 +143,34 @@ def _safe_torch(file: Path) -> Any:
 
 
 def _check_pickle(file: Path, is_archive: bool) -> None:
-    """Raise FormatError for an archive with compressed members, and for pickles nested too deeply."""
+    """Raise FormatError for archives that cannot be mapped, and for pickles nested too deeply."""
     if is_archive:
         with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            if squeezed := [member for member in members if member.compress_type != zipfile.ZIP_STORED]:
-                name = squeezed[0].filename
-                raise FormatError(
-                    f"{file}: its member {name!r} is compressed, which torch.save never does: load the file "
-                    "and save it again"
-                )
-            pickles = [archive.read(member) for member in members if member.filename.endswith("/data.pkl")]
-            too_deep = any(map(pickle_nesting.is_too_deep, pickles))
+            too_deep = any(map(pickle_nesting.is_too_deep, _pickles(file, archive)))
     else:
         with file.open("rb") as stream:
             too_deep = pickle_nesting.is_any_too_deep(stream)
     if too_deep:
         raise FormatError(f"{file}: its containers are nested more than {pickle_nesting.LIMIT} levels deep")
+
+
+def _pickles(file: Path, archive: zipfile.ZipFile) -> Iterator[bytes]:
+    """Yield the pickles of an archive; raise FormatError unless its bytes can be read in place."""
+    members = archive.infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise FormatError(
+                f"{file}: its member {member.filename!r} is compressed, which torch.save never does: load "
+                "and save the file with torch"
+            )
+    for member in members:
+        name = member.filename.rpartition("/")[2]
+        if name == "byteorder" and archive.read(member) != sys.byteorder.encode():
+            raise FormatError(
+                f"{file}: has the byte order of another machine: convert it to .safetensors there"
+            )
+        if name == "data.pkl":
+            yield archive.read(member)
 
 
 def _is_readable_in_place(value: Any) -> bool:

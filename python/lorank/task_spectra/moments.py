@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank.sources.arrays import as_numpy
+from lorank.sources.mapped import unmapped
 from lorank.task_spectra.least_squares import Array, Factor, factor
 
 # Number of rows that are converted to float64 at a time, so that a large float32 input is never copied whole.
@@ -62,7 +63,7 @@ def as_array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
 def chunks(array: npt.NDArray[Any]) -> Iterator[Array]:
     """Yield the rows in float64, some thousands at a time."""
     for start in range(0, len(array), _CHUNK):
-        yield array[start : start + _CHUNK].astype(np.float64)
+        yield unmapped(array[start : start + _CHUNK]).astype(np.float64)
 
 
 def rows_of_fold(chunk: Array, first: int, fold: int, folds: int) -> Array:

@@ -7,6 +7,7 @@ mod analysis;
 mod decomposition;
 mod detached;
 mod errors;
+mod mapped;
 mod matrix;
 mod selection;
 mod statistics;
@@ -21,6 +22,8 @@ mod _core {
     use crate::decomposition::{Decomposition, decompose, rebuild, subtract};
     #[pymodule_export]
     use crate::errors::{FormatError, LorankError, NumericalError};
+    #[pymodule_export]
+    use crate::mapped::copy_mapped;
     #[pymodule_export]
     use crate::matrix::{Checkpoint, Matrix, panicking_matrix};
     #[pymodule_export]

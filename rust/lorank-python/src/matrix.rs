@@ -18,6 +18,7 @@ use pyo3::types::PyBytes;
 
 use crate::detached::detached_quiet;
 use crate::errors::to_py;
+use crate::mapped::is_owned;
 
 /// A matrix in memory or in a file.
 #[pyclass(frozen, module = "lorank._core")]
@@ -30,6 +31,20 @@ pub struct ArrayMemory {
     _owner: Py<PyUntypedArray>,
 }
 
+impl ArrayMemory {
+    /// Holds the `len` bytes that start `before` bytes ahead of an array's first element.
+    ///
+    /// # Safety
+    /// The bytes must lie within the buffer of the array.
+    pub unsafe fn of(array: &Bound<'_, PyUntypedArray>, before: usize, len: usize) -> Self {
+        // SAFETY: the pointer is valid while `array` is borrowed; only its `data` field is read.
+        let data: *const u8 = unsafe { (*array.as_array_ptr()).data }.cast_const().cast();
+        // The pointer of an empty array may be null, but the pointer of a slice must not.
+        let start = if len == 0 { std::ptr::NonNull::dangling().as_ptr() } else { data.wrapping_sub(before) };
+        Self { start, len, _owner: array.clone().unbind() }
+    }
+}
+
 // SAFETY: the memory is only read, and lives as long as `_owner`, which may be released on any thread.
 unsafe impl Send for ArrayMemory {}
 // SAFETY: as above; shared reads need no synchronisation.
@@ -37,10 +52,10 @@ unsafe impl Sync for ArrayMemory {}
 
 impl AsRef<[u8]> for ArrayMemory {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: `from_array` computed `start` and `len` from the array's own shape and strides, so that the
-        // range lies within its buffer. NumPy does not move or free the buffer while the array lives. Python
-        // code that writes to the array at the same time changes the values read, as for any NumPy function
-        // that releases the GIL.
+        // SAFETY: the callers of `of` computed the range from the array's own shape and strides, so that it
+        // lies within its buffer. NumPy does not move or free the buffer while the array lives. Python code
+        // that writes to the array at the same time changes the values read, as for any NumPy function that
+        // releases the GIL.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 }
@@ -112,12 +127,11 @@ impl Matrix {
         } else {
             ((rows - 1) * strides.0 + (cols - 1) * strides.1 + 1) * dtype.size()
         };
-        // SAFETY: the pointer is valid while `array` is borrowed; only its `data` field is read.
-        let data: *const u8 = unsafe { (*array.as_array_ptr()).data }.cast_const().cast();
-        // The pointer of an empty array may be null, but the pointer of a slice must not.
-        let start = if len == 0 { std::ptr::NonNull::dangling().as_ptr() } else { data };
-        let memory = ArrayMemory { start, len, _owner: array.clone().unbind() };
-        StoredMatrix::in_memory(Arc::new(memory), dtype, (rows, cols), strides).map(Self).map_err(to_py)
+        // SAFETY: the range is that of the array's elements, by its own shape and strides.
+        let memory = unsafe { ArrayMemory::of(array, 0, len) };
+        // Only memory that NumPy did not allocate may be mapped from a file.
+        let create = if is_owned(array) { StoredMatrix::in_memory } else { StoredMatrix::in_foreign_memory };
+        create(Arc::new(memory), dtype, (rows, cols), strides).map(Self).map_err(to_py)
     }
 
     /// Shape `(rows, cols)`.

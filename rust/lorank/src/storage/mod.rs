@@ -4,6 +4,7 @@ mod atomic_file;
 pub mod checkpoint;
 mod digest;
 pub mod exchange;
+pub mod mapped;
 mod revision;
 mod rounding;
 pub mod safetensors;

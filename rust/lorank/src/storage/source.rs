@@ -9,6 +9,7 @@ use crate::exec::scratch::Scratch;
 use crate::matrix::MatrixView;
 use crate::matrix::dtype::DType;
 use crate::storage::checkpoint::StoredTensor;
+use crate::storage::mapped::MappedFile;
 use crate::{Error, Result};
 
 /// Shared bytes, which live as long as any reference to them.
@@ -23,6 +24,8 @@ enum Storage {
         len: usize,
     },
     Memory(SharedBytes),
+    /// Memory that is mapped from a file, and copied on loading.
+    Mapped(SharedBytes, MappedFile),
     Computed(Arc<dyn Computed>),
 }
 
@@ -122,6 +125,25 @@ impl StoredMatrix {
         Ok(Self { storage: Storage::Memory(bytes), dtype, shape, strides })
     }
 
+    /// Creates a matrix in memory, as [`in_memory`](Self::in_memory) does. Memory that is mapped from a file is
+    /// copied whenever the matrix is loaded, so that a file that is cut off causes an error.
+    ///
+    /// # Errors
+    /// Those of [`in_memory`](Self::in_memory).
+    pub fn in_foreign_memory(
+        bytes: SharedBytes,
+        dtype: DType,
+        shape: (usize, usize),
+        strides: (usize, usize),
+    ) -> Result<Self> {
+        let found = MappedFile::of((*bytes).as_ref());
+        let mut matrix = Self::in_memory(bytes, dtype, shape, strides)?;
+        if let (Some(file), Storage::Memory(bytes)) = (found, &matrix.storage) {
+            matrix.storage = Storage::Mapped(Arc::clone(bytes), file);
+        }
+        Ok(matrix)
+    }
+
     /// Creates a matrix that is computed whenever it is loaded.
     #[must_use]
     pub fn computed(by: Arc<dyn Computed>, dtype: DType, shape: (usize, usize)) -> Self {
@@ -131,7 +153,7 @@ impl StoredMatrix {
     /// Returns true if the values are in memory, where other code may modify them.
     #[must_use]
     pub const fn is_in_memory(&self) -> bool {
-        matches!(self.storage, Storage::Memory(_))
+        matches!(self.storage, Storage::Memory(_) | Storage::Mapped(..))
     }
 
     /// Returns the computation of a computed matrix.
@@ -179,6 +201,9 @@ impl StoredMatrix {
                 tensor.file.read_into(&mut buffer.bytes, &tensor.info, *start, *len, cancel)?
             }
             Storage::Memory(bytes) => (**bytes).as_ref(),
+            Storage::Mapped(bytes, file) => {
+                return self.copied((**bytes).as_ref(), file, &mut buffer.bytes, cancel);
+            }
             Storage::Computed(by) => {
                 let Buffer { bytes, parts } = buffer;
                 let size = self.size();
@@ -190,6 +215,38 @@ impl StoredMatrix {
             }
         };
         MatrixView::new(bytes, self.dtype, self.shape, self.strides)
+    }
+
+    /// Returns a view of a copy of mapped memory, without the bytes between rows, or between columns if these
+    /// are contiguous.
+    fn copied<'a>(
+        &self,
+        from: &[u8],
+        file: &MappedFile,
+        buffer: &'a mut AlignedBytes,
+        cancel: &CancelToken,
+    ) -> Result<MatrixView<'a>> {
+        let ((rows, cols), (row_stride, col_stride)) = (self.shape, self.strides);
+        let by_rows = col_stride <= row_stride;
+        let (lines, line, length) = if by_rows { (rows, row_stride, cols) } else { (cols, col_stride, rows) };
+        let step = row_stride.min(col_stride);
+        // Lines that overlap are copied together.
+        let span = if length == 0 { 0 } else { (length - 1) * step + 1 };
+        let is_whole = lines <= 1 || line <= span;
+        let item = self.dtype.size();
+        let size = if is_whole { from.len() } else { lines * span * item };
+        let memory =
+            buffer.reserve(size, 0).ok_or_else(|| Error::no_memory(size, "a copy of a mapped array"))?;
+        let out = &mut memory[..size];
+        if is_whole {
+            file.copy(from, out, cancel)?;
+            return MatrixView::new(out, self.dtype, self.shape, self.strides);
+        }
+        let starts = (0..lines).map(|i| i * line * item);
+        let parts = starts.map(|start| &from[start..start + span * item]);
+        file.copy_parts(parts.zip(out.chunks_mut(span * item)), cancel)?;
+        let strides = if by_rows { (span, col_stride) } else { (row_stride, span) };
+        MatrixView::new(out, self.dtype, self.shape, strides)
     }
 }
 
