@@ -84,6 +84,5 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> None:
-    first_line = message.strip().splitlines()[0] if message.strip() else "unknown error"
-    print_message(f"lorank: {first_line}")
+    print_message(f"lorank: {message.strip() or 'unknown error'}")
     sys.exit(status)
