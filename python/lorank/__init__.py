@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from lorank._core import FormatError, LorankError, NumericalError, __version__
 from lorank._internal.lazy import lazy_names
+from lorank._internal.printable import printable as _printable
 
 if TYPE_CHECKING:
     from lorank import training
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from lorank.statistics.marchenko_pastur import MarchenkoPastur, marchenko_pastur
     from lorank.statistics.spectrum import spectrum
     from lorank.task_spectra import TaskSpectrum, task_spectrum
+
+# The messages of these errors name tensors and files of others, and a traceback shows them as they are.
+LorankError.__str__ = lambda error: _printable(Exception.__str__(error))  # type: ignore[method-assign]
 
 # Imported at their first use, so that no command waits for the imports of others, and that the command line
 # is ready for Ctrl-C before they begin.

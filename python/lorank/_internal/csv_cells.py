@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from lorank._internal.printable import encodable
+
 # The beginnings of formulas, and the texts that `from_cell` would change.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
@@ -18,7 +20,7 @@ def to_cell(text: str) -> str:
     >>> to_cell("=1+1"), to_cell("layers.0"), from_cell(to_cell("'=1+1"))
     ("'=1+1", 'layers.0', "'=1+1")
     """
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    text = encodable(text)
     return f"'{text}" if _FORMULA.match(text) else text
 
 

@@ -67,6 +67,11 @@ def escaped(char: str) -> str:
     return _SHORT.get(char, f"\\{digits}")
 
 
+def encodable(text: str) -> str:
+    """Return a text that UTF-8 can express: lone surrogates become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def shortened(text: str, ends: int) -> str:
     """Return both ends of a text that is too long to show, with the number of characters between them.
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from lorank._internal.printable import printable, shortened
 
 # Terminals outside these widths, in characters, wrap or leave space beside the lines of tables.
-_NARROWEST, _WIDEST = 40, 1000
+NARROWEST, _WIDEST = 40, 1000
 # Characters of a text that are shown at either end.
 _ENDS = 5000
 
@@ -31,8 +31,8 @@ class Terminal(Console):
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
-        if not _NARROWEST <= self.width <= _WIDEST:
-            self.width = min(max(self.width, _NARROWEST), _WIDEST)
+        if not NARROWEST <= self.width <= _WIDEST:
+            self.width = min(max(self.width, NARROWEST), _WIDEST)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a string as a `Text`, whatever markup it holds."""

@@ -92,7 +92,7 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> None:
-    print_message(f"lorank: {_first_line(message)}")
+    print_message(f"lorank: {message.strip() or 'unknown error'}")
     sys.exit(status)
 
 

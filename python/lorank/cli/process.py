@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 
+from lorank._internal.terminal import NARROWEST
 from lorank.cli.output import print_message
 from lorank.cli.signals import Interrupted, ending_signals_raise
 from lorank.cli.streams import standard_streams
@@ -21,7 +24,7 @@ def conventional(command: Callable[[], None]) -> Callable[[], None]:
 
     @wraps(command)
     def run() -> None:
-        with standard_streams():
+        with _usable_width(), standard_streams():
             try:
                 with ending_signals_raise():
                     command()
@@ -35,6 +38,20 @@ def conventional(command: Callable[[], None]) -> Callable[[], None]:
                 sys.exit(1)
 
     return run
+
+
+@contextmanager
+def _usable_width() -> Iterator[None]:
+    """Ignore the variable COLUMNS in the block if it is too small for any text, such as 0."""
+    given = os.environ.get("COLUMNS", "")
+    if not given.isdigit() or int(given) >= NARROWEST:
+        yield
+        return
+    del os.environ["COLUMNS"]
+    try:
+        yield
+    finally:
+        os.environ["COLUMNS"] = given
 
 
 def _stop(stop: Interrupted) -> None:

@@ -14,12 +14,15 @@ from lorank._internal.atomic import atomic_path, write_text
 from lorank._internal.csv_cells import from_cell, to_cell
 from lorank._internal.json_fields import Fields, check_unique, reading
 from lorank._internal.json_files import parse_json, read_json
+from lorank._internal.printable import encodable
 from lorank.modules.facts import ModelFacts
 from lorank.report.columns import columns, from_entry, to_entries
 from lorank.report.json_values import plain, skipped_from_json, skipped_to_json
 from lorank.report.rows import COUNTS, METRICS, ModuleSpectrum
 from lorank.sources.base import Skipped
 from lorank.statistics.spectrum import Accuracy
+
+_TEXTS = ("name", "module", "kind", "dtype", "accuracy", "flags")
 
 FORMAT = "lorank.SpectralReport"
 REPORT = "a lorank report"
@@ -191,6 +194,7 @@ def _save_parquet(path: Path, rows: Sequence[ModuleSpectrum], header: Header) ->
     table = columns(rows)
     if any(row.eigenvalues is not None for row in rows):
         table["eigenvalues"] = [row.eigenvalues for row in rows]
+    table |= {name: list(map(encodable, table[name])) for name in _TEXTS}
     arrays = {name: pyarrow.array(values, type=_arrow_type(pyarrow, name)) for name, values in table.items()}
     metadata = {FORMAT: json.dumps(_header_to_json(header))}
     content = pyarrow.table(arrays).replace_schema_metadata(metadata)
