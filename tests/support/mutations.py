@@ -89,7 +89,7 @@ def json_mutations(text: str) -> Iterator[str]:
 
 
 def byte_mutations(content: bytes, seed: int, count: int) -> Iterator[bytes]:
-    """Yield copies of a file: cut off, with changed, removed and repeated bytes, and with other beginnings."""
+    """Yield copies of a file that are cut off, or have bytes changed, removed, repeated or added."""
     yield from (b"", b"\x00" * 64, content[:1], content[:-1], b"\xef\xbb\xbf" + content, content + b"\x00")
     yield from (b"\x1f\x8b\x08" + content, content * 2, content.replace(b"\n", b"\r"), b"\xff\xfe" + content)
     chance = random.Random(seed)

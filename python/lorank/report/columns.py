@@ -61,10 +61,10 @@ def from_entry(entry: Fields) -> ModuleSpectrum:
     """
     shape = entry.integer("out", 1), entry.integer("in", 1)
     metrics: dict[str, Any] = {
-        name: (entry.optional_integer(name) or 0)
-        if name in COUNTS
-        else entry.measure(name, _LEAST.get(name, 0))
-        for name in METRICS
+        name: entry.measure(name, _LEAST.get(name, 0)) for name in METRICS if name not in COUNTS
+    }
+    metrics |= {
+        name: _count(entry, name, has_spectrum=not math.isnan(metrics["frobenius_norm"])) for name in COUNTS
     }
     return ModuleSpectrum(
         name=entry.text("name"),
@@ -82,6 +82,14 @@ def from_entry(entry: Fields) -> ModuleSpectrum:
 
 # Lower bounds of metrics; all others are at least 0.
 _LEAST = {"alpha_weighted": -math.inf}
+
+
+def _count(entry: Fields, name: str, *, has_spectrum: bool) -> int:
+    if has_spectrum:
+        return entry.integer(name)
+    if entry.value(name) not in (None, 0):
+        raise entry.error(name, entry.value(name), "null, as frobenius_norm")
+    return 0
 
 
 def _flags(entry: Fields) -> tuple[str, ...]:
