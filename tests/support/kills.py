@@ -14,10 +14,11 @@ from pathlib import Path
 from lorank._internal.folder_view import MARK
 from lorank._internal.hidden import is_hidden_name
 
-# The program forks a child for each line of its input, "STEP FOLDER". The child calls `work(folder)` and is
-# killed before its STEP-th system call that changes files, as far as Python or the core's functions make it.
+# The program forks a child for each line of its input, "STEP SECONDS FOLDER". The child calls `work(folder)`.
+# It is killed before its STEP-th system call that changes files, as far as Python or the core's functions
+# make it, or after SECONDS.
 _PROGRAM = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 import lorank
 from lorank import _core
@@ -41,7 +42,7 @@ for name in ("exchange", "write_safetensors"):
     setattr(_core, name, audited(getattr(_core, name)))
 {work}
 for line in sys.stdin:
-    step, inside = line.rstrip("\\n").split(" ", 1)
+    step, seconds, inside = line.rstrip("\\n").split(" ", 2)
     child = os.fork()
     if not child:
         left = int(step)
@@ -55,14 +56,19 @@ for line in sys.stdin:
         sys.addaudithook(step_of)
         try:
             work(Path(inside))
+        except SystemExit as error:
+            os._exit(error.code or 0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
+    if float(seconds):
+        time.sleep(float(seconds))
+        os.kill(child, signal.SIGKILL)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=statuses, flush=True)
 """
 
-Runner = Callable[[Path, int], int]
+Runner = Callable[..., int]
 
 NEVER = 1 << 30
 """The number of a step that no run reaches."""
@@ -70,7 +76,7 @@ NEVER = 1 << 30
 
 @contextmanager
 def forked_runs(work: str) -> Iterator[Runner]:
-    """Yield a function that runs `work(folder)`, kills it at a step, and returns its exit status.
+    """Yield a function that runs `work(folder)`, kills it at a step or a time, and returns its exit status.
 
     Parameters
     ----------
@@ -83,8 +89,8 @@ def forked_runs(work: str) -> Iterator[Runner]:
         assert server.stdout is not None
         into, out = server.stdin, server.stdout
 
-        def run(folder: Path, step: int) -> int:
-            into.write(f"{step} {folder}\n")
+        def run(folder: Path, step: int, seconds: float = 0.0) -> int:
+            into.write(f"{step} {seconds} {folder}\n")
             into.flush()
             return int(out.readline())
 
@@ -122,6 +128,35 @@ def kill_at_every_step(
                 assert run(folder, NEVER) == 0
                 check()
     raise AssertionError("the work has more than 1000 steps")
+
+
+def kill_forks_at_random(
+    work: str,
+    folder: Path,
+    prepare: Callable[[], object],
+    check: Callable[[], object],
+    times: int,
+    seed: int = 0,
+) -> int:
+    """Kill runs of `work(folder)` at random moments; return the number of runs that were killed.
+
+    The parameters are those of `kill_at_every_step` and `kill_at_random`. Each run is a fork of one process
+    that has imported the package, so that most moments are moments of writing.
+    """
+    chosen = random.Random(seed)
+    killed = 0
+    with forked_runs(work) as run:
+        whole = []
+        for _ in range(5):
+            prepare()
+            begin = time.monotonic()
+            assert run(folder, NEVER) == 0
+            whole.append(time.monotonic() - begin)
+        for _ in range(times):
+            prepare()
+            killed += run(folder, NEVER, sorted(whole)[2] * chosen.random() * 1.1 + 1e-4) == -9
+            check()
+    return killed
 
 
 def kill_at_random(
