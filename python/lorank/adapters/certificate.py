@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -68,7 +69,7 @@ class ModuleCertificate:
         numbers: dict[str, Any] = {name: content.get(name) for name in _FIELDS if name != "name"}
         for key, value in numbers.items():
             allowed = (int,) if key.startswith(("rank", "parameters")) else (int, float)
-            if type(value) not in allowed or not 0 <= value < math.inf:
+            if type(value) not in allowed or not 0 <= value <= sys.float_info.max:
                 raise ValueError(f"{content['name']}: {key} is {value!r}")
         return cls(content["name"], **numbers)
 
@@ -178,10 +179,13 @@ class Certificate:
             raise ValueError("no list of modules")
         if rounding is not None and (type(rounding) not in (int, float) or not 0 <= rounding < math.inf):
             raise ValueError(f"rounding_error is {rounding!r}")
-        return cls(content["action"], [ModuleCertificate.from_json(module) for module in modules], rounding)
+        found = [ModuleCertificate.from_json(module) for module in modules]
+        if sum(module.energy for module in found) + sum(module.dropped_energy for module in found) == math.inf:
+            raise ValueError("the sum of energies overflows")
+        return cls(content["action"], found, rounding)
 
-    def to_text(self, notes: Sequence[str] = ()) -> str:
-        """Return the certificate and an adapter's notes as JSON, with a line for every module."""
-        content = {**self.to_json(), "notes": list(notes)}
+    def to_text(self, notes: Sequence[str] = (), **entries: Any) -> str:
+        """Return the certificate, an adapter's notes and other entries as JSON; every module has a line."""
+        content = {**self.to_json(), "notes": list(notes), **entries}
         modules = ",\n".join(json.dumps(module) for module in content.pop("modules"))
         return f'{json.dumps(content)[:-1]}, "modules": [\n{modules}\n]}}\n'
