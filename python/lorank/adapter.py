@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,7 @@ class LoraAdapter(AdapterContent):
     @classmethod
     def from_content(cls, content: AdapterContent) -> LoraAdapter:
         """Return an adapter with the same content."""
-        return cls(**{field.name: getattr(content, field.name) for field in fields(content)})
+        return cls.copied(content)
 
     @classmethod
     def load(

@@ -182,8 +182,8 @@ class Certificate:
             raise ValueError("the sum of all energies is not finite")
         return cls(fields.text("action"), modules, rounding)
 
-    def to_text(self, notes: Sequence[str] = ()) -> str:
-        """Return the certificate and an adapter's notes as JSON, with a line for every module."""
-        content = {**self.to_json(), "notes": list(notes)}
+    def to_text(self, notes: Sequence[str] = (), **entries: Any) -> str:
+        """Return the certificate, an adapter's notes and other entries as JSON; every module has a line."""
+        content = {**self.to_json(), "notes": list(notes), **entries}
         modules = ",\n".join(json.dumps(module) for module in content.pop("modules"))
         return f'{json.dumps(content)[:-1]}, "modules": [\n{modules}\n]}}\n'

@@ -6,6 +6,9 @@ SPECTRAL_KEY = "lorank.spectral"
 RANKS_KEY = "lorank.ranks"
 """Metadata key of the true rank of every module, as JSON, in a file with padded ranks."""
 
+DIGEST_KEY = "lorank.digest"
+"""Metadata key of the digest of a file's tensors, ranks, scalings and other entries of lorank."""
+
 CERTIFICATE_KEY = "lorank.certificate"
 """Metadata key of the certificate, as JSON, in an image adapter's file."""
 

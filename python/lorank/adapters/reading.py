@@ -7,16 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorank._core import FormatError
+from lorank._core import FormatError, LorankError
 from lorank._internal.staging import is_interrupted
+from lorank.adapters import binding
 from lorank.adapters.certificate import Certificate
+from lorank.adapters.claims import Claims
 from lorank.adapters.content import AdapterContent
 from lorank.adapters.formats import padding
 from lorank.adapters.formats.base import AsStored
 from lorank.adapters.formats.kohya import KOHYA
 from lorank.adapters.formats.peft import PEFT
 from lorank.adapters.formats.registry import format_of
-from lorank.peft_format.names import CONFIG_FILE
+from lorank.peft_format.names import CONFIG_FILE, WEIGHTS_FILE
 from lorank.sources import recognise
 
 
@@ -46,7 +48,11 @@ def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and (path / CONFIG_FILE).exists():
-        return PEFT.read(path, contradictions=contradictions, changed_base=changed_base)
+        before = _identities(path)
+        stored = PEFT.read(path, contradictions=contradictions, changed_base=changed_base)
+        if _identities(path) != before:
+            raise FormatError(f"{path}: the adapter changed while it was read: load it again")
+        return stored
     if path.is_dir() and is_interrupted(path):
         raise FormatError(
             f"{path}: an interrupted save left some of its files: save the adapter there again with overwrite"
@@ -56,32 +62,67 @@ def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool 
     return KOHYA.read(path, contradictions=contradictions, changed_base=changed_base)
 
 
+def _identities(folder: Path) -> list[tuple[int, ...] | None]:
+    """Return the identity, size and time of both files of an adapter, which must belong together."""
+    found: list[tuple[int, ...] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            stat = (folder / name).stat()
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return found
+
+
 def _finished(path: str | Path, stored: AsStored) -> AdapterContent:
-    """Return the adapter without padding, and with its certificate."""
+    """Return the adapter without padding, and with the statements of its files."""
     metadata = stored.tensors.metadata
     adapter = padding.removed(stored.adapter, metadata)
-    # Further training ends the spectral form, so the certificate no longer applies.
-    if not adapter.is_spectral:
-        return adapter
     its_format = format_of(adapter)
-    read_certificate = its_format.certificate(Path(path).expanduser(), metadata)
-    if read_certificate is None:
-        return adapter
-    return _certified(adapter, its_format.certificate_place, read_certificate)
+    read = its_format.certificate(Path(path).expanduser(), metadata)
+    place = its_format.certificate_place
+    if not adapter.is_spectral:
+        # Further training ends the spectral form, so the certificate no longer applies.
+        notes = [f"{place} was ignored: another program wrote the factors since"] if read else []
+        return replace(adapter, notes=[*adapter.notes, *notes])
+    certificate, content, notes = _stated(adapter, place, read)
+    seed = _seed(stored)
+    is_in_file = its_format.rewrites_certificate
+    every = [*adapter.notes, *notes]
+    return adapter.claiming(Claims(stored.tensors, seed, every, certificate, content, place, is_in_file))
 
 
-def _certified(adapter: AdapterContent, place: str, read: Callable[[], Any]) -> AdapterContent:
-    """Return the adapter with the certificate and its notes, if the certificate fits the adapter."""
+def _seed(stored: AsStored) -> bytes:
+    modules = stored.adapter.modules.values()
+    return binding.seed(stored.tensors.metadata, [(m.name, m.rank, m.scaling) for m in modules])
+
+
+def is_as_written(path: str | Path) -> bool:
+    """Return True if an adapter's tensors, ranks and scalings are exactly those that lorank wrote.
+
+    False for an adapter of another program, for one that was trained or edited since, and for files that
+    cannot be read.
+    """
+    try:
+        stored = _read(path)
+        return binding.fits(stored.tensors, _seed(stored)) is True
+    except (LorankError, OSError, ValueError):
+        return False
+
+
+def _stated(
+    adapter: AdapterContent, place: str, read: Callable[[], Any] | None
+) -> tuple[Certificate | None, Any, list[str]]:
+    """Return the certificate if it fits the adapter's ranks, its JSON values, and notes."""
+    if read is None:
+        return None, None, []
     try:
         content = read()
         certificate = Certificate.from_json(content)
     except (OSError, ValueError) as error:
-        note = f"{place} was ignored, because it is damaged: {error}"
-        return replace(adapter, notes=[*adapter.notes, note])
+        return None, None, [f"{place} was ignored, because it is damaged: {error}"]
     ranks = {module.name: module.rank_after for module in certificate.modules if module.rank_after}
     if ranks != {module.name: module.rank for module in adapter.adapted}:
-        note = f"{place} was ignored: it has other ranks than the adapter"
-        return replace(adapter, notes=[*adapter.notes, note])
-    earlier = content.get("notes")
-    notes = [note for note in earlier if isinstance(note, str)] if isinstance(earlier, list) else []
-    return replace(adapter, certificate=certificate, notes=list(dict.fromkeys([*notes, *adapter.notes])))
+        return None, None, [f"{place} was ignored: it has other ranks than the adapter"]
+    return certificate, content, []

@@ -97,6 +97,13 @@ class Stored:
             return self.origin.to_array()
         return unmapped(arrays.as_numpy(self.origin))
 
+    def held(self) -> Stored:
+        """Return the tensor with a copy of values that other code may change in memory."""
+        if self.position is not None or isinstance(self.origin, RawTensor):
+            return self
+        copied = self.origin.detach().clone() if arrays.is_tensor(self.origin) else np.array(self.origin)
+        return replace(self, origin=copied)
+
     def for_torch(self) -> Any:
         """Return the stored torch tensor, or an array that `torch.as_tensor` accepts."""
         stored = self.packed() if self.dtype.startswith(("int", "uint", "bool")) else self

@@ -40,6 +40,10 @@ class Tensors(Protocol):
         """Return a tensor for a writer that does not read its values."""
         ...
 
+    def digest(self, seed: bytes, threads: int) -> str:
+        """Return a digest of the names, types, shapes and bytes of all tensors and of `seed`."""
+        ...
+
 
 class FileTensors:
     """The tensors of a safetensors file, which stays open; values are read on demand."""
@@ -83,6 +87,10 @@ class FileTensors:
         position, _, shape = self._entries[name]
         return Stored(self._checkpoint, position, shape, self.dtype(name))
 
+    def digest(self, seed: bytes, threads: int) -> str:
+        """Return a digest of the names, types, shapes and bytes of all tensors and of `seed`."""
+        return self._checkpoint.digest(seed, threads)
+
 
 class ArrayTensors:
     """Named NumPy arrays or torch tensors in memory."""
@@ -114,3 +122,7 @@ class ArrayTensors:
     def stored(self, name: str) -> Stored:
         """Return a tensor for a writer that does not read its values."""
         return Stored(self._values[name], dtype=self.dtype(name))
+
+    def digest(self, seed: bytes, threads: int) -> str:
+        """Raise an error: values in memory may change, and no metadata state a digest of them."""
+        raise FormatError(f"{self.label}: tensors in memory have no digest")

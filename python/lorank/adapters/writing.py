@@ -16,13 +16,13 @@ from typing import Any, cast, get_args
 from lorank import _core
 from lorank._internal.staging import is_occupied, staged_folder
 from lorank._internal.threads import thread_count
-from lorank.adapters import card, families, rounding
+from lorank.adapters import binding, card, families, rounding
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.formats import padding
 from lorank.adapters.formats.base import AdapterFormat, Place
 from lorank.adapters.formats.registry import format_of
-from lorank.adapters.metadata import CERTIFICATE_FILE, SPECTRAL_KEY
+from lorank.adapters.metadata import CERTIFICATE_FILE, DIGEST_KEY, SPECTRAL_KEY
 from lorank.adapters.profiles import PROFILES, WrittenRank
 from lorank.adapters.written_tensors import WrittenTensor, written_tensors
 from lorank.peft_format.names import CONFIG_FILE, PICKLED_WEIGHTS_FILE
@@ -163,8 +163,6 @@ def write_family(
         for name, job in jobs.items():
             (staging / inner[name]).mkdir(exist_ok=True)
             written[name] = _write(job, staging / inner[name])
-            if not job.place.is_alone:
-                families.record_digests(staging / inner[name])
     return written, notes
 
 
@@ -195,15 +193,16 @@ def _write(job: _Job, staging: Path) -> Written:
         rounded = rounding.rounded_types(job.adapter, job.ranks, job.dtype)
         tensors = written_tensors(job.adapter, job.format, job.ranks, job.keys, job.dtype)
         # Another thread writes the texts while the core writes the factors. The texts begin after this
-        # thread's own work in Python, which they would delay. The certificate and the card are written when
-        # the rounding error is known, if there is one.
+        # thread's own work in Python, which they would delay. The certificate is written when the digest of the
+        # factors is known, and the card when the rounding error is known, if there is one.
         begin = Event()
         texts = background.submit(_write_texts, job, staging, begin, with_card=not rounded)
         begin.set()
-        certificate, notes = _write_weights(job, staging, tensors, rounded)
+        certificate, digest, notes = _write_weights(job, staging, tensors, rounded)
         notes += texts.result()
         if rounded:
             notes += _write_card(job, staging, certificate)
+        _write_certificate(job, staging, certificate, digest)
     notes += _padding_note(job)
     return Written(job.weights, job.place.address, certificate, job.stored_parameters, notes)
 
@@ -232,20 +231,31 @@ def _check_target(job: _Job, overwrite: bool) -> None:
 
 def _write_weights(
     job: _Job, staging: Path, tensors: list[WrittenTensor], rounded: Mapping[str, str]
-) -> tuple[Certificate | None, list[str]]:
-    """Write the factors; return the certificate with the rounding error, or a note on that error."""
+) -> tuple[Certificate | None, str, list[str]]:
+    """Write the factors; return the certificate with the rounding error, the digest, and notes."""
     file = staging / job.place.weights
     before = job.adapter.certificate
-    _core.write_safetensors(file, tensors, _metadata(job, before), job.threads)
+    digest = _sealed(job, file, tensors, before)
     added = rounding.added(job.adapter, job.ranks, job.keys, file, rounded)
     if added is None:
-        return before, []
+        return before, digest, []
     if before is None:
-        return None, [rounding.note(job.adapter, added)] if added else []
+        return None, digest, [rounding.note(job.adapter, added)] if added else []
     certificate = before.with_rounding(added)
     if job.format.rewrites_certificate:
-        _core.write_safetensors(file, tensors, _metadata(job, certificate), job.threads)
-    return certificate, []
+        digest = _sealed(job, file, tensors, certificate)
+    return certificate, digest, []
+
+
+def _sealed(job: _Job, file: Path, tensors: list[WrittenTensor], certificate: Certificate | None) -> str:
+    """Write the file of factors with a digest in its metadata; return the digest."""
+    metadata = _metadata(job, certificate)
+    # The scaling in the file undoes the factor of B.
+    rows = [(name, entry.rank, 1 / entry.b_factor) for name, entry in job.ranks.items()]
+    seal = (DIGEST_KEY, binding.seed(metadata, rows))
+    digest = _core.write_safetensors(file, tensors, metadata, job.threads, seal)
+    assert digest is not None
+    return digest
 
 
 def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:
@@ -263,11 +273,9 @@ def _write_texts(job: _Job, staging: Path, begin: Event, *, with_card: bool) -> 
 
 
 def _write_card(job: _Job, staging: Path, certificate: Certificate | None) -> list[str]:
-    """Write the certificate and the card, unless another program wrote the card; return notes."""
+    """Write the card, unless another program wrote the present one; return notes."""
     if job.place.is_alone:
         return []
-    if certificate is not None:
-        (staging / CERTIFICATE_FILE).write_text(certificate.to_text(job.adapter.notes), "utf-8")
     file = job.place.folder / "README.md"
     if os.path.lexists(file) and not _is_our_card(file):
         return [f"{file} was kept, because lorank did not write it"]
@@ -285,6 +293,16 @@ def _is_our_card(file: Path) -> bool:
             if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST_CARD:
                 return card.is_ours(opened.read(_LARGEST_CARD).decode("utf-8", errors="replace"))
     return False
+
+
+def _write_certificate(job: _Job, staging: Path, certificate: Certificate | None, digest: str) -> None:
+    """Write the certificate with a digest that binds it to the written factors."""
+    if job.place.is_alone or certificate is None:
+        return
+    notes = list(job.adapter.notes)
+    bound = binding.certificate_digest({**certificate.to_json(), "notes": notes}, digest)
+    text = certificate.to_text(notes, **{binding.DIGEST_FIELD: bound})
+    (staging / CERTIFICATE_FILE).write_text(text, "utf-8")
 
 
 def _padding_note(job: _Job) -> list[str]:

@@ -58,6 +58,8 @@ def merge(
         modules=modules,
         carried=others,
         notes=[*_notes(parts), *other_notes],
+        certificate=None,
+        is_spectral=False,
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
         **settings,
     )
@@ -170,7 +172,7 @@ def _saved(names: Sequence[str]) -> dict[str, Expression]:
 
 
 def _notes(adapters: Sequence[AdapterContent]) -> list[str]:
-    notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
+    notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.stated_notes))
     # A note, not an error: a hub id and a folder may name one model, and the shapes were compared before.
     bases = {adapter.base_model for adapter in adapters if adapter.base_model}
     if len(bases) > 1:

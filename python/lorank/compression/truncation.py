@@ -14,6 +14,7 @@ from lorank._internal.threads import thread_count
 from lorank.adapters.certificate import Certificate, ModuleCertificate
 from lorank.adapters.content import Adapter, AdapterContent
 from lorank.adapters.module import LoraModule
+from lorank.compression.energies import check_energies
 from lorank.compression.knobs import Knobs
 from lorank.compression.selection import Mask, notes, select
 from lorank.compression.spectral_form import SpectralForm, Update, spectral_form, truncate
@@ -55,7 +56,7 @@ def elastic(adapter: Adapter, threads: int | None, progress: bool) -> Adapter:
 
 def decomposed(adapter: AdapterContent, threads: int | None, progress: bool) -> list[SpectralForm]:
     """Return the spectral form of every adapted module."""
-    updates = [Update.of(module, is_spectral=adapter.is_spectral) for module in adapter.adapted]
+    updates = [Update.of(module, is_spectral=adapter.states_spectral_form) for module in adapter.adapted]
     return spectral_form(updates, thread_count(threads), progress)
 
 
@@ -81,6 +82,7 @@ def truncated(
     threads
         Number of threads; None for all that the process may use.
     """
+    check_energies(forms)
     groups = rank_groups([form.module for form in forms], adapter.config)
     masks = select(forms, knobs, groups)
     modules: dict[str, LoraModule] = dict(adapter.modules)
@@ -88,7 +90,9 @@ def truncated(
     return replace(
         adapter,
         modules=modules,
-        notes=[*adapter.notes, *notes(forms, knobs)],
+        # The result must not change with a live model, as its factors do not.
+        carried={key: stored.held() for key, stored in adapter.carried.items()},
+        notes=[*adapter.stated_notes, *notes(forms, knobs)],
         is_spectral=True,
         certificate=Certificate(action, _certificates(forms, masks)),
     )

@@ -78,7 +78,7 @@ def _table(
         raise FormatError(
             f"{label}: the settings' {key} has type {type(pattern).__name__}, not a table of modules"
         )
-    values = {name: checked(label, f"{key}[{short(name)}]", value) for name, value in pattern.items()}
+    values = {name: checked(label, f"{key}[{shown(name)}]", value) for name, value in pattern.items()}
     try:
         return PatternTable(values, f"{label}: the settings' {key}")
     except ValueError as error:

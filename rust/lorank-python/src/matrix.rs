@@ -254,6 +254,12 @@ impl Checkpoint {
         StoredMatrix::in_file(self.tensor(position)?.clone(), (rows, cols), index).map(Matrix).map_err(to_py)
     }
 
+    /// Returns a digest of all tensors and of `seed`, as `write_safetensors` writes it.
+    fn digest(&self, py: Python<'_>, seed: Vec<u8>, threads: usize) -> PyResult<String> {
+        let checkpoint = self.0.clone();
+        detached_quiet(py, move |cancel| checkpoint.digest(&seed, threads, cancel))
+    }
+
     /// Returns the stored bytes of a tensor, whose element type may be unsupported.
     fn stored_bytes<'py>(&self, py: Python<'py>, position: usize) -> PyResult<Bound<'py, PyBytes>> {
         let tensor = self.tensor(position)?.clone();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
-use lorank::safetensors_writer::{Content, OutTensor, write};
+use lorank::safetensors_writer::{Content, OutTensor, Seal, write, write_sealed};
 use lorank::source::StoredMatrix;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -34,14 +34,18 @@ enum Held {
 }
 
 /// Writes a safetensors file atomically. Tensors are `(name, shape, content, element type as in the header)`.
+/// With a seal, `(key, seed)`, the metadata state a digest of the tensors and the seed under that key, and the
+/// digest is returned.
 #[pyfunction]
+#[pyo3(signature = (path, tensors, metadata, threads, seal=None))]
 pub fn write_safetensors(
     py: Python<'_>,
     path: PathBuf,
     tensors: Vec<(String, Vec<usize>, PyContent<'_>, String)>,
     metadata: BTreeMap<String, String>,
     threads: usize,
-) -> PyResult<()> {
+    seal: Option<(String, Vec<u8>)>,
+) -> PyResult<Option<String>> {
     let held: Vec<(String, Vec<usize>, Held)> = tensors
         .into_iter()
         .map(|(name, shape, content, dtype)| Ok((name, shape, hold(content, dtype)?)))
@@ -59,7 +63,12 @@ pub fn write_safetensors(
                 },
             })
             .collect();
-        write(&path, &out, &metadata, threads, cancel)
+        match &seal {
+            Some((key, seed)) => {
+                write_sealed(&path, &out, &metadata, Seal { key, seed }, threads, cancel).map(Some)
+            }
+            None => write(&path, &out, &metadata, threads, cancel).map(|()| None),
+        }
     })
 }
 

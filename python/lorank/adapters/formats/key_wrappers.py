@@ -143,3 +143,7 @@ class _Renamed:
     def stored(self, name: str) -> Stored:
         """Return a tensor for a writer that does not read its values."""
         return self._tensors.stored(self._keys[name])
+
+    def digest(self, seed: bytes, threads: int) -> str:
+        """Return a digest of the tensors, under the names of the file, and of `seed`."""
+        return self._tensors.digest(seed, threads)

@@ -20,7 +20,7 @@ from lorank.adapters.formats.diffusers_settings import PartSettings
 from lorank.adapters.formats.image_alphas import reads_whole_blocks, written_alphas
 from lorank.adapters.formats.image_keys import alpha_key
 from lorank.adapters.formats.image_style import ImageStyle
-from lorank.adapters.metadata import CERTIFICATE_KEY, RANKS_KEY, SPECTRAL_KEY
+from lorank.adapters.metadata import CERTIFICATE_KEY, DIGEST_KEY, RANKS_KEY, SPECTRAL_KEY
 from lorank.adapters.module import LoraModule
 from lorank.adapters.profiles import WrittenRank
 from lorank.adapters.stored import Stored
@@ -34,7 +34,7 @@ _WEIGHTS = "adapter.safetensors"
 # Keys of metadata that describe the ranks, scales or bytes of the file that was read: not written again.
 _STALE = re.compile(
     r"ss_network_(?:dim|alpha)|(?:lora_|network_)?(?:alpha|rank|dim)|sshs_\w+|modelspec\.hash_\w+"
-    rf"|{'|'.join(map(re.escape, (SPECTRAL_KEY, RANKS_KEY, CERTIFICATE_KEY, SETTINGS_KEY)))}"
+    rf"|{'|'.join(map(re.escape, (SPECTRAL_KEY, RANKS_KEY, CERTIFICATE_KEY, DIGEST_KEY, SETTINGS_KEY)))}"
 )
 
 

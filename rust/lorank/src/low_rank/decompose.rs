@@ -20,7 +20,6 @@ use std::sync::Arc;
 
 use faer::{Mat, MatMut, MatRef};
 
-use crate::Result;
 use crate::exec::cancel::CancelToken;
 use crate::exec::panics::guarded;
 use crate::exec::parallel::{costliest_first, pool, side_by_side};
@@ -36,6 +35,7 @@ use crate::matrix::stacked::Gram;
 use crate::storage::source::{Buffer, Parts, StoredMatrix};
 use crate::svd::dense_svd;
 use crate::svd::qr::HouseholderQr;
+use crate::{Error, Result};
 
 /// The singular values of an update, and the data to compute its factors.
 #[derive(Clone, Debug)]
@@ -151,6 +151,10 @@ fn by_gram(
     let stack = parts.scratch.stack(core_svd_scratch(rank))?;
     let CoreSvd { singular_values, vectors } = CoreSvd::of(weighted.transpose(), a.factor.as_ref(), stack)?;
     let norm = weighted.norm_l2() * a.factor.norm_l2();
+    // Weights may leave the range of float64, where a product of zero does not show an update of zero.
+    if binary_exponent(norm).is_err() {
+        return Ok(None);
+    }
     let singular_values = without_noise(singular_values, rank, norm);
     let form = Form::Basis { basis: Basis::new(b, a, vectors), terms: update.into() };
     Ok(Some(Decomposition { singular_values, shape: (out, fan_in), form }))
@@ -158,6 +162,19 @@ fn by_gram(
 
 fn is_float64(term: &Term) -> bool {
     term.a.dtype() == DType::F64 || term.b.dtype() == DType::F64
+}
+
+/// Refuses an update whose energy leaves the range of float64. Its largest singular value is
+/// `largest * 2^exponent`.
+fn check_range(largest: f64, exponent: i32) -> Result<()> {
+    if largest == 0.0 || binary_exponent(largest * power_of_two(exponent)).is_ok() {
+        return Ok(());
+    }
+    let power = largest.log2() + f64::from(exponent);
+    Err(Error::Numerical(format!(
+        "its largest singular value is about 2^{power:.0}: its square leaves the range of float64; correct the \
+         scaling or the factors"
+    )))
 }
 
 /// Replaces singular values by 0 if they are zero up to rounding, for factors with the given product of
@@ -191,6 +208,7 @@ pub(crate) fn by_reflections(
     let core = dense_svd((&r_b * r_a.transpose()).as_ref())?;
     let values = without_noise(core.singular_values, rank, r_b.norm_l2() * r_a.norm_l2());
     let unit = power_of_two(scales.half_exponent);
+    check_range(values.first().copied().unwrap_or(0.0), 2 * scales.half_exponent)?;
     let roots: Vec<f64> = values.iter().map(|s| s.sqrt() * unit).collect();
     let in_float64 = update.iter().any(is_float64);
     let columns = |of: &HouseholderQr, vectors: &Mat<f64>, length| {

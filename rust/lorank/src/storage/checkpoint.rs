@@ -4,11 +4,15 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
+use crate::exec::cancel::CancelToken;
+use crate::exec::panics::guarded;
+use crate::exec::parallel::{costliest_first, pool, side_by_side};
+use crate::storage::digest::{self, DigestedTensor};
 use crate::storage::revision::Revision;
 use crate::storage::safetensors::{Reads, SafetensorsFile, TensorInfo};
 use crate::{Error, Result};
@@ -107,6 +111,30 @@ impl Checkpoint {
             return Self::open_index(path, reads);
         }
         Self::open_files(&[path.to_path_buf()], reads)
+    }
+
+    /// Returns a digest of the names, types, shapes and bytes of all tensors and of `seed`, as
+    /// [`write_sealed`](crate::storage::writer::write_sealed) writes it. Reads with up to `threads` threads, in
+    /// little memory.
+    ///
+    /// # Errors
+    /// The errors of reading, [`Error::Cancelled`], and [`Error::NoThreads`].
+    pub fn digest(&self, seed: &[u8], threads: usize, cancel: &CancelToken) -> Result<String> {
+        let order = costliest_first(self.tensors.iter().map(|tensor| tensor.info.len as u128));
+        let found: Vec<OnceLock<Result<u64>>> = order.iter().map(|_| OnceLock::new()).collect();
+        pool(threads.min(order.len()))?.install(|| {
+            side_by_side(&order, threads, cancel, &|i, buffer: &mut Vec<u8>| {
+                let StoredTensor { file, info } = &self.tensors[i];
+                // Every index is visited once.
+                let _ = found[i].set(guarded(|| file.digest(info, buffer, cancel)));
+            });
+        });
+        let mut tensors = Vec::with_capacity(order.len());
+        for (StoredTensor { info, .. }, digest) in self.tensors.iter().zip(found) {
+            let digest = digest.into_inner().unwrap_or(Err(Error::Cancelled))?;
+            tensors.push(DigestedTensor { name: &info.name, dtype: &info.dtype, shape: &info.shape, digest });
+        }
+        Ok(digest::of_file(seed, tensors))
     }
 
     fn open_folder(folder: &Path, reads: Reads) -> Result<Self> {

@@ -22,6 +22,33 @@ impl Digest {
     }
 }
 
+/// The identity and the digest of a tensor in a file.
+pub(crate) struct DigestedTensor<'a> {
+    pub name: &'a str,
+    pub dtype: &'a str,
+    pub shape: &'a [usize],
+    pub digest: u64,
+}
+
+/// Returns the digest of a file's tensors in any order, and of `seed`, as 16 hexadecimal digits.
+pub(crate) fn of_file(seed: &[u8], mut tensors: Vec<DigestedTensor<'_>>) -> String {
+    tensors.sort_unstable_by_key(|tensor| tensor.name);
+    let mut whole = Digest::new();
+    // The length before each text separates it from the next.
+    let mut add = |text: &[u8]| {
+        whole.update(&(text.len() as u64).to_le_bytes());
+        whole.update(text);
+    };
+    add(seed);
+    for DigestedTensor { name, dtype, shape, digest } in tensors {
+        add(name.as_bytes());
+        add(dtype.as_bytes());
+        add(format!("{shape:?}").as_bytes());
+        add(&digest.to_le_bytes());
+    }
+    format!("{:016x}", whole.value())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -92,10 +92,12 @@ impl<'de> Deserialize<'de> for RawHeader {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<RawHeader, A::Error> {
-                let (mut tensors, mut metadata) = (Vec::new(), BTreeMap::new());
+                let (mut tensors, mut metadata) = (Vec::new(), None);
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
-                        metadata = texts(map.next_value()?);
+                        if metadata.replace(texts(map.next_value()?)).is_some() {
+                            return Err(serde::de::Error::duplicate_field("__metadata__"));
+                        }
                     } else {
                         let tensor = map
                             .next_value()
@@ -103,7 +105,7 @@ impl<'de> Deserialize<'de> for RawHeader {
                         tensors.push((name, tensor));
                     }
                 }
-                Ok(RawHeader { tensors, metadata })
+                Ok(RawHeader { tensors, metadata: metadata.unwrap_or_default() })
             }
         }
         deserializer.deserialize_map(Entries)
@@ -255,19 +257,46 @@ impl SafetensorsFile {
 
     fn fill(&self, bytes: &mut [u8], tensor: &TensorInfo, start: usize, cancel: &CancelToken) -> Result<()> {
         let position = tensor.offset + start as u64;
-        let Some(seen) = &self.seen else {
+        if self.seen.is_none() {
             self.pieces(bytes, (tensor, position), READ_CHUNK, cancel, |_| ())?;
             return self.check_unchanged(tensor);
-        };
+        }
         let mut digest = Digest::new();
         self.pieces(bytes, (tensor, position), PIECE, cancel, |piece| digest.update(piece))?;
-        let (range, found) = ((position, bytes.len()), digest.value());
-        match seen.earlier(range) {
-            Some(earlier) if earlier == found => Ok(()),
+        self.confirm(tensor, (position, bytes.len()), digest.value())
+    }
+
+    /// Returns the digest of a tensor's bytes, which are read into a buffer of fixed size.
+    pub(crate) fn digest(
+        &self,
+        tensor: &TensorInfo,
+        buffer: &mut Vec<u8>,
+        cancel: &CancelToken,
+    ) -> Result<u64> {
+        buffer.try_reserve_exact(PIECE).map_err(|_| self.no_memory(tensor, PIECE))?;
+        buffer.resize(PIECE, 0);
+        let mut digest = Digest::new();
+        for start in (0..tensor.len).step_by(PIECE) {
+            let piece = &mut buffer[..PIECE.min(tensor.len - start)];
+            self.pieces(piece, (tensor, tensor.offset + start as u64), PIECE, cancel, |_| ())?;
+            digest.update(piece);
+        }
+        let found = digest.value();
+        self.confirm(tensor, (tensor.offset, tensor.len), found)?;
+        Ok(found)
+    }
+
+    /// Returns an error unless bytes that were just read are those of an earlier read; for bytes that were not
+    /// read before, unless the file is unchanged.
+    fn confirm(&self, tensor: &TensorInfo, range: (u64, usize), digest: u64) -> Result<()> {
+        match self.seen.as_ref().and_then(|seen| seen.earlier(range)) {
+            Some(earlier) if earlier == digest => Ok(()),
             Some(_) => Err(self.changed(tensor)),
             None => {
                 self.check_unchanged(tensor)?;
-                seen.record(range, found);
+                if let Some(seen) = &self.seen {
+                    seen.record(range, digest);
+                }
                 Ok(())
             }
         }

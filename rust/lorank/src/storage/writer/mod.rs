@@ -5,10 +5,12 @@
 
 mod header;
 mod out_tensor;
+mod recorded;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use faer::MatMut;
@@ -19,9 +21,11 @@ use crate::exec::parallel::{pool, side_by_side};
 use crate::matrix::MatrixView;
 use crate::matrix::dtype::DType;
 use crate::storage::atomic_file::{AtomicFile, Pending, Sink};
+use crate::storage::digest::{self, DigestedTensor};
 use crate::storage::rounding::{all_finite, encode};
 use crate::storage::source::Buffer;
 use crate::storage::writer::header::{Header, header, layout};
+use crate::storage::writer::recorded::Recorded;
 use crate::{Error, Result};
 
 pub use out_tensor::{Content, OutTensor};
@@ -66,12 +70,55 @@ pub fn write(
     threads: usize,
     cancel: &CancelToken,
 ) -> Result<()> {
+    write_all(path, tensors, metadata, None, threads, cancel).map(drop)
+}
+
+/// An entry of the metadata that states a digest of the file.
+#[derive(Clone, Copy, Debug)]
+pub struct Seal<'a> {
+    /// The key of the entry.
+    pub key: &'a str,
+    /// Bytes that the digest covers in addition to the tensors.
+    pub seed: &'a [u8],
+}
+
+/// Writes a file as [`write`] does, with a digest of its tensors in the metadata; returns the digest, which
+/// [`Checkpoint::digest`](crate::storage::checkpoint::Checkpoint::digest) computes from the file.
+///
+/// # Errors
+/// The errors of [`write`].
+pub fn write_sealed(
+    path: &Path,
+    tensors: &[OutTensor<'_>],
+    metadata: &BTreeMap<String, String>,
+    seal: Seal<'_>,
+    threads: usize,
+    cancel: &CancelToken,
+) -> Result<String> {
+    let mut metadata = metadata.clone();
+    metadata.insert(seal.key.to_owned(), NO_DIGEST.to_owned());
+    let digest = write_all(path, tensors, &metadata, Some(seal), threads, cancel)?;
+    digest.ok_or_else(|| Error::Internal("a sealed file has no digest".into()))
+}
+
+/// Takes the place of a digest until all tensors are written.
+const NO_DIGEST: &str = "0000000000000000";
+
+fn write_all(
+    path: &Path,
+    tensors: &[OutTensor<'_>],
+    metadata: &BTreeMap<String, String>,
+    seal: Option<Seal<'_>>,
+    threads: usize,
+    cancel: &CancelToken,
+) -> Result<Option<String>> {
     let order = layout(tensors);
     let Header { text, offsets, size } = header(tensors, &order, metadata)?;
     let start = text.len() as u64;
     let file = AtomicFile::create(path, start + size)?;
     file.write_at(0, &text)?;
     let runs = runs(&order, &offsets);
+    let digests: Vec<AtomicU64> = tensors.iter().map(|_| AtomicU64::new(0)).collect();
     let failure = Mutex::new(None);
     pool(threads.min(runs.len()))?.install(|| {
         let stop = CancelToken::default();
@@ -79,7 +126,12 @@ pub fn write(
         side_by_side(&all, threads, &stop, &|k, Space { buffer, pending }: &mut Space| {
             let run = &order[runs[k].clone()];
             let mut write = |sink: &mut Sink<'_>| {
-                run.iter().try_for_each(|&i| write_tensor(sink, &tensors[i], buffer, cancel))
+                run.iter().try_for_each(|&i| {
+                    let mut out = Recorded::new(sink, seal.is_some());
+                    write_tensor(&mut out, &tensors[i], buffer, cancel)?;
+                    digests[i].store(out.digest(), Ordering::Relaxed);
+                    Ok(())
+                })
             };
             if let Err(error) = guarded(|| file.write_from(start + offsets[run[0]], pending, &mut write)) {
                 stop.cancel();
@@ -92,7 +144,32 @@ pub fn write(
         Some(error) => return Err(error),
         None => cancel.check()?,
     }
-    file.finish()
+    let digest = seal.map(|seal| stamped(&file, &text, seal, tensors, &digests)).transpose()?;
+    file.finish()?;
+    Ok(digest)
+}
+
+/// Writes the digest of all tensors to its place in the header, and returns it.
+fn stamped(
+    file: &AtomicFile<'_>,
+    header: &[u8],
+    seal: Seal<'_>,
+    tensors: &[OutTensor<'_>],
+    digests: &[AtomicU64],
+) -> Result<String> {
+    let digested = tensors.iter().zip(digests).map(|(tensor, digest)| DigestedTensor {
+        name: &tensor.name,
+        dtype: tensor.dtype(),
+        shape: tensor.shape(),
+        digest: digest.load(Ordering::Relaxed),
+    });
+    let digest = digest::of_file(seal.seed, digested.collect());
+    // Within a text of the header, the quotation marks of this pattern would be escaped.
+    let entry = format!("{}:\"{NO_DIGEST}\"", serde_json::Value::from(seal.key));
+    let at = header.windows(entry.len()).position(|bytes| bytes == entry.as_bytes());
+    let at = at.ok_or_else(|| Error::Internal("a sealed header has no place for the digest".into()))?;
+    file.write_at((at + entry.len() - 1 - NO_DIGEST.len()) as u64, digest.as_bytes())?;
+    Ok(digest)
 }
 
 /// Memory that a thread reuses for every tensor.
@@ -116,7 +193,7 @@ fn runs(order: &[usize], offsets: &[u64]) -> Vec<Range<usize>> {
 }
 
 fn write_tensor(
-    out: &mut Sink<'_>,
+    out: &mut Recorded<'_, '_>,
     tensor: &OutTensor<'_>,
     buffer: &mut Buffer,
     cancel: &CancelToken,
@@ -156,7 +233,7 @@ fn not_finite(path: &Path, tensor: &OutTensor<'_>) -> Error {
 
 /// Writes the rows of a view, piece by piece.
 fn convert(
-    out: &mut Sink<'_>,
+    out: &mut Recorded<'_, '_>,
     tensor: &OutTensor<'_>,
     view: &MatrixView<'_>,
     dtype: DType,
