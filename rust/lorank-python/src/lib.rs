@@ -8,9 +8,13 @@ mod decomposition;
 mod detached;
 mod errors;
 mod matrix;
+mod reserve;
 mod selection;
 mod statistics;
 mod writing;
+
+#[global_allocator]
+static ALLOCATOR: reserve::ReservingAllocator = reserve::ReservingAllocator;
 
 /// The Rust core of lorank.
 #[pymodule]
@@ -33,10 +37,11 @@ mod _core {
     #[pymodule_export]
     use crate::writing::write_safetensors;
 
-    use super::{Bound, PyModule, PyModuleMethods, PyResult};
+    use super::{Bound, PyModule, PyModuleMethods, PyResult, errors, reserve};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        reserve::hold().map_err(errors::to_py)?;
         lorank::panics::locate_panics();
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }

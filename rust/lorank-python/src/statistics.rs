@@ -13,12 +13,12 @@ use pyo3::types::PyDict;
 
 use crate::detached::detached_quiet;
 use crate::errors::to_py;
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, copied};
 
 type Values<'py> = PyArrayLike1<'py, f64, AllowTypeChange>;
 
 fn checked(values: &Values<'_>) -> PyResult<Spectrum> {
-    Spectrum::new(values.as_array().to_vec()).map_err(to_py)
+    Spectrum::new(copied(values.as_array().iter().copied())?).map_err(to_py)
 }
 
 fn scale(name: &str) -> PyResult<Scale> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
+use crate::exec::memory::probe;
 use crate::storage::safetensors::{SafetensorsFile, TensorInfo};
 use crate::{Error, Result};
 
@@ -30,6 +31,9 @@ pub struct Checkpoint {
     /// The tensors, ordered by the name of their file and by their position in it.
     pub tensors: Vec<StoredTensor>,
 }
+
+/// Memory in bytes for a byte of an index: the parsed entries, and copies of them.
+const PARSED: usize = 8;
 
 #[derive(Deserialize)]
 struct Index {
@@ -118,6 +122,7 @@ impl Checkpoint {
             return Err(Error::format(path, "is not a regular file"));
         }
         let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        probe(text.len().saturating_mul(PARSED), "an index of shards")?;
         let index: Index = serde_json::from_slice(&text)
             .map_err(|e| Error::format(path, format!("is not a shard index: {e}")))?;
         let folder = path.parent().unwrap_or_else(|| Path::new("."));
