@@ -79,10 +79,9 @@ where
                 reserve::make_room();
                 on_item(py, item)
             }
-            Err(TryRecvError::Empty) if let Some(error) = reserve::lacking() => Err(to_py(error)),
             Err(TryRecvError::Empty) => {
                 py.detach(|| thread::park_timeout(PAUSE));
-                Ok(())
+                reserve::lacking().map_or(Ok(()), |error| Err(to_py(error)))
             }
             Err(TryRecvError::Disconnected) => {
                 Err(to_py(Error::Internal("the worker thread ended without a result".into())))

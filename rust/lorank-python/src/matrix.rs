@@ -7,7 +7,6 @@ use std::sync::Arc;
 use lorank::cancel::CancelToken;
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
-use lorank::matrix::MatrixView;
 
 use lorank::source::{Buffer, Computed, Parts, StoredMatrix};
 use numpy::{
@@ -147,12 +146,12 @@ impl Matrix {
         let (stored, (rows, cols)) = (self.0.clone(), self.shape());
         if self.0.dtype() == DType::F64 {
             let values = detached_quiet(py, move |cancel| {
-                stored.with_view(&mut Buffer::default(), cancel, MatrixView::try_to_row_major::<f64>)
+                stored.with_view(&mut Buffer::default(), cancel, |view| view.try_to_row_major::<f64>())
             })?;
             Ok(values.into_pyarray(py).reshape([rows, cols])?.into_any())
         } else {
             let values = detached_quiet(py, move |cancel| {
-                stored.with_view(&mut Buffer::default(), cancel, MatrixView::try_to_row_major::<f32>)
+                stored.with_view(&mut Buffer::default(), cancel, |view| view.try_to_row_major::<f32>())
             })?;
             Ok(values.into_pyarray(py).reshape([rows, cols])?.into_any())
         }
