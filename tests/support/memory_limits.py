@@ -6,8 +6,10 @@ import resource
 import select
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,9 @@ MIB = 1 << 20
 
 #: Seconds after which a child counts as hung.
 PATIENCE = 120.0
+
+#: Most memory in MiB that a work is given.
+LARGEST = 1 << 16
 
 #: Errors that a lack of memory may raise, and what their message says. numpy and Python raise their own.
 EXPECTED = (MemoryError, OSError, ImportError)
@@ -100,12 +105,22 @@ def _tried(work: Work, limit: int) -> bytes:
     return b"done"
 
 
-def sweep(works: dict[str, Work], extras: Iterable[int]) -> Iterator[Outcome]:
-    """Run each work under each limit."""
-    extras = list(extras)
-    for name, work in works.items():
-        for extra in extras:
-            yield run_limited(name, work, extra)
+def sweep(name: str, work: Work, below: int = 16, coarse: int = 24) -> Iterator[Outcome]:
+    """Search the least memory in MiB that suffices; run the work 1 MiB apart below it, and coarsely from 0."""
+    low, high = 0, 1
+    while (outcome := run_limited(name, work, high * MIB)).end != "done":
+        yield outcome
+        low, high = high, 2 * high
+        if not outcome.is_right or high > LARGEST:
+            return
+    while high - low > 1:
+        middle = (low + high) // 2
+        yield (outcome := run_limited(name, work, middle * MIB))
+        low, high = (low, middle) if outcome.end == "done" else (middle, high)
+    step = high * MIB // coarse
+    extras = {*(max(high - i, 0) * MIB for i in range(-2, below)), *(i * step for i in range(coarse))}
+    for extra in sorted(extras):
+        yield run_limited(name, work, extra)
 
 
 def works(folder: Path, rows: int = 640, cols: int = 1000) -> dict[str, Work]:
@@ -165,3 +180,26 @@ def _adapter(folder: Path, rows: int, cols: int, rank: int) -> Path:
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def main() -> int:
+    """Sweep all works, or those whose names contain an argument; report the ends of all children."""
+    ends: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = works(Path(folder))
+        for name, work in chosen.items():
+            if sys.argv[1:] and not any(part in name for part in sys.argv[1:]):
+                continue
+            found = list(sweep(name, work))
+            ends.update(outcome.end for outcome in found)
+            least = min((outcome.extra for outcome in found if outcome.end == "done"), default=-MIB) // MIB
+            print(f"{name}: {len(found)} children, succeeds from {least} MiB", flush=True)
+            for outcome in found:
+                if not outcome.is_right:
+                    print(f"  wrong at {outcome.extra / MIB:.2f} MiB: {outcome.end}", flush=True)
+    print(f"{ends.total()} children: {dict(ends)}")
+    return 0 if set(ends) <= {"done", "error"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -96,6 +96,7 @@ def write_adapter(
     _check_target(job, overwrite)
     # Files of an earlier adapter must not contradict this one.
     stale = () if job.place.is_alone else (PICKLED_WEIGHTS_FILE, CERTIFICATE_FILE)
+    _core.check_thread_memory()
     with staged_folder(job.place.folder, stale) as staging, ThreadPoolExecutor(1) as background:
         rounded = rounding.rounded_types(adapter, job.ranks, job.dtype)
         tensors = written_tensors(adapter, job.format, job.ranks, job.keys, job.dtype)

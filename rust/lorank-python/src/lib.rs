@@ -31,7 +31,8 @@ mod _core {
     use crate::selection::{select_budget, select_energy, select_largest, select_smallest};
     #[pymodule_export]
     use crate::statistics::{
-        alpha_hill, available_threads, marchenko_pastur, marchenko_pastur_median, spectral_metrics, spectrum,
+        alpha_hill, available_threads, check_thread_memory, marchenko_pastur, marchenko_pastur_median,
+        spectral_metrics, spectrum,
     };
 
     #[pymodule_export]

@@ -71,7 +71,9 @@ impl SharedValues {
 /// Collects numbers of an array.
 pub fn copied(values: impl ExactSizeIterator<Item = f64>) -> PyResult<Vec<f64>> {
     let mut found = Vec::new();
-    found.try_reserve_exact(values.len()).map_err(|_| PyMemoryError::new_err("no memory for a copy of an array"))?;
+    found
+        .try_reserve_exact(values.len())
+        .map_err(|_| PyMemoryError::new_err("no memory for a copy of an array"))?;
     found.extend(values);
     Ok(found)
 }

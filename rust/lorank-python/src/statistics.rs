@@ -136,6 +136,14 @@ pub fn metrics_dict<'py>(py: Python<'py>, metrics: &SpectralMetrics) -> PyResult
     Ok(dict)
 }
 
+/// Checks that there is memory for a thread of Python, which never ends its start if memory ends meanwhile.
+#[pyfunction]
+pub fn check_thread_memory() -> PyResult<()> {
+    /// Stacks of the core's threads that take as much memory as a thread of Python.
+    const STACKS: usize = 4;
+    lorank::parallel::check_stacks(STACKS).map_err(to_py)
+}
+
 /// Returns the number of processors available to this process.
 #[pyfunction]
 pub fn available_threads() -> usize {

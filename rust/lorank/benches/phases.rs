@@ -15,7 +15,8 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, Par};
 use lorank::bench::{
     Number, Tridiagonal, WIDTH, gram, gram_scratch, numbers as scratch_numbers, panel_size, position,
-    reduce_to_band, reduce_to_band_scratch, reduce_to_tridiagonal, reduce_to_tridiagonal_scratch, stack, storage, tridiagonal_eigenvalues,
+    reduce_to_band, reduce_to_band_scratch, reduce_to_tridiagonal, reduce_to_tridiagonal_scratch, stack,
+    storage, tridiagonal_eigenvalues,
 };
 use lorank::cancel::CancelToken;
 use lorank::dtype::DType;

@@ -52,12 +52,7 @@ pub fn reduce_to_tridiagonal_scratch<T: Number>(n: usize) -> StackReq {
 /// the diagonal and the first off-diagonals is then unspecified.
 ///
 /// Under [`Strategy::Together`] the caller must run in the thread pool.
-pub fn reduce_to_tridiagonal<T: Number>(
-    band: &mut [T],
-    n: usize,
-    strategy: Strategy,
-    stack: &mut MemStack,
-) {
+pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Strategy, stack: &mut MemStack) {
     let sweeps = n.saturating_sub(2);
     let none = Reflection { v: [T::default(); WIDTH], tau: T::default() };
     let (mut reflections, _) = stack.make_with(sweeps, |_| none);

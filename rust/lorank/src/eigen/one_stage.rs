@@ -20,8 +20,8 @@
 use faer::dyn_stack::{MemStack, StackReq};
 use pulp::{Simd, WithSimd};
 
-use crate::eigen::panel_qr::{Reflection, dot, subtract};
 use crate::Result;
+use crate::eigen::panel_qr::{Reflection, dot, subtract};
 use crate::eigen::tridiagonal::Tridiagonal;
 use crate::exec::memory::with_capacity;
 use crate::kernels::number::{Number, padded};
@@ -67,11 +67,7 @@ impl<T: Number> Reflections<T> {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub(crate) fn new(n: usize) -> Result<Self> {
         const MEMORY: &str = "the reflections of a small matrix";
-        Ok(Self {
-            order: n,
-            taus: with_capacity(n, MEMORY)?,
-            vectors: with_capacity(n * n / 2, MEMORY)?,
-        })
+        Ok(Self { order: n, taus: with_capacity(n, MEMORY)?, vectors: with_capacity(n * n / 2, MEMORY)? })
     }
 
     /// Replaces `Z` by `Q Z`. `Z (n, width)` is row-major, with `width` a multiple of [`Number::WIDEST`].

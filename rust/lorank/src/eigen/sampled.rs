@@ -14,6 +14,7 @@
 //! The error of a statistic is estimated in two ways: by leaving out each group of probes in turn
 //! (jackknife), and by stopping after two thirds of the steps.
 
+use crate::Result;
 use crate::eigen::gram_product::{GramProduct, VECTORS};
 use crate::exec::cancel::CancelToken;
 use crate::exec::memory::{matrix, probe, zeros};
@@ -23,7 +24,6 @@ use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::kernels::number::Number;
 use crate::matrix::MatrixView;
 use crate::statistics::spectrum::Spectrum;
-use crate::Result;
 
 /// Purpose of the memory of this module.
 const MEMORY: &str = "an estimate of a spectrum";

@@ -28,7 +28,8 @@ pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
     if n < two_stages_from::<T>() {
         StackReq::new_aligned::<T>(padded::<T>(n).pow(2), LINE).and(one_stage_scratch::<T>(n))
     } else {
-        StackReq::new_aligned::<T>(storage(n), LINE).and(reduce_to_band_scratch::<T>(n).or(reduce_to_tridiagonal_scratch::<T>(n)))
+        StackReq::new_aligned::<T>(storage(n), LINE)
+            .and(reduce_to_band_scratch::<T>(n).or(reduce_to_tridiagonal_scratch::<T>(n)))
     }
 }
 

@@ -23,11 +23,7 @@ pub(crate) fn zeros<T: Zeroable>(count: usize, what: &str) -> Result<Vec<T>> {
 }
 
 /// Collects an iterator of at most `count` elements.
-pub(crate) fn collected<T>(
-    values: impl IntoIterator<Item = T>,
-    count: usize,
-    what: &str,
-) -> Result<Vec<T>> {
+pub(crate) fn collected<T>(values: impl IntoIterator<Item = T>, count: usize, what: &str) -> Result<Vec<T>> {
     let mut found = with_capacity(count, what)?;
     found.extend(values);
     Ok(found)

@@ -123,7 +123,9 @@ mod tests {
             let (values, u) = symmetric_eigen(lower.as_ref()).unwrap();
             let scaled = Mat::from_fn(n, n, |i, j| u[(i, j)] * values[j]);
             let tolerance = 1e-14 * n as f64;
-            assert!((product(a.as_ref(), u.as_ref()).unwrap() - scaled).norm_max() <= tolerance * a.norm_max());
+            assert!(
+                (product(a.as_ref(), u.as_ref()).unwrap() - scaled).norm_max() <= tolerance * a.norm_max()
+            );
             let identity = Mat::<f64>::identity(n, n);
             assert!((product(u.transpose(), u.as_ref()).unwrap() - identity).norm_max() <= tolerance);
         }

@@ -76,9 +76,7 @@ impl Basis {
     pub(crate) fn columns(&self, places: &[usize], weights: &[f64]) -> Result<Option<[Mat<f64>; 2]>> {
         match &self.columns {
             Columns::All { b, a } => {
-                let chosen = |x: &Mat<f64>| {
-                    matrix(x.nrows(), places.len(), MEMORY, |i, j| x[(i, places[j])])
-                };
+                let chosen = |x: &Mat<f64>| matrix(x.nrows(), places.len(), MEMORY, |i, j| x[(i, places[j])]);
                 Ok(Some([chosen(b)?, chosen(a)?]))
             }
             Columns::OnDemand { eigen, factor } => {

@@ -15,7 +15,6 @@
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::{Mat, MatRef, Par};
 
-use crate::{Error, Result};
 use crate::exec::cancel::CancelToken;
 use crate::exec::memory::zero_matrix;
 use crate::exec::parallel::Strategy;
@@ -25,6 +24,7 @@ use crate::kernels::thin_gram::SUMMANDS;
 use crate::low_rank::terms::{Side, Term};
 use crate::matrix::stacked::{Gram, gram_scratch};
 use crate::storage::source::Parts;
+use crate::{Error, Result};
 
 /// Purpose of the memory of this module.
 const MEMORY: &str = "the factors of an update";
@@ -115,7 +115,9 @@ impl Triangular {
         let lengths: Vec<f64> = squares.iter().map(|x| x.sqrt()).collect();
         let inverses: Vec<f64> = lengths.iter().map(|x| x.recip()).collect();
         let factor = &mut self.factor;
-        factor.try_reserve(rank, rank).map_err(|_| Error::no_memory(rank * rank * size_of::<f64>(), MEMORY))?;
+        factor
+            .try_reserve(rank, rank)
+            .map_err(|_| Error::no_memory(rank * rank * size_of::<f64>(), MEMORY))?;
         factor.resize_with(rank, rank, |_, _| 0.0);
         for (j, (column, scale)) in factor.col_iter_mut().zip(&inverses).enumerate() {
             let below = gram.values[j..].iter().step_by(gram.order).zip(&inverses).skip(j);

@@ -10,7 +10,6 @@ use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 
-use crate::{Error, Result};
 use crate::eigen::selected::{SelectedEigen, selected_eigen_scratch};
 use crate::exec::memory::{collected, matrix};
 use crate::exec::parallel::Strategy;
@@ -20,6 +19,7 @@ use crate::kernels::number::padded;
 use crate::kernels::simd::LINE;
 use crate::kernels::thin_gram::add_gram_of_columns;
 use crate::svd::dense_svd;
+use crate::{Error, Result};
 
 /// Purpose of the memory of this module.
 const MEMORY: &str = "the decomposition of an update";

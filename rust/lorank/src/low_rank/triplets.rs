@@ -23,11 +23,7 @@ impl Values {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
-    pub(crate) fn collect(
-        values: impl Iterator<Item = f64>,
-        count: usize,
-        in_float64: bool,
-    ) -> Result<Self> {
+    pub(crate) fn collect(values: impl Iterator<Item = f64>, count: usize, in_float64: bool) -> Result<Self> {
         if in_float64 {
             collected(values, count, MEMORY).map(Self::F64)
         } else {
