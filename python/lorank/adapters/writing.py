@@ -189,6 +189,7 @@ def drafted(
 
 def _write(job: _Job, staging: Path) -> Written:
     """Write the files of an adapter into a staging folder."""
+    _core.check_thread_memory()
     with ThreadPoolExecutor(1) as background:
         rounded = rounding.rounded_types(job.adapter, job.ranks, job.dtype)
         tensors = written_tensors(job.adapter, job.format, job.ranks, job.keys, job.dtype)

@@ -10,7 +10,7 @@ use numpy::{IntoPyArray, PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 
 use crate::detached::{detached, hand_over};
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, copied};
 
 /// A term as passed by Python: `B`, `A` and the weight of their product.
 type PyTerm<'py> = (Bound<'py, Matrix>, Bound<'py, Matrix>, f64);
@@ -23,8 +23,8 @@ pub struct Decomposition(Arc<Decomposed>);
 impl Decomposition {
     /// Singular values, descending, float64. Values that are zero up to rounding are 0.
     #[getter]
-    fn singular_values<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        self.0.singular_values.clone().into_pyarray(py)
+    fn singular_values<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        Ok(copied(self.0.singular_values.iter().copied())?.into_pyarray(py))
     }
 }
 

@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use lorank::cancel::CancelToken;
 use lorank::panics::guarded;
+use lorank::parallel::check_stacks;
 use lorank::{Error, Result};
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
+use crate::reserve;
 
 /// Longest delay of results and of Ctrl-C. Waking up for every small result would take a processor from the
 /// workers. The end of the work is reported without delay.
@@ -44,6 +46,7 @@ where
     T: Send + 'static,
     M: Send + 'static,
 {
+    reserve::hold().and_then(|()| check_stacks(1)).map_err(to_py)?;
     let cancel = CancelToken::default();
     let (sender, receiver) = channel::<Message<M, T>>();
     let worker = {
@@ -57,18 +60,28 @@ where
             waiting.unpark();
         }
     };
-    thread::Builder::new()
+    let thread = thread::Builder::new()
         .name("lorank".into())
         .spawn(worker)
         .map_err(|e| to_py(Error::NoThreads { threads: 1, source: e.into() }))?;
 
     loop {
         let step = match receiver.try_recv() {
-            Ok(Message::Done(outcome)) => return outcome.map_err(to_py),
-            Ok(Message::Item(item)) => on_item(py, item),
+            Ok(Message::Done(outcome)) => {
+                reserve::make_room();
+                if outcome.is_err() {
+                    // The memory of the thread is free for the next call.
+                    let _ = py.detach(|| thread.join());
+                }
+                return outcome.map_err(to_py);
+            }
+            Ok(Message::Item(item)) => {
+                reserve::make_room();
+                on_item(py, item)
+            }
             Err(TryRecvError::Empty) => {
                 py.detach(|| thread::park_timeout(PAUSE));
-                Ok(())
+                reserve::lacking().map_or(Ok(()), |error| Err(to_py(error)))
             }
             Err(TryRecvError::Disconnected) => {
                 Err(to_py(Error::Internal("the worker thread ended without a result".into())))

@@ -9,9 +9,13 @@ mod detached;
 mod errors;
 mod mapped;
 mod matrix;
+mod reserve;
 mod selection;
 mod statistics;
 mod writing;
+
+#[global_allocator]
+static ALLOCATOR: reserve::ReservingAllocator = reserve::ReservingAllocator;
 
 /// The Rust core of lorank.
 #[pymodule]
@@ -30,16 +34,18 @@ mod _core {
     use crate::selection::{select_budget, select_energy, select_largest, select_smallest};
     #[pymodule_export]
     use crate::statistics::{
-        alpha_hill, available_threads, marchenko_pastur, marchenko_pastur_median, spectral_metrics, spectrum,
+        alpha_hill, available_threads, check_thread_memory, marchenko_pastur, marchenko_pastur_median,
+        spectral_metrics, spectrum,
     };
 
     #[pymodule_export]
     use crate::writing::{exchange, write_safetensors};
 
-    use super::{Bound, PyModule, PyModuleMethods, PyResult};
+    use super::{Bound, PyModule, PyModuleMethods, PyResult, errors, reserve};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        reserve::hold().map_err(errors::to_py)?;
         lorank::panics::locate_panics();
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }

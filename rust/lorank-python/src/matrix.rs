@@ -12,13 +12,14 @@ use lorank::source::{Buffer, Computed, Parts, StoredMatrix};
 use numpy::{
     IntoPyArray, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
 };
-use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::detached::detached_quiet;
 use crate::errors::to_py;
 use crate::mapped::is_owned;
+use crate::reserve;
 
 /// A matrix in memory or in a file.
 #[pyclass(frozen, module = "lorank._core")]
@@ -69,17 +70,27 @@ pub enum SharedValues {
 
 impl SharedValues {
     /// Shares or copies the numbers of a float64 array.
-    pub fn of(array: &Bound<'_, PyArray1<f64>>) -> Self {
+    pub fn of(array: &Bound<'_, PyArray1<f64>>) -> PyResult<Self> {
         let values = array.readonly();
-        match values.as_slice() {
+        Ok(match values.as_slice() {
             Ok(slice) if slice.as_ptr().is_aligned() => Self::InPlace(ArrayMemory {
                 start: slice.as_ptr().cast(),
                 len: size_of_val(slice),
                 _owner: array.as_untyped().clone().unbind(),
             }),
-            _ => Self::Copied(values.as_array().iter().copied().collect()),
-        }
+            _ => Self::Copied(copied(values.as_array().iter().copied())?),
+        })
     }
+}
+
+/// Collects numbers of an array.
+pub fn copied(values: impl ExactSizeIterator<Item = f64>) -> PyResult<Vec<f64>> {
+    let mut found = Vec::new();
+    found
+        .try_reserve_exact(values.len())
+        .map_err(|_| PyMemoryError::new_err("no memory for a copy of an array"))?;
+    found.extend(values);
+    Ok(found)
 }
 
 impl AsRef<[f64]> for SharedValues {
@@ -147,18 +158,19 @@ impl Matrix {
     }
 
     /// Returns the values as a `NumPy` array: float64 for float64, float32 for all other types.
-    #[allow(clippy::cast_possible_truncation)] // Values of narrower types are not rounded.
     fn to_array<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let (stored, (rows, cols)) = (self.0.clone(), self.shape());
-        let values = detached_quiet(py, move |cancel| {
-            stored.with_view(&mut Buffer::default(), cancel, |view| Ok(view.to_row_major()))
-        })?;
-        Ok(if self.0.dtype() == DType::F64 {
-            values.into_pyarray(py).reshape([rows, cols])?.into_any()
+        if self.0.dtype() == DType::F64 {
+            let values = detached_quiet(py, move |cancel| {
+                stored.with_view(&mut Buffer::default(), cancel, |view| view.try_to_row_major::<f64>())
+            })?;
+            Ok(values.into_pyarray(py).reshape([rows, cols])?.into_any())
         } else {
-            let narrow: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
-            narrow.into_pyarray(py).reshape([rows, cols])?.into_any()
-        })
+            let values = detached_quiet(py, move |cancel| {
+                stored.with_view(&mut Buffer::default(), cancel, |view| view.try_to_row_major::<f32>())
+            })?;
+            Ok(values.into_pyarray(py).reshape([rows, cols])?.into_any())
+        }
     }
 
     fn __repr__(&self) -> String {
@@ -217,7 +229,9 @@ impl Checkpoint {
     #[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
     fn new(py: Python<'_>, path: PathBuf, repeated: bool) -> PyResult<Self> {
         let reads = if repeated { Reads::Repeated } else { Reads::Once };
-        py.detach(|| lorank::checkpoint::Checkpoint::open_for(&path, reads)).map(Self).map_err(to_py)
+        py.detach(|| reserve::hold().and_then(|()| lorank::checkpoint::Checkpoint::open_for(&path, reads)))
+            .map(Self)
+            .map_err(to_py)
     }
 
     /// Returns every tensor as `(name, dtype, shape)`.
@@ -265,7 +279,10 @@ impl Checkpoint {
         let tensor = self.tensor(position)?.clone();
         let bytes =
             detached_quiet(py, move |cancel| tensor.file.read(&tensor.info, 0, tensor.info.len, cancel))?;
-        Ok(PyBytes::new(py, &bytes))
+        PyBytes::new_with(py, bytes.len(), |place| {
+            place.copy_from_slice(&bytes);
+            Ok(())
+        })
     }
 }
 

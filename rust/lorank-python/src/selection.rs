@@ -45,6 +45,6 @@ fn masked<'py>(
     values: &Values<'py>,
     choose: impl FnOnce(&[f64]) -> lorank::Result<Vec<bool>> + Send + 'static,
 ) -> Mask<'py> {
-    let shared = SharedValues::of(values);
+    let shared = SharedValues::of(values)?;
     Ok(detached_quiet(py, move |_| choose(shared.as_ref()))?.into_pyarray(py))
 }

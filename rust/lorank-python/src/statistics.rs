@@ -13,12 +13,12 @@ use pyo3::types::PyDict;
 
 use crate::detached::detached_quiet;
 use crate::errors::to_py;
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, copied};
 
 type Values<'py> = PyArrayLike1<'py, f64, AllowTypeChange>;
 
 fn checked(values: &Values<'_>) -> PyResult<Spectrum> {
-    Spectrum::new(values.as_array().to_vec()).map_err(to_py)
+    Spectrum::new(copied(values.as_array().iter().copied())?).map_err(to_py)
 }
 
 fn scale(name: &str) -> PyResult<Scale> {
@@ -134,6 +134,14 @@ pub fn metrics_dict<'py>(py: Python<'py>, metrics: &SpectralMetrics) -> PyResult
     dict.set_item("effective_rank", metrics.effective_rank)?;
     dict.set_item("participation_ratio", metrics.participation_ratio)?;
     Ok(dict)
+}
+
+/// Checks that there is memory for a thread of Python, which never ends its start if memory ends meanwhile.
+#[pyfunction]
+pub fn check_thread_memory() -> PyResult<()> {
+    /// Stacks of the core's threads that take as much memory as a thread of Python.
+    const STACKS: usize = 4;
+    lorank::parallel::check_stacks(STACKS).map_err(to_py)
 }
 
 /// Returns the number of processors available to this process.

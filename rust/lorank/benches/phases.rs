@@ -15,7 +15,8 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, Par};
 use lorank::bench::{
     Number, Tridiagonal, WIDTH, gram, gram_scratch, numbers as scratch_numbers, panel_size, position,
-    reduce_to_band, reduce_to_band_scratch, reduce_to_tridiagonal, stack, storage, tridiagonal_eigenvalues,
+    reduce_to_band, reduce_to_band_scratch, reduce_to_tridiagonal, reduce_to_tridiagonal_scratch, stack,
+    storage, tridiagonal_eigenvalues,
 };
 use lorank::cancel::CancelToken;
 use lorank::dtype::DType;
@@ -147,7 +148,8 @@ impl Report {
         let mut chased = band.clone();
         let taken = seconds(|| {
             chased.copy_from_slice(&band);
-            timed(|| reduce_to_tridiagonal(&mut chased, p, strategy))
+            let stack = stack(&mut scratch, reduce_to_tridiagonal_scratch::<T>(p)).expect("memory");
+            timed(|| reduce_to_tridiagonal(&mut chased, p, strategy, stack))
         });
         let operations = 7.0 * WIDTH as f64 * n * n;
         let chasing = self.row(kind, &order, "band to tridiagonal", taken, operations, peak);

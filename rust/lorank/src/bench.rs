@@ -7,7 +7,7 @@ use faer::dyn_stack::{MemStack, StackReq};
 use crate::Result;
 pub use crate::eigen::band::{reduce_to_band, reduce_to_band_scratch};
 pub use crate::eigen::band_layout::{WIDTH, position, storage};
-pub use crate::eigen::bulge::reduce_to_tridiagonal;
+pub use crate::eigen::bulge::{reduce_to_tridiagonal, reduce_to_tridiagonal_scratch};
 pub use crate::eigen::gram::{gram, gram_scratch, panel_size};
 pub use crate::eigen::root_free_ql::tridiagonal_eigenvalues;
 pub use crate::eigen::tridiagonal::Tridiagonal;

@@ -17,6 +17,7 @@
 use std::mem::take;
 use std::ops::Range;
 
+use faer::dyn_stack::{MemStack, StackReq};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -41,13 +42,20 @@ struct Reflection<T> {
     tau: T,
 }
 
+/// Returns the memory for [`reduce_to_tridiagonal`] of a band of order `n`.
+#[must_use]
+pub fn reduce_to_tridiagonal_scratch<T: Number>(n: usize) -> StackReq {
+    StackReq::new::<Reflection<T>>(n)
+}
+
 /// Reduces a band of order `n`, stored as described at [`position`], to tridiagonal form in place. All but
 /// the diagonal and the first off-diagonals is then unspecified.
 ///
 /// Under [`Strategy::Together`] the caller must run in the thread pool.
-pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Strategy) {
+pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Strategy, stack: &mut MemStack) {
     let sweeps = n.saturating_sub(2);
-    let mut reflections = vec![Reflection { v: [T::default(); WIDTH], tau: T::default() }; sweeps];
+    let none = Reflection { v: [T::default(); WIDTH], tau: T::default() };
+    let (mut reflections, _) = stack.make_with(sweeps, |_| none);
     let groups = sweeps.div_ceil(SWEEPS);
     let tiles = (n.div_ceil(WIDTH) + SWEEPS).div_ceil(STEPS);
     for wave in 0..tiles + 2 * groups {
@@ -296,6 +304,8 @@ fn subtract<T: Number, S: Simd, const VECTORS: usize>(
 
 #[cfg(test)]
 mod tests {
+    use faer::dyn_stack::MemBuffer;
+
     use super::*;
     use crate::eigen::band_layout::storage;
     use crate::exec::parallel;
@@ -329,7 +339,8 @@ mod tests {
     fn assert_similar<T: Number>(n: usize, epsilon: f64) {
         let mut band = band::<T>(n);
         let expected = eigenvalues(n, &band, WIDTH);
-        reduce_to_tridiagonal(&mut band, n, Strategy::Alone);
+        let mut memory = MemBuffer::new(reduce_to_tridiagonal_scratch::<T>(n));
+        reduce_to_tridiagonal(&mut band, n, Strategy::Alone, MemStack::new(&mut memory));
         let found = eigenvalues(n, &band, 1);
         let norm = expected.iter().fold(0.0f64, |norm, x| norm.max(x.abs()));
         for (x, y) in found.iter().zip(&expected) {
@@ -353,7 +364,8 @@ mod tests {
         let n = 3 * SHARED_FROM * STEPS * WIDTH + 77;
         let reduced = |strategy| {
             let mut band = band::<f64>(n);
-            reduce_to_tridiagonal(&mut band, n, strategy);
+            let mut memory = MemBuffer::new(reduce_to_tridiagonal_scratch::<f64>(n));
+            reduce_to_tridiagonal(&mut band, n, strategy, MemStack::new(&mut memory));
             (0..n)
                 .map(|j| (band[position(j, j)].to_bits(), band[position(j + 1, j)].to_bits()))
                 .collect::<Vec<_>>()

@@ -13,6 +13,7 @@ use rayon::join;
 use crate::Result;
 use crate::exec::cancel::CancelToken;
 use crate::exec::parallel::Strategy;
+use crate::exec::product_memory::prepare_products;
 use crate::exec::strips::{each_column_strip, each_row_strip};
 use crate::kernels::number::{Number, spaced};
 use crate::kernels::thin_product::THIN;
@@ -67,7 +68,8 @@ pub fn gram_scratch(rows: usize, cols: usize) -> StackReq {
 /// Under [`Strategy::Together`] the caller must run in the thread pool.
 ///
 /// # Errors
-/// [`crate::Error::Cancelled`] after cancellation, which is polled between panels.
+/// [`crate::Error::Cancelled`] after cancellation, which is polled between panels;
+/// [`crate::Error::OutOfMemory`].
 pub fn gram<T: Number>(
     view: &MatrixView<'_>,
     scale: f64,
@@ -82,6 +84,7 @@ pub fn gram<T: Number>(
     if p <= THIN {
         return thin_gram(&wide, scale, cancel, gram, stack);
     }
+    prepare_products([p, p, m], strategy)?;
     let (depth, in_place) = (depth(p, m), in_place(&wide, scale));
     // The panel has the layout of the view, so that upcasting reads and writes in runs.
     let column_major = wide.is_column_major();

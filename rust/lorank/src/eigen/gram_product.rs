@@ -9,9 +9,14 @@ use std::ops::Range;
 use faer::MatMut;
 use rayon::prelude::*;
 
+use crate::Result;
+use crate::exec::memory::zeros;
 use crate::exec::parallel::Strategy;
 use crate::kernels::thin_product::{Panel, add_outer_products, add_row_products};
 use crate::matrix::MatrixView;
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "an estimate of a spectrum";
 
 /// Number of vectors: the elements of one AVX-512 register of float32.
 pub(crate) const VECTORS: usize = 16;
@@ -47,9 +52,12 @@ impl GramProduct {
     /// Prepares products with the Gram matrix of `scale X`.
     ///
     /// Under [`Strategy::Together`] the caller must run in the thread pool.
-    pub(crate) fn new(x: &MatrixView<'_>, scale: f64, strategy: Strategy) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub(crate) fn new(x: &MatrixView<'_>, scale: f64, strategy: Strategy) -> Result<Self> {
         let (height, count) = (padded(x.rows()), x.cols().div_ceil(BLOCK));
-        let mut panels = vec![0.0; height * BLOCK * count];
+        let mut panels = zeros(height * BLOCK * count, MEMORY)?;
         let fill = |(index, panel): (usize, &mut [f32])| {
             let columns = index * BLOCK..x.cols().min((index + 1) * BLOCK);
             let (rows, width) = (x.rows(), columns.len());
@@ -68,13 +76,12 @@ impl GramProduct {
         let length = count.div_ceil(PIECES).max(1);
         let pieces = (0..count)
             .step_by(length)
-            .map(|first| Piece {
-                panels: first..count.min(first + length),
-                inner: vec![0.0; BLOCK * VECTORS],
-                sums: vec![0.0; height * VECTORS],
+            .map(|first| {
+                let (inner, sums) = (zeros(BLOCK * VECTORS, MEMORY)?, zeros(height * VECTORS, MEMORY)?);
+                Ok(Piece { panels: first..count.min(first + length), inner, sums })
             })
-            .collect();
-        Self { panels, by_columns: x.is_column_major(), height, strategy, pieces }
+            .collect::<Result<_>>()?;
+        Ok(Self { panels, by_columns: x.is_column_major(), height, strategy, pieces })
     }
 
     /// Returns the number of rows of `V`: those of `X`, and zeros.

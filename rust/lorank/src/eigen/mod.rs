@@ -33,6 +33,7 @@ use crate::eigen::root_free_ql::tridiagonal_eigenvalues;
 use crate::eigen::sampled::sampled_spectrum;
 use crate::eigen::tridiag::{tridiagonalize, tridiagonalize_scratch};
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::{probe, zeros};
 use crate::exec::parallel::{Strategy, pool};
 use crate::exec::scratch::Scratch;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
@@ -49,6 +50,9 @@ const FAST_RATIO: usize = 32;
 
 /// Least number of rows and columns for which an estimate is several times faster than float32.
 const SAMPLED_FROM: usize = 2048;
+
+/// Number of vectors of eigenvalues and of entries of tridiagonal matrices that are alive at a time.
+const VECTORS: usize = 8;
 
 /// The arithmetic of a spectrum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +85,7 @@ impl Accuracy {
 /// # Errors
 /// [`Error::Numerical`](crate::Error::Numerical) if `W` contains NaN or infinite values, or if its entries
 /// are so large or small (beyond `2^±480`) that eigenvalues leave the range of float64;
-/// [`Error::Cancelled`](crate::Error::Cancelled).
+/// [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::Cancelled`](crate::Error::Cancelled).
 ///
 /// # Examples
 /// ```
@@ -112,7 +116,7 @@ pub fn spectrum(
 /// Computes a [`spectrum`] for a caller that already runs in the thread pool and reuses memory.
 ///
 /// # Errors
-/// The errors of [`spectrum`], and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+/// The errors of [`spectrum`].
 pub fn spectrum_in_pool(
     view: &MatrixView<'_>,
     accuracy: Accuracy,
@@ -127,8 +131,9 @@ pub fn spectrum_in_pool(
     let p = view.rows().min(view.cols());
     let largest = view.max_abs()?;
     if largest == 0.0 {
-        return Spectrum::new(vec![0.0; p]);
+        return Spectrum::new(zeros(p, "eigenvalues")?);
     }
+    probe(VECTORS * p * size_of::<f64>(), "eigenvalues")?;
     let exponent = scaling_exponent(largest)?;
     let scale = power_of_two(-exponent);
     let is_fast = accuracy == Accuracy::Fast;

@@ -20,8 +20,10 @@
 use faer::dyn_stack::{MemStack, StackReq};
 use pulp::{Simd, WithSimd};
 
+use crate::Result;
 use crate::eigen::panel_qr::{Reflection, dot, subtract};
 use crate::eigen::tridiagonal::Tridiagonal;
+use crate::exec::memory::with_capacity;
 use crate::kernels::number::{Number, padded};
 use crate::kernels::simd::{LINE, dispatch};
 
@@ -60,8 +62,12 @@ pub(crate) fn reduce_in_one_stage<T: Number>(
 
 impl<T: Number> Reflections<T> {
     /// Allocates memory for the reflections of a matrix of order `n`.
-    pub(crate) fn new(n: usize) -> Self {
-        Self { order: n, taus: Vec::with_capacity(n), vectors: Vec::with_capacity(n * n / 2) }
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub(crate) fn new(n: usize) -> Result<Self> {
+        const MEMORY: &str = "the reflections of a small matrix";
+        Ok(Self { order: n, taus: with_capacity(n, MEMORY)?, vectors: with_capacity(n * n / 2, MEMORY)? })
     }
 
     /// Replaces `Z` by `Q Z`. `Z (n, width)` is row-major, with `width` a multiple of [`Number::WIDEST`].
@@ -268,7 +274,7 @@ mod tests {
                 (0..n).for_each(|j| rows[i * stride + j] = T::of(a[(i, j)]));
             }
             let mut memory = MemBuffer::new(one_stage_scratch::<T>(n));
-            let (stack, mut reflections) = (MemStack::new(&mut memory), Reflections::new(n));
+            let (stack, mut reflections) = (MemStack::new(&mut memory), Reflections::new(n).unwrap());
             let t = reduce_in_one_stage(&mut rows, n, Some(&mut reflections), stack);
             assert_eq!((t.diagonal.len(), t.off_diagonal.len()), (n, n.saturating_sub(1)));
             let mut q = vec![T::default(); n * stride];

@@ -14,17 +14,19 @@
 //! The error of a statistic is estimated in two ways: by leaving out each group of probes in turn
 //! (jackknife), and by stopping after two thirds of the steps.
 
-use faer::Mat;
-
+use crate::Result;
 use crate::eigen::gram_product::{GramProduct, VECTORS};
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::{matrix, probe, zeros};
 use crate::exec::parallel::Strategy;
 use crate::kernels::dense::symmetric_eigen;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::kernels::number::Number;
 use crate::matrix::MatrixView;
 use crate::statistics::spectrum::Spectrum;
-use crate::{Error, Result};
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "an estimate of a spectrum";
 
 /// Number of random vectors.
 const PROBES: usize = VECTORS;
@@ -72,8 +74,8 @@ impl SampledSpectrum {
 /// Under [`Strategy::Together`] the caller must run in the thread pool.
 ///
 /// # Errors
-/// [`Error::Numerical`] if `W` contains NaN or infinite values, or values beyond `2^±480`;
-/// [`Error::Cancelled`].
+/// [`Error::Numerical`](crate::Error::Numerical) if `W` contains NaN or infinite values, or values beyond
+/// `2^±480`; [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::Cancelled`](crate::Error::Cancelled).
 ///
 /// # Examples
 /// ```
@@ -93,13 +95,15 @@ pub fn sampled_spectrum(
     let wide = view.wide();
     let p = wide.rows();
     let largest = view.max_abs()?;
+    // The spectrum, those of parts of the probes, and a copy of each.
+    probe(2 * (GROUPS + 2) * p * size_of::<f64>(), MEMORY)?;
     if largest == 0.0 {
-        let spectrum = Spectrum::new(vec![0.0; p])?;
+        let spectrum = Spectrum::new(zeros(p, MEMORY)?)?;
         return Ok(SampledSpectrum { without: vec![spectrum.clone()], coarse: spectrum.clone(), spectrum });
     }
     let exponent = binary_exponent(largest)?;
     let scale = power_of_two(-exponent);
-    let mut product = GramProduct::new(&wide, scale, strategy);
+    let mut product = GramProduct::new(&wide, scale, strategy)?;
     let recurrences = iterate(p, product.height(), cancel, |v, u| product.apply(v, u))?;
 
     let rules: Vec<Rule> =
@@ -146,13 +150,12 @@ impl Recurrence {
     /// Returns the Gauss quadrature of the first `steps` steps.
     fn rule(&self, steps: usize) -> Result<Rule> {
         let steps = steps.min(self.diagonal.len());
-        let matrix = Mat::from_fn(steps, steps, |i, j| match i.abs_diff(j) {
+        let entries = matrix(steps, steps, MEMORY, |i, j| match i.abs_diff(j) {
             0 => self.diagonal[i],
             1 => self.off_diagonal[i.min(j)],
             _ => 0.0,
-        });
-        let (nodes, vectors) = symmetric_eigen(matrix.as_ref())
-            .ok_or(Error::NoConvergence("the eigenvalues of a small tridiagonal matrix"))?;
+        })?;
+        let (nodes, vectors) = symmetric_eigen(entries.as_ref())?;
         Ok(Rule { nodes, weights: (0..steps).map(|i| vectors[(0, i)] * vectors[(0, i)]).collect() })
     }
 }
@@ -169,8 +172,8 @@ fn iterate(
     const EXHAUSTED: f64 = 1e-5;
     let mut found: Vec<Recurrence> = (0..PROBES).map(|_| Recurrence::default()).collect();
     let mut ended = [false; PROBES];
-    let (mut v, mut before) = (signs(p, height), vec![0.0f32; height * PROBES]);
-    let mut u = vec![0.0f32; height * PROBES];
+    let (mut v, mut before) = (signs(p, height)?, zeros::<f32>(height * PROBES, MEMORY)?);
+    let mut u = zeros::<f32>(height * PROBES, MEMORY)?;
     let mut last = [0.0; PROBES];
     for _ in 0..STEPS {
         cancel.check()?;
@@ -211,10 +214,10 @@ fn each_row([a, b, c]: [&mut [f32]; 3], work: impl Fn(usize, [&mut f32; 3])) {
 }
 
 /// Returns unit vectors of pseudo-random signs as columns, the same for every matrix of order `p`.
-fn signs(p: usize, height: usize) -> Vec<f32> {
+fn signs(p: usize, height: usize) -> Result<Vec<f32>> {
     let mut state = 0x6c6f_7261_6e6b_u64;
     let unit = f32::of(1.0 / (p as f64).sqrt());
-    let mut vectors = vec![0.0; height * PROBES];
+    let mut vectors = zeros(height * PROBES, MEMORY)?;
     for place in &mut vectors[..p * PROBES] {
         // splitmix64
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -223,7 +226,7 @@ fn signs(p: usize, height: usize) -> Vec<f32> {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         *place = if (z ^ (z >> 31)) & 1 == 0 { unit } else { -unit };
     }
-    vectors
+    Ok(vectors)
 }
 
 /// Returns the inner products of corresponding columns, in float64.

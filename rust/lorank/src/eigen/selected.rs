@@ -19,8 +19,14 @@ use crate::eigen::one_stage::{Reflections, one_stage_scratch, reduce_in_one_stag
 use crate::eigen::root_free_ql::tridiagonal_eigenvalues;
 use crate::eigen::tridiagonal::Tridiagonal;
 use crate::eigen::twisted::tridiagonal_eigenvectors;
+use crate::exec::memory::{collected, matrix, zero_matrix, zeros};
+use crate::exec::parallel::Strategy;
+use crate::exec::product_memory::prepare_products;
 use crate::kernels::dense::{cholesky, product};
 use crate::kernels::number::padded;
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "selected eigenvectors";
 
 /// Largest inner product of unit vectors that are orthogonalised. Beyond it, eigenvalues are equal up to
 /// rounding, and their vectors may coincide.
@@ -49,34 +55,39 @@ impl SelectedEigen {
     /// of [`reduce_in_one_stage`].
     ///
     /// # Errors
-    /// The errors of [`tridiagonal_eigenvalues`].
+    /// The errors of [`tridiagonal_eigenvalues`], and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub(crate) fn of(a: &mut [f64], n: usize, stack: &mut MemStack) -> Result<Self> {
-        let mut reflections = Reflections::new(n);
+        let mut reflections = Reflections::new(n)?;
         let tridiagonal = reduce_in_one_stage(a, n, Some(&mut reflections), stack);
         Ok(Self { values: tridiagonal_eigenvalues(&tridiagonal)?, tridiagonal, reflections })
     }
 
     /// Returns orthonormal eigenvectors `(n, k)` of the eigenvalues with the given indices, or `None` if some
     /// eigenvalues are too close to each other.
-    pub(crate) fn vectors(&self, places: impl Iterator<Item = usize>) -> Option<Mat<f64>> {
-        let values: Vec<f64> = places.map(|i| self.values[i]).collect();
-        let z = orthonormal(tridiagonal_eigenvectors(&self.tridiagonal, &values))?;
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub(crate) fn vectors(&self, places: impl Iterator<Item = usize>) -> Result<Option<Mat<f64>>> {
+        let values = collected(places.map(|i| self.values[i]), self.values.len(), MEMORY)?;
+        let Some(z) = orthonormal(tridiagonal_eigenvectors(&self.tridiagonal, &values)?)? else {
+            return Ok(None);
+        };
         let largest = self.values.last().copied().unwrap_or(0.0);
         let most = TOLERANCE * largest * (self.values.len() as f64).sqrt();
         let solves = |j: usize| self.residual(values[j], &z, j) <= most;
-        (0..values.len()).all(solves).then(|| self.reflected(&z))
+        (0..values.len()).all(solves).then(|| self.reflected(&z)).transpose()
     }
 
     /// Returns `Q Z`.
-    fn reflected(&self, z: &Mat<f64>) -> Mat<f64> {
+    fn reflected(&self, z: &Mat<f64>) -> Result<Mat<f64>> {
         let (n, k) = (z.nrows(), z.ncols());
         let width = padded::<f64>(k);
-        let mut rows = vec![0.0; n * width];
+        let mut rows = zeros(n * width, MEMORY)?;
         for (i, row) in rows.chunks_exact_mut(width.max(1)).enumerate() {
             row.iter_mut().take(k).enumerate().for_each(|(j, x)| *x = z[(i, j)]);
         }
         self.reflections.apply(&mut rows, width);
-        Mat::from_fn(n, k, |i, j| rows[i * width + j])
+        matrix(n, k, MEMORY, |i, j| rows[i * width + j])
     }
 
     /// Returns `|T z - l z|` for column `j` of `Z`.
@@ -92,21 +103,21 @@ impl SelectedEigen {
 }
 
 /// Returns `Z L^-T`, or `None` unless inner products are small.
-fn orthonormal(z: Mat<f64>) -> Option<Mat<f64>> {
-    let mut gram = product(z.transpose(), z.as_ref());
+fn orthonormal(z: Mat<f64>) -> Result<Option<Mat<f64>>> {
+    let mut gram = product(z.transpose(), z.as_ref())?;
     let k = gram.nrows();
     let alike = |i: usize, j: usize| (gram[(i, j)] - f64::from(u8::from(i == j))).abs();
     let most = (0..k).flat_map(|j| (j..k).map(move |i| (i, j))).map(|(i, j)| alike(i, j)).fold(0.0, f64::max);
     if most <= 4.0 * f64::EPSILON {
-        return Some(z);
+        return Ok(Some(z));
     }
-    if most > MOST_ALIKE {
-        return None;
+    if most > MOST_ALIKE || !cholesky(gram.as_mut())? {
+        return Ok(None);
     }
-    cholesky(gram.as_mut())?;
-    let mut inverse = Mat::zeros(k, k);
+    prepare_products([k; 3], Strategy::Alone)?;
+    let mut inverse = zero_matrix(k, k, MEMORY)?;
     invert_lower_triangular(inverse.as_mut(), gram.as_ref(), Par::Seq);
-    Some(product(z.as_ref(), inverse.transpose()))
+    product(z.as_ref(), inverse.transpose()).map(Some)
 }
 
 #[cfg(test)]
@@ -141,7 +152,7 @@ mod tests {
         let norm = expected.iter().fold(0.0f64, |norm, x| norm.max(x.abs()));
         let tolerance = 1e-14 * n as f64 * norm;
         assert!(found.values.iter().zip(&expected).all(|(x, y)| (x - y).abs() <= tolerance));
-        let vectors = found.vectors(places.iter().copied()).unwrap();
+        let vectors = found.vectors(places.iter().copied()).unwrap().unwrap();
         let scaled = Mat::from_fn(n, places.len(), |i, j| vectors[(i, j)] * found.values[places[j]]);
         assert!((a * &vectors - scaled).norm_max() <= tolerance);
         let identity = Mat::<f64>::identity(places.len(), places.len());
@@ -191,7 +202,7 @@ mod tests {
     #[test]
     fn equal_eigenvalues_are_rejected() {
         let found = eigen(&Mat::identity(5, 5));
-        assert!(found.vectors([0, 1].into_iter()).is_none());
-        assert_eq!(found.vectors(std::iter::empty()).unwrap().ncols(), 0);
+        assert!(found.vectors([0, 1].into_iter()).unwrap().is_none());
+        assert_eq!(found.vectors(std::iter::empty()).unwrap().unwrap().ncols(), 0);
     }
 }

@@ -10,7 +10,7 @@ use faer::{MatMut, MatRef};
 
 use crate::eigen::band::{reduce_to_band, reduce_to_band_scratch};
 use crate::eigen::band_layout::{position, storage};
-use crate::eigen::bulge::reduce_to_tridiagonal;
+use crate::eigen::bulge::{reduce_to_tridiagonal, reduce_to_tridiagonal_scratch};
 use crate::eigen::one_stage::{one_stage_scratch, reduce_in_one_stage};
 use crate::eigen::tridiagonal::Tridiagonal;
 use crate::exec::parallel::Strategy;
@@ -28,7 +28,8 @@ pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
     if n < two_stages_from::<T>() {
         StackReq::new_aligned::<T>(padded::<T>(n).pow(2), LINE).and(one_stage_scratch::<T>(n))
     } else {
-        StackReq::new_aligned::<T>(storage(n), LINE).and(reduce_to_band_scratch::<T>(n))
+        StackReq::new_aligned::<T>(storage(n), LINE)
+            .and(reduce_to_band_scratch::<T>(n).or(reduce_to_tridiagonal_scratch::<T>(n)))
     }
 }
 
@@ -62,7 +63,7 @@ fn in_two_stages<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut Me
     let n = a.nrows();
     let (mut band, stack) = stack.make_aligned_with(storage(n), LINE, |_| T::default());
     reduce_to_band(a, strategy, &mut band, stack);
-    reduce_to_tridiagonal(&mut band, n, strategy);
+    reduce_to_tridiagonal(&mut band, n, strategy, stack);
     Tridiagonal {
         diagonal: (0..n).map(|i| band[position(i, i)].to_f64()).collect(),
         off_diagonal: (1..n).map(|i| band[position(i, i - 1)].to_f64()).collect(),

@@ -19,7 +19,9 @@
 
 use faer::{ColMut, Mat};
 
+use crate::Result;
 use crate::eigen::tridiagonal::Tridiagonal;
+use crate::exec::memory::{zero_matrix, zeros};
 
 /// Number of eigenvalues processed together, whose chains of divisions are independent.
 const LANES: usize = 8;
@@ -30,11 +32,17 @@ const SMALLEST: f64 = 1e-150;
 
 type Lanes = [f64; LANES];
 
+/// Purpose of the memory of this module.
+const MEMORY: &str = "selected eigenvectors";
+
 /// Returns a unit vector for each eigenvalue, `(n, k)`, of a matrix whose largest entry is near 1.
-pub(crate) fn tridiagonal_eigenvectors(matrix: &Tridiagonal, eigenvalues: &[f64]) -> Mat<f64> {
+///
+/// # Errors
+/// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+pub(crate) fn tridiagonal_eigenvectors(matrix: &Tridiagonal, eigenvalues: &[f64]) -> Result<Mat<f64>> {
     let n = matrix.diagonal.len();
-    let mut vectors = Mat::zeros(n, eigenvalues.len());
-    let mut elimination = Elimination::new(n);
+    let mut vectors = zero_matrix(n, eigenvalues.len(), MEMORY)?;
+    let mut elimination = Elimination::new(n)?;
     for (batch, values) in eigenvalues.chunks(LANES).enumerate() {
         let mut shifts = [values[0]; LANES];
         shifts[..values.len()].copy_from_slice(values);
@@ -43,7 +51,7 @@ pub(crate) fn tridiagonal_eigenvectors(matrix: &Tridiagonal, eigenvalues: &[f64]
             elimination.vector(lane, vectors.col_mut(batch * LANES + lane));
         }
     }
-    vectors
+    Ok(vectors)
 }
 
 /// The results of elimination from both ends, for [`LANES`] eigenvalues.
@@ -55,9 +63,9 @@ struct Elimination {
 }
 
 impl Elimination {
-    fn new(n: usize) -> Self {
-        let zeros = || vec![[0.0; LANES]; n];
-        Self { up: zeros(), down: zeros(), pivots: zeros() }
+    fn new(n: usize) -> Result<Self> {
+        let zeros = || zeros(n, MEMORY);
+        Ok(Self { up: zeros()?, down: zeros()?, pivots: zeros()? })
     }
 
     fn run(&mut self, Tridiagonal { diagonal, off_diagonal }: &Tridiagonal, shifts: &Lanes) {
@@ -127,7 +135,7 @@ mod tests {
             let step = PI / (n + 1) as f64;
             let matrix = Tridiagonal { diagonal: vec![2.0; n], off_diagonal: vec![-1.0; n - 1] };
             let values: Vec<f64> = (1..=n).map(|k| 2.0 - 2.0 * (k as f64 * step).cos()).collect();
-            let vectors = tridiagonal_eigenvectors(&matrix, &values);
+            let vectors = tridiagonal_eigenvectors(&matrix, &values).unwrap();
             for k in 0..n {
                 let expected: Vec<f64> = (1..=n)
                     .map(|i| (i as f64 * (k + 1) as f64 * step).sin() * (2.0 * step / PI).sqrt())
@@ -154,7 +162,7 @@ mod tests {
         ];
         for (diagonal, off_diagonal, values) in cases {
             let matrix = Tridiagonal { diagonal, off_diagonal };
-            let vectors = tridiagonal_eigenvectors(&matrix, &values);
+            let vectors = tridiagonal_eigenvectors(&matrix, &values).unwrap();
             for (j, &value) in values.iter().enumerate() {
                 let z = column(&vectors, j);
                 assert!((z.iter().map(|x| x * x).sum::<f64>() - 1.0).abs() < 1e-14, "{z:?}");
@@ -166,7 +174,7 @@ mod tests {
     #[test]
     fn nan_is_propagated() {
         let matrix = Tridiagonal { diagonal: vec![f64::NAN; 3], off_diagonal: vec![1.0; 2] };
-        let vectors = tridiagonal_eigenvectors(&matrix, &[1.0]);
+        let vectors = tridiagonal_eigenvectors(&matrix, &[1.0]).unwrap();
         assert!(vectors.col(0).iter().any(|x| x.is_nan()));
     }
 }

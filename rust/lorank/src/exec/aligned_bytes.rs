@@ -7,6 +7,8 @@
 //! every 256th file would be read slowly. Copies whose target has the same place within a cache line as the
 //! source, or lies less than 8 bytes before it, are never slow.
 
+use bytemuck::allocation::try_zeroed_vec;
+
 use crate::kernels::simd::LINE;
 
 /// Multiple of the alignment of every number type, in bytes.
@@ -25,11 +27,8 @@ impl AlignedBytes {
     pub(crate) fn reserve(&mut self, size: usize, position: u64) -> Option<&mut [u8]> {
         let needed = size.checked_add(LINE)?;
         if needed > self.memory.len() {
-            self.memory = Vec::new(); // Freed first: the peak must not contain both.
-            // `try_reserve_exact` reports a lack of memory, where `vec!` would abort. Then `vec!` allocates
-            // zeroed memory without touching its pages.
-            Vec::<u8>::new().try_reserve_exact(needed).ok()?;
-            self.memory = vec![0; needed];
+            *self = Self::default(); // Freed first: the peak must not contain both.
+            self.memory = try_zeroed_vec(needed).ok()?; // Does not touch the pages.
         }
         let place = usize::try_from(position % LINE as u64).ok()? / ALIGNMENT * ALIGNMENT;
         self.start = (LINE + place - self.memory.as_ptr().addr() % LINE) % LINE;
@@ -78,5 +77,6 @@ mod tests {
         }
         assert!(buffer.reserve(usize::MAX, 0).is_none());
         assert!(buffer.reserve(1 << 60, 0).is_none());
+        assert!(buffer.bytes().is_empty());
     }
 }

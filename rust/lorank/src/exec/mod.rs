@@ -2,7 +2,9 @@
 
 pub(crate) mod aligned_bytes;
 pub mod cancel;
+pub mod memory;
 pub mod panics;
 pub mod parallel;
+pub(crate) mod product_memory;
 pub mod scratch;
 pub(crate) mod strips;

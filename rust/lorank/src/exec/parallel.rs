@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::probe;
 use crate::{Error, Result};
 
 /// The assignment of threads to one matrix.
@@ -54,12 +55,28 @@ pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
+/// Checks that the system provides memory for `threads` new threads. The standard library and the C library
+/// abort the process if memory ends while a thread starts.
+///
+/// # Errors
+/// [`Error::OutOfMemory`].
+pub fn check_stacks(threads: usize) -> Result<()> {
+    /// Size of a stack, as the standard library chooses it.
+    const STACK: usize = 2 << 20;
+    /// Size of the data of a thread and of its pool.
+    const OTHER: usize = 1 << 20;
+    probe(threads.saturating_mul(STACK + OTHER / 4).saturating_add(OTHER), "the stacks of threads")
+}
+
 /// Starts a pool of `threads` threads.
 ///
 /// # Errors
-/// [`Error::NoThreads`] if the system does not start them.
+/// [`Error::OutOfMemory`] if there is no memory for their stacks, and [`Error::NoThreads`] if the system does
+/// not start them.
 pub fn pool(threads: usize) -> Result<ThreadPool> {
-    pool_built(threads.max(1), ThreadPoolBuilder::build)
+    let threads = threads.max(1);
+    check_stacks(threads)?;
+    pool_built(threads, ThreadPoolBuilder::build)
 }
 
 fn pool_built(

@@ -13,10 +13,17 @@
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Mat, Par};
 
+use crate::Result;
 use crate::eigen::selected::SelectedEigen;
+use crate::exec::memory::{collected, matrix, zero_matrix};
+use crate::exec::parallel::Strategy;
+use crate::exec::product_memory::prepare_products;
 use crate::kernels::dense::{product, scale_rows};
 use crate::low_rank::cholesky_qr::{Precision, Triangular};
 use crate::low_rank::core_svd::Vectors;
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "the columns of a truncated update";
 
 /// Matrices whose products with the stacked factors `(K, length)` are the balanced columns of an update.
 #[derive(Clone, Debug)]
@@ -36,7 +43,12 @@ enum Columns {
 
 impl Basis {
     /// Creates the basis from the triangular factors of both sides and the vectors of the core.
-    pub(crate) fn new(b: &Triangular, a: &Triangular, vectors: Vectors) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub(crate) fn new(b: &Triangular, a: &Triangular, vectors: Vectors) -> Result<Self> {
+        let rank = a.factor.nrows();
+        prepare_products([rank; 3], Strategy::Alone)?;
         let columns = match vectors {
             Vectors::All { left, right } => {
                 let [b, a] = [(b, left), (a, right)].map(|(side, mut vectors)| {
@@ -47,44 +59,49 @@ impl Basis {
             }
             Vectors::OnDemand(eigen) => {
                 let columns = a.factor.col_iter().enumerate();
-                Columns::OnDemand {
-                    eigen,
-                    factor: columns.flat_map(|(j, x)| x.iter().skip(j).copied()).collect(),
-                }
+                let entries = columns.flat_map(|(j, x)| x.iter().skip(j).copied());
+                let factor = collected(entries, rank * (rank + 1) / 2, MEMORY)?.into_boxed_slice();
+                Columns::OnDemand { eigen, factor }
             }
         };
-        Self { columns, precisions: [b.precision, a.precision] }
+        Ok(Self { columns, precisions: [b.precision, a.precision] })
     }
 
     /// Returns the matrices `(K, k)` whose products with the factors are `Q_B U S` and `Q_A V`, for the
     /// values with the given indices. `weights` contains the weight of every row of `B^T`. Returns `None` if
     /// vectors are inaccurate, which the checks of the core should exclude.
-    pub(crate) fn columns(&self, places: &[usize], weights: &[f64]) -> Option<[Mat<f64>; 2]> {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub(crate) fn columns(&self, places: &[usize], weights: &[f64]) -> Result<Option<[Mat<f64>; 2]>> {
         match &self.columns {
             Columns::All { b, a } => {
-                Some([b, a].map(|x| Mat::from_fn(x.nrows(), places.len(), |i, j| x[(i, places[j])])))
+                let chosen = |x: &Mat<f64>| matrix(x.nrows(), places.len(), MEMORY, |i, j| x[(i, places[j])]);
+                Ok(Some([chosen(b)?, chosen(a)?]))
             }
             Columns::OnDemand { eigen, factor } => {
                 // Eigenvalues ascend.
                 let last = eigen.values.len() - 1;
-                let mut right = eigen.vectors(places.iter().map(|i| last - i))?;
-                let factor = unpacked(factor, eigen.values.len());
-                let mut left = product(factor.as_ref(), right.as_ref());
+                let Some(mut right) = eigen.vectors(places.iter().map(|i| last - i))? else {
+                    return Ok(None);
+                };
+                let factor = unpacked(factor, eigen.values.len())?;
+                let mut left = product(factor.as_ref(), right.as_ref())?;
                 scale_rows(&mut left, weights);
                 solve_upper_triangular_in_place(factor.transpose(), right.as_mut(), Par::Seq);
-                Some([left, right])
+                Ok(Some([left, right]))
             }
         }
     }
 }
 
 /// Returns the lower triangular matrix of order `n` from its columns, each from the diagonal on.
-fn unpacked(mut columns: &[f64], n: usize) -> Mat<f64> {
-    let mut matrix = Mat::zeros(n, n);
+fn unpacked(mut columns: &[f64], n: usize) -> Result<Mat<f64>> {
+    let mut matrix = zero_matrix(n, n, MEMORY)?;
     for (j, column) in matrix.col_iter_mut().enumerate() {
         let (own, others) = columns.split_at(n - j);
         column.iter_mut().skip(j).zip(own).for_each(|(to, from)| *to = *from);
         columns = others;
     }
-    matrix
+    Ok(matrix)
 }

@@ -15,13 +15,19 @@
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::{Mat, MatRef, Par};
 
-use crate::Result;
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::zero_matrix;
+use crate::exec::parallel::Strategy;
+use crate::exec::product_memory::prepare_products;
 use crate::kernels::dense::{cholesky, product};
 use crate::kernels::thin_gram::SUMMANDS;
 use crate::low_rank::terms::{Side, Term};
 use crate::matrix::stacked::{Gram, gram_scratch};
 use crate::storage::source::Parts;
+use crate::{Error, Result};
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "the factors of an update";
 
 /// The arithmetic of a Gram matrix and of the products that depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,22 +98,26 @@ impl Triangular {
             return Ok(false);
         }
         stacked.gram::<f32>(gram, scratch.stack(gram_scratch::<f32>(rank))?, cancel)?;
-        if self.factor(gram, rank, length, Precision::Single).is_some() {
+        if self.factor(gram, rank, length, Precision::Single)? {
             return Ok(true);
         }
         stacked.gram::<f64>(gram, scratch.stack(gram_scratch::<f64>(rank))?, cancel)?;
-        Ok(self.factor(gram, rank, length, Precision::Double).is_some())
+        self.factor(gram, rank, length, Precision::Double)
     }
 
-    fn factor(&mut self, gram: &Gram, rank: usize, length: usize, precision: Precision) -> Option<()> {
+    /// Returns false if no bound shows that `Q` is orthonormal.
+    fn factor(&mut self, gram: &Gram, rank: usize, length: usize, precision: Precision) -> Result<bool> {
         let squares: Vec<f64> = gram.values.iter().step_by(gram.order + 1).take(rank).copied().collect();
         let range = precision.range();
         if !squares.iter().all(|x| range.contains(&(x / length as f64))) {
-            return None;
+            return Ok(false);
         }
         let lengths: Vec<f64> = squares.iter().map(|x| x.sqrt()).collect();
         let inverses: Vec<f64> = lengths.iter().map(|x| x.recip()).collect();
         let factor = &mut self.factor;
+        factor
+            .try_reserve(rank, rank)
+            .map_err(|_| Error::no_memory(rank * rank * size_of::<f64>(), MEMORY))?;
         factor.resize_with(rank, rank, |_, _| 0.0);
         for (j, (column, scale)) in factor.col_iter_mut().zip(&inverses).enumerate() {
             let below = gram.values[j..].iter().step_by(gram.order).zip(&inverses).skip(j);
@@ -115,27 +125,30 @@ impl Triangular {
                 *to = x * other * scale;
             }
         }
-        cholesky(factor.as_mut())?;
-        is_well_conditioned(factor.as_ref(), precision.tolerance() / precision.error(rank, length))
-            .then_some(())?;
+        let most = precision.tolerance() / precision.error(rank, length);
+        if !cholesky(factor.as_mut())? || !is_well_conditioned(factor.as_ref(), most)? {
+            return Ok(false);
+        }
         for (j, column) in factor.col_iter_mut().enumerate() {
             column.iter_mut().zip(&lengths).skip(j).for_each(|(x, length)| *x *= length);
         }
         self.precision = precision;
-        Some(())
+        Ok(true)
     }
 }
 
 /// Returns true if a bound shows that `||L^-1||^2` is at most `most`.
-fn is_well_conditioned(factor: MatRef<'_, f64>, most: f64) -> bool {
+fn is_well_conditioned(factor: MatRef<'_, f64>, most: f64) -> Result<bool> {
     let product_of = |(columns, rows): (f64, f64)| columns * rows;
     if product_of(largest_sums_at_most(factor)) <= most {
-        return true;
+        return Ok(true);
     }
-    let mut inverse = Mat::zeros(factor.nrows(), factor.nrows());
+    let n = factor.nrows();
+    prepare_products([n; 3], Strategy::Alone)?;
+    let mut inverse = zero_matrix(n, n, MEMORY)?;
     invert_lower_triangular(inverse.as_mut(), factor, Par::Seq);
-    product_of(largest_sums(inverse.as_ref())) <= most
-        || largest_sums(product(inverse.transpose(), inverse.as_ref()).as_ref()).0 <= most
+    Ok(product_of(largest_sums(inverse.as_ref())) <= most
+        || largest_sums(product(inverse.transpose(), inverse.as_ref())?.as_ref()).0 <= most)
 }
 
 /// Returns bounds on the largest sums of absolute values of a column and of a row of `L^-1`: the largest
@@ -224,7 +237,7 @@ mod tests {
             let bounds = [
                 largest_sums_at_most(factor.as_ref()),
                 largest_sums(inverse.as_ref()),
-                (largest_sums(product(inverse.transpose(), inverse.as_ref()).as_ref()).0, 1.0),
+                (largest_sums(product(inverse.transpose(), inverse.as_ref()).unwrap().as_ref()).0, 1.0),
             ]
             .map(|(columns, rows)| columns * rows);
             let least = square_of_norm(&factor);

@@ -10,13 +10,19 @@ use faer::dyn_stack::{MemStack, StackReq};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 
-use crate::Result;
 use crate::eigen::selected::{SelectedEigen, selected_eigen_scratch};
+use crate::exec::memory::{collected, matrix};
+use crate::exec::parallel::Strategy;
+use crate::exec::product_memory::prepare_products;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::kernels::number::padded;
 use crate::kernels::simd::LINE;
 use crate::kernels::thin_gram::add_gram_of_columns;
 use crate::svd::dense_svd;
+use crate::{Error, Result};
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "the decomposition of an update";
 
 /// Least `(s_n / s_1)^2` for the decomposition by eigenvalues of `C^T C`, whose square roots are then
 /// accurate to 1e-9.
@@ -60,12 +66,13 @@ impl CoreSvd {
     /// The errors of [`dense_svd`].
     pub(crate) fn of(left: MatRef<'_, f64>, right: MatRef<'_, f64>, stack: &mut MemStack) -> Result<Self> {
         let (n, stride) = (right.nrows(), padded::<f64>(right.nrows()));
+        prepare_products([left.nrows(), left.ncols(), n], Strategy::Alone)?;
         let (mut rows, stack) = stack.make_aligned_with(n * stride, LINE, |_| 0.0);
         // In faer 0.24 the constructor for row-major slices takes the stride of columns.
         let core = MatMut::from_column_major_slice_with_stride_mut(&mut rows, n, n, stride).transpose_mut();
         matmul(core, Accum::Replace, left, right, 1.0, Par::Seq);
         let exponent = scale_to_one(&mut rows)?;
-        let found = match Self::by_eigenvalues(&rows, n, stack) {
+        let found = match Self::by_eigenvalues(&rows, n, stack)? {
             Some(found) => found,
             None => {
                 Self::dense(MatRef::from_column_major_slice_with_stride(&rows, n, n, stride).transpose())?
@@ -77,14 +84,14 @@ impl CoreSvd {
     fn dense(core: MatRef<'_, f64>) -> Result<Self> {
         let svd = dense_svd(core)?;
         let s = &svd.singular_values;
-        let left = Mat::from_fn(svd.u.nrows(), s.len(), |i, j| svd.u[(i, j)] * s[j]);
+        let left = matrix(svd.u.nrows(), s.len(), MEMORY, |i, j| svd.u[(i, j)] * s[j])?;
         let vectors = Vectors::All { left, right: svd.v };
         Ok(Self { singular_values: svd.singular_values, vectors })
     }
 
     /// Decomposes a core by eigenvalues. `rows` is row-major with a largest entry near 1. Returns `None` if
     /// the condition number is large or values are too close.
-    fn by_eigenvalues(rows: &[f64], n: usize, stack: &mut MemStack) -> Option<Self> {
+    fn by_eigenvalues(rows: &[f64], n: usize, stack: &mut MemStack) -> Result<Option<Self>> {
         let stride = padded::<f64>(n);
         let (mut squares, stack) = stack.make_aligned_with(stride * stride, LINE, |_| 0.0);
         // The columns of `C^T` are the rows of `C`.
@@ -94,15 +101,22 @@ impl CoreSvd {
                 squares[j * stride + i] = squares[i * stride + j];
             }
         }
-        let eigen = SelectedEigen::of(&mut squares, n, stack).ok()?;
-        let largest = *eigen.values.last()?;
-        let is_moderate = *eigen.values.first()? > SMALLEST_SQUARE * largest;
+        let eigen = match SelectedEigen::of(&mut squares, n, stack) {
+            Ok(eigen) => eigen,
+            Err(error @ Error::OutOfMemory { .. }) => return Err(error),
+            Err(_) => return Ok(None),
+        };
+        let (Some(&smallest), Some(&largest)) = (eigen.values.first(), eigen.values.last()) else {
+            return Ok(None);
+        };
+        let is_moderate = smallest > SMALLEST_SQUARE * largest;
         let are_apart = eigen.values.windows(2).all(|pair| pair[1] - pair[0] > LEAST_GAP * largest);
         if !is_moderate || !are_apart {
-            return None;
+            return Ok(None);
         }
-        let singular_values = eigen.values.iter().rev().map(|square| square.sqrt()).collect();
-        Some(Self { singular_values, vectors: Vectors::OnDemand(Box::new(eigen)) })
+        let roots = eigen.values.iter().rev().map(|square| square.sqrt());
+        let singular_values = collected(roots, n, MEMORY)?;
+        Ok(Some(Self { singular_values, vectors: Vectors::OnDemand(Box::new(eigen)) }))
     }
 
     /// Returns the decomposition of the core times a positive number.
@@ -163,7 +177,7 @@ mod tests {
             }
             Vectors::OnDemand(eigen) => {
                 let last = core.nrows() - 1;
-                let v = eigen.vectors(places.iter().map(|i| last - i)).unwrap();
+                let v = eigen.vectors(places.iter().map(|i| last - i)).unwrap().unwrap();
                 [core * &v, v]
             }
         }

@@ -21,9 +21,10 @@ use std::sync::Arc;
 use faer::{Mat, MatMut, MatRef};
 
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::{copied, zero_matrix};
 use crate::exec::panics::guarded;
 use crate::exec::parallel::{costliest_first, pool, side_by_side};
-use crate::kernels::dense::{scale_columns, scale_rows};
+use crate::kernels::dense::{product, scale_columns, scale_rows};
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::basis::Basis;
 use crate::low_rank::cholesky_qr::Triangular;
@@ -36,6 +37,9 @@ use crate::storage::source::{Buffer, Parts, StoredMatrix};
 use crate::svd::dense_svd;
 use crate::svd::qr::HouseholderQr;
 use crate::{Error, Result};
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "the decomposition of an update";
 
 /// The singular values of an update, and the data to compute its factors.
 #[derive(Clone, Debug)]
@@ -146,7 +150,7 @@ fn by_gram(
     {
         return Ok(None);
     }
-    let mut weighted = b.factor.clone();
+    let mut weighted = copied(b.factor.as_ref(), MEMORY)?;
     scale_rows(&mut weighted, &weights_of_rows(update));
     let stack = parts.scratch.stack(core_svd_scratch(rank))?;
     let CoreSvd { singular_values, vectors } = CoreSvd::of(weighted.transpose(), a.factor.as_ref(), stack)?;
@@ -156,7 +160,7 @@ fn by_gram(
         return Ok(None);
     }
     let singular_values = without_noise(singular_values, rank, norm);
-    let form = Form::Basis { basis: Basis::new(b, a, vectors), terms: update.into() };
+    let form = Form::Basis { basis: Basis::new(b, a, vectors)?, terms: update.into() };
     Ok(Some(Decomposition { singular_values, shape: (out, fan_in), form }))
 }
 
@@ -179,9 +183,10 @@ fn check_range(largest: f64, exponent: i32) -> Result<()> {
 
 /// Replaces singular values by 0 if they are zero up to rounding, for factors with the given product of
 /// norms.
-fn without_noise(values: Vec<f64>, rank: usize, norm: f64) -> Vec<f64> {
+fn without_noise(mut values: Vec<f64>, rank: usize, norm: f64) -> Vec<f64> {
     let noise = rank as f64 * f64::EPSILON * norm;
-    values.into_iter().map(|s| if s > noise { s } else { 0.0 }).collect()
+    values.iter_mut().for_each(|s| *s = if *s > noise { *s } else { 0.0 });
+    values
 }
 
 pub(crate) fn by_reflections(
@@ -193,8 +198,8 @@ pub(crate) fn by_reflections(
     buffers.resize_with(buffers.len().max(1), Buffer::default);
     let buffer = &mut buffers[0];
     let scales = Scales::of(update, buffer, cancel)?;
-    let mut b = Mat::zeros(out, rank);
-    let mut a_transposed = Mat::zeros(fan_in, rank);
+    let mut b = zero_matrix(out, rank, MEMORY)?;
+    let mut a_transposed = zero_matrix(fan_in, rank, MEMORY)?;
     let mut column = 0;
     for (term, (b_scale, a_scale)) in update.iter().zip(&scales.factors) {
         let r = term.a.shape().0;
@@ -203,19 +208,21 @@ pub(crate) fn by_reflections(
         upcast(&term.a, *a_scale, rows, buffer, cancel)?;
         column += r;
     }
-    let (b, a) = (HouseholderQr::new(b), HouseholderQr::new(a_transposed));
-    let (r_b, r_a) = (b.r(), a.r());
-    let core = dense_svd((&r_b * r_a.transpose()).as_ref())?;
+    let (b, a) = (HouseholderQr::new(b)?, HouseholderQr::new(a_transposed)?);
+    let (r_b, r_a) = (b.r()?, a.r()?);
+    let core = dense_svd(product(r_b.as_ref(), r_a.transpose())?.as_ref())?;
     let values = without_noise(core.singular_values, rank, r_b.norm_l2() * r_a.norm_l2());
     let unit = power_of_two(scales.half_exponent);
     check_range(values.first().copied().unwrap_or(0.0), 2 * scales.half_exponent)?;
     let roots: Vec<f64> = values.iter().map(|s| s.sqrt() * unit).collect();
     let in_float64 = update.iter().any(is_float64);
     let columns = |of: &HouseholderQr, vectors: &Mat<f64>, length| {
-        let columns = rotated(of, vectors.as_ref(), &roots, length);
-        Arc::new(Values::collect(columns.col_iter().flat_map(|column| column.iter().copied()), in_float64))
+        let columns = rotated(of, vectors.as_ref(), &roots, length)?;
+        let count = length * columns.ncols();
+        let values = columns.col_iter().flat_map(|column| column.iter().copied());
+        Values::collect(values, count, in_float64).map(Arc::new)
     };
-    let form = Form::Explicit { b: columns(&b, &core.u, out), a: columns(&a, &core.v, fan_in) };
+    let form = Form::Explicit { b: columns(&b, &core.u, out)?, a: columns(&a, &core.v, fan_in)? };
     let singular_values = values.into_iter().map(|s| s * unit * unit).collect();
     Ok(Decomposition { singular_values, shape: (out, fan_in), form })
 }
@@ -283,12 +290,12 @@ fn upcast(
 }
 
 /// Returns `Q X diag(roots)`.
-fn rotated(q: &HouseholderQr, x: MatRef<'_, f64>, roots: &[f64], length: usize) -> Mat<f64> {
-    let mut columns = Mat::zeros(length, roots.len());
+fn rotated(q: &HouseholderQr, x: MatRef<'_, f64>, roots: &[f64], length: usize) -> Result<Mat<f64>> {
+    let mut columns = zero_matrix(length, roots.len(), MEMORY)?;
     columns.as_mut().subrows_mut(0, x.nrows()).copy_from(x);
-    q.apply(columns.as_mut());
+    q.apply(columns.as_mut())?;
     scale_columns(&mut columns, roots);
-    columns
+    Ok(columns)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@
 use faer::{Mat, MatRef};
 
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::{identity, matrix, resize};
 use crate::exec::panics::guarded;
 use crate::exec::parallel::{costliest_first, pool, side_by_side};
 use crate::kernels::dense::product;
@@ -20,6 +21,9 @@ use crate::storage::source::{Buffer, StoredMatrix};
 use crate::svd::qr::HouseholderQr;
 use crate::svd::{SvdSpace, ThinSvd, dense_svd};
 use crate::{Error, Result};
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "a difference of weights";
 
 /// Number of columns of the random start beyond the rank.
 const OVERSAMPLING: usize = 16;
@@ -134,15 +138,15 @@ pub fn subtract(
     let leading_of = |values: &[f64], u: MatRef<'_, f64>, v: MatRef<'_, f64>| {
         let (u, v) = (u.subcols(0, rank), v.subcols(0, rank));
         let next = values.get(rank).copied().unwrap_or(0.0) * unit;
-        Difference { leading: balanced(u, &values[..rank], v, exponent), energy, next }
+        Ok(Difference { leading: balanced(u, &values[..rank], v, exponent)?, energy, next })
     };
     if rows.min(cols) <= EXACT_UP_TO || rank + OVERSAMPLING >= rows.min(cols) / 2 {
         // Transposed, as the row-major difference is then column-major.
         let (values, v, u) = buffers.space.decompose(difference.transpose())?;
-        Ok(leading_of(&values, u, v))
+        leading_of(&values, u, v)
     } else {
         let svd = randomized(difference, rank, cancel)?;
-        Ok(leading_of(&svd.singular_values, svd.u.as_ref(), svd.v.as_ref()))
+        leading_of(&svd.singular_values, svd.u.as_ref(), svd.v.as_ref())
     }
 }
 
@@ -150,14 +154,7 @@ pub fn subtract(
 fn scaled_difference(pair: &Pair, buffers: &mut Buffers, cancel: &CancelToken) -> Result<i32> {
     let (rows, cols) = pair.base.shape();
     let Buffers { buffer, difference, block, .. } = buffers;
-    let size = rows * cols;
-    if difference.capacity() < size {
-        *difference = Vec::new(); // Freed first: the peak must not contain both.
-        let bytes = size.saturating_mul(size_of::<f64>());
-        let no_memory = |_| Error::no_memory(bytes, "a difference of weights");
-        difference.try_reserve_exact(size).map_err(no_memory)?;
-    }
-    difference.resize(size, 0.0);
+    resize(difference, rows.saturating_mul(cols), MEMORY)?;
     pair.tuned.with_view(buffer, cancel, |view| {
         view.max_abs()?; // Reports NaN and infinities.
         view.upcast_rows(0..rows, 1.0, difference);
@@ -167,7 +164,7 @@ fn scaled_difference(pair: &Pair, buffers: &mut Buffers, cancel: &CancelToken) -
         view.max_abs()?;
         for (k, part) in difference.chunks_mut(BLOCK_ROWS * cols.max(1)).enumerate() {
             let first = k * BLOCK_ROWS;
-            block.resize(part.len(), 0.0);
+            resize(block, part.len(), MEMORY)?;
             view.upcast_rows(first..(first + BLOCK_ROWS).min(rows), 1.0, block);
             part.iter_mut().zip(&*block).for_each(|(x, y)| *x -= y);
         }
@@ -187,32 +184,32 @@ fn scaled_difference(pair: &Pair, buffers: &mut Buffers, cancel: &CancelToken) -
 
 fn randomized(a: MatRef<'_, f64>, rank: usize, cancel: &CancelToken) -> Result<ThinSvd> {
     let width = rank + OVERSAMPLING;
-    let mut range = orthonormal(&product(a, gaussian(a.ncols(), width).as_ref()));
+    let mut range = orthonormal(product(a, gaussian(a.ncols(), width)?.as_ref())?)?;
     for _ in 0..POWER_ITERATIONS {
         cancel.check()?;
-        let back = orthonormal(&product(a.transpose(), range.as_ref()));
-        range = orthonormal(&product(a, back.as_ref()));
+        let back = orthonormal(product(a.transpose(), range.as_ref())?)?;
+        range = orthonormal(product(a, back.as_ref())?)?;
     }
     cancel.check()?;
     // A = Q (Q^T A): the transpose of the small factor is tall.
-    let small = product(a.transpose(), range.as_ref());
+    let small = product(a.transpose(), range.as_ref())?;
     let inner = dense_svd(small.as_ref())?;
     Ok(ThinSvd {
-        u: product(range.as_ref(), inner.v.as_ref()),
+        u: product(range.as_ref(), inner.v.as_ref())?,
         singular_values: inner.singular_values,
         v: inner.u,
     })
 }
 
-fn orthonormal(a: &Mat<f64>) -> Mat<f64> {
-    let mut q = Mat::identity(a.nrows(), a.ncols().min(a.nrows()));
-    HouseholderQr::new(a.clone()).apply(q.as_mut());
-    q
+fn orthonormal(a: Mat<f64>) -> Result<Mat<f64>> {
+    let mut q = identity(a.nrows(), a.ncols().min(a.nrows()), MEMORY)?;
+    HouseholderQr::new(a)?.apply(q.as_mut())?;
+    Ok(q)
 }
 
 /// Returns sums of twelve uniform numbers. They are sufficiently Gaussian for a random start, and equal on
 /// all machines.
-fn gaussian(rows: usize, cols: usize) -> Mat<f64> {
+fn gaussian(rows: usize, cols: usize) -> Result<Mat<f64>> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut uniform = move || {
         state ^= state << 13;
@@ -220,7 +217,7 @@ fn gaussian(rows: usize, cols: usize) -> Mat<f64> {
         state ^= state << 17;
         (state >> 11) as f64 / (1u64 << 53) as f64
     };
-    Mat::from_fn(rows, cols, |_, _| (0..12).map(|_| uniform()).sum::<f64>() - 6.0)
+    matrix(rows, cols, MEMORY, |_, _| (0..12).map(|_| uniform()).sum::<f64>() - 6.0)
 }
 
 #[cfg(test)]
@@ -248,7 +245,8 @@ mod tests {
         let k = rows.min(cols);
         // Rows in reverse order, so that the vectors are independent of the random start of the algorithm.
         let swapped = |x: Mat<f64>| x.as_ref().reverse_rows().to_owned();
-        let (u, v) = (swapped(orthonormal(&gaussian(rows, k))), swapped(orthonormal(&gaussian(cols, k))));
+        let basis = |length| orthonormal(gaussian(length, k).unwrap()).unwrap();
+        let (u, v) = (swapped(basis(rows)), swapped(basis(cols)));
         Mat::from_fn(rows, k, |i, j| u[(i, j)] * value(j)) * v.transpose()
     }
 

@@ -11,6 +11,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use crate::exec::memory::probe;
 use crate::{Error, Result};
 
 /// Number of bits that one histogram resolves. Its buckets fill a level-1 cache.
@@ -25,7 +26,7 @@ const SLACK: f64 = 1e-12;
 /// Keeps the `count` largest scores, or all that are not zero.
 ///
 /// # Errors
-/// [`Error::InvalidInput`] for a NaN, infinite or negative score.
+/// [`Error::InvalidInput`] for a NaN, infinite or negative score; [`Error::OutOfMemory`].
 ///
 /// # Examples
 /// ```
@@ -114,11 +115,22 @@ fn pattern(x: f64) -> u64 {
     (x + 0.0).to_bits()
 }
 
+/// Checks that there is memory for the patterns and marks of all values.
+fn check_memory(count: usize) -> Result<()> {
+    /// Bytes per value: patterns in a growing vector, and marks.
+    const EACH: usize = 5 * size_of::<u64>();
+    probe(count.saturating_mul(EACH), "a selection of singular values")
+}
+
 /// The smallest and the largest non-zero pattern.
 type Range = Option<(u64, u64)>;
 
 /// Returns the range of the scores, after checking that all are valid.
+///
+/// # Errors
+/// [`Error::InvalidInput`], and [`Error::OutOfMemory`] if there is no memory for a selection.
 fn check(scores: &[f64]) -> Result<Range> {
+    check_memory(scores.len())?;
     // Lanes and plain comparisons, which compilers vectorise. Invalid scores become infinite.
     let (mut low, mut high) = ([f64::INFINITY; LANES], [0.0f64; LANES]);
     let mut see = |chunk: &[f64; LANES]| {

@@ -2,7 +2,12 @@
 
 use faer::MatRef;
 
+use crate::Result;
+use crate::exec::memory::collected;
 use crate::kernels::exponent::power_of_two;
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "truncated factors";
 
 /// Numbers in float32, or in float64 if a factor was float64.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,12 +19,16 @@ pub enum Values {
 }
 
 impl Values {
-    pub(crate) fn collect(values: impl Iterator<Item = f64>, in_float64: bool) -> Self {
+    /// Collects at most `count` numbers.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub(crate) fn collect(values: impl Iterator<Item = f64>, count: usize, in_float64: bool) -> Result<Self> {
         if in_float64 {
-            Self::F64(values.collect())
+            collected(values, count, MEMORY).map(Self::F64)
         } else {
             #[allow(clippy::cast_possible_truncation)] // Rounding is intended.
-            Self::F32(values.map(|x| x as f32).collect())
+            collected(values.map(|x| x as f32), count, MEMORY).map(Self::F32)
         }
     }
 
@@ -67,11 +76,13 @@ pub(crate) fn balanced(
     singular_values: &[f64],
     v: MatRef<'_, f64>,
     exponent: i32,
-) -> Triplets {
-    let singular_values: Vec<f64> = singular_values.iter().map(|s| s * power_of_two(exponent)).collect();
+) -> Result<Triplets> {
+    let scaled = singular_values.iter().map(|s| s * power_of_two(exponent));
+    let singular_values = collected(scaled, singular_values.len(), MEMORY)?;
     let columns = |x: MatRef<'_, f64>| {
         let scaled = x.col_iter().zip(&singular_values);
-        Values::collect(scaled.flat_map(|(column, s)| column.iter().map(|x| x * s.sqrt())), false)
+        let values = scaled.flat_map(|(column, s)| column.iter().map(|x| x * s.sqrt()));
+        Values::collect(values, x.nrows() * x.ncols(), false)
     };
-    Triplets { b_columns: columns(u), a_rows: columns(v), singular_values }
+    Ok(Triplets { b_columns: columns(u)?, a_rows: columns(v)?, singular_values })
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use faer::{Mat, MatRef};
 
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::zeros;
 use crate::exec::panics::guarded;
 use crate::exec::parallel::{costliest_first, pool, side_by_side};
 use crate::kernels::dense::scale_columns;
@@ -68,9 +69,7 @@ impl Truncation {
         }
         let mut hold = |matrix: &StoredMatrix| {
             let size = matrix.size();
-            let mut bytes = Vec::new();
-            bytes.try_reserve_exact(size).map_err(|_| Error::no_memory(size, "truncated factors"))?;
-            bytes.resize(size, 0);
+            let mut bytes = zeros(size, "truncated factors")?;
             if let Some(values) = matrix.computation() {
                 values.compute(&mut bytes, parts, cancel)?;
             }
@@ -121,7 +120,7 @@ impl Truncation {
                 (columns(b), columns(a))
             }
             Form::Basis { terms, basis } => {
-                let Some([mut left, mut right]) = basis.columns(&kept, &weights_of_rows(terms)) else {
+                let Some([mut left, mut right]) = basis.columns(&kept, &weights_of_rows(terms))? else {
                     return self.by_reflections(terms, cancel);
                 };
                 // Values that are zero up to rounding have no triplets.

@@ -12,11 +12,15 @@ use faer::{MatMut, MatRef};
 
 use crate::Result;
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::{collected, resize};
 use crate::kernels::number::Number;
 use crate::kernels::simd::LINE;
 use crate::kernels::thin_gram::{SUMMANDS, SumsOfRows, add_gram_of_columns, sums_of_rows};
 use crate::kernels::thin_product::{HIGH, Panel, multiply, multiply_transposed};
 use crate::matrix::MatrixView;
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "products of the factors of an update";
 
 /// Size of a panel that is read once and multiplied many times, in bytes: a level-1 cache.
 const PANEL: usize = 32 << 10;
@@ -74,8 +78,8 @@ impl<'a> Stacked<'a> {
     ) -> Result<()> {
         let order = self.rank().next_multiple_of(T::WIDEST);
         gram.order = order;
-        gram.values.clear();
-        gram.values.resize(order * order, 0.0);
+        resize(&mut gram.values, order * order, MEMORY)?;
+        gram.values.fill(0.0);
         if self.parts.first().is_some_and(MatrixView::is_column_major) {
             self.gram_of_columns::<T>(gram, stack, cancel)
         } else {
@@ -127,7 +131,7 @@ impl<'a> Stacked<'a> {
     ) -> Result<()> {
         let (order, k) = (self.rank().next_multiple_of(T::WIDEST), y.ncols());
         let width = k.next_multiple_of(T::WIDEST / 2);
-        let y: Vec<T> = padded(order, width, |i, j| if i < y.nrows() && j < k { y[(i, j)] } else { 0.0 });
+        let y: Vec<T> = padded(order, width, |i, j| if i < y.nrows() && j < k { y[(i, j)] } else { 0.0 })?;
         let depth = panel_length::<T>(order);
         let (mut panel, stack) = zeros::<T>(depth * order, stack);
         let (mut product, _) = zeros::<T>(depth * width, stack);
@@ -154,7 +158,7 @@ impl<'a> Stacked<'a> {
         cancel: &CancelToken,
     ) -> Result<()> {
         let (order, k, length) = (self.rank(), y.ncols(), self.length());
-        let y: Vec<T> = padded(order, k, |i, j| y[(i, j)]);
+        let y: Vec<T> = padded(order, k, |i, j| y[(i, j)])?;
         let out = out.as_chunks_mut::<PLACE>().0;
         let depth = panel_length::<T>(order);
         // Rows that begin an odd number of cache lines apart do not compete for the same cache sets.
@@ -296,8 +300,9 @@ fn row_length<T: Number>(order: usize) -> usize {
     (ROWS / size_of::<T>() / order.max(1)).clamp(unit, 16 * unit) / unit * unit
 }
 
-fn padded<T: Number>(rows: usize, cols: usize, value: impl Fn(usize, usize) -> f64) -> Vec<T> {
-    (0..rows * cols).map(|n| T::of(value(n / cols, n % cols))).collect()
+fn padded<T: Number>(rows: usize, cols: usize, value: impl Fn(usize, usize) -> f64) -> Result<Vec<T>> {
+    let count = rows * cols;
+    collected((0..count).map(|n| T::of(value(n / cols, n % cols))), count, MEMORY)
 }
 
 /// Size of a float32 number in bytes.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use faer::MatMut;
 use faer::prelude::ReborrowMut;
 
+use crate::exec::memory::zeros;
 use crate::kernels::number::Number;
 use crate::matrix::dtype::DType;
 use crate::{Error, Result};
@@ -204,12 +205,22 @@ impl<'a> MatrixView<'a> {
         Some((pulp::bytemuck::try_cast_slice(&bytes[..whole]).ok()?, self.row_stride))
     }
 
-    /// Returns all elements as float64, row-major.
+    /// Returns all elements as float64, row-major. Aborts the process if the system provides no memory.
     #[must_use]
     pub fn to_row_major(&self) -> Vec<f64> {
         let mut values = vec![0.0; self.rows * self.cols];
         self.upcast_rows(0..self.rows, 1.0, &mut values);
         values
+    }
+
+    /// Returns all elements in float32 or float64, row-major, each rounded to the nearest number.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn try_to_row_major<T: Number>(&self) -> Result<Vec<T>> {
+        let mut values = zeros(self.rows.saturating_mul(self.cols), "the values of a matrix")?;
+        self.upcast_rows(0..self.rows, 1.0, &mut values);
+        Ok(values)
     }
 
     /// Returns the largest absolute value, 0 for an empty or zero matrix.

@@ -1,6 +1,7 @@
 //! All metrics of one matrix in a spectral report.
 
 use crate::Result;
+use crate::exec::memory::probe;
 use crate::statistics::effective_rank::{effective_rank, participation_ratio, stable_rank};
 use crate::statistics::hill::{Convention, alpha_hill, alpha_hill_error};
 use crate::statistics::marchenko_pastur::{Scale, marchenko_pastur};
@@ -59,10 +60,13 @@ impl SpectralMetrics {
     /// Computes the metrics of the spectrum of a `(rows, cols)` matrix.
     ///
     /// # Errors
-    /// [`crate::Error::InvalidInput`] unless there are `min(rows, cols) >= 1` eigenvalues.
+    /// [`crate::Error::InvalidInput`] unless there are `min(rows, cols) >= 1` eigenvalues;
+    /// [`crate::Error::OutOfMemory`].
     pub fn new(spectrum: &Spectrum, shape: (usize, usize)) -> Result<Self> {
         let mean = marchenko_pastur(spectrum, shape, Scale::Mean)?;
         let median = marchenko_pastur(spectrum, shape, Scale::Median)?;
+        // The logarithms of a power-law fit, and their sums.
+        probe(2 * (spectrum.eigenvalues().len() + 1) * size_of::<f64>(), "statistics of a spectrum")?;
         let power_law = fit_power_law(spectrum);
         Ok(Self {
             num_nonzero: spectrum.nonzero().len(),

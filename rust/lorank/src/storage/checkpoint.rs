@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::probe;
 use crate::exec::panics::guarded;
 use crate::exec::parallel::{costliest_first, pool, side_by_side};
 use crate::storage::digest::{self, DigestedTensor};
@@ -40,6 +41,9 @@ pub struct Checkpoint {
     /// The tensors, ordered by the name of their file and by their position in it.
     pub tensors: Vec<StoredTensor>,
 }
+
+/// Memory in bytes for a byte of an index: the parsed entries, and copies of them.
+const PARSED: usize = 8;
 
 #[derive(Deserialize)]
 struct Index {
@@ -188,6 +192,7 @@ impl Checkpoint {
             return Err(Error::format(path, "is not a regular file"));
         }
         let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        probe(text.len().saturating_mul(PARSED), "an index of shards")?;
         let Index { weight_map } = serde_json::from_slice(&text)
             .map_err(|e| Error::format(path, format!("is not a shard index: {e}")))?;
         let places = checked_places(path, &weight_map)?;

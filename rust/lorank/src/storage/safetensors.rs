@@ -16,15 +16,20 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
 
 use crate::exec::aligned_bytes::AlignedBytes;
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::{probe, zeros};
 use crate::storage::digest::{Digest, PIECE};
 use crate::storage::revision::{Revision, Seen};
 use crate::{Error, Result};
 
 /// Largest length of a header, in bytes. The reference implementation has the same limit.
 const MAX_HEADER: usize = 100_000_000;
+
+/// Memory in bytes for a byte of the header: the parsed entries, and copies of them.
+const PARSED: usize = 16;
 
 /// Number of bytes read between two polls of the cancel token.
 const READ_CHUNK: usize = 64 << 20;
@@ -113,12 +118,10 @@ impl<'de> Deserialize<'de> for RawHeader {
 }
 
 /// Returns the entries that are strings. The format allows no others, but they are harmless and are ignored.
-fn texts(metadata: serde_json::Value) -> BTreeMap<String, String> {
-    let serde_json::Value::Object(entries) = metadata else { return BTreeMap::new() };
-    let text = |(name, value)| match value {
-        serde_json::Value::String(text) => Some((name, text)),
-        _ => None,
-    };
+fn texts(metadata: &RawValue) -> BTreeMap<String, String> {
+    // Raw values take as much memory as the text of the header, whatever they contain.
+    let entries: BTreeMap<String, &RawValue> = serde_json::from_str(metadata.get()).unwrap_or_default();
+    let text = |(name, value): (String, &RawValue)| Some((name, serde_json::from_str(value.get()).ok()?));
     entries.into_iter().filter_map(text).collect()
 }
 
@@ -126,7 +129,8 @@ impl SafetensorsFile {
     /// Opens a file and checks its header.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be read, [`Error::Format`] if its header is inconsistent.
+    /// [`Error::Io`] if the file cannot be read, [`Error::Format`] if its header is inconsistent,
+    /// [`Error::OutOfMemory`].
     pub fn open(path: &Path) -> Result<Self> {
         Self::open_for(path, Reads::Once)
     }
@@ -156,7 +160,8 @@ impl SafetensorsFile {
             );
             return Err(Error::format(path, reason));
         };
-        let mut header = vec![0; length];
+        probe(length.saturating_mul(PARSED), "the header of a file")?;
+        let mut header = zeros(length, "the header of a file")?;
         file.read_exact_at(&mut header, 8).map_err(|e| Error::io(path, e))?;
         let RawHeader { tensors: entries, metadata } = serde_json::from_slice(&header)
             .map_err(|e| Error::format(path, format!("has a malformed header: {e}")))?;
@@ -220,9 +225,7 @@ impl SafetensorsFile {
         cancel: &CancelToken,
     ) -> Result<Vec<u8>> {
         self.check_range(tensor, start, len)?;
-        let mut bytes = Vec::new();
-        bytes.try_reserve_exact(len).map_err(|_| self.no_memory(tensor, len))?;
-        bytes.resize(len, 0);
+        let mut bytes = zeros(len, "").map_err(|_| self.no_memory(tensor, len))?;
         self.fill(&mut bytes, tensor, start, cancel)?;
         Ok(bytes)
     }

@@ -5,8 +5,12 @@
 
 use faer::{Mat, MatMut};
 
+use crate::exec::memory::{collected, copied, identity, matrix};
 use crate::svd::thin_svd::ThinSvd;
 use crate::{Error, Result};
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "a singular value decomposition";
 
 /// Largest number of sweeps. Ten suffice for any finite matrix.
 const MAX_SWEEPS: usize = 60;
@@ -21,8 +25,8 @@ pub(crate) fn jacobi_svd(a: &Mat<f64>) -> Result<ThinSvd> {
     // The directions of columns below rounding error are arbitrary: these columns are skipped, and replaced
     // in `sorted`.
     let negligible = f64::EPSILON * a.norm_l2();
-    let mut rotated = a.clone();
-    let mut v = Mat::identity(n, n);
+    let mut rotated = copied(a.as_ref(), MEMORY)?;
+    let mut v = identity(n, n, MEMORY)?;
     for _ in 0..MAX_SWEEPS {
         let mut orthogonal = true;
         for p in 0..n {
@@ -35,7 +39,7 @@ pub(crate) fn jacobi_svd(a: &Mat<f64>) -> Result<ThinSvd> {
             }
         }
         if orthogonal {
-            return Ok(sorted(&rotated, &v, negligible));
+            return sorted(&rotated, &v, negligible);
         }
     }
     Err(Error::NoConvergence("the singular value iteration"))
@@ -65,23 +69,23 @@ fn rotate(mut a: MatMut<'_, f64>, p: usize, q: usize, (cosine, sine): (f64, f64)
 }
 
 /// Sorts columns by descending norm, and completes the directions of zero singular values to a basis.
-fn sorted(rotated: &Mat<f64>, v: &Mat<f64>, negligible: f64) -> ThinSvd {
+fn sorted(rotated: &Mat<f64>, v: &Mat<f64>, negligible: f64) -> Result<ThinSvd> {
     let (m, n) = (rotated.nrows(), rotated.ncols());
-    let norms: Vec<f64> = (0..n).map(|j| rotated.col(j).norm_l2()).collect();
-    let mut order: Vec<usize> = (0..n).collect();
+    let norms = collected((0..n).map(|j| rotated.col(j).norm_l2()), n, MEMORY)?;
+    let mut order = collected(0..n, n, MEMORY)?;
     order.sort_by(|&a, &b| norms[b].total_cmp(&norms[a]));
-    let directions = Mat::from_fn(m, n, |i, j| {
+    let directions = matrix(m, n, MEMORY, |i, j| {
         let norm = norms[order[j]];
         if norm > negligible { rotated[(i, order[j])] / norm } else { 0.0 }
-    });
+    })?;
     // The QR decomposition of orthonormal columns returns them up to sign, and replaces zero columns by a
     // basis.
-    let qr = crate::svd::qr::thin_qr(directions.as_ref());
-    ThinSvd {
-        u: Mat::from_fn(m, n, |i, j| qr.q[(i, j)] * if qr.r[(j, j)] < 0.0 { -1.0 } else { 1.0 }),
-        singular_values: order.iter().map(|&j| norms[j]).collect(),
-        v: Mat::from_fn(n, n, |i, j| v[(i, order[j])]),
-    }
+    let qr = crate::svd::qr::thin_qr(directions.as_ref())?;
+    Ok(ThinSvd {
+        u: matrix(m, n, MEMORY, |i, j| qr.q[(i, j)] * if qr.r[(j, j)] < 0.0 { -1.0 } else { 1.0 })?,
+        singular_values: collected(order.iter().map(|&j| norms[j]), n, MEMORY)?,
+        v: matrix(n, n, MEMORY, |i, j| v[(i, order[j])])?,
+    })
 }
 
 #[cfg(test)]

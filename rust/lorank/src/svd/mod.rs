@@ -8,10 +8,13 @@ mod jacobi;
 pub mod qr;
 mod thin_svd;
 
-use faer::diag::Diag;
+use faer::diag::DiagMut;
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::{Mat, MatMut, MatRef, Par, Spec};
 
+use crate::exec::memory::{copied, identity, matrix, resize, zero_matrix, zeros};
+use crate::exec::parallel::Strategy;
+use crate::exec::product_memory::prepare_products;
 use crate::exec::scratch::Scratch;
 use crate::kernels::dense::product;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
@@ -22,12 +25,15 @@ use crate::{Error, Result};
 
 pub use thin_svd::ThinSvd;
 
+/// Purpose of the memory of this module.
+const MEMORY: &str = "a singular value decomposition";
+
 /// Computes the singular values of a matrix, descending. The matrix is not squared: small singular values
 /// have the absolute error `eps * s_1`, where square roots of eigenvalues of `W^T W` have the error
 /// `sqrt(eps) * s_1`.
 ///
 /// # Errors
-/// [`Error::Numerical`] for NaN, infinite, and extremely large or small entries.
+/// [`Error::Numerical`] for NaN, infinite, and extremely large or small entries; [`Error::OutOfMemory`].
 ///
 /// # Examples
 /// ```
@@ -40,19 +46,20 @@ pub use thin_svd::ThinSvd;
 /// ```
 pub fn singular_values(view: &MatrixView<'_>) -> Result<Vec<f64>> {
     let Some((matrix, unit)) = scaled(view)? else {
-        return Ok(vec![0.0; view.rows().min(view.cols())]);
+        return zeros(view.rows().min(view.cols()), MEMORY);
     };
-    let values = match faer_svd(matrix.as_ref(), None, None, &mut Scratch::default())? {
+    let mut values = match faer_svd(matrix.as_ref(), None, None, &mut Scratch::default())? {
         Some(values) => values,
         None => fallback(&matrix)?.singular_values,
     };
-    Ok(values.into_iter().map(|s| s * unit).collect())
+    values.iter_mut().for_each(|s| *s *= unit);
+    Ok(values)
 }
 
 /// Computes the thin SVD of a matrix on the calling thread.
 ///
 /// # Errors
-/// [`Error::Numerical`] for NaN, infinite, and extremely large or small entries.
+/// [`Error::Numerical`] for NaN, infinite, and extremely large or small entries; [`Error::OutOfMemory`].
 ///
 /// # Examples
 /// ```
@@ -66,7 +73,7 @@ pub fn singular_values(view: &MatrixView<'_>) -> Result<Vec<f64>> {
 pub fn thin_svd(view: &MatrixView<'_>) -> Result<ThinSvd> {
     match scaled(view)? {
         Some((matrix, unit)) => decomposed(&matrix, unit),
-        None => Ok(zero_svd(view.rows(), view.cols())),
+        None => zero_svd(view.rows(), view.cols()),
     }
 }
 
@@ -80,10 +87,12 @@ pub(crate) fn dense_svd(matrix: MatRef<'_, f64>) -> Result<ThinSvd> {
     }
     let largest = matrix.norm_max();
     if largest == 0.0 {
-        return Ok(zero_svd(matrix.nrows(), matrix.ncols()));
+        return zero_svd(matrix.nrows(), matrix.ncols());
     }
     let exponent = binary_exponent(largest)?;
-    decomposed(&(matrix * faer::Scale(power_of_two(-exponent))), power_of_two(exponent))
+    let scale = power_of_two(-exponent);
+    let scaled = self::matrix(matrix.nrows(), matrix.ncols(), MEMORY, |i, j| matrix[(i, j)] * scale)?;
+    decomposed(&scaled, power_of_two(exponent))
 }
 
 /// Reusable memory for thin decompositions.
@@ -106,15 +115,15 @@ impl SvdSpace {
     ) -> Result<(Vec<f64>, MatRef<'_, f64>, MatRef<'_, f64>)> {
         let (m, n) = (matrix.nrows(), matrix.ncols());
         let k = m.min(n);
-        self.u.resize(m * k, 0.0);
-        self.v.resize(n * k, 0.0);
+        resize(&mut self.u, m * k, MEMORY)?;
+        resize(&mut self.v, n * k, MEMORY)?;
         let u = MatMut::from_column_major_slice_mut(&mut self.u, m, k);
         let v = MatMut::from_column_major_slice_mut(&mut self.v, n, k);
         let converged = faer_svd(matrix, Some(u), Some(v), &mut self.scratch)?;
         let values = if let Some(values) = converged {
             values
         } else {
-            let found = fallback(&matrix.to_owned())?;
+            let found = fallback(&copied(matrix, MEMORY)?)?;
             MatMut::from_column_major_slice_mut(&mut self.u, m, k).copy_from(&found.u);
             MatMut::from_column_major_slice_mut(&mut self.v, n, k).copy_from(&found.v);
             found.singular_values
@@ -124,15 +133,17 @@ impl SvdSpace {
     }
 }
 
-fn zero_svd(m: usize, n: usize) -> ThinSvd {
+fn zero_svd(m: usize, n: usize) -> Result<ThinSvd> {
     let k = m.min(n);
-    ThinSvd { u: Mat::identity(m, k), singular_values: vec![0.0; k], v: Mat::identity(n, k) }
+    let singular_values = zeros(k, MEMORY)?;
+    Ok(ThinSvd { u: identity(m, k, MEMORY)?, singular_values, v: identity(n, k, MEMORY)? })
 }
 
 /// Computes the thin SVD of `unit` times a matrix.
 fn decomposed(matrix: &Mat<f64>, unit: f64) -> Result<ThinSvd> {
     let (m, n) = (matrix.nrows(), matrix.ncols());
-    let (mut u, mut v) = (Mat::zeros(m, m.min(n)), Mat::zeros(n, m.min(n)));
+    let k = m.min(n);
+    let (mut u, mut v) = (zero_matrix(m, k, MEMORY)?, zero_matrix(n, k, MEMORY)?);
     let vectors = (Some(u.as_mut()), Some(v.as_mut()));
     let mut decomposition = match faer_svd(matrix.as_ref(), vectors.0, vectors.1, &mut Scratch::default())? {
         Some(singular_values) => ThinSvd { u, singular_values, v },
@@ -151,7 +162,7 @@ fn scaled(view: &MatrixView<'_>) -> Result<Option<(Mat<f64>, f64)>> {
         return Ok(None);
     }
     let exponent = binary_exponent(largest)?;
-    let mut matrix = Mat::zeros(view.rows(), view.cols());
+    let mut matrix = zero_matrix(view.rows(), view.cols(), MEMORY)?;
     view.upcast(0..view.rows(), 0..view.cols(), power_of_two(-exponent), matrix.as_mut());
     Ok(Some((matrix, power_of_two(exponent))))
 }
@@ -165,22 +176,24 @@ fn faer_svd(
 ) -> Result<Option<Vec<f64>>> {
     let (m, n) = (a.nrows(), a.ncols());
     let vectors = if u.is_some() { ComputeSvdVectors::Thin } else { ComputeSvdVectors::No };
+    prepare_products([m, n, m.min(n)], Strategy::Alone)?;
     let par = Par::Seq;
     let stack = scratch.stack(svd_scratch::<f64>(m, n, vectors, vectors, par, Spec::default()))?;
-    let mut values = Diag::zeros(m.min(n));
-    let converged = svd(a, values.as_mut(), u, v, par, stack, Spec::default()).is_ok();
-    Ok(converged.then(|| values.column_vector().iter().copied().collect()))
+    let mut values = zeros(m.min(n), MEMORY)?;
+    let diagonal = DiagMut::from_slice_mut(&mut values);
+    let converged = svd(a, diagonal, u, v, par, stack, Spec::default()).is_ok();
+    Ok(converged.then_some(values))
 }
 
 /// Decomposes the triangular factor of the tall orientation by Jacobi iteration.
 fn fallback(a: &Mat<f64>) -> Result<ThinSvd> {
     if a.nrows() < a.ncols() {
-        let ThinSvd { u, singular_values, v } = fallback(&a.transpose().to_owned())?;
+        let ThinSvd { u, singular_values, v } = fallback(&copied(a.transpose(), MEMORY)?)?;
         return Ok(ThinSvd { u: v, singular_values, v: u });
     }
-    let qr = thin_qr(a.as_ref());
+    let qr = thin_qr(a.as_ref())?;
     let core = jacobi_svd(&qr.r)?;
-    Ok(ThinSvd { u: product(qr.q.as_ref(), core.u.as_ref()), ..core })
+    Ok(ThinSvd { u: product(qr.q.as_ref(), core.u.as_ref())?, ..core })
 }
 
 #[cfg(test)]

@@ -1,12 +1,20 @@
 //! Thin QR decomposition: `A = Q R` with `Q (m, k)`, `R (k, n)`, `k = min(m, n)`.
 
-use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::dyn_stack::MemStack;
 use faer::linalg::householder::{
     apply_block_householder_sequence_on_the_left_in_place_scratch as apply_scratch,
     apply_block_householder_sequence_on_the_left_in_place_with_conj as apply_reflections,
 };
 use faer::linalg::qr::no_pivoting::factor::{qr_in_place, qr_in_place_scratch, recommended_block_size};
 use faer::{Conj, Mat, MatMut, MatRef, Par, Spec};
+
+use crate::Result;
+use crate::exec::memory::{buffer, copied, identity, matrix, zero_matrix};
+use crate::exec::parallel::Strategy;
+use crate::exec::product_memory::prepare_products;
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "a QR decomposition";
 
 /// Orthonormal columns and an upper triangular factor.
 #[derive(Clone, Debug)]
@@ -20,21 +28,23 @@ pub struct ThinQr {
 /// Factors `a (m, n)` by blocked Householder reflections on the calling thread, in `2 n^2 (m - n/3)`
 /// operations for `R` and as many for `Q`.
 ///
+/// # Errors
+/// [`OutOfMemory`](crate::Error::OutOfMemory).
+///
 /// # Examples
 /// ```
 /// use faer::Mat;
 /// use lorank::qr::thin_qr;
 ///
 /// let a = Mat::from_fn(3, 2, |i, j| (i * 2 + j) as f64);
-/// let qr = thin_qr(a.as_ref());
+/// let qr = thin_qr(a.as_ref()).unwrap();
 /// assert!((&qr.q * &qr.r - &a).norm_max() < 1e-14);
 /// ```
-#[must_use]
-pub fn thin_qr(a: MatRef<'_, f64>) -> ThinQr {
-    let factored = HouseholderQr::new(a.to_owned());
-    let mut q = Mat::identity(a.nrows(), factored.rank_bound());
-    factored.apply(q.as_mut());
-    ThinQr { q, r: factored.r() }
+pub fn thin_qr(a: MatRef<'_, f64>) -> Result<ThinQr> {
+    let factored = HouseholderQr::new(copied(a, MEMORY)?)?;
+    let mut q = identity(a.nrows(), factored.rank_bound(), MEMORY)?;
+    factored.apply(q.as_mut())?;
+    Ok(ThinQr { q, r: factored.r()? })
 }
 
 /// A QR decomposition whose `Q` is stored as reflections. Applying them costs less than forming `Q`.
@@ -46,16 +56,16 @@ pub(crate) struct HouseholderQr {
 
 impl HouseholderQr {
     /// Factors a matrix `(m, n)` in place, on the calling thread.
-    #[must_use]
-    pub(crate) fn new(mut a: Mat<f64>) -> Self {
+    pub(crate) fn new(mut a: Mat<f64>) -> Result<Self> {
         let (m, n) = (a.nrows(), a.ncols());
+        prepare_products([m, n, m.min(n)], Strategy::Alone)?;
         let block = recommended_block_size::<f64>(m, n);
-        let mut reflections = Mat::zeros(block, m.min(n));
+        let mut reflections = zero_matrix(block, m.min(n), MEMORY)?;
         let request = qr_in_place_scratch::<f64>(m, n, block, Par::Seq, Spec::default());
-        let mut memory = MemBuffer::new(request);
+        let mut memory = buffer(request, MEMORY)?;
         let stack = MemStack::new(&mut memory);
         qr_in_place(a.as_mut(), reflections.as_mut(), Par::Seq, stack, Spec::default());
-        Self { factors: a, reflections }
+        Ok(Self { factors: a, reflections })
     }
 
     /// Returns `k = min(m, n)`, the number of columns of `Q`.
@@ -65,10 +75,9 @@ impl HouseholderQr {
     }
 
     /// Returns `R (k, n)`.
-    #[must_use]
-    pub(crate) fn r(&self) -> Mat<f64> {
+    pub(crate) fn r(&self) -> Result<Mat<f64>> {
         let at = |i, j| if i <= j { self.factors[(i, j)] } else { 0.0 };
-        Mat::from_fn(self.rank_bound(), self.factors.ncols(), at)
+        matrix(self.rank_bound(), self.factors.ncols(), MEMORY, at)
     }
 
     /// Applies the reflections to `x (m, l)`. If the rows of `x` after the first `k` are zero, the result is
@@ -76,13 +85,15 @@ impl HouseholderQr {
     ///
     /// # Panics
     /// Panics if `x` has another number of rows than the factored matrix.
-    pub(crate) fn apply(&self, x: MatMut<'_, f64>) {
+    pub(crate) fn apply(&self, x: MatMut<'_, f64>) -> Result<()> {
         let (m, block) = (self.factors.nrows(), self.reflections.nrows());
         assert_eq!(x.nrows(), m, "as many rows as the factored matrix");
-        let mut memory = MemBuffer::new(apply_scratch::<f64>(m, block, x.ncols()));
+        prepare_products([m, x.ncols(), self.rank_bound()], Strategy::Alone)?;
+        let mut memory = buffer(apply_scratch::<f64>(m, block, x.ncols()), MEMORY)?;
         let basis = self.factors.as_ref().subcols(0, self.rank_bound());
         let stack = MemStack::new(&mut memory);
         apply_reflections(basis, self.reflections.as_ref(), Conj::No, x, Par::Seq, stack);
+        Ok(())
     }
 }
 
@@ -92,7 +103,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn assert_factors(a: &Mat<f64>) {
-        let ThinQr { q, r } = thin_qr(a.as_ref());
+        let ThinQr { q, r } = thin_qr(a.as_ref()).unwrap();
         let k = a.nrows().min(a.ncols());
         assert_eq!((q.nrows(), q.ncols(), r.nrows(), r.ncols()), (a.nrows(), k, k, a.ncols()));
         let tolerance = 1e-14 * (a.nrows() + a.ncols()) as f64;

@@ -5,12 +5,19 @@ use std::collections::{BTreeMap, HashSet};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
+use crate::exec::memory::probe;
 use crate::storage::safetensors::bits_per_element;
 use crate::storage::writer::out_tensor::OutTensor;
 use crate::{Error, Result};
 
 /// Alignment in bytes that other readers expect of the tensor data.
 const ALIGNMENT: usize = 8;
+
+/// Memory in bytes for a tensor in the header as a JSON value and as text.
+const ENTRY: usize = 1 << 10;
+
+/// Number of bytes per character of a name or text: a copy, and its escaped form in a growing vector.
+const COPIES: usize = 16;
 
 /// The key of the header's metadata.
 pub(super) const METADATA: &str = "__metadata__";
@@ -48,6 +55,10 @@ pub(super) fn header(
     order: &[usize],
     metadata: &BTreeMap<String, String>,
 ) -> Result<Header> {
+    let texts = metadata.iter().map(|(name, text)| name.len() + text.len());
+    let names = tensors.iter().map(|tensor| tensor.name.len());
+    let characters: usize = texts.chain(names).sum();
+    probe(tensors.len() * ENTRY + COPIES * characters, "the header of a file")?;
     let mut entries = Vec::with_capacity(tensors.len() + 1);
     if !metadata.is_empty() {
         entries.push((METADATA, json!(metadata)));

@@ -16,6 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use faer::MatMut;
 
 use crate::exec::cancel::CancelToken;
+use crate::exec::memory::{with_capacity, zeros};
 use crate::exec::panics::guarded;
 use crate::exec::parallel::{pool, side_by_side};
 use crate::matrix::MatrixView;
@@ -29,6 +30,9 @@ use crate::storage::writer::recorded::Recorded;
 use crate::{Error, Result};
 
 pub use out_tensor::{Content, OutTensor};
+
+/// Purpose of the memory of this module.
+const MEMORY: &str = "the conversion of a tensor";
 
 /// Number of elements converted at a time, which stay in cache.
 const PIECE: usize = 1 << 16;
@@ -44,7 +48,8 @@ const RUN: u64 = 1 << 20;
 ///
 /// # Errors
 /// [`Error::InvalidInput`] if a tensor is malformed or two have the same name, [`Error::Numerical`] for a
-/// value that its type cannot represent (including NaN and infinities), [`Error::Io`], [`Error::Cancelled`].
+/// value that its type cannot represent (including NaN and infinities), [`Error::Io`],
+/// [`Error::OutOfMemory`], [`Error::Cancelled`].
 /// After an error the target is unchanged.
 ///
 /// # Examples
@@ -251,8 +256,8 @@ fn convert(
     let (rows, cols) = (view.rows(), view.cols());
     let width = cols.clamp(1, PIECE);
     let height = PIECE / width;
-    let mut values = vec![0.0; width * height.min(rows)];
-    let mut bytes = Vec::with_capacity(values.len() * dtype.size());
+    let mut values = zeros(width * height.min(rows), MEMORY)?;
+    let mut bytes = with_capacity(values.len() * dtype.size(), MEMORY)?;
     for top in (0..rows).step_by(height) {
         for left in (0..cols).step_by(width) {
             cancel.check()?;
