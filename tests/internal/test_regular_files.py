@@ -74,11 +74,11 @@ def test_large_and_growing_files(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(OSError, match="larger than 16,777,216 bytes") as caught:
-        read_json(path)
+        read_json(path, SETTINGS_BYTES)
     assert caught.value.filename == str(path)
     path.write_bytes(b" " * SETTINGS_BYTES)
     with pytest.raises(ValueError, match="Expecting value"):
-        read_json(path)
+        read_json(path, SETTINGS_BYTES)
     path.write_bytes(b"")
     is_read = threading.Event()
 

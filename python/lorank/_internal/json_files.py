@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorank._internal.regular_files import SETTINGS_BYTES, read_text
+from lorank._internal.regular_files import TABLE_BYTES, read_text
 
 # A value takes up to 100 bytes of memory, and as little as two bytes of a file.
 _MOST_VALUES = 32_000_000
 
 
-def read_json(path: Path, limit: int = SETTINGS_BYTES) -> Any:
+def read_json(path: Path, limit: int = TABLE_BYTES) -> Any:
     """Return the content of a JSON file of at most `limit` bytes.
 
     Raises

@@ -50,6 +50,11 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise
 
 
+def check_size(path: str | Path, limit: int) -> None:
+    """Raise OSError for a file of more than `limit` bytes, before another program reads it."""
+    _check_size(Path(path).stat().st_size, limit, path)
+
+
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 

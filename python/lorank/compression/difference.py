@@ -58,7 +58,8 @@ def difference_forms(
     work = sum(math.prod(pair.base.info.shape) for pair in pairs)
     with progress_bar("subtracting", work, enabled=progress) as advance:
         direct = [i for i, pair in enumerate(pairs) if not (pair.base.lazy or pair.tuned.lazy)]
-        lazy = [i for i in range(len(pairs)) if i not in set(direct)]
+        chosen = set(direct)
+        lazy = [i for i in range(len(pairs)) if i not in chosen]
         for batch in [direct, *(lazy[k : k + threads] for k in range(0, len(lazy), threads))]:
             found |= zip(
                 batch, _subtracted([pairs[i] for i in batch], max_rank, threads, advance), strict=True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorank._internal.json_files import read_json
+from lorank._internal.regular_files import SETTINGS_BYTES
 
 FILE_NAME = "config.json"
 """The file that holds the configuration of a model."""
@@ -136,7 +137,7 @@ class ModelConfig:
 def _object_in(file: Path) -> Mapping[str, Any] | None:
     """Return the JSON object in a file; None if the file cannot be read or holds anything else."""
     try:
-        content = read_json(file)
+        content = read_json(file, SETTINGS_BYTES)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

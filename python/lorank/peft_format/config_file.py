@@ -10,6 +10,7 @@ from typing import Any
 from lorank._core import FormatError
 from lorank._internal.atomic import write_text
 from lorank._internal.json_files import read_json
+from lorank._internal.regular_files import SETTINGS_BYTES
 from lorank.peft_format.names import CONFIG_FILE
 
 FILE_NAME = CONFIG_FILE
@@ -26,7 +27,7 @@ def read(path: Path) -> dict[str, Any]:
         If the file does not hold a JSON object.
     """
     try:
-        config = read_json(path)
+        config = read_json(path, SETTINGS_BYTES)
     except ValueError as error:
         raise FormatError(f"{path}: is not JSON: {error}") from error
     if not isinstance(config, dict):

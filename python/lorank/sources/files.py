@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from lorank._core import Checkpoint, FormatError, Matrix
+from lorank._internal.regular_files import TABLE_BYTES, check_size
 from lorank.modules.description import describe_model
 from lorank.modules.model_config import ModelConfig
 from lorank.sources import hub, recognise
@@ -40,6 +41,8 @@ def open_path(path: Path, label: str) -> Source:
 
 def _open_safetensors(path: Path, label: str) -> Source:
     """Open a safetensors file, index or folder."""
+    for index in [path] if path.suffix == ".json" else path.glob("*.safetensors.index.json"):
+        check_size(index, TABLE_BYTES)
     checkpoint = Checkpoint(path)
     tensors = checkpoint.tensors()
     stored = StoredFiles(checkpoint, label)

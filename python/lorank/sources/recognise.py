@@ -13,6 +13,7 @@ from typing import Any
 
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
+from lorank._internal.regular_files import SETTINGS_BYTES
 from lorank.modules import model_config
 from lorank.peft_format.names import CONFIG_FILE, INSIDE, PICKLED_WEIGHTS_FILE, PREFIX, WEIGHTS_FILE
 
@@ -228,7 +229,7 @@ def _not_an_adapter(label: str, content: str) -> str:
 def _settings(folder: Path) -> Mapping[str, Any]:
     """Return an adapter's settings; empty if they cannot be read."""
     try:
-        settings = read_json(folder / CONFIG_FILE)
+        settings = read_json(folder / CONFIG_FILE, SETTINGS_BYTES)
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}

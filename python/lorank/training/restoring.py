@@ -127,6 +127,7 @@ def _paired(names: list[str], layers: Mapping[str, AdaptedLayer], folder: Path) 
             )
             raise ValueError(f"{folder}: module {name!r} of the checkpoint {what}")
         paired[name] = found[0]
-    if left := [live for live in layers if live not in set(paired.values())]:
+    found_in_model = set(paired.values())
+    if left := [live for live in layers if live not in found_in_model]:
         raise ValueError(f"{folder}: holds no factors of {len(left)} adapted modules, such as {left[0]!r}")
     return paired
