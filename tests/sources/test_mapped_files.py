@@ -51,7 +51,7 @@ USES = {
     "analysis": "cut(); lorank.analyze({'w': x}, progress=False)",
     "analysis of a kernel": "v = x.reshape(200, 1000, 4, 4).transpose(1, 0, 3, 2); cut(); "
     "lorank.analyze({'w': v}, progress=False)",
-    "extraction": "cut(); lorank.extract({'w': y[:64, :4]}, {'w': x[:64, :4]})",
+    "extraction": "cut(); lorank.extract({'w.weight': y[:64, :4]}, {'w.weight': x[:64, :4]}, energy=0.9)",
 }
 
 

@@ -64,14 +64,14 @@ def crafted(folder: Path, entries: dict[str, bytes]) -> Path:
     return rewritten(path, data=b"\x80\x02}(" + content + b"u.") if entries else path
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"_use_new_zipfile_serialization": False}], ids=["archive", "legacy"]
-)
+@pytest.mark.parametrize("is_legacy", [False, True], ids=["archive", "legacy"])
 @pytest.mark.parametrize("dtype", [*FLOATS, *OTHERS], ids=str)
-def test_values_equal_those_of_torch(tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_values_equal_those_of_torch(tmp_path: Path, dtype: torch.dtype, is_legacy: bool) -> None:
+    if is_legacy and "float8" in str(dtype):
+        pytest.skip("torch writes files of this type that it cannot read")
     base = (torch.randn(12, 20, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
     tensors = {"a": base, "b": base.T, "c": base[2:7, 3:], "d": base[::3, ::2], "e": base.reshape(-1)[5:]}
-    path = saved(tmp_path, tensors, **options)
+    path = saved(tmp_path, tensors, _use_new_zipfile_serialization=not is_legacy)
     found = torch_files.read_tensors(path)
     expected = torch.load(path, weights_only=True)
     for name, value in expected.items():
@@ -103,7 +103,7 @@ def test_other_values_are_skipped_or_refused(tmp_path: Path, kind: str) -> None:
         "number": lambda: 10**4000,
     }
     path = saved(tmp_path, {"a.weight": torch.eye(3), "b.weight": values[kind]()})
-    if kind == "number":
+    if kind in ("number", "nested"):
         with pytest.raises(lorank.FormatError, match=r"model\.bin: is not a state dict"):
             open_source(path)
         return
@@ -156,7 +156,6 @@ def test_tied_and_sliced_tensors_are_read(tmp_path: Path) -> None:
 REFUSED = {
     "many views": {f"v{i}": tensor(16, i % 4, (3, 4), (4 - i // 4, 1)) for i in range(16)}
     | {f"w{i}": tensor(16, 0, (4, 4 - i % 4), (i // 4, 4)) for i in range(16)},
-    "more than the record": {"a.weight": tensor(10**9, 0, (4, 4), (4, 1))},
     "beyond the record": {"a.weight": tensor(16, 1, (4, 4), (4, 1))},
     "negative offset": {"a.weight": tensor(16, -1, (4, 4), (4, 1))},
     "huge offset": {"a.weight": tensor(16, 2**62, (4, 4), (4, 1))},

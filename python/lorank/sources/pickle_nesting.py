@@ -76,8 +76,9 @@ def depth(content: bytes | BinaryIO) -> int:
             first = _first_argument(opcode, len(stack), marks)
             inner = max(stack[first:], default=0)
             del stack[first:]
-            stack += [inner + 1] * len(opcode.stack_after)
-            deepest = max(deepest, inner + 1)
+            if opcode.stack_after:
+                stack += [inner + 1] * len(opcode.stack_after)
+                deepest = max(deepest, inner + 1)
     return deepest
 
 
