@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from rich.cells import cell_len
 
+import lorank
 from lorank import cli
 from lorank._internal.printable import printable, printable_name
 from lorank.cli import task
@@ -119,6 +121,32 @@ def test_arguments_and_paths(name: str, tmp_path_factory: pytest.TempPathFactory
         shown = run("analyze", path, "-q")
         assert shown.status == 0
         assert printable(valid).strip().split(" ")[-1] in shown.out.replace(" \n", "").replace("\n", "")
+
+
+def test_paths_that_are_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "m.safetensors", ["layers.0.q_proj"])
+    write_adapter(tmp_path / "a", ["layers.0.q_proj"])
+    try:
+        shutil.copy("m.safetensors", "m\udcff.safetensors")
+    except OSError:
+        pytest.skip("the file system takes names in UTF-8 only")
+    shutil.copytree("a", "a\udcff")
+    for arguments in (
+        ("analyze", "m\udcff.safetensors", "-q", "-o", "r\udcfe.json"),
+        ("analyze", "m\udcff.safetensors", "-q", "-o", "r\udcfe.csv"),
+        ("analyze", "m\udcff.safetensors", "-q", "-o", "r\udcfe.parquet", "--resume", "j\udcfe"),
+        ("report", "r\udcfe.parquet", "--html", "r\udcfe.html"),
+        ("allocate", "m\udcff.safetensors", "-q", "-o", "al\udcfe", "--guess"),
+        ("info", "a\udcff", "--json"),
+        ("check", "a\udcff", "--fix", "f\udcfe", "--for", "vllm"),
+        ("merge", "a\udcff", "a", "-q", "-o", "m\udcfe", "--avg-rank", "1"),
+        ("info", "m\udcfe", "--modules"),
+        ("family", "a\udcff", "-q", "-o", "fa\udcfe", "--avg-ranks", "1"),
+    ):
+        shown = run(*arguments)
+        assert shown.status == 0, shown.err
+    assert lorank.SpectralReport.load("r\udcfe.json").source == "m\udcff.safetensors"
 
 
 @pytest.mark.parametrize("text", TEXTS)
