@@ -112,7 +112,7 @@ def test_each_command_is_tried(files: dict[str, list[str]]) -> None:
     assert set(files) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("step", [173, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_absurd_options_end_with_one_line(
     command: str, step: int, files: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
