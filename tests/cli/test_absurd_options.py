@@ -112,7 +112,7 @@ def test_each_command_is_tried(files: dict[str, list[str]]) -> None:
     assert set(files) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("step", [173, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_absurd_options_end_with_one_line(
     command: str, step: int, files: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,3 +122,36 @@ def test_absurd_options_end_with_one_line(
     assert assert_one_line([command, *files[command]]) == 0
     for arguments in islice(attempts(command, files[command]), 0, None, step):
         assert_one_line([command, *arguments])
+
+
+@pytest.mark.parametrize("option", ["--avg-rank", "--max-rank", "--budget"])
+@pytest.mark.parametrize("command", ["compress", "merge", "extract"])
+def test_limits_beyond_all_ranks_keep_everything(
+    command: str, option: str, files: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inputs = [argument for argument in files[command] if argument.startswith("/")]
+    others = ["--energy", "1"] if option == "--max-rank" else []
+    arguments = [
+        command,
+        *inputs,
+        *others,
+        "-o",
+        "out",
+        "--overwrite",
+        *(["--guess"] * (command == "extract")),
+    ]
+    for scope in ["global"] if option == "--budget" else ["global", "module"]:
+        made = []
+        for value in ("1000", "9" * 25):
+            assert assert_one_line([*arguments, option, value, "--scope", scope, "-q"]) == 0
+            made.append(lorank.LoraAdapter.load("out").ranks)
+        assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("budget", ["1.5", "0.0001k", "5e99", "1" * 40, "٣", "nan", "1e400", "-1"])
+def test_budgets_that_are_not_whole_numbers_are_refused(budget: str, files: dict[str, list[str]]) -> None:
+    model = files["allocate"][0]
+    assert assert_one_line(["allocate", model, f"--budget={budget}"]) in (1, 2)
+    with pytest.raises(ValueError, match="budget"):
+        lorank.allocate(model, budget=budget, progress=False)

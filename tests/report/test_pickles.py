@@ -180,3 +180,10 @@ def test_table_of_a_notebook_escapes_names() -> None:
     page = lorank.SpectralReport([row], source="<b>")._repr_html_()
     assert "<script>" not in page
     assert "<b>" not in page
+
+
+def test_repr_of_a_task_spectrum() -> None:
+    task = lorank.TaskSpectrum(folds=4)
+    assert repr(task) == "TaskSpectrum(0 samples, no widths yet, 4 folds)"
+    task.update(np.ones((1200, 3)), np.ones(1200))
+    assert repr(task) == "TaskSpectrum(1,200 samples, 3 inputs, 1 output, 4 folds)"

@@ -70,9 +70,9 @@ def _write_journal(path: Path) -> None:
             journal.add(row)
 
 
-def _write_state(path: Path) -> None:
+def gard_state() -> dict[str, Any]:
     sketches = [[torch.ones(2, 2), torch.zeros(2, 2)]]
-    write_state(GardState(4, {"a": 2, "b": 3}, 100, 2, {"a": 1.5}, sketches).to_dict(), path)
+    return GardState(4, {"a": 2, "b": 3}, 100, 2, {"a": 1.5}, sketches).to_dict()
 
 
 def _read_state(path: Path) -> GardState:
@@ -176,7 +176,7 @@ FORMATS = [
         use_allocation,
     ),
     Saved("journal.jsonl", _write_journal, _journal, use_report),
-    Saved("lorank_gard.safetensors", _write_state, _read_state, _nothing),
+    Saved("lorank_gard.safetensors", lambda path: write_state(gard_state(), path), _read_state, _nothing),
     Saved("lora_ranks.csv", _write_table, _read_table, _nothing),
     Saved("samples.npz", _write_samples, lambda path: open_samples([path], None, None), _nothing),
     Saved("lorank.json", _write_compressed, _read_adapter, use_certificate),

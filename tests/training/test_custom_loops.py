@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorank.training import DynamicRanks, restore_ranks
+from lorank.training import DynamicRanks, GardCallback, restore_ranks
 from tests.support.dynamic_training import (
     OPTIONS,
     STEPS,
@@ -147,3 +147,16 @@ def test_restored_sketches_lie_on_the_devices_of_their_modules() -> None:
     assert found[0][3].type == "meta"
     assert found[0][2].type == "cpu"
     again.close()
+
+
+def test_reprs_are_a_few_lines() -> None:
+    model = llama()
+    dynamic = DynamicRanks(model, adamw(model), interval=8, window=4)
+    lines = repr(dynamic).splitlines()
+    assert lines[0].startswith(f"DynamicRanks of {len(dynamic.ranks)} modules after 0 steps: ")
+    assert lines[0].endswith(" parameters, GardOptions(interval=8, window=4)")
+    assert len(lines) == 5
+    assert "see dynamic.ranks" in lines[-1]
+    assert repr(GardCallback(interval=8, window=4, budget="1%")) == (
+        "GardCallback(GardOptions(budget='1%', interval=8, window=4), 0 changes of ranks)"
+    )

@@ -16,6 +16,9 @@ from lorank._core import FormatError
 from lorank._internal.atomic import errors_name
 from lorank._internal.short_text import shown
 
+LARGEST_SIDE = 2**31 - 1
+"""Largest side of a matrix, by which numbers of parameters fit into 64 bits."""
+
 _LARGEST = 2**63 - 1
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 
@@ -111,7 +114,7 @@ class Fields:
         """Return an integer within bounds. Booleans, strings and floats are refused."""
         value = self.value(key)
         if not _is_integer(value, least, most):
-            raise self.error(key, value, _integer_within(least, most))
+            raise self.error(key, value, f"an {_integer_within(least, most)}")
         return int(value)
 
     def optional_integer(self, key: str, least: int = 0, most: int = _LARGEST) -> int | None:
@@ -136,14 +139,21 @@ class Fields:
             raise self.error(key, values, "a list of strings")
         return tuple(values)
 
-    def integers(self, key: str, length: int | None = None, least: int = 0) -> tuple[int, ...]:
-        """Return a list of integers that are at least `least`."""
-        expected = f"a list of {'' if length is None else f'{length} '}integers from {least}"
+    def integers(self, key: str) -> tuple[int, ...]:
+        """Return a list of integers from 0."""
+        expected = f"a list of {_integer_within(0, _LARGEST, 's')}"
         values = self._list(key, expected)
-        fits = all(_is_integer(value, least, _LARGEST) for value in values)
-        if not fits or (length is not None and len(values) != length):
+        if not all(_is_integer(value, 0, _LARGEST) for value in values):
             raise self.error(key, values, expected)
         return tuple(values)
+
+    def matrix_shape(self, key: str) -> tuple[int, int]:
+        """Return the two sides of a matrix that is not empty."""
+        expected = f"two {_integer_within(1, LARGEST_SIDE, 's')}"
+        values = self._list(key, expected)
+        if len(values) != 2 or not all(_is_integer(value, 1, LARGEST_SIDE) for value in values):
+            raise self.error(key, values, expected)
+        return values[0], values[1]
 
     def numbers(self, key: str) -> npt.NDArray[np.float64]:
         """Return a list of finite numbers as an array."""
@@ -210,8 +220,8 @@ def _is_integer(value: object, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _integer_within(least: int, most: int) -> str:
-    return f"an integer from {least}" + ("" if most == _LARGEST else f" to {most}")
+def _integer_within(least: int, most: int, plural: str = "") -> str:
+    return f"integer{plural} from {least}" + ("" if most == _LARGEST else f" to {most}")
 
 
 def _number_within(least: float, most: float) -> str:

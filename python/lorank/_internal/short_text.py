@@ -54,7 +54,7 @@ def shown(value: Any) -> str:
     Examples
     --------
     >>> shown("1"), shown([[[[[1]]]]])
-    ("'1'", '[[[...]]]')
+    ("'1'", '[[[[...]]]]')
     """
     text = _SHORT.repr(value)
     return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."

@@ -113,7 +113,9 @@ def allocate(
     if registered.needs == "spectra" and isinstance(opened, Source):
         evidence = analyze(opened, include=names, threads=threads, progress=progress)
     registered.check_evidence(method, evidence)
-    signal = registered.function(evidence, modules, r_min, r_max, **method_options)
+    with np.errstate(over="ignore", invalid="ignore"):
+        signal = registered.function(evidence, modules, r_min, r_max, **method_options)
+    _check_scores(method, signal, names)
     limits = _Limits(r_min, r_max, budget, avg_rank)
     ranks = _ranks(signal, modules, limits, evidence)
     if ranks is None:
@@ -129,6 +131,13 @@ def allocate(
         evidence.num_parameters,
         _facts(opened),
     )
+
+
+def _check_scores(method: str, signal: Signal, names: Sequence[str]) -> None:
+    """Raise ValueError for a score that is not finite: a report from elsewhere can hold any numbers."""
+    if not np.all(finite := np.isfinite(signal.scores)):
+        first = names[int(np.argmin(finite))]
+        raise ValueError(f"method {method!r} finds no finite score for {first}: its numbers are out of range")
 
 
 def _selection(

@@ -17,6 +17,8 @@ Budget: TypeAlias = "int | str"
 """A number of parameters (``500_000``, ``"500k"``, ``"1.5M"``), or a percentage (``"0.5%"``)."""
 
 _COUNT = re.compile(r"([0-9][0-9_,]{0,30}(?:\.[0-9]{1,30})?(?:[eE][0-9]{1,2})?)\s*([kKmMbB]?)")
+# Sums of products of ranks and costs must fit into 64 bits.
+_LARGEST_COST = 2**48
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -203,8 +205,11 @@ def _checked(
         )
     if not np.all(np.isfinite(score)) or np.any(score < 0):
         raise ValueError("scores must be finite and not negative")
-    if cost.dtype == bool or (cost.size and (np.any(cost != np.floor(cost)) or np.any(cost < 1))):
-        raise ValueError("costs must be positive integers")
+    is_number = np.issubdtype(cost.dtype, np.integer) or np.issubdtype(cost.dtype, np.floating)
+    if cost.size and (
+        not is_number or np.any(cost != np.floor(cost)) or np.any(cost < 1) or np.any(cost > _LARGEST_COST)
+    ):
+        raise ValueError(f"costs must be positive integers up to {_LARGEST_COST:,}")
     return score, cost.astype(np.int64)
 
 

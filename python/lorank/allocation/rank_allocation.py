@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -212,8 +212,8 @@ class RankAllocation:
             AdaptedModule(
                 entry.text("name"),
                 entry.choice("kind", get_args(Kind)),
-                cast("tuple[int, int]", entry.integers("shape", length=2, least=1)),
-                entry.integer("copies", 1),
+                entry.matrix_shape("shape"),
+                entry.integer("copies", 1, _LARGEST_RANK),
             )
             for entry in entries
         ]

@@ -131,13 +131,13 @@ def _opened(path: Path, target: Path) -> int:
         raise FormatError(f"{path}: is not a regular file")
     with errors_name(path, target):
         file = os.open(target, _FLAGS, 0o666)
-        try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise FormatError(f"{path}: is not a regular file")
-            _lock(path, file)
-        except BaseException:
-            os.close(file)
-            raise
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise FormatError(f"{path}: is not a regular file")
+        _lock(path, file)
+    except BaseException:
+        os.close(file)
+        raise
     return file
 
 

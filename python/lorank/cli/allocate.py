@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -10,6 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 import lorank
+from lorank._internal.json_files import parse_json
 from lorank._internal.progress import waiting
 from lorank._internal.staging import staged_folder
 from lorank.allocation import signals
@@ -178,7 +178,7 @@ def _method_options(pairs: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"--option takes NAME=VALUE, not {pair!r}")
         try:
-            options[name.replace("-", "_")] = json.loads(value)
+            options[name.replace("-", "_")] = parse_json(value)
         except ValueError:
             options[name.replace("-", "_")] = value
     return options

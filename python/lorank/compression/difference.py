@@ -76,8 +76,9 @@ def _subtracted(
     """Return the leading triplets of each pair's difference."""
     loaded = [(pair.tuned.load(), pair.base.load()) for pair in pairs]
     infos = [pair.base.info for pair in pairs]
+    most = min(max_rank, max((side for info in infos for side in info.shape), default=0))
     results = core_calls.collect(
-        lambda receive: _core.subtract(loaded, max_rank, threads, receive),
+        lambda receive: _core.subtract(loaded, most, threads, receive),
         lambda index: infos[index].name,
         lambda index: advance(math.prod(infos[index].shape), infos[index].name),
     )

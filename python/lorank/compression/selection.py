@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -85,7 +85,8 @@ def _selected(pools: Sequence[_Pool], knobs: Knobs) -> list[Mask]:
         return [mask & (part > 0) for mask, part in zip(masks, _split(scores, lengths), strict=True)]
     if knobs.budget is not None:
         costs = [pool.cost for pool in pools]
-        kept = _core.select_budget(scores, lengths, costs, parameters_of(knobs.budget))
+        parameters = min(parameters_of(knobs.budget), int(np.dot(lengths, costs)))
+        kept = _core.select_budget(scores, lengths, costs, parameters)
     elif knobs.scope == "module":
         parts = _split(scores, lengths)
         if knobs.energy is not None:
@@ -94,11 +95,11 @@ def _selected(pools: Sequence[_Pool], knobs: Knobs) -> list[Mask]:
                 for part, pool in zip(parts, pools, strict=True)
             ]
         count = math.floor(_count(pools, knobs) / len(pools) + 0.5) if pools else 0
-        return [_choice(knobs)(part, count) for part in parts]
+        return [_chosen(part, count, knobs) for part in parts]
     elif knobs.energy is not None:
         kept = _core.select_energy(scores, _share(knobs.energy, pools, scores))
     else:
-        kept = _choice(knobs)(scores, _count(pools, knobs))
+        kept = _chosen(scores, _count(pools, knobs), knobs)
     return _split(kept, lengths)
 
 
@@ -118,11 +119,14 @@ def _count(pools: Sequence[_Pool], knobs: Knobs) -> int:
     if knobs.rank_ratio is not None:
         return math.floor(knobs.rank_ratio * sum(pool.rank for pool in pools) + 0.5)
     assert knobs.avg_rank is not None
-    return math.floor(knobs.avg_rank * len(pools) + 0.5)
+    most = len(pools) * max((len(pool.values) for pool in pools), default=0)
+    return math.floor(min(knobs.avg_rank * len(pools) + 0.5, most))
 
 
-def _choice(knobs: Knobs) -> Callable[[npt.NDArray[np.float64], int], Mask]:
-    return _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
+def _chosen(scores: npt.NDArray[np.float64], count: int, knobs: Knobs) -> Mask:
+    """Return a mask of the best scores, or of all if there are fewer than `count`."""
+    choose = _core.select_smallest if knobs.keep == "smallest" else _core.select_largest
+    return choose(scores, min(count, len(scores)))
 
 
 def _share(energy: float, pools: Sequence[_Pool], allowed: npt.NDArray[np.float64]) -> float:
@@ -183,7 +187,7 @@ def _root_of_squares(parts: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np
 def _capped(scores: npt.NDArray[np.float64], lengths: Sequence[int], knobs: Knobs) -> npt.NDArray[np.float64]:
     """Set all but the best `max_rank` scores of every module to zero, so that no others are kept."""
     assert knobs.max_rank is not None
-    masks = [_choice(knobs)(part, knobs.max_rank) for part in _split(scores, lengths)]
+    masks = [_chosen(part, knobs.max_rank, knobs) for part in _split(scores, lengths)]
     return np.where(_concatenated(masks), scores, 0.0)
 
 

@@ -25,7 +25,8 @@ _NUMBERS = 3
 class Report(ByValue, Generic[R]):
     """Rows in the order of the model; ``report[name]`` is one row.
 
-    Reports can be pickled, copied and compared.
+    Reports can be pickled, copied and compared. Loading a pickle can run any code in it: load reports from
+    elsewhere with `load`, which reads JSON, parquet and CSV.
     """
 
     __slots__ = ()

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from lorank._internal.json_fields import Fields
+from lorank._internal.json_fields import LARGEST_SIDE, Fields
 from lorank.modules.weight import Kind
 from lorank.report.json_values import plain
 from lorank.report.rows import COUNTS, METRICS, ModuleSpectrum
@@ -59,7 +59,7 @@ def from_entry(entry: Fields) -> ModuleSpectrum:
     ValueError
         If the entry is malformed.
     """
-    shape = entry.integer("out", 1), entry.integer("in", 1)
+    shape = entry.integer("out", 1, LARGEST_SIDE), entry.integer("in", 1, LARGEST_SIDE)
     metrics: dict[str, Any] = {
         name: entry.measure(name, _LEAST.get(name, 0)) for name in METRICS if name not in COUNTS
     }

@@ -150,6 +150,6 @@ def _read_identity(entry: Fields) -> dict[str, Any]:
         "name": entry.text("name"),
         "module": entry.text("module"),
         "kind": entry.choice("kind", get_args(Kind)),
-        "shape": entry.integers("shape", length=2, least=1),
+        "shape": entry.matrix_shape("shape"),
         "flags": entry.texts("flags"),
     }
