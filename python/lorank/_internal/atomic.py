@@ -41,8 +41,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
             raise OSError(error.errno, error.strerror, str(target)) from error
         try:
             yield hidden.path
-            keep_mode(hidden.path, place)
             sync_file(hidden.path)
+            keep_mode(hidden.path, place)
             hidden.path.replace(place)
             sync_folder(place.parent)
         except OSError as error:
