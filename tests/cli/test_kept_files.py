@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,28 @@ def test_member_trained_since_is_not_replaced(change: str, source: Path, members
     assert contents(member) == {
         name.removeprefix("rank-1/"): x for name, x in before.items() if name.startswith("rank-1/")
     }
+
+
+def test_reading_while_another_adapter_is_saved_is_never_mixed(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    adapters = [lorank.compress(source, avg_rank=rank, progress=False) for rank in (1, 3)]
+    adapters[0].save(out)
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            for adapter in adapters:
+                adapter.save(out, overwrite=True)
+
+    with ThreadPoolExecutor(1) as executor:
+        running = executor.submit(replace)
+        try:
+            for _ in range(100):
+                ranks = lorank.LoraAdapter.load(out).ranks  # Settings that contradict factors raise an error.
+                assert ranks in [adapter.ranks for adapter in adapters]
+        finally:
+            stop.set()
+        running.result()
 
 
 def without_digests(member: Path) -> None:
