@@ -17,16 +17,16 @@ import lorank
 from tests.support.kills import NEVER, contents, forked_runs, kill_at_every_step, leftovers
 
 SAVE = """
-adapter = lorank.LoraAdapter.load({source!r})
+adapter = lorank.compress({source!r}, avg_rank=1, threads=1, progress=False)
 def work(folder):
-    lorank.compress(adapter, avg_rank=1, threads=1, progress=False).save(
-        folder / "target", overwrite=True, threads=1
-    )
+    adapter.save(folder / "target", overwrite=True, threads=1)
 """
 FAMILY = """
-import lorank.cli.family
+from lorank.adapters.writing import write_family
+members = lorank.family({source!r}, [1, 3], threads=1, progress=False)
+members = {{f"rank-{{rank}}": member for rank, member in members.items()}}
 def work(folder):
-    lorank.cli.family.family({source!r}, folder / "target", "1,3", threads=1, overwrite=True, quiet=True)
+    write_family(members, folder / "target", "compact", None, overwrite=True, threads=1)
 """
 ALLOCATE = """
 import lorank.cli.allocate
@@ -158,7 +158,7 @@ def test_first_saves_are_whole(is_empty: bool, source: Path, tmp_path: Path) -> 
 def test_families_are_whole(source: Path, tmp_path: Path) -> None:
     work = FAMILY.format(source=str(source))
     lorank_family = tmp_path / "family"
-    with forked_runs(work.replace("1,3", "1,2")) as run:
+    with forked_runs(work.replace("[1, 3]", "[1, 2]")) as run:
         lorank_family.mkdir()
         assert run(lorank_family, NEVER) == 0
     old = lorank_family / "target"
@@ -167,7 +167,7 @@ def test_families_are_whole(source: Path, tmp_path: Path) -> None:
     (old / "logs" / "a").mkdir(parents=True)
     (old / "logs" / "a" / "b").write_text("mine")
     trial = Trial(tmp_path / "root", work, old)
-    assert {name.split("/")[0] for name in trial.after} == {"elastic", "rank-1", "rank-3", "logs"}
+    assert {name.split("/")[0] for name in trial.after} == {"rank-1", "rank-3", "logs"}
     assert trial.after["rank-1/README.md"] == b"mine"
     assert not (trial.target / "rank-2").exists()
     assert trial.kill(every=4) > 60

@@ -42,8 +42,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
         try:
             with errors_name(target, hidden.path):
                 yield hidden.path
-                keep_mode(hidden.path, place)
                 sync_file(hidden.path)
+                keep_mode(hidden.path, place)
                 hidden.path.replace(place)
                 sync_folder(place.parent)
         except BaseException:

@@ -116,8 +116,8 @@ class Changes:
     def prepare(self, payload: Path, folder: Path) -> None:
         """Give new files the permissions of those that they replace, and write all to the disk."""
         for path in self.puts:
-            keep_mode(payload / path, folder / path)
             sync_file(payload / path)
+            keep_mode(payload / path, folder / path)
         for path in {str(Path(path).parent) for path in self.puts} | {"."}:
             sync_folder(payload / path)
 

@@ -30,6 +30,10 @@ _VIEW, _NOTE, _SHOWN = "view", "view.json", "shown"
 # Views of folders with more entries take too long.
 _MOST_ENTRIES = 10_000
 
+# Larger files get symbolic links, because a hard link changes a file's times, and overlay file systems copy a
+# file to link it. Smaller files are readable even if the hidden folder is deleted.
+_LARGEST_LINKED = 16 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class FolderView:
@@ -44,13 +48,13 @@ class FolderView:
     staging
         The name of the staging folder in the folder, with the stored changes.
     made
-        Inode of each entry of the view, by relative path.
+        Inodes of each entry of the view, and of the folder's entry that it stands for, by relative path.
     """
 
     holder: Path
     folder: Path
     staging: str
-    made: dict[str, int]
+    made: dict[str, list[int]]
 
     @classmethod
     def build(cls, holder: Path, folder: Path, staging: str, payload: Path, changes: Changes) -> FolderView:
@@ -125,7 +129,7 @@ class FolderView:
             if (self.holder / _SHOWN).exists():
                 self._carry_over()
             for path, entry in self._entries(self.path, "."):
-                if entry.inode() != self.made.get(path):
+                if not self._is_made(path, entry):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     Path(entry.path).rmdir()
@@ -173,16 +177,22 @@ class FolderView:
 
     def _refer(self, path: str, *, is_folder: bool) -> None:
         """Link to a file or sub-folder of the folder by its later path in the holder."""
-        if not is_folder:
+        source = self.folder / path
+        if not is_folder and source.lstat().st_size <= _LARGEST_LINKED:
             with suppress(OSError):
-                self._record(path, partial(os.link, self.folder / path, follow_symlinks=False))
+                self._record(path, partial(os.link, source, follow_symlinks=False))
                 return
         up = "../" * (path.count("/") + 1)
         self._record(path, partial(os.symlink, f"{up}{self.holder.name}/{_VIEW}/{path}"))
 
     def _record(self, path: str, make: Callable[[Path], None]) -> None:
         make(self.path / path)
-        self.made[path] = (self.path / path).lstat().st_ino
+        source = self.folder / path
+        stands_for = source.lstat().st_ino if os.path.lexists(source) else 0
+        self.made[path] = [(self.path / path).lstat().st_ino, stands_for]
+
+    def _is_made(self, path: str, entry: os.DirEntry[str]) -> bool:
+        return path in self.made and entry.inode() == self.made[path][0]
 
     def _entries(self, folder: Path, path: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         """Yield the entries of the view with their relative paths, folders after their content."""
@@ -190,20 +200,18 @@ class FolderView:
             entries = list(found)
         for entry in entries:
             inner = str(Path(path, entry.name))
-            if entry.is_dir(follow_symlinks=False) and entry.inode() == self.made.get(inner):
+            if entry.is_dir(follow_symlinks=False) and self._is_made(inner, entry):
                 yield from self._entries(Path(entry.path), inner)
             yield inner, entry
 
     def _carry_over(self) -> None:
         """Move entries that other programs made in the view to the folder."""
         for path, entry in [*self._entries(self.path, ".")]:
-            made = self.made.get(path)
-            if entry.name == MARK or entry.inode() == made:
+            if entry.name == MARK or self._is_made(path, entry):
                 continue
             target = self.folder / path
             with suppress(OSError):
-                is_free = not os.path.lexists(target)
-                if is_free or (made == target.lstat().st_ino and target.is_file()):
+                if not os.path.lexists(target) or target.lstat().st_ino in self.made.get(path, ()):
                     Path(entry.path).replace(target)
 
 

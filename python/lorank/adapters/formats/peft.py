@@ -58,8 +58,8 @@ class _Peft(AdapterFormat):
     )
 
     def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
-        config = config_file.read(path / CONFIG_FILE)
-        unwrapped = Unwrapped.of(_weights(path), config.get("target_modules"))
+        config, tensors = _saved_together(path)
+        unwrapped = Unwrapped.of(tensors, config.get("target_modules"))
         reading = peft_reading.read_all(
             unwrapped.tensors, config, contradictions=contradictions, changed_base=changed_base
         )
@@ -134,6 +134,20 @@ class _Peft(AdapterFormat):
 
 
 PEFT = _Peft()
+
+
+def _saved_together(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """Read settings and factors again if another process has replaced both meanwhile."""
+    while True:
+        before = _identity(folder / CONFIG_FILE)
+        config, tensors = config_file.read(folder / CONFIG_FILE), _weights(folder)
+        if _identity(folder / CONFIG_FILE) == before:
+            return config, tensors
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _weights(folder: Path) -> Tensors:
