@@ -180,7 +180,10 @@ class Certificate:
         if rounding is not None and (type(rounding) not in (int, float) or not 0 <= rounding < math.inf):
             raise ValueError(f"rounding_error is {rounding!r}")
         found = [ModuleCertificate.from_json(module) for module in modules]
-        if sum(module.energy for module in found) + sum(module.dropped_energy for module in found) == math.inf:
+        if (
+            sum(module.energy for module in found) + sum(module.dropped_energy for module in found)
+            == math.inf
+        ):
             raise ValueError("the sum of energies overflows")
         return cls(content["action"], found, rounding)
 

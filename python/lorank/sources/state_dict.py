@@ -133,10 +133,14 @@ def read_pickles(path: Path) -> Mapping[str, Any]:
     Files are mapped into memory and unpickled with `weights_only=True`: no code in them runs.
     """
     merged: dict[str, Any] = {}
+    places: dict[str, Path] = {}
     for file, promised in _pickle_files(path).items():
         found = read_pickle(file)
         if missing := sorted(promised - found.keys()):
             raise FormatError(f"{file}: holds no tensor {missing[0]!r}, which the index places there")
+        for name in found:
+            if (other := places.setdefault(name, file)) != file:
+                raise FormatError(f"{file}: tensor {name!r} is also in {other.name}: keep one of them")
         merged |= found
     return merged
 
