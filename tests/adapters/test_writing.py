@@ -145,9 +145,9 @@ def test_saving_uses_the_given_number_of_threads(tmp_path: Path, monkeypatch: py
     asked: list[int] = []
     write = _core.write_safetensors
 
-    def counted(*arguments: Any) -> None:
-        asked.append(arguments[-1])
-        write(*arguments)
+    def counted(*arguments: Any) -> str | None:
+        asked.append(arguments[3])
+        return write(*arguments)
 
     monkeypatch.setattr(_core, "write_safetensors", counted)
     small.save(tmp_path / "one", threads=1)

@@ -29,8 +29,8 @@ _VERIFIED = ("certificate", "is_spectral", "notes")
 class AdapterContent:
     """The content of an adapter's files.
 
-    The first use of `certificate`, `is_spectral` or `notes` of an adapter with a certificate reads the factors
-    and compares them with the digest that binds the certificate to them.
+    The first use of `certificate`, `is_spectral` or `notes` of an adapter with a certificate reads the
+    factors and compares them with the digest that binds the certificate to them.
 
     Attributes
     ----------

@@ -62,17 +62,11 @@ def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool 
     return KOHYA.read(path, contradictions=contradictions, changed_base=changed_base)
 
 
-def _identities(folder: Path) -> list[tuple[int, ...] | None]:
+def _identities(folder: Path) -> list[tuple[int, ...]]:
     """Return the identity, size and time of both files of an adapter, which must belong together."""
-    found: list[tuple[int, ...] | None] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        try:
-            stat = (folder / name).stat()
-        except FileNotFoundError:
-            found.append(None)
-        else:
-            found.append((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
-    return found
+    files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    found = [file.stat() for file in files if file.exists()]
+    return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
 def _finished(path: str | Path, stored: AsStored) -> AdapterContent:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorank._core import NumericalError
 from lorank.adapters.content import AdapterContent, Dtype
 from lorank.adapters.module import LoraModule
 from lorank.adapters.profiles import WrittenRank
@@ -57,6 +58,10 @@ def added(
         b_key, a_key = keys[name]
         rounded = _copies(_rows(in_file, b_key), _rows(in_file, a_key), module.copies)
         for (b, a), (b2, a2) in zip(exact, rounded, strict=True):
+            if b.any() and a.any() and not (b2.any() and a2.any()):
+                raise NumericalError(
+                    f"module {name!r}: all values of a factor round to zero in {stored}: keep {module.dtype}"
+                )
             # The file's update is `b_factor` times the adapter's update.
             total += _squared_distance(b, a, b2, a2) / written.b_factor**2
     return math.sqrt(total)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lorank._core import NumericalError
 from lorank.adapters.module import LoraModule
 from lorank.adapters.profiles import WrittenRank
 
@@ -26,7 +28,7 @@ def padded_factors(module: LoraModule, rank: int, factor: float = 1.0) -> tuple[
         or [(np.zeros((module.shape[0], 0), np.float32), np.zeros((0, module.shape[1]), np.float32))]
         * module.copies
     )
-    bs, as_ = zip(*[_padded(b, a, rank, factor) for b, a in pairs], strict=True)
+    bs, as_ = zip(*[_padded(_scaled(module, b, factor), a, rank) for b, a in pairs], strict=True)
     if module.kind == "expert":
         # The index of the expert is the slowest in A and the fastest in B.
         return np.stack(bs, axis=2).reshape(module.shape[0], -1), np.concatenate(as_)
@@ -45,10 +47,31 @@ def is_stored_unchanged(module: LoraModule, written: WrittenRank) -> bool:
     return is_unscaled and module.rank == written.rank and module.kind != "expert"
 
 
-def _padded(b: Array, a: Array, rank: int, factor: float) -> tuple[Array, Array]:
+def _scaled(module: LoraModule, b: Array, factor: float) -> Array:
+    """Return ``factor * B`` in the type of B.
+
+    Raises
+    ------
+    NumericalError
+        If the product leaves the range of the type, so that the update would be lost.
+    """
+    if factor == 1.0 or not b.size:
+        return b
+    with np.errstate(over="ignore", under="ignore"):
+        scaled = b.astype(np.float64) * factor
+        found: Array = scaled.astype(b.dtype)
+        largest, before = float(np.abs(found).max()), float(np.abs(b).max())
+    is_lost = before > 0 and factor != 0 and largest < np.finfo(b.dtype).tiny
+    if math.isfinite(before) and (is_lost or not math.isfinite(largest)):
+        raise NumericalError(
+            f"module {module.name!r}: its scaling {module.scaling:g} times B leaves the range of {b.dtype}: "
+            "correct the scaling"
+        )
+    return found
+
+
+def _padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
     missing = rank - a.shape[0]
-    if factor != 1.0:
-        b = (b.astype(np.float64) * factor).astype(b.dtype)
     if missing:
         b, a = np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
     return np.ascontiguousarray(b), np.ascontiguousarray(a)

@@ -125,4 +125,5 @@ class ArrayTensors:
 
     def digest(self, seed: bytes, threads: int) -> str:
         """Raise an error: values in memory may change, and no metadata state a digest of them."""
+        del seed, threads
         raise FormatError(f"{self.label}: tensors in memory have no digest")

@@ -194,8 +194,8 @@ def _write(job: _Job, staging: Path) -> Written:
         rounded = rounding.rounded_types(job.adapter, job.ranks, job.dtype)
         tensors = written_tensors(job.adapter, job.format, job.ranks, job.keys, job.dtype)
         # Another thread writes the texts while the core writes the factors. The texts begin after this
-        # thread's own work in Python, which they would delay. The certificate is written when the digest of the
-        # factors is known, and the card when the rounding error is known, if there is one.
+        # thread's own work in Python, which they would delay. The certificate is written when the digest of
+        # the factors is known, and the card when the rounding error is known, if there is one.
         begin = Event()
         texts = background.submit(_write_texts, job, staging, begin, with_card=not rounded)
         begin.set()

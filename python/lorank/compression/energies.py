@@ -26,14 +26,13 @@ def check_energies(forms: Sequence[SpectralForm]) -> None:
     """
     for form in forms:
         _check(form)
-    total = math.inf
     with np.errstate(over="ignore"):
         total = float(np.sum([form.energy for form in forms]))
     if not math.isfinite(total):
         largest = max(forms, key=lambda form: form.energy)
         raise NumericalError(
-            f"module {largest.module.name!r}: the energies of all updates together overflow float64, and this "
-            "update is the largest: correct its scaling or factors"
+            f"module {largest.module.name!r}: the energies of all updates overflow float64 together, and this "
+            "one is the largest: correct its scaling or factors"
         )
 
 
@@ -48,8 +47,8 @@ def _check(form: SpectralForm) -> None:
         return
     if not _SMALLEST <= energy < math.inf:
         raise NumericalError(
-            f"module {module.name!r}: its largest singular value is {largest:.3g}: the energy leaves the range "
-            "of float64: correct the scaling or the factors"
+            f"module {module.name!r}: its largest singular value is {largest:.3g}: the energy leaves the "
+            "range of float64: correct the scaling or the factors"
         )
     # The entries of balanced factors are about the root of the value, divided by the root of a side.
     root = math.sqrt(largest)
@@ -57,6 +56,6 @@ def _check(form: SpectralForm) -> None:
         _SMALLEST_FACTOR * math.sqrt(max(module.shape)) <= root <= _LARGEST_FACTOR
     ):
         raise NumericalError(
-            f"module {module.name!r}: its largest singular value is {largest:.3g}: balanced factors leave the "
-            "range of float32: correct the scaling or the factors"
+            f"module {module.name!r}: its largest singular value is {largest:.3g}: balanced factors leave "
+            "the range of float32: correct the scaling or the factors"
         )

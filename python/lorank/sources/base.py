@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lorank._core import Matrix
+from lorank._core import FormatError, Matrix
 from lorank.modules import naming
 from lorank.modules.facts import ModelFacts
 from lorank.modules.skeleton import Skeleton
@@ -131,6 +131,16 @@ class Source:
     skipped_values: Mapping[str, Callable[[], Matrix]] = field(
         default_factory=dict, compare=False, repr=False
     )
+
+    def __post_init__(self) -> None:
+        """Refuse two matrices of one name, because reports would show one of them."""
+        seen: set[str] = set()
+        for matrix in self.matrices:
+            if matrix.info.name in seen:
+                raise FormatError(
+                    f"{self.label}: two tensors define the matrix {matrix.info.name!r}: rename one of them"
+                )
+            seen.add(matrix.info.name)
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> Source:
         """Return the source with only the matrices whose module is included and not excluded."""

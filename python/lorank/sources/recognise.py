@@ -123,7 +123,12 @@ def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
         return {name: name for name in names}
     if not _holds_model(names, owners):
         raise FormatError(_refusal(label, f"an adapter ({next(iter(owners.values()))})"))
-    return {name: _without_peft(name) for name in names if _method(name) is None and not _COPY.search(name)}
+    base = {name: _without_peft(name) for name in names if _method(name) is None and not _COPY.search(name)}
+    seen: dict[str, str] = {}
+    for name, bare in base.items():
+        if (other := seen.setdefault(bare, name)) != name:
+            raise FormatError(f"{label}: tensors {other!r} and {name!r} define the same parameter {bare!r}")
+    return base
 
 
 def exclusion_reason(name: str) -> str:
