@@ -79,7 +79,10 @@ def read_model(path: Path) -> TensorFiles:
             if len(shape) >= 2 and found[name].is_floating_point():
                 raise FormatError(f"{file}: tensor {name!r} {reason}")
             repeated[name] = shape, reason
-        tensors |= {name: value for name, value in found.items() if owners.get(name, file) == file}
+        for name in found:
+            if (other := owners.setdefault(name, file)) != file:
+                raise FormatError(f"{file}: tensor {name!r} is also in {other.name}: keep one of them")
+        tensors |= found
     kept = {name: value for name, value in tensors.items() if name not in repeated}
     return TensorFiles(kept, repeated, states)
 
