@@ -4,6 +4,7 @@
 use pyo3::prelude::*;
 
 mod analysis;
+mod array_memory;
 mod decomposition;
 mod detached;
 mod errors;
@@ -27,7 +28,8 @@ mod _core {
     use crate::selection::{select_budget, select_energy, select_largest, select_smallest};
     #[pymodule_export]
     use crate::statistics::{
-        alpha_hill, available_threads, marchenko_pastur, marchenko_pastur_median, spectral_metrics, spectrum,
+        alpha_hill, available_threads, energy_rank, marchenko_pastur, marchenko_pastur_median,
+        spectral_metrics, spectrum,
     };
 
     #[pymodule_export]

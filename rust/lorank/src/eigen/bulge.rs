@@ -21,6 +21,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::eigen::band_layout::{COLUMN, WIDTH, position};
+use crate::exec::cancel::CancelToken;
 use crate::exec::parallel::Strategy;
 use crate::kernels::number::Number;
 use crate::kernels::simd::dispatch_halved;
@@ -44,13 +45,17 @@ struct Reflection<T> {
 /// Reduces a band of order `n`, stored as described at [`position`], to tridiagonal form in place. All but
 /// the diagonal and the first off-diagonals is then unspecified.
 ///
-/// Under [`Strategy::Together`] the caller must run in the thread pool.
-pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Strategy) {
+/// Under [`Strategy::Together`] the caller must run in the thread pool. After cancellation the band is
+/// unspecified.
+pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Strategy, cancel: &CancelToken) {
     let sweeps = n.saturating_sub(2);
     let mut reflections = vec![Reflection { v: [T::default(); WIDTH], tau: T::default() }; sweeps];
     let groups = sweeps.div_ceil(SWEEPS);
     let tiles = (n.div_ceil(WIDTH) + SWEEPS).div_ceil(STEPS);
     for wave in 0..tiles + 2 * groups {
+        if cancel.is_cancelled() {
+            return;
+        }
         let work = tiles_of_wave(wave, tiles, n, band, &mut reflections);
         match strategy {
             Strategy::Together if work.len() >= SHARED_FROM => {
@@ -329,7 +334,7 @@ mod tests {
     fn assert_similar<T: Number>(n: usize, epsilon: f64) {
         let mut band = band::<T>(n);
         let expected = eigenvalues(n, &band, WIDTH);
-        reduce_to_tridiagonal(&mut band, n, Strategy::Alone);
+        reduce_to_tridiagonal(&mut band, n, Strategy::Alone, &CancelToken::default());
         let found = eigenvalues(n, &band, 1);
         let norm = expected.iter().fold(0.0f64, |norm, x| norm.max(x.abs()));
         for (x, y) in found.iter().zip(&expected) {
@@ -353,7 +358,7 @@ mod tests {
         let n = 3 * SHARED_FROM * STEPS * WIDTH + 77;
         let reduced = |strategy| {
             let mut band = band::<f64>(n);
-            reduce_to_tridiagonal(&mut band, n, strategy);
+            reduce_to_tridiagonal(&mut band, n, strategy, &CancelToken::default());
             (0..n)
                 .map(|j| (band[position(j, j)].to_bits(), band[position(j + 1, j)].to_bits()))
                 .collect::<Vec<_>>()

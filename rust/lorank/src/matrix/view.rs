@@ -5,9 +5,17 @@ use std::ops::Range;
 use faer::MatMut;
 use faer::prelude::ReborrowMut;
 
+use crate::exec::cancel::CancelToken;
 use crate::kernels::number::Number;
 use crate::matrix::dtype::DType;
 use crate::{Error, Result};
+
+/// Largest number of elements of a view that has more elements than its bytes hold, as a stride of 0 allows.
+/// Without this limit, a few bytes could claim to be a matrix that takes years to read.
+pub const MOST_REPEATED: usize = 1 << 28;
+
+/// Number of bytes or elements that are read between two polls of the cancel token.
+const POLLED: usize = 1 << 24;
 
 /// A borrowed `(rows, cols)` matrix over little-endian bytes, with strides in elements.
 ///
@@ -23,10 +31,11 @@ pub struct MatrixView<'a> {
 }
 
 impl<'a> MatrixView<'a> {
-    /// Creates a view with explicit strides.
+    /// Creates a view with explicit strides. Elements may share memory: a stride of 0 repeats rows or columns.
     ///
     /// # Errors
-    /// [`Error::InvalidInput`] if an element would lie outside `bytes`.
+    /// [`Error::InvalidInput`] if an element would lie outside `bytes`, or if the view has more elements than
+    /// `bytes` holds and more than [`MOST_REPEATED`].
     pub fn new(
         bytes: &'a [u8],
         dtype: DType,
@@ -42,10 +51,17 @@ impl<'a> MatrixView<'a> {
                 .zip(last_col)
                 .and_then(|(r, c)| r.checked_add(c)?.checked_add(1)?.checked_mul(dtype.size()))
         };
+        let held = bytes.len() / dtype.size();
         match span {
-            Some(span) if span <= bytes.len() => {
-                Ok(Self { bytes, dtype, rows, cols, row_stride, col_stride })
-            }
+            Some(span) if span <= bytes.len() => match rows.checked_mul(cols) {
+                Some(count) if count <= held.max(MOST_REPEATED) => {
+                    Ok(Self { bytes, dtype, rows, cols, row_stride, col_stride })
+                }
+                _ => Err(Error::InvalidInput(format!(
+                    "a {rows}x{cols} matrix repeats the {held} elements in memory: its strides are \
+                     ({row_stride}, {col_stride})"
+                ))),
+            },
             _ => Err(Error::InvalidInput(format!(
                 "a {rows}x{cols} matrix with strides ({row_stride}, {col_stride}) of {} does not fit in {} bytes",
                 dtype.name(),
@@ -197,6 +213,8 @@ impl<'a> MatrixView<'a> {
     pub(crate) fn in_place<T: Number>(&self, row: usize, col: usize) -> Option<(&'a [T], usize)> {
         let is_native =
             cfg!(target_endian = "little") && self.dtype == DType::of::<T>() && self.col_stride == 1;
+        // Rows that overlap, as those of a sliding window, are copied: kernels take rows for disjoint.
+        let is_native = is_native && (self.rows <= 1 || self.row_stride >= self.cols);
         let start = (row * self.row_stride + col) * self.dtype.size();
         let bytes = self.bytes.get(start..).filter(|_| is_native)?;
         // The cast fails for misaligned memory, which a file may contain.
@@ -212,16 +230,66 @@ impl<'a> MatrixView<'a> {
         values
     }
 
+    /// Returns all elements as float64, row-major, unless it is cancelled.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] and [`Error::Cancelled`].
+    pub fn to_f64(&self, cancel: &CancelToken) -> Result<Vec<f64>> {
+        self.to_numbers(cancel)
+    }
+
+    /// Returns all elements as float32, row-major, unless it is cancelled. Only elements of float64 are
+    /// rounded.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] and [`Error::Cancelled`].
+    pub fn to_f32(&self, cancel: &CancelToken) -> Result<Vec<f32>> {
+        self.to_numbers(cancel)
+    }
+
+    fn to_numbers<T: Number>(&self, cancel: &CancelToken) -> Result<Vec<T>> {
+        let (count, mut values) = (self.rows * self.cols, Vec::new());
+        let bytes = count.saturating_mul(size_of::<T>());
+        values.try_reserve_exact(count).map_err(|_| Error::no_memory(bytes, "the values of a matrix"))?;
+        values.resize(count, T::default());
+        if count == 0 {
+            return Ok(values);
+        }
+        let width = self.cols.min(POLLED);
+        let height = POLLED / width;
+        for top in (0..self.rows).step_by(height) {
+            for left in (0..self.cols).step_by(width) {
+                cancel.check()?;
+                let (rows, cols) = (top..self.rows.min(top + height), left..self.cols.min(left + width));
+                // Whole rows, or a part of one row.
+                let out = &mut values[top * self.cols + left..][..rows.len() * cols.len()];
+                let out = MatMut::from_row_major_slice_mut(out, rows.len(), cols.len());
+                self.upcast(rows, cols, 1.0, out);
+            }
+        }
+        Ok(values)
+    }
+
     /// Returns the largest absolute value, 0 for an empty or zero matrix.
     ///
     /// # Errors
     /// [`Error::Numerical`] at the first NaN or infinity.
     pub fn max_abs(&self) -> Result<f64> {
+        self.max_abs_until(&CancelToken::default())
+    }
+
+    /// Returns the value of [`max_abs`](Self::max_abs), unless it is cancelled.
+    pub(crate) fn max_abs_until(&self, cancel: &CancelToken) -> Result<f64> {
         if self.is_column_major() {
-            return self.transposed().max_abs();
+            return self.transposed().max_abs_until(cancel);
         }
-        let mut largest = 0.0;
-        for line in self.lines() {
+        let (mut largest, mut unpolled) = (0.0, 0);
+        for line in self.lines().flat_map(|line| line.chunks(POLLED)) {
+            unpolled += line.len();
+            if unpolled >= POLLED {
+                cancel.check()?;
+                unpolled = 0;
+            }
             let found = self.dtype.largest(line);
             if !found.is_finite() {
                 return Err(Error::Numerical("holds NaN or infinite values".into()));
