@@ -8,6 +8,7 @@ mod array_memory;
 mod decomposition;
 mod detached;
 mod errors;
+mod list;
 mod matrix;
 mod selection;
 mod statistics;

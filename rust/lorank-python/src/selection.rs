@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 use crate::array_memory::SharedValues;
 use crate::detached::detached_quiet;
+use crate::list::List;
 
 type Values<'py> = Bound<'py, PyArray1<f64>>;
 type Mask<'py> = PyResult<Bound<'py, PyArray1<bool>>>;
@@ -34,8 +35,8 @@ pub fn select_energy<'py>(py: Python<'py>, values: &Values<'py>, fraction: f64) 
 pub fn select_budget<'py>(
     py: Python<'py>,
     values: &Values<'py>,
-    lengths: Vec<usize>,
-    costs: Vec<u64>,
+    lengths: List<usize>,
+    costs: List<u64>,
     parameters: u64,
 ) -> Mask<'py> {
     masked(py, values, move |values, cancel| {
