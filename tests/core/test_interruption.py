@@ -83,7 +83,7 @@ CALLS = {
     "select_budget": "_core.select_budget(ascending[::-1], [COUNT], [3], 10**18)",
     "spectrum": "lorank.spectrum(square, threads=2)",
     "fast spectrum": "lorank.spectrum(square, threads=1, accuracy='fast')",
-    "sampled spectrum": "lorank.spectrum(square, accuracy='sampled')",
+    "sampled spectrum": "_core.sample(matrix)",
     "to_array": "matrix.to_array()",
     "analyze": "lorank.analyze({'a': square, 'b': square}, progress=False)",
 }
@@ -133,6 +133,102 @@ def test_exception_of_a_callback_ends_the_work_of_other_threads() -> None:
 def fail(*_):
     raise Ended
 small = _core.Matrix.from_array(np.ones((2, 2)))
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 """
-    left, _ = interrupted("_core.analyze([matrix, small, matrix], 'exact', 2, False, fail)", prologue) if False else (0, 0)
+    left, _ = interrupted("_core.analyze([small, matrix, matrix], 'exact', 2, False, fail)", prologue)
     assert left < 0.25
+
+
+SHUTDOWN = """
+import threading, time
+import numpy as np
+import lorank
+square = np.random.default_rng(0).standard_normal((1500, 1500))
+
+def work():
+    while True:
+        lorank.spectrum(square, threads=2)
+
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.5)
+print("done", flush=True)
+"""
+
+STORM = """
+import os, signal, threading, time
+import numpy as np
+import lorank
+count = 0
+
+def handler(*_):
+    global count
+    count += 1
+    lorank.alpha_hill(np.arange(1.0, 30000.0))  # A nested call.
+
+signal.signal(signal.SIGUSR1, handler)
+square = np.random.default_rng(0).standard_normal((700, 700))
+expected = lorank.spectrum(square, threads=1)
+running = True
+
+def send():
+    while running:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.002)
+
+sender = threading.Thread(target=send)
+sender.start()
+equal = all((lorank.spectrum(square, threads=2) == expected).all() for _ in range(5))
+running = False
+sender.join()
+assert equal and count > 5, (equal, count)
+print("done", flush=True)
+"""
+
+FORKS = """
+import multiprocessing, os, threading
+import numpy as np
+import lorank
+square = np.random.default_rng(0).standard_normal((400, 400))
+expected = lorank.spectrum(square, threads=1).tobytes()
+ended = threading.Event()
+
+def work(failures):
+    while not ended.is_set():
+        if lorank.spectrum(square, threads=2).tobytes() != expected:
+            failures.append("bits")
+
+def child(queue):
+    queue.put(lorank.spectrum(square, threads=2).tobytes() == expected)
+
+failures = []
+threads = [threading.Thread(target=work, args=(failures,)) for _ in range(16)]
+for thread in threads:
+    thread.start()
+context = multiprocessing.get_context("fork")
+for _ in range(10):
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    assert queue.get(timeout=60)
+    process.join(60)
+    assert process.exitcode == 0
+ended.set()
+for thread in threads:
+    thread.join()
+assert not failures
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("program", [SHUTDOWN, STORM, FORKS], ids=["shutdown", "signals", "forks"])
+def test_threads_signals_and_forks_neither_hang_nor_crash(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
