@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from lorank import _core
+
 
 def effective_rank(eigenvalues: npt.ArrayLike, energy: float) -> int:
     """Return the smallest number of eigenvalues that hold a share of their sum; 0 if all are zero.
@@ -33,12 +35,4 @@ def effective_rank(eigenvalues: npt.ArrayLike, energy: float) -> int:
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy must be above 0 and at most 1, not {energy!r}")
-    given = np.asarray(eigenvalues, dtype=np.float64)
-    if not np.all(np.isfinite(given)):
-        raise ValueError("eigenvalues must be finite")
-    values = np.sort(np.clip(given, 0, None))[::-1]
-    if not len(values) or values[0] == 0:
-        return 0
-    # Division by the largest value keeps the sums of huge values finite.
-    sums = np.cumsum(values / values[0])
-    return int(np.searchsorted(sums, energy * (1 - 1e-12) * sums[-1])) + 1
+    return _core.energy_rank(np.ravel(eigenvalues), energy)

@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::detached::{detached, detached_quiet, hand_over};
+use crate::list::List;
 use crate::matrix::Matrix;
 use crate::statistics::{accuracy, metrics_dict};
 
@@ -18,7 +19,7 @@ use crate::statistics::{accuracy, metrics_dict};
 #[pyfunction]
 pub fn analyze<'py>(
     py: Python<'py>,
-    matrices: Vec<Bound<'py, Matrix>>,
+    matrices: List<Bound<'py, Matrix>>,
     accuracy: &str,
     threads: usize,
     keep_eigenvalues: bool,

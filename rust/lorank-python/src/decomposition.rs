@@ -10,6 +10,7 @@ use numpy::{IntoPyArray, PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 
 use crate::detached::{detached, hand_over};
+use crate::list::List;
 use crate::matrix::{Matrix, copied};
 
 /// A term as passed by Python: `B`, `A` and the weight of their product.
@@ -33,7 +34,7 @@ impl Decomposition {
 #[pyfunction]
 pub fn decompose<'py>(
     py: Python<'py>,
-    updates: Vec<Vec<PyTerm<'py>>>,
+    updates: List<List<PyTerm<'py>>>,
     threads: usize,
     on_result: &Bound<'py, PyAny>,
 ) -> PyResult<()> {
@@ -60,13 +61,13 @@ pub fn decompose<'py>(
 #[pyfunction]
 pub fn rebuild<'py>(
     py: Python<'py>,
-    choices: Vec<(Bound<'py, Decomposition>, Vec<bool>)>,
+    choices: List<(Bound<'py, Decomposition>, List<bool>)>,
     threads: usize,
     on_result: &Bound<'py, PyAny>,
 ) -> PyResult<()> {
-    let truncation = |(of, keep): &(Bound<'py, Decomposition>, Vec<bool>)| Truncation {
+    let truncation = |(of, keep): &(Bound<'py, Decomposition>, List<bool>)| Truncation {
         decomposition: Arc::clone(&of.get().0),
-        keep: keep.clone(),
+        keep: keep.to_vec(),
     };
     let truncations: Vec<Truncation> = choices.iter().map(truncation).collect();
     drop(choices);
@@ -89,7 +90,7 @@ pub fn rebuild<'py>(
 #[pyfunction]
 pub fn subtract<'py>(
     py: Python<'py>,
-    pairs: Vec<(Bound<'py, Matrix>, Bound<'py, Matrix>)>,
+    pairs: List<(Bound<'py, Matrix>, Bound<'py, Matrix>)>,
     max_rank: usize,
     threads: usize,
     on_result: &Bound<'py, PyAny>,

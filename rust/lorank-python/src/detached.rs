@@ -1,8 +1,8 @@
 //! Execution of heavy work: without the GIL, interruptible by Ctrl-C, with panics as exceptions.
 
-use std::sync::mpsc::{Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lorank::cancel::CancelToken;
 use lorank::panics::guarded;
@@ -16,6 +16,9 @@ use crate::reserve;
 /// Longest delay of results and of Ctrl-C. Waking up for every small result would take a processor from the
 /// workers. The end of the work is reported without delay.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// Longest wait for the end of cancelled work.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// A message from the worker to the waiting Python thread.
 enum Message<M, T> {
@@ -34,8 +37,9 @@ impl<M> Outbox<'_, M> {
 }
 
 /// Runs `work` on a new thread and waits without the GIL. Calls `on_item` with every item that the work
-/// sends. On a signal, or if `on_item` raises an exception, the work is cancelled and the call returns
-/// without waiting for it. The work owns its input, so that a library call that cannot be interrupted may
+/// sends. If a signal handler or `on_item` raises an exception, the work is cancelled. The call then waits
+/// until the work has ended, so that it leaves no temporary files and takes no processor any more, but no
+/// longer than [`GRACE`]. The work owns its input, so that a library call that cannot be interrupted may
 /// finish later.
 pub fn detached<T, M>(
     py: Python<'_>,
@@ -89,9 +93,23 @@ where
         };
         if let Err(error) = step.and_then(|()| py.check_signals()) {
             cancel.cancel();
+            py.detach(move || await_end(receiver));
             return Err(error);
         }
     }
+}
+
+/// Waits until the worker has ended, or [`GRACE`] has passed.
+fn await_end<M, T>(receiver: Receiver<Message<M, T>>) {
+    let end = Instant::now() + GRACE;
+    // The worker's sender is dropped with its last data.
+    while receiver.recv_timeout(end.saturating_duration_since(Instant::now())).is_ok() {}
+}
+
+/// Runs work of less than some milliseconds on the calling thread, with the GIL: a thread would take longer to
+/// start.
+pub fn brief<T>(work: impl FnOnce(&CancelToken) -> Result<T>) -> PyResult<T> {
+    guarded(|| work(&CancelToken::default())).map_err(to_py)
 }
 
 /// Runs work that sends no items: see [`detached`].

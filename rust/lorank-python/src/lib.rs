@@ -4,9 +4,11 @@
 use pyo3::prelude::*;
 
 mod analysis;
+mod array_memory;
 mod decomposition;
 mod detached;
 mod errors;
+mod list;
 mod mapped;
 mod matrix;
 mod reserve;
@@ -34,8 +36,8 @@ mod _core {
     use crate::selection::{select_budget, select_energy, select_largest, select_smallest};
     #[pymodule_export]
     use crate::statistics::{
-        alpha_hill, available_threads, check_thread_memory, marchenko_pastur, marchenko_pastur_median,
-        spectral_metrics, spectrum,
+        alpha_hill, available_threads, check_thread_memory, energy_rank, marchenko_pastur,
+        marchenko_pastur_median, spectral_metrics, spectrum,
     };
 
     #[pymodule_export]

@@ -6,8 +6,8 @@ use numpy::{IntoPyArray, PyArray1, PyArrayDescrMethods, PyUntypedArray, PyUntype
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::array_memory::ArrayMemory;
 use crate::detached::detached_quiet;
-use crate::matrix::ArrayMemory;
 
 /// Returns true if `NumPy` allocated the memory of an array or of the arrays that it is a view of.
 pub fn is_owned(array: &Bound<'_, PyUntypedArray>) -> bool {
@@ -41,7 +41,7 @@ pub fn copy_mapped<'py>(
         }
     }
     // SAFETY: the range is that of the array's elements, by its own shape and strides.
-    let memory = unsafe { ArrayMemory::of(array, before, before + after) };
+    let memory = unsafe { ArrayMemory::new(array, before, before + after)? };
     let Some(file) = MappedFile::of(memory.as_ref()) else { return Ok(None) };
     let copy = detached_quiet(py, move |cancel| {
         let memory = memory.as_ref();

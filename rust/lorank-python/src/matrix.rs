@@ -9,79 +9,20 @@ use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
 use lorank::safetensors::Reads;
 use lorank::source::{Buffer, Computed, Parts, StoredMatrix};
-use numpy::{
-    IntoPyArray, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
-};
+use numpy::{IntoPyArray, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyIndexError, PyMemoryError, PyTypeError, PyValueError};
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use crate::array_memory::ArrayMemory;
 use crate::detached::detached_quiet;
 use crate::errors::to_py;
 use crate::mapped::is_owned;
-use crate::reserve;
 
 /// A matrix in memory or in a file.
 #[pyclass(frozen, module = "lorank._core")]
 pub struct Matrix(pub StoredMatrix);
-
-/// The memory of a `NumPy` array, kept alive by a reference to the array.
-pub struct ArrayMemory {
-    start: *const u8,
-    len: usize,
-    _owner: Py<PyUntypedArray>,
-}
-
-impl ArrayMemory {
-    /// Holds the `len` bytes that start `before` bytes ahead of an array's first element.
-    ///
-    /// # Safety
-    /// The bytes must lie within the buffer of the array.
-    pub unsafe fn of(array: &Bound<'_, PyUntypedArray>, before: usize, len: usize) -> Self {
-        // SAFETY: the pointer is valid while `array` is borrowed; only its `data` field is read.
-        let data: *const u8 = unsafe { (*array.as_array_ptr()).data }.cast_const().cast();
-        // The pointer of an empty array may be null, but the pointer of a slice must not.
-        let start = if len == 0 { std::ptr::NonNull::dangling().as_ptr() } else { data.wrapping_sub(before) };
-        Self { start, len, _owner: array.clone().unbind() }
-    }
-}
-
-// SAFETY: the memory is only read, and lives as long as `_owner`, which may be released on any thread.
-unsafe impl Send for ArrayMemory {}
-// SAFETY: as above; shared reads need no synchronisation.
-unsafe impl Sync for ArrayMemory {}
-
-impl AsRef<[u8]> for ArrayMemory {
-    fn as_ref(&self) -> &[u8] {
-        // SAFETY: the callers of `of` computed the range from the array's own shape and strides, so that it
-        // lies within its buffer. NumPy does not move or free the buffer while the array lives. Python code
-        // that writes to the array at the same time changes the values read, as for any NumPy function that
-        // releases the GIL.
-        unsafe { std::slice::from_raw_parts(self.start, self.len) }
-    }
-}
-
-/// The numbers of a Python array. A contiguous array is not copied. The numbers may outlive the call that
-/// passed the array.
-pub enum SharedValues {
-    InPlace(ArrayMemory),
-    Copied(Vec<f64>),
-}
-
-impl SharedValues {
-    /// Shares or copies the numbers of a float64 array.
-    pub fn of(array: &Bound<'_, PyArray1<f64>>) -> PyResult<Self> {
-        let values = array.readonly();
-        Ok(match values.as_slice() {
-            Ok(slice) if slice.as_ptr().is_aligned() => Self::InPlace(ArrayMemory {
-                start: slice.as_ptr().cast(),
-                len: size_of_val(slice),
-                _owner: array.as_untyped().clone().unbind(),
-            }),
-            _ => Self::Copied(copied(values.as_array().iter().copied())?),
-        })
-    }
-}
 
 /// Collects numbers of an array.
 pub fn copied(values: impl ExactSizeIterator<Item = f64>) -> PyResult<Vec<f64>> {
@@ -91,20 +32,6 @@ pub fn copied(values: impl ExactSizeIterator<Item = f64>) -> PyResult<Vec<f64>> 
         .map_err(|_| PyMemoryError::new_err("no memory for a copy of an array"))?;
     found.extend(values);
     Ok(found)
-}
-
-impl AsRef<[f64]> for SharedValues {
-    fn as_ref(&self) -> &[f64] {
-        match self {
-            Self::InPlace(memory) => {
-                let (start, len) = (memory.start.cast(), memory.len / size_of::<f64>());
-                // SAFETY: `of` found an aligned slice of this many numbers there, which lives as long as its
-                // owner. All bit patterns are numbers. For concurrent writes see `ArrayMemory`.
-                unsafe { std::slice::from_raw_parts(start, len) }
-            }
-            Self::Copied(values) => values,
-        }
-    }
 }
 
 #[pymethods]
@@ -136,10 +63,11 @@ impl Matrix {
         let len = if rows == 0 || cols == 0 {
             0
         } else {
+            // The products are distances in memory that the array has.
             ((rows - 1) * strides.0 + (cols - 1) * strides.1 + 1) * dtype.size()
         };
         // SAFETY: the range is that of the array's elements, by its own shape and strides.
-        let memory = unsafe { ArrayMemory::of(array, 0, len) };
+        let memory = unsafe { ArrayMemory::new(array, 0, len)? };
         // Only memory that NumPy did not allocate may be mapped from a file.
         let create = if is_owned(array) { StoredMatrix::in_memory } else { StoredMatrix::in_foreign_memory };
         create(Arc::new(memory), dtype, (rows, cols), strides).map(Self).map_err(to_py)
@@ -160,17 +88,16 @@ impl Matrix {
     /// Returns the values as a `NumPy` array: float64 for float64, float32 for all other types.
     fn to_array<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let (stored, (rows, cols)) = (self.0.clone(), self.shape());
-        if self.0.dtype() == DType::F64 {
-            let values = detached_quiet(py, move |cancel| {
-                stored.with_view(&mut Buffer::default(), cancel, |view| view.try_to_row_major::<f64>())
-            })?;
-            Ok(values.into_pyarray(py).reshape([rows, cols])?.into_any())
-        } else {
-            let values = detached_quiet(py, move |cancel| {
-                stored.with_view(&mut Buffer::default(), cancel, |view| view.try_to_row_major::<f32>())
-            })?;
-            Ok(values.into_pyarray(py).reshape([rows, cols])?.into_any())
-        }
+        let is_double = self.0.dtype() == DType::F64;
+        let values = detached_quiet(py, move |cancel| {
+            stored.with_view(&mut Buffer::default(), cancel, |view| {
+                Ok(if is_double { Ok(view.to_f64(cancel)?) } else { Err(view.to_f32(cancel)?) })
+            })
+        })?;
+        Ok(match values {
+            Ok(double) => double.into_pyarray(py).reshape([rows, cols])?.into_any(),
+            Err(single) => single.into_pyarray(py).reshape([rows, cols])?.into_any(),
+        })
     }
 
     fn __repr__(&self) -> String {
@@ -229,9 +156,7 @@ impl Checkpoint {
     #[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
     fn new(py: Python<'_>, path: PathBuf, repeated: bool) -> PyResult<Self> {
         let reads = if repeated { Reads::Repeated } else { Reads::Once };
-        py.detach(|| reserve::hold().and_then(|()| lorank::checkpoint::Checkpoint::open_for(&path, reads)))
-            .map(Self)
-            .map_err(to_py)
+        detached_quiet(py, move |_| lorank::checkpoint::Checkpoint::open_for(&path, reads)).map(Self)
     }
 
     /// Returns every tensor as `(name, dtype, shape)`.
@@ -277,12 +202,47 @@ impl Checkpoint {
     /// Returns the stored bytes of a tensor, whose element type may be unsupported.
     fn stored_bytes<'py>(&self, py: Python<'py>, position: usize) -> PyResult<Bound<'py, PyBytes>> {
         let tensor = self.tensor(position)?.clone();
-        let bytes =
-            detached_quiet(py, move |cancel| tensor.file.read(&tensor.info, 0, tensor.info.len, cancel))?;
-        PyBytes::new_with(py, bytes.len(), |place| {
-            place.copy_from_slice(&bytes);
-            Ok(())
-        })
+        let mut memory = NewBytes::new(py, tensor.info.len)?;
+        let filled = detached_quiet(py, move |cancel| {
+            tensor.file.read_to(memory.zeroed(), &tensor.info, 0, cancel)?;
+            Ok(memory)
+        })?;
+        Ok(filled.object.into_bound(py))
+    }
+}
+
+/// A new bytes object that is filled without the GIL, before other code can see it.
+struct NewBytes {
+    object: Py<PyBytes>,
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: nothing else refers to the object, whose memory lives as long as `object`.
+unsafe impl Send for NewBytes {}
+
+impl NewBytes {
+    /// Allocates a bytes object with unspecified contents.
+    fn new(py: Python<'_>, len: usize) -> PyResult<Self> {
+        let size = ffi::Py_ssize_t::try_from(len)?;
+        // SAFETY: with a null pointer the function returns a new object of this size, or null after an error.
+        let object = unsafe {
+            let object = ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
+            Bound::from_owned_ptr_or_err(py, object)?.cast_into::<PyBytes>()?
+        };
+        // SAFETY: `object` is a bytes object.
+        let start = unsafe { ffi::PyBytes_AsString(object.as_ptr()) }.cast();
+        Ok(Self { object: object.unbind(), start, len })
+    }
+
+    /// Returns the bytes, after setting them to zero.
+    fn zeroed(&mut self) -> &mut [u8] {
+        // SAFETY: the object has `len` bytes there, to which nothing else has access until it is returned to
+        // Python. The empty bytes object is shared, but has no bytes to write.
+        unsafe {
+            std::ptr::write_bytes(self.start, 0, self.len);
+            std::slice::from_raw_parts_mut(self.start, self.len)
+        }
     }
 }
 

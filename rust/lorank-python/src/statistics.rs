@@ -1,24 +1,63 @@
 //! Spectra and their statistics.
 
+use lorank::Error;
+use lorank::cancel::CancelToken;
+use lorank::effective_rank;
 use lorank::eigen::Accuracy;
 use lorank::hill::{self, Convention};
 use lorank::marchenko_pastur::{self as mp, Scale};
 use lorank::metrics::SpectralMetrics;
 use lorank::source::Buffer;
 use lorank::spectrum::Spectrum;
-use numpy::{AllowTypeChange, IntoPyArray, PyArray1, PyArrayLike1};
+use numpy::{IntoPyArray, PyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::detached::detached_quiet;
+use crate::array_memory::{Float64s, SharedValues};
+use crate::detached::{brief, detached_quiet};
 use crate::errors::to_py;
-use crate::matrix::{Matrix, copied};
+use crate::matrix::Matrix;
 
-type Values<'py> = PyArrayLike1<'py, f64, AllowTypeChange>;
+type Values<'py> = Float64s<'py>;
 
-fn checked(values: &Values<'_>) -> PyResult<Spectrum> {
-    Spectrum::new(copied(values.as_array().iter().copied())?).map_err(to_py)
+/// Number of eigenvalues that are sorted and summed within a millisecond.
+const BRIEF: usize = 1 << 14;
+
+/// Number of eigenvalues whose power law is found within some milliseconds, in the worst case.
+const BRIEF_FIT: usize = 1 << 10;
+
+/// Runs work on a copy of eigenvalues: without the GIL if there are more than `brief_up_to`.
+fn with_values<T: Send + 'static>(
+    py: Python<'_>,
+    eigenvalues: &Values<'_>,
+    brief_up_to: usize,
+    work: impl FnOnce(Vec<f64>, &CancelToken) -> lorank::Result<T> + Send + 'static,
+) -> PyResult<T> {
+    let shared = SharedValues::of(&eigenvalues.0)?;
+    let is_brief = shared.as_ref().len() <= brief_up_to;
+    let work = move |cancel: &CancelToken| work(copied(shared.as_ref())?, cancel);
+    if is_brief { brief(work) } else { detached_quiet(py, work) }
+}
+
+/// Runs work on a spectrum: see [`with_values`].
+fn with_spectrum<T: Send + 'static>(
+    py: Python<'_>,
+    eigenvalues: &Values<'_>,
+    brief_up_to: usize,
+    work: impl FnOnce(&Spectrum, &CancelToken) -> lorank::Result<T> + Send + 'static,
+) -> PyResult<T> {
+    with_values(py, eigenvalues, brief_up_to, |values, cancel| {
+        work(&Spectrum::checked(values, cancel)?, cancel)
+    })
+}
+
+fn copied(values: &[f64]) -> lorank::Result<Vec<f64>> {
+    let mut copy = Vec::new();
+    let no_memory = |_| Error::OutOfMemory { what: "eigenvalues".into(), bytes: size_of_val(values) };
+    copy.try_reserve_exact(values.len()).map_err(no_memory)?;
+    copy.extend_from_slice(values);
+    Ok(copy)
 }
 
 fn scale(name: &str) -> PyResult<Scale> {
@@ -62,7 +101,7 @@ pub fn spectrum<'py>(
 /// Computes the Hill estimator.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
-pub fn alpha_hill(eigenvalues: Values<'_>, convention: &str) -> PyResult<f64> {
+pub fn alpha_hill(py: Python<'_>, eigenvalues: Values<'_>, convention: &str) -> PyResult<f64> {
     let convention = match convention {
         "median" => Convention::Median,
         "xmin_mid" => Convention::XminMid,
@@ -72,18 +111,31 @@ pub fn alpha_hill(eigenvalues: Values<'_>, convention: &str) -> PyResult<f64> {
             )));
         }
     };
-    Ok(hill::alpha_hill(&checked(&eigenvalues)?, convention))
+    with_spectrum(py, &eigenvalues, BRIEF, move |spectrum, _| Ok(hill::alpha_hill(spectrum, convention)))
+}
+
+/// Computes the number of eigenvalues that hold a share of their sum.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
+pub fn energy_rank(py: Python<'_>, eigenvalues: Values<'_>, energy: f64) -> PyResult<usize> {
+    with_values(py, &eigenvalues, BRIEF, move |values, cancel| {
+        effective_rank::energy_rank(values, energy, cancel)
+    })
 }
 
 /// Computes the Marchenko-Pastur edge and the number of eigenvalues above it.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
 pub fn marchenko_pastur(
+    py: Python<'_>,
     eigenvalues: Values<'_>,
     shape: (usize, usize),
     scale: &str,
 ) -> PyResult<(f64, usize)> {
-    let found = mp::marchenko_pastur(&checked(&eigenvalues)?, shape, self::scale(scale)?).map_err(to_py)?;
+    let scale = self::scale(scale)?;
+    let found = with_spectrum(py, &eigenvalues, BRIEF, move |spectrum, _| {
+        mp::marchenko_pastur(spectrum, shape, scale)
+    })?;
     Ok((found.edge, found.spikes))
 }
 
@@ -105,7 +157,9 @@ pub fn spectral_metrics<'py>(
     eigenvalues: Values<'py>,
     shape: (usize, usize),
 ) -> PyResult<Bound<'py, PyDict>> {
-    let metrics = SpectralMetrics::new(&checked(&eigenvalues)?, shape).map_err(to_py)?;
+    let metrics = with_spectrum(py, &eigenvalues, BRIEF_FIT, move |spectrum, cancel| {
+        SpectralMetrics::until(spectrum, shape, cancel)
+    })?;
     metrics_dict(py, &metrics)
 }
 

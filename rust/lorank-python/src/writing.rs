@@ -13,6 +13,7 @@ use pyo3::pybacked::PyBackedBytes;
 
 use crate::detached::detached_quiet;
 use crate::errors::to_py;
+use crate::list::List;
 use crate::matrix::{Checkpoint, Matrix};
 
 /// The source of a tensor's values, as passed by Python.
@@ -41,14 +42,14 @@ enum Held {
 pub fn write_safetensors(
     py: Python<'_>,
     path: PathBuf,
-    tensors: Vec<(String, Vec<usize>, PyContent<'_>, String)>,
+    tensors: List<(String, List<usize>, PyContent<'_>, String)>,
     metadata: BTreeMap<String, String>,
     threads: usize,
     seal: Option<(String, Vec<u8>)>,
 ) -> PyResult<Option<String>> {
     let held: Vec<(String, Vec<usize>, Held)> = tensors
         .into_iter()
-        .map(|(name, shape, content, dtype)| Ok((name, shape, hold(content, dtype)?)))
+        .map(|(name, shape, content, dtype)| Ok((name, shape.0, hold(content, dtype)?)))
         .collect::<PyResult<_>>()?;
     detached_quiet(py, move |cancel| {
         let out: Vec<OutTensor<'_>> = held

@@ -141,7 +141,7 @@ impl Report {
         let taken = seconds(|| {
             let (mut a, stack) = (product.clone(), stack(&mut scratch, reduce_to_band_scratch::<T>(p)));
             let stack = stack.expect("memory");
-            timed(|| reduce_to_band(a.as_mut(), strategy, &mut band, stack))
+            timed(|| reduce_to_band(a.as_mut(), strategy, &cancel, &mut band, stack))
         });
         let reduced = self.row(kind, &order, "reduction to a band", taken, 4.0 / 3.0 * n.powi(3), peak);
 
@@ -149,7 +149,7 @@ impl Report {
         let taken = seconds(|| {
             chased.copy_from_slice(&band);
             let stack = stack(&mut scratch, reduce_to_tridiagonal_scratch::<T>(p)).expect("memory");
-            timed(|| reduce_to_tridiagonal(&mut chased, p, strategy, stack))
+            timed(|| reduce_to_tridiagonal(&mut chased, p, strategy, &cancel, stack))
         });
         let operations = 7.0 * WIDTH as f64 * n * n;
         let chasing = self.row(kind, &order, "band to tridiagonal", taken, operations, peak);
@@ -158,7 +158,7 @@ impl Report {
             diagonal: (0..p).map(|i| chased[position(i, i)].to_f64()).collect(),
             off_diagonal: (1..p).map(|i| chased[position(i, i - 1)].to_f64()).collect(),
         };
-        let taken = seconds(|| timed(|| tridiagonal_eigenvalues(&tridiagonal)));
+        let taken = seconds(|| timed(|| tridiagonal_eigenvalues(&tridiagonal, &cancel)));
         // A division and fourteen other operations in each of some 1.2 n^2 steps, on one thread.
         let solved = self.row(kind, &order, "eigenvalues of that", taken, 1.2 * 15.0 * n * n, peak);
         print_rest(kind, &order, &[formed, reduced, chasing, solved]);

@@ -5,7 +5,7 @@ use crate::eigen::sampled::sampled_spectrum;
 use crate::eigen::{Accuracy, spectrum_in_pool};
 use crate::exec::cancel::CancelToken;
 use crate::exec::panics::guarded;
-use crate::exec::parallel::{Strategy, pool, side_by_side};
+use crate::exec::parallel::{Strategy, pieces_of, pool_for, side_by_side};
 use crate::exec::scratch::Scratch;
 use crate::matrix::MatrixView;
 use crate::statistics::hill::{Convention, alpha_hill, alpha_hill_spread};
@@ -94,7 +94,9 @@ pub fn analyze(
     let analyze_one = |i: usize, strategy, workspace: &mut Workspace| {
         emit(i, guarded(|| analyze_matrix(&matrices[i], accuracy, strategy, cancel, workspace)));
     };
-    pool(threads)?.install(|| {
+    let pieces = together.iter().map(|&i| pieces_of(matrices[i].shape().0, matrices[i].shape().1));
+    let pieces = pieces.max().unwrap_or(0).max(alone.len());
+    pool_for(threads, pieces)?.install(|| {
         let mut workspace = Workspace::default();
         for &i in &together {
             cancel.check()?;
@@ -139,7 +141,11 @@ fn analyze_matrix(
         }
         let mut with = |accuracy| {
             let spectrum = spectrum_in_pool(view, accuracy, strategy, cancel, scratch)?;
-            Ok(Analysis { metrics: SpectralMetrics::new(&spectrum, (rows, cols))?, spectrum, accuracy })
+            Ok(Analysis {
+                metrics: SpectralMetrics::until(&spectrum, (rows, cols), cancel)?,
+                spectrum,
+                accuracy,
+            })
         };
         let found = with(accuracy)?;
         if accuracy == Accuracy::Exact || suffices(&found) { Ok(found) } else { with(Accuracy::Exact) }
@@ -156,7 +162,7 @@ pub fn sampled(view: &MatrixView<'_>, strategy: Strategy, cancel: &CancelToken) 
     let shape = (view.rows(), view.cols());
     let sample = sampled_spectrum(view, strategy, cancel)?;
     let spectrum = sample.spectrum.clone();
-    let mut metrics = SpectralMetrics::new(&spectrum, shape)?;
+    let mut metrics = SpectralMetrics::until(&spectrum, shape, cancel)?;
     // The error of a single eigenvalue is unknown.
     metrics.eigenvalue_error = f64::NAN;
     metrics.alpha_hill_error += sample.error(|spectrum| alpha_hill(spectrum, Convention::Median));

@@ -23,6 +23,7 @@ use faer::{MatMut, MatRef};
 use crate::eigen::band_layout::{WIDTH, position};
 use crate::eigen::band_updates::{Updates, groups};
 use crate::eigen::panel_qr::{factor_panel, factor_panel_scratch};
+use crate::exec::cancel::CancelToken;
 use crate::exec::parallel::Strategy;
 use crate::exec::strips::{STRIP, each_row_strip};
 use crate::kernels::number::{Number, padded};
@@ -41,10 +42,12 @@ pub fn reduce_to_band_scratch<T: Number>(n: usize) -> StackReq {
 /// Reduces a symmetric matrix to a band. Reads the lower triangle of `a (n, n)`, overwrites `a`, and writes
 /// `band`, which has [`storage(n)`](crate::eigen::band_layout::storage) elements.
 ///
-/// Under [`Strategy::Together`] the caller must run in the thread pool.
+/// Under [`Strategy::Together`] the caller must run in the thread pool. After cancellation, which is polled
+/// between panels, the band is unspecified.
 pub fn reduce_to_band<T: Number>(
     mut a: MatMut<'_, T>,
     strategy: Strategy,
+    cancel: &CancelToken,
     band: &mut [T],
     stack: &mut MemStack,
 ) {
@@ -56,6 +59,9 @@ pub fn reduce_to_band<T: Number>(
     let (mut products, stack) = temp_mat_zeroed::<T, _, _>(WIDTH, n * groups(n), stack);
     let mut updates = Updates { v_w_v: v_w_v.as_mat_mut(), strategy };
     for panel in (0..n).step_by(WIDTH) {
+        if cancel.is_cancelled() {
+            return;
+        }
         reduce_panel(a.rb_mut(), panel, &mut updates, (&mut v, products.as_mat_mut()), stack);
         store_columns(a.rb(), panel, band);
     }
@@ -142,7 +148,7 @@ mod tests {
         let mut band = vec![T::of(f64::NAN); storage(n)];
         let mut scratch = Scratch::default();
         let stack = scratch.stack(reduce_to_band_scratch::<T>(n)).unwrap();
-        reduce_to_band(a.as_mut(), strategy, &mut band, stack);
+        reduce_to_band(a.as_mut(), strategy, &CancelToken::default(), &mut band, stack);
         band
     }
 

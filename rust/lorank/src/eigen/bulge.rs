@@ -22,6 +22,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::eigen::band_layout::{COLUMN, WIDTH, position};
+use crate::exec::cancel::CancelToken;
 use crate::exec::parallel::Strategy;
 use crate::kernels::number::Number;
 use crate::kernels::simd::dispatch_halved;
@@ -51,14 +52,24 @@ pub fn reduce_to_tridiagonal_scratch<T: Number>(n: usize) -> StackReq {
 /// Reduces a band of order `n`, stored as described at [`position`], to tridiagonal form in place. All but
 /// the diagonal and the first off-diagonals is then unspecified.
 ///
-/// Under [`Strategy::Together`] the caller must run in the thread pool.
-pub fn reduce_to_tridiagonal<T: Number>(band: &mut [T], n: usize, strategy: Strategy, stack: &mut MemStack) {
+/// Under [`Strategy::Together`] the caller must run in the thread pool. After cancellation the band is
+/// unspecified.
+pub fn reduce_to_tridiagonal<T: Number>(
+    band: &mut [T],
+    n: usize,
+    strategy: Strategy,
+    cancel: &CancelToken,
+    stack: &mut MemStack,
+) {
     let sweeps = n.saturating_sub(2);
     let none = Reflection { v: [T::default(); WIDTH], tau: T::default() };
     let (mut reflections, _) = stack.make_with(sweeps, |_| none);
     let groups = sweeps.div_ceil(SWEEPS);
     let tiles = (n.div_ceil(WIDTH) + SWEEPS).div_ceil(STEPS);
     for wave in 0..tiles + 2 * groups {
+        if cancel.is_cancelled() {
+            return;
+        }
         let work = tiles_of_wave(wave, tiles, n, band, &mut reflections);
         match strategy {
             Strategy::Together if work.len() >= SHARED_FROM => {
@@ -340,7 +351,13 @@ mod tests {
         let mut band = band::<T>(n);
         let expected = eigenvalues(n, &band, WIDTH);
         let mut memory = MemBuffer::new(reduce_to_tridiagonal_scratch::<T>(n));
-        reduce_to_tridiagonal(&mut band, n, Strategy::Alone, MemStack::new(&mut memory));
+        reduce_to_tridiagonal(
+            &mut band,
+            n,
+            Strategy::Alone,
+            &CancelToken::default(),
+            MemStack::new(&mut memory),
+        );
         let found = eigenvalues(n, &band, 1);
         let norm = expected.iter().fold(0.0f64, |norm, x| norm.max(x.abs()));
         for (x, y) in found.iter().zip(&expected) {
@@ -365,7 +382,13 @@ mod tests {
         let reduced = |strategy| {
             let mut band = band::<f64>(n);
             let mut memory = MemBuffer::new(reduce_to_tridiagonal_scratch::<f64>(n));
-            reduce_to_tridiagonal(&mut band, n, strategy, MemStack::new(&mut memory));
+            reduce_to_tridiagonal(
+                &mut band,
+                n,
+                strategy,
+                &CancelToken::default(),
+                MemStack::new(&mut memory),
+            );
             (0..n)
                 .map(|j| (band[position(j, j)].to_bits(), band[position(j + 1, j)].to_bits()))
                 .collect::<Vec<_>>()

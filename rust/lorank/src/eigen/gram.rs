@@ -44,6 +44,10 @@ const PIECES: usize = 4;
 /// Smallest number of columns of a piece.
 const PIECE: usize = 256;
 
+/// Number of rows of a piece that are multiplied between two polls of the cancel token: a multiple of
+/// [`KERNEL`]. At order 16,384 they take half a second.
+const POLLED: usize = 43 * KERNEL;
+
 /// Returns the number of elements of a panel of a `(rows, cols)` matrix.
 #[must_use]
 pub fn panel_size<T: Number>(rows: usize, cols: usize) -> usize {
@@ -68,7 +72,7 @@ pub fn gram_scratch(rows: usize, cols: usize) -> StackReq {
 /// Under [`Strategy::Together`] the caller must run in the thread pool.
 ///
 /// # Errors
-/// [`crate::Error::Cancelled`] after cancellation, which is polled between panels;
+/// [`crate::Error::Cancelled`] after cancellation, which is polled between blocks of every panel;
 /// [`crate::Error::OutOfMemory`].
 pub fn gram<T: Number>(
     view: &MatrixView<'_>,
@@ -96,7 +100,7 @@ pub fn gram<T: Number>(
         let accum = if first == 0 { Accum::Replace } else { Accum::Add };
         let columns = first..m.min(first + depth);
         if let Some(x) = in_place {
-            add_lower(gram.rb_mut(), x.subcols(first, columns.len()), accum, strategy);
+            add_lower(gram.rb_mut(), x.subcols(first, columns.len()), accum, strategy, cancel);
             continue;
         }
         let panel = if column_major { buffer.rb_mut() } else { buffer.rb_mut().transpose_mut() };
@@ -104,9 +108,9 @@ pub fn gram<T: Number>(
         each_row_strip(panel.rb_mut(), strategy, |first, block| {
             wide.upcast(first..first + block.nrows(), columns.clone(), scale, block);
         });
-        add_lower(gram.rb_mut(), panel.rb(), accum, strategy);
+        add_lower(gram.rb_mut(), panel.rb(), accum, strategy, cancel);
     }
-    Ok(())
+    cancel.check()
 }
 
 /// Returns the matrix without a copy, if its elements are of type `T` and `scale` is 1.
@@ -143,9 +147,19 @@ fn thin_gram<T: Number>(
 }
 
 /// Computes the lower triangle of `G += X X^T` or `G = X X^T` recursively. A rectangle below the diagonal
-/// takes half of the work. Above it and to its right, two triangles of half the order remain.
-fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, accum: Accum, strategy: Strategy) {
+/// takes half of the work. Above it and to its right, two triangles of half the order remain. After
+/// cancellation the result is unspecified.
+fn add_lower<T: Number>(
+    gram: MatMut<'_, T>,
+    x: MatRef<'_, T>,
+    accum: Accum,
+    strategy: Strategy,
+    cancel: &CancelToken,
+) {
     let p = gram.nrows();
+    if cancel.is_cancelled() {
+        return;
+    }
     if p <= TRIANGLE {
         return add_triangle(gram, x, accum);
     }
@@ -156,13 +170,18 @@ fn add_lower<T: Number>(gram: MatMut<'_, T>, x: MatRef<'_, T>, accum: Accum, str
     let (x_first, x_last) = x.split_at_row(half);
     let width = half.div_ceil((half / PIECE).clamp(1, PIECES));
     let between = || {
-        each_column_strip(rectangle, width, strategy, |start, strip| {
+        each_column_strip(rectangle, width, strategy, |start, mut strip| {
             let own = x_first.subrows(start, strip.ncols()).transpose();
-            matmul(strip, accum, x_last, own, T::of(1.0), Par::Seq);
+            // The bits of a product do not depend on its number of rows.
+            for top in (0..strip.nrows()).step_by(POLLED).take_while(|_| !cancel.is_cancelled()) {
+                let count = POLLED.min(strip.nrows() - top);
+                let block = strip.rb_mut().subrows_mut(top, count);
+                matmul(block, accum, x_last.subrows(top, count), own, T::of(1.0), Par::Seq);
+            }
         });
     };
-    let (first, last) =
-        (|| add_lower(first, x_first, accum, strategy), || add_lower(last, x_last, accum, strategy));
+    let first = || add_lower(first, x_first, accum, strategy, cancel);
+    let last = || add_lower(last, x_last, accum, strategy, cancel);
     match strategy {
         Strategy::Together => {
             join(between, || join(first, last));

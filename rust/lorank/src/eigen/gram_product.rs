@@ -10,6 +10,7 @@ use faer::MatMut;
 use rayon::prelude::*;
 
 use crate::Result;
+use crate::exec::cancel::CancelToken;
 use crate::exec::memory::zeros;
 use crate::exec::parallel::Strategy;
 use crate::kernels::thin_product::{Panel, add_outer_products, add_row_products};
@@ -33,6 +34,7 @@ const PIECES: usize = 8;
 
 /// A matrix in panels, and memory for the sums over each group of panels.
 pub(crate) struct GramProduct {
+    cancel: CancelToken,
     panels: Vec<f32>,
     by_columns: bool,
     /// Number of rows, padded.
@@ -51,14 +53,23 @@ struct Piece {
 impl GramProduct {
     /// Prepares products with the Gram matrix of `scale X`.
     ///
-    /// Under [`Strategy::Together`] the caller must run in the thread pool.
+    /// Under [`Strategy::Together`] the caller must run in the thread pool. After cancellation all products
+    /// are unspecified.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
-    pub(crate) fn new(x: &MatrixView<'_>, scale: f64, strategy: Strategy) -> Result<Self> {
+    pub(crate) fn new(
+        x: &MatrixView<'_>,
+        scale: f64,
+        strategy: Strategy,
+        cancel: &CancelToken,
+    ) -> Result<Self> {
         let (height, count) = (padded(x.rows()), x.cols().div_ceil(BLOCK));
         let mut panels = zeros(height * BLOCK * count, MEMORY)?;
         let fill = |(index, panel): (usize, &mut [f32])| {
+            if cancel.is_cancelled() {
+                return;
+            }
             let columns = index * BLOCK..x.cols().min((index + 1) * BLOCK);
             let (rows, width) = (x.rows(), columns.len());
             // In faer 0.24 the constructor for row-major slices takes the stride of columns.
@@ -81,7 +92,8 @@ impl GramProduct {
                 Ok(Piece { panels: first..count.min(first + length), inner, sums })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { panels, by_columns: x.is_column_major(), height, strategy, pieces })
+        let cancel = cancel.clone();
+        Ok(Self { cancel, panels, by_columns: x.is_column_major(), height, strategy, pieces })
     }
 
     /// Returns the number of rows of `V`: those of `X`, and zeros.
@@ -91,11 +103,12 @@ impl GramProduct {
 
     /// Computes `U = G V`. Both matrices are row-major, `(height, VECTORS)`.
     pub(crate) fn apply(&mut self, v: &[f32], u: &mut [f32]) {
-        let Self { panels, by_columns, height, strategy, pieces } = self;
+        let Self { cancel, panels, by_columns, height, strategy, pieces } = self;
         let work = |piece: &mut Piece| {
             piece.sums.fill(0.0);
             for panel in panels[piece.panels.start * *height * BLOCK..piece.panels.end * *height * BLOCK]
                 .chunks_exact(*height * BLOCK)
+                .take_while(|_| !cancel.is_cancelled())
             {
                 piece.inner.fill(0.0);
                 if *by_columns {

@@ -34,7 +34,7 @@ use crate::eigen::sampled::sampled_spectrum;
 use crate::eigen::tridiag::{tridiagonalize, tridiagonalize_scratch};
 use crate::exec::cancel::CancelToken;
 use crate::exec::memory::{probe, zeros};
-use crate::exec::parallel::{Strategy, pool};
+use crate::exec::parallel::{Strategy, pieces_of, pool_for};
 use crate::exec::scratch::Scratch;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::kernels::number::{Number, spaced};
@@ -109,7 +109,7 @@ pub fn spectrum(
     let mut work = || spectrum_in_pool(view, accuracy, strategy, cancel, &mut scratch);
     match strategy {
         Strategy::Alone => work(),
-        Strategy::Together => pool(threads)?.install(work),
+        Strategy::Together => pool_for(threads, pieces_of(view.rows(), view.cols()))?.install(work),
     }
 }
 
@@ -129,7 +129,7 @@ pub fn spectrum_in_pool(
         return Ok(sampled_spectrum(view, strategy, cancel)?.spectrum);
     }
     let p = view.rows().min(view.cols());
-    let largest = view.max_abs()?;
+    let largest = view.max_abs_until(cancel)?;
     if largest == 0.0 {
         return Spectrum::new(zeros(p, "eigenvalues")?);
     }
@@ -155,7 +155,7 @@ pub fn spectrum_in_pool(
         // W^T W has no negative eigenvalues, but rounding may make some slightly negative.
         *value = value.max(0.0) * unit;
     }
-    let spectrum = Spectrum::new(eigenvalues)?.with_error(error * unit);
+    let spectrum = Spectrum::checked(eigenvalues, cancel)?.with_error(error * unit);
     Ok(if is_fast { spectrum.with_unresolved() } else { spectrum })
 }
 
@@ -176,9 +176,9 @@ fn gram_eigenvalues<T: Number>(
     let mut a = MatMut::from_column_major_slice_with_stride_mut(matrix, p, p, stride);
     gram(view, scale, strategy, cancel, a.rb_mut(), panel, stack)?;
     cancel.check()?;
-    let tridiagonal = tridiagonalize(a, strategy, stack);
+    let tridiagonal = tridiagonalize(a, strategy, cancel, stack);
     cancel.check()?;
-    tridiagonal_eigenvalues(&tridiagonal)
+    tridiagonal_eigenvalues(&tridiagonal, cancel)
 }
 
 /// Returns a bound on the error of every eigenvalue. Rounding errors grow like a random walk: over the `m`

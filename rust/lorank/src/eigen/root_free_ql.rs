@@ -24,6 +24,7 @@
 
 use crate::eigen::ql_pipeline::{LARGE, SMALL, SWEEPS, Sweeps};
 use crate::eigen::tridiagonal::Tridiagonal;
+use crate::exec::cancel::CancelToken;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::kernels::simd::dispatch;
 use crate::{Error, Result};
@@ -43,8 +44,8 @@ const FLOOR: f64 = (f64::EPSILON / 32.0) * (f64::EPSILON / 32.0);
 ///
 /// # Errors
 /// [`Error::NoConvergence`] if the iteration does not end, as with NaN, and [`Error::Numerical`] if squares
-/// of entries leave the range of float64.
-pub fn tridiagonal_eigenvalues(matrix: &Tridiagonal) -> Result<Vec<f64>> {
+/// of entries leave the range of float64; [`Error::Cancelled`].
+pub fn tridiagonal_eigenvalues(matrix: &Tridiagonal, cancel: &CancelToken) -> Result<Vec<f64>> {
     let largest = matrix.diagonal.iter().chain(&matrix.off_diagonal).fold(0.0f64, |max, x| max.max(x.abs()));
     if largest == 0.0 && !matrix.diagonal.iter().chain(&matrix.off_diagonal).any(|x| x.is_nan()) {
         return Ok(vec![0.0; matrix.diagonal.len()]);
@@ -60,7 +61,7 @@ pub fn tridiagonal_eigenvalues(matrix: &Tridiagonal) -> Result<Vec<f64>> {
         iteration.diagonal.reverse();
         iteration.squares.reverse();
     }
-    let mut eigenvalues = iteration.eigenvalues()?;
+    let mut eigenvalues = iteration.eigenvalues(cancel)?;
     for value in &mut eigenvalues {
         *value *= power_of_two(exponent);
     }
@@ -76,7 +77,7 @@ struct Iteration {
 }
 
 impl Iteration {
-    fn eigenvalues(mut self) -> Result<Vec<f64>> {
+    fn eigenvalues(mut self, cancel: &CancelToken) -> Result<Vec<f64>> {
         let n = self.diagonal.len();
         let (mut first, mut sweeps) = (0, 0);
         while first < n {
@@ -91,7 +92,8 @@ impl Iteration {
                     if distance < PIPELINED_FROM {
                         self.sweep(first, last);
                     } else {
-                        self.sweep_many(first, last)?;
+                        cancel.check()?;
+                        self.sweep_many(first, last, cancel)?;
                     }
                     sweeps += 1;
                     if sweeps > MOST_SWEEPS {
@@ -127,13 +129,13 @@ impl Iteration {
     }
 
     /// Does [`SWEEPS`] pipelined sweeps, shifted by the eigenvalues of the leading block of that order.
-    fn sweep_many(&mut self, first: usize, last: usize) -> Result<()> {
+    fn sweep_many(&mut self, first: usize, last: usize, cancel: &CancelToken) -> Result<()> {
         let leading = Iteration {
             diagonal: self.diagonal[first..first + SWEEPS].to_vec(),
             squares: self.squares[first..first + SWEEPS - 1].to_vec(),
         };
         let mut shifts = [0.0; SWEEPS];
-        shifts.copy_from_slice(&leading.eigenvalues()?);
+        shifts.copy_from_slice(&leading.eigenvalues(cancel)?);
         dispatch(Sweeps {
             diagonal: &mut self.diagonal[first..=last],
             squares: &mut self.squares[first..last],
@@ -184,7 +186,7 @@ mod tests {
     use crate::kernels::simd::tests::on_every_path;
 
     fn eigenvalues(diagonal: Vec<f64>, off_diagonal: Vec<f64>) -> Vec<f64> {
-        tridiagonal_eigenvalues(&Tridiagonal { diagonal, off_diagonal }).unwrap()
+        tridiagonal_eigenvalues(&Tridiagonal { diagonal, off_diagonal }, &CancelToken::default()).unwrap()
     }
 
     /// Returns the number of eigenvalues below `x`, from the signs of the pivots of `T - x`.
@@ -269,7 +271,7 @@ mod tests {
         for diagonal in [vec![f64::NAN, 1.0, 2.0], vec![1.0, 2.0, f64::NAN], vec![f64::NAN, 0.0, 0.0]] {
             for off_diagonal in [vec![1.0, 1.0], vec![0.0, 0.0]] {
                 let matrix = Tridiagonal { diagonal: diagonal.clone(), off_diagonal };
-                let found = tridiagonal_eigenvalues(&matrix);
+                let found = tridiagonal_eigenvalues(&matrix, &CancelToken::default());
                 assert!(found.map_or(true, |values| values.iter().any(|x| x.is_nan())));
             }
         }

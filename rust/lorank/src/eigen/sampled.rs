@@ -94,7 +94,7 @@ pub fn sampled_spectrum(
 ) -> Result<SampledSpectrum> {
     let wide = view.wide();
     let p = wide.rows();
-    let largest = view.max_abs()?;
+    let largest = view.max_abs_until(cancel)?;
     // The spectrum, those of parts of the probes, and a copy of each.
     probe(2 * (GROUPS + 2) * p * size_of::<f64>(), MEMORY)?;
     if largest == 0.0 {
@@ -103,7 +103,7 @@ pub fn sampled_spectrum(
     }
     let exponent = binary_exponent(largest)?;
     let scale = power_of_two(-exponent);
-    let mut product = GramProduct::new(&wide, scale, strategy)?;
+    let mut product = GramProduct::new(&wide, scale, strategy, cancel)?;
     let recurrences = iterate(p, product.height(), cancel, |v, u| product.apply(v, u))?;
 
     let rules: Vec<Rule> =
@@ -178,6 +178,7 @@ fn iterate(
     for _ in 0..STEPS {
         cancel.check()?;
         apply(&v, &mut u);
+        cancel.check()?;
         let (size, diagonal) = (dots(&u, &u), dots(&u, &v));
         each_row([&mut u, &mut v, &mut before], |probe, [u, v, before]| {
             *u = f32::of(f64::from(*u) - diagonal[probe] * f64::from(*v) - last[probe] * f64::from(*before));

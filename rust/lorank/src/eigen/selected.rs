@@ -19,6 +19,7 @@ use crate::eigen::one_stage::{Reflections, one_stage_scratch, reduce_in_one_stag
 use crate::eigen::root_free_ql::tridiagonal_eigenvalues;
 use crate::eigen::tridiagonal::Tridiagonal;
 use crate::eigen::twisted::tridiagonal_eigenvectors;
+use crate::exec::cancel::CancelToken;
 use crate::exec::memory::{collected, matrix, zero_matrix, zeros};
 use crate::exec::parallel::Strategy;
 use crate::exec::product_memory::prepare_products;
@@ -59,7 +60,8 @@ impl SelectedEigen {
     pub(crate) fn of(a: &mut [f64], n: usize, stack: &mut MemStack) -> Result<Self> {
         let mut reflections = Reflections::new(n)?;
         let tridiagonal = reduce_in_one_stage(a, n, Some(&mut reflections), stack);
-        Ok(Self { values: tridiagonal_eigenvalues(&tridiagonal)?, tridiagonal, reflections })
+        let values = tridiagonal_eigenvalues(&tridiagonal, &CancelToken::default())?;
+        Ok(Self { values, tridiagonal, reflections })
     }
 
     /// Returns orthonormal eigenvectors `(n, k)` of the eigenvalues with the given indices, or `None` if some

@@ -13,6 +13,7 @@ use crate::eigen::band_layout::{position, storage};
 use crate::eigen::bulge::{reduce_to_tridiagonal, reduce_to_tridiagonal_scratch};
 use crate::eigen::one_stage::{one_stage_scratch, reduce_in_one_stage};
 use crate::eigen::tridiagonal::Tridiagonal;
+use crate::exec::cancel::CancelToken;
 use crate::exec::parallel::Strategy;
 use crate::kernels::number::{Number, padded};
 use crate::kernels::simd::LINE;
@@ -37,13 +38,19 @@ pub fn tridiagonalize_scratch<T: Number>(n: usize) -> StackReq {
 /// some `200 n^2` others. Reads the lower triangle of `a (n, n)` and overwrites `a`. Entries must be far from
 /// the ends of the range of numbers, as their squares and products are formed.
 ///
-/// Under [`Strategy::Together`] the caller must run in the thread pool.
+/// Under [`Strategy::Together`] the caller must run in the thread pool. After cancellation the result is
+/// unspecified.
 #[must_use]
-pub fn tridiagonalize<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
+pub fn tridiagonalize<T: Number>(
+    a: MatMut<'_, T>,
+    strategy: Strategy,
+    cancel: &CancelToken,
+    stack: &mut MemStack,
+) -> Tridiagonal {
     if a.nrows() < two_stages_from::<T>() {
         in_one_stage(a.rb(), stack)
     } else {
-        in_two_stages(a, strategy, stack)
+        in_two_stages(a, strategy, cancel, stack)
     }
 }
 
@@ -59,11 +66,16 @@ fn in_one_stage<T: Number>(a: MatRef<'_, T>, stack: &mut MemStack) -> Tridiagona
     reduce_in_one_stage(&mut rows, n, None, stack)
 }
 
-fn in_two_stages<T: Number>(a: MatMut<'_, T>, strategy: Strategy, stack: &mut MemStack) -> Tridiagonal {
+fn in_two_stages<T: Number>(
+    a: MatMut<'_, T>,
+    strategy: Strategy,
+    cancel: &CancelToken,
+    stack: &mut MemStack,
+) -> Tridiagonal {
     let n = a.nrows();
     let (mut band, stack) = stack.make_aligned_with(storage(n), LINE, |_| T::default());
-    reduce_to_band(a, strategy, &mut band, stack);
-    reduce_to_tridiagonal(&mut band, n, strategy, stack);
+    reduce_to_band(a, strategy, cancel, &mut band, stack);
+    reduce_to_tridiagonal(&mut band, n, strategy, cancel, stack);
     Tridiagonal {
         diagonal: (0..n).map(|i| band[position(i, i)].to_f64()).collect(),
         off_diagonal: (1..n).map(|i| band[position(i, i - 1)].to_f64()).collect(),
@@ -81,7 +93,7 @@ mod tests {
     fn reduced<T: Number>(mut a: Mat<T>, strategy: Strategy) -> Tridiagonal {
         let mut scratch = Scratch::default();
         let stack = scratch.stack(tridiagonalize_scratch::<T>(a.nrows())).unwrap();
-        tridiagonalize(a.as_mut(), strategy, stack)
+        tridiagonalize(a.as_mut(), strategy, &CancelToken::default(), stack)
     }
 
     /// Returns a dense symmetric matrix of pseudo-random entries, with NaN in the upper triangle, which must

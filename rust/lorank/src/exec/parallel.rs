@@ -3,7 +3,9 @@
 //! The work on a matrix is cut into pieces whose sizes depend only on its shape. Therefore the bits of a
 //! result depend neither on the policy nor on the number of threads.
 //!
-//! A pool serves one call and is dropped with it, so that a process may fork between calls.
+//! A pool serves one call and is dropped with it, so that a process may fork between calls. It has at most one
+//! thread for every piece of work that is long enough to occupy a thread, and at most [`MOST_THREADS`]. Within
+//! these limits it may have more threads than there are processors.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -30,6 +32,12 @@ const TOGETHER_FROM: u128 = 40_000_000_000;
 /// Smallest number of multiplications for which otherwise idle threads save time: some milliseconds of work.
 const USEFUL_FROM: u128 = 30_000_000;
 
+/// Smallest number of multiplications that occupy a thread for longer than its start takes: a millisecond.
+const PIECE: u128 = 4_000_000;
+
+/// Largest number of threads of a pool, unless the machine has more processors.
+const MOST_THREADS: usize = 256;
+
 impl Strategy {
     /// Returns the strategy of a `(rows, cols)` matrix among many matrices.
     #[must_use]
@@ -44,9 +52,21 @@ impl Strategy {
     }
 
     const fn from(rows: usize, cols: usize, least: u128) -> Self {
-        let short = if rows < cols { rows } else { cols };
-        if (rows as u128) * (cols as u128) * (short as u128) >= least { Self::Together } else { Self::Alone }
+        if multiplications(rows, cols) >= least { Self::Together } else { Self::Alone }
     }
+}
+
+/// Returns the number of multiplications of a Gram matrix.
+const fn multiplications(rows: usize, cols: usize) -> u128 {
+    let short = if rows < cols { rows } else { cols };
+    // Saturating, as three lengths may exceed 128 bits.
+    (rows as u128 * cols as u128).saturating_mul(short as u128)
+}
+
+/// Returns the largest number of threads to which a `(rows, cols)` matrix gives work.
+#[must_use]
+pub(crate) fn pieces_of(rows: usize, cols: usize) -> usize {
+    usize::try_from(multiplications(rows, cols) / PIECE).unwrap_or(usize::MAX)
 }
 
 /// Returns the number of processors available to this process.
@@ -68,13 +88,30 @@ pub fn check_stacks(threads: usize) -> Result<()> {
     probe(threads.saturating_mul(STACK + OTHER / 4).saturating_add(OTHER), "the stacks of threads")
 }
 
-/// Starts a pool of `threads` threads.
+/// Returns the number of threads for a number of pieces of work: at least 1, and at most [`MOST_THREADS`] or
+/// the number of processors.
+#[must_use]
+pub(crate) fn useful_threads(threads: usize, pieces: usize) -> usize {
+    let threads = threads.min(pieces);
+    // The number of processors is read from files of the system, which takes longer than small calls.
+    if threads <= MOST_THREADS { threads.max(1) } else { threads.min(available_threads().max(MOST_THREADS)) }
+}
+
+/// Starts a pool of up to `threads` threads: no more than [`useful_threads`].
 ///
 /// # Errors
 /// [`Error::OutOfMemory`] if there is no memory for their stacks, and [`Error::NoThreads`] if the system does
 /// not start them.
 pub fn pool(threads: usize) -> Result<ThreadPool> {
-    let threads = threads.max(1);
+    pool_for(threads, usize::MAX)
+}
+
+/// Starts a pool of up to `threads` threads for a number of pieces of work.
+///
+/// # Errors
+/// The errors of [`pool`].
+pub(crate) fn pool_for(threads: usize, pieces: usize) -> Result<ThreadPool> {
+    let threads = useful_threads(threads, pieces);
     check_stacks(threads)?;
     pool_built(threads, ThreadPoolBuilder::build)
 }
@@ -133,6 +170,27 @@ mod tests {
         assert!(error.to_string().starts_with("could not start 3 threads: "), "{error}");
         let refused = Error::NoThreads { threads: 1, source: "why".into() };
         assert_eq!(refused.to_string(), "could not start 1 thread: why");
+    }
+
+    #[test]
+    fn threads_never_exceed_the_work() {
+        let most = available_threads().max(MOST_THREADS);
+        for (threads, pieces, expected) in [
+            (0, 5, 1),
+            (5, 0, 1),
+            (3, 5, 3),
+            (3000, 5, 5),
+            (usize::MAX, usize::MAX, most),
+            (most + 1, usize::MAX, most),
+        ] {
+            assert_eq!(useful_threads(threads, pieces), expected, "{threads} {pieces}");
+        }
+        assert_eq!(pool_for(1 << 40, 2).unwrap().current_num_threads(), 2);
+        assert_eq!(pool(usize::MAX).unwrap().current_num_threads(), most);
+        assert_eq!((pieces_of(64, 64), pieces_of(500, 400)), (0, 20));
+        assert_eq!(pieces_of(usize::MAX, usize::MAX), usize::MAX);
+        // Whatever threads work on together gives work to several of them.
+        assert!((0..2000).all(|n| Strategy::for_single(n, n) == Strategy::Alone || pieces_of(n, n) > 6));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use faer::{Mat, MatMut, MatRef};
 use crate::exec::cancel::CancelToken;
 use crate::exec::memory::{copied, zero_matrix};
 use crate::exec::panics::guarded;
-use crate::exec::parallel::{costliest_first, pool, side_by_side};
+use crate::exec::parallel::{costliest_first, pool_for, side_by_side};
 use crate::kernels::dense::{product, scale_columns, scale_rows};
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::basis::Basis;
@@ -87,7 +87,7 @@ pub fn decompose_all(
     emit: &(dyn Fn(usize, Result<Decomposition>) + Sync),
 ) -> Result<()> {
     let order = costliest_first(updates.iter().map(|update| cost(update)));
-    pool(threads)?.install(|| {
+    pool_for(threads, order.len())?.install(|| {
         side_by_side(&order, threads, cancel, &|i, buffers: &mut Buffers| {
             emit(i, guarded(|| decompose(&updates[i], buffers, cancel)));
         });

@@ -13,7 +13,7 @@ use faer::{Mat, MatRef};
 use crate::exec::cancel::CancelToken;
 use crate::exec::memory::{identity, matrix, resize};
 use crate::exec::panics::guarded;
-use crate::exec::parallel::{costliest_first, pool, side_by_side};
+use crate::exec::parallel::{costliest_first, pool_for, side_by_side};
 use crate::kernels::dense::product;
 use crate::kernels::exponent::{binary_exponent, power_of_two};
 use crate::low_rank::triplets::{Triplets, balanced};
@@ -88,7 +88,7 @@ pub fn subtract_all(
 ) -> Result<()> {
     let cost = |pair: &Pair| pair.base.shape().0 as u128 * pair.base.shape().1 as u128;
     let order = costliest_first(pairs.iter().map(cost));
-    pool(threads)?.install(|| {
+    pool_for(threads, order.len())?.install(|| {
         side_by_side(&order, threads, cancel, &|i, buffers: &mut Buffers| {
             emit(i, guarded(|| subtract(&pairs[i], max_rank, buffers, cancel)));
         });

@@ -11,6 +11,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use crate::exec::cancel::CancelToken;
 use crate::exec::memory::probe;
 use crate::{Error, Result};
 
@@ -19,6 +20,9 @@ const DIGIT: u32 = 11;
 
 /// Number of values that [`check`] processes together.
 const LANES: usize = 8;
+
+/// Number of chunks of [`LANES`] values that are checked between two polls of the cancel token.
+const POLLED: usize = 1 << 20;
 
 /// Relative tolerance of a sum: rounding errors must not matter for a share of 1.
 const SLACK: f64 = 1e-12;
@@ -33,8 +37,16 @@ const SLACK: f64 = 1e-12;
 /// assert_eq!(lorank::select::largest(&[2.0, 3.0, 0.0, 3.0], 2).unwrap(), [false, true, false, true]);
 /// ```
 pub fn largest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
-    let range = check(scores)?;
-    Ok(top(scores, range, |_| 1, |nonzero| nonzero.min(count as u128)))
+    largest_until(scores, count, &CancelToken::default())
+}
+
+/// Selects as [`largest`] does, until it is cancelled.
+///
+/// # Errors
+/// The errors of [`largest`], and [`Error::Cancelled`].
+pub fn largest_until(scores: &[f64], count: usize, cancel: &CancelToken) -> Result<Vec<bool>> {
+    let range = check(scores, cancel)?;
+    top(scores, range, |_| 1, |nonzero| nonzero.min(count as u128), cancel)
 }
 
 /// Keeps the `count` smallest scores that are not zero, or all of them: the reverse pruning of the ablations
@@ -43,12 +55,20 @@ pub fn largest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
 /// # Errors
 /// The errors of [`largest`].
 pub fn smallest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
-    let range = check(scores)?;
+    smallest_until(scores, count, &CancelToken::default())
+}
+
+/// Selects as [`smallest`] does, until it is cancelled.
+///
+/// # Errors
+/// The errors of [`smallest`], and [`Error::Cancelled`].
+pub fn smallest_until(scores: &[f64], count: usize, cancel: &CancelToken) -> Result<Vec<bool>> {
+    let range = check(scores, cancel)?;
     // Subtraction from infinity reverses the order of patterns, and maps only zero to zero.
     let reverse = |bits: u64| if bits == 0 { 0 } else { f64::INFINITY.to_bits() - bits };
     let patterns = scores.iter().map(|&x| reverse(pattern(x)));
     let range = range.map(|(low, high)| (reverse(high), reverse(low)));
-    let cut = cut(patterns, range, |_| 1, |nonzero| nonzero.min(count as u128));
+    let cut = cut(patterns, range, |_| 1, |nonzero| nonzero.min(count as u128), cancel)?;
     Ok(mask(scores, cut.map(|cut| Cut { last: reverse(cut.last), ..cut }), |x, last| 0.0 < x && x <= last))
 }
 
@@ -63,7 +83,15 @@ pub fn smallest(scores: &[f64], count: usize) -> Result<Vec<bool>> {
 /// assert_eq!(lorank::select::energy(&[4.0, 3.0], 0.64).unwrap(), [true, false]);
 /// ```
 pub fn energy(values: &[f64], fraction: f64) -> Result<Vec<bool>> {
-    let range = check(values)?;
+    energy_until(values, fraction, &CancelToken::default())
+}
+
+/// Selects as [`energy`] does, until it is cancelled.
+///
+/// # Errors
+/// The errors of [`energy`], and [`Error::Cancelled`].
+pub fn energy_until(values: &[f64], fraction: f64, cancel: &CancelToken) -> Result<Vec<bool>> {
+    let range = check(values, cancel)?;
     if !(0.0..=1.0).contains(&fraction) {
         return Err(Error::InvalidInput(format!(
             "the fraction of the energy must be between 0 and 1, not {fraction}"
@@ -72,7 +100,7 @@ pub fn energy(values: &[f64], fraction: f64) -> Result<Vec<bool>> {
     let squares = Squares::new(values.len(), range);
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // A whole number below `total`.
     let share = |total: u128| (fraction * (1.0 - SLACK) * total as f64).ceil() as u128;
-    Ok(top(values, range, |bits| squares.of(bits), share))
+    top(values, range, |bits| squares.of(bits), share, cancel)
 }
 
 /// Keeps values within a budget of `parameters`, in descending order of energy per parameter,
@@ -93,13 +121,27 @@ pub fn energy(values: &[f64], fraction: f64) -> Result<Vec<bool>> {
 /// assert_eq!(kept, [true, false, true, false]);
 /// ```
 pub fn budget(values: &[f64], lengths: &[usize], costs: &[u64], parameters: u64) -> Result<Vec<bool>> {
-    let range = check(values)?;
+    budget_until(values, lengths, costs, parameters, &CancelToken::default())
+}
+
+/// Selects as [`budget`] does, until it is cancelled.
+///
+/// # Errors
+/// The errors of [`budget`], and [`Error::Cancelled`].
+pub fn budget_until(
+    values: &[f64],
+    lengths: &[usize],
+    costs: &[u64],
+    parameters: u64,
+    cancel: &CancelToken,
+) -> Result<Vec<bool>> {
+    let range = check(values, cancel)?;
     let modules = modules(values, lengths, costs)?;
     // Squares of values below 1e-160 of the largest may underflow; their order is then that of the modules.
     let unit = range.map_or(1.0, |(_, high)| 2f64.powi(-exponent(high)));
     let density = |x: f64, cost: u64| (x * unit).powi(2) / cost as f64;
-    let greedy = fill(&modules, parameters, Misfit::ClosesModule, density);
-    let plain = fill(&modules, parameters, Misfit::EndsAll, |x, _| x);
+    let greedy = fill(&modules, parameters, Misfit::ClosesModule, density, cancel)?;
+    let plain = fill(&modules, parameters, Misfit::EndsAll, |x, _| x, cancel)?;
     let squares = Squares::new(values.len(), range);
     let held = |kept: &[usize]| -> u128 {
         let values = modules.iter().zip(kept).flat_map(|(module, &count)| &module.values[..count]);
@@ -129,7 +171,7 @@ type Range = Option<(u64, u64)>;
 ///
 /// # Errors
 /// [`Error::InvalidInput`], and [`Error::OutOfMemory`] if there is no memory for a selection.
-fn check(scores: &[f64]) -> Result<Range> {
+fn check(scores: &[f64], cancel: &CancelToken) -> Result<Range> {
     check_memory(scores.len())?;
     // Lanes and plain comparisons, which compilers vectorise. Invalid scores become infinite.
     let (mut low, mut high) = ([f64::INFINITY; LANES], [0.0f64; LANES]);
@@ -142,7 +184,10 @@ fn check(scores: &[f64]) -> Result<Range> {
         }
     };
     let (chunks, rest) = scores.as_chunks();
-    chunks.iter().for_each(&mut see);
+    for chunks in chunks.chunks(POLLED) {
+        cancel.check()?;
+        chunks.iter().for_each(&mut see);
+    }
     let mut padded = [0.0; LANES];
     padded[..rest.len()].copy_from_slice(rest);
     see(&padded);
@@ -168,8 +213,11 @@ fn top(
     range: Range,
     weight: impl Fn(u64) -> u128,
     wanted: impl FnOnce(u128) -> u128,
-) -> Vec<bool> {
-    mask(values, cut(values.iter().map(|&x| pattern(x)), range, weight, wanted), |x, last| x >= last)
+    cancel: &CancelToken,
+) -> Result<Vec<bool>> {
+    let cut = cut(values.iter().map(|&x| pattern(x)), range, weight, wanted, cancel)?;
+    cancel.check()?;
+    Ok(mask(values, cut, |x, last| x >= last))
 }
 
 fn mask(values: &[f64], cut: Option<Cut>, keeps: impl Fn(f64, f64) -> bool) -> Vec<bool> {
@@ -198,14 +246,21 @@ fn cut(
     range_of_patterns: Range,
     weight: impl Fn(u64) -> u128,
     wanted: impl FnOnce(u128) -> u128,
-) -> Option<Cut> {
-    let (mut rest, mut wanted) = refine(patterns, range_of_patterns?, &weight, wanted)?;
+    cancel: &CancelToken,
+) -> Result<Option<Cut>> {
+    let Some(range_of_patterns) = range_of_patterns else { return Ok(None) };
+    let Some((mut rest, mut wanted)) = refine(patterns, range_of_patterns, &weight, wanted, cancel)? else {
+        return Ok(None);
+    };
     loop {
         let (low, high) = range(&rest);
         if low == high {
-            return Some(Cut { last: low, surplus: rest.len() as u128 - wanted.div_ceil(weight(low)) });
+            let kept = wanted.div_ceil(weight(low));
+            return Ok(Some(Cut { last: low, surplus: rest.len() as u128 - kept }));
         }
-        (rest, wanted) = refine(rest.iter().copied(), (low, high), &weight, |_| wanted)?;
+        let refined = refine(rest.iter().copied(), (low, high), &weight, |_| wanted, cancel)?;
+        let Some(refined) = refined else { return Ok(None) };
+        (rest, wanted) = refined;
     }
 }
 
@@ -216,7 +271,9 @@ fn refine(
     (low, high): (u64, u64),
     weight: &impl Fn(u64) -> u128,
     wanted: impl FnOnce(u128) -> u128,
-) -> Option<(Vec<u64>, u128)> {
+    cancel: &CancelToken,
+) -> Result<Option<(Vec<u64>, u128)>> {
+    cancel.check()?;
     let shift = (u64::BITS - (high - low).leading_zeros()).saturating_sub(DIGIT);
     // Zero is less than `low`: the difference wraps around to beyond the last bucket.
     let bucket = |bits: u64| usize::try_from(bits.wrapping_sub(low) >> shift).unwrap_or(usize::MAX);
@@ -228,13 +285,14 @@ fn refine(
     }
     let (mut wanted, mut chosen) = (wanted(sums.iter().sum()), sums.len() - 1);
     if wanted == 0 {
-        return None;
+        return Ok(None);
     }
+    cancel.check()?;
     while sums[chosen] < wanted {
         wanted -= sums[chosen];
         chosen -= 1;
     }
-    Some((patterns.filter(|&bits| bucket(bits) == chosen).collect(), wanted))
+    Ok(Some((patterns.filter(|&bits| bucket(bits) == chosen).collect(), wanted)))
 }
 
 /// Squares as integers, in a unit for which their sum fits into 128 bits.
@@ -328,7 +386,8 @@ fn fill(
     mut parameters: u64,
     misfit: Misfit,
     score: impl Fn(f64, u64) -> f64,
-) -> Vec<usize> {
+    cancel: &CancelToken,
+) -> Result<Vec<usize>> {
     let mut kept = vec![0; modules.len()];
     // Values descend, so that the best value is the next one of a module.
     let next = |m: usize, count: usize| {
@@ -337,6 +396,7 @@ fn fill(
     };
     let mut queue: BinaryHeap<_> = (0..modules.len()).filter_map(|m| next(m, 0)).collect();
     while let Some((_, Reverse(m))) = queue.pop() {
+        cancel.check()?;
         if let Some(left) = parameters.checked_sub(modules[m].cost) {
             parameters = left;
             kept[m] += 1;
@@ -345,7 +405,7 @@ fn fill(
             break;
         }
     }
-    kept
+    Ok(kept)
 }
 
 #[cfg(test)]

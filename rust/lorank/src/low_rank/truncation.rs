@@ -11,7 +11,7 @@ use faer::{Mat, MatRef};
 use crate::exec::cancel::CancelToken;
 use crate::exec::memory::zeros;
 use crate::exec::panics::guarded;
-use crate::exec::parallel::{costliest_first, pool, side_by_side};
+use crate::exec::parallel::{costliest_first, pool_for, side_by_side};
 use crate::kernels::dense::scale_columns;
 use crate::kernels::number::Number;
 use crate::low_rank::cholesky_qr::Precision;
@@ -53,7 +53,7 @@ pub fn rebuild_all(
     emit: &(dyn Fn(usize, Result<Factors>) + Sync),
 ) -> Result<()> {
     let order = costliest_first(truncations.iter().map(|t| t.decomposition.cost()));
-    pool(threads)?.install(|| {
+    pool_for(threads, order.len())?.install(|| {
         side_by_side(&order, threads, cancel, &|i, parts: &mut Parts| {
             emit(i, guarded(|| truncations[i].rebuild(parts, cancel)));
         });

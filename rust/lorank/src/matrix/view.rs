@@ -5,10 +5,18 @@ use std::ops::Range;
 use faer::MatMut;
 use faer::prelude::ReborrowMut;
 
+use crate::exec::cancel::CancelToken;
 use crate::exec::memory::zeros;
 use crate::kernels::number::Number;
 use crate::matrix::dtype::DType;
 use crate::{Error, Result};
+
+/// Largest number of elements of a view that has more elements than its bytes hold, as a stride of 0 allows.
+/// Without this limit, a few bytes could claim to be a matrix that takes years to read.
+pub const MOST_REPEATED: usize = 1 << 28;
+
+/// Number of bytes or elements that are read between two polls of the cancel token.
+const POLLED: usize = 1 << 24;
 
 /// A borrowed `(rows, cols)` matrix over little-endian bytes, with strides in elements.
 ///
@@ -24,10 +32,11 @@ pub struct MatrixView<'a> {
 }
 
 impl<'a> MatrixView<'a> {
-    /// Creates a view with explicit strides.
+    /// Creates a view with explicit strides. Elements may share memory: a stride of 0 repeats rows or columns.
     ///
     /// # Errors
-    /// [`Error::InvalidInput`] if an element would lie outside `bytes`.
+    /// [`Error::InvalidInput`] if an element would lie outside `bytes`, or if the view has more elements than
+    /// `bytes` holds and more than [`MOST_REPEATED`].
     pub fn new(
         bytes: &'a [u8],
         dtype: DType,
@@ -43,10 +52,17 @@ impl<'a> MatrixView<'a> {
                 .zip(last_col)
                 .and_then(|(r, c)| r.checked_add(c)?.checked_add(1)?.checked_mul(dtype.size()))
         };
+        let held = bytes.len() / dtype.size();
         match span {
-            Some(span) if span <= bytes.len() => {
-                Ok(Self { bytes, dtype, rows, cols, row_stride, col_stride })
-            }
+            Some(span) if span <= bytes.len() => match rows.checked_mul(cols) {
+                Some(count) if count <= held.max(MOST_REPEATED) => {
+                    Ok(Self { bytes, dtype, rows, cols, row_stride, col_stride })
+                }
+                _ => Err(Error::InvalidInput(format!(
+                    "a {rows}x{cols} matrix repeats the {held} elements in memory: its strides are \
+                     ({row_stride}, {col_stride})"
+                ))),
+            },
             _ => Err(Error::InvalidInput(format!(
                 "a {rows}x{cols} matrix with strides ({row_stride}, {col_stride}) of {} does not fit in {} bytes",
                 dtype.name(),
@@ -198,6 +214,8 @@ impl<'a> MatrixView<'a> {
     pub(crate) fn in_place<T: Number>(&self, row: usize, col: usize) -> Option<(&'a [T], usize)> {
         let is_native =
             cfg!(target_endian = "little") && self.dtype == DType::of::<T>() && self.col_stride == 1;
+        // Rows that overlap, as those of a sliding window, are copied: kernels take rows for disjoint.
+        let is_native = is_native && (self.rows <= 1 || self.row_stride >= self.cols);
         let start = (row * self.row_stride + col) * self.dtype.size();
         let bytes = self.bytes.get(start..).filter(|_| is_native)?;
         // The cast fails for misaligned memory, which a file may contain.
@@ -213,13 +231,41 @@ impl<'a> MatrixView<'a> {
         values
     }
 
-    /// Returns all elements in float32 or float64, row-major, each rounded to the nearest number.
+    /// Returns all elements as float64, row-major, unless it is cancelled.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
-    pub fn try_to_row_major<T: Number>(&self) -> Result<Vec<T>> {
-        let mut values = zeros(self.rows.saturating_mul(self.cols), "the values of a matrix")?;
-        self.upcast_rows(0..self.rows, 1.0, &mut values);
+    /// [`Error::OutOfMemory`] and [`Error::Cancelled`].
+    pub fn to_f64(&self, cancel: &CancelToken) -> Result<Vec<f64>> {
+        self.to_numbers(cancel)
+    }
+
+    /// Returns all elements as float32, row-major, unless it is cancelled. Only elements of float64 are
+    /// rounded.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] and [`Error::Cancelled`].
+    pub fn to_f32(&self, cancel: &CancelToken) -> Result<Vec<f32>> {
+        self.to_numbers(cancel)
+    }
+
+    fn to_numbers<T: Number>(&self, cancel: &CancelToken) -> Result<Vec<T>> {
+        let count = self.rows.saturating_mul(self.cols);
+        let mut values = zeros(count, "the values of a matrix")?;
+        if count == 0 {
+            return Ok(values);
+        }
+        let width = self.cols.min(POLLED);
+        let height = POLLED / width;
+        for top in (0..self.rows).step_by(height) {
+            for left in (0..self.cols).step_by(width) {
+                cancel.check()?;
+                let (rows, cols) = (top..self.rows.min(top + height), left..self.cols.min(left + width));
+                // Whole rows, or a part of one row.
+                let out = &mut values[top * self.cols + left..][..rows.len() * cols.len()];
+                let out = MatMut::from_row_major_slice_mut(out, rows.len(), cols.len());
+                self.upcast(rows, cols, 1.0, out);
+            }
+        }
         Ok(values)
     }
 
@@ -228,11 +274,21 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::Numerical`] at the first NaN or infinity.
     pub fn max_abs(&self) -> Result<f64> {
+        self.max_abs_until(&CancelToken::default())
+    }
+
+    /// Returns the value of [`max_abs`](Self::max_abs), unless it is cancelled.
+    pub(crate) fn max_abs_until(&self, cancel: &CancelToken) -> Result<f64> {
         if self.is_column_major() {
-            return self.transposed().max_abs();
+            return self.transposed().max_abs_until(cancel);
         }
-        let mut largest = 0.0;
-        for line in self.lines() {
+        let (mut largest, mut unpolled) = (0.0, 0);
+        for line in self.lines().flat_map(|line| line.chunks(POLLED)) {
+            unpolled += line.len();
+            if unpolled >= POLLED {
+                cancel.check()?;
+                unpolled = 0;
+            }
             let found = self.dtype.largest(line);
             if !found.is_finite() {
                 return Err(Error::Numerical("holds NaN or infinite values".into()));
@@ -294,49 +350,4 @@ impl<'a> MatrixView<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use faer::Mat;
-
-    fn dense(view: &MatrixView<'_>) -> Mat<f64> {
-        let mut out = Mat::zeros(view.rows(), view.cols());
-        view.upcast(0..view.rows(), 0..view.cols(), 1.0, out.as_mut());
-        out
-    }
-
-    #[test]
-    fn blocks_of_any_strides_equal_indexed_elements() {
-        let values: Vec<f64> = (0..60).map(f64::from).collect();
-        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-        // (shape, strides): contiguous, transposed, every second column, overlapping rows.
-        for (shape, strides) in [((5, 12), (12, 1)), ((12, 5), (1, 12)), ((5, 6), (12, 2)), ((3, 4), (1, 1))]
-        {
-            let view = MatrixView::new(&bytes, DType::F64, shape, strides).unwrap();
-            let expected = Mat::from_fn(shape.0, shape.1, |i, j| values[i * strides.0 + j * strides.1]);
-            assert_eq!(dense(&view), expected);
-            assert_eq!(dense(&view.transposed()), expected.transpose().to_owned());
-            assert_eq!(view.as_row_major_bytes().is_some(), shape == (5, 12));
-            let at = |i: usize| expected[(i / shape.1, i % shape.1)];
-            assert_eq!(view.to_row_major(), (0..shape.0 * shape.1).map(at).collect::<Vec<_>>());
-            let mut block = Mat::<f64>::zeros(2, 3);
-            view.upcast(1..3, 1..4, 2.0, block.as_mut());
-            assert_eq!(block, expected.as_ref().submatrix(1, 1, 2, 3) * faer::Scale(2.0));
-            let largest = expected.norm_max();
-            assert!((view.max_abs().unwrap() - largest).abs() == 0.0);
-            // Small integers: exact.
-            assert!((view.sum_of_squares(0.5) - 0.25 * expected.squared_norm_l2()).abs() == 0.0);
-        }
-    }
-
-    #[test]
-    fn out_of_bounds_and_non_finite_are_errors() {
-        let bytes = [0u8; 16];
-        assert!(MatrixView::row_major(&bytes, DType::F32, 2, 3).is_err());
-        assert!(MatrixView::new(&bytes, DType::F32, (2, 2), (usize::MAX, 1)).is_err());
-        assert!(MatrixView::row_major(&[], DType::F32, 0, usize::MAX).is_ok());
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let values = [1.0, bad, 2.0, 3.0];
-            assert!(MatrixView::from_f32(&values, 2, 2).unwrap().max_abs().is_err());
-        }
-    }
-}
+mod tests;

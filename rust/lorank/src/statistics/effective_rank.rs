@@ -1,9 +1,15 @@
-//! Three effective ranks: the number of directions that carry a spectrum.
+//! Effective ranks: the number of directions that carry a spectrum.
 //!
-//! All three are scale-free, lie between 1 and `p`, equal `r` for `r` equal non-zero eigenvalues, and are
+//! The first three are scale-free, lie between 1 and `p`, equal `r` for `r` equal non-zero eigenvalues, and are
 //! `NaN` for a zero matrix.
 
+use crate::exec::cancel::CancelToken;
+use crate::statistics::sort::sort;
 use crate::statistics::spectrum::Spectrum;
+use crate::{Error, Result};
+
+/// Relative distance of sums that count as equal.
+const SLACK: f64 = 1e-12;
 
 /// Returns the stable rank `||W||_F^2 / ||W||_2^2 = sum(lambda) / lambda_max`.
 #[must_use]
@@ -29,6 +35,38 @@ pub fn participation_ratio(spectrum: &Spectrum) -> f64 {
         return f64::NAN;
     }
     shares(spectrum).map(|q| q * q).sum::<f64>().recip()
+}
+
+/// Returns the smallest number of eigenvalues that hold a share of their sum, 0 if all are zero: the rank of
+/// \[GARD\]. Negative eigenvalues count as zero.
+///
+/// # Errors
+/// [`Error::InvalidInput`] at a NaN or an infinity, [`Error::OutOfMemory`], and [`Error::Cancelled`].
+///
+/// # Examples
+/// ```
+/// use lorank::{cancel::CancelToken, effective_rank::energy_rank};
+///
+/// assert_eq!(energy_rank(vec![4.0, 3.0, 2.0, 1.0], 0.7, &CancelToken::default()).unwrap(), 2);
+/// ```
+pub fn energy_rank(mut eigenvalues: Vec<f64>, energy: f64, cancel: &CancelToken) -> Result<usize> {
+    if !eigenvalues.iter().all(|x| x.is_finite()) {
+        return Err(Error::InvalidInput("eigenvalues must be finite".into()));
+    }
+    sort(&mut eigenvalues, cancel)?;
+    let largest = eigenvalues.last().copied().unwrap_or(0.0);
+    if largest <= 0.0 {
+        return Ok(0);
+    }
+    // Division by the largest value keeps the sums of huge values finite.
+    let descending = || eigenvalues.iter().rev().map(|x| x.max(0.0) / largest);
+    let wanted = energy * (1.0 - SLACK) * descending().fold(0.0, |sum, x| sum + x);
+    let mut sum = 0.0;
+    let fewer = descending().take_while(|x| {
+        sum += x;
+        sum < wanted
+    });
+    Ok(fewer.count() + 1)
 }
 
 /// Returns the positive eigenvalues as shares of their sum, so that their squares cannot overflow.

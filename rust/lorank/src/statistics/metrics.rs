@@ -1,11 +1,12 @@
 //! All metrics of one matrix in a spectral report.
 
 use crate::Result;
+use crate::exec::cancel::CancelToken;
 use crate::exec::memory::probe;
 use crate::statistics::effective_rank::{effective_rank, participation_ratio, stable_rank};
 use crate::statistics::hill::{Convention, alpha_hill, alpha_hill_error};
 use crate::statistics::marchenko_pastur::{Scale, marchenko_pastur};
-use crate::statistics::powerlaw::fit_power_law;
+use crate::statistics::powerlaw::fit_until;
 use crate::statistics::spectrum::Spectrum;
 
 /// The metrics of one matrix. Undefined metrics are `NaN`: all scale-free metrics of a zero matrix, and
@@ -63,18 +64,33 @@ impl SpectralMetrics {
     /// [`crate::Error::InvalidInput`] unless there are `min(rows, cols) >= 1` eigenvalues;
     /// [`crate::Error::OutOfMemory`].
     pub fn new(spectrum: &Spectrum, shape: (usize, usize)) -> Result<Self> {
+        Self::until(spectrum, shape, &CancelToken::default())
+    }
+
+    /// Computes the metrics as [`new`](Self::new) does, until it is cancelled.
+    ///
+    /// # Errors
+    /// The errors of [`new`](Self::new), and [`crate::Error::Cancelled`].
+    pub fn until(spectrum: &Spectrum, shape: (usize, usize), cancel: &CancelToken) -> Result<Self> {
         let mean = marchenko_pastur(spectrum, shape, Scale::Mean)?;
         let median = marchenko_pastur(spectrum, shape, Scale::Median)?;
         // The logarithms of a power-law fit, and their sums.
         probe(2 * (spectrum.eigenvalues().len() + 1) * size_of::<f64>(), "statistics of a spectrum")?;
-        let power_law = fit_power_law(spectrum);
+        let power_law = fit_until(spectrum, cancel)?;
+        let alpha_hill = |convention| {
+            cancel.check()?;
+            Ok(alpha_hill(spectrum, convention))
+        };
+        let (by_median, by_middle) = (alpha_hill(Convention::Median)?, alpha_hill(Convention::XminMid)?);
+        let alpha_hill_error = alpha_hill_error(spectrum, Convention::Median);
+        cancel.check()?;
         Ok(Self {
             num_nonzero: spectrum.nonzero().len(),
             eigenvalue_error: spectrum.error(),
             num_unresolved: spectrum.num_unresolved(),
-            alpha_hill: alpha_hill(spectrum, Convention::Median),
-            alpha_hill_error: alpha_hill_error(spectrum, Convention::Median),
-            alpha_hill_xmin_mid: alpha_hill(spectrum, Convention::XminMid),
+            alpha_hill: by_median,
+            alpha_hill_error,
+            alpha_hill_xmin_mid: by_middle,
             mp_edge: mean.edge,
             mp_spikes: mean.spikes,
             mp_spikes_error: mean.spikes_error,

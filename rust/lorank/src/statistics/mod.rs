@@ -5,4 +5,5 @@ pub mod hill;
 pub mod marchenko_pastur;
 pub mod metrics;
 pub mod powerlaw;
+mod sort;
 pub mod spectrum;

@@ -5,7 +5,9 @@
 //! distance. The distance compares the fitted distribution at the i-th of n tail values (0-based) with
 //! `i / n`, as in the authors' own code.
 
+use crate::exec::cancel::CancelToken;
 use crate::statistics::spectrum::Spectrum;
+use crate::{Error, Result};
 
 /// A fitted tail. All fields are `NaN` if there is no fit.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,6 +27,9 @@ impl PowerLaw {
 /// Number of candidates for `xmin` whose distances are computed first, to bound the distances of the others.
 const PROBES: usize = 16;
 
+/// Number of values of a tail that are compared between two polls of the cancel token.
+const POLLED: usize = 1 << 16;
+
 /// Fits the numerically non-zero eigenvalues. At least two of them must differ.
 ///
 /// The search is exhaustive: a candidate is abandoned only when its distance exceeds that of a finished one.
@@ -40,12 +45,29 @@ const PROBES: usize = 16;
 /// ```
 #[must_use]
 pub fn fit_power_law(spectrum: &Spectrum) -> PowerLaw {
+    // The only errors are cancellation and a lack of memory.
+    fit_until(spectrum, &CancelToken::default()).unwrap_or(PowerLaw::NONE)
+}
+
+/// Fits as [`fit_power_law`] does, until it is cancelled.
+///
+/// # Errors
+/// [`Error::Cancelled`] and [`Error::OutOfMemory`].
+pub fn fit_until(spectrum: &Spectrum, cancel: &CancelToken) -> Result<PowerLaw> {
     let values = spectrum.nonzero();
     let n = values.len();
     let largest = spectrum.largest();
-    let logarithms: Vec<f64> = values.iter().map(|&x| log_ratio(x, largest)).collect();
+    let (mut logarithms, mut suffix_sums) = (Vec::new(), Vec::new());
+    for memory in [&mut logarithms, &mut suffix_sums] {
+        let bytes = (n + 1).saturating_mul(size_of::<f64>());
+        memory.try_reserve_exact(n + 1).map_err(|_| Error::no_memory(bytes, "a power-law fit"))?;
+    }
+    for piece in values.chunks(POLLED) {
+        cancel.check()?;
+        logarithms.extend(piece.iter().map(|&x| log_ratio(x, largest)));
+    }
     // Sums of logarithms from each index on, so that the exponent of a candidate costs O(1).
-    let mut suffix_sums = vec![0.0; n + 1];
+    suffix_sums.resize(n + 1, 0.0);
     for i in (0..n).rev() {
         suffix_sums[i] = suffix_sums[i + 1] + logarithms[i];
     }
@@ -61,20 +83,20 @@ pub fn fit_power_law(spectrum: &Spectrum) -> PowerLaw {
 
     let mut bound = f64::INFINITY;
     for i in (0..n).step_by(n.div_ceil(PROBES).max(1)).filter(|&i| is_candidate(i)) {
-        if let Some(distance) = distance_within(&logarithms[i..], slope(i), bound) {
+        if let Some(distance) = distance_within(&logarithms[i..], slope(i), bound, cancel)? {
             bound = distance;
         }
     }
     let mut best = PowerLaw::NONE;
     for i in (0..n).filter(|&i| is_candidate(i)) {
-        if let Some(distance) = distance_within(&logarithms[i..], slope(i), bound)
+        if let Some(distance) = distance_within(&logarithms[i..], slope(i), bound, cancel)?
             && (distance < bound || best.alpha.is_nan())
         {
             bound = distance;
             best = PowerLaw { alpha: 1.0 + slope(i), xmin: values[i], distance };
         }
     }
-    best
+    Ok(best)
 }
 
 /// Returns `ln(x / largest)` without cancellation for close values.
@@ -83,20 +105,30 @@ fn log_ratio(x: f64, largest: f64) -> f64 {
 }
 
 /// Returns the distance between a tail and its law, or `None` as soon as the distance exceeds `bound`.
-fn distance_within(logarithms: &[f64], slope: f64, bound: f64) -> Option<f64> {
+fn distance_within(logarithms: &[f64], slope: f64, bound: f64, cancel: &CancelToken) -> Result<Option<f64>> {
+    cancel.check()?;
     let n = logarithms.len();
     let deviation =
         |i: usize| (i as f64 / n as f64 + (slope * (logarithms[0] - logarithms[i])).exp() - 1.0).abs();
     // A coarse pass first: most rejected candidates deviate somewhere in the middle.
     let coarse = (0..n).step_by(n.div_ceil(32));
     let mut largest = 0.0f64;
-    for i in coarse.chain(0..n) {
+    for i in coarse {
         largest = largest.max(deviation(i));
         if largest > bound {
-            return None;
+            return Ok(None);
         }
     }
-    Some(largest)
+    for start in (0..n).step_by(POLLED) {
+        cancel.check()?;
+        for i in start..n.min(start + POLLED) {
+            largest = largest.max(deviation(i));
+            if largest > bound {
+                return Ok(None);
+            }
+        }
+    }
+    Ok(Some(largest))
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The spectrum of a matrix: the checked, ascending eigenvalues of `W^T W`.
 
+use crate::exec::cancel::CancelToken;
+use crate::statistics::sort::sort;
 use crate::{Error, Result};
 
 /// The `p = min(out, in)` largest eigenvalues of `W^T W`, ascending.
@@ -17,11 +19,19 @@ impl Spectrum {
     ///
     /// # Errors
     /// [`Error::InvalidInput`] at a NaN, an infinity, or a value that is negative beyond rounding.
-    pub fn new(mut eigenvalues: Vec<f64>) -> Result<Self> {
+    pub fn new(eigenvalues: Vec<f64>) -> Result<Self> {
+        Self::checked(eigenvalues, &CancelToken::default())
+    }
+
+    /// Sorts and checks eigenvalues as [`new`](Self::new) does, until it is cancelled.
+    ///
+    /// # Errors
+    /// The errors of [`new`](Self::new), [`Error::OutOfMemory`], and [`Error::Cancelled`].
+    pub fn checked(mut eigenvalues: Vec<f64>, cancel: &CancelToken) -> Result<Self> {
         if let Some(bad) = eigenvalues.iter().find(|x| !x.is_finite()) {
             return Err(Error::InvalidInput(format!("eigenvalues must be finite, one is {bad}")));
         }
-        eigenvalues.sort_unstable_by(f64::total_cmp);
+        sort(&mut eigenvalues, cancel)?;
         let largest = eigenvalues.last().copied().unwrap_or(0.0).max(0.0);
         let cut_off = eigenvalues.len() as f64 * f64::EPSILON * largest;
         if let Some(&smallest) = eigenvalues.first()

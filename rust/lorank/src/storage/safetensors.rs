@@ -230,6 +230,21 @@ impl SafetensorsFile {
         Ok(bytes)
     }
 
+    /// Reads as many bytes of a tensor as `bytes` has, starting at its byte `start`.
+    ///
+    /// # Errors
+    /// The errors of [`read`](Self::read).
+    pub fn read_to(
+        &self,
+        bytes: &mut [u8],
+        tensor: &TensorInfo,
+        start: usize,
+        cancel: &CancelToken,
+    ) -> Result<()> {
+        self.check_range(tensor, start, bytes.len())?;
+        self.fill(bytes, tensor, start, cancel)
+    }
+
     /// Reads as [`read`](Self::read) does, into a reusable buffer.
     pub(crate) fn read_into<'a>(
         &self,

@@ -163,7 +163,8 @@ impl StoredMatrix {
 
     /// Returns the size of all values in bytes.
     pub(crate) const fn size(&self) -> usize {
-        self.shape.0 * self.shape.1 * self.dtype.size()
+        // Only a computed matrix may be larger than memory: its reservation then fails.
+        self.shape.0.saturating_mul(self.shape.1).saturating_mul(self.dtype.size())
     }
 
     /// Returns the numbers of rows and columns.

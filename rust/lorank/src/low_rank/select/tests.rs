@@ -147,7 +147,7 @@ proptest! {
             prop_assert!(price(&ours) <= price(&gamma));
             prop_assert!(energy_of(&values, &ours) >= energy_of(&values, &gamma));
             let modules = modules(&values, &lengths, &costs).unwrap();
-            let run = fill(&modules, price(&gamma), Misfit::EndsAll, |x, _| x);
+            let run = fill(&modules, price(&gamma), Misfit::EndsAll, |x, _| x, &CancelToken::default()).unwrap();
             let run = run.iter().zip(&lengths).flat_map(|(&n, &length)| (0..length).map(move |i| i < n));
             prop_assert_eq!(run.collect::<Vec<_>>(), gamma);
         }

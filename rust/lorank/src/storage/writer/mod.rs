@@ -18,7 +18,7 @@ use faer::MatMut;
 use crate::exec::cancel::CancelToken;
 use crate::exec::memory::{with_capacity, zeros};
 use crate::exec::panics::guarded;
-use crate::exec::parallel::{pool, side_by_side};
+use crate::exec::parallel::{pool_for, side_by_side};
 use crate::matrix::MatrixView;
 use crate::matrix::dtype::DType;
 use crate::storage::atomic_file::{AtomicFile, Pending, Sink};
@@ -125,7 +125,7 @@ fn write_all(
     let runs = runs(&order, &offsets);
     let digests: Vec<AtomicU64> = tensors.iter().map(|_| AtomicU64::new(0)).collect();
     let failure = Mutex::new(None);
-    pool(threads.min(runs.len()))?.install(|| {
+    pool_for(threads, runs.len())?.install(|| {
         let stop = CancelToken::default();
         let all: Vec<usize> = (0..runs.len()).collect();
         side_by_side(&all, threads, &stop, &|k, Space { buffer, pending }: &mut Space| {
