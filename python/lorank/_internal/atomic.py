@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorank._internal.folder_changes import keep_mode
+from lorank._internal.folders import errors_name as errors_name
 from lorank._internal.folders import made_folder, sync_file, sync_folder
 from lorank._internal.hidden import hidden_file, remove_leftover_files
 from lorank._internal.staging import staged_folder as staged_folder
@@ -40,18 +41,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(target)) from error
         try:
-            yield hidden.path
-            sync_file(hidden.path)
-            keep_mode(hidden.path, place)
-            hidden.path.replace(place)
-            sync_folder(place.parent)
-        except OSError as error:
-            _unlink(hidden.path)
-            if error.errno is None or error.filename not in (None, str(hidden.path)):
-                raise
-            raise OSError(error.errno, error.strerror, str(target)) from error
+            with errors_name(target, hidden.path):
+                yield hidden.path
+                sync_file(hidden.path)
+                keep_mode(hidden.path, place)
+                hidden.path.replace(place)
+                sync_folder(place.parent)
         except BaseException:
-            _unlink(hidden.path)
+            with suppress(OSError):
+                hidden.path.unlink()
             raise
         finally:
             hidden.release()
@@ -106,8 +104,3 @@ def _check_replaceable(place: Path) -> None:
     if place.exists() and not place.is_file():
         kind = errno.EISDIR if place.is_dir() else errno.EINVAL
         raise OSError(kind, "is not a regular file", str(place))
-
-
-def _unlink(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
