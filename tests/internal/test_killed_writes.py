@@ -30,9 +30,9 @@ def work(folder):
 """
 ALLOCATE = """
 import lorank.cli.allocate
+allocation = lorank.allocate({model!r}, "uniform", r_max=6, progress=False, threads=1)
 def work(folder):
-    lorank.cli.allocate.allocate({model!r}, "uniform", r_max=6, output=folder / "target", lora_alpha=8.0,
-                                 overwrite=True, guess=True, json_output=True, quiet=True, threads=1)
+    lorank.cli.allocate.write_allocation(folder / "target", allocation, allocation.lora_settings())
 """
 TEXT = """
 from lorank._internal.atomic import write_text

@@ -180,6 +180,17 @@ def test_failing_disks_leave_the_old_files(
     assert not (tmp_path / "made").exists()
 
 
+def test_errors_without_a_name_get_one(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space") as raised, staged_folder(tmp_path / "a"):
+        raise full
+    assert raised.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match="No space") as raised, atomic.atomic_path(tmp_path / "b"):
+        raise full
+    assert raised.value.filename == str(tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupted_changes_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_core, "exchange", refuse(errno.EINVAL))
 

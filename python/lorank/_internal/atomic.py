@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorank._internal.folder_changes import keep_mode
+from lorank._internal.folders import errors_name as errors_name
 from lorank._internal.folders import made_folder, sync_file, sync_folder
 from lorank._internal.hidden import hidden_file, remove_leftover_files
 from lorank._internal.staging import staged_folder as staged_folder
@@ -47,7 +48,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
                 hidden.path.replace(place)
                 sync_folder(place.parent)
         except BaseException:
-            _unlink(hidden.path)
+            with suppress(OSError):
+                hidden.path.unlink()
             raise
         finally:
             hidden.release()
@@ -124,8 +126,3 @@ def _check_replaceable(place: Path) -> None:
     if place.exists() and not place.is_file():
         kind = errno.EISDIR if place.is_dir() else errno.EINVAL
         raise OSError(kind, "is not a regular file", str(place))
-
-
-def _unlink(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()

@@ -34,6 +34,28 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def errors_name(target: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Add the name of a file to errors of the system in the block that name no file, or a temporary one.
+
+    Failures of writing, such as a full disk, do not name the file: the system gives only their number.
+
+    Parameters
+    ----------
+    target
+        The file to name.
+    temporary
+        The temporary file that the block writes instead.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_named = error.filename is not None and str(error.filename) != str(temporary)
+        if error.errno is None or is_named:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+@contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, for which other processes wait.
 

@@ -12,7 +12,7 @@ from lorank._core import LorankError
 from lorank._internal.core_calls import reworded
 from lorank._internal.folder_changes import Changes
 from lorank._internal.folder_view import MARK, FolderView, discard
-from lorank._internal.folders import locked_folder, made_folder, sync_folder
+from lorank._internal.folders import errors_name, locked_folder, made_folder, sync_folder
 from lorank._internal.hidden import (
     Hidden,
     hidden_folder,
@@ -63,7 +63,8 @@ def staged_folder(
             raise OSError(error.errno, error.strerror, str(folder)) from error
         payload = staging.path / _PAYLOAD
         try:
-            yield payload
+            with errors_name(folder):
+                yield payload
             with locked_folder(place.parent):
                 _commit(staging, place, stale, heads, replaces)
         except OSError as error:

@@ -127,9 +127,7 @@ def allocate(
     alpha = int(lora_alpha) if lora_alpha.is_integer() else lora_alpha
     settings = allocation.lora_settings(scale_rule=scale_rule, lora_alpha=alpha)  # type: ignore[arg-type]  # Checked above.
     if output is not None:
-        with staged_folder(output, heads=(config_file.FILE_NAME,)) as staging:
-            allocation.save(staging / ALLOCATION_FILE)
-            config_file.write(staging, settings, allocation.source or None)
+        write_allocation(output, allocation, settings)
     if json_output:
         print_json(
             {**allocation.to_json(), "adapter_config": config_file.content(settings, allocation.source)}
@@ -138,6 +136,13 @@ def allocate(
     _show(allocation)
     if output is not None:
         print_message(f"saved to {output / config_file.FILE_NAME}")
+
+
+def write_allocation(output: Path, allocation: RankAllocation, settings: Mapping[str, Any]) -> None:
+    """Write `allocation.json` and `adapter_config.json` into a folder, both or none."""
+    with staged_folder(output, heads=(config_file.FILE_NAME,)) as staging:
+        allocation.save(staging / ALLOCATION_FILE)
+        config_file.write(staging, settings, allocation.source or None)
 
 
 def methods_help() -> str:
