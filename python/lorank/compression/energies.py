@@ -31,8 +31,8 @@ def check_energies(forms: Sequence[SpectralForm]) -> None:
     if not math.isfinite(total):
         largest = max(forms, key=lambda form: form.energy)
         raise NumericalError(
-            f"module {largest.module.name!r}: the energies of all updates overflow float64 together, and this "
-            "one is the largest: correct its scaling or factors"
+            f"module {largest.module.name!r}: the energies of all updates overflow float64 together, and "
+            "this one is the largest: correct its scaling or factors"
         )
 
 
