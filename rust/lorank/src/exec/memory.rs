@@ -79,9 +79,29 @@ pub(crate) fn buffer(request: StackReq, what: &str) -> Result<MemBuffer> {
 ///
 /// # Errors
 /// [`Error::OutOfMemory`].
-pub fn probe(bytes: usize, what: &str) -> Result<()> {
+pub(crate) fn probe(bytes: usize, what: &str) -> Result<()> {
     with_capacity::<u8>(bytes, what).map(|memory| drop(std::hint::black_box(memory)))
 }
+
+/// Checks that the system maps `bytes` new bytes, as [`probe`] does. The allocator may have as many free, but
+/// a new thread cannot use them: its stack is mapped, and without 64 MiB of address space it has no heap.
+///
+/// # Errors
+/// [`Error::OutOfMemory`].
+#[cfg(target_os = "linux")]
+pub(crate) fn probe_mapping(bytes: usize, what: &str) -> Result<()> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+    let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+    // SAFETY: the system chooses an unused address, and nothing refers to the memory when it is unmapped.
+    unsafe {
+        mmap_anonymous(std::ptr::null_mut(), bytes, access, flags)
+            .and_then(|memory| munmap(memory, bytes))
+            .map_err(|_| Error::no_memory(bytes, what))
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) use probe as probe_mapping;
 
 fn no_memory<T>(count: usize, what: &str) -> Error {
     Error::no_memory(count.saturating_mul(size_of::<T>()), what)

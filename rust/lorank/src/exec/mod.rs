@@ -2,7 +2,7 @@
 
 pub(crate) mod aligned_bytes;
 pub mod cancel;
-pub mod memory;
+pub(crate) mod memory;
 pub mod panics;
 pub mod parallel;
 pub(crate) mod product_memory;

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
 use crate::exec::cancel::CancelToken;
-use crate::exec::memory::probe;
+use crate::exec::memory::probe_mapping;
 use crate::{Error, Result};
 
 /// The assignment of threads to one matrix.
@@ -85,7 +85,8 @@ pub fn check_stacks(threads: usize) -> Result<()> {
     const STACK: usize = 2 << 20;
     /// Size of the data of a thread and of its pool.
     const OTHER: usize = 1 << 20;
-    probe(threads.saturating_mul(STACK + OTHER / 4).saturating_add(OTHER), "the stacks of threads")
+    let bytes = threads.saturating_mul(STACK + OTHER / 4).saturating_add(OTHER);
+    probe_mapping(bytes, "the stacks of threads")
 }
 
 /// Returns the number of threads for a number of pieces of work: at least 1, and at most [`MOST_THREADS`] or

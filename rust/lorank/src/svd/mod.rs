@@ -199,7 +199,7 @@ fn fallback(a: &Mat<f64>) -> Result<ThinSvd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
+    use proptest::prelude::{Strategy as _, *};
 
     fn view(values: &[f64], m: usize, n: usize) -> MatrixView<'_> {
         MatrixView::from_f64(values, m, n).unwrap()

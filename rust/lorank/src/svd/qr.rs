@@ -100,7 +100,7 @@ impl HouseholderQr {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
+    use proptest::prelude::{Strategy as _, *};
 
     fn assert_factors(a: &Mat<f64>) {
         let ThinQr { q, r } = thin_qr(a.as_ref()).unwrap();
