@@ -235,7 +235,7 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::OutOfMemory`] and [`Error::Cancelled`].
     pub fn to_f64(&self, cancel: &CancelToken) -> Result<Vec<f64>> {
-        self.to_numbers(cancel)
+        self.numbers(cancel)
     }
 
     /// Returns all elements as float32, row-major, unless it is cancelled. Only elements of float64 are
@@ -244,10 +244,10 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::OutOfMemory`] and [`Error::Cancelled`].
     pub fn to_f32(&self, cancel: &CancelToken) -> Result<Vec<f32>> {
-        self.to_numbers(cancel)
+        self.numbers(cancel)
     }
 
-    fn to_numbers<T: Number>(&self, cancel: &CancelToken) -> Result<Vec<T>> {
+    fn numbers<T: Number>(&self, cancel: &CancelToken) -> Result<Vec<T>> {
         let (count, mut values) = (self.rows * self.cols, Vec::new());
         let bytes = count.saturating_mul(size_of::<T>());
         values.try_reserve_exact(count).map_err(|_| Error::no_memory(bytes, "the values of a matrix"))?;
