@@ -63,5 +63,5 @@ def test_views_that_repeat_few_elements_have_the_spectrum_of_their_copy(dtype: A
 
 @pytest.mark.parametrize("shape", [(10**6, 10**6), (2**20, 2**20), (10**8, 10), (3, 10**9)])
 def test_views_that_claim_more_than_memory_holds_are_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="repeats the .* elements in memory"):
+    with pytest.raises(ValueError, match=r"repeats the .* elements in memory"):
         lorank.spectrum(np.broadcast_to(np.float16(1), shape))

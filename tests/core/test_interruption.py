@@ -92,7 +92,11 @@ COUNT = 9_000_000
 
 def interrupted(call: str, prologue: str = "") -> list[float]:
     """Send a signal to a child that repeats a call; return the two numbers that it prints."""
-    program = CHILD.replace("CALL", call).replace("COUNT", str(COUNT)).replace('print("ready"', prologue + 'print("ready"')
+    program = (
+        CHILD.replace("CALL", call)
+        .replace("COUNT", str(COUNT))
+        .replace('print("ready"', prologue + 'print("ready"')
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-c", program],

@@ -22,7 +22,9 @@ def most_threads(call: Any) -> tuple[Any, int]:
 
     def watch() -> None:
         while alive:
-            names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir() if task.exists()]
+            names = [
+                (task / "comm").read_text() for task in Path("/proc/self/task").iterdir() if task.exists()
+            ]
             counts.append(sum(name.startswith("lorank") for name in names))
             time.sleep(0.001)
 

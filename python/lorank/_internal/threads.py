@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lorank import _core
 
-
 # More threads than any machine has processors, within the integers of the core.
 _MOST = 1 << 20
 

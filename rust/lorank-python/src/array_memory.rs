@@ -81,7 +81,7 @@ impl<'py> FromPyObject<'_, 'py> for Float64s<'py> {
         } else {
             PyModule::import(py, "numpy")?.call_method1("asarray", (given, double))?
         };
-        let dimensions = converted.cast::<PyUntypedArray>().map_or(0, |array| array.ndim());
+        let dimensions = converted.cast::<PyUntypedArray>().map_or(0, PyUntypedArrayMethods::ndim);
         let wrong = |_| PyTypeError::new_err(format!("numbers must have 1 dimension, not {dimensions}"));
         converted.cast_into::<PyArray1<f64>>().map(Self).map_err(wrong)
     }

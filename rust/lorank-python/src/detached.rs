@@ -93,14 +93,14 @@ where
         };
         if let Err(error) = step.and_then(|()| py.check_signals()) {
             cancel.cancel();
-            py.detach(move || await_end(receiver));
+            py.detach(move || await_end(&receiver));
             return Err(error);
         }
     }
 }
 
 /// Waits until the worker has ended, or [`GRACE`] has passed.
-fn await_end<M, T>(receiver: Receiver<Message<M, T>>) {
+fn await_end<M, T>(receiver: &Receiver<Message<M, T>>) {
     let end = Instant::now() + GRACE;
     // The worker's sender is dropped with its last data.
     while receiver.recv_timeout(end.saturating_duration_since(Instant::now())).is_ok() {}

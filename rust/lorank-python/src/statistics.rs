@@ -9,7 +9,7 @@ use lorank::marchenko_pastur::{self as mp, Scale};
 use lorank::metrics::SpectralMetrics;
 use lorank::source::Buffer;
 use lorank::spectrum::Spectrum;
-use numpy::{IntoPyArray, PyArray1};
+use numpy::{IntoPyArray, PyArray1, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -34,10 +34,13 @@ fn with_values<T: Send + 'static>(
     brief_up_to: usize,
     work: impl FnOnce(Vec<f64>, &CancelToken) -> lorank::Result<T> + Send + 'static,
 ) -> PyResult<T> {
-    let shared = SharedValues::of(&eigenvalues.0)?;
-    let is_brief = shared.as_ref().len() <= brief_up_to;
-    let work = move |cancel: &CancelToken| work(copied(shared.as_ref())?, cancel);
-    if is_brief { brief(work) } else { detached_quiet(py, work) }
+    let array = &eigenvalues.0;
+    if array.len() <= brief_up_to {
+        let values = array.readonly().as_array().to_vec();
+        return brief(|cancel| work(values, cancel));
+    }
+    let shared = SharedValues::of(array)?;
+    detached_quiet(py, move |cancel| work(copied(shared.as_ref())?, cancel))
 }
 
 /// Runs work on a spectrum: see [`with_values`].

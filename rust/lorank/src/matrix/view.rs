@@ -236,7 +236,7 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::OutOfMemory`] and [`Error::Cancelled`].
     pub fn to_f64(&self, cancel: &CancelToken) -> Result<Vec<f64>> {
-        self.to_numbers(cancel)
+        self.numbers(cancel)
     }
 
     /// Returns all elements as float32, row-major, unless it is cancelled. Only elements of float64 are
@@ -245,10 +245,10 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::OutOfMemory`] and [`Error::Cancelled`].
     pub fn to_f32(&self, cancel: &CancelToken) -> Result<Vec<f32>> {
-        self.to_numbers(cancel)
+        self.numbers(cancel)
     }
 
-    fn to_numbers<T: Number>(&self, cancel: &CancelToken) -> Result<Vec<T>> {
+    fn numbers<T: Number>(&self, cancel: &CancelToken) -> Result<Vec<T>> {
         let count = self.rows.saturating_mul(self.cols);
         let mut values = zeros(count, "the values of a matrix")?;
         if count == 0 {
