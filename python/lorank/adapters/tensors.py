@@ -11,6 +11,7 @@ import numpy as np
 
 from lorank._core import Checkpoint, FormatError, Matrix
 from lorank.adapters.stored import NAMES, Stored
+from lorank.modules import naming
 from lorank.sources import arrays
 
 
@@ -57,6 +58,7 @@ class FileTensors:
             for position, (name, dtype, shape) in enumerate(self._checkpoint.tensors())
         }
         self._shapes = {name: shape for name, (_, _, shape) in self._entries.items()}
+        naming.check_sizes(self.label, self._shapes)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, in their order."""
@@ -100,6 +102,7 @@ class ArrayTensors:
         self.metadata: Mapping[str, str] = {}
         self._values = values
         self._shapes = {name: tuple(value.shape) for name, value in values.items()}
+        naming.check_sizes(label, self._shapes)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, in their order."""

@@ -108,12 +108,11 @@ def _unmatched(exclude: naming.Targets, *sources: Source) -> list[str]:
     """Return notes on entries of `exclude` that match no module and are probably misspelt."""
     names = {matrix.info.module for source in sources for matrix in source.matrices}
     names = names.union(*(others for source in sources for others in source.facts.ties.values()))
-    entries = [exclude] if isinstance(exclude, str) else [[entry] for entry in exclude or ()]
-    return [
-        f"exclude={entry if isinstance(entry, str) else entry[0]!r} matches no module"
-        for entry in entries
-        if not any(map(naming.matcher(entry, "exclude"), names))
-    ]
+    if isinstance(exclude, str):
+        unmatched = [] if any(map(naming.matcher(exclude, "exclude"), names)) else [exclude]
+    else:
+        unmatched = naming.unknown(exclude or (), names)
+    return [f"exclude={entry!r} matches no module" for entry in unmatched]
 
 
 def _naming_notes(before: Source, prefix: str) -> list[str]:

@@ -30,8 +30,10 @@ _OUTPUT_HEADS = {
     "vocab_projector",
     "lm_prediction_head",
 }
-# The deepest names of known models have some 15 parts.
+# The longest names of known models have some 150 characters in 15 parts.
+_LONGEST = 1000
 _MOST_PARTS = 100
+_TOO_LONG = f"a name has at most {_LONGEST:,} characters and {_MOST_PARTS} parts: rename it"
 _MOST_DIGITS = 18
 _NUMBERS = re.compile(r"(\d+)")
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
@@ -114,13 +116,19 @@ def is_number(part: str) -> bool:
     return part.isdecimal() and len(part) <= _MOST_DIGITS
 
 
-def check_depth(label: str, names: Iterable[str]) -> None:
-    """Raise FormatError for a name of so many parts that its suffixes would fill the memory."""
+def check_sizes(label: str, names: Iterable[str]) -> None:
+    """Raise FormatError for a name so long or deep that work on its parts would not end in time.
+
+    Parameters
+    ----------
+    label
+        The file that holds the names.
+    names
+        Names of tensors.
+    """
     for name in names:
-        if name.count(".") >= _MOST_PARTS:
-            raise FormatError(
-                f"{label}: tensor {name[:60]!r}...: has a name of more than {_MOST_PARTS} parts: rename it"
-            )
+        if len(name) > _LONGEST or name.count(".") >= _MOST_PARTS:
+            raise FormatError(f"{label}: tensor {name[:60]!r}...: {_TOO_LONG}")
 
 
 def suffixes(name: str) -> Iterator[str]:
@@ -131,6 +139,9 @@ def suffixes(name: str) -> Iterator[str]:
     >>> list(suffixes("layers.0.q_proj"))
     ['layers.0.q_proj', '0.q_proj', 'q_proj']
     """
+    # The suffixes of a name of dots have a length that is quadratic in its own.
+    if name.count(".") >= _MOST_PARTS:
+        raise ValueError(f"{name[:60]!r}...: {_TOO_LONG}")
     yield name
     dot = name.find(".")
     while dot >= 0:
@@ -212,10 +223,15 @@ def check_known(targets: Targets, names: Iterable[str]) -> None:
     """
     if targets is None or isinstance(targets, str):
         return
+    if absent := unknown(targets, names):
+        raise ValueError(f"no module is named {absent[0]!r}, and no module's name ends with it")
+
+
+def unknown(targets: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return the targets that are neither names nor suffixes of names."""
     entries = frozenset(targets)
     known = {suffix for name in names for suffix in suffixes(name) if suffix in entries}
-    if unknown := [target for target in targets if target not in known]:
-        raise ValueError(f"no module is named {unknown[0]!r}, and no module's name ends with it")
+    return [target for target in targets if target not in known]
 
 
 def filtered(names: Iterable[str], include: Targets, exclude: Targets) -> list[str]:

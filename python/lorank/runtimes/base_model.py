@@ -103,11 +103,12 @@ class BaseModel:
 
     def missing(self, modules: Iterable[LoraModule]) -> dict[str, str]:
         """Map the name of every adapted module that the model lacks to a reason."""
-        found = {}
-        for module in modules:
-            if not self._has(module.name):
-                found[module.name] = f"{self.label} has no {module.name}{self._advice(module.name)}"
-        return found
+        absent = [module.name for module in modules if not self._has(module.name)]
+        by_suffix: dict[str, str] = {}
+        for own in self.shapes if absent else ():
+            for suffix in naming.suffixes(own):
+                by_suffix.setdefault(suffix, own)
+        return {name: f"{self.label} has no {name}{_advice(name, by_suffix)}" for name in absent}
 
     def misfits(self, modules: Iterable[LoraModule]) -> list[str]:
         """Return a reason for every module whose update has another shape than the weight."""
@@ -151,13 +152,11 @@ class BaseModel:
         assert self.skeleton is not None
         return loaded_name(f"{name}.weight", self.skeleton)
 
-    def _advice(self, name: str) -> str:
-        """Return a hint with the most similar name in the model; empty if there is none."""
-        for suffix in naming.suffixes(name):
-            close = [own for own in self.shapes if naming.is_suffix(suffix, own)]
-            if close and "." in suffix:
-                return f" (it has {close[0]})"
-        return ""
+
+def _advice(name: str, by_suffix: Mapping[str, str]) -> str:
+    """Return a hint with the most similar name in the model; empty if there is none."""
+    suffixes = (suffix for suffix in naming.suffixes(name) if "." in suffix and suffix in by_suffix)
+    return next((f" (it has {by_suffix[suffix]})" for suffix in suffixes), "")
 
 
 def _as_peft_reads(weight: Weight) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from typing import Any
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
 from lorank._internal.regular_files import SETTINGS_BYTES
-from lorank.modules import model_config
+from lorank.modules import model_config, naming
 from lorank.peft_format.names import CONFIG_FILE, INSIDE, PICKLED_WEIGHTS_FILE, PREFIX, WEIGHTS_FILE
 
 _PIPELINE = "model_index.json"
@@ -116,6 +116,7 @@ def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
     FormatError
         If the tensors are those of an adapter, or the state of an optimizer.
     """
+    naming.check_sizes(label, names)
     if {"state", "param_groups"} <= set(names):
         raise FormatError(f"{label}: is the state of an optimizer, which holds no weights of a model")
     owners = _owners(names)
