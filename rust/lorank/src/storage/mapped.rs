@@ -206,8 +206,8 @@ fn all_mappings() -> Vec<Mapping> {
 #[derive(Default)]
 struct Query {
     size: u64,
-    query_flags: u64,
-    query_addr: u64,
+    flags: u64,
+    address: u64,
     vma_start: u64,
     vma_end: u64,
     vma_flags: u64,
@@ -238,8 +238,8 @@ fn query(start: usize) -> std::io::Result<Option<Mapping>> {
     let mut name = [0u8; 4096];
     let mut query = Query {
         size: size_of::<Query>() as u64,
-        query_flags: COVERING_OR_NEXT | FILE_BACKED,
-        query_addr: start as u64,
+        flags: COVERING_OR_NEXT | FILE_BACKED,
+        address: start as u64,
         name_size: 4096,
         name_addr: name.as_mut_ptr() as u64,
         ..Query::default()
