@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 import lorank
 from lorank import _core
 from lorank._internal import core_calls
-from lorank._internal.atomic import staged_folder
+from lorank._internal.staging import staged_folder
 from lorank.analysis import matrices
 from lorank.compression import extraction
 from lorank.sources import Source, open_source

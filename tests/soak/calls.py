@@ -1,7 +1,7 @@
 """Ten thousand calls of each public function: ``python -m tests.soak.calls NAME COUNT``.
 
-The first fifth of the calls fills caches. After it, resident memory may grow by 5 % and 2 MiB, and the numbers
-of open files and threads stay.
+The first fifth of the calls fills caches. After it, resident memory may grow by 5 % and 2 MiB, and the
+numbers of open files and threads stay.
 """
 
 from __future__ import annotations

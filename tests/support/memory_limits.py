@@ -89,9 +89,9 @@ def _child(work: Work, extra: int, writer: int) -> None:
         if said != b"done" and extra >= 8 * MIB:
             lorank.spectrum(small, threads=1)
         code = 0
-    except BaseException as error:  # The child must not return to the test.
-        said = b"%s, then %s" % (said, repr(error)[:500].encode())
-    finally:
+    finally:  # The child must not return to the test.
+        if code:
+            said = b"%s, then %s" % (said, repr(sys.exc_info()[1])[:500].encode())
         os.write(writer, said)
         os._exit(code)
 
@@ -142,7 +142,9 @@ def works(folder: Path, rows: int = 640, cols: int = 1000) -> dict[str, Work]:
         "spectrum float32, square": lambda: lorank.spectrum(square, accuracy="fast", threads=8),
         "spectrum of few rows": lambda: lorank.spectrum(weight[:100], threads=1),
         "statistics": lambda: lorank.alpha_hill(weight.ravel() ** 2),
-        "extract": lambda: lorank.extract({"a.weight": weight}, {"a.weight": tuned}, avg_rank=4, progress=False),
+        "extract": lambda: lorank.extract(
+            {"a.weight": weight}, {"a.weight": tuned}, avg_rank=4, progress=False
+        ),
         "extract, float32": lambda: lorank.extract(
             folder / "model.safetensors", folder / "tuned.safetensors", avg_rank=4, progress=False
         ),
@@ -158,7 +160,9 @@ def works(folder: Path, rows: int = 640, cols: int = 1000) -> dict[str, Work]:
         "analyze, file of 3 matrices": lambda: _analyze(folder, "exact", 1),
     }
     for accuracy, threads in (("fast", 2), ("sampled", 8), ("exact", 8)):
-        found[f"analyze, {accuracy}, {threads} threads"] = lambda a=accuracy, n=threads: _analyze(folder, a, n)
+        found[f"analyze, {accuracy}, {threads} threads"] = lambda a=accuracy, n=threads: _analyze(
+            folder, a, n
+        )
     for work in found.values():
         work()
     return found

@@ -10,10 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorank._internal.folder_changes import keep_mode
-from lorank._internal.folders import errors_name as errors_name
-from lorank._internal.folders import made_folder, sync_file, sync_folder
+from lorank._internal.folders import errors_name, made_folder, sync_file, sync_folder
 from lorank._internal.hidden import hidden_file, remove_leftover_files
-from lorank._internal.staging import staged_folder as staged_folder
 
 # The longest name of a file of an adapter in a staging folder, with its folders.
 _LONGEST_INNER = "x" * 80
@@ -53,28 +51,6 @@ def atomic_path(target: Path) -> Iterator[Path]:
             raise
         finally:
             hidden.release()
-
-
-@contextmanager
-def errors_name(target: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Add the name of a file to errors of the system in the block that name no file, or a temporary one.
-
-    Failures of writing, such as a full disk, do not name the file: the system gives only their number.
-
-    Parameters
-    ----------
-    target
-        The file to name.
-    temporary
-        The temporary file that the block writes instead.
-    """
-    try:
-        yield
-    except OSError as error:
-        is_named = error.filename is not None and str(error.filename) != str(temporary)
-        if error.errno is None or is_named:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
 
 
 def check_writable(target: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank._core import FormatError
-from lorank._internal.atomic import errors_name
+from lorank._internal.folders import errors_name
 from lorank._internal.short_text import shown
 
 LARGEST_SIDE = 2**31 - 1

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lorank._core import FormatError
-from lorank._internal.atomic import errors_name
+from lorank._internal.folders import errors_name
 
 # Seconds between writes to the disk itself. A failure of power can take the lines of this time.
 _INTERVAL = 5.0

@@ -6,8 +6,9 @@ import csv
 import re
 from pathlib import Path
 
-from lorank._internal.atomic import atomic_path, errors_name
+from lorank._internal.atomic import atomic_path
 from lorank._internal.csv_cells import to_cell
+from lorank._internal.folders import errors_name
 from lorank._internal.json_fields import reading
 from lorank._internal.short_text import shown
 from lorank.training.dynamic_ranks import RankUpdate
