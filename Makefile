@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 DEMO := build-demo
 FIGURES := build-bench
 COVERAGE := build-coverage
+LOWEST := .venv-lowest
+FUZZ_TARGETS := header shard_index view spectrum low_rank statistics selection writer
+SECONDS ?= 60
 
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
-.PHONY: help demo test test-rust test-python coverage sweep bench picture lint format clean
+.PHONY: help demo test test-rust test-python test-lowest coverage sweep fuzz soak bench picture lint format clean
 
 help: ## Show the verbs.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -32,11 +35,27 @@ test-rust:
 test-python: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
+test-lowest: ## Run the tests that need no newer peer with the lowest supported dependencies (CPython 3.10).
+	python3.10 -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --upgrade pip
+	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt '.[peft,report]' \
+		accelerate hypothesis ml_dtypes pytest pytest-xdist pyyaml safetensors scipy
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest --numprocesses 2 --dist worksteal tests/lowest
+
 coverage: $(VENV)/installed ## Run the Python tests with branch coverage (14 minutes); see build-coverage.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term --cov-report html:$(COVERAGE)
 
 sweep: $(VENV)/installed ## Allocate for and extract from every architecture of transformers (about 3 minutes).
 	$(BIN)/pytest -m slow -s
+
+fuzz: $(VENV)/installed ## Fuzz each target for SECONDS seconds (default 60); needs Rust nightly and cargo-fuzz.
+	for target in $(FUZZ_TARGETS); do mkdir -p fuzz/corpus/$$target && \
+		cargo +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+		-max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 || exit 1; done
+	$(BIN)/python -m fuzz.files $(SECONDS)
+
+soak: $(VENV)/installed ## Call, kill, fill the disk, run threads and forks, again and again (under 20 minutes).
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two hours).
 	$(BIN)/pip install --quiet --editable '.[bench]'
@@ -79,4 +98,4 @@ format: $(VENV)/installed ## Rewrite files in the house format.
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove everything that the other verbs made.
-	rm -rf $(VENV) target $(DEMO) $(FIGURES) $(COVERAGE) dist
+	rm -rf $(VENV) $(LOWEST) target fuzz/target fuzz/corpus fuzz/artifacts $(DEMO) $(FIGURES) $(COVERAGE) dist

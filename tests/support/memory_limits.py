@@ -106,7 +106,7 @@ def _tried(work: Work, limit: int) -> bytes:
 
 
 def sweep(name: str, work: Work, below: int = 16, coarse: int = 24) -> Iterator[Outcome]:
-    """Search the least memory in MiB that suffices; run the work 1 MiB apart below it, and coarsely from 0."""
+    """Search the least memory that suffices; run the work at steps of 1 MiB below it, and coarsely from 0."""
     low, high = 0, 1
     while (outcome := run_limited(name, work, high * MIB)).end != "done":
         yield outcome
