@@ -1,4 +1,8 @@
-"""Runs of lorank's functions in child processes whose address space is limited."""
+"""Runs of lorank's functions in child processes whose address space is limited.
+
+``python -m tests.support.memory_limits`` searches the least memory of every function, in about 1,200
+children.
+"""
 
 import json
 import os
@@ -22,6 +26,9 @@ MIB = 1 << 20
 
 #: Seconds after which a child counts as hung.
 PATIENCE = 120.0
+
+#: Limits in MiB of a short run: before, within and after the memory of most calls.
+FEW = (0, 9, 40)
 
 #: Most memory in MiB that a work is given.
 LARGEST = 1 << 16
@@ -86,14 +93,14 @@ def _child(work: Work, extra: int, writer: int) -> None:
         small = np.eye(8)
         said = _tried(work, mapped + extra)
         # The limit stays: small work must succeed after an error.
-        if said != b"done" and extra >= 8 * MIB:
+        if said != b"done" and extra >= 9 * MIB:
             lorank.spectrum(small, threads=1)
         code = 0
-    finally:  # The child must not return to the test.
+    finally:
         if code:
-            said = b"%s, then %s" % (said, repr(sys.exc_info()[1])[:500].encode())
+            said += b", then " + repr(sys.exc_info()[1])[:500].encode()
         os.write(writer, said)
-        os._exit(code)
+        os._exit(code)  # The child must not return to the caller.
 
 
 def _tried(work: Work, limit: int) -> bytes:
@@ -106,7 +113,7 @@ def _tried(work: Work, limit: int) -> bytes:
 
 
 def sweep(name: str, work: Work, below: int = 16, coarse: int = 24) -> Iterator[Outcome]:
-    """Search the least memory that suffices; run the work at steps of 1 MiB below it, and coarsely from 0."""
+    """Search the least MiB that suffice; run the work 1 MiB apart below them, and coarsely from 0."""
     low, high = 0, 1
     while (outcome := run_limited(name, work, high * MIB)).end != "done":
         yield outcome
@@ -186,24 +193,34 @@ def _adapter(folder: Path, rows: int, cols: int, rank: int) -> Path:
     return folder
 
 
-def main() -> int:
-    """Sweep all works, or those whose names contain an argument; report the ends of all children."""
+def _write(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str]) -> int:
+    """Sweep all works, or those whose names contain an argument; report the ends of all children.
+
+    After `--few`, run each work under three limits only.
+    """
+    few = arguments[:1] == ["--few"]
+    parts = arguments[few:]
     ends: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        chosen = works(Path(folder))
-        for name, work in chosen.items():
-            if sys.argv[1:] and not any(part in name for part in sys.argv[1:]):
+        for name, work in works(Path(folder)).items():
+            if parts and not any(part in name for part in parts):
                 continue
-            found = list(sweep(name, work))
+            limits = (run_limited(name, work, extra * MIB) for extra in FEW)
+            found = list(limits if few else sweep(name, work))
             ends.update(outcome.end for outcome in found)
             least = min((outcome.extra for outcome in found if outcome.end == "done"), default=-MIB) // MIB
-            print(f"{name}: {len(found)} children, succeeds from {least} MiB", flush=True)
+            _write(f"{name}: {len(found)} children, succeeds from {least} MiB")
             for outcome in found:
                 if not outcome.is_right:
-                    print(f"  wrong at {outcome.extra / MIB:.2f} MiB: {outcome.end}", flush=True)
-    print(f"{ends.total()} children: {dict(ends)}")
+                    _write(f"  wrong at {outcome.extra / MIB:.2f} MiB: {outcome.end}")
+    _write(f"{ends.total()} children: {dict(ends)}")
     return 0 if set(ends) <= {"done", "error"} else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
