@@ -92,4 +92,7 @@ __all__ = [
     "training",
 ]
 
-__getattr__, __dir__ = lazy_names(__name__, _LAZY, packages=["training"])
+# `import lorank` makes these packages attributes, as it did when it imported them.
+_PACKAGES = ["analysis", "modules", "report", "sources", "statistics", "training"]
+
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, packages=_PACKAGES)

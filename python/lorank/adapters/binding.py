@@ -37,13 +37,16 @@ def fits(tensors: Tensors, seed: bytes) -> bool | None:
     return None if stated is None else tensors.digest(seed, thread_count(None)) == stated
 
 
-def certificate_digest(content: Mapping[str, Any], file_digest: str) -> str:
-    """Return the digest of a certificate's JSON values and of the file of factors that it belongs to."""
-    rest = {key: value for key, value in content.items() if key != DIGEST_FIELD}
-    text = json.dumps(rest, sort_keys=True) + file_digest
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def canonical(content: Mapping[str, Any]) -> str:
+    """Return a certificate's JSON values as text that does not depend on their order or layout."""
+    return json.dumps({key: value for key, value in content.items() if key != DIGEST_FIELD}, sort_keys=True)
+
+
+def certificate_digest(canonical: str, file_digest: str) -> str:
+    """Return the digest of a certificate's canonical text and of the file of factors that it belongs to."""
+    return hashlib.blake2b((canonical + file_digest).encode(), digest_size=16).hexdigest()
 
 
 def is_bound(content: Mapping[str, Any], file_digest: str) -> bool:
     """Return True if a certificate's JSON values belong to the file of factors with a digest."""
-    return content.get(DIGEST_FIELD) == certificate_digest(content, file_digest)
+    return content.get(DIGEST_FIELD) == certificate_digest(canonical(content), file_digest)

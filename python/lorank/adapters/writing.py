@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from threading import Event
 from typing import Any, cast, get_args
 
 from lorank import _core
+from lorank._internal.regular_files import read_bytes
 from lorank._internal.staging import is_occupied, staged_folder
 from lorank._internal.threads import thread_count
 from lorank.adapters import binding, card, families, rounding
@@ -198,12 +198,15 @@ def _write(job: _Job, staging: Path) -> Written:
         # the factors is known, and the card when the rounding error is known, if there is one.
         begin = Event()
         texts = background.submit(_write_texts, job, staging, begin, with_card=not rounded)
+        draft = background.submit(_draft, job, job.adapter.certificate)
         begin.set()
         certificate, digest, notes = _write_weights(job, staging, tensors, rounded)
         notes += texts.result()
         if rounded:
             notes += _write_card(job, staging, certificate)
-        _write_certificate(job, staging, certificate, digest)
+        drafted = draft.result() if certificate == job.adapter.certificate else _draft(job, certificate)
+        if drafted is not None:
+            (staging / CERTIFICATE_FILE).write_text(drafted.bound(digest), "utf-8")
     notes += _padding_note(job)
     return Written(job.weights, job.place.address, certificate, job.stored_parameters, notes)
 
@@ -286,24 +289,39 @@ def _write_card(job: _Job, staging: Path, certificate: Certificate | None) -> li
 
 
 def _is_our_card(file: Path) -> bool:
-    """Return True for a card that lorank wrote. Pipes and devices, which may never end, are not read."""
+    """Return True for a card that lorank wrote; pipes, devices and large files belong to other programs."""
     with suppress(OSError):
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as opened:
-            status = os.fstat(descriptor)
-            if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST_CARD:
-                return card.is_ours(opened.read(_LARGEST_CARD).decode("utf-8", errors="replace"))
+        return card.is_ours(read_bytes(file, _LARGEST_CARD).decode("utf-8", errors="replace"))
     return False
 
 
-def _write_certificate(job: _Job, staging: Path, certificate: Certificate | None, digest: str) -> None:
-    """Write the certificate with a digest that binds it to the written factors."""
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """The text of a certificate, and the text that its digest covers."""
+
+    text: str
+    canonical: str
+
+    def bound(self, file_digest: str) -> str:
+        """Return the text with a digest that binds the certificate to the written factors."""
+        digest = binding.certificate_digest(self.canonical, file_digest)
+        return self.text.replace(_entry(_NO_DIGEST), _entry(digest), 1)
+
+
+_NO_DIGEST = "?"
+
+
+def _entry(digest: str) -> str:
+    return f'"{binding.DIGEST_FIELD}": "{digest}"'
+
+
+def _draft(job: _Job, certificate: Certificate | None) -> _Draft | None:
+    """Return the text of the certificate's file; None if no such file is written."""
     if job.place.is_alone or certificate is None:
-        return
+        return None
     notes = list(job.adapter.notes)
-    bound = binding.certificate_digest({**certificate.to_json(), "notes": notes}, digest)
-    text = certificate.to_text(notes, **{binding.DIGEST_FIELD: bound})
-    (staging / CERTIFICATE_FILE).write_text(text, "utf-8")
+    text = certificate.to_text(notes, **{binding.DIGEST_FIELD: _NO_DIGEST})
+    return _Draft(text, binding.canonical({**certificate.to_json(), "notes": notes}))
 
 
 def _padding_note(job: _Job) -> list[str]:
