@@ -8,11 +8,14 @@
 //! summed exactly as 128-bit integers, so that the number of kept values does not depend on the order of
 //! summation.
 
+mod squares;
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use crate::exec::cancel::CancelToken;
 use crate::exec::memory::probe;
+use crate::low_rank::select::squares::{Squares, exponent};
 use crate::{Error, Result};
 
 /// Number of bits that one histogram resolves. Its buckets fill a level-1 cache.
@@ -293,51 +296,6 @@ fn refine(
         chosen -= 1;
     }
     Ok(Some((patterns.filter(|&bits| bucket(bits) == chosen).collect(), wanted)))
-}
-
-/// Squares as integers, in a unit for which their sum fits into 128 bits.
-///
-/// The largest square has some 100 bits. The bits that a smaller square loses are below the precision of any
-/// float64 sum.
-#[derive(Clone, Copy)]
-struct Squares {
-    /// Biased exponent of the largest value.
-    exponent: u64,
-    /// Number of bits by which mantissas are shifted up if all values are subnormal, whose mantissas are
-    /// shorter.
-    lift: u32,
-    /// Number of bits by which squares are shifted down, so that the sum of `count` squares of 106 bits does
-    /// not overflow.
-    spare: u64,
-}
-
-impl Squares {
-    fn new(count: usize, range: Range) -> Self {
-        let (_, high) = range.unwrap_or((1, 1));
-        let (mantissa, exponent) = parts(high);
-        let carries = u64::from(usize::BITS - count.leading_zeros());
-        Self { exponent, lift: mantissa.leading_zeros() - 11, spare: carries.saturating_sub(22) }
-    }
-
-    #[inline]
-    fn of(self, bits: u64) -> u128 {
-        let (mantissa, exponent) = parts(bits);
-        let mantissa = u128::from(mantissa << self.lift);
-        (mantissa * mantissa) >> (2 * (self.exponent - exponent) + self.spare).min(127)
-    }
-}
-
-/// Returns the mantissa as an integer, and the biased exponent (1 for subnormal numbers, too).
-#[inline]
-fn parts(bits: u64) -> (u64, u64) {
-    let (fraction, exponent) = (bits & ((1 << 52) - 1), bits >> 52);
-    (fraction | (u64::from(exponent > 0) << 52), exponent.max(1))
-}
-
-/// Returns the exponent of the number with a given pattern, or the smallest normal exponent for subnormal
-/// numbers.
-fn exponent(bits: u64) -> i32 {
-    i32::try_from(parts(bits).1).unwrap_or(0) - 1023
 }
 
 /// The values of one module, and the cost of each.
