@@ -156,7 +156,10 @@ fn by_gram(
     let CoreSvd { singular_values, vectors } = CoreSvd::of(weighted.transpose(), a.factor.as_ref(), stack)?;
     let norm = weighted.norm_l2() * a.factor.norm_l2();
     // Weights may leave the range of float64, where a product of zero does not show an update of zero.
-    if binary_exponent(norm).is_err() {
+    let is_zero = b.factor.norm_l2() == 0.0
+        || a.factor.norm_l2() == 0.0
+        || update.iter().all(|term| term.weight == 0.0);
+    if !is_zero && binary_exponent(norm).is_err() {
         return Ok(None);
     }
     let singular_values = without_noise(singular_values, rank, norm);
@@ -243,8 +246,10 @@ impl Scales {
         for term in update {
             let b = exponent(&term.b, buffer, cancel)?;
             let a = exponent(&term.a, buffer, cancel)?;
-            let weight = if term.weight == 0.0 { None } else { Some(binary_exponent(term.weight.abs())?) };
-            exponents.push(b.zip(a).zip(weight).map(|((b, a), weight)| (b, a, weight)));
+            exponents.push(match b.zip(a) {
+                Some((b, a)) if term.weight != 0.0 => Some((b, a, binary_exponent(term.weight.abs())?)),
+                _ => None,
+            });
         }
         let total = |&(b, a, weight): &(i32, i32, i32)| b + a + weight;
         let half_exponent = exponents.iter().flatten().map(total).max().unwrap_or(0).div_euclid(2);

@@ -304,3 +304,26 @@ proptest! {
         check(&update, if dtype == DType::F32 { 1e-6 } else { 1e-12 });
     }
 }
+
+#[test]
+fn update_beyond_the_range_of_energies_is_an_error() {
+    for (b, a, weight, dtype) in [
+        (1e140, 1e140, 1.0, DType::F64),
+        (1e-140, 1e-140, 1.0, DType::F64),
+        (1.0, 1.0, 1e300, DType::F32),
+        (1.0, 1.0, 1e-300, DType::F32),
+        (1e-30, 1e-30, 1e-100, DType::F32),
+        (1e30, 1e30, 1e100, DType::Bf16),
+    ] {
+        let update = [term(3, 2, &[b, b, -b], &[a, a], weight, dtype)];
+        let error = decompose(&update, &mut Buffers::default(), &CancelToken::default()).unwrap_err();
+        assert!(matches!(error, Error::Numerical(_)), "{error}");
+    }
+    for (b, weight) in [(0.0, 1e300), (1.0, 0.0), (0.0, 1e-300)] {
+        let update = [term(3, 2, &[b, b, -b], &[1.0, 1.0], weight, DType::F32)];
+        assert!(
+            decompose(&update, &mut Buffers::default(), &CancelToken::default())
+                .is_ok_and(|found| { found.singular_values == [0.0] })
+        );
+    }
+}

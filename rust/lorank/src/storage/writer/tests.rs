@@ -241,3 +241,36 @@ fn tensor_of_several_pieces_is_complete() {
     let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
     assert!(read(&file, "a") == bytes);
 }
+
+#[test]
+fn sealed_file_states_its_digest() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("sealed.safetensors");
+    let values: Vec<f32> = (0..60_000u16).cycle().take(300_000).map(f32::from).chain([0.5; 7]).collect();
+    let (cancel, seal) = (CancelToken::default(), Seal { key: "digest", seed: b"seed" });
+    let tensors = [
+        OutTensor {
+            name: "large".into(),
+            shape: vec![values.len()],
+            content: Content::F32 { values: &values, dtype: DType::F32 },
+        },
+        OutTensor {
+            name: "raw".into(),
+            shape: vec![3],
+            content: Content::Raw { bytes: &[1, 2, 3], dtype: "U8".into() },
+        },
+    ];
+    // A text that resembles the entry does not take its place.
+    let decoy = BTreeMap::from([("a".to_owned(), r#""digest":"0000000000000000""#.to_owned())]);
+    let mut stated = Vec::new();
+    for threads in [1, 3] {
+        let digest = write_sealed(&path, &tensors, &decoy, seal, threads, &cancel).unwrap();
+        let checkpoint = crate::storage::checkpoint::Checkpoint::open(&path).unwrap();
+        assert_eq!(checkpoint.tensors[0].file.metadata()["digest"], digest);
+        assert_eq!(checkpoint.tensors[0].file.metadata()["a"], decoy["a"]);
+        assert_eq!(checkpoint.digest(b"seed", threads, &cancel).unwrap(), digest);
+        assert_ne!(checkpoint.digest(b"other", threads, &cancel).unwrap(), digest);
+        stated.push(digest);
+    }
+    assert_eq!(stated[0], stated[1]);
+}
