@@ -44,7 +44,6 @@ def model(folder: Path) -> Path:
     folder.mkdir()
     weights = np.random.default_rng(0).standard_normal((2, 8, 8), dtype=np.float32)
     save_file({f"{QUERY.format(i)}.weight": x for i, x in enumerate(weights)}, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "of_no_library"}')
     return folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 import lorank
@@ -51,12 +51,14 @@ def oracle(method: str, text: str, name: str) -> list[tuple[int, int]] | None:
 @given(PIECES, NAMES, st.sampled_from(["match", "fullmatch", "search"]))
 def test_equals_re_on_random_patterns(text: str, name: str, method: str) -> None:
     try:
-        expected = oracle(method, text, name)
-    except re.error:
-        with pytest.raises(ValueError, match="not a regular expression"):
-            Expression(text, TimeLimit("a test"))
-        return
-    assert Expression(text, TimeLimit("a test")).spans(method, name) == expected
+        found = Expression(text, TimeLimit("a test")).spans(method, name)
+    except ValueError:
+        with pytest.raises(re.error):
+            re.compile(text)
+    except lorank.FormatError:
+        return  # `re` would take as long.
+    else:
+        assert found == oracle(method, text, name)
 
 
 @settings(max_examples=100, deadline=None)
@@ -72,6 +74,8 @@ def answer_of(ask: Callable[..., Any], *question: Any) -> Any:
         answer = ask(*question)
     except (ValueError, re.error) as error:
         return str(error)
+    except StoppedError:
+        reject()
     return answer.spans if isinstance(answer, Answer) else answer
 
 
