@@ -32,6 +32,7 @@ def spectrum(
     W
         NumPy array or CPU torch tensor, shape ``(out, in)``, of float64, float32, float16, bfloat16 or float8
         numbers. It is read in place if its layout allows, and is not modified.
+        NumPy refuses to resize it during the call. If another thread writes to it, the result is unspecified.
     accuracy
         ``"exact"``: float64 arithmetic for every input type. ``"fast"``: float32 for the Gram matrix and its
         reduction; eigenvalues below about ``1e-6`` of the largest one are noise.

@@ -66,10 +66,7 @@ pub fn reduce_to_tridiagonal<T: Number>(
     let (mut reflections, _) = stack.make_with(sweeps, |_| none);
     let groups = sweeps.div_ceil(SWEEPS);
     let tiles = (n.div_ceil(WIDTH) + SWEEPS).div_ceil(STEPS);
-    for wave in 0..tiles + 2 * groups {
-        if cancel.is_cancelled() {
-            return;
-        }
+    for wave in (0..tiles + 2 * groups).take_while(|_| !cancel.is_cancelled()) {
         let work = tiles_of_wave(wave, tiles, n, band, &mut reflections);
         match strategy {
             Strategy::Together if work.len() >= SHARED_FROM => {
