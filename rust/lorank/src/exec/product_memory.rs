@@ -53,13 +53,15 @@ fn prepare_thread() -> Result<()> {
     }
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     probe(*SIZE + MARGIN, "products of matrices on a thread")?;
-    multiply([0f64; ORDER * ORDER], [0f64; ORDER * ORDER]);
-    multiply([0f32; ORDER * ORDER], [0f32; ORDER * ORDER]);
+    multiply::<f64>();
+    multiply::<f32>();
     IS_PREPARED.set(true);
     Ok(())
 }
 
-fn multiply<T: faer::traits::ComplexField>(factor: [T; ORDER * ORDER], mut out: [T; ORDER * ORDER]) {
+/// Makes this thread allocate the memory for products.
+fn multiply<T: faer::traits::ComplexField + Copy>() {
+    let (factor, mut out) = ([T::zero_impl(); ORDER * ORDER], [T::zero_impl(); ORDER * ORDER]);
     let factor = MatRef::from_column_major_slice(&factor, ORDER, ORDER);
     let out = MatMut::from_column_major_slice_mut(&mut out, ORDER, ORDER);
     matmul(out, Accum::Replace, factor, factor, T::one_impl(), Par::Seq);
@@ -93,7 +95,7 @@ fn cache(level: usize, cpus: &Path) -> Option<Cache> {
         let size = text("size").filter(|_| matches)?;
         let unit = size.trim_start_matches(|c: char| c.is_ascii_digit());
         let number: usize = size.strip_suffix(unit)?.parse().ok()?;
-        let bytes = number << ["", "K", "M", "G"].iter().position(|name| *name == unit)? * 10;
+        let bytes = number << (10 * ["", "K", "M", "G"].iter().position(|name| *name == unit)?);
         let number = |text: &str| text.parse::<usize>().ok();
         let ranges = text("shared_cpu_list")?;
         let threads = ranges.split(',').map(|range| match range.split_once('-') {

@@ -188,7 +188,9 @@ fn check_range(largest: f64, exponent: i32) -> Result<()> {
 /// norms.
 fn without_noise(mut values: Vec<f64>, rank: usize, norm: f64) -> Vec<f64> {
     let noise = rank as f64 * f64::EPSILON * norm;
-    values.iter_mut().for_each(|s| *s = if *s > noise { *s } else { 0.0 });
+    for s in &mut values {
+        *s = if *s > noise { *s } else { 0.0 };
+    }
     values
 }
 

@@ -52,7 +52,9 @@ pub fn singular_values(view: &MatrixView<'_>) -> Result<Vec<f64>> {
         Some(values) => values,
         None => fallback(&matrix)?.singular_values,
     };
-    values.iter_mut().for_each(|s| *s *= unit);
+    for s in &mut values {
+        *s *= unit;
+    }
     Ok(values)
 }
 
