@@ -120,8 +120,8 @@ mod tests {
     fn allocated() -> usize {
         let measured = || {
             let before = address_space();
-            multiply([0f64; ORDER * ORDER], [0f64; ORDER * ORDER]);
-            multiply([0f32; ORDER * ORDER], [0f32; ORDER * ORDER]);
+            multiply::<f64>();
+            multiply::<f32>();
             address_space().abs_diff(before)
         };
         std::thread::spawn(measured).join().unwrap()
