@@ -25,7 +25,7 @@ from lorank.cli.check import check
 from lorank.cli.errors import UsageError
 from lorank.cli.family import family
 from lorank.runtimes import mending
-from tests.support.command_line import EXECUTABLE
+from tests.support.command_line import EXECUTABLE, run
 from tests.support.image_files import write_image_adapter
 from tests.support.kills import contents, leftovers
 
@@ -252,3 +252,15 @@ def test_files_reach_the_disk_before_their_names(source: Path, tmp_path: Path) -
         assert any("fdatasync" in line and f"/new/{name}>" in line for line in lines[:first]), name
     calls = [line for line in lines if "(" in line]
     assert "fsync" in calls[-1]
+
+
+def test_allocation_beside_factors_is_refused(tmp_path: Path) -> None:
+    save_file({"layers.0.q_proj.weight": np.ones((8, 8), np.float32)}, tmp_path / "model.safetensors")
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        folder = tmp_path / name.removeprefix("adapter_model.")
+        folder.mkdir()
+        (folder / name).write_bytes(b"trained")
+        done = run("allocate", tmp_path / "model.safetensors", "-o", folder, "--overwrite", "--guess")
+        assert done.returncode == 2
+        assert "holds the factors of an adapter" in done.stderr
+        assert [path.name for path in folder.iterdir()] == [name]

@@ -25,6 +25,7 @@ from lorank.cli.tables import ranks
 from lorank.modules.facts import ModelFacts
 from lorank.modules.roles import Placement, check_expressions
 from lorank.peft_format import config_file
+from lorank.peft_format.names import PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
 from lorank.report.base import Evidence
 from lorank.report.loading import AnyReport, load_report
 from lorank.sources import OPENING, Source, open_source
@@ -106,6 +107,7 @@ def allocate(
     _check_method_options(method, options, placement)
     if output is not None:
         check_output_folder(output, overwrite)
+        _check_without_factors(output)
     selected = parse_targets(targets)
     evidence = _evidence(source, method, not quiet)
     if output is not None and not guess:
@@ -143,6 +145,13 @@ def write_allocation(output: Path, allocation: RankAllocation, settings: Mapping
     with staged_folder(output, heads=(config_file.FILE_NAME,)) as staging:
         allocation.save(staging / ALLOCATION_FILE)
         config_file.write(staging, settings, allocation.source or None)
+
+
+def _check_without_factors(folder: Path) -> None:
+    """Raise UsageError for the folder of a trained adapter, whose settings belong to its factors."""
+    for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE):
+        if (folder / name).exists():
+            raise UsageError(f"{folder} holds the factors of an adapter ({name}): choose another folder")
 
 
 def methods_help() -> str:
