@@ -8,17 +8,19 @@ fuzz_target!(|input: (Vec<f64>, u16, f64)| {
     let (scores, count, fraction) = input;
     let count = usize::from(count);
     let mut sorted = scores.clone();
+    sorted.retain(|x| *x > 0.0);
     sorted.sort_by(|a, b| b.total_cmp(a));
     for (select, descending) in [(largest as fn(&[f64], usize) -> _, true), (smallest, false)] {
         let Ok(marks): lorank::Result<Vec<bool>> = select(&scores, count) else {
-            assert!(count > scores.len() || scores.iter().any(|x| !x.is_finite()));
+            assert!(scores.iter().any(|x| !x.is_finite() || *x < 0.0));
             continue;
         };
-        assert_eq!(marks.iter().filter(|mark| **mark).count(), count.min(scores.len()));
-        let mut kept: Vec<f64> = scores.iter().zip(&marks).filter(|(_, mark)| **mark).map(|(x, _)| *x).collect();
+        let nonzero = scores.iter().filter(|x| **x > 0.0).count();
+        assert_eq!(marks.iter().filter(|mark| **mark).count(), count.min(nonzero));
+        let mut kept: Vec<f64> =
+            scores.iter().zip(&marks).filter(|(_, mark)| **mark).map(|(x, _)| *x).collect();
         kept.sort_by(|a, b| b.total_cmp(a));
-        let expected =
-            if descending { &sorted[..kept.len()] } else { &sorted[sorted.len() - kept.len()..] };
+        let expected = if descending { &sorted[..kept.len()] } else { &sorted[sorted.len() - kept.len()..] };
         assert!(kept.iter().zip(expected).all(|(a, b)| a == b), "{kept:?} {expected:?}");
     }
     let Ok(marks) = energy(&scores, fraction) else {

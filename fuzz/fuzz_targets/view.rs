@@ -35,7 +35,8 @@ fuzz_target!(|claim: Claim| {
         0
     } else {
         let last = (rows - 1).checked_mul(down).zip((cols - 1).checked_mul(right));
-        let last = last.and_then(|(a, b)| a.checked_add(b)?.checked_add(1)?.checked_mul(dtype.size() as u128));
+        let last =
+            last.and_then(|(a, b)| a.checked_add(b)?.checked_add(1)?.checked_mul(dtype.size() as u128));
         last.unwrap_or(u128::MAX)
     };
     let fits = span <= bytes.len() as u128;
@@ -53,7 +54,8 @@ fuzz_target!(|claim: Claim| {
         decode(&bytes[start..start + dtype.size()], dtype)
     };
     let same = |a: &f64, b: &f64| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
-    let expected: Vec<f64> = (0..shape.0).flat_map(|i| (0..shape.1).map(move |j| (i, j))).map(|(i, j)| element(i, j)).collect();
+    let expected: Vec<f64> =
+        (0..shape.0).flat_map(|i| (0..shape.1).map(move |j| (i, j))).map(|(i, j)| element(i, j)).collect();
     let found = view.to_row_major();
     assert_eq!(found.len(), expected.len());
     assert!(found.iter().zip(&expected).all(|(a, b)| same(a, b)));

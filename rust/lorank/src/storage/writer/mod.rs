@@ -87,11 +87,11 @@ pub struct Seal<'a> {
     pub seed: &'a [u8],
 }
 
-/// Writes a file as [`write`] does, with a digest of its tensors in the metadata; returns the digest, which
+/// Writes a file as [`write()`] does, with a digest of its tensors in the metadata; returns the digest, which
 /// [`Checkpoint::digest`](crate::storage::checkpoint::Checkpoint::digest) computes from the file.
 ///
 /// # Errors
-/// The errors of [`write`].
+/// The errors of [`write()`].
 pub fn write_sealed(
     path: &Path,
     tensors: &[OutTensor<'_>],
