@@ -7,9 +7,10 @@
 //! the block are never touched: it takes address space, but no physical memory.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
+use lorank::process_lock::ProcessLock;
 use lorank::{Error, Result};
 
 /// Size of the reserve in bytes. The allocator of glibc returns blocks of more than 32 MiB to the system at
@@ -22,8 +23,14 @@ const LARGEST: usize = 8 << 20;
 /// Memory in bytes for the Python objects of a result.
 const OBJECTS: usize = 2 << 20;
 
-/// The memory of the reserve, if it is held.
-static RESERVE: Mutex<Option<Block>> = Mutex::new(None);
+/// The memory of the reserve, or null. It is exchanged under [`LOCK`].
+static RESERVE: AtomicPtr<u8> = AtomicPtr::new(null_mut());
+
+/// Held while the reserve is acquired or returned to the system.
+static LOCK: ProcessLock = ProcessLock::new();
+
+/// Size and alignment of the reserve.
+const LAYOUT: Layout = Layout::new::<[u8; SIZE]>();
 
 /// Size of the request for which the reserve was released; 0 while it is held.
 static RELEASED_FOR: AtomicUsize = AtomicUsize::new(0);
@@ -32,8 +39,7 @@ static RELEASED_FOR: AtomicUsize = AtomicUsize::new(0);
 pub struct ReservingAllocator;
 
 // SAFETY: all requests are passed to `System`. Between a refused request and its repetition, only memory that
-// nothing refers to is freed. No function unwinds: the lock is never poisoned for its users, and does not
-// allocate after its first use in `hold`.
+// nothing refers to is freed. No function unwinds, and the lock does not allocate.
 unsafe impl GlobalAlloc for ReservingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller guarantees the conditions of the same function of `System`.
@@ -60,7 +66,7 @@ unsafe impl GlobalAlloc for ReservingAllocator {
 fn or_from_reserve(size: usize, request: impl Fn() -> *mut u8) -> *mut u8 {
     if size > LARGEST {
         // A large request must not take the released reserve.
-        return if lacking().is_some() { std::ptr::null_mut() } else { request() };
+        return if lacking().is_some() { null_mut() } else { request() };
     }
     let memory = request();
     if memory.is_null() {
@@ -76,14 +82,16 @@ fn or_from_reserve(size: usize, request: impl Fn() -> *mut u8) -> *mut u8 {
 /// [`Error::OutOfMemory`].
 pub fn hold() -> Result<()> {
     let is_held = {
-        let mut reserve = locked();
-        if reserve.is_none() {
-            *reserve = Block::new();
+        let _held = LOCK.lock();
+        if RESERVE.load(Ordering::Relaxed).is_null() {
+            // SAFETY: the size is not 0.
+            RESERVE.store(unsafe { System.alloc(LAYOUT) }, Ordering::Relaxed);
         }
-        if reserve.is_some() {
+        let is_held = !RESERVE.load(Ordering::Relaxed).is_null();
+        if is_held {
             RELEASED_FOR.store(0, Ordering::Relaxed);
         }
-        reserve.is_some()
+        is_held
     };
     // The lock is free: an error allocates.
     if is_held { Ok(()) } else { Err(no_memory(SIZE)) }
@@ -105,40 +113,16 @@ pub fn make_room() {
 
 #[cold]
 fn release(size: usize) {
-    let mut reserve = locked();
-    if let Some(block) = reserve.take() {
+    // Held until the memory is free: other threads repeat their requests after it.
+    let _held = LOCK.lock();
+    let memory = RESERVE.swap(null_mut(), Ordering::Relaxed);
+    if !memory.is_null() {
         RELEASED_FOR.store(size.max(1), Ordering::Relaxed);
-        drop(block); // Before the lock: other threads repeat their requests after it.
+        // SAFETY: `hold` allocated the memory with this layout, and nothing else refers to it.
+        unsafe { System.dealloc(memory, LAYOUT) }
     }
-}
-
-fn locked() -> MutexGuard<'static, Option<Block>> {
-    RESERVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn no_memory(bytes: usize) -> Error {
     Error::OutOfMemory { what: "small objects".into(), bytes }
-}
-
-/// A block of [`SIZE`] bytes.
-struct Block(*mut u8);
-
-// SAFETY: the block is owned, and memory may be freed on any thread.
-unsafe impl Send for Block {}
-
-impl Block {
-    const LAYOUT: Layout = Layout::new::<[u8; SIZE]>();
-
-    fn new() -> Option<Self> {
-        // SAFETY: the size is not 0.
-        let memory = unsafe { System.alloc(Self::LAYOUT) };
-        (!memory.is_null()).then_some(Self(memory))
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        // SAFETY: `new` allocated the memory with this layout.
-        unsafe { System.dealloc(self.0, Self::LAYOUT) }
-    }
 }

@@ -35,7 +35,7 @@ mod storage;
 pub mod svd;
 
 pub use eigen::sampled;
-pub use exec::{cancel, panics, parallel, scratch as workspace};
+pub use exec::{cancel, panics, parallel, process_lock, scratch as workspace};
 pub use low_rank::{decompose as product_svd, difference as difference_svd, select, truncation};
 pub use matrix::dtype;
 pub use statistics::{effective_rank, hill, marchenko_pastur, metrics, powerlaw, spectrum};

@@ -5,6 +5,7 @@ pub mod cancel;
 pub(crate) mod memory;
 pub mod panics;
 pub mod parallel;
+pub mod process_lock;
 pub(crate) mod product_memory;
 pub mod scratch;
 pub(crate) mod strips;

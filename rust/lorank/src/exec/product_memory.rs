@@ -8,7 +8,7 @@
 
 use std::cell::Cell;
 use std::path::Path;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -16,6 +16,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use crate::Result;
 use crate::exec::memory::probe;
 use crate::exec::parallel::Strategy;
+use crate::exec::process_lock::ProcessLock;
 
 /// Largest number of multiplications of a product that needs no such memory.
 const SMALL: usize = 16 * 16 * 16;
@@ -47,12 +48,12 @@ pub(crate) fn prepare_products(sides: [usize; 3], strategy: Strategy) -> Result<
 
 fn prepare_thread() -> Result<()> {
     // One thread at a time: otherwise two could be promised the same memory.
-    static TURN: Mutex<()> = Mutex::new(());
+    static TURN: ProcessLock = ProcessLock::new();
     if IS_PREPARED.get() {
         return Ok(());
     }
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    probe(*SIZE + MARGIN, "products of matrices on a thread")?;
+    let _turn = TURN.lock();
+    probe(size() + MARGIN, "products of matrices on a thread")?;
     multiply::<f64>();
     multiply::<f32>();
     IS_PREPARED.set(true);
@@ -67,8 +68,21 @@ fn multiply<T: faer::traits::ComplexField + Copy>() {
     matmul(out, Accum::Replace, factor, factor, T::one_impl(), Par::Seq);
 }
 
-/// Size of the memory in bytes: the formula of the library, from the files of Linux that describe caches.
-static SIZE: LazyLock<usize> = LazyLock::new(|| {
+/// Returns the size of the memory in bytes. It is computed once; a lock around the computation could be
+/// inherited by a forked process.
+fn size() -> usize {
+    static SIZE: AtomicUsize = AtomicUsize::new(0);
+    let known = SIZE.load(Ordering::Relaxed);
+    if known > 0 {
+        return known;
+    }
+    let size = computed_size();
+    SIZE.store(size, Ordering::Relaxed);
+    size
+}
+
+/// Computes the size by the formula of the library, from the files of Linux that describe caches.
+fn computed_size() -> usize {
     /// Estimate for machines that do not describe their caches.
     const UNKNOWN: usize = 128 << 20;
     let caches = [1, 2, 3].map(|level| cache(level, Path::new("/sys/devices/system/cpu")));
@@ -77,7 +91,7 @@ static SIZE: LazyLock<usize> = LazyLock::new(|| {
     let l3 = l3.map_or(0, |l3| of_core(&l3) * num_cpus::get_physical());
     let l2 = of_core(&l2).max(256 << 10).max(4 * of_core(&l1).max(32 << 10));
     2 * l3.max(2 << 20).max(4 * l2)
-});
+}
 
 /// A cache, and the number of hardware threads that share it.
 struct Cache {
@@ -132,6 +146,6 @@ mod tests {
     fn a_thread_allocates_the_expected_memory() {
         // Other tests allocate at the same time: one of several measurements must match.
         let found: Vec<usize> = (0..20).map(|_| allocated()).collect();
-        assert!(found.iter().any(|bytes| bytes.abs_diff(*SIZE) <= MARGIN), "{found:?}, expected {}", *SIZE);
+        assert!(found.iter().any(|bytes| bytes.abs_diff(size()) <= MARGIN), "{found:?}, expected {}", size());
     }
 }
