@@ -164,11 +164,13 @@ def test_settings_that_change_while_an_adapter_is_read_are_refused(
 ) -> None:
     from lorank.adapters.formats import peft
 
-    a, b = written(tmp_path / "a", 1), written(tmp_path / "b", 2)
+    a = written(tmp_path / "a", 1)
     read = peft._weights
 
     def overtaken(folder: Path) -> Any:
-        (b / "adapter_config.json").replace(a / "adapter_config.json")
+        settings = (a / "adapter_config.json").read_text()
+        (a / "adapter_config.json").unlink()
+        (a / "adapter_config.json").write_text(settings)
         return read(folder)
 
     monkeypatch.setattr(peft, "_weights", overtaken)

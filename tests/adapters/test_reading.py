@@ -116,7 +116,7 @@ def test_non_numeric_settings_raise_with_their_name(key: str, value: Any, tmp_pa
         if isinstance(value, list)
         else repr(value)
     )
-    for word in (str(folder), key, named[:70]):
+    for word in (str(folder), key, named[:35]):
         assert word in str(error.value)
     with pytest.raises(lorank.FormatError, match=key):
         lorank.check(folder)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import lorank
 from lorank import _core
-from lorank._internal import atomic
+from lorank._internal import atomic, staging
 from lorank.adapters.writing import write_adapter
 from lorank.cli import compress, family
 from tests.support import tiny_models
@@ -89,8 +89,8 @@ def test_stale_files_are_removed_last_and_others_stay(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("kept", "stale", "both"):
         (folder / name).write_text("old")
-    with atomic.staged_folder(folder, ["stale", "both"]) as staging:
-        (staging / "both").write_text("new")
+    with staging.staged_folder(folder, ["stale", "both"]) as prepared:
+        (prepared / "both").write_text("new")
         assert (folder / "stale").exists()
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"kept": "old", "both": "new"}
 

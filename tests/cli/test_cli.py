@@ -219,7 +219,7 @@ def test_unwritable_output_is_reported_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run("analyze", tmp_path / "missing", "-o", tmp_path / "file" / "report.json")
     assert result.returncode == 1
-    assert "cannot be written" in result.stderr
+    assert result.stderr == f"lorank: {tmp_path / 'file'}: is a file, not a folder\n"
     assert "Traceback" not in result.stderr
 
 

@@ -78,7 +78,7 @@ def test_adapters(name: str, base: str, tmp_path_factory: pytest.TempPathFactory
     other = write_adapter(folder / "b", names[1:], base_model_name_or_path=f"{base}2")
     assert run("info", adapter).status == 0
     shown = run("info", adapter, "--modules")
-    if len(name) < 20 and "  " not in name:
+    if len(name) < 20 and "  " not in name and len(name.splitlines()) == 1:
         assert in_column(names[0], shown.out)
     if len(base) < 2000:
         assert f"base model: {printable(base).rstrip()}" in shown.out
@@ -114,7 +114,7 @@ def test_arguments_and_paths(name: str, tmp_path_factory: pytest.TempPathFactory
         (name,),
     ):
         if not str(arguments[-1]).startswith(("--help", "--version", "--debug")):
-            assert run(*arguments).status in (1, 2)
+            assert run(*arguments).status in (0, 1, 2)  # Some texts are numbers.
     valid = name.replace("/", "")[:40].encode()[:80].decode("utf-8", "ignore")
     if valid.strip("."):
         path = write_model(folder / f"{valid}.safetensors", ["layers.0.q_proj"])
@@ -184,7 +184,7 @@ def test_columns_are_aligned(tmp_path: Path) -> None:
     assert len({cell_len(row[: row.index("6x8")]) for row in rows}) == 1
 
 
-def test_long_names_are_cut(tmp_path: Path) -> None:
+def test_long_names_are_refused_in_a_short_line(tmp_path: Path) -> None:
     names = [f"layers.{i}.{'x' * 100_000}.{i}" for i in range(5)]
     model = write_model(tmp_path / "m.safetensors", names)
     adapter = write_adapter(tmp_path / "a", names)
@@ -194,6 +194,6 @@ def test_long_names_are_cut(tmp_path: Path) -> None:
         ("compress", adapter, "-q", "--avg-rank", 1, "--modules", "-o", tmp_path / "c"),
     ):
         shown = run(*arguments)
-        assert shown.status == 0
-        assert "charactersleftout" in "".join(shown.out.split())
-        assert len(shown.out) < 100_000
+        assert shown.status == 1
+        assert "a name has at most 1,000 characters" in shown.err
+        assert len(shown.err) < 1000

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lorank
@@ -120,9 +121,10 @@ def test_reading_while_another_adapter_is_saved_is_never_mixed(source: Path, tmp
 
 
 def without_digests(member: Path) -> None:
-    content = json.loads((member / "lorank.json").read_text())
-    del content["sha256"]
-    (member / "lorank.json").write_text(json.dumps(content))
+    file = member / "adapter_model.safetensors"
+    with safe_open(file, "np") as opened:
+        metadata = {key: text for key, text in opened.metadata().items() if key != "lorank.digest"}
+    save_file(load_file(file), file, metadata)
 
 
 def test_members_without_digests_stay_unless_they_are_replaced(source: Path, members: Path) -> None:

@@ -374,7 +374,7 @@ def test_load_report_returns_the_saved_class(
 
 def test_load_report_of_other_files_raises(checkpoint: Path, gradients: Path, tmp_path: Path) -> None:
     lorank.allocate(checkpoint, "uniform").save(tmp_path / "allocation.json")
-    with pytest.raises(lorank.FormatError, match=r"allocation\.json: .* it is a lorank.RankAllocation"):
+    with pytest.raises(lorank.FormatError, match=r"allocation\.json: .* it is a 'lorank.RankAllocation'"):
         load_report(tmp_path / "allocation.json")
     content = json.loads(gradients.read_text())
     damaged = tmp_path / "damaged.json"
@@ -391,7 +391,7 @@ def test_load_report_of_other_files_raises(checkpoint: Path, gradients: Path, tm
         damaged.write_text(text, "latin1")
         with pytest.raises(lorank.FormatError, match=r"damaged\.json"):
             load_report(damaged)
-    with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
         load_report(tmp_path / "none.json")
     with pytest.raises(ValueError, match="must end with"):
         load_report(checkpoint)

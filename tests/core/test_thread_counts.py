@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,28 @@ from lorank import _core
 MANY = [3000, 10**9, 2**63, 10**30]
 
 
+def threads_of_the_core() -> int:
+    """Return the number of threads of the core that have not ended."""
+    count = 0
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # A thread may end meanwhile.
+            count += (task / "comm").read_text().startswith("lorank")
+    return count
+
+
 def most_threads(call: Any) -> tuple[Any, int]:
     """Return the result of a call, and the largest number of threads of the core during it."""
     counts, alive = [0], True
 
     def watch() -> None:
         while alive:
-            names = [
-                (task / "comm").read_text() for task in Path("/proc/self/task").iterdir() if task.exists()
-            ]
-            counts.append(sum(name.startswith("lorank") for name in names))
+            counts.append(threads_of_the_core())
             time.sleep(0.001)
 
+    # Threads of earlier calls end after their calls have returned.
+    deadline = time.monotonic() + 10
+    while threads_of_the_core() and time.monotonic() < deadline:
+        time.sleep(0.001)
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:

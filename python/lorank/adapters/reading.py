@@ -18,7 +18,7 @@ from lorank.adapters.formats.base import AsStored
 from lorank.adapters.formats.kohya import KOHYA
 from lorank.adapters.formats.peft import PEFT
 from lorank.adapters.formats.registry import format_of
-from lorank.peft_format.names import CONFIG_FILE, WEIGHTS_FILE
+from lorank.peft_format.names import CONFIG_FILE
 from lorank.sources import recognise
 
 
@@ -48,11 +48,7 @@ def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and (path / CONFIG_FILE).exists():
-        before = _identities(path)
-        stored = PEFT.read(path, contradictions=contradictions, changed_base=changed_base)
-        if _identities(path) != before:
-            raise FormatError(f"{path}: the adapter changed while it was read: load it again")
-        return stored
+        return PEFT.read(path, contradictions=contradictions, changed_base=changed_base)
     if path.is_dir() and is_interrupted(path):
         raise FormatError(
             f"{path}: an interrupted save left some of its files: save the adapter there again with overwrite"
@@ -60,13 +56,6 @@ def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool 
     if path.is_dir():
         recognise.check_adapter_folder(path)
     return KOHYA.read(path, contradictions=contradictions, changed_base=changed_base)
-
-
-def _identities(folder: Path) -> list[tuple[int, ...]]:
-    """Return the identity, size and time of both files of an adapter, which must belong together."""
-    files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    found = [file.stat() for file in files if file.exists()]
-    return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
 def _finished(path: str | Path, stored: AsStored) -> AdapterContent:

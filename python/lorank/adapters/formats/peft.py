@@ -41,6 +41,9 @@ _READERS = {
     "tensor-rank": "PEFT, vLLM 0.32 or later, llama.cpp and TensorRT-LLM",
 }
 
+# A save replaces both files within milliseconds.
+_TRIES = 100
+
 
 class _Peft(AdapterFormat):
     """PEFT's folders."""
@@ -137,17 +140,23 @@ PEFT = _Peft()
 
 
 def _saved_together(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """Read settings and factors again if another process has replaced both meanwhile."""
-    while True:
-        before = _identity(folder / CONFIG_FILE)
+    """Read settings and factors, again if another process has replaced them meanwhile."""
+    for _ in range(_TRIES):
+        before = _identities(folder)
         config, tensors = config_file.read(folder / CONFIG_FILE), _weights(folder)
-        if _identity(folder / CONFIG_FILE) == before:
+        if _identities(folder) == before:
             return config, tensors
+    raise FormatError(f"{folder}: the adapter changed while it was read: load it again")
 
 
-def _identity(file: Path) -> tuple[int, ...]:
-    found = file.stat()
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+def _identities(folder: Path) -> list[tuple[int, ...] | None]:
+    """Return device, inode, time and size of both files, which must belong together; None for no file."""
+    found: list[tuple[int, ...] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        file = folder / name
+        stat = file.stat() if file.exists() else None
+        found.append(stat and (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return found
 
 
 def _weights(folder: Path) -> Tensors:
