@@ -7,6 +7,9 @@ DEMO := build-demo
 FIGURES := build-bench
 COVERAGE := build-coverage
 LOWEST := .venv-lowest
+WITHOUT_TORCH := tests/core tests/internal tests/task_spectra tests/allocation/test_budget.py \
+	tests/analysis/test_journals.py tests/analysis/test_memory_limits.py tests/cli/test_streams.py \
+	tests/report/test_files.py tests/report/test_foreign_names.py tests/report/test_pickles.py
 FUZZ_TARGETS := header shard_index view spectrum low_rank statistics selection writer
 SECONDS ?= 60
 
@@ -35,12 +38,12 @@ test-rust:
 test-python: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-test-lowest: ## Run the tests that need no newer peer with the lowest supported dependencies (CPython 3.10).
+test-lowest: ## Run the tests that need no torch with the lowest supported dependencies and CPython 3.10.
 	python3.10 -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --upgrade pip
-	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt '.[peft,report]' \
-		accelerate hypothesis ml_dtypes pytest pytest-xdist pyyaml safetensors scipy
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest --numprocesses 2 --dist worksteal tests/lowest
+	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt '.[hub,report]' \
+		hypothesis ml_dtypes pytest pytest-xdist pyyaml safetensors scikit-learn scipy
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest --numprocesses 2 --dist worksteal $(WITHOUT_TORCH)
 
 coverage: $(VENV)/installed ## Run the Python tests with branch coverage (14 minutes); see build-coverage.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term --cov-report html:$(COVERAGE)

@@ -69,7 +69,17 @@ def _allocate(folder: Path, budget: int) -> Arguments:
 
 def _analyze(folder: Path, accuracy: str, *options: object) -> Arguments:
     model = folder / "base.safetensors"
-    return ["analyze", model, "-o", folder / "out.json", "--accuracy", accuracy, *options, "-q"]
+    return [
+        "analyze",
+        model,
+        "-o",
+        folder / "out.json",
+        "--accuracy",
+        accuracy,
+        *options,
+        "--overwrite",
+        "-q",
+    ]
 
 
 COMMANDS = {
@@ -82,8 +92,8 @@ COMMANDS = {
     "analyze -o": Command(lambda f: _analyze(f, "exact"), lambda f: _analyze(f, "fast")),
     "analyze --resume": Command(lambda f: _analyze(f, "exact", "--resume", f / "journal.jsonl")),
     "check --fix": Command(
-        lambda f: ["check", f / "adapter0", "--runtime", "vllm", "--fix", f / "out", "--overwrite"],
-        lambda f: ["compress", f / "adapter0", "-o", f / "out", "--avg-rank", 2, "-q"],
+        lambda f: ["check", f / "adapter0", "--for", "vllm", "--fix", f / "out", "--overwrite"],
+        lambda f: ["compress", f / "adapter0", "-o", f / "out", "--avg-rank", 2, "--overwrite", "-q"],
     ),
 }
 
@@ -132,7 +142,7 @@ def killed(name: str, times: int) -> dict[str, int]:
             if command.earlier is not None:
                 assert run(command.earlier(folder)) == 0
             else:
-                for path in sorted(folder.glob("out*"), reverse=True):
+                for path in [*folder.glob("out*"), *folder.glob("journal*")]:
                     _remove(path)
             return outputs(folder)
 

@@ -54,18 +54,20 @@ mod tests {
     // SAFETY: the number is only used under the lock.
     unsafe impl Sync for Shared {}
 
+    impl Shared {
+        fn add_one(&self) {
+            let _held = self.0.lock();
+            // SAFETY: the lock is held.
+            unsafe { *self.1.get() += 1 };
+        }
+    }
+
     #[test]
     fn one_thread_at_a_time_holds_the_lock() {
         let shared = Shared(ProcessLock::new(), UnsafeCell::new(0));
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| {
-                    for _ in 0..10_000 {
-                        let _held = shared.0.lock();
-                        // SAFETY: the lock is held.
-                        unsafe { *shared.1.get() += 1 };
-                    }
-                });
+                scope.spawn(|| (0..10_000).for_each(|_| shared.add_one()));
             }
         });
         assert_eq!(shared.1.into_inner(), 40_000);
