@@ -15,7 +15,7 @@ pub struct Held<'a>(&'a AtomicU32);
 impl ProcessLock {
     /// Creates an open lock.
     #[must_use]
-    #[allow(clippy::new_without_default)] // For statics, which need a const function.
+    #[allow(clippy::new_without_default)] // For static variables, which need a const function.
     pub const fn new() -> Self {
         Self(AtomicU32::new(0))
     }
