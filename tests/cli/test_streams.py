@@ -123,6 +123,12 @@ def test_encodings_of_terminals(variables: dict[str, str], encoding: str, shown:
     assert any(shown in line for line in lines)
 
 
+def obey_signals() -> None:
+    """Restore signals that a shell ignores for tests in the background, and that processes inherit."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Terminal:
     """A process on a pseudo-terminal."""
 
@@ -134,6 +140,7 @@ class Terminal:
             os.chdir(folder)
             os.environ.pop("COLUMNS", None)
             os.environ.update({"TERM": "xterm-256color", **(env or {})})
+            obey_signals()
             os.execv(COMMAND[0], [*COMMAND, *arguments])
         fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
         self.output = ""
@@ -196,7 +203,9 @@ def test_signals_end_with_one_line_and_a_cursor(number: signal.Signals, folder: 
 
 def test_interrupt_of_imports_prints_one_line(folder: Path) -> None:
     line = [sys.executable, "-c", IMPORTING]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, preexec_fn=obey_signals
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == b"importing\n"
     time.sleep(0.1)
