@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +110,7 @@ def remove_tree(folder: Path) -> None:
         folder.rmdir()
 
 
-def _hidden_in(folder: Path, is_kind: object) -> list[Path]:
+def _hidden_in(folder: Path, is_kind: Callable[[int], bool]) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             paths = [Path(entry.path) for entry in entries if is_hidden_name(entry.name)]
@@ -119,7 +119,7 @@ def _hidden_in(folder: Path, is_kind: object) -> list[Path]:
     kept = []
     for path in paths:
         with suppress(OSError):
-            if is_kind(path.lstat().st_mode):  # type: ignore[operator]
+            if is_kind(path.lstat().st_mode):
                 kept.append(path)
     return kept
 
