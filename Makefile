@@ -57,7 +57,7 @@ fuzz: $(VENV)/installed ## Fuzz each target for SECONDS seconds (default 60); ne
 		-max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 || exit 1; done
 	$(BIN)/python -m fuzz.files $(SECONDS)
 
-soak: $(VENV)/installed ## Call, kill, fill the disk, run threads and forks, again and again (under 20 minutes).
+soak: $(VENV)/installed ## Call, kill, fill the disk, run threads and forks, again and again.
 	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/installed ## Measure speed and memory beside the peers (about two hours).

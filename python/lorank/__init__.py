@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorank.task_spectra import TaskSpectrum, task_spectrum
 
 # The messages of these errors name tensors and files of others, and a traceback shows them as they are.
-LorankError.__str__ = lambda error: _printable(Exception.__str__(error))  # type: ignore[method-assign]
+LorankError.__str__ = lambda error: _printable(Exception.__str__(error))  # type: ignore[method-assign]  # The class is the core's.
 
 # Imported at their first use, so that no command waits for the imports of others, and that the command line
 # is ready for Ctrl-C before they begin.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -129,75 +127,6 @@ def kill_at_every_step(
                 assert run(folder, NEVER) == 0
                 check()
     raise AssertionError("the work has more than 1000 steps")
-
-
-def kill_forks_at_random(
-    work: str,
-    folder: Path,
-    prepare: Callable[[], object],
-    check: Callable[[], object],
-    times: int,
-    seed: int = 0,
-) -> int:
-    """Kill runs of `work(folder)` at random moments; return the number of runs that were killed.
-
-    The parameters are those of `kill_at_every_step` and `kill_at_random`. Each run is a fork of one process
-    that has imported the package, so that most moments are moments of writing.
-    """
-    chosen = random.Random(seed)
-    killed = 0
-    with forked_runs(work) as run:
-        whole = []
-        for _ in range(5):
-            prepare()
-            begin = time.monotonic()
-            assert run(folder, NEVER) == 0
-            whole.append(time.monotonic() - begin)
-        for _ in range(times):
-            prepare()
-            killed += run(folder, NEVER, sorted(whole)[2] * chosen.random() * 1.1 + 1e-4) == -9
-            check()
-    return killed
-
-
-def kill_at_random(
-    command: Sequence[object],
-    prepare: Callable[[], object],
-    check: Callable[[], object],
-    times: int,
-    seed: int = 0,
-) -> int:
-    """Kill a command at random moments of its run; return the number of runs that were killed.
-
-    Parameters
-    ----------
-    command
-        The command line.
-    prepare
-        Function that is called before each run.
-    check
-        Function that is called after each run.
-    times
-        Number of runs.
-    seed
-        Seed of the moments.
-    """
-    chosen = random.Random(seed)
-    line = [*map(str, command)]
-    prepare()
-    begin = time.monotonic()
-    subprocess.run(line, check=True, capture_output=True)
-    whole = time.monotonic() - begin
-    killed = 0
-    for _ in range(times):
-        prepare()
-        with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            # Most of the time passes before the first file is written.
-            time.sleep(whole * (1.0 - 0.6 * chosen.random() ** 2))
-            process.kill()
-        killed += process.returncode == -9
-        check()
-    return killed
 
 
 def contents(folder: Path) -> dict[str, bytes]:
