@@ -24,9 +24,9 @@ def check_energies(forms: Sequence[SpectralForm]) -> None:
         If an energy or the sum of all energies overflows, or a value that is not zero has an energy or
         factors of zero. The message names the module.
     """
-    for form in forms:
-        _check(form)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for form in forms:
+            _check(form)
         total = float(np.sum([form.energy for form in forms]))
     if not math.isfinite(total):
         largest = max(forms, key=lambda form: form.energy)
@@ -37,10 +37,8 @@ def check_energies(forms: Sequence[SpectralForm]) -> None:
 
 
 def _check(form: SpectralForm) -> None:
-    module = form.module
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        largest = max((float(part.singular_values.max(initial=0.0)) for part in form.parts), default=0.0)
-        energy = form.energy
+    module, energy = form.module, form.energy
+    largest = float(form.largest_values.max(initial=0.0))
     if math.isnan(largest) or math.isnan(energy):
         raise NumericalError(f"module {module.name!r}: its singular values are not numbers")
     if largest == 0.0:

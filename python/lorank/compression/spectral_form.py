@@ -105,7 +105,7 @@ class SpectralForm:
         module = self.module
         return module.copies * math.prod(module.shape) if self.is_dense else module.num_parameters
 
-    @property
+    @cached_property
     def energy(self) -> float:
         """``||dW||_F^2``, including values that were not computed."""
         return self.unseen_energy + float(np.square(self.values).sum())
