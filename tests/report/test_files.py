@@ -52,6 +52,15 @@ def test_reports_survive_saving(report: lorank.SpectralReport, tmp_path: Path, e
         assert getattr(loaded, name) == getattr(report, name)
 
 
+def test_two_rows_of_one_name_are_refused(report: lorank.SpectralReport, tmp_path: Path) -> None:
+    report.save(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    content["modules"].append(content["modules"][0])
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(lorank.FormatError, match=r"'layers\.0\.w' occurs more than once"):
+        lorank.SpectralReport.load(tmp_path / "report.json")
+
+
 def test_csv_keeps_the_rows(report: lorank.SpectralReport, tmp_path: Path) -> None:
     report.save(tmp_path / "report.csv")
     loaded = lorank.SpectralReport.load(tmp_path / "report.csv")

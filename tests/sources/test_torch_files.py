@@ -145,6 +145,18 @@ def test_buffers_that_repeat_numbers_are_skipped(tmp_path: Path) -> None:
     }
 
 
+def test_state_dicts_beside_the_weights_are_skipped(tmp_path: Path) -> None:
+    state = {"a.weight": torch.eye(3), "step": 7}
+    content = {"epoch": 3, "state_dict": state, "state_dict_ema": {"a.weight": torch.ones(3, 3)}}
+    source = open_source(saved(tmp_path, content))
+    assert [matrix.info.name for matrix in source.matrices] == ["a"]
+    skipped = {skipped.name: (skipped.shape, skipped.reason) for skipped in source.skipped}
+    assert skipped["state_dict_ema.a.weight"] == (
+        (3, 3),
+        "in 'state_dict_ema', beside the weights in 'state_dict'",
+    )
+
+
 def test_tied_and_sliced_tensors_are_read(tmp_path: Path) -> None:
     fused = torch.randn(90, 40)
     parts = {f"p{i}.weight": fused[30 * i : 30 * i + 30] for i in range(3)}
@@ -156,6 +168,7 @@ def test_tied_and_sliced_tensors_are_read(tmp_path: Path) -> None:
 REFUSED = {
     "many views": {f"v{i}": tensor(16, i % 4, (3, 4), (4 - i // 4, 1)) for i in range(16)}
     | {f"w{i}": tensor(16, 0, (4, 4 - i % 4), (i // 4, 4)) for i in range(16)},
+    "more than the record": {"a.weight": tensor(24, 0, (4, 6), (6, 1))},
     "beyond the record": {"a.weight": tensor(16, 1, (4, 4), (4, 1))},
     "negative offset": {"a.weight": tensor(16, -1, (4, 4), (4, 1))},
     "huge offset": {"a.weight": tensor(16, 2**62, (4, 4), (4, 1))},

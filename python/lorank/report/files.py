@@ -99,7 +99,9 @@ def from_json(content: Any) -> Content:
 
 
 def _rows(entries: Iterable[Fields]) -> list[ModuleSpectrum]:
-    return [from_entry(entry) for entry in entries]
+    rows = [from_entry(entry) for entry in entries]
+    check_unique([row.name for row in rows])
+    return rows
 
 
 def _header_to_json(header: Header) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def _open_pickles(path: Path, label: str) -> Source:
     found = torch_files.read_model(path)
     tensors = state_dict.StoredArrays(found.tensors, label, found.check_unchanged)
     source = _assembled(path, label, tensors)
-    repeated = (Skipped(name, shape, reason) for name, (shape, reason) in found.repeated.items())
-    return replace(source, skipped=(*tensors.skipped, *source.skipped, *repeated))
+    unread = (Skipped(name, shape, reason) for name, (shape, reason) in found.unread.items())
+    return replace(source, skipped=(*tensors.skipped, *source.skipped, *unread))
 
 
 def _fingerprint(

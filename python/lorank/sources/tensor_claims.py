@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -48,6 +49,33 @@ def excess(tensors: Mapping[str, Any], file_size: int) -> str | None:
         if (claimed := sum(sizes.values())) > _MOST_VIEWS * storages[key]:
             return f"{len(sizes):,} tensors claim {claimed:,} bytes of a storage of {storages[key]:,}"
     return None
+
+
+def beyond_records(tensors: Mapping[str, Any], records: Mapping[int, int]) -> str | None:
+    """Return the reason for refusing storages in a mapped archive that exceed their records; None without.
+
+    Parameters
+    ----------
+    tensors
+        The tensors of the archive, mapped into memory.
+    records
+        Size of each record by its offset in the file.
+    """
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in _storages(tensors) if storage.nbytes()}
+    if not sizes:
+        return None
+    first = min(sizes)
+    starts = [first - offset for offset in records if (first - offset) % mmap.PAGESIZE == 0]
+    for start in starts:
+        if all(size <= records.get(place - start, -1) for place, size in sizes.items()):
+            return None
+    return "its tensors claim more bytes than its records hold"
+
+
+def _storages(tensors: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the storage of every tensor of torch that has one."""
+    for _, tensor in _plain(tensors):
+        yield tensor.untyped_storage()
 
 
 def _plain(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

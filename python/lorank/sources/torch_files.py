@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import sys
 import zipfile
 from collections import defaultdict
@@ -23,6 +24,9 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 # The part of torch's message that names a refused global of a pickle.
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
+# Place, in the header of a member of an archive, of the lengths of its name and its extra field.
+_LENGTHS_IN_HEADER = 26
+
 # Oldest torch that runs no code of a file: earlier ones do, by CVE-2025-32434 and CVE-2026-24747.
 _SAFE_TORCH = (2, 10)
 
@@ -35,14 +39,15 @@ class TensorFiles:
     ----------
     tensors
         The tensors by name.
-    repeated
-        Descriptions of tensors that repeat the numbers of their storage, by name; `tensors` lacks them.
+    unread
+        Shape of each tensor that `tensors` lacks, and the reason, by name: the tensor repeats the numbers of
+        its storage, or the file holds it beside the state dict, as a moving average.
     states
         Size, modification time and inode of each file before it was read.
     """
 
     tensors: Mapping[str, Any]
-    repeated: Mapping[str, tuple[tuple[int, ...], str]]
+    unread: Mapping[str, tuple[tuple[int, ...], str]]
     states: Mapping[Path, tuple[int, ...]]
 
     def check_unchanged(self) -> None:
@@ -67,24 +72,25 @@ def read_model(path: Path) -> TensorFiles:
     places = _pickle_files(path)
     owners = {name: file for file, names in places.items() for name in names}
     tensors: dict[str, Any] = {}
-    repeated: dict[str, tuple[tuple[int, ...], str]] = {}
+    unread: dict[str, tuple[tuple[int, ...], str]] = {}
     states = {}
     for file, promised in places.items():
         states[file] = _state(file)
-        found = _state_dict(file)
+        found, beside = _state_dicts(file)
+        unread |= beside
         if missing := sorted(promised - found.keys()):
             raise FormatError(f"{file}: holds no tensor {missing[0]!r}, which the index places there")
         for name, reason in tensor_claims.repeated(found).items():
             shape = tuple(found[name].shape)
             if len(shape) >= 2 and found[name].is_floating_point():
                 raise FormatError(f"{file}: tensor {name!r} {reason}")
-            repeated[name] = shape, reason
+            unread[name] = shape, reason
         for name in found:
             if (other := owners.setdefault(name, file)) != file:
                 raise FormatError(f"{file}: tensor {name!r} is also in {other.name}: keep one of them")
         tensors |= found
-    kept = {name: value for name, value in tensors.items() if name not in repeated}
-    return TensorFiles(kept, repeated, states)
+    kept = {name: value for name, value in tensors.items() if name not in unread}
+    return TensorFiles(kept, unread, states)
 
 
 def read_tensors(file: Path) -> Mapping[str, Any]:
@@ -97,25 +103,32 @@ def read_tensors(file: Path) -> Mapping[str, Any]:
     ImportError
         If torch is not installed, or runs code of files.
     """
-    found = _state_dict(file)
+    found, _ = _state_dicts(file)
     for name, reason in tensor_claims.repeated(found).items():
         raise FormatError(f"{file}: tensor {name!r} {reason}")
     return found
 
 
-def _state_dict(file: Path) -> Mapping[str, Any]:
-    """Return the state dict in a file, whose tensors claim no more than the file stores."""
+def _state_dicts(file: Path) -> tuple[Mapping[str, Any], Mapping[str, tuple[tuple[int, ...], str]]]:
+    """Return the state dict in a file, and shapes of the tensors beside it with the reason to skip them.
+
+    The tensors of the state dict claim no more than the file stores.
+    """
     torch = _safe_torch(file)
     if file.exists() and not file.is_file():
         raise FormatError(f"{file}: is not a regular file")
     try:
-        is_archive = zipfile.is_zipfile(file)
+        is_archive = is_mapped = zipfile.is_zipfile(file)
         _check_pickle(file, is_archive)
         # Files of torch before 1.6 are not archives and cannot be mapped.
-        found = _unwrapped(file, torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive))
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+        found, beside = _unwrapped(file, content)
         if is_archive and not all(map(_is_readable_in_place, found.values())):
-            found = _unwrapped(file, torch.load(file, map_location="cpu", weights_only=True, mmap=False))
+            found, _ = _unwrapped(file, torch.load(file, map_location="cpu", weights_only=True, mmap=False))
+            is_mapped = False
         reason = tensor_claims.excess(found, file.stat().st_size)
+        if reason is None and is_mapped:
+            reason = tensor_claims.beyond_records(found, _records(file))
     except FormatError:
         raise
     except Exception as error:  # a broken pickle can raise anything
@@ -126,7 +139,7 @@ def _state_dict(file: Path) -> Mapping[str, Any]:
         ) from error
     if reason is not None:
         raise FormatError(f"{file}: {reason}")
-    return found
+    return found, beside
 
 
 def _safe_torch(file: Path) -> Any:
@@ -176,6 +189,17 @@ def _pickles(file: Path, archive: zipfile.ZipFile) -> Iterator[bytes]:
             yield archive.read(member)
 
 
+def _records(file: Path) -> dict[int, int]:
+    """Return the size of every record of an archive by its offset in the file."""
+    with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+        records = {}
+        for member in archive.infolist():
+            stream.seek(member.header_offset + _LENGTHS_IN_HEADER)
+            name, extra = struct.unpack("<HH", stream.read(4))
+            records[member.header_offset + _LENGTHS_IN_HEADER + 4 + name + extra] = member.file_size
+    return records
+
+
 def _is_readable_in_place(value: Any) -> bool:
     """Return True unless a value is a tensor whose numbers are not plain numbers in memory.
 
@@ -204,14 +228,29 @@ def _reason(error: Exception) -> str:
     return message.splitlines()[0]
 
 
-def _unwrapped(file: Path, content: Any) -> Mapping[str, Any]:
-    """Return the state dict in the content of a file, without the wrappers of training frameworks."""
+def _unwrapped(
+    file: Path, content: Any
+) -> tuple[Mapping[str, Any], Mapping[str, tuple[tuple[int, ...], str]]]:
+    """Return the state dict in the wrappers of training frameworks, and the tensors of others beside it."""
+    beside: dict[str, tuple[tuple[int, ...], str]] = {}
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            for key, other in content.items():
+                if key != wrapper and isinstance(key, str) and isinstance(other, Mapping):
+                    beside |= _tensors_beside(key, other, wrapper)
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise FormatError(f"{file}: holds an object of type {type(content).__name__}, not a state dict")
-    return content
+    return content, beside
+
+
+def _tensors_beside(
+    key: str, state: Mapping[Any, Any], wrapper: str
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape of every tensor of a state dict beside the one that is read, and the reason."""
+    reason = f"in {key!r}, beside the weights in {wrapper!r}"
+    tensors = {name: value for name, value in state.items() if arrays.is_tensor(value)}
+    return {f"{key}.{name}": (tuple(value.shape), reason) for name, value in tensors.items()}
 
 
 def _pickle_files(path: Path) -> Mapping[Path, set[str]]:
