@@ -7,9 +7,15 @@ DEMO := build-demo
 FIGURES := build-bench
 COVERAGE := build-coverage
 LOWEST := .venv-lowest
-WITHOUT_TORCH := tests/core tests/internal tests/task_spectra tests/allocation/test_budget.py \
+WITHOUT_TORCH := tests/core tests/internal tests/task_spectra \
 	tests/analysis/test_journals.py tests/analysis/test_memory_limits.py tests/cli/test_streams.py \
 	tests/report/test_files.py tests/report/test_foreign_names.py tests/report/test_pickles.py
+# Tests of every part that uses torch, transformers and PEFT; `tests.support.releases` marks those that need later releases.
+WITH_TORCH := tests/allocation tests/training tests/modules/test_roles.py tests/modules/test_skeleton.py \
+	tests/analysis/test_spectra.py tests/sources/test_files.py tests/sources/test_live.py \
+	tests/adapters/test_reading.py tests/adapters/test_writing.py tests/adapters/test_live_models.py \
+	tests/adapters/test_certificates.py tests/adapters/test_profiles.py tests/adapters/test_adalora.py \
+	tests/compression/test_selection.py tests/compression/test_merging.py tests/profiling/test_gradients.py
 FUZZ_TARGETS := header shard_index view spectrum low_rank statistics selection writer
 SECONDS ?= 60
 
@@ -38,12 +44,12 @@ test-rust:
 test-python: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-test-lowest: ## Run the tests that need no torch with the lowest supported dependencies and CPython 3.10.
+test-lowest: ## Run a selection of tests with the lowest supported dependencies and CPython 3.10.
 	python3.10 -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --upgrade pip
-	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt '.[hub,report]' \
-		hypothesis ml_dtypes pytest pytest-xdist pyyaml safetensors scikit-learn scipy
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest --numprocesses 2 --dist worksteal $(WITHOUT_TORCH)
+	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt '.[peft,report]' \
+		hypothesis markdown-it-py ml_dtypes pytest pytest-xdist pyyaml safetensors scikit-learn scipy
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest --numprocesses 2 --dist worksteal $(WITHOUT_TORCH) $(WITH_TORCH)
 
 coverage: $(VENV)/installed ## Run the Python tests with branch coverage (14 minutes); see build-coverage.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term --cov-report html:$(COVERAGE)

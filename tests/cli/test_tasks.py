@@ -217,29 +217,6 @@ def test_arrays_are_read_under_other_names_and_from_other_files(archive: Path, t
     assert len(json.loads(ok("task", tmp_path / "X.npy", tmp_path / "y.npy", "--json"))["predicted_r2"]) == 2
 
 
-LIMITED = """
-import resource, sys, lorank.cli
-resource.setrlimit(resource.RLIMIT_DATA, (256 << 20,) * 2)
-lorank.cli.main()
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits anonymous memory")
-def test_npy_files_are_not_loaded_into_memory(tmp_path: Path) -> None:
-    paths = [tmp_path / "X.npy", tmp_path / "Y.npy"]
-    for path in paths:
-        # Sparse files of zeros, 384 MB each.
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(1_500_000, 32))
-    result = subprocess.run(
-        [sys.executable, "-c", LIMITED, "task", *map(str, paths), "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["num_samples"] == 1_500_000
-
-
 def test_spectrum_without_values_above_the_noise_is_shown(tmp_path: Path) -> None:
     X, Y = samples(noise=100.0)
     np.savez(tmp_path / "noise.npz", X=X, Y=Y)

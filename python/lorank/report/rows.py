@@ -182,7 +182,9 @@ class ModuleSpectrum(Row):
             flags = ("rank 1: alpha is undefined",)
         elif np.isinf(metrics["alpha_hill"]):
             flags = ("equal eigenvalues: alpha is infinite",)
-        return cls(**identity(info), accuracy=accuracy, **metrics, flags=flags, eigenvalues=eigenvalues)
+        return cls(
+            **identity(info), accuracy=accuracy, **_shared(metrics), flags=flags, eigenvalues=eigenvalues
+        )
 
     @classmethod
     def failed(cls, info: MatrixInfo, reason: str) -> ModuleSpectrum:
@@ -200,6 +202,19 @@ METRICS: tuple[str, ...] = tuple(
 
 COUNTS = frozenset({"num_nonzero", "num_unresolved", "mp_spikes", "mp_spikes_error", "mp_spikes_median"})
 """Names of the metrics that are integers."""
+
+
+def _shared(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return metrics that hold equal floats as one object, because a float takes three times its size."""
+    known: dict[float, float] = {}
+    return {
+        name: value if type(value) is not float or value == 0 else _shared_float(value, known)
+        for name, value in metrics.items()
+    }
+
+
+def _shared_float(value: float, known: dict[float, float]) -> float:
+    return np.nan if math.isnan(value) else known.setdefault(value, value)
 
 
 def identity(matrix: MatrixInfo | ModuleSpectrum) -> dict[str, Any]:

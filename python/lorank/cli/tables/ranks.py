@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -51,7 +53,8 @@ def rank_map(ranks: Mapping[str, int], title: str, width: int) -> Table:
         inner = _EXPERT_NUMBER.sub("experts.*", inner)
         columns.setdefault(inner)
         cells.setdefault(block, {}).setdefault(inner, []).append(rank)
-    headings = {inner: printable_name(_shortest_unique_suffix(inner, columns), _ENDS) for inner in columns}
+    suffixes = _shortest_unique_suffixes(columns)
+    headings = {inner: printable_name(suffix, _ENDS) for inner, suffix in suffixes.items()}
     low, high = min(ranks.values()), max(ranks.values())
     texts = {
         block: {inner: _coloured(of_one, low, high) for inner, of_one in found.items()}
@@ -85,13 +88,15 @@ def _place_of(name: str) -> tuple[str, str]:
     return name[: len(block)], dotted[len(block) + 1 :] or _ITSELF
 
 
-def _shortest_unique_suffix(name: str, names: Iterable[str]) -> str:
-    """Return the shortest dotted suffix of a name that no other name ends with."""
-    others = [other for other in names if other != name]
-    # The suffix "weight" alone does not identify a module.
-    named = [suffix for suffix in naming.suffixes(name) if suffix != "weight"]
-    unique = [s for s in named if not any(naming.is_suffix(s, other) for other in others)]
-    return unique[-1] if unique else name
+def _shortest_unique_suffixes(names: Iterable[str]) -> dict[str, str]:
+    """Return the shortest dotted suffix of each name that no other name ends with."""
+    suffixes = {name: list(naming.suffixes(name)) for name in names}
+    counts = Counter(chain.from_iterable(suffixes.values()))
+    return {
+        # The suffix "weight" alone does not identify a module.
+        name: next((s for s in reversed(found) if counts[s] == 1 and s != "weight"), name)
+        for name, found in suffixes.items()
+    }
 
 
 def allocation_summary(allocation: RankAllocation) -> str:
