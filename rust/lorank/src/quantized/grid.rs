@@ -79,8 +79,8 @@ pub(crate) fn side_of(count: usize, size: usize, declared: Option<usize>) -> Opt
     let fits = |side: &usize| size.div_ceil(*side) == count;
     match count {
         0 => None,
+        _ if declared.is_some() => declared.filter(fits),
         1 => Some(size.max(1)),
-        _ if declared.is_some_and(|side| fits(&side)) => declared,
         _ if size.is_multiple_of(count) => Some(size / count),
         _ => Some(USUAL_BLOCK).filter(fits),
     }
