@@ -1,7 +1,7 @@
 """Decoding of quantized weights beside the libraries that define their schemes: ``python -m benches.decode``.
 
-1. Decoding of one matrix to a NumPy array of float32 on one thread: the time includes the read of the file from
-   the page cache and the copy to the array. The peer dequantizes tensors in memory.
+1. Decoding of one matrix to a NumPy array of float32 on one thread: the time includes the read of the file
+   from the page cache and the copy to the array. The peer dequantizes tensors in memory.
 2. `lorank.analyze` of checkpoints in fp8 blocks and in packed integers of 4 bits, against bfloat16.
 3. Peak memory of `lorank.analyze` for 5 and for 20 layers in fp8 blocks.
 """

@@ -45,8 +45,9 @@ impl Grid {
     ) -> Result<(Self, Input)> {
         let shape = &scales.info.shape[..];
         let fail = || {
+            let blocks = declared.map_or(String::new(), |block| format!(" of the declared shape {block:?}"));
             let reason =
-                format!("has shape {shape:?}, which does not divide shape {:?} into blocks", (rows, cols));
+                format!("has shape {shape:?}, which does not divide {rows} x {cols} into blocks{blocks}");
             request.refuse(scales, reason)
         };
         if elements_of(scales) == 1 {
