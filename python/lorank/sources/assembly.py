@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from lorank._core import Matrix
 from lorank.modules import naming
@@ -21,43 +21,8 @@ from lorank.sources.base import Skipped, Source, SourceMatrix
 from lorank.sources.matrix_sequences import Chained, Mapped
 from lorank.sources.packing import Packing, total
 from lorank.sources.quantization import Quantization
-from lorank.sources.tensor_matrices import MatrixFinder, MatrixSlice, matrices_of
-
-
-class StoredTensors(Protocol):
-    """Named tensors of a checkpoint, which are read one matrix at a time."""
-
-    is_unordered: bool
-    """True if the tensors are in the order of a file, not of the model."""
-
-    def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return the element type and shape of every tensor by its name, in order."""
-        ...
-
-    def is_lazy(self, name: str) -> bool:
-        """Return True if reading a matrix of the tensor copies its values."""
-        ...
-
-    def matrix(self, name: str, rows: int, cols: int, index: int = 0) -> Matrix:
-        """Return the `index`-th matrix of a tensor."""
-        ...
-
-    def shared_with(self, name: str) -> str | None:
-        """Return the name of the first tensor with the same memory and shape; None if this is the first."""
-        ...
-
-    def are_equal(self, a: str, b: str) -> bool:
-        """Return True if two tensors hold the same numbers."""
-        ...
-
-    def content(self, name: str) -> bytes | None:
-        """Return the bytes of a tensor; None if they cannot be read."""
-        ...
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The metadata of the files."""
-        ...
+from lorank.sources.stored_tensors import StoredTensors
+from lorank.sources.tensor_matrices import MatrixFinder, MatrixSlice, has_spectrum, matrices_of, type_name
 
 
 def assemble(
@@ -79,8 +44,10 @@ def assemble(
     describe
         A function that describes the model, given the shapes of the tensors that are not packed.
     """
+    quantization = Quantization(config.quantization)
+    packing = Packing(tensors.entries(), quantization, tensors.content, tensors.metadata)
+    tensors = tensors.decoded(packing, quantization)
     entries = tensors.entries()
-    packing = Packing(entries, Quantization(config.quantization), tensors.content, tensors.metadata)
     plain = {name: shape for name, (_, shape) in entries.items() if packing.reason(name) is None}
     found = describe(plain)
     if isinstance(found, Unknown):
@@ -204,9 +171,7 @@ def _rows(tensors: StoredTensors, skipped: Iterable[Skipped]) -> dict[str, Calla
     return {
         entry.name: partial(tensors.matrix, entry.name, 1, size)
         for entry in skipped
-        if not entry.is_tied
-        and (size := math.prod(entry.shape)) > 0
-        and entries[entry.name][0] in arrays.FLOAT_TYPES
+        if not entry.is_tied and (size := math.prod(entry.shape)) > 0 and has_spectrum(entries[entry.name][0])
     }
 
 
@@ -232,13 +197,13 @@ def _converted(
     tensors: StoredTensors, conversion: Conversion, model: Skeleton
 ) -> Iterator[Sequence[SourceMatrix]]:
     """Yield the matrices of parameters whose values are computed from several tensors on reading."""
-    dtype = arrays.FLOAT_TYPES.get(tensors.entries()[conversion.names[0]][0])
-    if dtype is None:
+    dtype = tensors.entries()[conversion.names[0]][0]
+    if not has_spectrum(dtype):
         return
     for name, weight in model.weights.items():
         if name not in conversion.targets:
             continue
-        found = matrices_of(weight, weight.shape, dtype)
+        found = matrices_of(weight, weight.shape, type_name(dtype))
         if not isinstance(found, str):
             yield Mapped(partial(_converted_matrix, tensors, conversion, name), found)
 

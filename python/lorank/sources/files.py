@@ -13,8 +13,13 @@ from lorank._internal.regular_files import TABLE_BYTES, check_size
 from lorank.modules.description import describe_model
 from lorank.modules.model_config import ModelConfig
 from lorank.sources import hub, recognise
-from lorank.sources.assembly import StoredTensors, assemble
+from lorank.sources.assembly import assemble
 from lorank.sources.base import Skipped, Source
+from lorank.sources.decoded import DecodedTensors
+from lorank.sources.decodings import Decoding
+from lorank.sources.packing import Packing
+from lorank.sources.quantization import Quantization
+from lorank.sources.stored_tensors import StoredTensors
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
 
@@ -64,6 +69,7 @@ class StoredFiles:
 
     def __init__(self, checkpoint: Checkpoint, label: str) -> None:
         self._checkpoint = checkpoint
+        self._label = label
         self.skipped: list[Skipped] = []
         self._positions: dict[str, int] = {}
         self._entries: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -101,6 +107,17 @@ class StoredFiles:
     def content(self, name: str) -> bytes:
         """Return the bytes of a tensor."""
         return self._checkpoint.stored_bytes(self._positions[name])
+
+    def decoded(self, packing: Packing, quantization: Quantization) -> StoredTensors:
+        """Return the tensors with packed weights as plain ones, as far as the core can decode them."""
+        return DecodedTensors(self, packing, quantization, self._label)
+
+    def dequantized(self, decoding: Decoding, index: int, view: tuple[int, int] | None = None) -> Matrix:
+        """Return the `index`-th matrix of a packed weight, or all from there on as a matrix of a shape."""
+        parts = {role: self._positions[name] for role, name in decoding.parts.items()}
+        return self._checkpoint.dequantized(
+            decoding.scheme, parts, decoding.settings, decoding.unit, index, view
+        )
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -129,11 +129,20 @@ class Packing:
             for name in self._tensors.keys() - self.codes.keys() - self.parts.keys():
                 self._find_alone(name)
 
+    def packed(self, name: str) -> Packed:
+        """Return the tensor of codes of a packed weight, with access to the tensors beside it."""
+        return self._packed(name, self.codes[name].weight)
+
+    def decode(self, name: str, shape: tuple[int, ...]) -> None:
+        """Treat a packed weight as a plain one, under its own name and with the given shape."""
+        weight = self.codes.pop(name).weight
+        self._tensors[weight] = TensorSpec("f32", shape)
+
     def reason(self, name: str) -> str | None:
         """Return the reason for skipping a tensor of a file; None for tensors that are not packed."""
         if (codes := self.codes.get(name)) is not None:
             live = "; load the model and analyse it live" if codes.scheme.is_live else ""
-            return f"packed ({codes.scheme.name}): its values cannot be read from disk yet{live}"
+            return f"packed ({codes.scheme.name}): its values cannot be decoded from this source{live}"
         return self.part_reason(name)
 
     def part_reason(self, name: str) -> str | None:

@@ -7,8 +7,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _BITS = ("bits", "w_bit", "num_bits", "nbits", "weight_bits")
+_GROUPS = ("group_size", "q_group_size", "groupsize")
 _ACTIVATIONS = {"input_activations", "output_activations", "kv_cache_scheme"}
 _FLOAT8 = ("fp8", "float8", "e4m3", "float-quantized")
+# Names of layouts that libraries use for the layout of another library.
+_LAYOUTS = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "gemm", "auto_round:gptq": "gptq"}
+# Beginnings of the names of schemes that a declared method uses. Other methods use any scheme.
+_SCHEMES: Mapping[str, tuple[str, ...]] = {
+    "gptq": ("GPTQ", "AWQ", "Marlin"),
+    "awq": ("AWQ",),
+    "bitsandbytes": ("bitsandbytes",),
+    "mxfp4": ("MXFP4", "MXFP8"),
+    "fp8": ("fp8", "MXFP", "NVFP4"),
+    "fbgemm_fp8": ("fp8",),
+}
 _TYPES = {"int2": 2, "int4": 4, "int8": 8, "float8": 8}
 
 
@@ -68,6 +80,37 @@ class Quantization:
             if isinstance(rows, int) and isinstance(cols, int) and rows > 0 and cols > 0:
                 return rows, cols
         return None
+
+    @property
+    def layout(self) -> str:
+        """The layout of packed integers within a method (`gptq_v2`, `gemm`); empty if it is not declared."""
+        names = (self._settings.get(key) for key in ("checkpoint_format", "version", "packing_format"))
+        found = next((name.lower() for name in names if isinstance(name, str)), "")
+        return _LAYOUTS.get(found, found)
+
+    def contradiction(self, scheme: str) -> str:
+        """Return the reason why the configuration excludes a scheme; empty if it allows the scheme."""
+        allowed = _SCHEMES.get(self.method)
+        if allowed is None or scheme.startswith(allowed):
+            return ""
+        return (
+            f"its type, shape and neighbours are those of {scheme}, but the configuration declares the "
+            f"quantization {self.method}: correct quantization_config in config.json"
+        )
+
+    def all_bits(self, module: str) -> set[int]:
+        """Return every number of bits per code that the settings name for a module or for all modules."""
+        return _bits_within(self._of(module))
+
+    def group_sizes(self, module: str) -> set[int]:
+        """Return every size of a group that the settings name for a module or for all modules."""
+        sizes = (place.get(key) for place in _mappings(self._of(module)) for key in _GROUPS)
+        return {size for size in sizes if type(size) is int and size > 0}
+
+    def _of(self, module: str) -> Mapping[str, Any]:
+        """Return the module's own settings; all settings if it has none."""
+        own = (place.get(module) for place in _mappings(self._settings))
+        return next((found for found in own if isinstance(found, Mapping)), self._settings)
 
     def bits(self, module: str) -> int | None:
         """Return the number of bits per code of a module; None if the settings do not determine it."""

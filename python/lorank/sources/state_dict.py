@@ -16,6 +16,9 @@ from lorank.sources import arrays, recognise
 from lorank.sources.assembly import assemble
 from lorank.sources.base import Skipped, Source
 from lorank.sources.mapped import unmapped
+from lorank.sources.packing import Packing
+from lorank.sources.quantization import Quantization
+from lorank.sources.stored_tensors import StoredTensors
 
 
 def from_mapping(mapping: Mapping[str, Any], label: str = "mapping") -> Source:
@@ -120,6 +123,11 @@ class StoredArrays:
         """Return the bytes of a tensor; None if they cannot be read."""
         self._check_unchanged()
         return arrays.content(self._values[name])
+
+    def decoded(self, packing: Packing, quantization: Quantization) -> StoredTensors:
+        """Return the tensors themselves: packed weights are decoded from safetensors files alone."""
+        del packing, quantization
+        return self
 
     @property
     def metadata(self) -> Mapping[str, str]:

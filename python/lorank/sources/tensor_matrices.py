@@ -11,6 +11,7 @@ from lorank.modules.model_config import ModelConfig
 from lorank.modules.weight import Kind, Weight
 from lorank.sources.arrays import FLOAT_TYPES
 from lorank.sources.base import MatrixInfo
+from lorank.sources.decodings import DECODED
 from lorank.sources.matrix_sequences import Mapped
 
 # Architectures that store stacks of experts as (experts, in, out) and declare this to PEFT.
@@ -86,10 +87,10 @@ class MatrixFinder:
             return "empty tensor"
         if len(shape) < 2:
             return f"{len(shape)}-D tensor"
-        if dtype not in FLOAT_TYPES:
+        if not has_spectrum(dtype):
             return f"{dtype} values have no spectrum"
         weight = self.described.get(name) or self._guessed(name)
-        return matrices_of(weight, shape, FLOAT_TYPES[dtype])
+        return matrices_of(weight, shape, type_name(dtype))
 
     def _guessed(self, name: str) -> Weight:
         """Guess the parameter of a tensor from its name and shape."""
@@ -111,6 +112,16 @@ class MatrixFinder:
         """Return True if a tensor of three dimensions stacks experts."""
         in_experts = naming.is_in_experts(module)
         return in_experts and (self.num_experts is None or shape[0] == self.num_experts)
+
+
+def has_spectrum(dtype: str) -> bool:
+    """Return True for a type of floating-point numbers, and for a scheme whose weights can be decoded."""
+    return dtype in FLOAT_TYPES or dtype in DECODED
+
+
+def type_name(dtype: str) -> str:
+    """Return the name of an element type in reports; a scheme keeps its name."""
+    return FLOAT_TYPES.get(dtype, dtype)
 
 
 def matrices_of(weight: Weight, shape: tuple[int, ...], dtype: str) -> Sequence[MatrixSlice] | str:

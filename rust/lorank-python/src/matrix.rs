@@ -7,6 +7,7 @@ use std::sync::Arc;
 use lorank::cancel::CancelToken;
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
+use lorank::quantized::{self, Request};
 use lorank::safetensors::Reads;
 use lorank::source::{Buffer, Computed, Parts, StoredMatrix};
 use numpy::{IntoPyArray, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
@@ -191,6 +192,28 @@ impl Checkpoint {
     #[pyo3(signature = (position, rows, cols, index=0))]
     fn matrix(&self, position: usize, rows: usize, cols: usize, index: usize) -> PyResult<Matrix> {
         StoredMatrix::in_file(self.tensor(position)?.clone(), (rows, cols), index).map(Matrix).map_err(to_py)
+    }
+
+    /// Returns a quantized matrix, which is decoded to float32 whenever it is loaded. `parts` are positions of
+    /// tensors by their role, `shape` is that of the matrix, and `index` its position in a stack. With a
+    /// `view`, as many consecutive matrices as it has elements for become one matrix of that shape.
+    #[pyo3(signature = (scheme, parts, settings, shape, index=0, view=None))]
+    fn dequantized(
+        &self,
+        scheme: String,
+        parts: BTreeMap<String, usize>,
+        settings: BTreeMap<String, f64>,
+        shape: (usize, usize),
+        index: usize,
+        view: Option<(usize, usize)>,
+    ) -> PyResult<Matrix> {
+        let part = |(role, position)| Ok((role, self.tensor(position)?.clone()));
+        let parts = parts.into_iter().map(part).collect::<PyResult<_>>()?;
+        let view = view.unwrap_or(shape);
+        let count = view.0.saturating_mul(view.1) / shape.0.saturating_mul(shape.1).max(1);
+        quantized::open(&Request { scheme, parts, settings, shape, index }, count, view)
+            .map(Matrix)
+            .map_err(to_py)
     }
 
     /// Returns a digest of all tensors and of `seed`, as `write_safetensors` writes it.

@@ -30,6 +30,7 @@ mod exec;
 mod kernels;
 pub mod low_rank;
 pub mod matrix;
+pub mod quantized;
 mod statistics;
 mod storage;
 pub mod svd;
