@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorank.allocation.budget import fit_ranks
     from lorank.allocation.rank_allocation import RankAllocation
     from lorank.analysis.matrices import analyze
+    from lorank.baking.bake import bake
     from lorank.compression.fisher import fisher_scores
     from lorank.compression.product import product_svd
     from lorank.operations import compress, elastic, extract, family, merge
@@ -43,6 +44,7 @@ _LAZY = {
     "allocate": "allocation.allocate",
     "alpha_hill": "statistics.hill",
     "analyze": "analysis.matrices",
+    "bake": "baking.bake",
     "check": "runtimes",
     "compress": "operations",
     "elastic": "operations",
@@ -75,6 +77,7 @@ __all__ = [
     "allocate",
     "alpha_hill",
     "analyze",
+    "bake",
     "check",
     "compress",
     "elastic",
