@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorank.allocation.rank_allocation import RankAllocation
     from lorank.analysis.matrices import analyze
     from lorank.baking.bake import bake
+    from lorank.baking.verify import verify
     from lorank.compression.fisher import fisher_scores
     from lorank.compression.product import product_svd
     from lorank.operations import compress, elastic, extract, family, merge
@@ -59,6 +60,7 @@ _LAZY = {
     "profile_tasks": "profiling",
     "spectrum": "statistics.spectrum",
     "task_spectrum": "task_spectra",
+    "verify": "baking.verify",
 }
 
 __all__ = [
@@ -93,6 +95,7 @@ __all__ = [
     "spectrum",
     "task_spectrum",
     "training",
+    "verify",
 ]
 
 # `import lorank` makes these packages attributes, as it did when it imported them.

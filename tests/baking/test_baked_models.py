@@ -62,11 +62,15 @@ def test_baked_experts_equal_merged_model(name: str, tmp_path: Path) -> None:
     assert model is not None
     parameters = [n for n, p in model.named_parameters() if "experts" in n and p.ndim == 3]
     assert parameters
-    assert_baked(model, LoraConfig(r=2, lora_alpha=4, target_parameters=parameters, target_modules=[]), tmp_path)
+    assert_baked(
+        model, LoraConfig(r=2, lora_alpha=4, target_parameters=parameters, target_modules=[]), tmp_path
+    )
 
 
 def test_baked_biases_of_factors_equal_merged_model(tmp_path: Path) -> None:
-    config = LoraConfig(r=4, target_modules=["query", "dense"], lora_bias=True, modules_to_save=["classifier"])
+    config = LoraConfig(
+        r=4, target_modules=["query", "dense"], lora_bias=True, modules_to_save=["classifier"]
+    )
     assert_baked(tiny_models.bert_classifier(), config, tmp_path)
 
 

@@ -119,13 +119,13 @@ def bake(
     ...     config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
     ...     adapted = peft.get_peft_model(model, config)
     ...     adapted.save_pretrained(f"{folder}/adapter")
-    ...     baked = lorank.bake(f"{folder}/model.safetensors", f"{folder}/adapter", f"{folder}/baked", progress=False)
+    ...     baked = lorank.bake(folder, f"{folder}/adapter", f"{folder}/baked", progress=False)
     ...     found = safetensors.numpy.load_file(f"{folder}/baked/model.safetensors")
     >>> merged = adapted.merge_and_unload()
     >>> baked.updated, np.allclose(found["0.weight"], merged[0].weight.detach(), atol=1e-6)
     (('0.weight',), True)
     """
-    loaded = _loaded(adapters)
+    loaded = loaded_adapters(adapters)
     shares = checked_weights(loaded, weights)
     if dtype is not None and dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be {', '.join(map(repr, get_args(Dtype)))}, not {dtype!r}")
@@ -149,7 +149,7 @@ def bake(
     )
 
 
-def _loaded(
+def loaded_adapters(
     adapters: Sequence[AdapterContent | str | Path] | AdapterContent | str | Path,
 ) -> list[AdapterContent]:
     """Return adapters, read from their paths."""

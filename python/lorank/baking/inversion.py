@@ -107,7 +107,7 @@ def _answer(
                 known[key] = _pattern(conversion, shapes)
         except (ValueError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0][:200]
-            return f"the adapted parameter {wanted[0]} is stored in another form, which cannot be inverted ({reason})"
+            return f"the adapted parameter {wanted[0]} is stored in another form: {reason}"
         sources = list(conversion.sources.values())
         for number, source, part, block in known[key]:
             target = conversion.targets[number]

@@ -166,7 +166,8 @@ class ModelNames:
         nearest = f"; the nearest names are {', '.join(close)}" if close else ""
         more = f" ({len(absent)} modules are missing)" if len(absent) > 1 else ""
         raise FormatError(
-            f"{self._model.label}: has no module {absent[0]!r}{more}{nearest}: give the model that the adapter was trained on"
+            f"{self._model.label}: has no module {absent[0]!r}{more}{nearest}: "
+            "give the model that the adapter was trained on"
         )
 
     def _invert(self, names: Iterable[str]) -> None:
@@ -184,7 +185,7 @@ class ModelNames:
             self._portions = portions(model.config, model.plain_shapes, self._description, wanted)
 
     def stored(self, parameter: str) -> list[str]:
-        """Return the names of the stored tensors that hold a parameter; none for a parameter of an adapter."""
+        """Return the names of the stored tensors that hold a parameter; none if there are none."""
         return self._stored.get(self._shifted(parameter), self._stored.get(parameter, []))
 
     def tied_to(self, module: str) -> list[str]:
@@ -216,8 +217,8 @@ class ModelNames:
         if parameter is None or not (self.stored_parameter(parameter) or self._portions_of(parameter)):
             if packed := self._packed(name):
                 raise FormatError(
-                    f"{self._model.label}: {packed} is packed ({self._model.packed[packed]}): only plain weights "
-                    "can take an update: dequantize the model first"
+                    f"{self._model.label}: {packed} is packed ({self._model.packed[packed]}): only plain "
+                    "weights can take an update: dequantize the model first"
                 )
             raise FormatError(f"{self._model.label}: holds no tensor for the module {module.name!r}")
         yield from self._of_portions(module, parameter)
@@ -255,7 +256,8 @@ class ModelNames:
         self._check_shape(module, tensor.name, shape, transposed)
         if stack and tensor.shape[0] != module.copies:
             raise FormatError(
-                f"module {module.name!r} has updates of {module.copies} experts, but {tensor.name} stacks {tensor.shape[0]}"
+                f"module {module.name!r} has updates of {module.copies} experts, but {tensor.name} "
+                f"stacks {tensor.shape[0]}"
             )
         for copy in range(module.copies if stack else 1):
             yield Destination(tensor, copy, shape, copy, transposed)
@@ -286,8 +288,8 @@ class ModelNames:
         expected = module.shape[::-1] if transposed else module.shape
         if tuple(shape) != expected:
             raise FormatError(
-                f"the update of {module.name} has shape {module.shape}, but {name} of {self._model.label} has "
-                f"shape {tuple(shape)}: give the model that the adapter was trained on"
+                f"the update of {module.name} has shape {module.shape}, but {name} of {self._model.label} "
+                f"has shape {tuple(shape)}: give the model that the adapter was trained on"
             )
 
 

@@ -35,4 +35,4 @@ PLAIN_MODELS = frozenset(
         "xlm-roberta",
     }
 )
-"""Values of `model_type`. The name of a module in the loaded model is that of its stored weight, if one exists."""
+"""Values of `model_type`. A stored weight with the name of a module in the loaded model is that module's."""

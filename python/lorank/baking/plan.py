@@ -157,7 +157,8 @@ def _check_bakeable(adapter: AdapterContent, weight: float, *, alone: bool) -> N
     config = adapter.config
     if config.get("alora_invocation_tokens"):
         raise ValueError(
-            f"{adapter.label}: aLoRA acts from its invocation tokens on, but a changed weight acts on all tokens"
+            f"{adapter.label}: aLoRA acts from its invocation tokens on, but a changed weight acts "
+            "on all tokens"
         )
     if config.get("layer_replication"):
         raise ValueError(f"{adapter.label}: layer_replication repeats layers, which a checkpoint stores once")
@@ -202,8 +203,8 @@ class _Planner:
         if added:
             more = ", ..." if len(added) > 3 else ""
             self.notes.append(
-                f"{len(added)} tensors of adapters are new to the model ({', '.join(added[:3])}{more}): load it by "
-                "the class that has them"
+                f"{len(added)} tensors of adapters are new to the model ({', '.join(added[:3])}{more}): "
+                "load it by the class that has them"
             )
         self._check_heads()
 
@@ -284,7 +285,8 @@ class _Planner:
         values = adapter.carried[key].to_array().astype(np.float64).ravel()
         if len(values) != module.shape[0]:
             raise FormatError(
-                f"{adapter.label}: module {module.name!r} has {len(values)} magnitudes for {module.shape[0]} outputs"
+                f"{adapter.label}: module {module.name!r} has {len(values)} magnitudes "
+                f"for {module.shape[0]} outputs"
             )
         return Norms(tuple(values.tolist()), to.transposed)
 
@@ -298,7 +300,8 @@ class _Planner:
             tensor = self.model.tensors[name]
             if math.prod(tensor.shape) != len(vector):
                 raise FormatError(
-                    f"{module.name}: a bias of {len(vector)} does not fit {name} of shape {list(tensor.shape)}"
+                    f"{module.name}: a bias of {len(vector)} does not fit {name} of shape "
+                    f"{list(tensor.shape)}"
                 )
             change = self._change(Destination(tensor, 0, tensor.matrix_shape))
             change.additions.setdefault(0, []).append(
@@ -309,7 +312,8 @@ class _Planner:
         if not found or not (others := self.names.tied_to(module.name)):
             return
         self.notes.append(
-            f"{module.name} shares its weight with {', '.join(others)}: the update changes them, too, as in PEFT's merge"
+            f"{module.name} shares its weight with {', '.join(others)}: the update changes them, too, "
+            "as in PEFT's merge"
         )
 
     def _check_resized(self, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -318,7 +322,8 @@ class _Planner:
             return
         if len(shape) != len(tensor.shape) or shape[1:] != tensor.shape[1:]:
             raise FormatError(
-                f"an adapter saves {tensor.name} with shape {list(shape)}, but {self.model.label} holds {list(tensor.shape)}"
+                f"an adapter saves {tensor.name} with shape {list(shape)}, but "
+                f"{self.model.label} holds {list(tensor.shape)}"
             )
         content = self.model.config.content
         text = content.get("text_config")
@@ -342,8 +347,8 @@ class _Planner:
         change = self.changes.get(head.name)
         if change is None or change.full_shape[0] != new:
             raise FormatError(
-                f"an adapter resizes the vocabulary to {new}, but {head.name} of {self.model.label} has {old} rows: "
-                "save both tables with the adapter"
+                f"an adapter resizes the vocabulary to {new}, but {head.name} of {self.model.label} has "
+                f"{old} rows: save both tables with the adapter"
             )
 
 

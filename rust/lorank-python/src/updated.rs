@@ -70,6 +70,7 @@ fn fields<'py>(py: Python<'py>, found: &Comparison) -> PyResult<Bound<'py, PyDic
     fields.set_item("rounded_update", found.rounded_update)?;
     fields.set_item("change", found.change)?;
     fields.set_item("overlap", found.overlap)?;
+    fields.set_item("rounded_error", found.rounded_error)?;
     fields.set_item("error", found.error)?;
     fields.set_item("rounding", found.rounding)?;
     fields.set_item("exact", found.exact)?;

@@ -35,10 +35,12 @@ pub struct Comparison {
     pub update: f64,
     /// Energy of the update after rounding the sum to the type of the found weight.
     pub rounded_update: f64,
-    /// Energy of the found weight minus the base weight.
+    /// Energy of the found weight minus the rounded base weight.
     pub change: f64,
-    /// Inner product of the update and of the found weight minus the base weight.
+    /// Inner product of the rounded update and of the found weight minus the rounded base weight.
     pub overlap: f64,
+    /// Energy of the found weight minus the rounded sum.
+    pub rounded_error: f64,
     /// Energy of the found weight minus the exact sum.
     pub error: f64,
     /// Energy of the rounding of the exact sum to the type of the found weight.
@@ -151,15 +153,16 @@ impl Sums {
         let [sum, before] = &self.rounded;
         let mut part = Comparison { elements: base.len(), ..Comparison::default() };
         for i in 0..base.len() {
-            let (found, update, change) = (self.found[i], updated[i] - base[i], self.found[i] - base[i]);
-            let error = found - updated[i];
+            let (found, update, rounded) = (self.found[i], updated[i] - base[i], sum[i] - before[i]);
+            let (error, change) = (found - updated[i], found - before[i]);
             part.update += update * update;
-            part.rounded_update += (sum[i] - before[i]).powi(2);
+            part.rounded_update += rounded * rounded;
             part.change += change * change;
-            part.overlap += change * update;
+            part.overlap += change * rounded;
+            part.rounded_error += (found - sum[i]).powi(2);
             part.error += error * error;
             part.rounding += (sum[i] - updated[i]).powi(2);
-            part.exact += usize::from(found.to_bits() == sum[i].to_bits() || found == sum[i]);
+            part.exact += usize::from(found == sum[i]);
             part.unchanged += usize::from(found == before[i]);
             if found != sum[i] {
                 part.largest_error = part.largest_error.max(error.abs() / unit(sum[i], self.dtype));
@@ -177,6 +180,7 @@ impl Comparison {
         self.rounded_update += part.rounded_update;
         self.change += part.change;
         self.overlap += part.overlap;
+        self.rounded_error += part.rounded_error;
         self.error += part.error;
         self.rounding += part.rounding;
         self.exact += part.exact;
