@@ -18,6 +18,11 @@ def saved_pair(model: Any, config: Any, folder: Path, **options: Any) -> tuple[P
     """Save a model and a trained adapter; return both folders, and the live model with the adapter."""
     model.save_pretrained(folder / "base", **options)
     adapted = trained(copy.deepcopy(model), config)
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and ("lora_" not in name or "magnitude" in name):
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.data = parameter.data * (1 + 0.1 * noise) + 0.01 * noise.abs()
     adapted.save_pretrained(folder / "adapter")
     return folder / "base", folder / "adapter", adapted
 

@@ -24,7 +24,7 @@ def assert_baked(model: Any, config: Any, folder: Path) -> None:
     assert_equal_models(found, expected)
     before = logits(model)
     assert torch.allclose(logits(found), logits(expected), atol=2e-5)
-    assert not torch.allclose(before, logits(found), atol=1e-4)
+    assert not torch.allclose(before, logits(found), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "lora_bias"])

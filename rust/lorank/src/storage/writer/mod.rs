@@ -220,9 +220,21 @@ fn write_tensor(
             }
             _ => matrix.with_view(buffer, cancel, |view| convert(out, tensor, view, *dtype, cancel)),
         },
-        Content::Streamed { matrices, dtype } => matrices.iter().try_for_each(|matrix| {
-            matrix.stream(buffer, cancel, &mut |values| stream_out(out, tensor, values, *dtype))
-        }),
+        Content::Streamed { matrices, dtype } => {
+            let (path, mut is_named) = (out.path(), false);
+            let mut emit = |values: &[f64]| {
+                let written = stream_out(out, tensor, values, *dtype);
+                is_named = written.is_err();
+                written
+            };
+            let streamed = matrices.iter().try_for_each(|matrix| matrix.stream(buffer, cancel, &mut emit));
+            streamed.map_err(|error| match error {
+                Error::Numerical(reason) if !is_named => {
+                    Error::Numerical(format!("{}: tensor `{}`: {reason}", path.display(), tensor.name))
+                }
+                other => other,
+            })
+        }
         Content::Raw { bytes, .. } => bytes.chunks(COPIED).try_for_each(|piece| {
             cancel.check()?;
             out.bytes(piece)
