@@ -27,7 +27,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """Return a program that bakes, the folder that it should write, and that of another model."""
     folder = tmp_path_factory.mktemp("killed")
     config = LoraConfig(r=4, target_modules=["q_proj"])
-    base, adapter, _ = saved_pair(tiny_models.llama(), config, folder, max_shard_size="30KB")
+    base, adapter, _ = saved_pair(tiny_models.llama(), config, folder, max_shard_size="60KB")
     lorank.bake(base, adapter, folder / "new", progress=False)
     lorank.bake(base, adapter, folder / "old", [-2.0], progress=False)
     text = BAKE.format(base=str(base), adapter=str(adapter), scratch=str(folder / "scratch"))

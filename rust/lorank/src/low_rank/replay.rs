@@ -132,6 +132,7 @@ impl Default for Sums {
 }
 
 impl Sums {
+    #[allow(clippy::float_cmp)] // Values of one type, rounded once, are equal or not.
     fn add(
         &mut self,
         view: &MatrixView<'_>,

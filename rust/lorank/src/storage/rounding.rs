@@ -73,6 +73,7 @@ impl WithSimd for Encode<'_> {
 
     #[inline(always)]
     #[allow(clippy::cast_possible_truncation)] // Rounding is intended.
+    #[allow(clippy::needless_bitwise_bool)] // Without branches, so that loops vectorise.
     fn with_simd<S: Simd>(self, _: S) -> bool {
         let Self { values, dtype, out } = self;
         match dtype {
@@ -108,6 +109,7 @@ fn rounded<const N: usize>(values: &[f64], out: &mut [u8], round: impl Fn(f64) -
 /// to a type with at least two fewer bits equals rounding `x` directly. Rounding to nearest twice would not.
 #[inline(always)]
 #[allow(clippy::cast_possible_truncation)]
+#[allow(clippy::needless_bitwise_bool)] // Without branches, so that loops vectorise.
 fn to_odd(x: f64) -> f32 {
     let nearest = x as f32;
     let bits = nearest.to_bits();
@@ -116,7 +118,7 @@ fn to_odd(x: f64) -> f32 {
     let away_from_zero = f64::from(nearest).abs() < x.abs();
     let neighbour = if away_from_zero { bits.wrapping_add(1) } else { bits.wrapping_sub(1) };
     let keeps = is_exact | !nearest.is_finite() | (bits & 1 == 1);
-    f32::from_bits(if keeps { bits } else { neighbour }) // Without branches, so that loops vectorise.
+    f32::from_bits(if keeps { bits } else { neighbour })
 }
 
 #[cfg(test)]
