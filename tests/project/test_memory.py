@@ -18,7 +18,10 @@ import re, sys, lorank
 print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """
 ANALYZE = "lorank.analyze(sys.argv[1], threads=2, progress=False)"
-BAKE = "lorank.bake(sys.argv[1], sys.argv[2], sys.argv[3], threads=2, progress=False)"
+BAKE = """
+lorank.bake(sys.argv[1], sys.argv[2], sys.argv[3], threads=2, progress=False)
+assert "torch" not in sys.modules
+"""
 VERIFY = "assert lorank.verify(*sys.argv[1:], threads=2, progress=False).status == 'holds'"
 EXTRACT = "lorank.extract(*sys.argv[1:], avg_rank=2, max_rank=4, threads=2, progress=False)"
 
