@@ -1,9 +1,9 @@
-"""`lorank bake` against PEFT's `merge_and_unload` and `save_pretrained` in one run: ``python -m benches.bake``.
+"""`lorank bake` against PEFT's merge in one run: ``python -m benches.bake``.
 
-The base model is SmolLM2-135M in float32 and in bfloat16, with cached files; the adapter of rank 16 adapts all
-linear layers of all blocks. Every contender runs in a new process; the clock starts after imports. The time of
-lorank covers reading, adding, writing, and the transfer to the disk. The time of PEFT is given twice: with
-loading of the model and the adapter, and from `merge_and_unload` on. PEFT does not wait for the disk.
+The base model is SmolLM2-135M in float32 and in bfloat16, with cached files; the adapter of rank 16 adapts
+all linear layers of all blocks. Every contender runs in a new process; the clock starts after imports. The
+time of lorank covers reading, adding, writing, and the transfer to the disk. The time of PEFT is given twice:
+with loading of the model and the adapter, and from `merge_and_unload` on. PEFT does not wait for the disk.
 """
 
 from __future__ import annotations

@@ -185,6 +185,7 @@ class _Planner:
         self.changes: dict[str, Change] = {}
         self.notes: list[str] = []
         self.settings: dict[str, Any] = {}
+        self.recent = terms.RecentFactors()
 
     def save(self, saved: SavedTensors) -> None:
         """Replace tensors by the tensors that adapters save, or add new ones."""
@@ -271,11 +272,12 @@ class _Planner:
                 f"{self.model.label}: tensor {tensor.name!r} holds {tensor.dtype} values, not weights"
             )
 
-    @staticmethod
-    def _addition(module: LoraModule, to: Destination, weight: float) -> Addition:
+    def _addition(self, module: LoraModule, to: Destination, weight: float) -> Addition:
         if to.block is None:
-            return terms.product(module, to.copy, weight, transposed=to.transposed)
-        return terms.part_of_product(module, to.copy, weight, to.block, to.shape, transposed=to.transposed)
+            return terms.product(self.recent, module, to.copy, weight, transposed=to.transposed)
+        return terms.part_of_product(
+            self.recent, module, to.copy, weight, to.block, to.shape, transposed=to.transposed
+        )
 
     def _norms(self, adapter: AdapterContent, module: LoraModule, key: str, to: Destination) -> Norms:
         if to.block is not None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank._core import Matrix
+from lorank.adapters.factors import Pair
 from lorank.adapters.module import LoraModule
 from lorank.baking.blocks import Block
 from lorank.sources import arrays
@@ -37,11 +38,33 @@ class Addition:
     load: Callable[[], Term] = field(repr=False)
 
 
-def product(module: LoraModule, copy: int, weight: float, *, transposed: bool) -> Addition:
+class RecentFactors:
+    """The factors of recently used modules, because reading a stack gives the factors of all experts."""
+
+    _MOST = 4
+
+    def __init__(self) -> None:
+        self._pairs: dict[int, Sequence[Pair]] = {}
+
+    def pair(self, module: LoraModule, copy: int) -> Pair:
+        """Return B and A of a copy of a module, which must stay alive."""
+        pairs = self._pairs.pop(id(module), None) or module.factors()
+        if module.copies > 1:
+            self._pairs[id(module)] = pairs
+        while len(self._pairs) > self._MOST:
+            del self._pairs[next(iter(self._pairs))]
+        return pairs[copy]
+
+
+def product(
+    recent: RecentFactors, module: LoraModule, copy: int, weight: float, *, transposed: bool
+) -> Addition:
     """Return the update of a whole matrix by one copy of a module.
 
     Parameters
     ----------
+    recent
+        The reader of factors.
     module, copy
         The adapted module, and the index of the expert.
     weight
@@ -49,24 +72,31 @@ def product(module: LoraModule, copy: int, weight: float, *, transposed: bool) -
     transposed
         True if the matrix is stored as ``(in, out)``.
     """
-    return Addition(module.name, partial(_whole, module, copy, weight, transposed))
+    return Addition(module.name, partial(_whole, recent, module, copy, weight, transposed))
 
 
 def part_of_product(
-    module: LoraModule, copy: int, weight: float, block: Block, shape: tuple[int, int], *, transposed: bool
+    recent: RecentFactors,
+    module: LoraModule,
+    copy: int,
+    weight: float,
+    block: Block,
+    shape: tuple[int, int],
+    *,
+    transposed: bool,
 ) -> Addition:
     """Return the update of a matrix that holds a block of a parameter.
 
     Parameters
     ----------
-    module, copy, weight, transposed
+    recent, module, copy, weight, transposed
         As in `product`, for the parameter.
     block
         The block of the parameter, and its place in the matrix.
     shape
         The stored shape of the matrix.
     """
-    return Addition(module.name, partial(_part, module, copy, weight, block, shape, transposed))
+    return Addition(module.name, partial(_part, recent, module, copy, weight, block, shape, transposed))
 
 
 def vector(module: str, values: Array, weight: float) -> Addition:
@@ -87,12 +117,13 @@ def new_rows(module: str, old: Array, new: Array, indices: Sequence[int], count:
     return Addition(module, load)
 
 
-def _whole(module: LoraModule, copy: int, weight: float, transposed: bool) -> Term:
-    b, a = module.factors()[copy]
+def _whole(recent: RecentFactors, module: LoraModule, copy: int, weight: float, transposed: bool) -> Term:
+    b, a = recent.pair(module, copy)
     return b, a, weight * module.scaling, transposed
 
 
 def _part(
+    recent: RecentFactors,
     module: LoraModule,
     copy: int,
     weight: float,
@@ -100,7 +131,7 @@ def _part(
     shape: tuple[int, int],
     transposed: bool,
 ) -> Term:
-    b, a = (x.to_array() for x in module.factors()[copy])
+    b, a = (x.to_array() for x in recent.pair(module, copy))
     left, right = (a.T, b.T) if transposed else (b, a)
     left, right = left[block.target_rows.indices()], right[:, block.target_cols.indices()]
     if block.transposed:
