@@ -306,7 +306,10 @@ struct Space {
 impl Space {
     fn new(height: usize, cols: usize) -> Result<Self> {
         let space = |width: usize| zeros(height.saturating_mul(width), MEMORY);
-        Ok(Self { base: space(cols)?, product: space(padded::<f64>(cols))?, updated: space(cols)?, cols })
+        let width = padded::<f64>(cols);
+        // One more row, so that the last row of a strip that begins within a row is complete.
+        let product = zeros(height.saturating_add(1).saturating_mul(width), MEMORY)?;
+        Ok(Self { base: space(cols)?, product, updated: space(cols)?, cols })
     }
 
     /// Computes the rows `within` a view, of which the first is the row `first` of the weight.
@@ -321,7 +324,7 @@ impl Space {
         let (count, width) = (within.len(), factors.width);
         let base = &mut self.base[..count * self.cols];
         view.upcast_rows(within, 1.0, base);
-        let product = &mut self.product[..count * width];
+        let product = &mut self.product[..(count + 1) * width];
         if factors.left.is_empty() || factors.right.is_empty() {
             product.fill(0.0);
         } else {
@@ -329,7 +332,7 @@ impl Space {
             for strip in blocks_of(0..width, STRIP) {
                 let right = &factors.right[strip.start..];
                 let right = Panel { values: right, stride: width, cols: strip.len() };
-                multiply_transposed(left, right, (&mut product[strip.start..], width));
+                multiply_transposed(left, right, (&mut product[strip.start..][..count * width], width));
             }
         }
         let updated = &mut self.updated[..count * self.cols];
