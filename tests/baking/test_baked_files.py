@@ -214,3 +214,22 @@ def test_command_prints_json(tmp_path: Path) -> None:
     code, _, errors = outcome("bake", adapter, adapter, "-o", tmp_path / "other", "--quiet")
     assert code == 1
     assert "not a model" in errors
+
+
+@pytest.mark.parametrize("shape", [(300, 700), (700, 300), (40, 5000), (2000, 520)])
+def test_wide_matrices_are_updated_in_every_row(shape: tuple[int, int], tmp_path: Path) -> None:
+    """Every element is computed, also where a matrix has several blocks of rows and strips of columns."""
+    generator = torch.Generator().manual_seed(0)
+    weight, b, a = (torch.randn(s, generator=generator) for s in (shape, (shape[0], 5), (5, shape[1])))
+    save_file({"layer.proj.weight": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "adapter").mkdir()
+    stem = "base_model.model.layer.proj"
+    factors = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 5, "lora_alpha": 5, "target_modules": ["proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    model = tmp_path / "model.safetensors"
+    baked = lorank.bake(model, tmp_path / "adapter", tmp_path / "baked", progress=False)
+    found = load_file(baked.path / "model.safetensors")["layer.proj.weight"]
+    expected = weight.double() + b.double() @ a.double()
+    assert (found.double() - expected).abs().max() < 1e-5
