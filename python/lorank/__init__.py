@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lorank.allocation.budget import fit_ranks
     from lorank.allocation.rank_allocation import RankAllocation
     from lorank.analysis.matrices import analyze
+    from lorank.baking.bake import bake
+    from lorank.baking.verify import verify
     from lorank.compression.fisher import fisher_scores
     from lorank.compression.product import product_svd
     from lorank.operations import compress, elastic, extract, family, merge
@@ -43,6 +45,7 @@ _LAZY = {
     "allocate": "allocation.allocate",
     "alpha_hill": "statistics.hill",
     "analyze": "analysis.matrices",
+    "bake": "baking.bake",
     "check": "runtimes",
     "compress": "operations",
     "elastic": "operations",
@@ -57,6 +60,7 @@ _LAZY = {
     "profile_tasks": "profiling",
     "spectrum": "statistics.spectrum",
     "task_spectrum": "task_spectra",
+    "verify": "baking.verify",
 }
 
 __all__ = [
@@ -75,6 +79,7 @@ __all__ = [
     "allocate",
     "alpha_hill",
     "analyze",
+    "bake",
     "check",
     "compress",
     "elastic",
@@ -90,6 +95,7 @@ __all__ = [
     "spectrum",
     "task_spectrum",
     "training",
+    "verify",
 ]
 
 # `import lorank` makes these packages attributes, as it did when it imported them.

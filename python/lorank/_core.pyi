@@ -15,12 +15,14 @@ __all__ = [
     "LorankError",
     "Matrix",
     "NumericalError",
+    "UpdatedMatrix",
     "__version__",
     "_panicking_matrix",
     "alpha_hill",
     "analyze",
     "available_threads",
     "check_thread_memory",
+    "compare",
     "copy_mapped",
     "decompose",
     "energy_rank",
@@ -78,6 +80,15 @@ class Decomposition:
     @property
     def singular_values(self) -> npt.NDArray[np.float64]: ...
 
+@final
+class UpdatedMatrix:
+    def __new__(
+        cls,
+        base: Matrix,
+        terms: Sequence[tuple[Matrix, Matrix, float, bool]],
+        magnitude: tuple[Sequence[float], bool] | None = None,
+    ) -> UpdatedMatrix: ...
+
 def _panicking_matrix(rows: int, cols: int) -> Matrix: ...
 def available_threads() -> int: ...
 def check_thread_memory() -> None: ...
@@ -112,6 +123,11 @@ def subtract(
     threads: int,
     on_result: Callable[[int, Any], object],
 ) -> None: ...
+def compare(
+    pairs: Sequence[tuple[UpdatedMatrix, Matrix]],
+    threads: int,
+    on_result: Callable[[int, Any], object],
+) -> None: ...
 def select_largest(scores: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_]: ...
 def select_smallest(scores: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_]: ...
 def select_energy(values: npt.NDArray[np.float64], fraction: float) -> npt.NDArray[np.bool_]: ...
@@ -121,7 +137,9 @@ def select_budget(
 def exchange(a: str | PathLike[str], b: str | PathLike[str]) -> None: ...
 def write_safetensors(
     path: str | PathLike[str],
-    tensors: Sequence[tuple[str, Sequence[int], Matrix | tuple[Checkpoint, int] | bytes, str]],
+    tensors: Sequence[
+        tuple[str, Sequence[int], Matrix | tuple[Checkpoint, int] | bytes | list[UpdatedMatrix], str]
+    ],
     metadata: Mapping[str, str],
     threads: int,
     seal: tuple[str, bytes] | None = None,

@@ -32,6 +32,7 @@ TOP_LEVEL = {
     "adapters",
     "allocation",
     "analysis",
+    "baking",
     "cli",
     "compression",
     "modules",

@@ -18,6 +18,11 @@ import re, sys, lorank
 print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """
 ANALYZE = "lorank.analyze(sys.argv[1], threads=2, progress=False)"
+BAKE = """
+lorank.bake(sys.argv[1], sys.argv[2], sys.argv[3], threads=2, progress=False)
+assert "torch" not in sys.modules
+"""
+VERIFY = "assert lorank.verify(*sys.argv[1:], threads=2, progress=False).status == 'holds'"
 EXTRACT = "lorank.extract(*sys.argv[1:], avg_rank=2, max_rank=4, threads=2, progress=False)"
 
 
@@ -68,3 +73,29 @@ def test_extraction_holds_a_few_matrices_of_two_sharded_checkpoints(
     assert peaks[1] <= 1.25 * peaks[0], peaks
     # Keeping either checkpoint in memory would exceed this growth.
     assert (peaks[1] - peaks[0]) * 1024 < 0.4 * (layers[1] - layers[0]) * np.prod(shape) * 4
+
+
+@needs_proc
+def test_baking_holds_blocks_of_matrices(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    peaks = {}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["up_proj"]}
+    for layers in (5, 20):
+        base, adapter = tmp_path / f"base{layers}", tmp_path / f"adapter{layers}"
+        base.mkdir()
+        adapter.mkdir()
+        names = [f"model.layers.{i}.mlp.up_proj" for i in range(layers)]
+        weights = {f"{name}.weight": rng.standard_normal((1024, 4096)).astype(np.float32) for name in names}
+        save_file(weights, base / "model.safetensors")
+        factors = {
+            f"base_model.model.{name}.lora_{side}.weight": rng.standard_normal(shape).astype(np.float32)
+            for name in names
+            for side, shape in (("A", (4, 4096)), ("B", (1024, 4)))
+        }
+        save_file(factors, adapter / "adapter_model.safetensors")
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        peaks[layers] = peak(BAKE, base, adapter, tmp_path / f"baked{layers}")
+        peak(VERIFY, base, adapter, tmp_path / f"baked{layers}")
+    assert peaks[20] <= 1.15 * peaks[5], peaks
+    # A few matrices of 16 MB, on two threads, beside the interpreter.
+    assert peaks[20] < 150 * 1024, peaks

@@ -50,10 +50,10 @@ def assert_one_line(arguments: Sequence[object], *named: object) -> int:
     Usage errors are framed by several lines. The line must contain the given names.
     """
     status, out, errors = outcome(*arguments)
-    assert status in (0, 1, 2), (arguments, status, errors)
+    assert status in (0, 1, 2, 3), (arguments, status, errors)
     assert "Traceback" not in out + errors, (arguments, errors)
     assert "internal error" not in errors, (arguments, errors)
-    if status == 1:
+    if status in (1, 3):
         last = errors.splitlines()[-1]
         assert last.startswith("lorank: "), (arguments, errors)
         assert all(str(name) in last for name in named), (arguments, last)

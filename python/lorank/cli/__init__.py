@@ -11,8 +11,21 @@ with ending_signals_exit():  # Imports take most of the time of a short command.
     import typer
 
     import lorank
-    from lorank.cli import allocate, analyze, check, compress, extract, family, info, merge, report, task
-    from lorank.cli.errors import IncompleteError, UsageError
+    from lorank.cli import (
+        allocate,
+        analyze,
+        bake,
+        check,
+        compress,
+        extract,
+        family,
+        info,
+        merge,
+        report,
+        task,
+        verify,
+    )
+    from lorank.cli.errors import IncompleteError, UndecidedError, UsageError
     from lorank.cli.group import CommandGroup
     from lorank.cli.output import print_message
     from lorank.cli.process import conventional
@@ -32,6 +45,8 @@ app.command()(compress.compress)
 app.command()(family.family)
 app.command()(merge.merge)
 app.command()(extract.extract)
+app.command()(bake.bake)
+app.command()(verify.verify)
 app.command()(check.check)
 app.command()(info.info)
 _debug = False
@@ -57,11 +72,13 @@ def _options(
 
 @conventional
 def main() -> None:
-    """Run the command line; an error prints one line and exits with status 1, or 2 for wrong usage."""
+    """Run the command line; an error prints one line and exits with status 1, 2 or 3 (see `errors`)."""
     try:
         app()
     except UsageError as error:
         _fail(f"usage: {error}", 2)
+    except UndecidedError as error:
+        _fail(str(error), 3)
     except (
         lorank.LorankError,
         IncompleteError,

@@ -9,3 +9,7 @@ class UsageError(Exception):
 
 class IncompleteError(Exception):
     """The command finished, but some items failed: exit status 1."""
+
+
+class UndecidedError(Exception):
+    """The command finished, but the files do not decide the question: exit status 3."""

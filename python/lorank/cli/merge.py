@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,10 +21,10 @@ from lorank.cli.adapter_options import (
     Scope,
 )
 from lorank.cli.adapter_output import AdapterOutput
-from lorank.cli.errors import UsageError
 from lorank.cli.knobs import checked_knobs
 from lorank.cli.options import Json, Overwrite, Quiet, Threads
 from lorank.cli.spelling import spelled_as_options
+from lorank.cli.weights import weighted
 
 
 def merge(
@@ -74,35 +72,9 @@ def merge(
         max_rank=max_rank,
         scope=scope,
     )
-    paths, weights = _weighted(adapters)
+    paths, weights = weighted(adapters)
     target = AdapterOutput(output, profile, dtype, overwrite, threads, json_output, modules)
     target.check()
     with spelled_as_options():
         result = lorank.merge(paths, weights, force=force, threads=threads, progress=not quiet, **knobs)
     target.write(result)
-
-
-def _weighted(arguments: list[str]) -> tuple[list[str], list[float] | None]:
-    """Parse ``PATH`` or ``PATH:WEIGHT`` arguments to paths and weights; None without weights."""
-    parts = [_weight(argument) for argument in arguments]
-    paths, weights = [path for path, _ in parts], [weight for _, weight in parts]
-    if all(weight is None for weight in weights):
-        return paths, None
-    if any(weight is None for weight in weights):
-        raise UsageError("give a weight to every adapter or to none: A:0.7 B:0.3")
-    return paths, [weight for weight in weights if weight is not None]
-
-
-def _weight(argument: str) -> tuple[str, float | None]:
-    path, colon, text = argument.rpartition(":")
-    if not colon or Path(argument).exists():
-        return argument, None
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise UsageError(
-            f"{argument}: the path does not exist, and {text!r} is not a finite weight of {path}"
-        )
-    return path, weight

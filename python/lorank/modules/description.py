@@ -30,8 +30,8 @@ _CHILD = """
 import json, sys
 question = json.load(sys.stdin)
 sys.path[:] = question["path"]
-from lorank.modules.description import answer
-answer(question)
+import importlib
+importlib.import_module(question["module"]).answer(question)
 """
 _TIME_LIMIT = 600.0  # seconds
 
@@ -67,7 +67,25 @@ def describe_model(config: ModelConfig, shapes: Shapes) -> Description | Unknown
         return library
     if library in sys.modules or not sys.executable:
         return _described(config, shapes)
-    question = {
+    content = ask_child(__name__, config, shapes)
+    return content if isinstance(content, Unknown) else _from_json(content, config, shapes)
+
+
+def ask_child(module: str, config: ModelConfig, shapes: Shapes, **question: Any) -> Any:
+    """Return the JSON values that a module's function `answer` prints in a child process, or why it fails.
+
+    Parameters
+    ----------
+    module
+        The dotted name of the module, whose function takes one mapping.
+    config, shapes
+        The configuration, and the shapes of tensors, as in `describe_model`.
+    **question
+        Further JSON values for the function.
+    """
+    asked = {
+        **question,
+        "module": module,
         "path": [*map(str, sys.path)],
         "folder": str(config.folder),
         "config": config.content,
@@ -76,19 +94,18 @@ def describe_model(config: ModelConfig, shapes: Shapes) -> Description | Unknown
     try:
         child = subprocess.run(
             [sys.executable, "-c", _CHILD],
-            input=json.dumps(question),
+            input=json.dumps(asked),
             capture_output=True,
             text=True,
             timeout=_TIME_LIMIT,
             check=False,
         )
-        content = json.loads(child.stdout)
+        return json.loads(child.stdout)
     except subprocess.TimeoutExpired:
-        return Unknown(f"{library} did not build the model within {_TIME_LIMIT:.0f} s", True)
+        return Unknown(f"{config.library} did not build the model within {_TIME_LIMIT:.0f} s", True)
     except ValueError:
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        return Unknown(f"{library} could not describe the model: {lines[-1][:200]}", True)
-    return _from_json(content, config, shapes)
+        return Unknown(f"{config.library} could not describe the model: {lines[-1][:200]}", True)
 
 
 def answer(question: Mapping[str, Any]) -> None:

@@ -48,6 +48,12 @@ def download_model(hub_id: str) -> Path:
     return _snapshot(hub_id, [safetensors, pickles], _has_all_weights)
 
 
+def download_checkpoint(hub_id: str) -> Path:
+    """Return the local folder of a hub model with its safetensors files, settings and tokenizer."""
+    beside = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*"]
+    return _snapshot(hub_id, [["*.safetensors", *beside]], _has_all_weights)
+
+
 def download_config(hub_id: str) -> Path:
     """Return a local folder with the `config.json` of a hub model, with or without its weights."""
     name = model_config.FILE_NAME

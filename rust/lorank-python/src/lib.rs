@@ -14,6 +14,7 @@ mod matrix;
 mod reserve;
 mod selection;
 mod statistics;
+mod updated;
 mod writing;
 
 #[global_allocator]
@@ -40,6 +41,8 @@ mod _core {
         marchenko_pastur_median, spectral_metrics, spectrum,
     };
 
+    #[pymodule_export]
+    use crate::updated::{UpdatedMatrix, compare};
     #[pymodule_export]
     use crate::writing::{exchange, write_safetensors};
 

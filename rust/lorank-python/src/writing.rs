@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
 use lorank::safetensors_writer::{Content, OutTensor, Seal, write, write_sealed};
-use lorank::source::StoredMatrix;
+use lorank::source::{StoredMatrix, Streamed};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -15,6 +16,7 @@ use crate::detached::detached_quiet;
 use crate::errors::to_py;
 use crate::list::List;
 use crate::matrix::{Checkpoint, Matrix};
+use crate::updated::UpdatedMatrix;
 
 /// The source of a tensor's values, as passed by Python.
 #[derive(FromPyObject)]
@@ -23,6 +25,8 @@ pub enum PyContent<'py> {
     Matrix(Bound<'py, Matrix>),
     /// A checkpoint, and the position of a tensor in it.
     Stored(Bound<'py, Checkpoint>, usize),
+    /// Weights with their updates, one after the other, written with the given element type.
+    Updated(Vec<Bound<'py, UpdatedMatrix>>),
     /// Bytes of the given element type.
     Raw(PyBackedBytes),
 }
@@ -30,6 +34,7 @@ pub enum PyContent<'py> {
 /// The source of a tensor's values, independent of Python.
 enum Held {
     Values(StoredMatrix, DType),
+    Updated(Vec<Arc<dyn Streamed>>, DType),
     Stored(StoredTensor),
     Raw(PyBackedBytes, String),
 }
@@ -59,6 +64,7 @@ pub fn write_safetensors(
                 shape: shape.clone(),
                 content: match values {
                     Held::Values(matrix, dtype) => Content::Values { matrix, dtype: *dtype },
+                    Held::Updated(matrices, dtype) => Content::Streamed { matrices, dtype: *dtype },
                     Held::Stored(tensor) => Content::Stored(tensor),
                     Held::Raw(bytes, dtype) => Content::Raw { bytes, dtype: dtype.clone() },
                 },
@@ -82,12 +88,17 @@ pub fn exchange(a: PathBuf, b: PathBuf) -> PyResult<()> {
 
 fn hold(content: PyContent<'_>, dtype: String) -> PyResult<Held> {
     Ok(match content {
-        PyContent::Matrix(matrix) => {
-            let parsed = DType::from_safetensors(&dtype)
-                .ok_or_else(|| PyValueError::new_err(format!("cannot write values as {dtype}")))?;
-            Held::Values(matrix.get().0.clone(), parsed)
+        PyContent::Matrix(matrix) => Held::Values(matrix.get().0.clone(), parsed(&dtype)?),
+        PyContent::Updated(parts) => {
+            let matrices = parts.iter().map(|part| Arc::new(part.get().0.clone()) as Arc<dyn Streamed>);
+            Held::Updated(matrices.collect(), parsed(&dtype)?)
         }
         PyContent::Stored(checkpoint, position) => Held::Stored(checkpoint.get().tensor(position)?.clone()),
         PyContent::Raw(bytes) => Held::Raw(bytes, dtype),
     })
+}
+
+fn parsed(dtype: &str) -> PyResult<DType> {
+    DType::from_safetensors(dtype)
+        .ok_or_else(|| PyValueError::new_err(format!("cannot write values as {dtype}")))
 }

@@ -37,7 +37,9 @@ pub mod svd;
 
 pub use eigen::sampled;
 pub use exec::{cancel, panics, parallel, process_lock, scratch as workspace};
-pub use low_rank::{decompose as product_svd, difference as difference_svd, select, truncation};
+pub use low_rank::{
+    decompose as product_svd, difference as difference_svd, replay, select, truncation, updated,
+};
 pub use matrix::dtype;
 pub use statistics::{effective_rank, hill, marchenko_pastur, metrics, powerlaw, spectrum};
 pub use storage::{checkpoint, exchange, mapped, safetensors, source, writer as safetensors_writer};

@@ -6,7 +6,7 @@ mod digest;
 pub mod exchange;
 pub mod mapped;
 mod revision;
-mod rounding;
+pub(crate) mod rounding;
 pub mod safetensors;
 pub mod source;
 pub mod writer;

@@ -1,7 +1,12 @@
 //! Rounding of float64 to the element types of files, in a single step.
 
-use half::{bf16, f16};
+// Measured without forced inlining: loops stay outside of the functions that are compiled for wide vectors.
+#![allow(clippy::inline_always)]
 
+use half::{bf16, f16};
+use pulp::{Simd, WithSimd};
+
+use crate::kernels::simd::dispatch;
 use crate::matrix::dtype::DType;
 
 /// Returns true if all elements are finite: no exponent consists of ones only.
@@ -47,18 +52,73 @@ pub(crate) fn encode(x: f64, dtype: DType, out: &mut Vec<u8>) -> bool {
     }
 }
 
+/// Writes elements to all of `out`, each rounded as by [`encode`]. Returns true if all are finite before and
+/// after rounding.
+///
+/// # Panics
+/// Panics unless `out` has the size of as many elements.
+pub(crate) fn encode_all(values: &[f64], dtype: DType, out: &mut [u8]) -> bool {
+    assert_eq!(out.len(), values.len() * dtype.size(), "one place per element");
+    dispatch(Encode { values, dtype, out })
+}
+
+struct Encode<'a> {
+    values: &'a [f64],
+    dtype: DType,
+    out: &'a mut [u8],
+}
+
+impl WithSimd for Encode<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)] // Rounding is intended.
+    #[allow(clippy::needless_bitwise_bool)] // Without branches, so that loops vectorise.
+    fn with_simd<S: Simd>(self, _: S) -> bool {
+        let Self { values, dtype, out } = self;
+        match dtype {
+            DType::F64 => rounded(values, out, |x| (x.to_le_bytes(), x.is_finite())),
+            DType::F32 => rounded(values, out, |x| ((x as f32).to_le_bytes(), (x as f32).is_finite())),
+            DType::F16 => rounded(values, out, |x| {
+                let y = f16::from_f32(to_odd(x));
+                (y.to_le_bytes(), y.is_finite())
+            }),
+            DType::Bf16 => rounded(values, out, |x| {
+                let bits = to_odd(x).to_bits();
+                // Half of the last place that stays, less one in the last bit of all if the result is even.
+                let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+                ((nearest as u16).to_le_bytes(), x.is_finite() & (nearest & 0x7f80 != 0x7f80))
+            }),
+            DType::F8E4M3 | DType::F8E5M2 => false,
+        }
+    }
+}
+
+#[inline(always)]
+fn rounded<const N: usize>(values: &[f64], out: &mut [u8], round: impl Fn(f64) -> ([u8; N], bool)) -> bool {
+    let mut all = true;
+    for (place, x) in out.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+        let (bytes, is_finite) = round(*x);
+        *place = bytes;
+        all &= is_finite;
+    }
+    all
+}
+
 /// Rounds to odd: returns a float32 whose last bit is 1 unless the conversion is exact. Rounding the result
 /// to a type with at least two fewer bits equals rounding `x` directly. Rounding to nearest twice would not.
+#[inline(always)]
 #[allow(clippy::cast_possible_truncation)]
+#[allow(clippy::needless_bitwise_bool)] // Without branches, so that loops vectorise.
 fn to_odd(x: f64) -> f32 {
     let nearest = x as f32;
+    let bits = nearest.to_bits();
     let is_exact = f64::from(nearest).to_bits() == x.to_bits();
-    if is_exact || !nearest.is_finite() || nearest.to_bits() & 1 == 1 {
-        return nearest;
-    }
     // Even and inexact: the odd neighbour on the other side of `x`.
     let away_from_zero = f64::from(nearest).abs() < x.abs();
-    f32::from_bits(if away_from_zero { nearest.to_bits() + 1 } else { nearest.to_bits() - 1 })
+    let neighbour = if away_from_zero { bits.wrapping_add(1) } else { bits.wrapping_sub(1) };
+    let keeps = is_exact | !nearest.is_finite() | (bits & 1 == 1);
+    f32::from_bits(if keeps { bits } else { neighbour })
 }
 
 #[cfg(test)]
@@ -103,6 +163,9 @@ mod tests {
             let mut bytes = Vec::new();
             let mut got = [0.0f64];
             let fits = encode(x, dtype, &mut bytes);
+            let mut many = vec![0; 9 * bytes.len()];
+            assert_eq!(encode_all(&[x; 9], dtype, &mut many), fits, "{x:e} {dtype:?}");
+            assert_eq!(many, bytes.repeat(9), "{x:e} {dtype:?}");
             dtype.decode(&bytes, 1.0, &mut got);
             let expected = nearest(x, format);
             assert_eq!(fits, expected.is_some(), "{x:e} {dtype:?}");

@@ -1,6 +1,7 @@
 //! Matrices in memory, in files, or computed on demand.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::exec::aligned_bytes::AlignedBytes;
@@ -54,6 +55,23 @@ pub trait Computed: Send + Sync {
     /// # Errors
     /// The errors of the computation, and of reading its inputs.
     fn compute(&self, out: &mut [u8], parts: &mut Parts, cancel: &CancelToken) -> Result<()>;
+}
+
+/// A matrix that is computed in blocks of rows, for a reader that needs each block only once.
+pub trait Streamed: fmt::Debug + Send + Sync {
+    /// Returns the numbers of rows and columns.
+    fn shape(&self) -> (usize, usize);
+
+    /// Computes all rows in order and passes them to `emit`, row-major and several rows at a time.
+    ///
+    /// # Errors
+    /// The errors of the computation, of reading its inputs, and of `emit`.
+    fn stream(
+        &self,
+        buffer: &mut Buffer,
+        cancel: &CancelToken,
+        emit: &mut dyn FnMut(&[f64]) -> Result<()>,
+    ) -> Result<()>;
 }
 
 /// A matrix that is loaded as a [`MatrixView`] when it is needed.
@@ -177,6 +195,18 @@ impl StoredMatrix {
     #[must_use]
     pub const fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Returns consecutive rows as a matrix of their own, if they can be read without the other rows.
+    pub(crate) fn rows_alone(&self, rows: Range<usize>) -> Option<Self> {
+        let Storage::File { tensor, start, .. } = &self.storage else { return None };
+        let line = self.shape.1 * self.dtype.size();
+        let storage = Storage::File {
+            tensor: tensor.clone(),
+            start: start + rows.start * line,
+            len: rows.len() * line,
+        };
+        Some(Self { storage, shape: (rows.len(), self.shape.1), ..self.clone() })
     }
 
     /// Calls `work` with a view. A matrix that is not in memory is first read or computed into `buffer`.

@@ -23,7 +23,7 @@ use crate::matrix::MatrixView;
 use crate::matrix::dtype::DType;
 use crate::storage::atomic_file::{AtomicFile, Pending, Sink};
 use crate::storage::digest::{self, DigestedTensor};
-use crate::storage::rounding::{all_finite, encode};
+use crate::storage::rounding::{all_finite, encode, encode_all};
 use crate::storage::source::Buffer;
 use crate::storage::writer::header::{Header, header, layout};
 use crate::storage::writer::recorded::Recorded;
@@ -220,6 +220,21 @@ fn write_tensor(
             }
             _ => matrix.with_view(buffer, cancel, |view| convert(out, tensor, view, *dtype, cancel)),
         },
+        Content::Streamed { matrices, dtype } => {
+            let (path, mut is_named) = (out.path(), false);
+            let mut emit = |values: &[f64]| {
+                let written = stream_out(out, tensor, values, *dtype);
+                is_named = written.is_err();
+                written
+            };
+            let streamed = matrices.iter().try_for_each(|matrix| matrix.stream(buffer, cancel, &mut emit));
+            streamed.map_err(|error| match error {
+                Error::Numerical(reason) if !is_named => {
+                    Error::Numerical(format!("{}: tensor `{}`: {reason}", path.display(), tensor.name))
+                }
+                other => other,
+            })
+        }
         Content::Raw { bytes, .. } => bytes.chunks(COPIED).try_for_each(|piece| {
             cancel.check()?;
             out.bytes(piece)
@@ -234,6 +249,30 @@ fn write_tensor(
 fn not_finite(path: &Path, tensor: &OutTensor<'_>) -> Error {
     let (path, name) = (path.display(), &tensor.name);
     Error::Numerical(format!("{path}: tensor `{name}`: holds NaN or infinite values"))
+}
+
+/// Writes values, rounded once.
+fn stream_out(
+    out: &mut Recorded<'_, '_>,
+    tensor: &OutTensor<'_>,
+    values: &[f64],
+    dtype: DType,
+) -> Result<()> {
+    let path = out.path();
+    out.put(values.len() * dtype.size(), |place| {
+        if encode_all(values, dtype, place) {
+            return Ok(());
+        }
+        match values.iter().find(|x| !encode(**x, dtype, &mut Vec::new())) {
+            Some(bad) if bad.is_finite() => Err(unfitting(path, tensor, *bad, dtype)),
+            _ => Err(not_finite(path, tensor)),
+        }
+    })
+}
+
+fn unfitting(path: &Path, tensor: &OutTensor<'_>, bad: f64, dtype: DType) -> Error {
+    let (path, name) = (path.display(), &tensor.name);
+    Error::Numerical(format!("{path}: tensor `{name}`: {bad:e} does not fit into {}", dtype.name()))
 }
 
 /// Writes the rows of a view, piece by piece.
@@ -270,9 +309,7 @@ fn convert(
                 if !bad.is_finite() {
                     return Err(not_finite(out.path(), tensor));
                 }
-                let (path, name) = (out.path().display(), &tensor.name);
-                let reason = format!("{bad:e} does not fit into {}", dtype.name());
-                return Err(Error::Numerical(format!("{path}: tensor `{name}`: {reason}")));
+                return Err(unfitting(out.path(), tensor, *bad, dtype));
             }
             out.bytes(&bytes)?;
         }

@@ -1,9 +1,11 @@
 //! Tensors to be written, and the sources of their values.
 
+use std::sync::Arc;
+
 use crate::matrix::dtype::DType;
 use crate::storage::checkpoint::StoredTensor;
 use crate::storage::safetensors::bits_per_element;
-use crate::storage::source::StoredMatrix;
+use crate::storage::source::{StoredMatrix, Streamed};
 use crate::{Error, Result};
 
 /// A tensor to be written.
@@ -42,6 +44,13 @@ pub enum Content<'a> {
         /// Element type in the file.
         dtype: DType,
     },
+    /// The rows of several matrices, rounded as in [`Values`](Self::Values). Each matrix is computed in blocks.
+    Streamed {
+        /// Matrices with as many elements as the shape requires, in the order of the tensor.
+        matrices: &'a [Arc<dyn Streamed>],
+        /// Element type in the file.
+        dtype: DType,
+    },
     /// Bytes, written unchanged.
     Raw {
         /// Bytes, as many as shape and type require.
@@ -56,15 +65,16 @@ pub enum Content<'a> {
 impl OutTensor<'_> {
     pub(super) fn dtype(&self) -> &str {
         match &self.content {
-            Content::F64 { dtype, .. } | Content::F32 { dtype, .. } | Content::Values { dtype, .. } => {
-                match dtype {
-                    DType::F64 => "F64",
-                    DType::F32 => "F32",
-                    DType::F16 => "F16",
-                    DType::Bf16 => "BF16",
-                    DType::F8E4M3 | DType::F8E5M2 => "",
-                }
-            }
+            Content::F64 { dtype, .. }
+            | Content::F32 { dtype, .. }
+            | Content::Values { dtype, .. }
+            | Content::Streamed { dtype, .. } => match dtype {
+                DType::F64 => "F64",
+                DType::F32 => "F32",
+                DType::F16 => "F16",
+                DType::Bf16 => "BF16",
+                DType::F8E4M3 | DType::F8E5M2 => "",
+            },
             Content::Raw { dtype, .. } => dtype,
             Content::Stored(tensor) => &tensor.info.dtype,
         }
@@ -95,6 +105,13 @@ impl OutTensor<'_> {
             Content::Values { matrix, .. } => {
                 let (rows, cols) = matrix.shape();
                 rows.checked_mul(cols) == Some(elements)
+            }
+            Content::Streamed { matrices, .. } => {
+                let sizes = matrices.iter().map(|matrix| {
+                    let (rows, cols) = matrix.shape();
+                    rows.checked_mul(cols)
+                });
+                sizes.sum::<Option<usize>>() == Some(elements)
             }
             Content::Raw { bytes, .. } => bytes.len() == len,
             Content::Stored(_) => true,
