@@ -14,7 +14,7 @@ from lorank.adapters.module import LoraModule
 from lorank.adapters.stored import Stored
 
 Format = Literal["peft", "kohya"]
-Profile = Literal["compact", "portable", "tensor-rank"]
+Profile = Literal["compact", "portable", "tensor-rank", "exact"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 Adapter = TypeVar("Adapter", bound="AdapterContent")

@@ -22,10 +22,11 @@ from lorank.adapters.formats.image_keys import alpha_key
 from lorank.adapters.formats.image_style import ImageStyle
 from lorank.adapters.metadata import CERTIFICATE_KEY, DIGEST_KEY, RANKS_KEY, SPECTRAL_KEY
 from lorank.adapters.module import LoraModule
-from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.profiles import EXACT, WrittenRank
 from lorank.adapters.stored import Stored
 from lorank.adapters.tensors import FileTensors
 from lorank.peft_format.names import CONFIG_FILE
+from lorank.peft_format.scaling import alpha_of
 from lorank.sources import recognise
 
 _WEIGHTS = "adapter.safetensors"
@@ -77,6 +78,11 @@ class _Kohya(AdapterFormat):
         ranks = {name: entry.rank for name, entry in written.items()}
         if reads_whole_blocks(adapter.modules):
             ranks = {name: ranks.get(name, 1) for name in adapter.modules}
+        if profile == EXACT:
+            return {
+                name: WrittenRank.unscaled(rank, adapter.modules[name].scaling)
+                for name, rank in ranks.items()
+            }
         alphas = written_alphas(_style(adapter), ranks)
         return {name: WrittenRank(rank, rank / alphas.get(name, rank)) for name, rank in ranks.items()}
 
@@ -84,7 +90,9 @@ class _Kohya(AdapterFormat):
         keys = _style(adapter).keys
         return {name: keys[name] for name in names}
 
-    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, int]:
+    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, float]:
+        if any(entry.keeps_scaling for entry in written.values()):
+            return {alpha_key(name): alpha for name, alpha in _kept_alphas(adapter, written).items()}
         ranks = {name: entry.rank for name, entry in written.items()}
         return {alpha_key(name): alpha for name, alpha in written_alphas(_style(adapter), ranks).items()}
 
@@ -102,7 +110,12 @@ class _Kohya(AdapterFormat):
         kept = {key: value for key, value in style.metadata.items() if not _STALE.fullmatch(key)}
         if style.settings.parts:
             ranks = {name: entry.rank for name, entry in written.items()}
-            kept[SETTINGS_KEY] = style.settings.rewritten(ranks)
+            alphas = {
+                name: alpha_of(entry.scaling(adapter.modules[name]), entry.rank, rank_stabilized=False)
+                for name, entry in written.items()
+                if entry.keeps_scaling
+            }
+            kept[SETTINGS_KEY] = style.settings.rewritten(ranks, alphas or ranks)
         if certificate:
             kept[CERTIFICATE_KEY] = certificate.to_text(adapter.notes)
         return kept
@@ -130,6 +143,22 @@ class _Kohya(AdapterFormat):
 
 
 KOHYA = _Kohya()
+
+
+def _kept_alphas(adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, float]:
+    """Return the alphas of modules that keep their scalings; none if all scalings are 1."""
+    style = _style(adapter)
+    scalings = {
+        name: entry.scaling(adapter.modules[name])
+        for name, entry in written.items()
+        if style.settings.part_of(name) is None
+    }
+    if not style.has_alphas and all(scaling == 1 for scaling in scalings.values()):
+        return {}
+    return {
+        name: alpha_of(scaling, written[name].rank, rank_stabilized=False)
+        for name, scaling in scalings.items()
+    }
 
 
 def _style(adapter: AdapterContent) -> ImageStyle:

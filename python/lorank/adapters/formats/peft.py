@@ -19,7 +19,7 @@ from lorank.adapters.formats.base import AdapterFormat, AsStored, Place
 from lorank.adapters.formats.key_wrappers import Unwrapped
 from lorank.adapters.metadata import CERTIFICATE_FILE
 from lorank.adapters.module import LoraModule
-from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.profiles import EXACT, WrittenRank
 from lorank.adapters.stored import Stored
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
 from lorank.peft_format import config_file, nesting
@@ -33,10 +33,12 @@ from lorank.peft_format.names import (
     is_in_layer,
     layer_path,
 )
+from lorank.peft_format.scaling import alpha_of
 from lorank.sources import recognise
 
 _READERS = {
     "compact": "PEFT and vLLM 0.32 or later",
+    "exact": "PEFT and vLLM 0.32 or later",
     "portable": "PEFT, vLLM, SGLang, LoRAX, llama.cpp and TensorRT-LLM",
     "tensor-rank": "PEFT, vLLM 0.32 or later, llama.cpp and TensorRT-LLM",
 }
@@ -91,7 +93,7 @@ class _Peft(AdapterFormat):
     def keys(self, adapter: AdapterContent, names: Iterable[str]) -> dict[str, tuple[str, str]]:
         return peft_keys.factor_keys([adapter.modules[name] for name in names])
 
-    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, int]:
+    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, float]:
         del adapter, written
         return {}
 
@@ -111,8 +113,9 @@ class _Peft(AdapterFormat):
 
     def settings(self, adapter: AdapterContent, profile: Profile) -> dict[str, Any]:
         """Return the content of `adapter_config.json` for an adapter in a profile."""
-        ranks = {name: written.rank for name, written in self.written_ranks(adapter, profile).items()}
-        return peft_settings.settings(adapter, ranks, has_alphas=profile == "compact")
+        written = self.written_ranks(adapter, profile)
+        ranks = {name: entry.rank for name, entry in written.items()}
+        return peft_settings.settings(adapter, ranks, _alphas(adapter, written, profile))
 
     def settings_files(self, adapter: AdapterContent, profile: Profile) -> dict[str, str]:
         content = self.settings(adapter, profile)
@@ -170,6 +173,18 @@ def _weights(folder: Path) -> Tensors:
     if reason := recognise.other_adapter(folder, config_file.read(folder / CONFIG_FILE)):
         raise FormatError(reason)
     raise FormatError(f"{folder}: holds {CONFIG_FILE}, but neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}")
+
+
+def _alphas(
+    adapter: AdapterContent, written: Mapping[str, WrittenRank], profile: Profile
+) -> dict[str, float]:
+    """Return the alphas of all modules; empty if one alpha holds for all ranks."""
+    if profile not in ("compact", EXACT):
+        return {}
+    return {
+        name: alpha_of(entry.scaling(adapter.modules[name]), entry.rank, rank_stabilized=False)
+        for name, entry in written.items()
+    }
 
 
 def _needed(adapter: AdapterContent) -> set[str]:
