@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lorank.analysis.matrices import analyze
     from lorank.compression.fisher import fisher_scores
     from lorank.compression.product import product_svd
-    from lorank.operations import compress, elastic, extract, family, merge
+    from lorank.operations import compress, convert, elastic, extract, family, merge
     from lorank.profiling import profile_gradients, profile_tasks
     from lorank.report import ModuleSpectrum, SpectralReport
     from lorank.report.gradients import GradientReport
@@ -45,6 +45,7 @@ _LAZY = {
     "analyze": "analysis.matrices",
     "check": "runtimes",
     "compress": "operations",
+    "convert": "operations",
     "elastic": "operations",
     "extract": "operations",
     "family": "operations",
@@ -77,6 +78,7 @@ __all__ = [
     "analyze",
     "check",
     "compress",
+    "convert",
     "elastic",
     "extract",
     "family",

@@ -12,6 +12,7 @@ from lorank.adapters.reading import read_adapter
 from lorank.adapters.writing import write_adapter
 from lorank.compression.knobs import KnobArguments, checked_knobs
 from lorank.compression.truncation import compress
+from lorank.runtimes.base_model import base_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,6 +52,7 @@ class LoraAdapter(AdapterContent):
         cls,
         path: str | Path,
         *,
+        base: Any | None = None,
         threads: int | None = None,
         progress: bool = False,
         **knobs: Unpack[KnobArguments],
@@ -60,8 +62,12 @@ class LoraAdapter(AdapterContent):
         Parameters
         ----------
         path
-            A PEFT folder (`adapter_config.json` and `adapter_model.safetensors` or `.bin`), or a
-            `.safetensors` file with the keys of kohya or diffusers.
+            A PEFT folder (`adapter_config.json` and `adapter_model.safetensors` or `.bin`), a folder of
+            MLX-LM, a `.safetensors` file with the keys of kohya, diffusers or ComfyUI, a GGUF file of
+            llama.cpp, or a hub id ``name`` or ``name@revision``.
+        base
+            The base model, as in `lorank.convert`. Files of llama.cpp and torchtune need it, because they
+            permute rows of queries and keys.
         threads, progress
             Options of the truncation, as in `lorank.compress`.
         **knobs
@@ -88,7 +94,7 @@ class LoraAdapter(AdapterContent):
         >>> adapter.ranks
         {'0': 2}
         """
-        adapter = cls.from_content(read_adapter(path))
+        adapter = cls.from_content(read_adapter(path, None if base is None else base_weights(base)))
         return compress(adapter, checked_knobs(knobs), threads, progress) if knobs else adapter
 
     @classmethod
@@ -179,7 +185,8 @@ class LoraAdapter(AdapterContent):
             ``"compact"``: true ranks (PEFT, vLLM); experts that are separate modules are padded to their
             largest rank, because PEFT stacks them. ``"portable"``: all ranks padded to the largest, for
             every runtime. ``"tensor-rank"``: true ranks and an empty `alpha_pattern` (PEFT, recent
-            vLLM, llama.cpp, TensorRT-LLM).
+            vLLM, llama.cpp, TensorRT-LLM). ``"exact"``: factors and scalings unchanged; alphas hold the
+            scalings.
         dtype
             Element type of the factors: a name or a torch dtype (default: the stored type).
         overwrite

@@ -42,7 +42,8 @@ def added(
     Parameters
     ----------
     adapter, form, ranks, keys
-        The adapter, the format of the file, the rank and scale of every written module, and the keys of B and A.
+        The adapter, the format of the file, the rank and scale of every written module, and the keys of
+        B and A.
     file
         The written file.
     types

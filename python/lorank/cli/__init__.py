@@ -11,7 +11,19 @@ with ending_signals_exit():  # Imports take most of the time of a short command.
     import typer
 
     import lorank
-    from lorank.cli import allocate, analyze, check, compress, extract, family, info, merge, report, task
+    from lorank.cli import (
+        allocate,
+        analyze,
+        check,
+        compress,
+        convert,
+        extract,
+        family,
+        info,
+        merge,
+        report,
+        task,
+    )
     from lorank.cli.errors import IncompleteError, UsageError
     from lorank.cli.group import CommandGroup
     from lorank.cli.output import print_message
@@ -32,6 +44,7 @@ app.command()(compress.compress)
 app.command()(family.family)
 app.command()(merge.merge)
 app.command()(extract.extract)
+app.command()(convert.convert)
 app.command()(check.check)
 app.command()(info.info)
 _debug = False

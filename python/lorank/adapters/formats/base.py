@@ -14,6 +14,7 @@ from lorank import _core
 from lorank._core import Checkpoint, Matrix
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Format, Profile
+from lorank.adapters.formats.base_weights import BaseWeights
 from lorank.adapters.formats.expert_layout import Parameter
 from lorank.adapters.module import LoraModule
 from lorank.adapters.profiles import WrittenRank
@@ -46,6 +47,8 @@ class AsStored:
         Stacks of experts in the layout of PEFT before 0.19.
     files
         The kind of the adapter's files, if it is not that of the adapter's format.
+    with_base
+        A function that returns the adapter as it is if the base model is known; None if that changes nothing.
     """
 
     adapter: AdapterContent
@@ -54,6 +57,7 @@ class AsStored:
     stored_as: Mapping[str, str] = field(default_factory=dict)
     swapped: tuple[Parameter, ...] = ()
     files: Files | None = None
+    with_base: Callable[[BaseWeights], AdapterContent] | None = None
 
 
 @dataclass(frozen=True, slots=True)

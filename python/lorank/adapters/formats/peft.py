@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+# ruff: noqa: D102  # The base class documents the methods.
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
 from lorank.adapters import carried as carried_tensors
 from lorank.adapters import profiles
 from lorank.adapters.certificate import Certificate
-from lorank.adapters.content import AdapterContent, Profile
-from lorank.adapters.formats import peft_keys, peft_reading, peft_settings
+from lorank.adapters.content import AdapterContent, Format, Profile
+from lorank.adapters.formats import peft_keys, peft_reading, peft_settings, torchtune
 from lorank.adapters.formats.base import AdapterFormat, AsStored, Place
 from lorank.adapters.formats.key_wrappers import Unwrapped
 from lorank.adapters.metadata import CERTIFICATE_FILE
@@ -47,10 +48,10 @@ _READERS = {
 _TRIES = 100
 
 
-class _Peft(AdapterFormat):
+class PeftFormat(AdapterFormat):
     """PEFT's folders."""
 
-    name = "peft"
+    name: ClassVar[Format] = "peft"
     files = "folders"
     key_prefix = PREFIX
     holds_settings = True
@@ -64,6 +65,8 @@ class _Peft(AdapterFormat):
 
     def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
         config, tensors = _saved_together(path)
+        if torchtune.is_native(tensors):
+            return torchtune.read(tensors, config)
         unwrapped = Unwrapped.of(tensors, config.get("target_modules"))
         reading = peft_reading.read_all(
             unwrapped.tensors, config, contradictions=contradictions, changed_base=changed_base
@@ -139,7 +142,7 @@ class _Peft(AdapterFormat):
         return {"config": config | ({"ensure_weight_tying": True} if ties_tables else {})}
 
 
-PEFT = _Peft()
+PEFT = PeftFormat()
 
 
 def _saved_together(folder: Path) -> tuple[dict[str, Any], Tensors]:
