@@ -35,13 +35,28 @@ def source(model: str, folder: Path, **settings: Any) -> Path:
     return expert_adapter(MODELS[model](), folder, **settings)
 
 
-def there_and_back(folder: Path, to: str, base: Path, tmp_path: Path) -> lorank.LoraAdapter:
-    """Convert an adapter to a layout and back by the command line; return the result."""
+def there_and_back(folder: Path, to: Any, base: Any, tmp_path: Path) -> lorank.LoraAdapter:
+    """Convert an adapter to a layout and back; return the result."""
     first, second = tmp_path / NAMES.get(to, f"to {to}"), tmp_path / f"from {to}"
-    for arguments in ((folder, "-o", first, "--to", to), (first, "-o", second, "--to", "peft")):
+    lorank.convert(folder, to, base=base).save(first, "exact")
+    lorank.convert(first, "peft", base=base).save(second, "exact")
+    return lorank.LoraAdapter.load(second)
+
+
+def test_command_converts_there_and_back(tmp_path: Path) -> None:
+    folder = llama_adapter(tmp_path / "a")
+    base = base_folder(tiny_models.llama(), tmp_path / "base")
+    for arguments in (
+        (folder, "-o", tmp_path / "b.gguf", "--to", "gguf"),
+        (tmp_path / "b.gguf", "-o", tmp_path / "c", "--to", "peft"),
+    ):
         result = run("convert", *arguments, "--base", base)
         assert result.returncode == 0, result.stderr
-    return lorank.LoraAdapter.load(second)
+    assert_same_bits(lorank.LoraAdapter.load(folder), lorank.LoraAdapter.load(tmp_path / "c"))
+    assert run("info", tmp_path / "b.gguf").returncode == 0
+    refused = run("convert", tmp_path / "b.gguf", "-o", tmp_path / "d", "--to", "peft")
+    assert (refused.returncode, "name the base model" in refused.stderr) == (1, True)
+    assert run("convert", folder, "-o", tmp_path / "d", "--to", "none").returncode == 2
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -50,7 +65,7 @@ def test_round_trip_keeps_every_bit(to: str, model: str, tmp_path: Path) -> None
     if to == "torchtune" and model != "llama":
         pytest.skip("torchtune has no stacks")
     folder = source(model, tmp_path / "a")
-    base = base_folder(MODELS[model](), tmp_path / "base")
+    base = MODELS[model]()
     again = there_and_back(folder, to, base, tmp_path)
     assert_same_bits(lorank.LoraAdapter.load(folder), again)
     expected = outputs(loaded(MODELS[model](), folder))
@@ -63,7 +78,7 @@ def test_round_trip_keeps_every_bit(to: str, model: str, tmp_path: Path) -> None
 def test_scalings_of_patterns_fold_or_stay(to: str, tmp_path: Path) -> None:
     settings = {"alpha_pattern": {"v_proj": 24, "layers.0.mlp.up_proj": 3}, "use_rslora": to == "mlx"}
     folder = llama_adapter(tmp_path / "a", **settings)
-    base = base_folder(tiny_models.llama(), tmp_path / "base")
+    base = tiny_models.llama()
     again, before = there_and_back(folder, to, base, tmp_path), lorank.LoraAdapter.load(folder)
     if to == "peft":
         assert_same_bits(before, again)
@@ -74,7 +89,7 @@ def test_scalings_of_patterns_fold_or_stay(to: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["mlx", "gguf", "per-expert"])
 def test_ranks_of_modules_stay(to: str, tmp_path: Path) -> None:
     folder = llama_adapter(tmp_path / "a", rank_pattern={"v_proj": 3}, alpha_pattern={"v_proj": 4.5})
-    base = base_folder(tiny_models.llama(), tmp_path / "base")
+    base = tiny_models.llama()
     again = there_and_back(folder, to, base, tmp_path)
     if to == "gguf":  # One alpha holds for all ranks.
         assert {m.rank for m in again.modules.values()} == {3, 6}
@@ -88,7 +103,7 @@ def test_ranks_of_modules_stay(to: str, tmp_path: Path) -> None:
 def test_types_stay(to: str, dtype: str, tmp_path: Path) -> None:
     folder = llama_adapter(tmp_path / "full")
     lorank.convert(folder, "peft").save(tmp_path / "a", "exact", dtype)
-    base = base_folder(tiny_models.llama(), tmp_path / "base")
+    base = tiny_models.llama()
     again = there_and_back(tmp_path / "a", to, base, tmp_path)
     assert {module.dtype for module in again.modules.values()} == {dtype}
     assert_same_bits(lorank.LoraAdapter.load(tmp_path / "a"), again)
@@ -97,7 +112,7 @@ def test_types_stay(to: str, dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["mlx", "torchtune"])
 def test_dora_stays(to: str, tmp_path: Path) -> None:
     folder = llama_adapter(tmp_path / "a", use_dora=True)
-    base = base_folder(tiny_models.llama(), tmp_path / "base")
+    base = tiny_models.llama()
     assert_same_bits(lorank.LoraAdapter.load(folder), there_and_back(folder, to, base, tmp_path))
     before, after = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / f"from {to}"))
     assert before.keys() == after.keys()

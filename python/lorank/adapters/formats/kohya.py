@@ -15,6 +15,7 @@ from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Profile
 from lorank.adapters.formats import kohya_reading
 from lorank.adapters.formats.base import AdapterFormat, AsStored, Place
+from lorank.adapters.formats.base_weights import BaseWeights
 from lorank.adapters.formats.diffusers_settings import KEY as SETTINGS_KEY
 from lorank.adapters.formats.diffusers_settings import PartSettings
 from lorank.adapters.formats.image_alphas import reads_whole_blocks, written_alphas
@@ -58,7 +59,12 @@ class _Kohya(AdapterFormat):
             raise FormatError(f"{file}: is neither a PEFT folder nor a .safetensors file")
         tensors = FileTensors(file)
         recognise.check_adapter_tensors(tensors.label, tensors.shapes())
-        return AsStored(kohya_reading.read(tensors), tensors)
+        adapter = kohya_reading.read(tensors)
+
+        def with_base(base: BaseWeights) -> AdapterContent:
+            return kohya_reading.with_kernels(adapter, base)
+
+        return AsStored(adapter, tensors, with_base=with_base)
 
     def certificate(self, path: Path, metadata: Mapping[str, str]) -> Callable[[], Any] | None:
         del path

@@ -15,7 +15,7 @@ from lorank.adapters import carried as carried_tensors
 from lorank.adapters import profiles
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Format, Profile
-from lorank.adapters.formats import peft_keys, peft_reading, peft_settings, torchtune
+from lorank.adapters.formats import peft_keys, peft_reading, peft_settings, product_reading, torchtune
 from lorank.adapters.formats.base import AdapterFormat, AsStored, Place
 from lorank.adapters.formats.key_wrappers import Unwrapped
 from lorank.adapters.metadata import CERTIFICATE_FILE
@@ -35,6 +35,7 @@ from lorank.peft_format.names import (
     layer_path,
 )
 from lorank.peft_format.scaling import alpha_of
+from lorank.peft_format.validation import kind_of
 from lorank.sources import recognise
 
 _READERS = {
@@ -67,6 +68,8 @@ class PeftFormat(AdapterFormat):
         config, tensors = _saved_together(path)
         if torchtune.is_native(tensors):
             return torchtune.read(tensors, config)
+        if kind_of(config) in product_reading.KINDS:
+            return product_reading.read_peft(tensors, config)
         unwrapped = Unwrapped.of(tensors, config.get("target_modules"))
         reading = peft_reading.read_all(
             unwrapped.tensors, config, contradictions=contradictions, changed_base=changed_base
