@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorank.adapters import hub_upload
 from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.live import reading as live_reading
 from lorank.adapters.live import writing as live_writing
@@ -223,3 +225,54 @@ class LoraAdapter(AdapterContent):
         'adapter_model.safetensors'
         """
         return write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite, threads=threads).path
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        profile: Profile = "compact",
+        dtype: Dtype | Any | None = None,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        threads: int | None = None,
+    ) -> str:
+        """Write the adapter to a repository of the Hugging Face hub, in one commit.
+
+        Parameters
+        ----------
+        repo_id
+            The repository; it is created if it does not exist.
+        profile, dtype, threads
+            As in `save`.
+        private
+            True to create a private repository (default: the choice of the account).
+        revision
+            The branch (default: the main branch).
+        commit_message
+            The message of the commit.
+        token
+            The token of the hub (default: the one that is logged in).
+
+        Returns
+        -------
+        str
+            The address of the commit.
+
+        Raises
+        ------
+        ImportError
+            If `huggingface_hub` is not installed.
+        ValueError, NumericalError
+            As in `save`; nothing is uploaded.
+
+        Notes
+        -----
+        A `README.md` in the repository that lorank did not write is kept.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder, "adapter.gguf") if self.format == "gguf" else Path(folder)
+            self.save(target, profile, dtype, overwrite=True, threads=threads)
+            message = commit_message or f"Upload {repo_id.rpartition('/')[2]} by lorank"
+            return hub_upload.upload(Path(folder), repo_id, private, revision, message, token)

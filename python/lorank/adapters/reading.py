@@ -70,6 +70,12 @@ def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool 
         raise FormatError(
             f"{path}: an interrupted save left some of its files: save the adapter there again with overwrite"
         )
+    if (
+        path.is_dir()
+        and len(files := sorted(path.glob("*.gguf"))) == 1
+        and not any(path.glob("*.safetensors"))
+    ):
+        return gguf_files.read(files[0])
     if path.is_dir():
         recognise.check_adapter_folder(path)
     return KOHYA.read(path, contradictions=contradictions, changed_base=changed_base)

@@ -17,6 +17,7 @@ from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Format, Profile
 from lorank.adapters.formats import peft_keys, peft_reading, peft_settings, product_reading, torchtune
 from lorank.adapters.formats.base import AdapterFormat, AsStored, Place
+from lorank.adapters.formats.expert_tensors import ExpertTensors
 from lorank.adapters.formats.key_wrappers import Unwrapped
 from lorank.adapters.metadata import CERTIFICATE_FILE
 from lorank.adapters.module import LoraModule
@@ -71,11 +72,20 @@ class PeftFormat(AdapterFormat):
         if kind_of(config) in product_reading.KINDS:
             return product_reading.read_peft(tensors, config)
         unwrapped = Unwrapped.of(tensors, config.get("target_modules"))
-        reading = peft_reading.read_all(
-            unwrapped.tensors, config, contradictions=contradictions, changed_base=changed_base
-        )
+        experts = ExpertTensors.of(unwrapped.tensors)
+        if experts.keys and not any(".lora_" in key for key in experts.others.shapes()):
+            reading = peft_reading.Reading(AdapterContent({}, dict(config), label=str(path)))
+        else:
+            reading = peft_reading.read_all(
+                experts.others, config, contradictions=contradictions, changed_base=changed_base
+            )
         notes = [*([unwrapped.note()] if unwrapped.wrappers else []), *reading.adapter.notes]
         adapter = replace(reading.adapter, label=str(path), notes=notes)
+        if experts.keys:
+            adapter = experts.added_to(adapter, config)
+            return AsStored(
+                adapter, unwrapped.tensors, unwrapped.wrappers, unwrapped.stored_as, files="other"
+            )
         return AsStored(
             adapter, unwrapped.tensors, unwrapped.wrappers, unwrapped.stored_as, tuple(reading.swapped)
         )

@@ -2,8 +2,8 @@
 
 LoHa's update is ``(W1a W1b) * (W2a W2b)``, element by element. The columns of B are the products of a column
 of W1a and one of W2a, and the rows of A those of W1b and W2b: the rank is the product of both ranks. LoKr's
-update is a Kronecker product, so that B and A are the Kronecker products of the factors of both sides. Products
-are computed in float64, in which those of float32 values are exact.
+update is a Kronecker product, so that B and A are the Kronecker products of the factors of both sides.
+Products are computed in float64, in which those of float32 values are exact.
 
 Sources: `lycoris/modules/loha.py` and `lokr.py` of LyCORIS, and the layers of PEFT.
 """
