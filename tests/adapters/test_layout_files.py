@@ -42,6 +42,8 @@ def test_mlx_fuses_the_same_updates(tmp_path: Path) -> None:
     }.items():
         lorank.convert(folder, "mlx").save(tmp_path / f"mlx {name}", "exact")
         updates = mlx_updates(tmp_path / f"mlx {name}")
+        right = [v.runtime for v in lorank.check(tmp_path / f"mlx {name}") if v.status == "right"]
+        assert right == ["MLX-LM"]
         expected = dense(lorank.LoraAdapter.load(folder))
         for path in [path for path in expected if path.endswith("gate_up_proj")]:
             stem, both = path.removesuffix("gate_up_proj"), expected.pop(path)
