@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorank.baking.verify import verify
     from lorank.compression.fisher import fisher_scores
     from lorank.compression.product import product_svd
-    from lorank.operations import compress, elastic, extract, family, merge
+    from lorank.operations import compress, convert, elastic, extract, family, merge
     from lorank.profiling import profile_gradients, profile_tasks
     from lorank.report import ModuleSpectrum, SpectralReport
     from lorank.report.gradients import GradientReport
@@ -48,6 +48,7 @@ _LAZY = {
     "bake": "baking.bake",
     "check": "runtimes",
     "compress": "operations",
+    "convert": "operations",
     "elastic": "operations",
     "extract": "operations",
     "family": "operations",
@@ -82,6 +83,7 @@ __all__ = [
     "bake",
     "check",
     "compress",
+    "convert",
     "elastic",
     "extract",
     "family",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorank.adapters import hub_upload
 from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.live import reading as live_reading
 from lorank.adapters.live import writing as live_writing
@@ -12,6 +14,7 @@ from lorank.adapters.reading import read_adapter
 from lorank.adapters.writing import write_adapter
 from lorank.compression.knobs import KnobArguments, checked_knobs
 from lorank.compression.truncation import compress
+from lorank.runtimes.base_model import base_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,6 +54,7 @@ class LoraAdapter(AdapterContent):
         cls,
         path: str | Path,
         *,
+        base: Any | None = None,
         threads: int | None = None,
         progress: bool = False,
         **knobs: Unpack[KnobArguments],
@@ -60,8 +64,12 @@ class LoraAdapter(AdapterContent):
         Parameters
         ----------
         path
-            A PEFT folder (`adapter_config.json` and `adapter_model.safetensors` or `.bin`), or a
-            `.safetensors` file with the keys of kohya or diffusers.
+            A PEFT folder (`adapter_config.json` and `adapter_model.safetensors` or `.bin`), a folder of
+            MLX-LM, a `.safetensors` file with the keys of kohya, diffusers or ComfyUI, a GGUF file of
+            llama.cpp, or a hub id ``name`` or ``name@revision``.
+        base
+            The base model, as in `lorank.convert`. Files of llama.cpp and torchtune need it, because they
+            permute rows of queries and keys.
         threads, progress
             Options of the truncation, as in `lorank.compress`.
         **knobs
@@ -88,7 +96,7 @@ class LoraAdapter(AdapterContent):
         >>> adapter.ranks
         {'0': 2}
         """
-        adapter = cls.from_content(read_adapter(path))
+        adapter = cls.from_content(read_adapter(path, None if base is None else base_weights(base)))
         return compress(adapter, checked_knobs(knobs), threads, progress) if knobs else adapter
 
     @classmethod
@@ -179,7 +187,8 @@ class LoraAdapter(AdapterContent):
             ``"compact"``: true ranks (PEFT, vLLM); experts that are separate modules are padded to their
             largest rank, because PEFT stacks them. ``"portable"``: all ranks padded to the largest, for
             every runtime. ``"tensor-rank"``: true ranks and an empty `alpha_pattern` (PEFT, recent
-            vLLM, llama.cpp, TensorRT-LLM).
+            vLLM, llama.cpp, TensorRT-LLM). ``"exact"``: factors and scalings unchanged; alphas hold the
+            scalings.
         dtype
             Element type of the factors: a name or a torch dtype (default: the stored type).
         overwrite
@@ -216,3 +225,54 @@ class LoraAdapter(AdapterContent):
         'adapter_model.safetensors'
         """
         return write_adapter(self, Path(folder), profile, dtype, overwrite=overwrite, threads=threads).path
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        profile: Profile = "compact",
+        dtype: Dtype | Any | None = None,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        threads: int | None = None,
+    ) -> str:
+        """Write the adapter to a repository of the Hugging Face hub, in one commit.
+
+        Parameters
+        ----------
+        repo_id
+            The repository; it is created if it does not exist.
+        profile, dtype, threads
+            As in `save`.
+        private
+            True to create a private repository (default: the choice of the account).
+        revision
+            The branch (default: the main branch).
+        commit_message
+            The message of the commit.
+        token
+            The token of the hub (default: the one that is logged in).
+
+        Returns
+        -------
+        str
+            The address of the commit.
+
+        Raises
+        ------
+        ImportError
+            If `huggingface_hub` is not installed.
+        ValueError, NumericalError
+            As in `save`; nothing is uploaded.
+
+        Notes
+        -----
+        A `README.md` in the repository that lorank did not write is kept.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder, "adapter.gguf") if self.format == "gguf" else Path(folder)
+            self.save(target, profile, dtype, overwrite=True, threads=threads)
+            message = commit_message or f"Upload {repo_id.rpartition('/')[2]} by lorank"
+            return hub_upload.upload(Path(folder), repo_id, private, revision, message, token)

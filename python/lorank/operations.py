@@ -1,16 +1,19 @@
-"""The public operations on adapters: compress, elastic, family, merge, extract."""
+"""The public operations on adapters: compress, elastic, family, merge, extract, convert."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorank.adapter import LoraAdapter
+from lorank.adapters import conversion
 from lorank.adapters.content import AdapterContent
+from lorank.adapters.conversion import Layout
 from lorank.compression import extraction, merging, truncation
 from lorank.compression.knobs import KnobArguments, Knobs, checked_knobs
 from lorank.modules import naming
+from lorank.runtimes.base_model import base_weights
 from lorank.sources import AnySource
 
 if TYPE_CHECKING:
@@ -292,6 +295,51 @@ def extract(
         progress=progress,
     )
     return LoraAdapter.from_content(content)
+
+
+def convert(adapter: LoraAdapter | str | Path, to: Layout, *, base: Any | None = None) -> LoraAdapter:
+    """Bring an adapter into another layout of files, without loss at full rank.
+
+    Parameters
+    ----------
+    adapter
+        An adapter, or its path.
+    to
+        The layout: ``"peft"``, ``"peft-0.18"`` (experts before PEFT 0.19), ``"per-expert"`` (experts as
+        separate modules, transformers 4), ``"mlx"``, ``"torchtune"``, ``"gguf"`` (llama.cpp), ``"kohya"``,
+        ``"diffusers"`` or ``"comfyui"``.
+    base
+        The base model: a folder with its `config.json`, that file, a hub id, or a live model. It is needed
+        where names, architectures or numbers of heads are not in the adapter's files.
+
+    Returns
+    -------
+    LoraAdapter
+        An adapter that `save` writes in the layout; the profile ``"exact"`` keeps factors and scalings. Its
+        `notes` name what is not as before, such as scalings that moved into the factors.
+
+    Raises
+    ------
+    ValueError
+        If the layout is unknown or cannot hold the adapter, or the base model is needed.
+    FormatError, OSError
+        If the adapter cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import peft, torch
+    >>> import lorank
+    >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config)
+    >>> converted = lorank.convert(lorank.LoraAdapter.from_model(model), "mlx")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     converted.save(folder, "exact").name
+    'adapters.safetensors'
+    """
+    weights = None if base is None else base_weights(base)
+    source = LoraAdapter.load(adapter, base=base) if isinstance(adapter, (str, Path)) else _loaded(adapter)
+    return conversion.convert(source, to, weights)
 
 
 def _loaded(adapter: AdapterContent | str | Path) -> LoraAdapter:

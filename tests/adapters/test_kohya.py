@@ -105,8 +105,6 @@ def test_image_adapters_are_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "method"),
     [
-        ("lora_unet_a.hada_w1_a", "LoHa"),
-        ("lora_unet_a.lokr_w1", "LoKr"),
         ("lora_unet_a.oft_blocks", "OFT"),
         ("lora_unet_a.on_input", "IA3"),
         ("lora_unet_a.diff", "a full difference"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, get_peft_model
+from peft import IA3Config, VeraConfig, get_peft_model
 from safetensors.numpy import load_file
 
 import lorank
@@ -31,7 +31,7 @@ def test_pickled_adapters_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "method"),
     [
-        (LoHaConfig(target_modules=["q_proj"]), "LOHA"),
+        (VeraConfig(target_modules=["q_proj"]), "VERA"),
         (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
     ],
 )

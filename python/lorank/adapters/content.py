@@ -13,8 +13,8 @@ from lorank.adapters.formats.image_style import ImageStyle
 from lorank.adapters.module import LoraModule
 from lorank.adapters.stored import Stored
 
-Format = Literal["peft", "kohya"]
-Profile = Literal["compact", "portable", "tensor-rank"]
+Format = Literal["peft", "kohya", "peft-0.18", "mlx", "torchtune", "gguf"]
+Profile = Literal["compact", "portable", "tensor-rank", "exact"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 Adapter = TypeVar("Adapter", bound="AdapterContent")
@@ -45,7 +45,8 @@ class AdapterContent:
     notes
         Remarks on settings that reading normalised, and on tensors that are carried untouched.
     format
-        ``"peft"`` or ``"kohya"``: the naming of keys in the files.
+        The layout of the files to write: ``"peft"`` for all adapters of language models that were read,
+        ``"kohya"`` for files of image adapters, or a layout that `lorank.convert` has chosen.
     label
         The adapter's name in messages.
     is_spectral

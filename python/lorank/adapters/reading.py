@@ -13,18 +13,31 @@ from lorank.adapters import binding
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.claims import Claims
 from lorank.adapters.content import AdapterContent
-from lorank.adapters.formats import padding
+from lorank.adapters.formats import gguf_files, gguf_tensors, mlx, padding
 from lorank.adapters.formats.base import AsStored
+from lorank.adapters.formats.base_weights import BaseWeights
 from lorank.adapters.formats.kohya import KOHYA
 from lorank.adapters.formats.peft import PEFT
 from lorank.adapters.formats.registry import format_of
-from lorank.peft_format.names import CONFIG_FILE
-from lorank.sources import recognise
+from lorank.peft_format.names import CONFIG_FILE, WEIGHTS_FILE
+from lorank.sources import hub, recognise
 
 
-def read_adapter(path: str | Path) -> AdapterContent:
-    """Read a PEFT folder or an image adapter's file; see `LoraAdapter.load`."""
-    return _finished(path, _read(path))
+def read_adapter(path: str | Path, base: BaseWeights | None = None) -> AdapterContent:
+    """Read an adapter of any layout; see `LoraAdapter.load`.
+
+    Parameters
+    ----------
+    path
+        The path of a folder or file, or a hub id.
+    base
+        The base model, for layouts whose factors depend on it.
+    """
+    path = hub.local_path(path, hub.download_adapter)
+    stored = _read(path)
+    if base is not None and stored.with_base is not None:
+        stored = replace(stored, adapter=stored.with_base(base))
+    return _finished(path, stored)
 
 
 def read_as_stored(path: str | Path) -> AsStored:
@@ -33,26 +46,36 @@ def read_as_stored(path: str | Path) -> AsStored:
     Adapters whose initialisation changed the base model are read too, because some runtimes repeat that
     initialisation.
     """
+    path = hub.local_path(path, hub.download_adapter)
     return _read(path, contradictions=True, changed_base=True)
 
 
 def read_for_repair(path: str | Path) -> AdapterContent:
     """Read an adapter whose settings may contradict its tensors: ranks from tensors, scales from settings."""
+    path = hub.local_path(path, hub.download_adapter)
     return _finished(path, _read(path, contradictions=True))
 
 
 def _read(path: str | Path, *, contradictions: bool = False, changed_base: bool = False) -> AsStored:
-    if path == "":
-        raise FileNotFoundError("an empty path names no adapter")
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file() and gguf_tensors.is_gguf(path):
+        return gguf_files.read(path)
+    if mlx.is_folder(path) and not (path / WEIGHTS_FILE).exists():
+        return mlx.read(path)
     if path.is_dir() and (path / CONFIG_FILE).exists():
         return PEFT.read(path, contradictions=contradictions, changed_base=changed_base)
     if path.is_dir() and is_interrupted(path):
         raise FormatError(
             f"{path}: an interrupted save left some of its files: save the adapter there again with overwrite"
         )
+    if (
+        path.is_dir()
+        and len(files := sorted(path.glob("*.gguf"))) == 1
+        and not any(path.glob("*.safetensors"))
+    ):
+        return gguf_files.read(files[0])
     if path.is_dir():
         recognise.check_adapter_folder(path)
     return KOHYA.read(path, contradictions=contradictions, changed_base=changed_base)

@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from lorank._core import NumericalError
 from lorank.adapters.content import AdapterContent, Dtype
+from lorank.adapters.formats.base import AdapterFormat
 from lorank.adapters.module import LoraModule
 from lorank.adapters.profiles import WrittenRank
 from lorank.adapters.stored_factors import is_stored_unchanged, stored_factors
-from lorank.adapters.tensors import FileTensors
+from lorank.adapters.tensors import Tensors
 
 Array = npt.NDArray[Any]
 
@@ -30,6 +31,7 @@ def rounded_types(
 
 def added(
     adapter: AdapterContent,
+    form: AdapterFormat,
     ranks: Mapping[str, WrittenRank],
     keys: Mapping[str, tuple[str, str]],
     file: Path,
@@ -39,8 +41,9 @@ def added(
 
     Parameters
     ----------
-    adapter, ranks, keys
-        The adapter, the rank and scale of every written module, and the keys of B and A.
+    adapter, form, ranks, keys
+        The adapter, the format of the file, the rank and scale of every written module, and the keys of
+        B and A.
     file
         The written file.
     types
@@ -48,7 +51,7 @@ def added(
     """
     if not types:
         return None
-    in_file = FileTensors(file)
+    in_file = form.open(file)
     total = 0.0
     for name, stored in types.items():
         module, written = adapter.modules[name], ranks[name]
@@ -56,7 +59,9 @@ def added(
             continue
         exact = _copies(*stored_factors(module, written), module.copies)
         b_key, a_key = keys[name]
-        rounded = _copies(_rows(in_file, b_key), _rows(in_file, a_key), module.copies)
+        rounded = _copies(
+            *form.restored(module, _array(in_file, b_key), _array(in_file, a_key)), module.copies
+        )
         for (b, a), (b2, a2) in zip(exact, rounded, strict=True):
             if b.any() and a.any() and not (b2.any() and a2.any()):
                 raise NumericalError(
@@ -84,9 +89,9 @@ def _is_copied(module: LoraModule, written: WrittenRank, dtype: str) -> bool:
     return is_unchanged and all(factor.dtype == dtype for pair in module.factors() for factor in pair)
 
 
-def _rows(tensors: FileTensors, key: str) -> Array:
+def _array(tensors: Tensors, key: str) -> Array:
     first, *rest = tensors.shapes()[key]
-    return tensors.matrix(key, first, math.prod(rest)).to_array()
+    return tensors.matrix(key, first, math.prod(rest)).to_array().reshape(first, *rest)
 
 
 def _copies(b: Array, a: Array, copies: int) -> Iterator[tuple[Array, Array]]:

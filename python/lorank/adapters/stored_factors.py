@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 def stored_factors(module: LoraModule, written: WrittenRank) -> tuple[Array, Array]:
     """Return B and A of a module as a file stores them."""
-    return padded_factors(module, written.rank, module.scaling * written.b_factor)
+    return padded_factors(module, written.rank, written.factor(module))
 
 
 def padded_factors(module: LoraModule, rank: int, factor: float = 1.0) -> tuple[Array, Array]:
@@ -43,7 +43,7 @@ def stored_shapes(module: LoraModule, rank: int) -> tuple[list[int], list[int]]:
 
 def is_stored_unchanged(module: LoraModule, written: WrittenRank) -> bool:
     """Return True if factors are written without padding, scaling or interleaving."""
-    is_unscaled = module.scaling * written.b_factor == 1.0
+    is_unscaled = written.factor(module) == 1.0
     return is_unscaled and module.rank == written.rank and module.kind != "expert"
 
 

@@ -20,11 +20,11 @@ from lorank.adapters import binding, card, families, rounding
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Dtype, Profile
 from lorank.adapters.formats import padding
-from lorank.adapters.formats.base import AdapterFormat, Place
+from lorank.adapters.formats.base import AdapterFormat, Place, WrittenTensor
 from lorank.adapters.formats.registry import format_of
 from lorank.adapters.metadata import CERTIFICATE_FILE, DIGEST_KEY, SPECTRAL_KEY
 from lorank.adapters.profiles import PROFILES, WrittenRank
-from lorank.adapters.written_tensors import WrittenTensor, written_tensors
+from lorank.adapters.written_tensors import written_tensors
 from lorank.peft_format.names import CONFIG_FILE, PICKLED_WEIGHTS_FILE
 
 # No program reads an adapter's folder without this file.
@@ -240,7 +240,7 @@ def _write_weights(
     file = staging / job.place.weights
     before = job.adapter.certificate
     digest = _sealed(job, file, tensors, before)
-    added = rounding.added(job.adapter, job.ranks, job.keys, file, rounded)
+    added = rounding.added(job.adapter, job.format, job.ranks, job.keys, file, rounded)
     if added is None:
         return before, digest, []
     if before is None:
@@ -255,15 +255,14 @@ def _sealed(job: _Job, file: Path, tensors: list[WrittenTensor], certificate: Ce
     """Write the file of factors with a digest in its metadata; return the digest."""
     metadata = _metadata(job, certificate)
     # The scaling in the file undoes the factor of B.
-    rows = [(name, entry.rank, 1 / entry.b_factor) for name, entry in job.ranks.items()]
+    modules = job.adapter.modules
+    rows = [(name, entry.rank, entry.scaling(modules[name])) for name, entry in job.ranks.items()]
     seal = (DIGEST_KEY, binding.seed(metadata, rows))
-    digest = _core.write_safetensors(file, tensors, metadata, job.threads, seal)
-    assert digest is not None
-    return digest
+    return job.format.write(file, tensors, metadata, job.threads, seal)
 
 
 def _metadata(job: _Job, certificate: Certificate | None) -> dict[str, str]:
-    metadata = {"format": "pt"} | padding.metadata(job.adapter, job.ranks)
+    metadata = {"format": job.format.library} | padding.metadata(job.adapter, job.ranks)
     metadata |= {SPECTRAL_KEY: "1"} if job.adapter.is_spectral else {}
     return metadata | job.format.metadata(job.adapter, job.ranks, certificate)
 

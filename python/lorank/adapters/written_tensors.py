@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorank._core import Checkpoint, Matrix
 from lorank.adapters.content import AdapterContent
-from lorank.adapters.formats.base import AdapterFormat
+from lorank.adapters.formats.base import AdapterFormat, WrittenTensor
 from lorank.adapters.module import LoraModule
 from lorank.adapters.profiles import WrittenRank
 from lorank.adapters.stored import SAFETENSORS_NAMES, RawTensor, Stored, raw_bytes
@@ -18,8 +17,6 @@ from lorank.adapters.stored_factors import is_stored_unchanged, stored_factors, 
 from lorank.sources import arrays
 
 Array = npt.NDArray[Any]
-WrittenTensor = tuple[str, list[int], Matrix | tuple[Checkpoint, int] | bytes, str]
-"""Name, shape, values, and element type by safetensors' name."""
 
 
 def written_tensors(
@@ -46,15 +43,11 @@ def written_tensors(
     for name, written in ranks.items():
         module = adapter.modules[name]
         own = dtype or module.dtype
-        tensors += _factors(module, written, keys[name], own)
+        tensors += _factors(form, module, written, keys[name], own)
         for vector in module.carried.values():
-            scaled = vector * np.float32(module.scaling * written.b_factor)
+            scaled = vector * np.float32(written.factor(module))
             tensors.append(_tensor(_bias_key(keys[name][0]), scaled, own))
-    # Alphas are float32, because types of 16 bits do not hold every rank exactly.
-    tensors += [
-        _tensor(key, np.array(alpha, dtype=np.float32), "float32")
-        for key, alpha in form.alphas(adapter, ranks).items()
-    ]
+    tensors += [_alpha(key, alpha) for key, alpha in form.alphas(adapter, ranks).items()]
     return tensors + [_carried(key, x) for key, x in form.carried(adapter, ranks.keys()).items()]
 
 
@@ -64,14 +57,15 @@ def _bias_key(b_key: str) -> str:
 
 
 def _factors(
-    module: LoraModule, written: WrittenRank, keys: tuple[str, str], dtype: str
+    form: AdapterFormat, module: LoraModule, written: WrittenRank, keys: tuple[str, str], dtype: str
 ) -> list[WrittenTensor]:
     """Return the module's B and A, without a copy if they are stored unchanged."""
-    if is_stored_unchanged(module, written):
+    if is_stored_unchanged(module, written) and not form.rearranges:
         ((b, a),) = module.factors()
         b_shape, a_shape = stored_shapes(module, written.rank)
         return [(keys[0], b_shape, b, _type_name(dtype)), (keys[1], a_shape, a, _type_name(dtype))]
-    return [_tensor(key, x, dtype) for key, x in zip(keys, stored_factors(module, written), strict=True)]
+    stored = form.arranged(module, *stored_factors(module, written))
+    return [_tensor(key, x, dtype) for key, x in zip(keys, stored, strict=True)]
 
 
 def _type_name(dtype: str) -> str:
@@ -79,8 +73,14 @@ def _type_name(dtype: str) -> str:
     return SAFETENSORS_NAMES.get(dtype, "BF16")
 
 
+def _alpha(key: str, alpha: float) -> WrittenTensor:
+    """Return an alpha in float32, or in float64 if only that holds it; 16 bits do not hold every rank."""
+    dtype = "float32" if float(np.float32(alpha)) == alpha else "float64"
+    return _tensor(key, np.array(alpha, dtype=dtype), dtype)
+
+
 def _tensor(key: str, values: Array, dtype: str) -> WrittenTensor:
-    rows = values.reshape(values.shape[0] if values.ndim else 1, -1)
+    rows = np.ascontiguousarray(values).reshape(values.shape[0] if values.ndim else 1, -1)
     return key, list(values.shape), arrays.matrix(rows), _type_name(dtype)
 
 

@@ -17,6 +17,7 @@ with ending_signals_exit():  # Imports take most of the time of a short command.
         bake,
         check,
         compress,
+        convert,
         extract,
         family,
         info,
@@ -47,6 +48,7 @@ app.command()(merge.merge)
 app.command()(extract.extract)
 app.command()(bake.bake)
 app.command()(verify.verify)
+app.command()(convert.convert)
 app.command()(check.check)
 app.command()(info.info)
 _debug = False

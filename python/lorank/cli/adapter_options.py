@@ -11,7 +11,10 @@ from lorank.compression.extraction import DEFAULT_MAX_RANK
 
 # A Path would turn an empty argument into the current folder.
 Adapter = Annotated[
-    str, typer.Argument(help="A PEFT folder, or a .safetensors file with the keys of kohya or diffusers.")
+    str,
+    typer.Argument(
+        help="A folder of PEFT or MLX-LM, a .safetensors file of an image adapter, a .gguf file, or a hub id."
+    ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder or .safetensors file to write.")]
 RankRatio = Annotated[

@@ -96,7 +96,7 @@ def check_form(profile: str, dtype: str | None) -> None:
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise UsageError if an adapter exists at a path and must not be replaced."""
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".gguf"):
         check_new(path, overwrite)
     else:
         check_output_folder(path, overwrite)

@@ -11,12 +11,15 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from lorank.peft_format.name_matching import proper_suffixes
 
+Number = TypeVar("Number", int, float)
 
-def rank_keys(ranks: Mapping[str, int]) -> dict[int, str]:
-    r"""Return one regular expression for each rank, which matches the modules of that rank and no others.
+
+def rank_keys(ranks: Mapping[str, Number]) -> dict[Number, str]:
+    r"""Return one regular expression for each rank (or alpha), which matches its modules and no others.
 
     The expressions match names under any prefix, because names in a model may have one.
 
@@ -31,7 +34,7 @@ def rank_keys(ranks: Mapping[str, int]) -> dict[int, str]:
     {4: '(?:layers\\.0\\.q|head)', 8: '(?:layers\\.1\\.q)'}
     """
     shadowed = _shadowed(ranks)
-    by_rank: dict[int, list[str]] = defaultdict(list)
+    by_rank: dict[Number, list[str]] = defaultdict(list)
     for name, rank in ranks.items():
         # `^` forbids a prefix: needed where another module's name ends with this one's.
         by_rank[rank].append(("^" if name in shadowed else "") + re.escape(name))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorank._core import FormatError
+from lorank.adapters.formats.base_weights import BaseWeights
 from lorank.adapters.module import LoraModule
 from lorank.modules import naming
 from lorank.modules.building import Unknown
@@ -177,3 +178,22 @@ def _above(name: str) -> list[str]:
     """Return the names of a module's ancestors."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def base_weights(base: Any) -> BaseWeights:
+    """Describe a base model for layouts of adapters; see `BaseModel.of` for its forms."""
+    model = BaseModel.of(base)
+    if is_module(base):
+        config: Any = getattr(base, "config", None)
+        content = dict(config or {}) if not hasattr(config, "to_dict") else config.to_dict()
+        label = str(content.get("_name_or_path") or model.label)
+    else:
+        content, label = ModelConfig.read(hub.local_path(base, hub.download_config)).content, str(base)
+    shapes: Mapping[str, tuple[int, ...]] = model.shapes
+    class_name = ""
+    if model.skeleton is not None:
+        class_name = model.skeleton.label
+        shapes = {
+            weight.module: tuple(weight.shape) for weight in model.skeleton.weights.values() if weight.kind
+        }
+    return BaseWeights(label, shapes, content, class_name)

@@ -147,13 +147,12 @@ def _verdict(runtime: Runtime, a: Found, non_finite: Sequence[tuple[str, str]]) 
 
 def _other_format(runtime: Runtime, a: Found) -> str:
     """Return the reason for refusing the format; empty if the runtime reads it."""
-    if runtime.reads == format_of(a.adapter).files:
+    if runtime.reads == (a.stored.files or format_of(a.adapter).files):
         return ""
     return {
         "folders": "reads PEFT folders only",
         "image files": "reads files of image adapters only, not PEFT folders",
-        "neither": "reads files of its own format only",
-    }[runtime.reads]
+    }.get(runtime.reads, "reads files of its own format only")
 
 
 def _unknown_names(runtime: Runtime, missed: dict[str, str]) -> str:

@@ -29,6 +29,8 @@ def local_path(source: str | Path, download: Callable[[str], Path]) -> Path:
     FileNotFoundError
         If no file or folder has that name, and no hub model with that id can be downloaded.
     """
+    if source == "":
+        raise FileNotFoundError("an empty path names no model or adapter")
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -58,6 +60,20 @@ def download_config(hub_id: str) -> Path:
     """Return a local folder with the `config.json` of a hub model, with or without its weights."""
     name = model_config.FILE_NAME
     return _snapshot(hub_id, [[name]], lambda folder: (folder / name).exists())
+
+
+def download_adapter(hub_id: str) -> Path:
+    """Return the local folder of a hub adapter; download what the cache lacks.
+
+    The folder holds the settings, and one format of factors: safetensors if the adapter has them.
+    """
+    safetensors = ["*.json", "*.safetensors"]
+    others = ["*.json", "*.bin", "*.gguf"]
+    return _snapshot(hub_id, [safetensors, others], _has_factors)
+
+
+def _has_factors(folder: Path) -> bool:
+    return any(any(folder.glob(f"*{end}")) for end in (".safetensors", ".bin", ".gguf"))
 
 
 def _snapshot(hub_id: str, choices: Sequence[list[str]], is_complete: Callable[[Path], bool]) -> Path:

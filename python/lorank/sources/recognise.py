@@ -36,7 +36,10 @@ _ADAPTERS = {
         r"\.on_input": "IA3",
     }.items()
 }
-_READABLE = ("LoRA", "DoRA", "LORA", "ADALORA")
+_READABLE = (
+    *("LoRA", "DoRA", "LORA", "ADALORA", "LoHa", "LoKr", "LOHA", "LOKR"),
+    "LoRA of MLX or torchtune",
+)
 
 # Files of adapters, training runs and tokenizers, which hold no weights of a model.
 _ADAPTER_FILES = re.compile(
@@ -166,7 +169,7 @@ def other_adapter(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """Return the reason for refusing a folder with an adapter's settings but no PEFT weights, if known."""
     names = [file.name for file in folder.iterdir()]
     if any(name.endswith("adapters.safetensors") for name in names) and "peft_type" not in settings:
-        return f"{folder}: is an adapter of MLX, which lorank cannot read: convert it to PEFT's format"
+        return f"{folder}: holds factors of steps of MLX-LM, but no adapters.safetensors: rename one of them"
     if any(map(_may_be_model, names)):
         return _not_an_adapter(str(folder), f"a model beside {CONFIG_FILE}")
     return None
@@ -209,7 +212,7 @@ def _not_a_model(label: str, folder: Path) -> str:
     settings = _settings(folder)
     if "peft_type" not in settings:
         is_mlx = any(name.name.endswith("adapters.safetensors") for name in folder.iterdir())
-        return _refusal(label, "an adapter of MLX" if is_mlx else "a PEFT adapter (LoRA)")
+        return _refusal(label, "an adapter of MLX (LoRA)" if is_mlx else "a PEFT adapter (LoRA)")
     kind = str(settings["peft_type"]).upper().rpartition(".")[2]
     return _refusal(label, f"a PEFT adapter ({kind})", settings.get("base_model_name_or_path"))
 

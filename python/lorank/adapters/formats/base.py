@@ -8,13 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy.typing as npt
+
+from lorank import _core
+from lorank._core import Checkpoint, Matrix
 from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Format, Profile
+from lorank.adapters.formats.base_weights import BaseWeights
 from lorank.adapters.formats.expert_layout import Parameter
 from lorank.adapters.module import LoraModule
 from lorank.adapters.profiles import WrittenRank
 from lorank.adapters.stored import Stored
-from lorank.adapters.tensors import Tensors
+from lorank.adapters.tensors import FileTensors, Tensors
+
+Array = npt.NDArray[Any]
+WrittenTensor = tuple[str, list[int], Matrix | tuple[Checkpoint, int] | bytes, str]
+"""Name, shape, values, and element type by safetensors' name."""
+
+Files = Literal["folders", "image files", "MLX folders", "GGUF files", "torchtune files", "other"]
+"""The kind of files of an adapter, as in `lorank.runtimes.rules.Runtime.reads`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +45,10 @@ class AsStored:
         Key without wrappers -> the file's key, for keys with a wrapper's name.
     swapped
         Stacks of experts in the layout of PEFT before 0.19.
+    files
+        The kind of the adapter's files, if it is not that of the adapter's format.
+    with_base
+        A function that returns the adapter as it is if the base model is known; None if that changes nothing.
     """
 
     adapter: AdapterContent
@@ -40,6 +56,8 @@ class AsStored:
     wrappers: tuple[str, ...] = ()
     stored_as: Mapping[str, str] = field(default_factory=dict)
     swapped: tuple[Parameter, ...] = ()
+    files: Files | None = None
+    with_base: Callable[[BaseWeights], AdapterContent] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +104,22 @@ class AdapterFormat(ABC):
         Lines of a model card's front matter.
     carried_remark
         A sentence of the card on tensors other than factors; empty if there is none.
+    library
+        The value of the metadata entry "format" in the file of tensors.
+    rearranges
+        True if the file stores factors in another arrangement than PEFT; see `arranged`.
     """
 
     name: ClassVar[Format]
-    files: ClassVar[Literal["folders", "image files"]]
+    files: ClassVar[Files]
     key_prefix: ClassVar[str]
     holds_settings: ClassVar[bool]
     rewrites_certificate: ClassVar[bool]
     certificate_place: ClassVar[str]
     card_entries: ClassVar[Sequence[str]]
-    carried_remark: ClassVar[str]
+    carried_remark: ClassVar[str] = ""
+    library: ClassVar[str] = "pt"
+    rearranges: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
@@ -115,6 +139,33 @@ class AdapterFormat(ABC):
         FormatError
             If the files hold no LoRA adapter, or a damaged one.
         """
+
+    def write(
+        self,
+        file: Path,
+        tensors: list[WrittenTensor],
+        metadata: Mapping[str, str],
+        threads: int,
+        seal: tuple[str, bytes],
+    ) -> str:
+        """Write the file of tensors with a digest under the key of the seal; return the digest."""
+        digest = _core.write_safetensors(file, tensors, metadata, threads, seal)
+        assert digest is not None
+        return digest
+
+    def open(self, file: Path) -> Tensors:
+        """Open a file of tensors that `write` has written."""
+        return FileTensors(file)
+
+    def arranged(self, module: LoraModule, b: Array, a: Array) -> tuple[Array, Array]:
+        """Return factors in the arrangement of the file, given those of PEFT's files."""
+        del module
+        return b, a
+
+    def restored(self, module: LoraModule, b: Array, a: Array) -> tuple[Array, Array]:
+        """Return factors in the arrangement of PEFT's files, given those of the file: undo `arranged`."""
+        del module
+        return b, a
 
     @abstractmethod
     def certificate(self, path: Path, metadata: Mapping[str, str]) -> Callable[[], Any] | None:
@@ -143,7 +194,7 @@ class AdapterFormat(ABC):
         """Return the keys of B and A of modules."""
 
     @abstractmethod
-    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, int]:
+    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, float]:
         """Return the alphas that are tensors of the file, by key."""
 
     @abstractmethod

@@ -68,15 +68,17 @@ class PartSettings:
         part = self.part_of(name)
         return None if part is None else self.tables[part].rank_and_scaling(_within(part, name))
 
-    def rewritten(self, ranks: Mapping[str, int]) -> str:
-        """Return the metadata for other ranks of the modules, with scale 1."""
+    def rewritten(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> str:
+        """Return the metadata for other ranks and alphas of the modules."""
         by_part: dict[str, dict[str, int]] = defaultdict(dict)
+        of_part: dict[str, dict[str, float]] = defaultdict(dict)
         for name, rank in ranks.items():
             if (part := self.part_of(name)) is not None:
                 by_part[part][_within(part, name)] = rank
+                of_part[part][_within(part, name)] = alphas[name]
         content = {}
         for part, written in by_part.items():
-            for key, value in {**_kept(self.parts[part]), **_settings(written)}.items():
+            for key, value in {**_kept(self.parts[part]), **_settings(written, of_part[part])}.items():
                 content[f"{part}.{key}" if part else key] = value
         return json.dumps(content, indent=2, sort_keys=True)
 
@@ -89,14 +91,14 @@ def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in ONLY_FOR_TRAINING}
 
 
-def _settings(ranks: Mapping[str, int]) -> dict[str, Any]:
+def _settings(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
     largest = max(ranks.values())
-    patterns = {key: rank for rank, key in rank_keys(ranks).items() if rank != largest}
+    alpha = max(alphas.values())
     return {
         "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
+        "lora_alpha": alpha,
+        "rank_pattern": {key: rank for rank, key in rank_keys(ranks).items() if rank != largest},
+        "alpha_pattern": {key: value for value, key in rank_keys(alphas).items() if value != alpha},
         "target_modules": sorted(ranks),
         "exclude_modules": None,
         "use_rslora": False,

@@ -77,7 +77,7 @@ class Unwrapped:
             return cls(tensors, (), {})
         found = {part for key in stored_as.values() for part in key.split(".")}
         wrappers = tuple(name for name in ANYWHERE if name in found) + ((AT_THE_FRONT,) if front else ())
-        return cls(_Renamed(tensors, clean), wrappers, stored_as)
+        return cls(Renamed(tensors, clean), wrappers, stored_as)
 
     def note(self) -> str:
         """Return a note with the removed names and the number of changed keys."""
@@ -113,7 +113,7 @@ def _without_front(name: str) -> str:
     return name
 
 
-class _Renamed:
+class Renamed:
     """Tensors under other names."""
 
     def __init__(self, tensors: Tensors, keys: Mapping[str, str]) -> None:

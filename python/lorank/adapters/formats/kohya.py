@@ -15,6 +15,7 @@ from lorank.adapters.certificate import Certificate
 from lorank.adapters.content import AdapterContent, Profile
 from lorank.adapters.formats import kohya_reading
 from lorank.adapters.formats.base import AdapterFormat, AsStored, Place
+from lorank.adapters.formats.base_weights import BaseWeights
 from lorank.adapters.formats.diffusers_settings import KEY as SETTINGS_KEY
 from lorank.adapters.formats.diffusers_settings import PartSettings
 from lorank.adapters.formats.image_alphas import reads_whole_blocks, written_alphas
@@ -22,10 +23,11 @@ from lorank.adapters.formats.image_keys import alpha_key
 from lorank.adapters.formats.image_style import ImageStyle
 from lorank.adapters.metadata import CERTIFICATE_KEY, DIGEST_KEY, RANKS_KEY, SPECTRAL_KEY
 from lorank.adapters.module import LoraModule
-from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.profiles import EXACT, WrittenRank
 from lorank.adapters.stored import Stored
 from lorank.adapters.tensors import FileTensors
 from lorank.peft_format.names import CONFIG_FILE
+from lorank.peft_format.scaling import alpha_of
 from lorank.sources import recognise
 
 _WEIGHTS = "adapter.safetensors"
@@ -57,7 +59,12 @@ class _Kohya(AdapterFormat):
             raise FormatError(f"{file}: is neither a PEFT folder nor a .safetensors file")
         tensors = FileTensors(file)
         recognise.check_adapter_tensors(tensors.label, tensors.shapes())
-        return AsStored(kohya_reading.read(tensors), tensors)
+        adapter = kohya_reading.read(tensors)
+
+        def with_base(base: BaseWeights) -> AdapterContent:
+            return kohya_reading.with_kernels(adapter, base)
+
+        return AsStored(adapter, tensors, with_base=with_base)
 
     def certificate(self, path: Path, metadata: Mapping[str, str]) -> Callable[[], Any] | None:
         del path
@@ -77,6 +84,11 @@ class _Kohya(AdapterFormat):
         ranks = {name: entry.rank for name, entry in written.items()}
         if reads_whole_blocks(adapter.modules):
             ranks = {name: ranks.get(name, 1) for name in adapter.modules}
+        if profile == EXACT:
+            return {
+                name: WrittenRank.unscaled(rank, adapter.modules[name].scaling)
+                for name, rank in ranks.items()
+            }
         alphas = written_alphas(_style(adapter), ranks)
         return {name: WrittenRank(rank, rank / alphas.get(name, rank)) for name, rank in ranks.items()}
 
@@ -84,7 +96,9 @@ class _Kohya(AdapterFormat):
         keys = _style(adapter).keys
         return {name: keys[name] for name in names}
 
-    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, int]:
+    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, float]:
+        if any(entry.keeps_scaling for entry in written.values()):
+            return {alpha_key(name): alpha for name, alpha in _kept_alphas(adapter, written).items()}
         ranks = {name: entry.rank for name, entry in written.items()}
         return {alpha_key(name): alpha for name, alpha in written_alphas(_style(adapter), ranks).items()}
 
@@ -102,7 +116,12 @@ class _Kohya(AdapterFormat):
         kept = {key: value for key, value in style.metadata.items() if not _STALE.fullmatch(key)}
         if style.settings.parts:
             ranks = {name: entry.rank for name, entry in written.items()}
-            kept[SETTINGS_KEY] = style.settings.rewritten(ranks)
+            alphas = {
+                name: alpha_of(entry.scaling(adapter.modules[name]), entry.rank, rank_stabilized=False)
+                for name, entry in written.items()
+                if entry.keeps_scaling
+            }
+            kept[SETTINGS_KEY] = style.settings.rewritten(ranks, alphas or ranks)
         if certificate:
             kept[CERTIFICATE_KEY] = certificate.to_text(adapter.notes)
         return kept
@@ -130,6 +149,22 @@ class _Kohya(AdapterFormat):
 
 
 KOHYA = _Kohya()
+
+
+def _kept_alphas(adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, float]:
+    """Return the alphas of modules that keep their scalings; none if all scalings are 1."""
+    style = _style(adapter)
+    scalings = {
+        name: entry.scaling(adapter.modules[name])
+        for name, entry in written.items()
+        if style.settings.part_of(name) is None
+    }
+    if not style.has_alphas and all(scaling == 1 for scaling in scalings.values()):
+        return {}
+    return {
+        name: alpha_of(scaling, written[name].rank, rank_stabilized=False)
+        for name, scaling in scalings.items()
+    }
 
 
 def _style(adapter: AdapterContent) -> ImageStyle:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,11 +15,13 @@ from lorank._core import FormatError
 from lorank.adapters import carried
 from lorank.adapters.content import AdapterContent
 from lorank.adapters.factors import Pair, TensorFactors
-from lorank.adapters.formats import image_keys
+from lorank.adapters.formats import image_keys, product_reading
+from lorank.adapters.formats.base_weights import BaseWeights
 from lorank.adapters.formats.diffusers_settings import PartSettings
 from lorank.adapters.formats.image_keys import Spelled, alpha_key
 from lorank.adapters.formats.image_style import ImageStyle
 from lorank.adapters.formats.peft_notes import dora_note
+from lorank.adapters.formats.product_factors import ProductFactors
 from lorank.adapters.metadata import SPECTRAL_KEY
 from lorank.adapters.module import LoraModule
 from lorank.adapters.tensors import Tensors
@@ -31,8 +34,6 @@ from lorank.sources import arrays
 _OTHER_METHODS = {
     re.compile(rf".*{ending}"): method
     for ending, method in {
-        r"\.hada_\w+": "LoHa",
-        r"\.lokr_\w+": "LoKr",
         r"\.oft_\w+": "OFT",
         r"\.boft_\w+": "BOFT",
         r"\.on_input": "IA3",
@@ -56,9 +57,11 @@ def read(tensors: Tensors) -> AdapterContent:
     modules = [
         _module(tensors, name, keys, found.alphas.get(name), settings) for name, keys in found.modules.items()
     ]
+    modules += [_product(tensors, name, keys, found) for name, keys in found.products.items()]
     modules.sort(key=lambda module: naming.natural_key(module.name))
     style = ImageStyle(
-        {name: (keys.factors["B"], keys.factors["A"]) for name, keys in found.modules.items()},
+        {name: (keys.factors["B"], keys.factors["A"]) for name, keys in found.modules.items()}
+        | {name: (f"{name}.lora_up.weight", f"{name}.lora_down.weight") for name in found.products},
         dict(tensors.metadata),
         settings,
         has_alphas=any(key == alpha_key(name) for name, key in found.alphas.items()),
@@ -79,31 +82,38 @@ class _Found:
     """The keys of a file by their roles: modules, their alphas, and the rest."""
 
     modules: dict[str, Spelled]
+    products: dict[str, dict[str, str]]
     alphas: dict[str, str]
+    scalars: dict[str, str]
     others: list[str]
 
     @classmethod
     def of(cls, tensors: Tensors) -> _Found:
         modules, others = image_keys.sorted_out(tensors)
+        products, others = product_reading.parts_of(others)
+        if twice := sorted(modules.keys() & products.keys()):
+            raise FormatError(f"{tensors.label}: module {twice[0]!r}: has factors of LoRA and of a product")
         for key in others:
             _refuse_other_methods(tensors.label, key)
-        if not modules:
+        if not modules and not products:
             if added := [key for key in others if carried.is_added(key)]:
                 what = f"tensor {added[0]!r} belongs to a full difference"
                 raise FormatError(f"{tensors.label}: {what}: only LoRA can be read")
             raise FormatError(f"{tensors.label}: holds no LoRA factors (lora_up/lora_down, lora_A/lora_B)")
-        if any(name.startswith(PREFIX) for name in modules):
+        if any(key.startswith(PREFIX) for key in tensors.shapes()):
             raise FormatError(
                 f"{tensors.label}: has tensor names of PEFT, which stores the scale of updates in "
                 "adapter_config.json: give the folder that holds both files"
             )
-        alphas = image_keys.alphas(tensors, others, modules.keys())
-        used = set(alphas.values())
-        return cls(modules, alphas, [key for key in others if key not in used])
+        names = modules.keys() | products.keys()
+        alphas = image_keys.alphas(tensors, others, names)
+        scalars = {name: key for name in products if (key := f"{name}.scalar") in others}
+        used = {*alphas.values(), *scalars.values()}
+        return cls(modules, products, alphas, scalars, [key for key in others if key not in used])
 
     def notes(self) -> list[str]:
         """Return notes on keys that saving changes, and on tensors that are kept unchanged."""
-        magnitudes = carried.magnitudes(self.others, self.modules.keys())
+        magnitudes = carried.magnitudes(self.others, self.modules.keys() | self.products.keys())
         lost = [key for key in self.others if image_keys.is_alpha(key)]
         added = [key for key in self.others if carried.is_added(key)]
         rest = len(self.others) - len(magnitudes) - len(lost) - len(added)
@@ -124,6 +134,8 @@ class _Found:
             notes.append(f"{rest} tensors that are not factors are kept as they are")
         if any("mid" in keys.factors for keys in self.modules.values()):
             notes.append("mid kernels were folded into lora_down")
+        kinds = ["LOHA" if "hada_w1_a" in keys else "LOKR" for keys in self.products.values()]
+        notes += [product_reading.note(kind, count) for kind, count in Counter(kinds).items()]
         return notes
 
 
@@ -172,6 +184,18 @@ def _module(
         b_tail=b[2:],
         carried={} if spelled.bias is None else {BIAS: _bias(tensors, name, spelled.bias, b[0])},
     )
+
+
+def _product(tensors: Tensors, name: str, keys: Mapping[str, str], found: _Found) -> LoraModule:
+    """Return a module of LoHa or LoKr."""
+    alpha, scalar = found.alphas.get(name), found.scalars.get(name)
+
+    def scaling(rank: int | None) -> float:
+        # A product without factors has no rank to divide by.
+        scale = tensors.number(alpha) / rank if alpha is not None and rank is not None else 1.0
+        return scale * (tensors.number(scalar) if scalar is not None else 1.0)
+
+    return product_reading.module_of(tensors, name, keys, scaling)
 
 
 def _shapes(
@@ -251,3 +275,17 @@ class KernelFactors:
             "rskl,si->rikl", kernel.reshape(self.mid).astype(np.float64), down
         )
         return [(self.stored.b, arrays.matrix(folded.reshape(self.mid[0], -1)))]
+
+
+def with_kernels(adapter: AdapterContent, base: BaseWeights) -> AdapterContent:
+    """Return an adapter whose flat convolutions of LoHa and LoKr have the base model's kernel shapes."""
+    modules = {}
+    for name, module in adapter.modules.items():
+        if isinstance(module.factors, ProductFactors) and module.kind == "linear":
+            path = (
+                base.unflattened(re.sub(r"^lora_(?:unet|transformer)_", "", name)) or name.partition(".")[2]
+            )
+            if kernel := base.kernel(path, module.shape[1]):
+                module = replace(module, kind="conv", a_tail=kernel, b_tail=(1,) * (len(kernel) - 1))
+        modules[name] = module
+    return replace(adapter, modules=modules)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+# ruff: noqa: D102  # The base class documents the methods.
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
 from lorank.adapters import carried as carried_tensors
 from lorank.adapters import profiles
 from lorank.adapters.certificate import Certificate
-from lorank.adapters.content import AdapterContent, Profile
-from lorank.adapters.formats import peft_keys, peft_reading, peft_settings
+from lorank.adapters.content import AdapterContent, Format, Profile
+from lorank.adapters.formats import peft_keys, peft_reading, peft_settings, product_reading, torchtune
 from lorank.adapters.formats.base import AdapterFormat, AsStored, Place
+from lorank.adapters.formats.expert_tensors import ExpertTensors
 from lorank.adapters.formats.key_wrappers import Unwrapped
 from lorank.adapters.metadata import CERTIFICATE_FILE
 from lorank.adapters.module import LoraModule
-from lorank.adapters.profiles import WrittenRank
+from lorank.adapters.profiles import EXACT, WrittenRank
 from lorank.adapters.stored import Stored
 from lorank.adapters.tensors import ArrayTensors, FileTensors, Tensors
 from lorank.peft_format import config_file, nesting
@@ -33,10 +35,13 @@ from lorank.peft_format.names import (
     is_in_layer,
     layer_path,
 )
+from lorank.peft_format.scaling import alpha_of
+from lorank.peft_format.validation import kind_of
 from lorank.sources import recognise
 
 _READERS = {
     "compact": "PEFT and vLLM 0.32 or later",
+    "exact": "PEFT and vLLM 0.32 or later",
     "portable": "PEFT, vLLM, SGLang, LoRAX, llama.cpp and TensorRT-LLM",
     "tensor-rank": "PEFT, vLLM 0.32 or later, llama.cpp and TensorRT-LLM",
 }
@@ -45,10 +50,10 @@ _READERS = {
 _TRIES = 100
 
 
-class _Peft(AdapterFormat):
+class PeftFormat(AdapterFormat):
     """PEFT's folders."""
 
-    name = "peft"
+    name: ClassVar[Format] = "peft"
     files = "folders"
     key_prefix = PREFIX
     holds_settings = True
@@ -62,12 +67,25 @@ class _Peft(AdapterFormat):
 
     def read(self, path: Path, *, contradictions: bool, changed_base: bool) -> AsStored:
         config, tensors = _saved_together(path)
+        if torchtune.is_native(tensors):
+            return torchtune.read(tensors, config)
+        if kind_of(config) in product_reading.KINDS:
+            return product_reading.read_peft(tensors, config)
         unwrapped = Unwrapped.of(tensors, config.get("target_modules"))
-        reading = peft_reading.read_all(
-            unwrapped.tensors, config, contradictions=contradictions, changed_base=changed_base
-        )
+        experts = ExpertTensors.of(unwrapped.tensors)
+        if experts.keys and not any(".lora_" in key for key in experts.others.shapes()):
+            reading = peft_reading.Reading(AdapterContent({}, dict(config), label=str(path)))
+        else:
+            reading = peft_reading.read_all(
+                experts.others, config, contradictions=contradictions, changed_base=changed_base
+            )
         notes = [*([unwrapped.note()] if unwrapped.wrappers else []), *reading.adapter.notes]
         adapter = replace(reading.adapter, label=str(path), notes=notes)
+        if experts.keys:
+            adapter = experts.added_to(adapter, config)
+            return AsStored(
+                adapter, unwrapped.tensors, unwrapped.wrappers, unwrapped.stored_as, files="other"
+            )
         return AsStored(
             adapter, unwrapped.tensors, unwrapped.wrappers, unwrapped.stored_as, tuple(reading.swapped)
         )
@@ -91,7 +109,7 @@ class _Peft(AdapterFormat):
     def keys(self, adapter: AdapterContent, names: Iterable[str]) -> dict[str, tuple[str, str]]:
         return peft_keys.factor_keys([adapter.modules[name] for name in names])
 
-    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, int]:
+    def alphas(self, adapter: AdapterContent, written: Mapping[str, WrittenRank]) -> dict[str, float]:
         del adapter, written
         return {}
 
@@ -111,8 +129,9 @@ class _Peft(AdapterFormat):
 
     def settings(self, adapter: AdapterContent, profile: Profile) -> dict[str, Any]:
         """Return the content of `adapter_config.json` for an adapter in a profile."""
-        ranks = {name: written.rank for name, written in self.written_ranks(adapter, profile).items()}
-        return peft_settings.settings(adapter, ranks, has_alphas=profile == "compact")
+        written = self.written_ranks(adapter, profile)
+        ranks = {name: entry.rank for name, entry in written.items()}
+        return peft_settings.settings(adapter, ranks, _alphas(adapter, written, profile))
 
     def settings_files(self, adapter: AdapterContent, profile: Profile) -> dict[str, str]:
         content = self.settings(adapter, profile)
@@ -136,7 +155,7 @@ class _Peft(AdapterFormat):
         return {"config": config | ({"ensure_weight_tying": True} if ties_tables else {})}
 
 
-PEFT = _Peft()
+PEFT = PeftFormat()
 
 
 def _saved_together(folder: Path) -> tuple[dict[str, Any], Tensors]:
@@ -170,6 +189,18 @@ def _weights(folder: Path) -> Tensors:
     if reason := recognise.other_adapter(folder, config_file.read(folder / CONFIG_FILE)):
         raise FormatError(reason)
     raise FormatError(f"{folder}: holds {CONFIG_FILE}, but neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}")
+
+
+def _alphas(
+    adapter: AdapterContent, written: Mapping[str, WrittenRank], profile: Profile
+) -> dict[str, float]:
+    """Return the alphas of all modules; empty if one alpha holds for all ranks."""
+    if profile not in ("compact", EXACT):
+        return {}
+    return {
+        name: alpha_of(entry.scaling(adapter.modules[name]), entry.rank, rank_stabilized=False)
+        for name, entry in written.items()
+    }
 
 
 def _needed(adapter: AdapterContent) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +11,16 @@ from lorank.adapters.formats.expert_layout import FIRST_VERSION, is_earlier
 from lorank.adapters.profiles import common_rank
 from lorank.modules import naming
 from lorank.peft_format.fields import ONLY_FOR_TRAINING
-from lorank.peft_format.rank_groups import rank_owner
+from lorank.peft_format.rank_groups import rank_owner, separate_experts
 from lorank.peft_format.rank_patterns import rank_keys
 from lorank.peft_format.target_expressions import accidental_matches, as_expression, either, guard, only
 
 _EXCLUDED = "the settings' exclude_modules"
 
 
-def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: bool) -> dict[str, Any]:
+def settings(
+    adapter: AdapterContent, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Any]:
     """Return the settings that give every module its rank, and its scale in the profile.
 
     Parameters
@@ -26,8 +29,8 @@ def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: b
         The adapter.
     ranks
         Rank of each written module by name.
-    has_alphas
-        True to give every module an alpha that equals its rank.
+    alphas
+        Alpha of each written module by name; empty if the largest rank is the alpha of all.
     """
     common = common_rank(ranks)
     modules = [adapter.modules[name] for name in ranks]
@@ -36,6 +39,8 @@ def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: b
     stacks = [module.name for module in modules if module.kind == "expert"]
     looked_up = {name: rank for name, rank in ranks.items() if rank_owner(name) == name}
     patterns = {key: rank for rank, key in rank_keys(looked_up).items() if rank != common}
+    common_alpha = _common_alpha(ranks, alphas, common)
+    own_alphas = {name: alpha for name, alpha in alphas.items() if name in looked_up}
     before = adapter.config
     kept = None if dropped else _kept_targets(before, linear)
     has_biases = any(key.endswith(".bias") for key in adapter.carried)
@@ -43,9 +48,11 @@ def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: b
         **{key: value for key, value in before.items() if key not in ONLY_FOR_TRAINING},
         "peft_type": "LORA",
         "r": common,
-        "lora_alpha": common,
+        "lora_alpha": common_alpha,
         "rank_pattern": patterns,
-        "alpha_pattern": dict(patterns) if has_alphas else {},
+        "alpha_pattern": {
+            key: alpha for alpha, key in rank_keys(own_alphas).items() if alpha != common_alpha
+        },
         "use_rslora": False,
         # PEFT loads biases by name and ignores `bias`. Engines that cannot load biases read `bias`.
         "bias": (before.get("bias") if has_biases else None) or "none",
@@ -59,6 +66,15 @@ def settings(adapter: AdapterContent, ranks: Mapping[str, int], *, has_alphas: b
         # Stacks are written in PEFT's current layout.
         **({"peft_version": FIRST_VERSION} if stacks and is_earlier(before) else {}),
     }
+
+
+def _common_alpha(ranks: Mapping[str, int], alphas: Mapping[str, float], common: int) -> float:
+    """Return the settings' `lora_alpha`: that of separate experts, or else of modules of the common rank."""
+    if not alphas:
+        return common
+    names = separate_experts(ranks) or [name for name, rank in ranks.items() if rank == common]
+    ((alpha, _),) = Counter(alphas[name] for name in names).most_common(1)
+    return alpha
 
 
 def _kept_targets(before: Mapping[str, Any], names: Sequence[str]) -> list[str] | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorank.adapters.content import Profile
+from lorank.adapters.formats.base import Files
 from lorank.adapters.module import LoraModule
 from lorank.peft_format.names import PREFIX, layer_path
 from lorank.peft_format.scaling import divisor
@@ -68,7 +69,7 @@ class Runtime:
     needs_prefix
         True if keys without the prefix `base_model.model.` are not found.
     reads
-        The files that are read: PEFT's folders, files of image adapters, or neither.
+        The kind of files that are read.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Runtime:
     unknown: Unknown = "ignores"
     by_suffix: bool = False
     needs_prefix: bool = True
-    reads: Literal["folders", "image files", "neither"] = "folders"
+    reads: Files = "folders"
 
     def misses(self, a: Found) -> dict[str, str]:
         """Map the name of each module that is not found by its key to a reason."""
