@@ -108,16 +108,14 @@ impl Matrix {
     }
 
     /// Returns a matrix of the rows of others, which are arranged whenever it is loaded: `stacked`,
-    /// `interleaved`, `heads` (of which the rows alternate the halves), or `parts-of-heads` (of which `count` parts
-    /// of all heads follow each other).
+    /// `interleaved`, or `heads`, in each of which the rows of the two halves alternate.
     #[staticmethod]
-    #[pyo3(signature = (matrices, by, heads=1, count=1))]
-    fn arranged(matrices: Vec<PyRef<'_, Self>>, by: &str, heads: usize, count: usize) -> PyResult<Self> {
+    #[pyo3(signature = (matrices, by, heads=1))]
+    fn arranged(matrices: Vec<PyRef<'_, Self>>, by: &str, heads: usize) -> PyResult<Self> {
         let by = match by {
             "stacked" => Arrangement::Stacked,
             "interleaved" => Arrangement::Interleaved,
             "heads" => Arrangement::Heads(heads),
-            "parts-of-heads" => Arrangement::PartsOfHeads(heads, count),
             _ => return Err(PyValueError::new_err(format!("unknown arrangement {by:?}"))),
         };
         let parts = matrices.iter().map(|matrix| matrix.0.clone()).collect();
@@ -162,6 +160,12 @@ fn element_type(array: &Bound<'_, PyUntypedArray>, name: Option<&str>) -> PyResu
             name.map(|n| format!(" as {n}")).unwrap_or_default()
         ))),
     }
+}
+
+/// Returns the names of the block types of GGUF files that can be decoded.
+#[pyfunction]
+pub fn gguf_types() -> Vec<&'static str> {
+    quantized::gguf::types().collect()
 }
 
 /// A tensor of a checkpoint: name, safetensors dtype, shape.

@@ -18,9 +18,6 @@ pub enum Arrangement {
     Interleaved,
     /// The rows of each of `n` heads, of which the file alternates the first and the second half.
     Heads(usize),
-    /// The rows of each of `n` heads in each of `k` equal parts, which the file stores part by part; the model
-    /// stores them head by head.
-    PartsOfHeads(usize, usize),
 }
 
 struct Arranged {
@@ -45,8 +42,7 @@ pub fn arranged(parts: Vec<StoredMatrix>, by: Arrangement) -> Result<StoredMatri
     let fits = match by {
         Arrangement::Stacked => true,
         Arrangement::Interleaved => parts.iter().all(|part| part.shape().0 == rows),
-        Arrangement::Heads(heads) => parts.len() == 1 && is_multiple(rows, heads, 2),
-        Arrangement::PartsOfHeads(heads, count) => parts.len() == 1 && is_multiple(rows, heads, count),
+        Arrangement::Heads(heads) => parts.len() == 1 && is_multiple(rows, heads),
     };
     if !is_one_width || !fits {
         return Err(Error::InvalidInput(format!("{parts:?} cannot be arranged as {by:?}")));
@@ -56,8 +52,9 @@ pub fn arranged(parts: Vec<StoredMatrix>, by: Arrangement) -> Result<StoredMatri
     Ok(StoredMatrix::computed(Arc::new(Arranged { parts, by, dtype }), dtype, (total, cols)))
 }
 
-fn is_multiple(rows: usize, heads: usize, count: usize) -> bool {
-    heads.checked_mul(count).is_some_and(|unit| unit > 0 && rows.is_multiple_of(unit))
+/// Returns true if every head has an even number of rows.
+fn is_multiple(rows: usize, heads: usize) -> bool {
+    heads.checked_mul(2).is_some_and(|unit| unit > 0 && rows.is_multiple_of(unit))
 }
 
 impl Computed for Arranged {
@@ -87,10 +84,6 @@ impl Computed for Arranged {
                     Arrangement::Heads(heads) => {
                         let (head, half) = (rows / heads, rows / heads / 2);
                         i / head * head + i % 2 * half + i % head / 2
-                    }
-                    Arrangement::PartsOfHeads(heads, count) => {
-                        let unit = rows / heads / count;
-                        (i / unit % heads * count + i / unit / heads) * unit + i % unit
                     }
                 };
                 out[to * size..][..size].copy_from_slice(row);
