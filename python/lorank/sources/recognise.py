@@ -14,6 +14,7 @@ from typing import Any
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
 from lorank._internal.regular_files import SETTINGS_BYTES
+from lorank._internal.short_text import shown
 from lorank.modules import model_config, naming
 from lorank.peft_format.names import CONFIG_FILE, INSIDE, PICKLED_WEIGHTS_FILE, PREFIX, WEIGHTS_FILE
 

@@ -40,7 +40,9 @@ pub use exec::{cancel, panics, parallel, process_lock, scratch as workspace};
 pub use low_rank::{decompose as product_svd, difference as difference_svd, select, truncation};
 pub use matrix::dtype;
 pub use statistics::{effective_rank, hill, marchenko_pastur, metrics, powerlaw, spectrum};
-pub use storage::{arranged, checkpoint, exchange, mapped, safetensors, source, writer as safetensors_writer};
+pub use storage::{
+    arranged, checkpoint, exchange, mapped, safetensors, source, writer as safetensors_writer,
+};
 pub use svd::qr;
 
 pub use error::{Error, ErrorKind, Result};

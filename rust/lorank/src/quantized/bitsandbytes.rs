@@ -56,7 +56,10 @@ pub(crate) fn four_bits(request: &Request) -> Result<Plan> {
     let capacity = 2 * codes.info.len;
     let (start, end) = (size.saturating_mul(request.index), size.saturating_mul(request.index + 1));
     if size == 0 || end > capacity || element_size(codes) == 0 {
-        let reason = format!("holds {capacity} codes, too few for matrix {} of shape {:?}", request.index, request.shape);
+        let reason = format!(
+            "holds {capacity} codes, too few for matrix {} of shape {:?}",
+            request.index, request.shape
+        );
         return Err(request.refuse(codes, reason));
     }
     let Some(block) = request.size("block_size")? else {

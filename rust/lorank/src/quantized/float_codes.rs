@@ -8,7 +8,6 @@
 // Measured without forced inlining: loops stay outside of the functions that are compiled for wide vectors.
 #![allow(clippy::inline_always)]
 
-
 /// Returns the value of an `E4M3` code ("fn" variant).
 #[inline(always)]
 pub(crate) fn e4m3(code: u8) -> f32 {
@@ -68,9 +67,15 @@ mod tests {
                 _ => sign * 2f64.powi(e - 7) * (1.0 + m / 8.0),
             };
             let found = f64::from(e4m3(code));
-            assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()), "{code:#x}");
+            assert!(
+                found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()),
+                "{code:#x}"
+            );
             let (found, expected) = (e5m2(code), f16::from_bits(u16::from(code) << 8).to_f32());
-            assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()), "{code:#x}");
+            assert!(
+                found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()),
+                "{code:#x}"
+            );
         }
     }
 

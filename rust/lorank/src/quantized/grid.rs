@@ -45,7 +45,8 @@ impl Grid {
     ) -> Result<(Self, Input)> {
         let shape = &scales.info.shape[..];
         let fail = || {
-            let reason = format!("has shape {shape:?}, which does not divide shape {:?} into blocks", (rows, cols));
+            let reason =
+                format!("has shape {shape:?}, which does not divide shape {:?} into blocks", (rows, cols));
             request.refuse(scales, reason)
         };
         if elements_of(scales) == 1 {
@@ -180,7 +181,8 @@ impl Kernel<'_> {
                 let block = col / width;
                 let end = cols.end.min((block + 1) * width);
                 let scale = by.scale_at(inputs, overall, first + block);
-                let zero = if by.has_zeros { f32::from(inputs[THIRD][first + block].cast_signed()) } else { 0.0 };
+                let zero =
+                    if by.has_zeros { f32::from(inputs[THIRD][first + block].cast_signed()) } else { 0.0 };
                 let bytes = (row * by.cols + col) / per_byte..(row * by.cols + end) / per_byte;
                 let place = col - cols.start..end - cols.start;
                 segment(&inputs[CODES][bytes], &mut out[place], zero, scale);

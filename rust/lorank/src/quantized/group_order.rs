@@ -37,7 +37,10 @@ impl GroupOrder {
             let index = i32::from_le_bytes(index);
             if usize::try_from(index).map_or(true, |index| index >= self.groups) {
                 let groups = self.groups;
-                return Err((input, format!("has group {index} at position {place}, but there are {groups} groups")));
+                return Err((
+                    input,
+                    format!("has group {index} at position {place}, but there are {groups} groups"),
+                ));
             }
         }
         Ok(())

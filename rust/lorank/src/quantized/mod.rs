@@ -59,7 +59,9 @@ pub fn schemes() -> impl Iterator<Item = &'static str> {
 pub fn open(request: &Request, count: usize, view: (usize, usize)) -> Result<StoredMatrix> {
     let constructor = SCHEMES.iter().find(|(name, _)| *name == request.scheme).map(|&(_, found)| found);
     let Some(constructor) = constructor else {
-        return Err(request.invalid(format!("unknown scheme; the schemes are {:?}", Vec::from_iter(schemes()))));
+        return Err(
+            request.invalid(format!("unknown scheme; the schemes are {:?}", Vec::from_iter(schemes())))
+        );
     };
     let size = request.shape.0.checked_mul(request.shape.1).and_then(|n| n.checked_mul(count));
     if count == 0 || size.is_none() || size != view.0.checked_mul(view.1) {

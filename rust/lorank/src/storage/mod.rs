@@ -1,7 +1,7 @@
 //! Checkpoints, matrices that are loaded on demand, and writing of files.
 
-mod atomic_file;
 pub mod arranged;
+mod atomic_file;
 pub mod checkpoint;
 mod digest;
 pub mod exchange;

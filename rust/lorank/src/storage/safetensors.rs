@@ -98,7 +98,8 @@ impl SafetensorsFile {
         let metadata = file.metadata().map_err(|e| Error::io(path, e))?;
         let (size, revision) = (metadata.len(), Revision::of(&metadata));
         let is_gguf = gguf::is_gguf(&file).map_err(|e| Error::io(path, e))?;
-        let (tensors, metadata) = if is_gguf { gguf::header(path, &file, size) } else { header(path, &file, size) }?;
+        let (tensors, metadata) =
+            if is_gguf { gguf::header(path, &file, size) } else { header(path, &file, size) }?;
         let mut positions = HashMap::with_capacity(tensors.len());
         for (position, tensor) in tensors.iter().enumerate() {
             if positions.insert(tensor.name.clone(), position).is_some() {

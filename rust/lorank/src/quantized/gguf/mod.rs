@@ -83,7 +83,8 @@ pub(crate) fn plan(request: &Request) -> Result<Plan> {
     let elements = rows.saturating_mul(cols);
     let count = request.stacked(elements)?;
     if !elements.is_multiple_of(len) {
-        let reason = format!("a matrix of shape {:?} does not consist of blocks of {len} values", request.shape);
+        let reason =
+            format!("a matrix of shape {:?} does not consist of blocks of {len} values", request.shape);
         return Err(request.refuse(codes, reason));
     }
     let inputs = vec![request.own(codes, elements, count)?];

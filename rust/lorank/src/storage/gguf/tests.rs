@@ -126,7 +126,9 @@ fn parts_of_a_model_have_numbered_names() {
     let parts = split::parts(Path::new("a/m-00002-of-00003.gguf")).unwrap();
     assert_eq!(parts[0], Path::new("a/m-00001-of-00003.gguf"));
     assert_eq!(parts.len(), 3);
-    for name in ["m.gguf", "m-00000-of-00003.gguf", "m-00004-of-00003.gguf", "m-1-of-3.gguf", "m-00001-of-00003"] {
+    for name in
+        ["m.gguf", "m-00000-of-00003.gguf", "m-00004-of-00003.gguf", "m-1-of-3.gguf", "m-00001-of-00003"]
+    {
         assert!(split::parts(Path::new(name)).is_none(), "{name}");
     }
 }
