@@ -77,6 +77,7 @@ class Checkpoint:
     def stored_bytes(self, position: int) -> bytes: ...
 
 def gguf_types() -> list[str]: ...
+
 @final
 class Decomposition:
     @property

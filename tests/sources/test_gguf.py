@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import lorank
-from lorank._core import FormatError
 from lorank.report.rows import ModuleSpectrum
 from lorank.sources import open_source
 from lorank.sources.base import Source
@@ -53,9 +52,7 @@ def test_quantized_file_has_the_matrices_that_transformers_loads(
 ) -> None:
     path = tmp_path / "tiny.gguf"
     write_model(path, tiny_model(name), name, lambda *_: kind)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=path.name, dtype="float32"
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype="float32")
     assert_same(open_source(path), open_source(model))
 
 
@@ -73,5 +70,7 @@ def test_real_model_has_the_spectra_of_the_model_that_transformers_loads() -> No
 
 def rows(report: Any) -> dict[str, dict[str, Any]]:
     """Return the numbers of every row by its name."""
-    columns = [column.name for column in fields(ModuleSpectrum) if column.name not in ("dtype", "eigenvalues")]
+    columns = [
+        column.name for column in fields(ModuleSpectrum) if column.name not in ("dtype", "eigenvalues")
+    ]
     return {row.name: {column: getattr(row, column) for column in columns} for row in report}

@@ -197,7 +197,9 @@ def _converted(tensor: str, values: Array, config: Any, name: str) -> Array:
             return _alternating(values, config.num_key_value_heads)
     if name in ("gemma", "gemma2", "gemma3", "nemotron") and tensor.endswith("norm.weight"):
         return values + 1
-    if name == "gpt2" and any(f".{x}.weight" in tensor for x in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")):
+    if name == "gpt2" and any(
+        f".{x}.weight" in tensor for x in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+    ):
         return np.ascontiguousarray(values.T)
     if name == "bloom" and "attn_qkv" in tensor:
         by_head = values.reshape(heads, 3, -1, *values.shape[1:])

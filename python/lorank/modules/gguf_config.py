@@ -110,9 +110,7 @@ def config_of(settings: Settings, architecture: Architecture, shapes: Shapes) ->
     }
 
 
-def _from_tensors(
-    architecture: Architecture, found: Mapping[str, int], shapes: Shapes
-) -> dict[str, Any]:
+def _from_tensors(architecture: Architecture, found: Mapping[str, int], shapes: Shapes) -> dict[str, Any]:
     """Return settings that only the tensors determine."""
 
     def has(name: str) -> bool:

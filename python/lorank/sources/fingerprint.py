@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def fingerprint(
-    files: Sequence[tuple[Path, int, int]], tensors: Sequence[tuple[str, str, list[int]]]
-) -> str:
+def fingerprint(files: Sequence[tuple[Path, int, int]], tensors: Sequence[tuple[str, str, list[int]]]) -> str:
     """Return a digest of a checkpoint's headers and of each file's name, size and modification time."""
     digest = hashlib.sha256()
     for file, size, modified in files:

@@ -45,7 +45,7 @@ def open_gguf(path: Path, label: str) -> Source:
     tensors = checkpoint.tensors()
     settings = Settings(checkpoint.metadata())
     if settings.is_adapter:
-        raise FormatError(recognise.refusal(label, "an adapter (LoRA of llama.cpp)"))
+        raise FormatError(recognise.refusal(label, "an adapter of llama.cpp (LoRA)"))
     naming.check_sizes(label, [name for name, _, _ in tensors])
     shapes = {name: tuple(shape) for name, _, shape in tensors}
     known = architecture(settings.architecture, settings.number("expert_count"))
@@ -155,7 +155,9 @@ class GgufTensors:
     def _merge(self, name: str, known: Architecture | None) -> None:
         """Make one parameter of gate and up projections; keep tensors apart that do not fit each other."""
         found = self._parameters[name]
-        by_name = {self._tensors[k][0].split(".")[2]: k for k in found.positions if "_exps" in self._tensors[k][0]}
+        by_name = {
+            self._tensors[k][0].split(".")[2]: k for k in found.positions if "_exps" in self._tensors[k][0]
+        }
         positions = [by_name[part] for part in ("ffn_gate_exps", "ffn_up_exps") if part in by_name]
         shapes = {self._shape(position) for position in positions}
         is_pair = len(positions) == len(found.positions) == 2 and len(shapes) == 1
@@ -238,7 +240,9 @@ class GgufTensors:
     def are_equal(self, a: str, b: str) -> bool:
         """Return True if two parameters hold the same bytes in the same order."""
         one, other = self._parameters[a], self._parameters[b]
-        if replace(one, positions=[]) != replace(other, positions=[]) or self._types(one) != self._types(other):
+        if replace(one, positions=[]) != replace(other, positions=[]) or self._types(one) != self._types(
+            other
+        ):
             return False
         pairs = zip(one.positions, other.positions, strict=True)
         return all(self._bytes(i) == self._bytes(j) for i, j in pairs)
