@@ -10,7 +10,7 @@ LOWEST := .venv-lowest
 WITHOUT_TORCH := tests/core tests/internal tests/task_spectra tests/allocation/test_budget.py \
 	tests/analysis/test_journals.py tests/analysis/test_memory_limits.py tests/cli/test_streams.py \
 	tests/report/test_files.py tests/report/test_foreign_names.py tests/report/test_pickles.py
-FUZZ_TARGETS := header shard_index view spectrum low_rank statistics selection writer
+FUZZ_TARGETS := header gguf shard_index view spectrum low_rank statistics selection writer
 SECONDS ?= 60
 
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml)
