@@ -87,7 +87,9 @@ def _nf4(shape: object, weight: str = f"{P}.weight") -> dict[str, Tensor]:
         f"{weight}.nested_absmax": ("F32", (2,)),
         f"{weight}.nested_quant_map": ("F32", (256,)),
         f"{weight}.quant_map": ("F32", (16,)),
-        f"{weight}.quant_state.bitsandbytes__nf4": text({"blocksize": 64, "shape": shape}),
+        f"{weight}.quant_state.bitsandbytes__nf4": text(
+            {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.1, "shape": shape}
+        ),
     }
 
 
@@ -221,7 +223,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             f"{P}.weight_scale": ("F32", (OUT, IN // 32)),
             f"{P}.weight_zero_point": ("I32", (OUT // 8, IN // 32)),
             f"{P}.weight_shape": integers(OUT, IN),
-            f"{P}.weight_g_idx": ("I32", (IN,)),
+            f"{P}.weight_g_idx": ("I32", (IN,), np.repeat(np.arange(4, dtype="<i4"), 32).tobytes()),
         },
         FULL,
     ),
@@ -314,7 +316,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             f"{P}.weight": ("U8", (FULL // 2, 1)),
             f"{P}.weight.absmax": ("F32", (512,)),
             f"{P}.weight.quant_map": ("F32", (16,)),
-            f"{P}.weight.quant_state.bitsandbytes__fp4": text({"shape": [OUT, IN]}),
+            f"{P}.weight.quant_state.bitsandbytes__fp4": text({"blocksize": 64, "shape": [OUT, IN]}),
         },
         FULL,
     ),
@@ -487,3 +489,30 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "integers of an unknown scheme": Checkpoint("", {f"{P}.weight": ("U8", (OUT, 50))}, None),
 }
 """Every scheme by name."""
+
+DECODED = frozenset(
+    {
+        *(name for name in CHECKPOINTS if name.startswith(("fp8 ", "MXFP", "NVFP4", "int4 pack-quantized"))),
+        "fp4 experts (DeepSeek-V4)",
+        "int3 pack-quantized",
+        "int8 (compressed-tensors)",
+        "GPTQ by its zero points",
+        "GPTQ of 3 bits",
+        "AWQ",
+        "bitsandbytes nf4",
+        "bitsandbytes nf4 of a stack",
+        "bitsandbytes nf4 kept as BF16",
+        "bitsandbytes fp4",
+        "bitsandbytes int8",
+    }
+    - {"fp8 by configuration", "fp8 by configuration of a part"}
+)
+"""Names of the checkpoints whose packed weight is decoded from safetensors files."""
+
+
+def decoded_rows(name: str) -> list[str]:
+    """Return the names of the matrices that are decoded from a checkpoint's packed weight."""
+    if name not in DECODED:
+        return []
+    tensors = CHECKPOINTS[name].tensors
+    return [f"{STACK}[{i}]" for i in range(4)] if next(iter(tensors)).startswith(STACK) else [P]

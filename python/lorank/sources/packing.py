@@ -142,7 +142,7 @@ class Packing:
         """Return the reason for skipping a tensor of a file; None for tensors that are not packed."""
         if (codes := self.codes.get(name)) is not None:
             live = "; load the model and analyse it live" if codes.scheme.is_live else ""
-            return f"packed ({codes.scheme.name}): its values cannot be read from disk yet{live}"
+            return f"packed ({codes.scheme.name}): its values cannot be decoded from this source{live}"
         return self.part_reason(name)
 
     def part_reason(self, name: str) -> str | None:

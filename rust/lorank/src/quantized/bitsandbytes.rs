@@ -28,7 +28,7 @@ const NESTED_ABSMAX: usize = 3;
 const NESTED_MAP: usize = 4;
 
 /// The reciprocal of 127 by which bitsandbytes multiplies.
-const RECIPROCAL: f32 = 7.874_015_718_698_502e-3;
+const RECIPROCAL: f32 = 7.874_016e-3;
 
 /// Nested statistics.
 struct Nested {

@@ -45,8 +45,9 @@ impl Grid {
     ) -> Result<(Self, Input)> {
         let shape = &scales.info.shape[..];
         let fail = || {
+            let blocks = declared.map_or(String::new(), |block| format!(" of the declared shape {block:?}"));
             let reason =
-                format!("has shape {shape:?}, which does not divide shape {:?} into blocks", (rows, cols));
+                format!("has shape {shape:?}, which does not divide {rows} x {cols} into blocks{blocks}");
             request.refuse(scales, reason)
         };
         if elements_of(scales) == 1 {
@@ -79,8 +80,8 @@ pub(crate) fn side_of(count: usize, size: usize, declared: Option<usize>) -> Opt
     let fits = |side: &usize| size.div_ceil(*side) == count;
     match count {
         0 => None,
+        _ if declared.is_some() => declared.filter(fits),
         1 => Some(size.max(1)),
-        _ if declared.is_some_and(|side| fits(&side)) => declared,
         _ if size.is_multiple_of(count) => Some(size / count),
         _ => Some(USUAL_BLOCK).filter(fits),
     }

@@ -20,6 +20,8 @@ mod group_order;
 mod numbers;
 mod packed_integers;
 mod request;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
@@ -60,7 +62,7 @@ pub fn open(request: &Request, count: usize, view: (usize, usize)) -> Result<Sto
     let constructor = SCHEMES.iter().find(|(name, _)| *name == request.scheme).map(|&(_, found)| found);
     let Some(constructor) = constructor else {
         return Err(
-            request.invalid(format!("unknown scheme; the schemes are {:?}", Vec::from_iter(schemes())))
+            request.invalid(format!("unknown scheme; the schemes are {:?}", schemes().collect::<Vec<_>>()))
         );
     };
     let size = request.shape.0.checked_mul(request.shape.1).and_then(|n| n.checked_mul(count));

@@ -89,8 +89,8 @@ impl Request {
     pub(crate) fn stacked(&self, elements: usize) -> Result<usize> {
         let codes = self.codes()?;
         let found = elements_of(codes);
-        let count = if elements == 0 { 0 } else { found / elements };
-        if count == 0 || found % elements != 0 || self.index >= count {
+        let count = found.checked_div(elements).unwrap_or(0);
+        if count == 0 || !found.is_multiple_of(elements) || self.index >= count {
             let (index, shape) = (self.index, self.shape);
             let reason = format!(
                 "has shape {:?}, which does not hold matrix {index} of shape {shape:?}",
