@@ -43,7 +43,7 @@ pub(super) fn even_signs(code: u32) -> u8 {
 #[inline(always)]
 pub(super) fn signed<const LEN: usize>(out: &mut [f32], magnitudes: &[i8; LEN], scale: f32, signs: u8) {
     for (i, (x, &magnitude)) in out.iter_mut().zip(magnitudes).enumerate() {
-        let value = scale * f32::from(magnitude);
-        *x = if signs >> i & 1 == 0 { value } else { -value };
+        let sign = u32::from(signs) << (31 - i) & 1 << 31;
+        *x = f32::from_bits((scale * f32::from(magnitude)).to_bits() ^ sign);
     }
 }

@@ -9,27 +9,13 @@ impl Block<84, 256> for Q2 {
     #[inline(always)]
     fn decode(block: &[u8; 84], out: &mut [f32; 256]) {
         let (d, dmin) = (half(block, 80), half(block, 82));
-        for (k, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-            let scale = d * f32::from(block[k] & 15);
-            let min = dmin * f32::from(block[k] >> 4);
-            let codes = &block[16 + low_bits(k)..][..16];
-            for (x, q) in out.iter_mut().zip(codes) {
-                *x = scale * f32::from(q >> shift(k) & 3) - min;
-            }
-        }
+        let value =
+            |k: usize, q: u8| d * f32::from(block[k] & 15) * f32::from(q) - dmin * f32::from(block[k] >> 4);
+        for_quarters(out, |k, i| {
+            let codes = block[16 + k / 8 * 32 + i];
+            [0, 1, 2, 3].map(|j| value(k + 2 * j, codes >> (2 * j) & 3))
+        });
     }
-}
-
-/// Returns the position of the codes of 2 bits of 16 values among bytes of which each holds four codes.
-#[inline(always)]
-const fn low_bits(k: usize) -> usize {
-    k / 8 * 32 + k % 2 * 16
-}
-
-/// Returns the position of the bits of these codes in their bytes.
-#[inline(always)]
-const fn shift(k: usize) -> usize {
-    k % 8 / 2 * 2
 }
 
 /// Codes of 3 bits, of which the highest are stored together: `d * (scale - 32) * q`. A code without its
@@ -41,15 +27,34 @@ impl Block<110, 256> for Q3 {
     fn decode(block: &[u8; 110], out: &mut [f32; 256]) {
         let d = half(block, 108);
         let scales = &block[96..108];
-        for (k, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        let mut scale = [0.0; 16];
+        for (k, scale) in scale.iter_mut().enumerate() {
             let low = scales[k % 8] >> (k / 8 * 4) & 15;
             let high = scales[8 + k % 4] >> (k / 4 * 2) & 3;
-            let scale = d * (f32::from(low | high << 4) - 32.0);
-            let codes = &block[32 + low_bits(k)..][..16];
-            let highest = &block[k % 2 * 16..][..16];
-            for (x, (q, h)) in out.iter_mut().zip(codes.iter().zip(highest)) {
-                let code = q >> shift(k) & 3 | (h >> (k / 2) & 1) << 2;
-                *x = scale * (f32::from(code) - 4.0);
+            *scale = d * (f32::from(low | high << 4) - 32.0);
+        }
+        for_quarters(out, |k, i| {
+            let codes = block[32 + k / 8 * 32 + i];
+            let highest = block[i] >> (k / 8 * 4);
+            [0, 1, 2, 3].map(|j| {
+                let code = codes >> (2 * j) & 3 | (highest >> j & 1) << 2;
+                scale[k + 2 * j] * (f32::from(code) - 4.0)
+            })
+        });
+    }
+}
+
+/// Writes the values of both halves of a block. `values(k, i)` returns the `i`-th value of each 32 of a half; the
+/// first of them belongs to the `k`-th 16 values of the block, the others to every second 16 values from there.
+#[inline(always)]
+fn for_quarters(out: &mut [f32; 256], values: impl Fn(usize, usize) -> [f32; 4]) {
+    for (h, out) in out.as_chunks_mut::<128>().0.iter_mut().enumerate() {
+        for part in 0..2 {
+            for i in 16 * part..16 * part + 16 {
+                let found = values(8 * h + part, i);
+                for (j, value) in found.into_iter().enumerate() {
+                    out[32 * j + i] = value;
+                }
             }
         }
     }
@@ -105,8 +110,8 @@ fn scales_and_mins<const BYTES: usize>(block: &[u8; BYTES]) -> ([f32; 8], [f32; 
         let (scale, min, both) = (block[4 + i], block[8 + i], block[12 + i]);
         scales[i] = d * f32::from(scale & 63);
         mins[i] = dmin * f32::from(min & 63);
-        scales[i + 4] = d * f32::from(both & 15 | scale >> 2 & 48);
-        mins[i + 4] = dmin * f32::from(both >> 4 | min >> 2 & 48);
+        scales[i + 4] = d * f32::from(both & 15 | scale >> 2 & 0x30);
+        mins[i + 4] = dmin * f32::from(both >> 4 | min >> 2 & 0x30);
     }
     (scales, mins)
 }
@@ -118,16 +123,17 @@ impl Block<210, 256> for Q6 {
     #[inline(always)]
     fn decode(block: &[u8; 210], out: &mut [f32; 256]) {
         let d = half(block, 208);
-        for (k, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-            let scale = d * f32::from(block[192 + k].cast_signed());
-            // Groups of 32 values: two in the low halves of 64 bytes, then two in the high halves.
-            let (group, part) = (k / 2, k % 2 * 16);
-            let codes = &block[group / 4 * 64 + group % 2 * 32 + part..][..16];
-            let highest = &block[128 + group / 4 * 32 + part..][..16];
-            for (x, (q, h)) in out.iter_mut().zip(codes.iter().zip(highest)) {
-                let code = q >> (group % 4 / 2 * 4) & 15 | (h >> (group % 4 * 2) & 3) << 4;
-                *x = scale * (f32::from(code) - 32.0);
-            }
-        }
+        let value = |k: usize, q: u8| d * f32::from(block[192 + k].cast_signed()) * (f32::from(q) - 32.0);
+        for_quarters(out, |k, i| {
+            // The low halves of 64 bytes, then the high halves.
+            let (h, highest) = (k / 8, block[128 + k / 8 * 32 + i]);
+            let (first, second) = (block[64 * h + i], block[64 * h + 32 + i]);
+            [
+                value(k, first & 15 | (highest & 3) << 4),
+                value(k + 2, second & 15 | (highest >> 2 & 3) << 4),
+                value(k + 4, first >> 4 | (highest >> 4 & 3) << 4),
+                value(k + 6, second >> 4 | highest >> 6 << 4),
+            ]
+        });
     }
 }

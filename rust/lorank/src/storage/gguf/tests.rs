@@ -18,7 +18,9 @@ fn text(value: &str) -> Vec<u8> {
 fn entry(name: &str, dimensions: &[u64], kind: u32, offset: u64) -> Vec<u8> {
     let mut bytes = text(name);
     bytes.extend(u32::try_from(dimensions.len()).unwrap().to_le_bytes());
-    dimensions.iter().for_each(|n| bytes.extend(n.to_le_bytes()));
+    for n in dimensions {
+        bytes.extend(n.to_le_bytes());
+    }
     bytes.extend(kind.to_le_bytes());
     bytes.extend(offset.to_le_bytes());
     bytes
@@ -73,7 +75,7 @@ fn damaged_headers_are_errors() {
     long.extend((1u64 << 60).to_le_bytes());
     let mut nested = text("k");
     nested.extend(9u32.to_le_bytes());
-    (0..20).for_each(|_| nested.extend([&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat()));
+    nested.extend([&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat().repeat(20));
     let mut huge_array = text("k");
     huge_array.extend([9u32.to_le_bytes(), 10u32.to_le_bytes()].concat());
     huge_array.extend((1u64 << 60).to_le_bytes());
