@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import lorank
 from lorank.report.rows import ModuleSpectrum
@@ -17,6 +18,7 @@ from tests.support import material
 from tests.support.gguf_files import ARCHITECTURES, tiny_model, write_model
 
 gguf = pytest.importorskip("gguf")
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
@@ -66,6 +68,43 @@ def test_real_model_has_the_spectra_of_the_model_that_transformers_loads() -> No
     found, expected = (lorank.analyze(source, include=include) for source in (file, model))
     assert rows(found) == rows(expected)
     assert len(found) == 14
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3moe"])
+def test_extraction_from_a_file_is_that_from_the_model(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "base")
+    write_model(tmp_path / "base.gguf", model, name)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    model.save_pretrained(tmp_path / "tuned")
+    write_model(tmp_path / "tuned.gguf", model, name)
+    written = []
+    for number, (base, tuned) in enumerate(
+        [("base", "tuned"), ("base.gguf", "tuned"), ("base", "tuned.gguf")]
+    ):
+        adapter = lorank.extract(tmp_path / base, tmp_path / tuned, energy=0.5, progress=False)
+        adapter.save(tmp_path / f"adapter-{number}")
+        written.append(load_file(tmp_path / f"adapter-{number}" / "adapter_model.safetensors"))
+    for other in written[1:]:
+        assert other.keys() == written[0].keys()
+        for key, values in written[0].items():
+            np.testing.assert_array_equal(other[key], values, err_msg=key)
+
+
+def test_interrupted_analysis_of_a_file_is_resumed(tmp_path: Path) -> None:
+    path, journal = tmp_path / "tiny.gguf", tmp_path / "tiny.jsonl"
+    write_model(path, tiny_model("llama"), "llama", lambda *_: "Q8_0")
+    expected = lorank.analyze(path, resume=journal, progress=False)
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[: len(lines) // 2]))
+    assert rows(lorank.analyze(path, resume=journal, progress=False)) == rows(expected)
+    write_model(path, tiny_model("llama"), "llama", lambda *_: "Q4_0")
+    with pytest.raises(ValueError, match=r"tiny\.jsonl"):
+        lorank.analyze(path, resume=journal, progress=False)
 
 
 def rows(report: Any) -> dict[str, dict[str, Any]]:

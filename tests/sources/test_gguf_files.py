@@ -144,6 +144,44 @@ def test_damaged_files_are_errors(tmp_path: Path) -> None:
     assert all("m.gguf" in message and "\n" not in message for message in messages)
 
 
+def test_odd_tensors_are_listed_or_read(tmp_path: Path) -> None:
+    tensors = {
+        **block(0),
+        "token_embd.weight": (),
+        "output_norm.weight": (),
+        "blk.0.attn_q.bias": (),
+        "blk.1.attn_q.weight": (2,),
+        "blk.01.attn_v.weight": (SIZE, SIZE),
+        "blk.1.attn_v.weight": (SIZE, SIZE),
+        "blk.1.ffn_gate_exps.weight": (2, SIZE, SIZE),
+        "model.layers.0.self_attn.q_proj.weight": (3, SIZE),
+    }
+    path = write(tmp_path / "m.gguf", tensors, settings={"llama.attention.head_count": 1 << 31})
+    source = open_source(path)
+    found = {matrix.info.name: matrix.load().shape for matrix in source.matrices}
+    expected = {name.removesuffix(".weight"): shape for name, shape in tensors.items() if len(shape) == 2}
+    assert sum(np.prod(shape) for shape in found.values()) == 2 * SIZE**2 + sum(
+        np.prod(shape) for shape in expected.values()
+    )
+    for values in source.skipped_values.values():
+        assert values().to_array().size
+
+
+def test_config_of_another_model_is_not_used(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1}')
+    settings = {
+        "llama.block_count": 1,
+        "llama.embedding_length": SIZE,
+        "llama.feed_forward_length": SIZE,
+        "llama.attention.head_count": 2,
+    }
+    tensors = {**block(0), "token_embd.weight": (64, SIZE)}
+    source = open_source(write(tmp_path / "m.gguf", tensors, settings=settings))
+    assert source.skeleton is not None
+    assert source.skeleton.label == "LlamaForCausalLM"
+
+
 def test_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", block(0))
     first = open_source(path).fingerprint

@@ -90,7 +90,7 @@ def config_of(settings: Settings, architecture: Architecture, shapes: Shapes) ->
         The shapes of the tensors by llama.cpp's names.
     """
     found = {key: number for source, key in _KEYS.items() if (number := settings.number(source))}
-    vocabulary = shapes.get("token_embd.weight", (0,))[0]
+    vocabulary = (*shapes.get("token_embd.weight", ()), 0)[0]
     if not architecture.model_class or not vocabulary or any(key not in found for key in _NECESSARY):
         return {}
     if experts := settings.number("expert_count"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lorank._core import Checkpoint, FormatError, Matrix
 from lorank.modules import naming
-from lorank.modules.description import describe_model
+from lorank.modules.building import Unknown
+from lorank.modules.description import Description, describe_model
 from lorank.modules.gguf_architectures import Architecture, architecture
 from lorank.modules.gguf_config import Settings, config_of
 from lorank.modules.model_config import ModelConfig
@@ -49,13 +50,30 @@ def open_gguf(path: Path, label: str) -> Source:
     naming.check_sizes(label, [name for name, _, _ in tensors])
     shapes = {name: tuple(shape) for name, _, shape in tensors}
     known = architecture(settings.architecture, settings.number("expert_count"))
-    config = ModelConfig.read(path)
-    if config.is_empty and known is not None:
-        content = config_of(settings, known, shapes)
-        config = ModelConfig(content, path.parent, f"the header of {path.name}")
+    configs = [ModelConfig.read(path)]
+    if known is not None and (content := config_of(settings, known, shapes)):
+        configs.append(ModelConfig(content, path.parent, f"the header of {path.name}"))
+    expected = "" if known is None else known.model_type
+    fitting = [config for config in configs if expected in ("", config.model_type, config.text_model_type)]
+    config = fitting[0] if fitting else configs[-1]
     stored = GgufTensors(checkpoint, known, settings)
-    source = assemble(label, stored, config.without_quantization(), partial(describe_model, config))
+    source = assemble(label, stored, config.without_quantization(), partial(_describe, configs))
     return replace(source, fingerprint=fingerprint(checkpoint.files(), tensors))
+
+
+def _describe(configs: Sequence[ModelConfig], shapes: Mapping[str, tuple[int, ...]]) -> Description | Unknown:
+    """Describe the model by the first configuration that the tensors fit, else by the last.
+
+    The `config.json` beside the file may describe another model.
+    """
+    found: Description | Unknown = Unknown("there is no config.json beside the weights")
+    for config in configs:
+        if config.is_empty:
+            continue
+        found = describe_model(config, shapes)
+        if isinstance(found, Description) and not found.placement.misfit(shapes, found.skeleton):
+            break
+    return found
 
 
 @dataclass(slots=True)
@@ -117,10 +135,10 @@ class GgufTensors:
         self._entries: dict[str, tuple[str, tuple[int, ...]]] = {}
         for position, (name, _, _) in enumerate(self._tensors):
             parameter = None if known is None else known.parameter(name)
-            if known is None or parameter is None:
+            if (found := self._parameters.get(parameter or name)) is not None:
+                found.positions.append(position)
+            elif known is None or parameter is None:
                 self._add(name, _Parameter([position], self._shape(position)))
-            elif parameter in self._parameters:
-                self._parameters[parameter].positions.append(position)
             else:
                 self._add(parameter, self._described(known, position))
         for name in [name for name, found in self._parameters.items() if len(found.positions) > 1]:
@@ -137,13 +155,15 @@ class GgufTensors:
         """Return the parameter that a single tensor is."""
         tensor, shape = self._tensors[position][0], self._shape(position)
         found = _Parameter([position], shape)
+        if not shape:
+            return found
         part, _, suffix = tensor.rpartition(".")
         part = part.rpartition(".")[2]
         if known.norm_offset and part.endswith("norm") and suffix == "weight":
             found.offset = known.norm_offset
         if part in ("attn_q", "attn_k") and known.has_rotary_order:
             found.arrangement, found.heads = "heads", self._heads if part == "attn_q" else self._key_heads
-        if part == "attn_qkv" and known.fused_heads and self._key_heads:
+        if part == "attn_qkv" and known.fused_heads and self._heads and self._heads % self._key_heads == 0:
             found.arrangement, found.heads = "fused", self._key_heads
         is_stack = len(shape) == 3 and known.is_interleaved and part.endswith("_exps")
         if suffix == "weight" and (part in known.transposed or is_stack) and len(shape) > 1:

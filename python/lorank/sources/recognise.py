@@ -81,7 +81,9 @@ def model_weights(path: Path, label: str) -> Path:
         raise FormatError(_not_a_model(label, path))
     if _PIPELINE in names:
         raise FormatError(_pipeline(label, path))
-    raise FormatError(f"{label}: holds no .safetensors or .bin file, and no .gguf file{_contents(names, 'model')}")
+    raise FormatError(
+        f"{label}: holds no .safetensors or .bin file, and no .gguf file{_contents(names, 'model')}"
+    )
 
 
 def _first_part(label: str, names: list[str]) -> str:

@@ -111,6 +111,7 @@ impl Matrix {
     /// `interleaved`, or `heads`, in each of which the rows of the two halves alternate.
     #[staticmethod]
     #[pyo3(signature = (matrices, by, heads=1))]
+    #[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
     fn arranged(matrices: Vec<PyRef<'_, Self>>, by: &str, heads: usize) -> PyResult<Self> {
         let by = match by {
             "stacked" => Arrangement::Stacked,
