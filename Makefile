@@ -16,7 +16,7 @@ WITH_TORCH := tests/allocation tests/training tests/modules/test_roles.py tests/
 	tests/adapters/test_reading.py tests/adapters/test_writing.py tests/adapters/test_live_models.py \
 	tests/adapters/test_certificates.py tests/adapters/test_profiles.py tests/adapters/test_adalora.py \
 	tests/compression/test_selection.py tests/compression/test_merging.py tests/profiling/test_gradients.py
-FUZZ_TARGETS := header shard_index view spectrum low_rank statistics selection writer
+FUZZ_TARGETS := header gguf shard_index view spectrum low_rank statistics selection writer
 SECONDS ?= 60
 
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml)

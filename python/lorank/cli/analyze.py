@@ -33,7 +33,9 @@ from lorank.statistics.spectrum import Accuracy
 def analyze(
     source: Annotated[
         str,
-        typer.Argument(help="A .safetensors file, a folder of shards, a .bin/.pt state dict, or a hub id."),
+        typer.Argument(
+            help="A .safetensors or .gguf file, a folder of shards, a .bin/.pt state dict, or a hub id."
+        ),
     ],
     include: Include = None,
     exclude: Exclude = None,

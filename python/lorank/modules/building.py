@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lorank.modules.model_config import ModelConfig
+from lorank.modules.model_config import FILE_NAME, ModelConfig
 from lorank.modules.skeleton import Skeleton
 
 # The classes that build a model with a head, tried in this order if a configuration does not give the class.
@@ -83,10 +83,10 @@ def library_of(config: ModelConfig, num_tensors: int) -> str | Unknown:
     if config.is_empty:
         return Unknown("there is no config.json beside the weights")
     if too_many := config.excess(num_tensors):
-        return Unknown(f"config.json has {too_many}, but the files hold only {num_tensors} tensors", True)
+        return Unknown(f"{config.origin} has {too_many}, but the files hold only {num_tensors} tensors", True)
     library = config.library
     if not library:
-        return Unknown("config.json does not give the model type")
+        return Unknown(f"{config.origin} does not give the model type")
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec(library) is None:
         return Unknown(f"{library} is not installed")
     return library
@@ -112,9 +112,12 @@ def _transformers_model(config: ModelConfig, names: Collection[str]) -> Any:
     import torch
     import transformers
 
-    settings = transformers.AutoConfig.from_pretrained(
-        config.folder, trust_remote_code=False, local_files_only=True
-    )
+    if config.origin == FILE_NAME:
+        settings = transformers.AutoConfig.from_pretrained(
+            config.folder, trust_remote_code=False, local_files_only=True
+        )
+    else:
+        settings = transformers.AutoConfig.for_model(**config.content)
     if getattr(settings, "use_pretrained_backbone", False):
         settings.use_pretrained_backbone = False
     with torch.device("meta"):

@@ -89,6 +89,7 @@ def ask_child(module: str, config: ModelConfig, shapes: Shapes, **question: Any)
         "path": [*map(str, sys.path)],
         "folder": str(config.folder),
         "config": config.content,
+        "origin": config.origin,
         "shapes": shapes,
     }
     try:
@@ -112,7 +113,8 @@ def answer(question: Mapping[str, Any]) -> None:
     """Print the description of a model as JSON. The child process runs this function."""
     out, sys.stdout = sys.stdout, sys.stderr  # messages of the libraries must not mix with the answer
     shapes = {name: tuple(shape) for name, shape in question["shapes"].items()}
-    found = _described(ModelConfig(question["config"], Path(question["folder"])), shapes)
+    config = ModelConfig(question["config"], Path(question["folder"]), question["origin"])
+    found = _described(config, shapes)
     json.dump(_to_json(found), out)
     out.flush()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,14 @@ class ModelConfig:
         The content of `config.json`; empty if there is no such file, or if it holds no JSON object.
     folder
         The folder of the file.
+    origin
+        The name of the place that holds the configuration, for messages. If it is not `config.json`, the
+        content is complete, and no file is read.
     """
 
     content: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = Path()
+    origin: str = FILE_NAME
 
     @classmethod
     def read(cls, path: Path) -> ModelConfig:
@@ -111,6 +115,14 @@ class ModelConfig:
                     if isinstance(found, Mapping) and found:
                         return found
         return {}
+
+    def without_quantization(self) -> ModelConfig:
+        """Return the configuration without the settings of a quantization."""
+        content = {key: value for key, value in self.content.items() if key not in _QUANTIZATION}
+        text = content.get("text_config")
+        if isinstance(text, Mapping):
+            content["text_config"] = {k: v for k, v in text.items() if k not in _QUANTIZATION}
+        return replace(self, content=content)
 
     def excess(self, num_tensors: int) -> str:
         """Return a setting that needs more modules than a checkpoint can fill; empty if there is none.

@@ -16,7 +16,7 @@ ALL_LINEAR = "all-linear"
 
 _EMBEDDING = re.compile(
     r"embeddings?|embed|embed_(tokens|positions|in|position|token)|(word|tok|token|position)_?embeddings?"
-    r"|token_type_embeddings|wte|wpe|shared|relative_attention_bias"
+    r"|token_type_embeddings|wte|wpe|shared|relative_attention_bias|(token|position)_embd|token_types"
 )
 _OUTPUT_HEADS = {
     "lm_head",
@@ -47,7 +47,9 @@ def is_embedding(name: str) -> bool:
 def is_output_head(name: str) -> bool:
     """Return True if a module maps hidden states to logits; PEFT's "all-linear" leaves it out."""
     parts = name.split(".")
-    return not _OUTPUT_HEADS.isdisjoint(parts) or parts[:2] == ["cls", "predictions"]
+    # llama.cpp names the head `output`, as other models name inner layers.
+    is_first = parts in (["output"], ["output", "weight"]) or parts[:2] == ["cls", "predictions"]
+    return is_first or not _OUTPUT_HEADS.isdisjoint(parts)
 
 
 def is_router(name: str) -> bool:
@@ -73,7 +75,7 @@ def spellings(name: str) -> list[str]:
 def is_in_experts(name: str) -> bool:
     """Return True if a parameter belongs to a container of experts."""
     parts = name.split(".")
-    return any(part == "experts" or "moe" in part for part in parts)
+    return any(part == "experts" or part.endswith("_exps") or "moe" in part for part in parts)
 
 
 def block_of(name: str) -> str:

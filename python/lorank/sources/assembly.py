@@ -54,7 +54,7 @@ def assemble(
         return _by_names(label, tensors, config, packing, found)
     model, placement = found.skeleton, found.placement
     if misfit := placement.misfit(plain, model):
-        unknown = Unknown(f"config.json describes a {model.label}, whose {misfit}", is_foreign=True)
+        unknown = Unknown(f"{config.origin} describes a {model.label}, whose {misfit}", is_foreign=True)
         return _by_names(label, tensors, config, packing, unknown)
     return _by_skeleton(label, tensors, config, packing, model, placement)
 

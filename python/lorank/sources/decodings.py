@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from lorank._core import gguf_types
 from lorank.sources.codes import SCALES, Packed, Shape
 
 
@@ -210,5 +211,8 @@ _DECODINGS: Mapping[str, Callable[[Packed, Shape], Decoding | None]] = {
 }
 """The function that describes the decoding, by the name of the scheme."""
 
-DECODED = frozenset(_DECODINGS)
-"""The names of schemes whose weights can be decoded from files."""
+GGUF_TYPES = frozenset(gguf_types())
+"""The block types of GGUF files that can be decoded."""
+
+DECODED = frozenset(_DECODINGS) | GGUF_TYPES
+"""The names of schemes and block types whose weights can be decoded from files."""

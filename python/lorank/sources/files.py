@@ -1,9 +1,8 @@
-"""Sources in files: safetensors checkpoints and pickled state dicts, on disk or from the hub."""
+"""Sources in files: safetensors and GGUF checkpoints and pickled state dicts, on disk or from the hub."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,8 @@ from lorank.sources.assembly import assemble
 from lorank.sources.base import Skipped, Source
 from lorank.sources.decoded import DecodedTensors
 from lorank.sources.decodings import Decoding
+from lorank.sources.fingerprint import fingerprint
+from lorank.sources.gguf_files import is_gguf, open_gguf
 from lorank.sources.packing import Packing
 from lorank.sources.quantization import Quantization
 from lorank.sources.stored_tensors import StoredTensors
@@ -32,15 +33,17 @@ def open_path_or_hub_id(source: str | Path) -> Source:
 
 
 def open_path(path: Path, label: str) -> Source:
-    """Open a safetensors file, index or folder, or a pickled state dict."""
+    """Open a safetensors file, index or folder, a GGUF file, or a pickled state dict."""
     path = recognise.model_weights(path, label)
+    if is_gguf(path):
+        return open_gguf(path, label)
     if path.is_dir():
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.safetensors.index.json")):
             return _open_pickles(path, label)
     elif path.suffix in PICKLE_SUFFIXES or path.name.endswith(".bin.index.json"):
         return _open_pickles(path, label)
     elif path.suffix not in {".safetensors", ".json"}:
-        raise FormatError(f"{path}: expected .safetensors, .index.json, .bin, .pt or .pth")
+        raise FormatError(f"{path}: expected .safetensors, .index.json, .gguf, .bin, .pt or .pth")
     return _open_safetensors(path, label)
 
 
@@ -52,8 +55,11 @@ def _open_safetensors(path: Path, label: str) -> Source:
     tensors = checkpoint.tensors()
     stored = StoredFiles(checkpoint, label)
     source = _assembled(path, label, stored)
-    fingerprint = _fingerprint(checkpoint.files(), tensors)
-    return replace(source, skipped=(*source.skipped, *stored.skipped), fingerprint=fingerprint)
+    return replace(
+        source,
+        skipped=(*source.skipped, *stored.skipped),
+        fingerprint=fingerprint(checkpoint.files(), tensors),
+    )
 
 
 class StoredFiles:
@@ -140,15 +146,3 @@ def _open_pickles(path: Path, label: str) -> Source:
     source = _assembled(path, label, tensors)
     unread = (Skipped(name, shape, reason) for name, (shape, reason) in found.unread.items())
     return replace(source, skipped=(*tensors.skipped, *source.skipped, *unread))
-
-
-def _fingerprint(
-    files: Sequence[tuple[Path, int, int]], tensors: Sequence[tuple[str, str, list[int]]]
-) -> str:
-    """Return a digest of a checkpoint's headers and of each file's name, size and modification time."""
-    digest = hashlib.sha256()
-    for file, size, modified in files:
-        digest.update(f"{file.name} {size} {modified}\n".encode("utf-8", "surrogateescape"))
-    for name, dtype, shape in tensors:
-        digest.update(f"{name} {dtype} {shape}\n".encode())
-    return digest.hexdigest()

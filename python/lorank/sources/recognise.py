@@ -14,6 +14,7 @@ from typing import Any
 from lorank._core import FormatError
 from lorank._internal.json_files import read_json
 from lorank._internal.regular_files import SETTINGS_BYTES
+from lorank._internal.short_text import shown
 from lorank.modules import model_config, naming
 from lorank.peft_format.names import CONFIG_FILE, INSIDE, PICKLED_WEIGHTS_FILE, PREFIX, WEIGHTS_FILE
 
@@ -52,6 +53,9 @@ _TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab\..*|merges\.txt|spiece\.model|
 
 _OTHER_ADAPTERS = re.compile(r"\.(?:diff|diff_b|dora_scale|alpha|[ab][12]\.weight)$")
 
+# The number of a part of a GGUF model.
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+
 _COPY = re.compile(r"\.modules_to_save\.\w+\.")
 
 
@@ -71,6 +75,8 @@ def model_weights(path: Path, label: str) -> Path:
         return path
     names = sorted(file.name for file in path.iterdir())
     weights = [name for name in names if _may_be_model(name)]
+    if not weights and (found := [name for name in names if name.endswith(".gguf")]):
+        return path / _first_part(label, found)
     if weights:
         is_mixed = len(weights) == 1 and any(map(_ADAPTER_FILES.fullmatch, names))
         return path / weights[0] if is_mixed else path
@@ -78,7 +84,17 @@ def model_weights(path: Path, label: str) -> Path:
         raise FormatError(_not_a_model(label, path))
     if _PIPELINE in names:
         raise FormatError(_pipeline(label, path))
-    raise FormatError(f"{label}: holds no .safetensors or .bin file{_contents(names, 'model')}")
+    raise FormatError(
+        f"{label}: holds no .safetensors or .bin file, and no .gguf file{_contents(names, 'model')}"
+    )
+
+
+def _first_part(label: str, names: list[str]) -> str:
+    """Return the GGUF file of a folder, or the first part of its only model."""
+    stems = {_PART.sub("", name) for name in names}
+    if len(stems) > 1:
+        raise FormatError(f"{label}: holds several GGUF files: name one of them ({shown(names)})")
+    return names[0]
 
 
 def _may_be_model(name: str) -> bool:
@@ -126,7 +142,7 @@ def base_tensors(label: str, names: Collection[str]) -> Mapping[str, str]:
     if not owners:
         return {name: name for name in names}
     if not _holds_model(names, owners):
-        raise FormatError(_refusal(label, f"an adapter ({next(iter(owners.values()))})"))
+        raise FormatError(refusal(label, f"an adapter ({next(iter(owners.values()))})"))
     base = {name: _without_peft(name) for name in names if _method(name) is None and not _COPY.search(name)}
     seen: dict[str, str] = {}
     for name, bare in base.items():
@@ -212,12 +228,12 @@ def _not_a_model(label: str, folder: Path) -> str:
     settings = _settings(folder)
     if "peft_type" not in settings:
         is_mlx = any(name.name.endswith("adapters.safetensors") for name in folder.iterdir())
-        return _refusal(label, "an adapter of MLX (LoRA)" if is_mlx else "a PEFT adapter (LoRA)")
+        return refusal(label, "an adapter of MLX (LoRA)" if is_mlx else "a PEFT adapter (LoRA)")
     kind = str(settings["peft_type"]).upper().rpartition(".")[2]
-    return _refusal(label, f"a PEFT adapter ({kind})", settings.get("base_model_name_or_path"))
+    return refusal(label, f"a PEFT adapter ({kind})", settings.get("base_model_name_or_path"))
 
 
-def _refusal(label: str, content: str, base: Any = None) -> str:
+def refusal(label: str, content: str, base: Any = None) -> str:
     """Return the error message for content that is not a model."""
     text = f"{label}: is {content}, not a model"
     if content.endswith(tuple(f"({kind})" for kind in _READABLE)):

@@ -32,7 +32,7 @@ mod _core {
     #[pymodule_export]
     use crate::mapped::copy_mapped;
     #[pymodule_export]
-    use crate::matrix::{Checkpoint, Matrix, panicking_matrix};
+    use crate::matrix::{Checkpoint, Matrix, gguf_types, panicking_matrix};
     #[pymodule_export]
     use crate::selection::{select_budget, select_energy, select_largest, select_smallest};
     #[pymodule_export]

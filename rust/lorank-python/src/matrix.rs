@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use lorank::arranged::{Arrangement, arranged};
 use lorank::cancel::CancelToken;
 use lorank::checkpoint::StoredTensor;
 use lorank::dtype::DType;
@@ -101,6 +102,27 @@ impl Matrix {
         })
     }
 
+    /// Returns the transposed matrix.
+    fn transposed(&self) -> Self {
+        Self(self.0.clone().transposed())
+    }
+
+    /// Returns a matrix of the rows of others, which are arranged whenever it is loaded: `stacked`,
+    /// `interleaved`, or `heads`, in each of which the rows of the two halves alternate.
+    #[staticmethod]
+    #[pyo3(signature = (matrices, by, heads=1))]
+    #[allow(clippy::needless_pass_by_value)] // PyO3 passes extracted arguments by value.
+    fn arranged(matrices: Vec<PyRef<'_, Self>>, by: &str, heads: usize) -> PyResult<Self> {
+        let by = match by {
+            "stacked" => Arrangement::Stacked,
+            "interleaved" => Arrangement::Interleaved,
+            "heads" => Arrangement::Heads(heads),
+            _ => return Err(PyValueError::new_err(format!("unknown arrangement {by:?}"))),
+        };
+        let parts = matrices.iter().map(|matrix| matrix.0.clone()).collect();
+        arranged(parts, by).map(Self).map_err(to_py)
+    }
+
     fn __repr__(&self) -> String {
         let (rows, cols) = self.shape();
         format!("Matrix({rows}x{cols}, {})", self.dtype())
@@ -141,6 +163,12 @@ fn element_type(array: &Bound<'_, PyUntypedArray>, name: Option<&str>) -> PyResu
     }
 }
 
+/// Returns the names of the block types of GGUF files that can be decoded.
+#[pyfunction]
+pub fn gguf_types() -> Vec<&'static str> {
+    quantized::gguf::types().collect()
+}
+
 /// A tensor of a checkpoint: name, safetensors dtype, shape.
 type TensorEntry = (String, String, Vec<usize>);
 
@@ -177,15 +205,10 @@ impl Checkpoint {
         files.into_iter().collect()
     }
 
-    /// Returns the metadata in the header of a single file; an empty map for several files.
+    /// Returns the metadata in the header of a single safetensors file; an empty map for several files. Returns
+    /// the settings of a GGUF model as JSON texts, without long texts and arrays.
     fn metadata(&self) -> BTreeMap<String, String> {
-        let files: Vec<_> = self.0.tensors.iter().map(|t| &t.file).collect();
-        match files.split_first() {
-            Some((first, rest)) if rest.iter().all(|file| Arc::ptr_eq(file, first)) => {
-                first.metadata().clone()
-            }
-            _ => BTreeMap::new(),
-        }
+        self.0.metadata()
     }
 
     /// Returns the `index`-th of the consecutive row-major `(rows, cols)` matrices of a tensor.

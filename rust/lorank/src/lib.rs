@@ -42,7 +42,9 @@ pub use low_rank::{
 };
 pub use matrix::dtype;
 pub use statistics::{effective_rank, hill, marchenko_pastur, metrics, powerlaw, spectrum};
-pub use storage::{checkpoint, exchange, mapped, safetensors, source, writer as safetensors_writer};
+pub use storage::{
+    arranged, checkpoint, exchange, mapped, safetensors, source, writer as safetensors_writer,
+};
 pub use svd::qr;
 
 pub use error::{Error, ErrorKind, Result};

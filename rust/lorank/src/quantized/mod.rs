@@ -13,6 +13,7 @@ mod decoder;
 mod float_codes;
 mod fp4;
 mod fp8;
+pub mod gguf;
 mod gptq;
 mod grid;
 mod group_order;
@@ -38,6 +39,7 @@ const SCHEMES: &[(&str, Constructor)] = &[
     ("bitsandbytes-4bit", bitsandbytes::four_bits),
     ("bitsandbytes-int8", bitsandbytes::int8),
     ("fp8", fp8::floats),
+    ("gguf", gguf::plan),
     ("gptq", gptq::plan),
     ("int8", fp8::integers),
     ("mxfp4", fp4::mxfp4),

@@ -14,6 +14,7 @@ use crate::exec::memory::probe;
 use crate::exec::panics::guarded;
 use crate::exec::parallel::{costliest_first, pool, side_by_side};
 use crate::storage::digest::{self, DigestedTensor};
+use crate::storage::gguf::split;
 use crate::storage::revision::Revision;
 use crate::storage::safetensors::{Reads, SafetensorsFile, TensorInfo};
 use crate::{Error, Result};
@@ -75,7 +76,8 @@ fn entries<'de, D: Deserializer<'de>>(
 }
 
 impl Checkpoint {
-    /// Opens a safetensors file, an index file, or a folder with one index or one file.
+    /// Opens a safetensors file, an index file, a folder with one index or one file, or a GGUF file. A GGUF file
+    /// that is a part of a model opens the whole model.
     ///
     /// Symbolic links are followed, since caches of the Hugging Face Hub consist of them. An index may only
     /// name files in its own folder.
@@ -114,7 +116,17 @@ impl Checkpoint {
         if path.extension().is_some_and(|e| e == "json") {
             return Self::open_index(path, reads);
         }
-        Self::open_files(&[path.to_path_buf()], reads)
+        let parts = split::parts(path);
+        Self::open_files(parts.as_deref().unwrap_or(&[path.to_path_buf()]), reads)
+    }
+
+    /// Returns the metadata of a safetensors file, or the settings of a GGUF model as JSON texts. Several
+    /// safetensors files have no metadata in common.
+    #[must_use]
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        let Some(first) = self.tensors.first().map(|tensor| &tensor.file) else { return BTreeMap::new() };
+        let is_one = self.tensors.iter().all(|tensor| Arc::ptr_eq(&tensor.file, first));
+        if is_one || first.is_gguf() { first.metadata().clone() } else { BTreeMap::new() }
     }
 
     /// Returns a digest of the names, types, shapes and bytes of all tensors and of `seed`, as
@@ -171,8 +183,11 @@ impl Checkpoint {
         let mut tensors: Vec<StoredTensor> = Vec::new();
         let mut seen = std::collections::HashSet::new();
         let mut files = Vec::with_capacity(paths.len());
-        for path in paths {
+        for (index, path) in paths.iter().enumerate() {
             let file = Arc::new(SafetensorsFile::open_for(path, reads)?);
+            if file.is_gguf() {
+                split::check(&file, index, paths.len())?;
+            }
             for info in file.tensors() {
                 if !seen.insert(info.name.clone()) {
                     let reason = "is also in another file of the folder: give the path of one file";

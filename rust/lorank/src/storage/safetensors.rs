@@ -19,11 +19,12 @@ use crate::exec::aligned_bytes::AlignedBytes;
 use crate::exec::cancel::CancelToken;
 use crate::exec::memory::{probe, zeros};
 use crate::storage::digest::{Digest, PIECE};
+use crate::storage::gguf;
 use crate::storage::revision::{Revision, Seen};
 use crate::storage::safetensors::header::{RawHeader, check};
 use crate::{Error, Result};
 
-pub(crate) use header::bits_per_element;
+pub(crate) use header::{bits_per_element, check_apart};
 
 /// Largest length of a header, in bytes. The reference implementation has the same limit.
 const MAX_HEADER: usize = 100_000_000;
@@ -60,7 +61,7 @@ pub struct TensorInfo {
     pub len: usize,
 }
 
-/// An open file with a checked header.
+/// An open safetensors or GGUF file with a checked header.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
@@ -71,10 +72,11 @@ pub struct SafetensorsFile {
     tensors: Vec<TensorInfo>,
     positions: HashMap<String, usize>,
     metadata: BTreeMap<String, String>,
+    is_gguf: bool,
 }
 
 impl SafetensorsFile {
-    /// Opens a file and checks its header.
+    /// Opens a file and checks its header. A file that begins with `GGUF` is read as a GGUF file.
     ///
     /// # Errors
     /// [`Error::Io`] if the file cannot be read, [`Error::Format`] if its header is inconsistent,
@@ -95,25 +97,9 @@ impl SafetensorsFile {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         let metadata = file.metadata().map_err(|e| Error::io(path, e))?;
         let (size, revision) = (metadata.len(), Revision::of(&metadata));
-        let mut length = [0; 8];
-        if size < 8 {
-            return Err(Error::format(path, format!("is not a safetensors file: only {size} bytes long")));
-        }
-        file.read_exact_at(&mut length, 0).map_err(|e| Error::io(path, e))?;
-        let promised = u64::from_le_bytes(length);
-        let fits = |&n: &usize| n <= MAX_HEADER && promised <= size - 8;
-        let Some(length) = usize::try_from(promised).ok().filter(fits) else {
-            let reason = format!(
-                "is not a safetensors file or is truncated: header of {promised} bytes in a file of {size}"
-            );
-            return Err(Error::format(path, reason));
-        };
-        probe(length.saturating_mul(PARSED), "the header of a file")?;
-        let mut header = zeros(length, "the header of a file")?;
-        file.read_exact_at(&mut header, 8).map_err(|e| Error::io(path, e))?;
-        let RawHeader { tensors: entries, metadata } = serde_json::from_slice(&header)
-            .map_err(|e| Error::format(path, format!("has a malformed header: {e}")))?;
-        let tensors = check(path, entries, 8 + promised, size)?;
+        let is_gguf = gguf::is_gguf(&file).map_err(|e| Error::io(path, e))?;
+        let (tensors, metadata) =
+            if is_gguf { gguf::header(path, &file, size) } else { header(path, &file, size) }?;
         let mut positions = HashMap::with_capacity(tensors.len());
         for (position, tensor) in tensors.iter().enumerate() {
             if positions.insert(tensor.name.clone(), position).is_some() {
@@ -121,7 +107,7 @@ impl SafetensorsFile {
             }
         }
         let seen = (reads == Reads::Repeated).then(Seen::default);
-        Ok(Self { path: path.to_path_buf(), file, revision, seen, tensors, positions, metadata })
+        Ok(Self { path: path.to_path_buf(), file, revision, seen, tensors, positions, metadata, is_gguf })
     }
 
     /// Returns the path that was passed to [`open`](Self::open).
@@ -148,7 +134,13 @@ impl SafetensorsFile {
         &self.tensors
     }
 
-    /// Returns the entries of the header under `__metadata__`.
+    /// Returns true if the file is a GGUF file.
+    #[must_use]
+    pub const fn is_gguf(&self) -> bool {
+        self.is_gguf
+    }
+
+    /// Returns the entries of the header under `__metadata__`; the settings of a GGUF file as JSON texts.
     #[must_use]
     pub const fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
@@ -301,4 +293,27 @@ impl SafetensorsFile {
     fn changed(&self, tensor: &TensorInfo) -> Error {
         Error::tensor(&self.path, &tensor.name, "the file changed after it was opened: load it again")
     }
+}
+
+/// Returns the tensors and the metadata of the header of a safetensors file.
+fn header(path: &Path, file: &File, size: u64) -> Result<(Vec<TensorInfo>, BTreeMap<String, String>)> {
+    let mut length = [0; 8];
+    if size < 8 {
+        return Err(Error::format(path, format!("is not a safetensors file: only {size} bytes long")));
+    }
+    file.read_exact_at(&mut length, 0).map_err(|e| Error::io(path, e))?;
+    let promised = u64::from_le_bytes(length);
+    let fits = |&n: &usize| n <= MAX_HEADER && promised <= size - 8;
+    let Some(length) = usize::try_from(promised).ok().filter(fits) else {
+        let reason = format!(
+            "is not a safetensors file or is truncated: header of {promised} bytes in a file of {size}"
+        );
+        return Err(Error::format(path, reason));
+    };
+    probe(length.saturating_mul(PARSED), "the header of a file")?;
+    let mut header = zeros(length, "the header of a file")?;
+    file.read_exact_at(&mut header, 8).map_err(|e| Error::io(path, e))?;
+    let RawHeader { tensors: entries, metadata } = serde_json::from_slice(&header)
+        .map_err(|e| Error::format(path, format!("has a malformed header: {e}")))?;
+    Ok((check(path, entries, 8 + promised, size)?, metadata))
 }

@@ -174,9 +174,19 @@ impl StoredMatrix {
         matches!(self.storage, Storage::Memory(_) | Storage::Mapped(..))
     }
 
-    /// Returns the computation of a computed matrix.
+    /// Returns the transposed matrix.
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        let ((rows, cols), (row_stride, col_stride)) = (self.shape, self.strides);
+        Self { shape: (cols, rows), strides: (col_stride, row_stride), ..self }
+    }
+
+    /// Returns the computation of a computed matrix whose values are in row-major order.
     pub(crate) fn computation(&self) -> Option<&dyn Computed> {
-        if let Storage::Computed(by) = &self.storage { Some(&**by) } else { None }
+        match &self.storage {
+            Storage::Computed(by) if self.strides == (self.shape.1, 1) => Some(&**by),
+            _ => None,
+        }
     }
 
     /// Returns the size of all values in bytes.

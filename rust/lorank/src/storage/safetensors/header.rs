@@ -100,6 +100,12 @@ pub(super) fn check(
         let offset = data_start + begin;
         tensors.push(TensorInfo { dtype: raw.dtype, shape: raw.shape, offset, len, name });
     }
+    check_apart(path, &tensors)?;
+    Ok(tensors)
+}
+
+/// Checks that the bytes of tensors do not overlap.
+pub(crate) fn check_apart(path: &Path, tensors: &[TensorInfo]) -> Result<()> {
     let mut by_offset: Vec<&TensorInfo> = tensors.iter().filter(|t| t.len > 0).collect();
     by_offset.sort_by_key(|t| t.offset);
     for pair in by_offset.windows(2) {
@@ -108,7 +114,7 @@ pub(super) fn check(
             return Err(Error::tensor(path, &pair[1].name, reason));
         }
     }
-    Ok(tensors)
+    Ok(())
 }
 
 /// Returns the number of bits of an element, or `None` for unknown types. Tensors of unknown types can be
