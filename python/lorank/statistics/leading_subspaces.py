@@ -1,0 +1,157 @@
+"""The subspaces of the leading left and right singular vectors of a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+# Largest smaller side of matrices that are decomposed in full.
+_DENSE = 192
+# Largest number of entries that are held in float64; larger matrices are converted in blocks of rows.
+_HELD = 1 << 24
+_BLOCK = 1 << 20
+# Columns of a block beyond the rank, and largest number of columns of the Krylov space between two restarts.
+_EXTRA, _SPACE = 8, 512
+# The iteration ends if the bound on the sine of the error angle is below this, or after this many columns.
+_TOLERANCE, _MOST_COLUMNS = 1e-6, 4096
+
+
+class LeadingSubspaces(NamedTuple):
+    """Orthonormal bases of the leading singular subspaces of a matrix.
+
+    Attributes
+    ----------
+    left, right
+        Bases of the leading left and right singular vectors, shapes ``(out, k)`` and ``(in, k)``.
+    gap
+        ``(s_k - s_{k+1}) / s_k``. The subspaces of a matrix with gap 0 are not unique.
+    error
+        Bound on the angle in degrees between the computed and the exact subspaces; 90 if it is unknown.
+    """
+
+    left: Array
+    right: Array
+    gap: float
+    error: float
+
+
+def leading_subspaces(matrix: npt.NDArray[Any], rank: int) -> LeadingSubspaces:
+    """Compute the subspaces of the `rank` leading singular vectors of a matrix in float64 arithmetic.
+
+    A small matrix is decomposed in full. For a larger one, block Lanczos iteration with full
+    reorthogonalisation and thick restarts computes the leading eigenvectors of ``W^T W`` or ``W W^T``,
+    whichever is smaller. By the sin-theta theorem [DK], ``||residual|| / (lambda_k - lambda_{k+1})`` bounds
+    the sine of the error angle.
+
+    Parameters
+    ----------
+    matrix
+        Finite float32 or float64 array that is not zero, shape ``(out, in)``.
+    rank
+        Dimension of the subspaces, from 1 to the rank of the matrix.
+
+    Returns
+    -------
+    LeadingSubspaces
+        The bases, with the gap to the next singular value and the bound on their error.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        left, right, *rest = leading_subspaces(np.ascontiguousarray(matrix.T), rank)
+        return LeadingSubspaces(right, left, *rest)
+    scale = math.ldexp(1.0, -math.frexp(_largest(matrix))[1])
+    held = matrix * np.float64(scale) if matrix.size <= _HELD else matrix
+    unit = 1.0 if held is not matrix else scale
+
+    def blocks() -> Iterator[Array]:
+        """Yield the matrix in blocks of rows, as float64 with a largest entry near 1."""
+        step = max(1, (held.size if held is not matrix else _BLOCK) // held.shape[1])
+        for first in range(0, held.shape[0], step):
+            block = held[first : first + step]
+            yield block if held is not matrix else block * np.float64(unit)
+
+    if matrix.shape[1] <= max(_DENSE, 2 * (2 * rank + _EXTRA)):
+        values, right = _decomposed(blocks(), matrix.shape[1])
+        following = values[rank] if rank < len(values) else 0.0
+        error = 0.0
+    else:
+        values, right, following, error = _iterated(
+            lambda x: sum(block.T @ (block @ x) for block in blocks()), matrix.shape[1], rank
+        )
+    image = np.concatenate([block @ right[:, :rank] for block in blocks()])
+    left = np.linalg.qr(image)[0]
+    gap = max(0.0, 1.0 - following / values[rank - 1])
+    return LeadingSubspaces(left, right[:, :rank], gap, error)
+
+
+def _largest(matrix: npt.NDArray[Any]) -> float:
+    return float(max(matrix.max(), -matrix.min()))
+
+
+def _decomposed(blocks: Iterator[Array], width: int) -> tuple[Array, Array]:
+    """Return all singular values and right vectors, from the triangle of a QR decomposition."""
+    triangle = np.zeros((0, width))
+    for block in blocks:
+        triangle = np.linalg.qr(np.concatenate([triangle, block]), mode="r")
+    _, values, rows = np.linalg.svd(triangle, full_matrices=False)
+    return values, rows.T
+
+
+def _iterated(apply: Callable[[Array], Any], width: int, rank: int) -> tuple[Array, Array, float, float]:
+    """Return leading singular values and right vectors, the next value, and the bound on the error.
+
+    Parameters
+    ----------
+    apply
+        Function that multiplies a matrix by ``W^T W``.
+    width
+        Order of ``W^T W``.
+    rank
+        Number of vectors to compute.
+    """
+    size = rank + _EXTRA
+    most = min(width - size, max(_SPACE, 4 * size))
+    space, projected = np.zeros((width, most + size)), np.zeros((most + size, most + size))
+    space[:, :size] = np.linalg.qr(np.random.default_rng(0).standard_normal((width, size)))[0]
+    used, done, next_check = 0, 0, 2 * size
+    while True:
+        image = apply(space[:, used : used + size])
+        known = space[:, : used + size]
+        columns = known.T @ image
+        projected[: used + size, used : used + size] = columns
+        projected[used : used + size, : used + size] = columns.T
+        image = image - known @ columns
+        image -= known @ (known.T @ image)
+        following, coupling = np.linalg.qr(image)
+        used, done = used + size, done + size
+        is_full = used + size > most
+        if is_full or done >= next_check:
+            next_check = done + max(size, used // 4)
+            values, vectors = np.linalg.eigh(projected[:used, :used])
+            values, vectors = values[::-1], vectors[:, ::-1]
+            sine = _sine_of_error(values, coupling @ vectors[used - size :, :rank], rank)
+            if sine <= _TOLERANCE or done >= _MOST_COLUMNS:
+                singular = np.sqrt(np.maximum(values, 0.0))
+                error = math.degrees(math.asin(sine))
+                return singular[:rank], known @ vectors[:, :rank], float(singular[rank]), error
+        if is_full:
+            kept = 2 * size
+            space[:, :kept] = known @ vectors[:, :kept]
+            projected[:] = 0.0
+            projected[range(kept), range(kept)] = values[:kept]
+            used = kept
+        # The columns beyond an invariant space are rounding errors, which are not orthogonal to it.
+        following -= space[:, :used] @ (space[:, :used].T @ following)
+        space[:, used : used + size] = np.linalg.qr(following)[0]
+
+
+def _sine_of_error(values: Array, residuals: Array, rank: int) -> float:
+    """Return the bound on the sine of the error angle of the leading eigenvectors."""
+    residual = float(np.linalg.norm(residuals, 2))
+    gap = float(values[rank - 1] - values[rank]) - residual
+    return min(1.0, residual / gap) if gap > 0 else 1.0
