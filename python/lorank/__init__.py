@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from lorank.allocation.allocate import allocate
     from lorank.allocation.budget import fit_ranks
     from lorank.allocation.rank_allocation import RankAllocation
+    from lorank.analysis.comparison import compare
     from lorank.analysis.matrices import analyze
     from lorank.compression.fisher import fisher_scores
     from lorank.compression.product import product_svd
     from lorank.operations import compress, elastic, extract, family, merge
     from lorank.profiling import profile_gradients, profile_tasks
     from lorank.report import ModuleSpectrum, SpectralReport
+    from lorank.report.comparison import ComparisonReport, ModuleComparison
     from lorank.report.gradients import GradientReport
     from lorank.report.tasks import TaskReport
     from lorank.runtimes import check
@@ -32,9 +34,11 @@ LorankError.__str__ = lambda error: _printable(Exception.__str__(error))  # type
 # Imported at their first use, so that no command waits for the imports of others, and that the command line
 # is ready for Ctrl-C before they begin.
 _LAZY = {
+    "ComparisonReport": "report.comparison",
     "GradientReport": "report.gradients",
     "LoraAdapter": "adapter",
     "MarchenkoPastur": "statistics.marchenko_pastur",
+    "ModuleComparison": "report.comparison",
     "ModuleSpectrum": "report",
     "RankAllocation": "allocation.rank_allocation",
     "SpectralReport": "report",
@@ -44,6 +48,7 @@ _LAZY = {
     "alpha_hill": "statistics.hill",
     "analyze": "analysis.matrices",
     "check": "runtimes",
+    "compare": "analysis.comparison",
     "compress": "operations",
     "elastic": "operations",
     "extract": "operations",
@@ -60,11 +65,13 @@ _LAZY = {
 }
 
 __all__ = [
+    "ComparisonReport",
     "FormatError",
     "GradientReport",
     "LoraAdapter",
     "LorankError",
     "MarchenkoPastur",
+    "ModuleComparison",
     "ModuleSpectrum",
     "NumericalError",
     "RankAllocation",
@@ -76,6 +83,7 @@ __all__ = [
     "alpha_hill",
     "analyze",
     "check",
+    "compare",
     "compress",
     "elastic",
     "extract",

@@ -11,7 +11,19 @@ with ending_signals_exit():  # Imports take most of the time of a short command.
     import typer
 
     import lorank
-    from lorank.cli import allocate, analyze, check, compress, extract, family, info, merge, report, task
+    from lorank.cli import (
+        allocate,
+        analyze,
+        check,
+        compare,
+        compress,
+        extract,
+        family,
+        info,
+        merge,
+        report,
+        task,
+    )
     from lorank.cli.errors import IncompleteError, UsageError
     from lorank.cli.group import CommandGroup
     from lorank.cli.output import print_message
@@ -26,6 +38,7 @@ app = typer.Typer(
 )
 app.command()(analyze.analyze)
 app.command()(report.report)
+app.command()(compare.compare)
 app.command(epilog=allocate.methods_help())(allocate.allocate)
 app.command()(task.task)
 app.command()(compress.compress)

@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 import lorank
-from lorank.cli.checks import check_choice, check_new, parse_targets
+from lorank.cli.checks import check_choice, check_output_file, parse_targets
 from lorank.cli.errors import IncompleteError, UsageError
 from lorank.cli.options import (
     Columns,
@@ -24,7 +24,7 @@ from lorank.cli.options import (
     Top,
 )
 from lorank.cli.output import print_message
-from lorank.cli.report_view import REPORT_ENDINGS, ReportView, is_report
+from lorank.cli.report_view import ReportView, is_report
 from lorank.cli.signals import Interrupted
 from lorank.report import METRICS, SpectralReport
 from lorank.statistics.spectrum import Accuracy
@@ -66,7 +66,7 @@ def analyze(
 ) -> None:
     """Compute spectral metrics of every weight matrix of a model."""
     if output is not None:
-        _check_output_file(output, overwrite)
+        check_output_file(output, overwrite)
     if is_report(source):
         raise UsageError(f"{source} looks like a saved report: show it with lorank report")
     view = ReportView(sort, descending, top, columns, skipped, json_output)
@@ -93,12 +93,6 @@ def analyze(
     if output is not None and not json_output:
         print_message(f"saved to {output}")
     _check_complete(report)
-
-
-def _check_output_file(path: Path, overwrite: bool) -> None:
-    if path.suffix not in REPORT_ENDINGS:
-        raise UsageError(f"{path}: the name of a report must end with {', '.join(REPORT_ENDINGS)}")
-    check_new(path, overwrite)
 
 
 def _check_complete(report: SpectralReport) -> None:

@@ -24,8 +24,9 @@ from lorank.cli.output import print_message
 from lorank.cli.report_view import ReportView, with_rows
 from lorank.modules import naming
 from lorank.report import SpectralReport
+from lorank.report.comparison import ComparisonReport
 from lorank.report.gradients import GradientReport
-from lorank.report.loading import load_report
+from lorank.report.loading import AnyReport, load_report
 from lorank.report.tasks import TaskReport
 
 
@@ -33,7 +34,8 @@ def report(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A report of analyze (.parquet, .csv, .json), profile_gradients or profile_tasks (.json)."
+            help="A report of analyze or compare (.parquet, .csv, .json), profile_gradients or profile_tasks "
+            "(.json)."
         ),
     ],
     include: Include = None,
@@ -51,7 +53,8 @@ def report(
 ) -> None:
     """Show a saved report as a table, or write it as an HTML page."""
     view = ReportView(sort, descending, top, columns, skipped, json_output)
-    view.check(dict.fromkeys((*SpectralReport.columns, *GradientReport.columns, *TaskReport.columns)))
+    classes: tuple[type[AnyReport], ...] = (SpectralReport, GradientReport, TaskReport, ComparisonReport)
+    view.check(dict.fromkeys(column for report_class in classes for column in report_class.columns))
     if html is not None:
         check_new(html, overwrite)
     loaded = load_report(file)

@@ -9,13 +9,11 @@ from typing import Any
 
 from lorank._internal.terminal import Terminal
 from lorank.allocation.rank_allocation import RankAllocation
-from lorank.cli.checks import check_choice
+from lorank.cli.checks import REPORT_ENDINGS, check_choice
 from lorank.cli.output import console, print_json
 from lorank.cli.tables import reports
 from lorank.modules.facts import ModelFacts
 from lorank.report.loading import AnyReport
-
-REPORT_ENDINGS = (".json", ".parquet", ".csv")
 
 
 def is_report(source: str) -> bool:

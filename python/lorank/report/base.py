@@ -13,8 +13,8 @@ from lorank.modules import naming
 from lorank.report.rows import Row
 from lorank.sources.base import Skipped
 
-Evidence = Literal["spectra", "gradients", "tasks"]
-"""The kind of evidence that a report holds: spectra of weights, gradients, or tasks of modules."""
+Evidence = Literal["spectra", "gradients", "tasks", "changes"]
+"""The content of a report: spectra of weights, gradients, tasks of modules, or changes between models."""
 
 R = TypeVar("R", bound=Row, covariant=True)
 

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -128,6 +129,18 @@ def save_parquet(
         parquet.write_table(content, file)
 
 
+def parquet_key(path: Path, keys: Sequence[str]) -> str:
+    """Return the first key that the metadata of a parquet file has.
+
+    Raises
+    ------
+    ValueError
+        If the file is malformed, or has none of the keys.
+    """
+    with _parquet_file(path, keys) as (key, _):
+        return key
+
+
 def load_parquet(path: Path, keys: Sequence[str]) -> tuple[str, FlatContent]:
     """Return the first key that the metadata of a parquet file has, the header under it, and the rows.
 
@@ -136,15 +149,19 @@ def load_parquet(path: Path, keys: Sequence[str]) -> tuple[str, FlatContent]:
     ValueError
         If the file is malformed, or has none of the keys.
     """
-    parquet = extras.require("pyarrow.parquet", "report", "for parquet files")
-    key, header, table = _parquet_content(parquet, path, keys)
+    with _parquet_file(path, keys) as (key, file):
+        table = file.read()
+        check_unique(table.column_names)
+        header = file.schema_arrow.metadata[key.encode()].decode("utf-8")
     entries = ({name: plain(value) for name, value in row.items()} for row in table.to_pylist())
     rows = [Fields(entry, f"row {index}") for index, entry in enumerate(entries)]
     return key, FlatContent(Fields(parse_json(header)), rows)
 
 
-def _parquet_content(parquet: Any, path: Path, keys: Sequence[str]) -> tuple[str, str, Any]:
-    """Return key, header and table of a parquet file."""
+@contextmanager
+def _parquet_file(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Open a parquet file; yield the first key that its metadata has, and the file."""
+    parquet = extras.require("pyarrow.parquet", "report", "for parquet files")
     try:
         # `read_table` would add columns for folders that are named like KEY=VALUE.
         with path.open("rb") as source, parquet.ParquetFile(source) as file:
@@ -152,9 +169,7 @@ def _parquet_content(parquet: Any, path: Path, keys: Sequence[str]) -> tuple[str
             key = next((key for key in keys if key.encode() in metadata), None)
             if key is None:
                 raise ValueError("it is a parquet file of another program")
-            table = file.read()
-            check_unique(table.column_names)
-            return key, metadata[key.encode()].decode("utf-8"), table
+            yield key, file
     except MemoryError:
         raise
     except OSError as error:

@@ -97,7 +97,7 @@ def _decomposed(blocks: Iterator[Array], width: int) -> tuple[Array, Array]:
     """Return all singular values and right vectors, from the triangle of a QR decomposition."""
     triangle = np.zeros((0, width))
     for block in blocks:
-        triangle = np.linalg.qr(np.concatenate([triangle, block]), mode="r")
+        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, block]), mode="r"))
     _, values, rows = np.linalg.svd(triangle, full_matrices=False)
     return values, rows.T
 

@@ -16,6 +16,7 @@ from lorank._internal.short_text import counted
 from lorank.cli.tables.layout import stacked, titled_table
 from lorank.modules import naming
 from lorank.report.base import Report
+from lorank.report.comparison import ComparisonReport
 from lorank.report.gradients import GradientReport
 from lorank.report.rows import Row
 from lorank.report.tasks import TaskReport
@@ -89,7 +90,9 @@ def report_table(report: Report[Any], rows: Sequence[Row], columns: Sequence[str
 
 
 def _extent(report: Report[Any]) -> str:
-    """Return the amount of data that a profile measured; empty for spectra."""
+    """Return the amount of data that a profile measured, or the model of a comparison; empty for spectra."""
+    if isinstance(report, ComparisonReport):
+        return f", compared with {report.compared_with}, subspaces of rank {report.rank}"
     if isinstance(report, TaskReport):
         return f", {counted(report.num_samples, 'sample')}"
     if isinstance(report, GradientReport):
