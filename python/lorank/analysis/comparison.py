@@ -18,7 +18,7 @@ from lorank.analysis.pairs import ComparedPair, paired, skipped_tensors
 from lorank.modules import naming
 from lorank.report.comparison import ComparisonReport, ModuleComparison
 from lorank.sources import OPENING, AnySource, open_source
-from lorank.statistics.leading_subspaces import LeadingSubspaces, leading_subspaces
+from lorank.statistics.leading_subspaces import LeadingSubspaces, leading_subspaces, power_of_two_scale
 from lorank.statistics.principal_angles import principal_angles
 from lorank.statistics.spectrum import Accuracy, check_accuracy
 
@@ -31,6 +31,7 @@ _BATCH = 64
 _BLOCK = 1 << 20
 # Bound on the error of angles, in degrees, above which a row has a flag.
 _UNCERTAIN = 0.01
+_ANGLES = ("left_angle_max", "left_angle_mean", "right_angle_max", "right_angle_mean")
 
 
 def compare(
@@ -176,19 +177,18 @@ def _compared(
 
 def _relative_change(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     """Return ``||B - A||_F / ||A||_F``; NaN if an entry is not finite, infinity if only A is zero."""
-    largest = max(float(np.abs(x).max(initial=0.0)) for x in (a, b))
-    if not math.isfinite(largest):
+    scale = power_of_two_scale(a, b)
+    if math.isnan(scale):
         return math.nan
-    if largest == 0.0:
-        return 0.0
-    scale = math.ldexp(1.0, -math.frexp(largest)[1])
     step = max(1, _BLOCK // max(1, a.shape[1]))
     norms, changes = [], []
     for first in range(0, len(a), step):
-        one, other = (x[first : first + step] * np.float64(scale) for x in (a, b))
+        one, other = (np.multiply(x[first : first + step], scale, dtype=np.float64) for x in (a, b))
         norms.append(float(np.square(one).sum()))
         changes.append(float(np.square(other - one).sum()))
     norm, change = math.sqrt(math.fsum(norms)), math.sqrt(math.fsum(changes))
+    if change == 0.0:
+        return 0.0
     return change / norm if norm > 0.0 else math.inf
 
 
@@ -263,13 +263,12 @@ def _angles(
     """Return the fields of a row about its subspaces, and flags."""
     if rank == 0:
         return {"subspace_rank": 0}, ()
+    if change == 0.0:
+        return {"subspace_rank": rank, **dict.fromkeys(_ANGLES, 0.0)}, ()
     a = leading_subspaces(pair.a.oriented(loaded[0]), rank)
-    b = a if change == 0.0 else leading_subspaces(pair.b.oriented(loaded[1]), rank)
-    left, right = (
-        np.zeros(rank) if change == 0.0 else principal_angles(one, other)
-        for one, other in ((a.left, b.left), (a.right, b.right))
-    )
-    error = 0.0 if change == 0.0 else min(90.0, a.error + b.error)
+    b = leading_subspaces(pair.b.oriented(loaded[1]), rank)
+    left, right = principal_angles(a.left, b.left), principal_angles(a.right, b.right)
+    error = min(90.0, a.error + b.error)
     flags = () if error <= _UNCERTAIN else (_uncertain(rank, error, a, b),)
     return {
         "subspace_rank": rank,

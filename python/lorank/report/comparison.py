@@ -51,7 +51,8 @@ class ModuleComparison(Row):
         lower.
     subspace_gap
         Smaller value of ``(s_k - s_{k+1}) / s_k`` in A and B. If it is near 0, the `k` leading vectors of the
-        matrix are nearly exchangeable with the next ones, and small changes cause large angles.
+        matrix are nearly exchangeable with the next ones, and small changes cause large angles. NaN for equal
+        matrices.
     left_angle_max, left_angle_mean
         Largest and mean principal angle, in degrees, between the spaces of the `k` leading left singular
         vectors (the side of the outputs).

@@ -30,9 +30,10 @@ class LeadingSubspaces(NamedTuple):
     left, right
         Bases of the leading left and right singular vectors, shapes ``(out, k)`` and ``(in, k)``.
     gap
-        ``(s_k - s_{k+1}) / s_k``. The subspaces of a matrix with gap 0 are not unique.
+        ``(s_k - s_{k+1}) / s_k``, to three digits. The subspaces of a matrix with gap 0 are not unique.
     error
-        Bound on the angle in degrees between the computed and the exact subspaces; 90 if it is unknown.
+        Bound on the angle in degrees between the computed and the exact subspaces, provided that the
+        iteration found the ``k + 1`` leading directions; 90 if it is unknown.
     """
 
     left: Array
@@ -64,16 +65,15 @@ def leading_subspaces(matrix: npt.NDArray[Any], rank: int) -> LeadingSubspaces:
     if matrix.shape[0] < matrix.shape[1]:
         left, right, *rest = leading_subspaces(np.ascontiguousarray(matrix.T), rank)
         return LeadingSubspaces(right, left, *rest)
-    scale = math.ldexp(1.0, -math.frexp(_largest(matrix))[1])
-    held = matrix * np.float64(scale) if matrix.size <= _HELD else matrix
-    unit = 1.0 if held is not matrix else scale
+    scale, is_held = power_of_two_scale(matrix), matrix.size <= _HELD
+    step = len(matrix) if is_held else max(1, _BLOCK // matrix.shape[1])
+    held = np.multiply(matrix, scale, dtype=np.float64) if is_held else matrix
 
     def blocks() -> Iterator[Array]:
         """Yield the matrix in blocks of rows, as float64 with a largest entry near 1."""
-        step = max(1, (held.size if held is not matrix else _BLOCK) // held.shape[1])
-        for first in range(0, held.shape[0], step):
+        for first in range(0, len(held), step):
             block = held[first : first + step]
-            yield block if held is not matrix else block * np.float64(unit)
+            yield block if is_held else np.multiply(block, scale, dtype=np.float64)
 
     if matrix.shape[1] <= max(_DENSE, 2 * (2 * rank + _EXTRA)):
         values, right = _decomposed(blocks(), matrix.shape[1])
@@ -85,12 +85,20 @@ def leading_subspaces(matrix: npt.NDArray[Any], rank: int) -> LeadingSubspaces:
         )
     image = np.concatenate([block @ right[:, :rank] for block in blocks()])
     left = np.linalg.qr(image)[0]
-    gap = max(0.0, 1.0 - following / values[rank - 1])
+    smallest = float(values[rank - 1])
+    gap = max(0.0, 1.0 - float(following) / smallest) if smallest > 0.0 else 0.0
     return LeadingSubspaces(left, right[:, :rank], gap, error)
 
 
-def _largest(matrix: npt.NDArray[Any]) -> float:
-    return float(max(matrix.max(), -matrix.min()))
+def power_of_two_scale(*matrices: npt.NDArray[Any]) -> float:
+    """Return the power of two that brings the largest entry of some matrices near 1; NaN if one is NaN.
+
+    The entries times this scale have squares within the range of float64.
+    """
+    largest = float(np.max([extreme for matrix in matrices for extreme in (matrix.max(), -matrix.min())]))
+    if not math.isfinite(largest):
+        return math.nan
+    return math.ldexp(1.0, min(1000, -math.frexp(largest)[1]))
 
 
 def _decomposed(blocks: Iterator[Array], width: int) -> tuple[Array, Array]:
@@ -134,7 +142,7 @@ def _iterated(apply: Callable[[Array], Any], width: int, rank: int) -> tuple[Arr
             next_check = done + max(size, used // 4)
             values, vectors = np.linalg.eigh(projected[:used, :used])
             values, vectors = values[::-1], vectors[:, ::-1]
-            sine = _sine_of_error(values, coupling @ vectors[used - size :, :rank], rank)
+            sine = _sine_of_error(values, coupling @ vectors[used - size :, : rank + 1], rank)
             if sine <= _TOLERANCE or done >= _MOST_COLUMNS:
                 singular = np.sqrt(np.maximum(values, 0.0))
                 error = math.degrees(math.asin(sine))
@@ -151,7 +159,10 @@ def _iterated(apply: Callable[[Array], Any], width: int, rank: int) -> tuple[Arr
 
 
 def _sine_of_error(values: Array, residuals: Array, rank: int) -> float:
-    """Return the bound on the sine of the error angle of the leading eigenvectors."""
-    residual = float(np.linalg.norm(residuals, 2))
-    gap = float(values[rank - 1] - values[rank]) - residual
+    """Return the bound on the sine of the error angle of the leading eigenvectors.
+
+    The residuals are those of the leading eigenvectors and of the next one.
+    """
+    residual = float(np.linalg.norm(residuals[:, :rank], 2))
+    gap = float(values[rank - 1] - values[rank]) - residual - float(np.linalg.norm(residuals[:, rank]))
     return min(1.0, residual / gap) if gap > 0 else 1.0
