@@ -27,6 +27,7 @@ from lorank.cli.output import print_message
 from lorank.cli.report_view import ReportView, is_report
 from lorank.cli.signals import Interrupted
 from lorank.report import METRICS, SpectralReport
+from lorank.report.optional_metrics import GROUPS, columns_of
 from lorank.statistics.spectrum import Accuracy
 
 
@@ -48,6 +49,12 @@ def analyze(
     keep_eigenvalues: Annotated[
         bool, typer.Option("--keep-eigenvalues", help="Store every spectrum in the saved report.")
     ] = False,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Optional metrics, separated by commas: {', '.join(GROUPS)}, or 'all'.", show_default=False
+        ),
+    ] = None,
     accuracy: Annotated[
         str,
         typer.Option(
@@ -70,7 +77,8 @@ def analyze(
     if is_report(source):
         raise UsageError(f"{source} looks like a saved report: show it with lorank report")
     view = ReportView(sort, descending, top, columns, skipped, json_output)
-    view.check(METRICS)
+    groups = _groups(metrics)
+    view.check((*METRICS, *columns_of(groups)))
     check_choice("--accuracy", accuracy, get_args(Accuracy))
     try:
         report = lorank.analyze(
@@ -82,6 +90,7 @@ def analyze(
             resume=resume,
             progress=not quiet,
             keep_eigenvalues=keep_eigenvalues,
+            metrics=groups,
         )
     except KeyboardInterrupt as error:
         if resume is None:
@@ -93,6 +102,14 @@ def analyze(
     if output is not None and not json_output:
         print_message(f"saved to {output}")
     _check_complete(report)
+
+
+def _groups(values: list[str] | None) -> list[str]:
+    """Parse names of groups of optional metrics."""
+    names = [name.strip() for value in values or () for name in value.split(",") if name.strip()]
+    for name in names:
+        check_choice("--metrics", name, (*GROUPS, "all"))
+    return [name for name in GROUPS if name in names or "all" in names]
 
 
 def _check_complete(report: SpectralReport) -> None:

@@ -27,6 +27,7 @@ from lorank.report import SpectralReport
 from lorank.report.comparison import ComparisonReport
 from lorank.report.gradients import GradientReport
 from lorank.report.loading import AnyReport, load_report
+from lorank.report.optional_metrics import OPTIONAL_COLUMNS
 from lorank.report.tasks import TaskReport
 
 
@@ -54,11 +55,14 @@ def report(
     """Show a saved report as a table, or write it as an HTML page."""
     view = ReportView(sort, descending, top, columns, skipped, json_output)
     classes: tuple[type[AnyReport], ...] = (SpectralReport, GradientReport, TaskReport, ComparisonReport)
-    view.check(dict.fromkeys(column for report_class in classes for column in report_class.columns))
+    view.check(
+        dict.fromkeys(column for report_class in classes for column in report_class.columns)
+        | dict.fromkeys(OPTIONAL_COLUMNS)
+    )
     if html is not None:
         check_new(html, overwrite)
     loaded = load_report(file)
-    view.check(loaded.columns)
+    view.check(loaded.shown_columns)
     modules = {row.module for row in loaded.modules}
     names = set(naming.filtered(modules, parse_targets(include), parse_targets(exclude)))
     shown = with_rows(loaded, [row for row in loaded.modules if row.module in names])

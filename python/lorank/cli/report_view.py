@@ -69,10 +69,10 @@ class ReportView:
             return
         terminal = console()
         if self.columns is None:
-            columns = reports.fitting(report.leading, terminal.width)
-            hidden = report.leading[len(columns) :]
+            columns = reports.fitting(report.shown_leading, terminal.width)
+            hidden = report.shown_leading[len(columns) :]
         else:
-            columns = report.columns if self.columns == "all" else self.columns.split(",")
+            columns = report.shown_columns if self.columns == "all" else self.columns.split(",")
             hidden = ()
             # Wrapped lines are easier to read than columns that are one letter wide.
             terminal = console(reports.width_of(columns))

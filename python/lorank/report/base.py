@@ -39,6 +39,16 @@ class Report(ByValue, Generic[R]):
     noun: ClassVar[tuple[str, str]] = ("module", "modules")
     """The noun for the rows, singular and plural."""
 
+    @property
+    def shown_columns(self) -> Sequence[str]:
+        """Names of the numbers that this report has; more than `columns` if optional ones were computed."""
+        return self.columns
+
+    @property
+    def shown_leading(self) -> Sequence[str]:
+        """Names of the numbers that short tables of this report show."""
+        return self.leading
+
     modules: Sequence[R]
     skipped: Sequence[Skipped]
     source: str

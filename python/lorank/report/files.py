@@ -14,6 +14,7 @@ from lorank.modules.facts import ModelFacts
 from lorank.report import flat_files
 from lorank.report.columns import columns, from_entry, to_entries
 from lorank.report.json_values import skipped_from_json, skipped_to_json
+from lorank.report.optional_metrics import OPTIONAL_COLUMNS, OPTIONAL_COUNTS, check_groups, groups_in
 from lorank.report.rows import COUNTS, METRICS, ModuleSpectrum
 from lorank.sources.base import Skipped
 from lorank.statistics.spectrum import Accuracy
@@ -23,7 +24,7 @@ REPORT = "a lorank report"
 _VERSION = 1
 
 # Columns of numbers in CSV.
-_NUMBERS = frozenset({"out", "in", "expert", *METRICS})
+_NUMBERS = frozenset({"out", "in", "expert", *METRICS, *OPTIONAL_COLUMNS})
 
 
 class Header(TypedDict):
@@ -35,6 +36,7 @@ class Header(TypedDict):
     num_parameters: int | None
     unknown_parameters: str
     facts: ModelFacts
+    metrics: tuple[str, ...]
 
 
 class Content(NamedTuple):
@@ -75,7 +77,7 @@ def _by_suffix(path: Path, table: Mapping[str, Any]) -> Any:
 
 def to_json(rows: Sequence[ModuleSpectrum], header: Header) -> dict[str, Any]:
     """Return JSON values. NaN becomes null, as do counts without a spectrum; infinity becomes "inf"."""
-    return {**_header_to_json(header), "modules": to_entries(rows)}
+    return {**_header_to_json(header), "modules": to_entries(rows, header["metrics"])}
 
 
 def from_json(content: Any) -> Content:
@@ -100,6 +102,7 @@ def _header_to_json(header: Header) -> dict[str, Any]:
         "version": _VERSION,
         "source": header["source"],
         "accuracy": header["accuracy"],
+        **({"metrics": list(header["metrics"])} if header["metrics"] else {}),
         "num_parameters": header["num_parameters"],
         "model": header["facts"].to_json(),
         "unknown_parameters": header["unknown_parameters"],
@@ -116,7 +119,12 @@ def _header_from_json(content: Fields) -> Header:
         num_parameters=content.optional_integer("num_parameters"),
         unknown_parameters=content.text("unknown_parameters", ""),
         facts=ModelFacts.from_json(content.object("model")) if "model" in content else ModelFacts(),
+        metrics=_metrics(content),
     )
+
+
+def _metrics(content: Fields) -> tuple[str, ...]:
+    return check_groups(content.texts("metrics")) if "metrics" in content else ()
 
 
 def _save_json(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> None:
@@ -127,8 +135,8 @@ def _load_json(path: Path) -> Content:
     return from_json(read_json(path))
 
 
-def _save_csv(path: Path, rows: Sequence[ModuleSpectrum], _header: Header) -> None:
-    flat_files.save_csv(path, columns(rows))
+def _save_csv(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> None:
+    flat_files.save_csv(path, columns(rows, header["metrics"]))
 
 
 def _load_csv(path: Path) -> Content:
@@ -141,12 +149,13 @@ def _load_csv(path: Path) -> Content:
         num_parameters=None,
         unknown_parameters=unknown,
         facts=ModelFacts(doubts=(unknown,)),
+        metrics=groups_in(flat_files.csv_names(path)),
     )
     return Content(rows, header)
 
 
 def _save_parquet(path: Path, rows: Sequence[ModuleSpectrum], header: Header) -> None:
-    table = columns(rows)
+    table = columns(rows, header["metrics"])
     if any(row.eigenvalues is not None for row in rows):
         table["eigenvalues"] = [row.eigenvalues for row in rows]
     types = {name: _type_of(name) for name in table}
@@ -154,9 +163,9 @@ def _save_parquet(path: Path, rows: Sequence[ModuleSpectrum], header: Header) ->
 
 
 def _type_of(column: str) -> flat_files.ColumnType:
-    if column in {"out", "in", "expert", *COUNTS}:
+    if column in {"out", "in", "expert", *COUNTS, *OPTIONAL_COUNTS}:
         return "integer"
-    if column in METRICS:
+    if column in METRICS or column in OPTIONAL_COLUMNS:
         return "number"
     return "numbers" if column == "eigenvalues" else "text"
 

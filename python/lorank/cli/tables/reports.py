@@ -62,8 +62,11 @@ def ordered(rows: Sequence[Any], sort: str | None, descending: bool, top: int | 
     if sort == "name":
         found.sort(key=lambda row: naming.natural_key(row.name), reverse=descending)
     elif sort is not None:
-        known = [row for row in found if not math.isnan(getattr(row, sort))]
-        unknown = [row for row in found if math.isnan(getattr(row, sort))]
+        known: list[Any] = []
+        unknown: list[Any] = []
+        for row in found:
+            value = getattr(row, sort)
+            (unknown if value is None or math.isnan(value) else known).append(row)
         found = sorted(known, key=attrgetter(sort), reverse=descending) + unknown
     elif descending:
         found.reverse()
