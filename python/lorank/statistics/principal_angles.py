@@ -27,7 +27,7 @@ def principal_angles(
 
     Notes
     -----
-    Source: Bjorck and Golub, Mathematics of Computation 27 (1973), as [ANGLES] computes them.
+    Source: [ANGLES].
 
     Examples
     --------
