@@ -20,6 +20,8 @@ print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 ANALYZE = "lorank.analyze(sys.argv[1], threads=2, progress=False)"
 EXTRACT = "lorank.extract(*sys.argv[1:], avg_rank=2, max_rank=4, threads=2, progress=False)"
 
+COMPARE = "lorank.compare(*sys.argv[1:], threads=2, progress=False)"
+
 
 def peak(call: str, *paths: Path) -> int:
     """Return the peak resident memory of a call in a new process, in KiB."""
@@ -68,3 +70,18 @@ def test_extraction_holds_a_few_matrices_of_two_sharded_checkpoints(
     assert peaks[1] <= 1.25 * peaks[0], peaks
     # Keeping either checkpoint in memory would exceed this growth.
     assert (peaks[1] - peaks[0]) * 1024 < 0.4 * (layers[1] - layers[0]) * np.prod(shape) * 4
+
+
+@needs_proc
+def test_comparison_holds_a_few_matrices_of_two_checkpoints(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    peaks = {}
+    for count in (5, 40):
+        paths = [tmp_path / f"{name}{count}.safetensors" for name in ("a", "b")]
+        for path in paths:
+            names = (f"model.layers.{i}.mlp.up_proj.weight" for i in range(count))
+            save_file({name: rng.standard_normal((16384, 96)).astype(np.float32) for name in names}, path)
+        peaks[count] = peak(COMPARE, *paths)
+    assert peaks[40] <= 1.15 * peaks[5], peaks
+    # Keeping one checkpoint in memory would exceed this growth.
+    assert (peaks[40] - peaks[5]) * 1024 < 0.4 * (40 - 5) * 16384 * 96 * 4, peaks

@@ -14,8 +14,8 @@ def spectral_entropy(values: npt.NDArray[np.float64]) -> float:
     Examples
     --------
     >>> import numpy as np
-    >>> round(spectral_entropy(np.ones(4)), 6) == round(np.log(4), 6)
-    True
+    >>> round(spectral_entropy(np.ones(4)), 4)
+    1.3863
     """
     total = float(values.sum())
     if not total > 0:
