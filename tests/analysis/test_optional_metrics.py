@@ -282,6 +282,12 @@ def test_other_metrics_do_not_depend_on_the_optional_ones() -> None:
             assert all(row.number(column) == other.number(column) for column in GROUPS[group])
 
 
+def test_pages_show_the_metrics_that_were_asked_for(tmp_path: Path) -> None:
+    for metrics in ((), ("norms",)):
+        report_of(metrics).to_html(tmp_path / "r.html")
+        assert ("nuclear_norm" in (tmp_path / "r.html").read_text()) == bool(metrics)
+
+
 def test_unknown_metrics_raise() -> None:
     for metrics in (["alpha"], "norms", ["norms", "x"]):
         with pytest.raises(ValueError, match="metrics must be"):

@@ -124,7 +124,7 @@ def compare(
                 rows[row.name] = row
     return ComparisonReport(
         [rows[pair.info.name] for pair in pairing.pairs],
-        (*pairing.skipped, *skipped_tensors(*sources)),
+        (*pairing.skipped, *skipped_tensors(*sources, pairing.prefix_a, pairing.prefix_b)),
         sources[0].label,
         sources[1].label,
         pairing.prefix_a.rstrip("."),

@@ -172,25 +172,29 @@ def _pair(old: SourceMatrix, new: SourceMatrix, label_a: str, label_b: str) -> C
     )
 
 
-def skipped_tensors(a: Source, b: Source) -> list[Skipped]:
-    """Return the tensors of both models that have no matrix; those in both are marked as equal or changed."""
-    others = {entry.name: entry for entry in b.skipped}
+def skipped_tensors(a: Source, b: Source, prefix_a: str, prefix_b: str) -> list[Skipped]:
+    """Return the tensors of both models that have no matrix; those in both are marked as equal or changed.
+
+    The prefixes are those of `paired`.
+    """
+    old = {entry.name.removeprefix(prefix_a): entry for entry in a.skipped}
+    new = {entry.name.removeprefix(prefix_b): entry for entry in b.skipped}
     found = []
-    for entry in a.skipped:
-        reason = entry.reason
-        if entry.name not in others:
-            reason = reason if entry.is_tied else f"{reason}, only in {a.label}"
-        elif entry.name in a.skipped_values and entry.name in b.skipped_values:
-            is_same = entry.shape == others[entry.name].shape and np.array_equal(
-                a.skipped_values[entry.name]().to_array(),
-                b.skipped_values[entry.name]().to_array(),
-                equal_nan=True,
+    for name, entry in old.items():
+        other = new.get(name)
+        if other is None:
+            found.append(_alone(entry, a.label))
+        elif entry.name in a.skipped_values and other.name in b.skipped_values:
+            one, two = a.skipped_values[entry.name](), b.skipped_values[other.name]()
+            is_same = entry.shape == other.shape and np.array_equal(
+                one.to_array(), two.to_array(), equal_nan=True
             )
-            reason = f"{reason}, {'equal' if is_same else 'changed'}"
-        found.append(replace(entry, reason=reason))
-    names = {entry.name for entry in a.skipped}
-    return found + [
-        entry if entry.is_tied else replace(entry, reason=f"{entry.reason}, only in {b.label}")
-        for entry in b.skipped
-        if entry.name not in names
-    ]
+            found.append(replace(entry, reason=f"{entry.reason}, {'equal' if is_same else 'changed'}"))
+        else:
+            found.append(entry)
+    return found + [_alone(entry, b.label) for name, entry in new.items() if name not in old]
+
+
+def _alone(entry: Skipped, label: str) -> Skipped:
+    """Return a skipped tensor of one model, with the model in its reason."""
+    return entry if entry.is_tied else replace(entry, reason=f"{entry.reason}, only in {label}")

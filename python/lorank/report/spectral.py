@@ -177,6 +177,7 @@ class SpectralReport(Report[ModuleSpectrum]):
             title=self.source,
             num_parameters=self.num_parameters,
             accuracy=self.accuracy,
+            columns=self.shown_columns,
         )
 
     @classmethod
