@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from scipy.linalg import subspace_angles
 
 import lorank
+from lorank.sources import open_source
 from lorank.statistics.leading_subspaces import leading_subspaces
 from lorank.statistics.principal_angles import principal_angles
 
@@ -173,9 +175,23 @@ def test_values_that_are_not_finite_give_a_row_without_numbers() -> None:
 
 def test_equal_singular_values_are_flagged() -> None:
     rng = np.random.default_rng(3)
-    row = compared(orthogonal(300, rng), orthogonal(300, rng))
-    assert row.subspace_gap < 1e-9
-    assert "singular values 8 and 9 of" in row.flags[0]
+    for size in (30, 300):
+        row = compared(orthogonal(size, rng), orthogonal(size, rng))
+        assert row.subspace_gap < 1e-9
+        assert "singular values 8 and 9 of" in row.flags[0]
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.1, 0.05])
+@pytest.mark.parametrize("size", [50, 300])
+def test_small_singular_values(size: int, decay: float) -> None:
+    """The vectors of values far below the largest one are accurate."""
+    rng = np.random.default_rng(16)
+    bases = orthogonal(size, rng), orthogonal(size, rng)
+    a = bases[0] * np.maximum(decay ** np.arange(size), 1e-12) @ bases[1]
+    found = leading_subspaces(a, 5)
+    assert found.error < 1e-3
+    assert principal_angles(found.left, bases[0][:, :5]).max() <= found.error + 1e-9
+    assert principal_angles(found.right, bases[1][:5].T).max() <= found.error + 1e-9
 
 
 @pytest.mark.parametrize("shape", [(700, 400), (400, 700), (2000, 300)])
@@ -328,3 +344,24 @@ def test_threads_and_accuracy(threads: int) -> None:
     assert one == lorank.compare(a, b, threads=2)
     fast = lorank.compare(a, b, accuracy="fast")
     assert [numbers(row) for row in fast] == [numbers(row) for row in one]
+
+
+def test_matrices_that_are_computed_on_loading() -> None:
+    rng = np.random.default_rng(12)
+    a, b = ({f"layers.{i}.w.weight": rng.standard_normal((20, 30)) for i in range(7)} for _ in range(2))
+    lazy = []
+    for weights in (a, b):
+        source = open_source(weights)
+        lazy.append(replace(source, matrices=[replace(matrix, lazy=True) for matrix in source.matrices]))
+    assert lorank.compare(*lazy, threads=2).modules == lorank.compare(a, b).modules
+
+
+@pytest.mark.parametrize("rank", [64, 256])
+def test_large_ranks(rank: int) -> None:
+    rng = np.random.default_rng(13)
+    a = (rng.standard_normal((1100, 1060)) * np.linspace(0.2, 3, 1060)).astype(np.float32)
+    found = leading_subspaces(a, rank)
+    u, _, vt = np.linalg.svd(a.astype(np.float64), full_matrices=False)
+    assert found.error < 1e-3
+    assert principal_angles(found.right, vt[:rank].T).max() <= found.error + 1e-6
+    assert principal_angles(found.left, u[:, :rank]).max() <= found.error + 1e-6

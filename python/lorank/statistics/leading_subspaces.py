@@ -20,6 +20,10 @@ _BLOCK = 1 << 20
 _EXTRA, _SPACE = 8, 512
 # The iteration ends if the bound on the sine of the error angle is below this, or after this many columns.
 _TOLERANCE, _MOST_COLUMNS = 1e-6, 4096
+# Rounding errors of a decomposition, relative to the largest value.
+_ROUNDING = 8 * float(np.finfo(np.float64).eps)
+# If the iteration reaches a bound above this, a matrix whose smaller side is at most this is decomposed.
+_POOR, _DENSE_IF_POOR = 1e-5, 1024
 
 
 class LeadingSubspaces(NamedTuple):
@@ -75,19 +79,28 @@ def leading_subspaces(matrix: npt.NDArray[Any], rank: int) -> LeadingSubspaces:
             block = held[first : first + step]
             yield block if is_held else np.multiply(block, scale, dtype=np.float64)
 
-    if matrix.shape[1] <= max(_DENSE, 2 * (2 * rank + _EXTRA)):
-        values, right = _decomposed(blocks(), matrix.shape[1])
-        following = values[rank] if rank < len(values) else 0.0
-        error = 0.0
-    else:
-        values, right, following, error = _iterated(
-            lambda x: sum(block.T @ (block @ x) for block in blocks()), matrix.shape[1], rank
+    width, sine = matrix.shape[1], 1.0
+    is_small = width <= max(_DENSE, 4 * rank + 2 * _EXTRA)
+    if not is_small:
+        values, right, sine = _iterated(
+            lambda x: sum(block.T @ (block @ x) for block in blocks()), width, rank
         )
+        sine += _rounding(values[0] ** 2, values[rank - 1] ** 2 - values[rank] ** 2)
+    if is_small or (sine > _POOR and width <= _DENSE_IF_POOR):
+        values, right = _decomposed(blocks(), width)
+        sine = _rounding(values[0], values[rank - 1] - (values[rank] if rank < width else 0.0))
+    following = float(values[rank]) if rank < width else 0.0
+    error = math.degrees(math.asin(min(1.0, sine)))
     image = np.concatenate([block @ right[:, :rank] for block in blocks()])
     left = np.linalg.qr(image)[0]
     smallest = float(values[rank - 1])
-    gap = max(0.0, 1.0 - float(following) / smallest) if smallest > 0.0 else 0.0
+    gap = max(0.0, 1.0 - following / smallest) if smallest > 0.0 else 0.0
     return LeadingSubspaces(left, right[:, :rank], gap, error)
+
+
+def _rounding(largest: float, gap: float) -> float:
+    """Return the sine of the angle by which rounding errors turn the vectors of values above a gap."""
+    return _ROUNDING * float(largest) / float(gap) if gap > 0 else 1.0
 
 
 def power_of_two_scale(*matrices: npt.NDArray[Any]) -> float:
@@ -110,8 +123,10 @@ def _decomposed(blocks: Iterator[Array], width: int) -> tuple[Array, Array]:
     return values, rows.T
 
 
-def _iterated(apply: Callable[[Array], Any], width: int, rank: int) -> tuple[Array, Array, float, float]:
-    """Return leading singular values and right vectors, the next value, and the bound on the error.
+def _iterated(apply: Callable[[Array], Any], width: int, rank: int) -> tuple[Array, Array, float]:
+    """Return singular values, leading right vectors, and the bound on the sine of their error angle.
+
+    The first ``rank + 1`` values are accurate.
 
     Parameters
     ----------
@@ -144,9 +159,7 @@ def _iterated(apply: Callable[[Array], Any], width: int, rank: int) -> tuple[Arr
             values, vectors = values[::-1], vectors[:, ::-1]
             sine = _sine_of_error(values, coupling @ vectors[used - size :, : rank + 1], rank)
             if sine <= _TOLERANCE or done >= _MOST_COLUMNS:
-                singular = np.sqrt(np.maximum(values, 0.0))
-                error = math.degrees(math.asin(sine))
-                return singular[:rank], known @ vectors[:, :rank], float(singular[rank]), error
+                return np.sqrt(np.maximum(values, 0.0)), known @ vectors[:, :rank], sine
         if is_full:
             kept = 2 * size
             space[:, :kept] = known @ vectors[:, :kept]
