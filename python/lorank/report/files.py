@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, get_args
 
 from lorank._internal.atomic import write_text
-from lorank._internal.json_fields import Fields, reading
+from lorank._internal.json_fields import Fields, check_unique, reading
 from lorank._internal.json_files import read_json
 from lorank.modules.facts import ModelFacts
 from lorank.report import flat_files
@@ -93,7 +93,9 @@ def from_json(content: Any) -> Content:
 
 
 def _rows(entries: Iterable[Fields]) -> list[ModuleSpectrum]:
-    return [from_entry(entry) for entry in entries]
+    rows = [from_entry(entry) for entry in entries]
+    check_unique([row.name for row in rows])
+    return rows
 
 
 def _header_to_json(header: Header) -> dict[str, Any]:
