@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from scipy.linalg import subspace_angles
 
 import lorank
+from lorank import _core
 from lorank.sources import open_source
 from lorank.statistics.leading_subspaces import leading_subspaces
 from lorank.statistics.principal_angles import principal_angles
@@ -365,3 +366,18 @@ def test_large_ranks(rank: int) -> None:
     assert found.error < 1e-3
     assert principal_angles(found.right, vt[:rank].T).max() <= found.error + 1e-6
     assert principal_angles(found.left, u[:, :rank]).max() <= found.error + 1e-6
+
+
+def test_errors_name_the_module() -> None:
+    source = open_source({"a.weight": np.eye(3), "b.weight": np.eye(3)})
+
+    def broken(load: Any) -> Any:
+        return replace(source, matrices=[source.matrices[0], replace(source.matrices[1], load=load)])
+
+    def without_memory() -> Any:
+        raise MemoryError("no memory")
+
+    with pytest.raises(lorank.LorankError, match="module 'b': "):
+        lorank.compare(source, broken(lambda: _core._panicking_matrix(3, 3)))
+    with pytest.raises(MemoryError, match="module 'b': no memory"):
+        lorank.compare(broken(without_memory), source)

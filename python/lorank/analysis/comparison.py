@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -164,15 +165,27 @@ def _compared(
     advance: Callable[[int, str], None],
 ) -> Iterator[ModuleComparison]:
     """Yield the rows of some pairs."""
-    loaded = [(pair.a.load(), pair.b.load()) for pair in batch]
-    changes = [
-        _relative_change(pair.a.oriented(one), pair.b.oriented(other))
-        for pair, (one, other) in zip(batch, loaded, strict=True)
-    ]
+    loaded, changes = [], []
+    for pair in batch:
+        with _naming(pair):
+            matrices = pair.a.load(), pair.b.load()
+            loaded.append(matrices)
+            changes.append(_relative_change(pair.a.oriented(matrices[0]), pair.b.oriented(matrices[1])))
     spectra = _spectra(batch, loaded, changes, accuracy, threads, advance)
     for index, pair in enumerate(batch):
-        yield _row(pair, loaded[index], changes[index], spectra[2 * index : 2 * index + 2], rank)
+        with _naming(pair):
+            row = _row(pair, loaded[index], changes[index], spectra[2 * index : 2 * index + 2], rank)
+        yield row
         advance(_work(pair), pair.info.name)
+
+
+@contextmanager
+def _naming(pair: ComparedPair) -> Iterator[None]:
+    """Name the module in errors of the block."""
+    try:
+        yield
+    except (_core.LorankError, OSError, MemoryError) as error:
+        raise core_calls.named(error, pair.info.name) from error
 
 
 def _relative_change(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
