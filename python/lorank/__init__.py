@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorank.allocation.allocate import allocate
     from lorank.allocation.budget import fit_ranks
     from lorank.allocation.rank_allocation import RankAllocation
+    from lorank.analysis.comparison import compare
     from lorank.analysis.matrices import analyze
     from lorank.baking.bake import bake
     from lorank.baking.verify import verify
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lorank.operations import compress, convert, elastic, extract, family, merge
     from lorank.profiling import profile_gradients, profile_tasks
     from lorank.report import ModuleSpectrum, SpectralReport
+    from lorank.report.comparison import ComparisonReport, ModuleComparison
     from lorank.report.gradients import GradientReport
     from lorank.report.tasks import TaskReport
     from lorank.runtimes import check
@@ -34,9 +36,11 @@ LorankError.__str__ = lambda error: _printable(Exception.__str__(error))  # type
 # Imported at their first use, so that no command waits for the imports of others, and that the command line
 # is ready for Ctrl-C before they begin.
 _LAZY = {
+    "ComparisonReport": "report.comparison",
     "GradientReport": "report.gradients",
     "LoraAdapter": "adapter",
     "MarchenkoPastur": "statistics.marchenko_pastur",
+    "ModuleComparison": "report.comparison",
     "ModuleSpectrum": "report",
     "RankAllocation": "allocation.rank_allocation",
     "SpectralReport": "report",
@@ -47,6 +51,7 @@ _LAZY = {
     "analyze": "analysis.matrices",
     "bake": "baking.bake",
     "check": "runtimes",
+    "compare": "analysis.comparison",
     "compress": "operations",
     "convert": "operations",
     "elastic": "operations",
@@ -65,11 +70,13 @@ _LAZY = {
 }
 
 __all__ = [
+    "ComparisonReport",
     "FormatError",
     "GradientReport",
     "LoraAdapter",
     "LorankError",
     "MarchenkoPastur",
+    "ModuleComparison",
     "ModuleSpectrum",
     "NumericalError",
     "RankAllocation",
@@ -82,6 +89,7 @@ __all__ = [
     "analyze",
     "bake",
     "check",
+    "compare",
     "compress",
     "convert",
     "elastic",

@@ -85,6 +85,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "compress": [adapter, *amount],
         "family": [adapter, "--avg-ranks", "1,2", "-o", "out", "--overwrite", "-q"],
         "merge": [adapter, adapter, *amount],
+        "compare": [base, tuned, "-q"],
         "extract": [base, tuned, "--guess", *amount],
         "check": [adapter],
         "info": [adapter],

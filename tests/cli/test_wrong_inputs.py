@@ -126,6 +126,8 @@ def test_commands_on_models_refuse_adapters(kind: str, tmp_path: Path) -> None:
         lambda: lorank.allocate(path, "uniform", r_base=2),
         lambda: lorank.extract(path, model, avg_rank=1, progress=False),
         lambda: lorank.extract(model, path, avg_rank=1, progress=False),
+        lambda: lorank.compare(path, model, progress=False),
+        lambda: lorank.compare(model, path, progress=False),
     ):
         with pytest.raises(lorank.FormatError, match="not a model") as error:
             call()

@@ -25,6 +25,8 @@ assert "torch" not in sys.modules
 VERIFY = "assert lorank.verify(*sys.argv[1:], threads=2, progress=False).status == 'holds'"
 EXTRACT = "lorank.extract(*sys.argv[1:], avg_rank=2, max_rank=4, threads=2, progress=False)"
 
+COMPARE = "lorank.compare(*sys.argv[1:], threads=2, progress=False)"
+
 
 def peak(call: str, *paths: Path) -> int:
     """Return the peak resident memory of a call in a new process, in KiB."""
@@ -99,3 +101,18 @@ def test_baking_holds_blocks_of_matrices(tmp_path: Path) -> None:
     assert peaks[20] <= 1.15 * peaks[5], peaks
     # A few matrices of 16 MB, on two threads, beside the interpreter.
     assert peaks[20] < 150 * 1024, peaks
+
+
+@needs_proc
+def test_comparison_holds_a_few_matrices_of_two_checkpoints(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    peaks = {}
+    for count in (5, 40):
+        paths = [tmp_path / f"{name}{count}.safetensors" for name in ("a", "b")]
+        for path in paths:
+            names = (f"model.layers.{i}.mlp.up_proj.weight" for i in range(count))
+            save_file({name: rng.standard_normal((16384, 96)).astype(np.float32) for name in names}, path)
+        peaks[count] = peak(COMPARE, *paths)
+    assert peaks[40] <= 1.15 * peaks[5], peaks
+    # Keeping one checkpoint in memory would exceed this growth.
+    assert (peaks[40] - peaks[5]) * 1024 < 0.4 * (40 - 5) * 16384 * 96 * 4, peaks

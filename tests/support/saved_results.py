@@ -55,6 +55,11 @@ def gradients() -> lorank.GradientReport:
     return lorank.GradientReport(rows, [Skipped("embed", (8, 4), "tied to head")], "model", 1000, 0.9, 128, 3)
 
 
+def comparison() -> lorank.ComparisonReport:
+    changed = {name: x + 0.01 * np.eye(*x.shape[-2:]) if x.ndim > 1 else x for name, x in WEIGHTS.items()}
+    return lorank.compare(WEIGHTS, changed, rank=2, progress=False)
+
+
 def tasks() -> lorank.TaskReport:
     return lorank.TaskReport([task_row(f"layers.{i}.q_proj", 2, 1) for i in range(2)], (), "model", None, 64)
 
@@ -110,7 +115,7 @@ def use_report(report: Any, folder: Path) -> None:
             use_allocation(
                 lorank.allocate(report, method, r_min=1, r_max=4, avg_rank=2, progress=False), folder
             )
-    if isinstance(report, lorank.SpectralReport):
+    if isinstance(report, (lorank.SpectralReport, lorank.ComparisonReport)):
         for ending in ("csv", "parquet"):
             with suppress(ValueError):
                 report.save(folder / f"again.{ending}")
@@ -169,6 +174,10 @@ FORMATS = [
     Saved("report.parquet", lambda path: spectral().save(path), load_report, use_report),
     Saved("gradients.json", lambda path: gradients().save(path), load_report, use_report),
     Saved("tasks.json", lambda path: tasks().save(path), load_report, use_report),
+    *(
+        Saved(f"comparison.{ending}", lambda path: comparison().save(path), load_report, use_report)
+        for ending in ("json", "csv", "parquet")
+    ),
     Saved(
         "allocation.json",
         lambda path: lorank.allocate(spectral(), avg_rank=2, r_min=1, progress=False).save(path),

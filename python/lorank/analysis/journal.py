@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +31,8 @@ class Journal:
         Fingerprint of the source, and the options that change results.
     matrices
         The matrices of the source.
+    metrics
+        Groups of optional metrics that the rows have.
 
     Attributes
     ----------
@@ -47,8 +49,15 @@ class Journal:
         If the journal belongs to another source or to other options.
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, Any], matrices: Iterable[MatrixInfo]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: Mapping[str, Any],
+        matrices: Iterable[MatrixInfo],
+        metrics: Sequence[str] = (),
+    ) -> None:
         self.path = path
+        self._metrics = metrics
         header = {"format": _FORMAT, **fingerprint}
         self._file = LineFile(path)
         try:
@@ -63,7 +72,7 @@ class Journal:
 
     def add(self, row: ModuleSpectrum) -> None:
         """Write a finished row to the file."""
-        self._file.append(json.dumps(to_entries([row])[0]))
+        self._file.append(json.dumps(to_entries([row], self._metrics)[0]))
 
     def __enter__(self) -> Journal:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from lorank import _core
 from lorank._internal import core_calls
 from lorank._internal.progress import progress_bar, waiting
 from lorank._internal.threads import thread_count
+from lorank.analysis import optional_metrics
 from lorank.analysis.journal import Journal
 from lorank.modules import naming
 from lorank.report import ModuleSpectrum, SpectralReport
-from lorank.sources import OPENING, AnySource, SourceMatrix, open_source
+from lorank.report.optional_metrics import check_groups
+from lorank.sources import OPENING, AnySource, MatrixInfo, SourceMatrix, open_source
 from lorank.statistics.spectrum import Accuracy, check_accuracy
 
 # Largest number of matrices that are described and read in place together.
@@ -34,6 +37,7 @@ def analyze(
     resume: str | Path | None = None,
     progress: bool = True,
     keep_eigenvalues: bool = False,
+    metrics: Sequence[str] = (),
 ) -> SpectralReport:
     """Compute spectral metrics of every weight matrix of a model.
 
@@ -71,6 +75,18 @@ def analyze(
         True to draw a progress bar on standard error, if that is a terminal.
     keep_eigenvalues
         True to keep the spectrum of each matrix in its row.
+    metrics
+        Names of groups of optional metrics, which `ModuleSpectrum` defines. With ``accuracy="sampled"`` they
+        are computed from quantiles of large matrices.
+
+        - ``"mp-distance"``: distance to the Marchenko-Pastur law.
+        - ``"tracy-widom"``: Tracy-Widom threshold, and the eigenvalues above it.
+        - ``"norms"``: nuclear norm and logarithms of norms.
+        - ``"tail-fits"``: exponential law and truncated power law against the power law.
+        - ``"entropy"``: entropies of the eigenvalues and of the singular values.
+        - ``"randomized"``: distance to the spectrum of the matrix with permuted entries, and correlation
+          traps. A second analysis of every matrix takes as long as the first, and a copy of one matrix per
+          thread.
 
     Returns
     -------
@@ -111,7 +127,7 @@ def analyze(
     (Skipped(name='norm.weight', shape=(3,), reason='1-D tensor'),)
     """
     check_accuracy(accuracy)
-    count = thread_count(threads)
+    options = _Options(accuracy, thread_count(threads), keep_eigenvalues, check_groups(metrics))
     with waiting(OPENING, enabled=progress):
         opened = open_source(source)
     chosen = opened.select(include, exclude)
@@ -126,9 +142,10 @@ def analyze(
                 "fingerprint": _fingerprint(chosen.fingerprint),
                 "keep_eigenvalues": keep_eigenvalues,
                 "accuracy": accuracy,
+                **({"metrics": list(options.metrics)} if options.metrics else {}),
             }
             infos = (matrix.info for matrix in opened.matrices)
-            journal = stack.enter_context(Journal(Path(resume), run, infos))
+            journal = stack.enter_context(Journal(Path(resume), run, infos, options.metrics))
             rows |= journal.finished
         finished = frozenset(rows)
 
@@ -149,8 +166,8 @@ def analyze(
                 raise error
             failures.append(error)
 
-        for batch in _batches(todo, count):
-            _analyze_batch(batch, accuracy, count, keep_eigenvalues, finish, fail)
+        for batch in _batches(todo, options):
+            _analyze_batch(batch, options, finish, fail)
     if failures:
         raise _incomplete(failures, len(chosen.matrices), resume)
     modules = [rows[matrix.info.name] for matrix in chosen.matrices]
@@ -162,18 +179,29 @@ def analyze(
         opened.num_parameters,
         opened.unknown_parameters,
         opened.facts,
+        options.metrics,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """The checked options of an analysis, as in `analyze`."""
+
+    accuracy: Accuracy
+    threads: int
+    keep_eigenvalues: bool
+    metrics: tuple[str, ...]
 
 
 def _analyze_batch(
     batch: Sequence[SourceMatrix],
-    accuracy: Accuracy,
-    threads: int,
-    keep_eigenvalues: bool,
+    options: _Options,
     finish: Callable[[SourceMatrix, ModuleSpectrum], None],
     fail: Callable[[Exception], None],
 ) -> None:
     """Analyse matrices in parallel, and pass each row to `finish` and each exception to `fail`."""
+    loaded = [matrix.load() for matrix in batch]
+    randomized = _randomized(loaded, options) if optional_metrics.RANDOMIZED in options.metrics else {}
 
     def on_result(index: int, outcome: Any) -> None:
         matrix = batch[index]
@@ -182,10 +210,38 @@ def _analyze_batch(
             finish(matrix, ModuleSpectrum.failed(matrix.info, str(outcome)))
         elif isinstance(outcome, Exception):
             fail(core_calls.named(outcome, matrix.info.name))
+        elif index in randomized and isinstance(randomized[index], Exception):
+            fail(core_calls.named(randomized[index], matrix.info.name))
         else:
-            finish(matrix, ModuleSpectrum.of(matrix.info, *outcome))
+            finish(matrix, _row(matrix.info, outcome, options, randomized.get(index)))
 
-    _core.analyze([matrix.load() for matrix in batch], accuracy, threads, keep_eigenvalues, on_result)
+    keep = options.keep_eigenvalues or bool(options.metrics)
+    _core.analyze(loaded, options.accuracy, options.threads, keep, on_result)
+
+
+def _row(info: MatrixInfo, outcome: Any, options: _Options, randomized: Any) -> ModuleSpectrum:
+    """Return the row of a matrix from the results of the core."""
+    row = ModuleSpectrum.of(info, *outcome)
+    if not options.metrics:
+        return row
+    assert row.eigenvalues is not None
+    row = optional_metrics.with_metrics(row, row.eigenvalues, options.metrics, randomized)
+    return row if options.keep_eigenvalues else replace(row, eigenvalues=None)
+
+
+def _randomized(loaded: Sequence[_core.Matrix], options: _Options) -> dict[int, Any]:
+    """Return the spectra of matrices with permuted entries, or exceptions, by index.
+
+    A matrix with values that are not finite fails again in the analysis itself.
+    """
+    found: dict[int, Any] = {}
+
+    def on_result(index: int, outcome: Any) -> None:
+        found[index] = outcome if isinstance(outcome, Exception) else outcome[2]
+
+    copies = list(map(optional_metrics.permuted_matrix, loaded))
+    _core.analyze(copies, options.accuracy, options.threads, True, on_result)
+    return found
 
 
 def _incomplete(failures: Sequence[Exception], total: int, journal: str | Path | None) -> Exception:
@@ -195,14 +251,18 @@ def _incomplete(failures: Sequence[Exception], total: int, journal: str | Path |
 
 
 def _batches(
-    matrices: Callable[[], Iterable[SourceMatrix]], threads: int
+    matrices: Callable[[], Iterable[SourceMatrix]], options: _Options
 ) -> Iterator[Sequence[SourceMatrix]]:
-    """Yield batches of matrices that can be read in place, then batches of a lazy matrix per thread."""
+    """Yield batches of matrices that can be read in place, then batches of a lazy matrix per thread.
+
+    Batches of matrices that are copied have a matrix per thread, too.
+    """
+    most = options.threads if optional_metrics.RANDOMIZED in options.metrics else _BATCH
     direct = (matrix for matrix in matrices() if not matrix.lazy)
-    while batch := list(islice(direct, _BATCH)):
+    while batch := list(islice(direct, most)):
         yield batch
     lazy = (matrix for matrix in matrices() if matrix.lazy)
-    while batch := list(islice(lazy, threads)):
+    while batch := list(islice(lazy, options.threads)):
         yield batch
 
 

@@ -16,6 +16,7 @@ with ending_signals_exit():  # Imports take most of the time of a short command.
         analyze,
         bake,
         check,
+        compare,
         compress,
         convert,
         extract,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command()(analyze.analyze)
 app.command()(report.report)
+app.command()(compare.compare)
 app.command(epilog=allocate.methods_help())(allocate.allocate)
 app.command()(task.task)
 app.command()(compress.compress)

@@ -15,11 +15,11 @@ from lorank._internal.staging import staged_folder
 from lorank.allocation import signals
 from lorank.allocation.budget import parse_budget
 from lorank.allocation.rank_allocation import ALLOCATION_FILE, RankAllocation
-from lorank.cli.checks import check_choice, check_output_folder, parse_targets
+from lorank.cli.checks import REPORT_ENDINGS, check_choice, check_output_folder, parse_targets
 from lorank.cli.errors import UsageError
 from lorank.cli.options import Guess, Json, Overwrite, Quiet, Threads
 from lorank.cli.output import console, print_json, print_message
-from lorank.cli.report_view import REPORT_ENDINGS, is_report, show_remark
+from lorank.cli.report_view import is_report, show_remark
 from lorank.cli.spelling import as_options, spelled_as_options
 from lorank.cli.tables import ranks
 from lorank.modules.facts import ModelFacts
@@ -36,6 +36,7 @@ _MAKERS: Mapping[Evidence, str] = {
     "spectra": "make one with lorank analyze MODEL -o report.json",
     "gradients": "make one in Python with lorank.profile_gradients(model, batches).save('report.json')",
     "tasks": "make one in Python with lorank.profile_tasks(model, batches).save('report.json')",
+    "changes": "make one with lorank compare A B -o report.json",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 import lorank
-from lorank.cli.checks import check_choice, check_new, parse_targets
+from lorank.cli.checks import check_choice, check_output_file, parse_targets
 from lorank.cli.errors import IncompleteError, UsageError
 from lorank.cli.options import (
     Columns,
@@ -24,9 +24,10 @@ from lorank.cli.options import (
     Top,
 )
 from lorank.cli.output import print_message
-from lorank.cli.report_view import REPORT_ENDINGS, ReportView, is_report
+from lorank.cli.report_view import ReportView, is_report
 from lorank.cli.signals import Interrupted
 from lorank.report import METRICS, SpectralReport
+from lorank.report.optional_metrics import GROUPS, columns_of
 from lorank.statistics.spectrum import Accuracy
 
 
@@ -50,6 +51,12 @@ def analyze(
     keep_eigenvalues: Annotated[
         bool, typer.Option("--keep-eigenvalues", help="Store every spectrum in the saved report.")
     ] = False,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Optional metrics, separated by commas: {', '.join(GROUPS)}, or 'all'.", show_default=False
+        ),
+    ] = None,
     accuracy: Annotated[
         str,
         typer.Option(
@@ -68,11 +75,12 @@ def analyze(
 ) -> None:
     """Compute spectral metrics of every weight matrix of a model."""
     if output is not None:
-        _check_output_file(output, overwrite)
+        check_output_file(output, overwrite)
     if is_report(source):
         raise UsageError(f"{source} looks like a saved report: show it with lorank report")
     view = ReportView(sort, descending, top, columns, skipped, json_output)
-    view.check(METRICS)
+    groups = _groups(metrics)
+    view.check((*METRICS, *columns_of(groups)))
     check_choice("--accuracy", accuracy, get_args(Accuracy))
     try:
         report = lorank.analyze(
@@ -84,6 +92,7 @@ def analyze(
             resume=resume,
             progress=not quiet,
             keep_eigenvalues=keep_eigenvalues,
+            metrics=groups,
         )
     except KeyboardInterrupt as error:
         if resume is None:
@@ -97,10 +106,12 @@ def analyze(
     _check_complete(report)
 
 
-def _check_output_file(path: Path, overwrite: bool) -> None:
-    if path.suffix not in REPORT_ENDINGS:
-        raise UsageError(f"{path}: the name of a report must end with {', '.join(REPORT_ENDINGS)}")
-    check_new(path, overwrite)
+def _groups(values: list[str] | None) -> list[str]:
+    """Parse names of groups of optional metrics."""
+    names = [name.strip() for value in values or () for name in value.split(",") if name.strip()]
+    for name in names:
+        check_choice("--metrics", name, (*GROUPS, "all"))
+    return [name for name in GROUPS if name in names or "all" in names]
 
 
 def _check_complete(report: SpectralReport) -> None:

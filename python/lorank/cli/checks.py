@@ -48,6 +48,23 @@ def check_new(path: Path, overwrite: bool) -> None:
     check_writable(path)
 
 
+REPORT_ENDINGS = (".json", ".parquet", ".csv")
+"""The endings of the files of reports."""
+
+
+def check_output_file(path: Path, overwrite: bool) -> None:
+    """Raise UsageError if the name is not that of a report, or the file exists and must not be replaced.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    """
+    if path.suffix not in REPORT_ENDINGS:
+        raise UsageError(f"{path}: the name of a report must end with {', '.join(REPORT_ENDINGS)}")
+    check_new(path, overwrite)
+
+
 def check_output_folder(path: Path, overwrite: bool) -> None:
     """Raise UsageError if a folder holds files that must not be replaced.
 

@@ -24,8 +24,10 @@ from lorank.cli.output import print_message
 from lorank.cli.report_view import ReportView, with_rows
 from lorank.modules import naming
 from lorank.report import SpectralReport
+from lorank.report.comparison import ComparisonReport
 from lorank.report.gradients import GradientReport
-from lorank.report.loading import load_report
+from lorank.report.loading import AnyReport, load_report
+from lorank.report.optional_metrics import OPTIONAL_COLUMNS
 from lorank.report.tasks import TaskReport
 
 
@@ -33,7 +35,8 @@ def report(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A report of analyze (.parquet, .csv, .json), profile_gradients or profile_tasks (.json)."
+            help="A report of analyze or compare (.parquet, .csv, .json), profile_gradients or profile_tasks "
+            "(.json)."
         ),
     ],
     include: Include = None,
@@ -51,11 +54,15 @@ def report(
 ) -> None:
     """Show a saved report as a table, or write it as an HTML page."""
     view = ReportView(sort, descending, top, columns, skipped, json_output)
-    view.check(dict.fromkeys((*SpectralReport.columns, *GradientReport.columns, *TaskReport.columns)))
+    classes: tuple[type[AnyReport], ...] = (SpectralReport, GradientReport, TaskReport, ComparisonReport)
+    view.check(
+        dict.fromkeys(column for report_class in classes for column in report_class.columns)
+        | dict.fromkeys(OPTIONAL_COLUMNS)
+    )
     if html is not None:
         check_new(html, overwrite)
     loaded = load_report(file)
-    view.check(loaded.columns)
+    view.check(loaded.shown_columns)
     modules = {row.module for row in loaded.modules}
     names = set(naming.filtered(modules, parse_targets(include), parse_targets(exclude)))
     shown = with_rows(loaded, [row for row in loaded.modules if row.module in names])

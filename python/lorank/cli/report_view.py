@@ -9,13 +9,11 @@ from typing import Any
 
 from lorank._internal.terminal import Terminal
 from lorank.allocation.rank_allocation import RankAllocation
-from lorank.cli.checks import check_choice
+from lorank.cli.checks import REPORT_ENDINGS, check_choice
 from lorank.cli.output import console, print_json
 from lorank.cli.tables import reports
 from lorank.modules.facts import ModelFacts
 from lorank.report.loading import AnyReport
-
-REPORT_ENDINGS = (".json", ".parquet", ".csv")
 
 
 def is_report(source: str) -> bool:
@@ -71,10 +69,10 @@ class ReportView:
             return
         terminal = console()
         if self.columns is None:
-            columns = reports.fitting(report.leading, terminal.width)
-            hidden = report.leading[len(columns) :]
+            columns = reports.fitting(report.shown_leading, terminal.width)
+            hidden = report.shown_leading[len(columns) :]
         else:
-            columns = report.columns if self.columns == "all" else self.columns.split(",")
+            columns = report.shown_columns if self.columns == "all" else self.columns.split(",")
             hidden = ()
             # Wrapped lines are easier to read than columns that are one letter wide.
             terminal = console(reports.width_of(columns))

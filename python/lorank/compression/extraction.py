@@ -23,6 +23,7 @@ from lorank.modules import naming
 from lorank.peft_format.target_expressions import accidental_matches
 from lorank.sources import OPENING, AnySource, Source, open_source
 from lorank.sources.guesses import doubtful
+from lorank.sources.shared_weights import by_name
 
 DEFAULT_MAX_RANK = 128
 
@@ -151,7 +152,7 @@ def _pairs(before: Source, after: Source) -> tuple[list[MatrixPair], list[str]]:
 
     If only one model shares a matrix between modules, the matrix is paired once for each module.
     """
-    old, new = twins.by_name(before), twins.by_name(after)
+    old, new = by_name(before), by_name(after)
     own = [{matrix.info.name for matrix in source.matrices} for source in (before, after)]
     pairs = []
     for name, matrix in old.items():

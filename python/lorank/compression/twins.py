@@ -8,23 +8,12 @@ from typing import Any
 
 from lorank.compression.spectral_form import SpectralForm, Triplets
 from lorank.modules import naming
-from lorank.modules.skeleton import Skeleton
 from lorank.modules.weight import Weight
-from lorank.sources import Source, SourceMatrix
+from lorank.sources import Source
+from lorank.sources.shared_weights import weight_of
 
 # PEFT shares one update between input embeddings and tied heads if one of them has such a name.
 _PEFT_TIES = {"embed_tokens", "lm_head"}
-
-
-def by_name(source: Source) -> dict[str, SourceMatrix]:
-    """Map names to a source's matrices; a shared matrix is listed for each of its modules."""
-    found = {matrix.info.name: matrix for matrix in source.matrices}
-    for owner, others in source.facts.ties.items():
-        for other in others:
-            weight = _weight(source.skeleton, other)
-            if owner in found and weight is not None and weight.kind != "expert":
-                found.setdefault(other, _renamed(found[owner], weight))
-    return found
 
 
 def refused(source: Source) -> dict[str, str]:
@@ -35,18 +24,6 @@ def refused(source: Source) -> dict[str, str]:
             if other in source.facts.refused:
                 found.setdefault(owner, f"it shares the weight of {other}: {source.facts.refused[other]}")
     return found
-
-
-def _weight(skeleton: Skeleton | None, module: str) -> Weight | None:
-    weights = skeleton.weights.values() if skeleton is not None else ()
-    return next((weight for weight in weights if weight.module == module and weight.kind), None)
-
-
-def _renamed(matrix: SourceMatrix, weight: Weight) -> SourceMatrix:
-    assert weight.kind is not None
-    shape = matrix.info.shape[::-1] if weight.transposed != matrix.transposed else matrix.info.shape
-    info = replace(matrix.info, name=weight.module, module=weight.module, kind=weight.kind, shape=shape)
-    return replace(matrix, info=info, transposed=weight.transposed)
 
 
 def added(
@@ -83,7 +60,7 @@ def added(
         others = [
             weight
             for other in before.facts.ties.get(owner, ())
-            if other not in known and form.energy > 0 and (weight := _weight(before.skeleton, other))
+            if other not in known and form.energy > 0 and (weight := weight_of(before.skeleton, other))
         ]
         notes += [
             f"{weight.module} shares the weight of {owner}, but is excluded: PEFT leaves it unchanged"

@@ -13,8 +13,8 @@ from lorank.modules import naming
 from lorank.report.rows import Row
 from lorank.sources.base import Skipped
 
-Evidence = Literal["spectra", "gradients", "tasks"]
-"""The kind of evidence that a report holds: spectra of weights, gradients, or tasks of modules."""
+Evidence = Literal["spectra", "gradients", "tasks", "changes"]
+"""The content of a report: spectra of weights, gradients, tasks of modules, or changes between models."""
 
 R = TypeVar("R", bound=Row, covariant=True)
 
@@ -38,6 +38,16 @@ class Report(ByValue, Generic[R]):
     """Names of the numbers that short tables show."""
     noun: ClassVar[tuple[str, str]] = ("module", "modules")
     """The noun for the rows, singular and plural."""
+
+    @property
+    def shown_columns(self) -> Sequence[str]:
+        """Names of the numbers that this report has; more than `columns` if optional ones were computed."""
+        return self.columns
+
+    @property
+    def shown_leading(self) -> Sequence[str]:
+        """Names of the numbers that short tables of this report show."""
+        return self.leading
 
     modules: Sequence[R]
     skipped: Sequence[Skipped]

@@ -12,12 +12,16 @@ import numpy.typing as npt
 from lorank._internal.json_fields import LARGEST_SIDE, Fields
 from lorank.modules.weight import Kind
 from lorank.report.json_values import plain
+from lorank.report.optional_metrics import OPTIONAL_COLUMNS, OPTIONAL_COUNTS, columns_of
 from lorank.report.rows import COUNTS, METRICS, ModuleSpectrum
 from lorank.statistics.spectrum import Accuracy
 
 
-def columns(rows: Sequence[ModuleSpectrum]) -> dict[str, list[Any]]:
-    """Return rows as columns, without eigenvalues; flags are joined by "; "."""
+def columns(rows: Sequence[ModuleSpectrum], metrics: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """Return rows as columns, with groups of optional metrics, without eigenvalues.
+
+    Flags are joined by "; ".
+    """
     table: dict[str, list[Any]] = {
         "name": [row.name for row in rows],
         "module": [row.module for row in rows],
@@ -29,6 +33,7 @@ def columns(rows: Sequence[ModuleSpectrum]) -> dict[str, list[Any]]:
         "accuracy": [row.accuracy for row in rows],
     }
     table |= {metric: [_value(row, metric) for row in rows] for metric in METRICS}
+    table |= {column: [getattr(row, column) for row in rows] for column in columns_of(metrics)}
     table["flags"] = ["; ".join(row.flags) for row in rows]
     return table
 
@@ -38,9 +43,9 @@ def _value(row: ModuleSpectrum, metric: str) -> Any:
     return row.number(metric) if metric in COUNTS else getattr(row, metric)
 
 
-def to_entries(rows: Sequence[ModuleSpectrum]) -> list[dict[str, Any]]:
+def to_entries(rows: Sequence[ModuleSpectrum], metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return rows as JSON values, with a list of flags, and with eigenvalues if they were kept."""
-    table = columns(rows)
+    table = columns(rows, metrics)
     entries = [
         dict(zip(table, map(plain, values), strict=True)) for values in zip(*table.values(), strict=True)
     ]
@@ -54,6 +59,8 @@ def to_entries(rows: Sequence[ModuleSpectrum]) -> list[dict[str, Any]]:
 def from_entry(entry: Fields) -> ModuleSpectrum:
     """Build a row from an entry, whose flags are a list or a string joined by "; ".
 
+    Optional metrics are read if the entry has them.
+
     Raises
     ------
     ValueError
@@ -66,6 +73,8 @@ def from_entry(entry: Fields) -> ModuleSpectrum:
     metrics |= {
         name: _count(entry, name, has_spectrum=not math.isnan(metrics["frobenius_norm"])) for name in COUNTS
     }
+    if not math.isnan(metrics["frobenius_norm"]):
+        metrics |= {name: _optional(entry, name) for name in OPTIONAL_COLUMNS if name in entry}
     return ModuleSpectrum(
         name=entry.text("name"),
         module=entry.text("module"),
@@ -90,6 +99,12 @@ def _count(entry: Fields, name: str, *, has_spectrum: bool) -> int:
     if entry.value(name) not in (None, 0):
         raise entry.error(name, entry.value(name), "null, as frobenius_norm")
     return 0
+
+
+def _optional(entry: Fields, name: str) -> float | int | None:
+    if name in OPTIONAL_COUNTS:
+        return entry.optional_integer(name)
+    return entry.measure(name)
 
 
 def _flags(entry: Fields) -> tuple[str, ...]:

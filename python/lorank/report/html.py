@@ -36,6 +36,7 @@ def write_page(
     title: str,
     num_parameters: int | None,
     accuracy: str,
+    columns: Sequence[str] = METRICS,
 ) -> None:
     """Write a page that needs neither a network nor another file.
 
@@ -53,9 +54,11 @@ def write_page(
         Number of parameters of the model; None if unknown.
     accuracy
         Requested accuracy of the analysis.
+    columns
+        Names of the metrics to show.
     """
     graph_objects = extras.require("plotly.graph_objects", "report", "for HTML reports")
-    figures = [_by_block(graph_objects, rows)]
+    figures = [_by_block(graph_objects, rows, columns)]
     if kept := [row for row in rows if row.eigenvalues is not None]:
         figures.append(_spectra(graph_objects, kept))
     pictures = "\n".join(
@@ -68,13 +71,13 @@ def write_page(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escaped}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escaped}</h1>"
         f"<p>{counted(len(rows), 'matrix', 'matrices')}{parameters}; accuracy: {html_text(accuracy)}.</p>"
-        f'{pictures}<h2>Matrices</h2><div class="scroll">{html_table(rows, METRICS)}</div>'
+        f'{pictures}<h2>Matrices</h2><div class="scroll">{html_table(rows, columns)}</div>'
         f"{_skipped_list(skipped)}</body></html>\n"
     )
     write_text(path, page)
 
 
-def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
+def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum], columns: Sequence[str]) -> Any:
     """Return a plot with one line per module type over the blocks; a menu selects the metric."""
     blocks: dict[str, list[ModuleSpectrum]] = {}
     for row in rows:
@@ -98,7 +101,7 @@ def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
                 {"yaxis.title.text": metric},
             ],
         }
-        for metric in METRICS
+        for metric in columns
     ]
     figure.update_layout(
         title="Metrics by block",
@@ -117,7 +120,7 @@ def _by_block(graph_objects: Any, rows: Sequence[ModuleSpectrum]) -> Any:
                 "x": 1,
                 "xanchor": "right",
                 "y": 1.12,
-                "active": METRICS.index(_FIRST_METRIC),
+                "active": columns.index(_FIRST_METRIC),
             }
         ],
     )
@@ -163,8 +166,8 @@ def _edge(row: ModuleSpectrum) -> list[dict[str, Any]]:
 
 def _finite(rows: Sequence[ModuleSpectrum], metric: str) -> list[float | None]:
     """Return a metric of rows, with None for values that are not finite."""
-    values = (float(getattr(row, metric)) for row in rows)
-    return [value if math.isfinite(value) else None for value in values]
+    values = (getattr(row, metric) for row in rows)
+    return [float(value) if value is not None and math.isfinite(value) else None for value in values]
 
 
 def _skipped_list(skipped: Sequence[Skipped]) -> str:

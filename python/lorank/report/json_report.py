@@ -103,7 +103,20 @@ class JsonReport(Report[R]):
         """
         header = Fields(content)
         header.check_format(cls.format, _VERSION)
-        rows = [cls.row_from_json(_read_identity(entry), entry) for entry in header.objects("modules")]
+        return cls.from_header(
+            [cls.row_from_json(_read_identity(entry), entry) for entry in header.objects("modules")], header
+        )
+
+    @classmethod
+    def from_header(cls, rows: Sequence[Any], header: Fields) -> Self:
+        """Build a report from rows and the header of a file.
+
+        Raises
+        ------
+        ValueError
+            If the header is of another format, or two rows have one name.
+        """
+        header.check_format(cls.format, _VERSION)
         check_unique([row.name for row in rows])
         return cls.assembled(rows, skipped_from_json(header), header)
 

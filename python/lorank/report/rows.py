@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lorank._internal.equality import ByValue
 from lorank.modules.weight import Kind
+from lorank.report.optional_metrics import OPTIONAL_COLUMNS
 from lorank.sources.base import MatrixInfo
 
 
@@ -30,9 +31,9 @@ class Row(ByValue):
     flags: tuple[str, ...]
 
     def number(self, column: str) -> float | int | None:
-        """Return a number of the row by its name; None for NaN."""
-        found: float | int = getattr(self, column)
-        return None if math.isnan(found) else found
+        """Return a number of the row by its name; None for NaN, and for a number that was not computed."""
+        found: float | int | None = getattr(self, column)
+        return None if found is None or math.isnan(found) else found
 
     def text(self, column: str) -> str:
         """Return a number of the row as text: "-" for None, four significant digits for a float."""
@@ -107,6 +108,34 @@ class ModuleSpectrum(Row):
         Remarks on the matrix, such as ``"zero matrix"``.
     eigenvalues
         The spectrum, ascending; None unless it was kept.
+    mp_distance, mp_distance_median
+        Kolmogorov-Smirnov distance of the spectrum to the Marchenko-Pastur law with the scale of `mp_edge` or
+        `mp_edge_median`. This metric and the following ones are None unless `analyze` was asked for them.
+    tw_edge, tw_edge_median
+        Threshold that the largest eigenvalue of a random matrix with the scale of `mp_edge` or
+        `mp_edge_median` exceeds with probability 5 % [TW].
+    tw_spikes, tw_spikes_median
+        Number of eigenvalues above the threshold.
+    nuclear_norm
+        Sum of the singular values.
+    log_frobenius_norm, log_spectral_norm
+        ``log10(sum lambda)`` and ``log10(lambda_max)``: the logarithms of the squared norms [WEIGHTWATCHER].
+    log_alpha_norm
+        ``log10(sum lambda^powerlaw_alpha)`` [WEIGHTWATCHER].
+    exponential_rate, truncated_alpha, truncated_rate
+        Parameters of the laws ``exp(-rate x)`` and ``x^-alpha exp(-rate x)``, fitted to the eigenvalues from
+        `powerlaw_xmin` on by maximum likelihood [CSN].
+    exponential_ratio, truncated_ratio
+        Log-likelihood ratio of the power law to each of these laws; above 0 if the power law fits better.
+    exponential_p, truncated_p
+        Probability of such a ratio if both laws fit equally, or if the power law is true.
+    eigenvalue_entropy, singular_value_entropy
+        ``-sum p ln p``, with the shares `p` of the eigenvalues in their sum, or of the singular values in
+        theirs. `effective_rank` is the exponential of the first; that of [ERANK] is that of the second.
+    randomized_distance
+        Jensen-Shannon distance of the spectrum to that of the matrix with permuted entries [WEIGHTWATCHER].
+    correlation_traps
+        Number of eigenvalues of the matrix with permuted entries above its `tw_edge`.
     """
 
     leading: ClassVar[Sequence[str]] = (
@@ -149,6 +178,27 @@ class ModuleSpectrum(Row):
     participation_ratio: float = np.nan
     flags: tuple[str, ...] = ()
     eigenvalues: npt.NDArray[np.float64] | None = None
+    mp_distance: float | None = None
+    mp_distance_median: float | None = None
+    tw_edge: float | None = None
+    tw_spikes: int | None = None
+    tw_edge_median: float | None = None
+    tw_spikes_median: int | None = None
+    nuclear_norm: float | None = None
+    log_frobenius_norm: float | None = None
+    log_spectral_norm: float | None = None
+    log_alpha_norm: float | None = None
+    exponential_rate: float | None = None
+    exponential_ratio: float | None = None
+    exponential_p: float | None = None
+    truncated_alpha: float | None = None
+    truncated_rate: float | None = None
+    truncated_ratio: float | None = None
+    truncated_p: float | None = None
+    eigenvalue_entropy: float | None = None
+    singular_value_entropy: float | None = None
+    randomized_distance: float | None = None
+    correlation_traps: int | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -197,6 +247,7 @@ METRICS: tuple[str, ...] = tuple(
     for field in fields(ModuleSpectrum)
     if field.name
     not in {"name", "module", "kind", "shape", "dtype", "expert", "accuracy", "flags", "eigenvalues"}
+    and field.name not in OPTIONAL_COLUMNS
 )
 """Names of the numbers of a `ModuleSpectrum`, in order."""
 

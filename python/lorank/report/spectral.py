@@ -13,6 +13,7 @@ from lorank.modules.facts import ModelFacts
 from lorank.report import files
 from lorank.report.base import Evidence, Report
 from lorank.report.columns import columns
+from lorank.report.optional_metrics import columns_of
 from lorank.report.rows import METRICS, ModuleSpectrum
 from lorank.sources.base import Skipped
 
@@ -43,6 +44,8 @@ class SpectralReport(Report[ModuleSpectrum]):
         format.
     facts
         Facts about the model other than its matrices; not stored in CSV.
+    metrics
+        Names of the groups of optional metrics that the rows have.
 
     Examples
     --------
@@ -69,6 +72,17 @@ class SpectralReport(Report[ModuleSpectrum]):
     num_parameters: int | None = None
     unknown_parameters: str = ""
     facts: ModelFacts = field(default_factory=ModelFacts)
+    metrics: tuple[str, ...] = ()
+
+    @property
+    def shown_columns(self) -> Sequence[str]:
+        """Names of the numbers of the rows, including the optional ones."""
+        return (*METRICS, *columns_of(self.metrics))
+
+    @property
+    def shown_leading(self) -> Sequence[str]:
+        """Names of the numbers that short tables show; the optional ones follow the first two."""
+        return (*self.leading[:2], *columns_of(self.metrics), *self.leading[2:])
 
     def select(self, include: naming.Targets = None, exclude: naming.Targets = None) -> SpectralReport:
         """Return the report of the modules that are included and not excluded.
@@ -91,8 +105,8 @@ class SpectralReport(Report[ModuleSpectrum]):
         return replace(self, modules=rows)
 
     def settings(self) -> dict[str, Any]:
-        """Return a dictionary of the requested accuracy."""
-        return {"accuracy": self.accuracy}
+        """Return the requested accuracy, and the names of optional metrics if there are any."""
+        return {"accuracy": self.accuracy, **({"metrics": list(self.metrics)} if self.metrics else {})}
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values: NaN and counts without a spectrum become null, infinity the string "inf"."""
@@ -113,7 +127,7 @@ class SpectralReport(Report[ModuleSpectrum]):
         0  mlp    3   3            3.0
         """
         pandas = extras.require("pandas", "report", "for data frames")
-        frame: pd.DataFrame = pandas.DataFrame(columns(self.modules))
+        frame: pd.DataFrame = pandas.DataFrame(columns(self.modules, self.metrics))
         return frame
 
     def save(self, path: str | Path) -> None:
@@ -163,6 +177,7 @@ class SpectralReport(Report[ModuleSpectrum]):
             title=self.source,
             num_parameters=self.num_parameters,
             accuracy=self.accuracy,
+            columns=self.shown_columns,
         )
 
     @classmethod
@@ -197,4 +212,5 @@ class SpectralReport(Report[ModuleSpectrum]):
             num_parameters=self.num_parameters,
             unknown_parameters=self.unknown_parameters,
             facts=self.facts,
+            metrics=self.metrics,
         )

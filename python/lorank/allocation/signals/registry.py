@@ -109,6 +109,7 @@ _MAKERS: Mapping[Evidence, str] = {
     "spectra": "lorank.analyze(model)",
     "gradients": "lorank.profile_gradients(model, batches)",
     "tasks": "lorank.profile_tasks(model, batches)",
+    "changes": "lorank.compare(a, b)",
 }
 
 METHODS: dict[str, Registered] = {}

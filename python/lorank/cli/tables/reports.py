@@ -16,6 +16,7 @@ from lorank._internal.short_text import counted
 from lorank.cli.tables.layout import stacked, titled_table
 from lorank.modules import naming
 from lorank.report.base import Report
+from lorank.report.comparison import ComparisonReport
 from lorank.report.gradients import GradientReport
 from lorank.report.rows import Row
 from lorank.report.tasks import TaskReport
@@ -61,8 +62,11 @@ def ordered(rows: Sequence[Any], sort: str | None, descending: bool, top: int | 
     if sort == "name":
         found.sort(key=lambda row: naming.natural_key(row.name), reverse=descending)
     elif sort is not None:
-        known = [row for row in found if not math.isnan(getattr(row, sort))]
-        unknown = [row for row in found if math.isnan(getattr(row, sort))]
+        known: list[Any] = []
+        unknown: list[Any] = []
+        for row in found:
+            value = getattr(row, sort)
+            (unknown if value is None or math.isnan(value) else known).append(row)
         found = sorted(known, key=attrgetter(sort), reverse=descending) + unknown
     elif descending:
         found.reverse()
@@ -89,7 +93,9 @@ def report_table(report: Report[Any], rows: Sequence[Row], columns: Sequence[str
 
 
 def _extent(report: Report[Any]) -> str:
-    """Return the amount of data that a profile measured; empty for spectra."""
+    """Return the amount of data that a profile measured, or the model of a comparison; empty for spectra."""
+    if isinstance(report, ComparisonReport):
+        return f", compared with {report.compared_with}, subspaces of rank {report.rank}"
     if isinstance(report, TaskReport):
         return f", {counted(report.num_samples, 'sample')}"
     if isinstance(report, GradientReport):
