@@ -1,8 +1,9 @@
 """Decoding of GGUF blocks beside the package `gguf`: ``python -m benches.decode_gguf``.
 
 One matrix is decoded to a NumPy array of float32 on one thread: the time includes the read of the file from
-the page cache and the copy to the array. The package dequantizes the same blocks in memory. The row `F32`
-reads a plain matrix, whose time is that of the read and of the copy.
+the page cache and the copy to the array. The matrix is small, so that the time is not that of new pages of
+memory. The package dequantizes the same blocks in memory. The row `F32` reads a plain matrix, whose time is
+that of the read and of the copy.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def run(path, threads):
     (matrix,) = open_source(Path(path)).matrices
     stored = matrix.load()
     size, seconds = 0, []
-    for _ in range(5):
+    for _ in range(2000):
         start = time.perf_counter()
         size = stored.to_array().nbytes
         seconds.append(time.perf_counter() - start)
@@ -49,7 +50,7 @@ def run(path, threads):
     warnings.simplefilter("ignore")
     (tensor,) = gguf.GGUFReader(path).tensors
     codes, seconds = np.array(tensor.data), []
-    for _ in range(3):
+    for _ in range(200):
         start = time.perf_counter()
         gguf.quants.dequantize(codes, tensor.tensor_type)
         seconds.append(time.perf_counter() - start)
@@ -61,8 +62,8 @@ KINDS = ("F32", "Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"
 
 def main() -> None:
     options = measuring.parser(__doc__, repeats=3)
-    options.add_argument("--rows", type=int, default=2048)
-    options.add_argument("--cols", type=int, default=4096)
+    options.add_argument("--rows", type=int, default=64)
+    options.add_argument("--cols", type=int, default=1024)
     arguments = options.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as root:

@@ -27,6 +27,7 @@ __all__ = [
     "decompose",
     "energy_rank",
     "exchange",
+    "gguf_types",
     "marchenko_pastur",
     "marchenko_pastur_median",
     "rebuild",

@@ -37,7 +37,13 @@ def assert_same(found: Source, expected: Source) -> None:
     assert found.num_parameters == expected.num_parameters
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# transformers before 5 stores experts one by one.
+EXPERTS = {"llama-experts", "qwen2moe", "qwen3moe"}
+STACKS = not transformers.__version__.startswith("4.")
+NAMES = [name for name in ARCHITECTURES if STACKS or name not in EXPERTS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_file_has_the_matrices_of_the_model(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     path = tmp_path / "tiny.gguf"
@@ -70,7 +76,7 @@ def test_real_model_has_the_spectra_of_the_model_that_transformers_loads() -> No
     assert len(found) == 14
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3moe"])
+@pytest.mark.parametrize("name", sorted({"llama", "gemma2", "gpt2", "qwen3moe"}.intersection(NAMES)))
 def test_extraction_from_a_file_is_that_from_the_model(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "base")

@@ -159,7 +159,9 @@ def _tensors(model: Any, name: str) -> Iterator[tuple[str, Array]]:
     config = model.config
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == _architecture(name))
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    tied = set(model.all_tied_weights_keys) if getattr(config, "tie_word_embeddings", False) else set()
+    # A mapping in transformers 5, a list before.
+    keys = getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ()
+    tied = set(keys) if getattr(config, "tie_word_embeddings", False) else set()
     for parameter, tensor in model.state_dict().items():
         if parameter in tied:
             continue
