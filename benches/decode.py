@@ -1,7 +1,7 @@
 """Decoding of quantized weights beside the libraries that define their schemes: ``python -m benches.decode``.
 
-1. Decoding of one matrix to a NumPy array of float32 on one thread: the time includes the read of the file
-   from the page cache and the copy to the array. The peer dequantizes tensors in memory.
+1. Analysis of matrices of 8 rows on one thread, which is little more than reading and decoding: the rate is a
+   lower bound of decoded float32 per second. The peer dequantizes the same tensors in memory.
 2. `lorank.analyze` of checkpoints in fp8 blocks and in packed integers of 4 bits, against bfloat16.
 3. Peak memory of `lorank.analyze` for 5 and for 20 layers in fp8 blocks.
 """
@@ -26,7 +26,7 @@ def packed(kind, rows, cols, seed=0):
         return {"weight": w.bfloat16()}
     if kind == "fp8":
         return {"weight": (w * 100).to(torch.float8_e4m3fn),
-                "weight_scale_inv": torch.rand(rows // 128, cols // 128, generator=g) / 100}
+                "weight_scale_inv": torch.rand(max(rows // 128, 1), cols // 128, generator=g) / 100}
     codes = torch.randint(0, 256, (rows, cols // 2), generator=g, dtype=torch.uint8)
     if kind == "int4":
         return {"weight_packed": codes.view(torch.int32), "weight_shape": torch.tensor([rows, cols]),
@@ -51,15 +51,15 @@ def run(folder, kind, layers, rows, cols, threads):
 DECODE = """
 import time
 from pathlib import Path
+import lorank
 from lorank.sources import open_source
 def run(folder, threads):
-    (matrix,) = open_source(Path(folder)).matrices
-    stored = matrix.load()
-    size, seconds = 0, []
-    for _ in range(5):
+    source, seconds = open_source(Path(folder)), []
+    for _ in range(3):
         start = time.perf_counter()
-        size = stored.to_array().nbytes
+        lorank.analyze(source, threads=threads, progress=False)
         seconds.append(time.perf_counter() - start)
+    size = sum(4 * m.info.shape[0] * m.info.shape[1] for m in source.matrices)
     return {"seconds": min(seconds), "bytes": size}
 """
 
@@ -69,12 +69,12 @@ LIBRARY = (
 import time
 def run(folder, kind, threads):
     from safetensors.torch import load_file
-    state = load_file(Path(folder) / "model-0.safetensors")
-    state = {name.rpartition(".")[2]: x for name, x in state.items()}
+    states = [load_file(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    states = [{name.rpartition(".")[2]: x for name, x in state.items()} for state in states]
     if kind == "fp8":
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize
         one = Fp8Dequantize(None)._dequantize_one
-        work = lambda: one(state["weight"], state["weight_scale_inv"], torch.float32)
+        work = lambda state: one(state["weight"], state["weight_scale_inv"], torch.float32)
     else:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -84,11 +84,12 @@ def run(folder, kind, threads):
         scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
         form = "pack-quantized" if kind == "int4" else "mxfp4-pack-quantized"
         compressor = BaseCompressor.get_value_from_registry(form)
-        work = lambda: compressor.decompress(dict(state), scheme)["weight"]
+        work = lambda state: compressor.decompress(dict(state), scheme)["weight"]
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        work()
+        for state in states:
+            work(state)
         seconds.append(time.perf_counter() - start)
     return {"seconds": min(seconds)}
 """
@@ -106,8 +107,9 @@ KINDS = {"fp8": "transformers", "int4": "compressed-tensors", "mxfp4": "compress
 
 def main() -> None:
     options = measuring.parser(__doc__, repeats=3)
-    options.add_argument("--rows", type=int, default=4096)
-    options.add_argument("--cols", type=int, default=8192)
+    options.add_argument("--rows", type=int, default=8)
+    options.add_argument("--cols", type=int, default=1 << 19)
+    options.add_argument("--matrices", type=int, default=16)
     options.add_argument("--width", type=int, default=1024, help="side of the matrices that are analysed")
     options.add_argument("--layers", type=int, default=8)
     arguments = options.parse_args()
@@ -115,7 +117,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for kind, library in KINDS.items():
             folder = Path(root, f"one-{kind}")
-            measuring.fresh(WRITE, folder, kind, 1, arguments.rows, arguments.cols, threads=1)
+            measuring.fresh(
+                WRITE, folder, kind, arguments.matrices, arguments.rows, arguments.cols, threads=1
+            )
             pairs = [
                 (
                     measuring.fresh(DECODE, folder, threads=1),

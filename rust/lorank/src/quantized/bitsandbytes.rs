@@ -103,7 +103,7 @@ impl Decoder for FourBits {
     fn decode(&self, inputs: &[&[u8]], rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
         let mut values = [0.0; 16];
         values.iter_mut().enumerate().for_each(|(i, x)| *x = as_f32(inputs[MAP], i));
-        let table = pairs(&values, false);
+        let table = pairs(&values);
         dispatch(Kernel { by: self, inputs, table: &table, rows, cols, out });
     }
 }

@@ -1,6 +1,6 @@
 //! Values of 8-bit and 4-bit floating-point codes.
 //!
-//! Values are computed without branches and tables, so that loops vectorise. The bits of exponent and mantissa
+//! Values are computed without branches and look-ups, so that loops vectorise. The bits of exponent and mantissa
 //! are moved into the place that they have in float32. A constant then corrects the bias of the exponent. For
 //! codes with exponent 0, the hidden bit is subtracted. No intermediate number is subnormal, because
 //! subnormals are slow.
@@ -31,20 +31,23 @@ pub(crate) fn e5m2(code: u8) -> f32 {
     f32::from_bits(value.to_bits() | u32::from(code & 0x80) << 24)
 }
 
-/// Values of the two `E2M1` codes of every byte: that of the low four bits first.
-pub(crate) static E2M1_PAIRS: [[f32; 2]; 256] = pairs(&E2M1, true);
+/// Returns the value of an `E2M1` code, which is less than 16.
+#[inline(always)]
+pub(crate) fn e2m1(code: u8) -> f32 {
+    let magnitude = u32::from(code & 7) << 22;
+    let normal = f32::from_bits(magnitude + (126 << 23));
+    let subnormal = f32::from_bits(magnitude + (127 << 23)) - 1.0;
+    let value = if magnitude < 1 << 23 { subnormal } else { normal };
+    f32::from_bits(value.to_bits() | u32::from(code & 8) << 28)
+}
 
-/// Values of the `E2M1` codes.
-const E2M1: [f32; 16] =
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
-
-/// Returns the values of the two codes of every byte.
-pub(crate) const fn pairs(values: &[f32; 16], is_low_first: bool) -> [[f32; 2]; 256] {
+/// Returns the values of the two codes of every byte: that of the high four bits first.
+pub(crate) const fn pairs(values: &[f32; 16]) -> [[f32; 2]; 256] {
     let mut table = [[0.0; 2]; 256];
     let mut byte = 0;
     while byte < 256 {
         let (low, high) = (values[byte & 15], values[byte >> 4]);
-        table[byte] = if is_low_first { [low, high] } else { [high, low] };
+        table[byte] = [high, low];
         byte += 1;
     }
     table
@@ -80,9 +83,10 @@ mod tests {
     }
 
     #[test]
-    fn pairs_follow_the_order_of_the_library() {
-        let bits = |pair: [f32; 2]| pair.map(f32::to_bits);
-        assert_eq!(bits(E2M1_PAIRS[0x72]), bits([1.0, 6.0]));
-        assert_eq!(bits(pairs(&E2M1, false)[0x72]), bits([6.0, 1.0]));
+    fn four_bit_codes_have_the_values_of_the_format() {
+        let magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0f32];
+        for (code, value) in (0..8).zip(magnitudes) {
+            assert_eq!([e2m1(code), e2m1(code + 8)].map(f32::to_bits), [value, -value].map(f32::to_bits));
+        }
     }
 }

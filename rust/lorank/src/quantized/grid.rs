@@ -13,14 +13,18 @@ use pulp::{Simd, WithSimd};
 
 use crate::Result;
 use crate::kernels::simd::dispatch;
+use crate::quantized::bits::unpack;
 use crate::quantized::decoder::{Decoder, as_f32};
-use crate::quantized::float_codes::{E2M1_PAIRS, e4m3, e5m2};
+use crate::quantized::float_codes::{e2m1, e4m3, e5m2};
 use crate::quantized::numbers::ScaleType;
 use crate::quantized::request::{Input, Request, elements_of};
 use crate::storage::checkpoint::StoredTensor;
 
 /// Side of the blocks of most fp8 checkpoints, for grids that fit no even division.
 const USUAL_BLOCK: usize = 128;
+
+/// Number of 4-bit codes that are unpacked at once.
+const STAGE: usize = 128;
 
 /// The blocks of a matrix that share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,8 +164,11 @@ impl WithSimd for Kernel<'_> {
                 each(bytes, out, |b| (f32::from(b.cast_signed()) - zero) * scale);
             }),
             Code::E2M1 => self.run(|bytes, out, _, scale| {
-                for (x, &b) in out.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
-                    *x = E2M1_PAIRS[usize::from(b)].map(|value| value * scale);
+                let mut codes = [0; STAGE];
+                for (out, bytes) in out.chunks_mut(STAGE).zip(bytes.chunks(STAGE / 2)) {
+                    let codes = &mut codes[..out.len()];
+                    unpack(bytes, 4, 0, codes);
+                    each(codes, out, |code| e2m1(code) * scale);
                 }
             }),
         }

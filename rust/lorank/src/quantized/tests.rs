@@ -9,12 +9,9 @@ use super::*;
 use crate::Error;
 use crate::exec::cancel::CancelToken;
 use crate::kernels::simd::tests::on_every_path;
-use crate::quantized::float_codes::{E2M1_PAIRS, e4m3};
+use crate::quantized::float_codes::{e2m1, e4m3};
 use crate::storage::checkpoint::Checkpoint;
 use crate::storage::source::Buffer;
-
-/// A scheme with tensors, the shape and settings, and the tensor that does not fit.
-type Case<'a> = (&'a str, Vec<Tensor<'a>>, (usize, usize), Vec<(&'a str, f64)>, &'a str);
 
 type Tensor<'a> = (&'a str, &'a str, &'a [usize], Vec<u8>);
 
@@ -110,7 +107,7 @@ proptest! {
             let found = decoded(&request("mxfp4", &file, (cols, rows), &[("transposed", 1.0)])).unwrap();
             let expected = |i: usize| {
                 let (row, col) = (i % rows, i / rows);
-                let value = E2M1_PAIRS[usize::from(codes[(row * cols + col) / 2])][col % 2];
+                let value = e2m1(codes[row * cols / 2 + col / 2] >> (4 * (col % 2)) & 15);
                 value * numbers::ScaleType::Exponent.at(&exponents, row * groups + col / 32)
             };
             assert_same(&found, expected, &format!("{path:?}"));
@@ -194,178 +191,52 @@ fn stacks_are_read_whole_or_one_by_one() {
     assert!(matches!(whole.load(&mut buffer, &cancel), Err(Error::Cancelled)));
 }
 
+/// Scheme, tensors as `role:type:shape`, shape, settings, and the role of the tensor that does not fit.
+type Case = (&'static str, &'static str, (usize, usize), &'static [(&'static str, f64)], &'static str);
+
+const BITS: &[(&str, f64)] = &[("bits", 4.0)];
+const BLOCK: &[(&str, f64)] = &[("block_size", 64.0)];
+
+#[rustfmt::skip]
+const MISFITS: &[Case] = &[
+    ("fp8", "codes:F8_E4M3:8x8 scales:F32:3x3", (8, 8), &[], "scales"),
+    ("fp8", "codes:F8_E4M3:8x8 scales:I32:8x1", (8, 8), &[], "scales"),
+    ("fp8", "codes:U8:8x8 scales:F32:8x1", (8, 8), &[], "codes"),
+    ("fp8", "codes:F8_E4M3:8x8 scales:F32:2x2", (8, 8), &[("block_rows", 128.0), ("block_cols", 128.0)], "scales"),
+    ("fp8", "codes:F8_E4M3:8x8", (8, 8), &[], "codes"),
+    ("fp8", "codes:F8_E4M3:8x8 scales:F32:1", (1 << 31, 1 << 31), &[], "codes"),
+    ("int8", "codes:I8:8x8 scales:F32:8x1 zeros:I8:4", (8, 8), &[], "zeros"),
+    ("mxfp4", "codes:U8:8x16 scales:U8:8x3", (8, 32), &[], "scales"),
+    ("nvfp4-divide", "codes:U8:8x16 scales:F8_E4M3:8x2 overall:F32:5", (8, 32), &[], "overall"),
+    ("packed-integers", "codes:I32:8x4 scales:F32:8x1 zeros:I32:3x1", (8, 32), BITS, "zeros"),
+    ("packed-integers", "codes:I32:8x4 scales:F32:8x1", (8, 32), &[("bits", 9.0)], "codes"),
+    ("packed-integers", "codes:I32:8x4 scales:F32:8x2 order:I32:31", (8, 32), BITS, "order"),
+    ("gptq", "codes:I32:8x32 scales:F32:5x32 zeros:I32:5x4", (32, 64), BITS, "scales"),
+    ("gptq", "codes:I32:8x32 scales:F32:2x32 zeros:I32:1x4", (32, 64), BITS, "zeros"),
+    ("awq", "codes:I32:8x2 scales:F32:2x16 zeros:I32:2x1", (16, 8), &[], "zeros"),
+    ("bitsandbytes-4bit", "codes:U8:64x1 absmax:F32:1 map:F32:16", (8, 16), BLOCK, "absmax"),
+    ("bitsandbytes-4bit", "codes:U8:63x1 absmax:F32:2 map:F32:16", (8, 16), BLOCK, "codes"),
+    ("bitsandbytes-int8", "codes:I8:8x8 scales:F32:7", (8, 8), &[], "scales"),
+    ("unknown", "codes:I8:8x8", (8, 8), &[], "codes"),
+];
+
 #[test]
 fn parts_that_do_not_fit_are_refused_with_their_names() {
     let folder = tempfile::tempdir().unwrap();
-    let byte = |n: usize| vec![0; n];
-    let word = |n: usize| vec![0; 4 * n];
-    let cases: Vec<Case<'_>> = vec![
-        (
-            "fp8",
-            vec![("codes", "F8_E4M3", &[8, 8], byte(64)), ("scales", "F32", &[3, 3], word(9))],
-            (8, 8),
-            vec![],
-            "scales",
-        ),
-        (
-            "fp8",
-            vec![("codes", "F8_E4M3", &[8, 8], byte(64)), ("scales", "I32", &[8, 1], word(8))],
-            (8, 8),
-            vec![],
-            "scales",
-        ),
-        (
-            "fp8",
-            vec![("codes", "U8", &[8, 8], byte(64)), ("scales", "F32", &[8, 1], word(8))],
-            (8, 8),
-            vec![],
-            "codes",
-        ),
-        (
-            "fp8",
-            vec![("codes", "F8_E4M3", &[8, 8], byte(64)), ("scales", "F32", &[2, 2], word(4))],
-            (8, 8),
-            vec![("block_rows", 128.0), ("block_cols", 128.0)],
-            "scales",
-        ),
-        ("fp8", vec![("codes", "F8_E4M3", &[8, 8], byte(64))], (8, 8), vec![], "codes"),
-        (
-            "fp8",
-            vec![("codes", "F8_E4M3", &[8, 8], byte(64)), ("scales", "F32", &[], word(1))],
-            (1 << 40, 1 << 40),
-            vec![],
-            "codes",
-        ),
-        (
-            "int8",
-            vec![
-                ("codes", "I8", &[8, 8], byte(64)),
-                ("scales", "F32", &[8, 1], word(8)),
-                ("zeros", "I8", &[4], byte(4)),
-            ],
-            (8, 8),
-            vec![],
-            "zeros",
-        ),
-        (
-            "mxfp4",
-            vec![("codes", "U8", &[8, 16], byte(128)), ("scales", "U8", &[8, 3], byte(24))],
-            (8, 32),
-            vec![],
-            "scales",
-        ),
-        (
-            "nvfp4-divide",
-            vec![
-                ("codes", "U8", &[8, 16], byte(128)),
-                ("scales", "F8_E4M3", &[8, 2], byte(16)),
-                ("overall", "F32", &[5], word(5)),
-            ],
-            (8, 32),
-            vec![],
-            "overall",
-        ),
-        (
-            "packed-integers",
-            vec![
-                ("codes", "I32", &[8, 4], word(32)),
-                ("scales", "F32", &[8, 1], word(8)),
-                ("zeros", "I32", &[3, 1], word(3)),
-            ],
-            (8, 32),
-            vec![("bits", 4.0)],
-            "zeros",
-        ),
-        (
-            "packed-integers",
-            vec![("codes", "I32", &[8, 4], word(32)), ("scales", "F32", &[8, 1], word(8))],
-            (8, 32),
-            vec![("bits", 9.0)],
-            "codes",
-        ),
-        (
-            "packed-integers",
-            vec![
-                ("codes", "I32", &[8, 4], word(32)),
-                ("scales", "F32", &[8, 2], word(16)),
-                ("order", "I32", &[31], word(31)),
-            ],
-            (8, 32),
-            vec![("bits", 4.0)],
-            "order",
-        ),
-        (
-            "gptq",
-            vec![
-                ("codes", "I32", &[8, 32], word(256)),
-                ("scales", "F32", &[5, 32], word(160)),
-                ("zeros", "I32", &[5, 4], word(20)),
-            ],
-            (32, 64),
-            vec![("bits", 4.0)],
-            "scales",
-        ),
-        (
-            "gptq",
-            vec![
-                ("codes", "I32", &[8, 32], word(256)),
-                ("scales", "F32", &[2, 32], word(64)),
-                ("zeros", "I32", &[1, 4], word(4)),
-            ],
-            (32, 64),
-            vec![("bits", 4.0)],
-            "zeros",
-        ),
-        (
-            "awq",
-            vec![
-                ("codes", "I32", &[8, 2], word(16)),
-                ("scales", "F32", &[2, 16], word(32)),
-                ("zeros", "I32", &[2, 1], word(2)),
-            ],
-            (16, 8),
-            vec![],
-            "zeros",
-        ),
-        (
-            "bitsandbytes-4bit",
-            vec![
-                ("codes", "U8", &[64, 1], byte(64)),
-                ("absmax", "F32", &[1], word(1)),
-                ("map", "F32", &[16], word(16)),
-            ],
-            (8, 16),
-            vec![("block_size", 64.0)],
-            "absmax",
-        ),
-        (
-            "bitsandbytes-4bit",
-            vec![
-                ("codes", "U8", &[63, 1], byte(63)),
-                ("absmax", "F32", &[2], word(2)),
-                ("map", "F32", &[16], word(16)),
-            ],
-            (8, 16),
-            vec![("block_size", 64.0)],
-            "codes",
-        ),
-        (
-            "bitsandbytes-int8",
-            vec![("codes", "I8", &[8, 8], byte(64)), ("scales", "F32", &[7], word(7))],
-            (8, 8),
-            vec![],
-            "scales",
-        ),
-        ("unknown", vec![("codes", "I8", &[8, 8], byte(64))], (8, 8), vec![], "codes"),
-    ];
-    for (scheme, tensors, shape, settings, name) in cases {
+    for &(scheme, tensors, shape, settings, name) in MISFITS {
+        let fields: Vec<Vec<&str>> = tensors.split(' ').map(|tensor| tensor.split(':').collect()).collect();
+        let shapes: Vec<Vec<usize>> =
+            fields.iter().map(|f| f[2].split('x').map(|n| n.parse().unwrap()).collect()).collect();
+        let tensor = |(f, shape): (&Vec<&'static str>, &'static [usize])| -> Tensor<'static> {
+            let size = if f[1].ends_with("32") { 4 } else { 1 };
+            (f[0], f[1], shape, vec![0; size * shape.iter().product::<usize>()])
+        };
+        let shapes: Vec<&'static [usize]> = shapes.into_iter().map(|shape| &*shape.leak()).collect();
+        let tensors: Vec<Tensor<'_>> = fields.iter().zip(shapes).map(tensor).collect();
         let file = written(folder.path(), &tensors);
-        let error = decoded(&request(scheme, &file, shape, &settings)).unwrap_err();
+        let error = decoded(&request(scheme, &file, shape, settings)).unwrap_err().to_string();
         let expected = format!("model.safetensors: tensor `{name}`: ");
-        assert!(
-            error.to_string().contains(&expected) && error.to_string().contains(scheme),
-            "{scheme}: {error}"
-        );
+        assert!(error.contains(&expected) && error.contains(scheme), "{scheme}: {error}");
     }
 }
 
