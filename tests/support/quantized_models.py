@@ -112,12 +112,10 @@ def gpt_oss(folder: Path) -> Path:
     return with_settings(folder, tensors, {"quant_method": "mxfp4"})
 
 
-def kimi(folder: Path) -> Path:
+def kimi(folder: Path, layers: int = 2) -> Path:
     """Return a DeepSeek-V3 model whose routed experts are packed integers of compressed-tensors."""
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    compressors = pytest.importorskip("compressed_tensors.compressors")
     config = transformers.DeepseekV3Config(
-        **{**SIZES, "num_key_value_heads": 4},
+        **{**SIZES, "num_key_value_heads": 4, "num_hidden_layers": layers},
         **MOE,
         **LATENT,
         n_routed_experts=4,
@@ -126,12 +124,27 @@ def kimi(folder: Path) -> Path:
         first_k_dense_replace=1,
     )
     tensors = stored(transformers.DeepseekV3ForCausalLM, config, folder)
+    ignored = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|down)_proj.*"]
+    return in_packed_integers(folder, tensors, [name for name in tensors if ".experts." in name], ignored)
+
+
+def qwen3_int4(folder: Path) -> Path:
+    """Return a model whose linear layers are packed integers of compressed-tensors."""
+    tensors = stored(transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**SIZES), folder)
+    names = [name for name, tensor in tensors.items() if is_linear(name, tensor)]
+    return in_packed_integers(folder, tensors, names, ["lm_head"])
+
+
+def in_packed_integers(folder: Path, tensors: Tensors, names: list[str], ignored: list[str]) -> Path:
+    """Quantize weights to packed integers of compressed-tensors."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     scheme = quantization.QuantizationScheme(
         targets=["Linear"], weights=quantization.QuantizationArgs(**weights)
     )
     compressor = compressors.BaseCompressor.get_value_from_registry("pack-quantized")
-    for name in [name for name in tensors if ".experts." in name]:
+    for name in names:
         weight = tensors.pop(name)
         scale = weight.unflatten(1, (-1, 32)).abs().amax(-1) / 7.5
         state = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
@@ -143,12 +156,7 @@ def kimi(folder: Path) -> Path:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [
-            "lm_head",
-            "re:.*self_attn.*",
-            "re:.*shared_experts.*",
-            "re:.*mlp\\.(gate|up|down)_proj.*",
-        ],
+        "ignore": ignored,
     }
     return with_settings(folder, tensors, settings)
 

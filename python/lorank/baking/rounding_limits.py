@@ -41,7 +41,8 @@ class Rounding(NamedTuple):
     def unit(self, values: Array) -> Array:
         """Return the distance between two numbers of the type that are next to each value."""
         exponents = np.frexp(values)[1] - 1
-        return np.ldexp(1.0, np.maximum(exponents, self.least) - self.digits + 1)
+        unit: Array = np.ldexp(1.0, np.maximum(exponents, self.least) - self.digits + 1)
+        return unit
 
     def rounded(self, values: Array) -> Array:
         """Round values to the type."""

@@ -15,7 +15,7 @@ from lorank.modules.model_config import QUANTIZATION_FILES, QUANTIZATION_KEYS
 from lorank.sources.codes import module_of
 from lorank.sources.quantization import Quantization
 
-# The keys, by method, of the list of modules that stay plain. The first key is used if the settings have none.
+# The keys, by method, of the list of modules that stay plain. New lists have the first key.
 _PLAIN_MODULES: Mapping[str, tuple[str, ...]] = {
     "fp8": ("modules_to_not_convert", "ignored_layers"),
     "fbgemm_fp8": ("modules_to_not_convert",),
@@ -27,6 +27,8 @@ _PLAIN_MODULES: Mapping[str, tuple[str, ...]] = {
 }
 # Methods that quantize every module but the output head if the settings hold no list.
 _HAVE_DEFAULTS = ("fp8", "fbgemm_fp8", "bitsandbytes", "awq")
+# transformers loads a checkpoint of these methods only if all of its experts are packed, or nothing is.
+_UNIFORM_EXPERTS = ("compressed-tensors",)
 # Libraries load all experts of a block as one module.
 _EXPERTS = re.compile(r"(?:.*\.)?experts(?=\.)")
 
@@ -131,8 +133,10 @@ def unpacking(model: StoredModel, names: ModelNames, changed: Collection[str]) -
         return Unpacking()
     settings = model.config.quantization
     method = Quantization(settings).method
-    if settings and method not in _PLAIN_MODULES:
-        cause = f"{method or 'the quantization'} quantizes all modules or none"
+    has_experts = any(map(_EXPERTS.match, adapted))
+    if settings and (method not in _PLAIN_MODULES or (has_experts and method in _UNIFORM_EXPERTS)):
+        subject = "experts" if method in _PLAIN_MODULES else "modules"
+        cause = f"{method or 'the quantization'} packs all {subject} or none"
         same, undecodable = set(model.codes), list(model.packed)
     else:
         cause = "libraries load all experts of a block as one module"
@@ -146,22 +150,20 @@ def unpacking(model: StoredModel, names: ModelNames, changed: Collection[str]) -
         )
     others = tuple(name for name in model.codes if name in same and name not in adapted)
     is_complete = not model.packed and len(adapted) + len(others) == len(model.codes)
-    modules = _modules((*adapted, *others), names, method)
+    modules = _modules((*adapted, *others), names)
     heads = [name for name in model.plain_shapes if naming.is_output_head(module_of(name))]
     plain_heads = dict.fromkeys((*map(module_of, heads), "lm_head"))
     return Unpacking(adapted, others, is_complete, cause, method, modules, tuple(plain_heads))
 
 
-def _modules(weights: Iterable[str], names: ModelNames, method: str) -> tuple[str, ...]:
+def _modules(weights: Iterable[str], names: ModelNames) -> tuple[str, ...]:
     """Return the modules of weights, by their names in the file and in the model."""
     found: dict[str, None] = {}
     for weight in weights:
-        for name in (_unit(weight), names.live_module(weight)):
-            is_block = _EXPERTS.match(weight) is not None and name == _unit(weight)
-            if is_block and method == "compressed-tensors":
-                found[rf"re:{re.escape(name)}\..*"] = None
-            elif name is not None:
-                found[module_of(name)] = None
+        units = [_unit(weight)]
+        if (live := names.live_module(weight)) is not None:
+            units.append(_unit(live))
+        found.update(dict.fromkeys(units))
     return tuple(found)
 
 

@@ -23,8 +23,8 @@ from lorank.sources import OPENING
 
 Status = Literal["holds", "lost", "differs", "unknown"]
 
-# Largest distance to the expected values, relative to the update, of a tensor that holds it. Products in 16 bits
-# have errors of a hundredth. Each row has a limit of its own, too.
+# Largest distance to the expected values, relative to the update, of a tensor that holds it. Products in 16
+# bits have errors of a hundredth. Each row has a limit of its own, too.
 _TOLERANCE = 0.1
 # Least share of the update's energy that rounding must leave, so that its absence is no effect of rounding.
 _VISIBLE = 1e-4
@@ -54,8 +54,8 @@ class TensorCheck:
     reason
         The reason for a status other than ``"holds"``.
     wrong_rows
-        Number of rows that differ from the expected values by more than rounding can, of a tensor that holds
-        most of its update; None for other tensors.
+        Number of rows that differ from the expected values by more than rounding can; None if they were not
+        counted.
     """
 
     name: str
@@ -132,13 +132,13 @@ def verify(
     Notes
     -----
     A tensor holds an update if it differs from the base weight plus the update, rounded once to the stored
-    type, by at most a tenth of the update's norm, and no row differs by more than rounding can. An element may
-    differ from the exact sum by half a unit in the last place (ulp) of the weight for each adapter and for
-    the base weight, and by ``4 u + r 2^-24`` times ``sum |weight scaling| |B| |A|``; ``u`` is the relative
-    rounding of the stored type, and ``r`` the rank. A merge by PEFT in that type stays below this limit. Where
-    updates are smaller than an ulp, a row must also hold most of the changes that rounding leaves, if there
-    are at least 16. A tensor has lost the update if it differs from the base weight by at most a tenth of the
-    update's norm. If rounding leaves nothing of the update, the status is ``"unknown"``.
+    type, by at most a tenth of the update's norm, and no row differs by more than rounding can. An element
+    may differ from the exact sum by half a unit in the last place (ulp) of the weight for each adapter and
+    for the base weight, and by ``4 u + r 2^-24`` times ``sum |weight scaling| |B| |A|``; ``u`` is the
+    relative rounding of the stored type, and ``r`` the rank. A merge by PEFT in that type stays below this
+    limit. Where updates are smaller than an ulp, a row must also hold most of the changes that rounding
+    leaves, if there are at least 16. A tensor has lost the update if it differs from the base weight by at
+    most a tenth of the update's norm. If rounding leaves nothing of the update, the status is ``"unknown"``.
 
     NumPy computes the limits, and repeats some rows of every tensor; this does not use the core's kernel.
 
@@ -204,14 +204,14 @@ def _changed(
     rows, cols = change.shape
     sums = _sums(change.matrices, found, (rows, cols), threads)
     check = _judged(name, modules, sums)
-    if check.status != "holds" or not sums["update"]:
+    if check.status not in ("holds", "differs") or not sums["update"] or check.largest_error is None:
         return check
     wrong = wrong_rows(change, found, sample=sums["exact"] == sums["elements"])
     if not wrong.rows:
         return replace(check, wrong_rows=0)
-    reason = (
-        f"{wrong.rows} of {change.count * rows} rows differ by more than rounding can, the first at {wrong.first}"
-    )
+    of = f"{wrong.rows} of {change.count * rows} rows"
+    reason = f"{of} differ by more than rounding can, the first at {wrong.first}"
+    reason = f"{check.reason}; {reason}" if check.reason else reason
     return replace(check, status="differs", reason=reason, wrong_rows=wrong.rows)
 
 
