@@ -54,8 +54,41 @@ def write_models(scratch: Path) -> list[Path]:
     return models
 
 
+def check_values(base: Path, adapter: Path, threads: int, scratch: Path) -> None:
+    """Check that both contenders write the same values: PEFT's differ by less than rounding can."""
+    from safetensors.torch import load_file
+
+    import lorank
+
+    folders = [scratch / "values of lorank", scratch / "values of PEFT"]
+    for code, folder in zip((LORANK, PEFT), folders, strict=True):
+        measuring.fresh(code, base, adapter, folder, threads=threads)
+        found = lorank.verify(base, adapter, folder, progress=False)
+        if found.status != "holds":
+            raise ValueError(f"{folder}: {found.status}")
+    own, other = (load_file(folder / "model.safetensors") for folder in folders)
+    if own.keys() != other.keys():
+        raise ValueError(f"{base}: the contenders write other tensors")
+    for name, value in own.items():
+        # Each contender rounds to the type; PEFT also rounds the update.
+        tolerance = 4 * torch_epsilon(value)
+        difference = (value.double() - other[name].double()).abs().max().item()
+        if difference > tolerance * max(1.0, value.double().abs().max().item()):
+            raise ValueError(f"{name}: the values differ by {difference}")
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def torch_epsilon(tensor: Any) -> float:
+    """Return the relative distance between neighbouring numbers of a tensor's type."""
+    import torch
+
+    return float(torch.finfo(tensor.dtype).eps)
+
+
 def compare(base: Path, adapter: Path, threads: int, repeats: int, scratch: Path) -> list[measuring.Run]:
     """Compare complete runs, and PEFT's time from `merge_and_unload` on."""
+    check_values(base, adapter, threads, scratch)
     runs: list[list[measuring.Run]] = [[], []]
     for _ in range(repeats):
         for k, code in enumerate((LORANK, PEFT)):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,4 +84,30 @@ def test_bake_killed_at_random_moments_is_whole(program: tuple[str, Path, Path],
         assert killed
         assert run(tmp_path, 1 << 30) == 0
     assert contents(target) == outcomes[0]
+    assert not leftovers(tmp_path)
+
+
+def test_ctrl_c_ends_a_bake_with_one_line(program: tuple[str, Path, Path], tmp_path: Path) -> None:
+    """The signal comes within the first write of the core."""
+    base, adapter = program[2].parent / "base", program[2].parent / "adapter"
+    target = tmp_path / "target"
+    code = f"""
+import os, signal, sys
+from lorank import _core
+write = _core.write_safetensors
+def interrupted(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    return write(*arguments)
+_core.write_safetensors = interrupted
+sys.argv = ["lorank", "bake", {str(base)!r}, {str(adapter)!r}, "-o", {str(target)!r}]
+from lorank.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode in (130, -signal.SIGINT), done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+    assert not target.exists()
     assert not leftovers(tmp_path)

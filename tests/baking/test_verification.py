@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -136,6 +138,107 @@ def test_missing_tensor_is_undecided(pair: tuple[Path, Path, Path], tmp_path: Pa
 def test_other_shape_differs(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     edited(copied(pair, tmp_path), lambda x: x.update({TARGET: x[TARGET][:16].clone()}))
     verified(pair, tmp_path / "copy", 1)
+
+
+def changed_rows(folder: Path, edit: Callable[[torch.Tensor], object]) -> Path:
+    """Copy the merged model beside a base model, and edit one weight."""
+    target = Path(shutil.copytree(folder / "merged", folder / "wrong"))
+    return edited(target, lambda x: edit(x[TARGET]))
+
+
+def merged_pair(
+    folder: Path, dtype: torch.dtype, scale: float, **options: Any
+) -> tuple[Path, Path, torch.Tensor]:
+    """Save a base model, an adapter of a scale, and PEFT's merge; return the base weight, too."""
+    config = LoraConfig(r=8, target_modules=["q_proj"], lora_alpha=8 * scale, **options)
+    model: Any = tiny_models.llama().to(dtype)
+    before = model.get_submodule(TARGET.removesuffix(".weight")).weight.detach().clone()
+    base, adapter, adapted = saved_pair(model, config, folder)
+    merged(adapted).save_pretrained(folder / "merged")
+    return base, adapter, before
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [100.0, 1.0, 0.01])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merge_of_any_size_holds_in_every_row(
+    dtype: torch.dtype, scale: float, use_dora: bool, tmp_path: Path
+) -> None:
+    base, adapter, _ = merged_pair(tmp_path, dtype, scale, use_dora=use_dora)
+    found = lorank.verify(base, adapter, tmp_path / "merged", progress=False)
+    assert found.status == "holds", found.tensors
+    assert [check.wrong_rows for check in found.tensors] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [100.0, 1.0])
+def test_one_wrong_row_differs(dtype: torch.dtype, scale: float, tmp_path: Path) -> None:
+    base, adapter, before = merged_pair(tmp_path, dtype, scale)
+
+    def lose(weight: torch.Tensor) -> None:
+        weight[5] = before[5]
+
+    def swap(weight: torch.Tensor) -> None:
+        weight[[5, 6]] = weight[[6, 5]]
+
+    def repeat(weight: torch.Tensor) -> None:
+        weight[5] += weight[5] - before[5]
+
+    for edit, rows in [(lose, 1), (swap, 2), (repeat, 1)]:
+        wrong = changed_rows(tmp_path, edit)
+        found = lorank.verify(base, adapter, wrong, progress=False)
+        (check,) = [check for check in found.tensors if check.status != "holds"]
+        assert (check.name, check.status) == (TARGET, "differs")
+        assert check.wrong_rows == rows
+        assert f"{rows} of 32 rows differ by more than rounding can, the first at 5" in check.reason
+        shutil.rmtree(wrong)
+
+
+def test_one_wrong_element_differs(tmp_path: Path) -> None:
+    base, adapter, _ = merged_pair(tmp_path, torch.bfloat16, 1.0)
+
+    def change(weight: torch.Tensor) -> None:
+        weight[7, 3] += 0.1
+
+    found = lorank.verify(base, adapter, changed_rows(tmp_path, change), progress=False)
+    assert [(check.status, check.wrong_rows) for check in found.tensors] == [("differs", 1), ("holds", 0)]
+
+
+def test_row_without_an_update_below_rounding_differs(tmp_path: Path) -> None:
+    """Most elements keep their bits here: only missing changes show that a row was lost."""
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4096, 64, bias=False)).to(torch.bfloat16)
+    weight: Any = model[0].weight
+    weight.data = (0.02 * torch.randn(64, 4096, generator=generator)).bfloat16()
+    (tmp_path / "base").mkdir()
+    save_file({"0.weight": weight.data}, tmp_path / "base" / "model.safetensors")
+    adapted: Any = peft.get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=["0"]))
+    factor = adapted.base_model.model[0].lora_B["default"].weight
+    factor.data = (1e-3 * torch.randn(64, 8, generator=generator)).to(factor.dtype)
+    adapted.save_pretrained(tmp_path / "adapter")
+    before = weight.data.clone()
+    after = adapted.merge_and_unload()[0].weight.data
+    assert (after == before).double().mean() > 0.5
+    for wrong, status in [([], "holds"), ([9], "differs"), ([0, 63], "differs")]:
+        rows = after.clone()
+        rows[wrong] = before[wrong]
+        file = tmp_path / f"{len(wrong)}.safetensors"
+        save_file({"0.weight": rows}, file)
+        found = lorank.verify(tmp_path / "base", tmp_path / "adapter", file, progress=False)
+        assert (found.status, found.tensors[0].wrong_rows) == (status, len(wrong))
+
+
+def test_float32_file_of_a_merge_in_bfloat16_holds(tmp_path: Path) -> None:
+    model = tiny_models.llama()
+    base, adapter, _ = saved_pair(model, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    half = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    live = peft.PeftModel.from_pretrained(half, adapter)
+    merged(live).float().save_pretrained(tmp_path / "merged")
+    found = lorank.verify(base, adapter, tmp_path / "merged", progress=False)
+    assert {check.status for check in found.tensors} == {"holds"}
 
 
 def test_update_below_rounding_is_undecided(tmp_path: Path) -> None:

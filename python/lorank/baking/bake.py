@@ -41,6 +41,8 @@ class Baked:
         The size of all tensors in bytes.
     notes
         Remarks on shared weights, new tensors and changed settings.
+    unpacked
+        The names of the packed weights that became plain ones.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Baked:
     files: tuple[str, ...]
     total_size: int
     notes: tuple[str, ...]
+    unpacked: tuple[str, ...] = ()
 
 
 def bake(
@@ -77,7 +80,7 @@ def bake(
     weights
         A weight for each adapter; negative weights subtract (default: 1 each).
     dtype
-        Element type of the changed tensors (default: the stored type of each).
+        Element type of the changed tensors (default: the stored type of each; bfloat16 for packed weights).
     overwrite
         True to replace a model in the folder.
     threads
@@ -95,7 +98,8 @@ def bake(
     FileExistsError
         If the folder holds files and `overwrite` is false, or is the base model's folder.
     FormatError
-        If a module of an adapter is not in the base model, has another shape, or is stored in packed form.
+        If a module of an adapter is not in the base model, has another shape, or is packed in a form that
+        cannot be decoded.
     ValueError
         If an adapter is no change of weights (aLoRA), or DoRA is to be combined with other adapters.
     NumericalError
@@ -105,7 +109,8 @@ def bake(
     -----
     ``W + sum_j weight_j scaling_j B_j A_j`` is computed in float64 and rounded once to the stored type. DoRA
     gives the rows of this sum the norms that the adapter holds. Tensors without an update are copied byte by
-    byte; shards, index, settings and tokenizer stay the same.
+    byte; shards, index, settings and tokenizer stay the same. A packed weight with an update becomes a plain
+    one, and the settings of the quantization name it as such.
 
     Examples
     --------
@@ -137,15 +142,18 @@ def bake(
     written = writing.write(model, changes, folder, dtype, count, overwrite=overwrite, progress=progress)
     replaced = tuple(name for name, change in changes.changes.items() if change.is_copy)
     updated = tuple(name for name, change in changes.changes.items() if not change.is_copy)
+    unpacked = changes.unpacking.weights
+    lost = model.parts(unpacked) | unpacked
     return Baked(
         folder,
         tuple(dict.fromkeys(changes.modules)),
         updated,
         replaced,
-        sum(name not in changes.changes for name in model.tensors),
+        sum(name not in changes.changes and name not in lost for name in model.tensors),
         written.files,
         written.total_size,
         tuple(changes.notes),
+        tuple(name for name in model.codes if name in unpacked),
     )
 
 

@@ -16,10 +16,11 @@ def matched(base: StoredModel, other: StoredModel) -> dict[str, StoredTensor]:
     tensors are loaded into.
     """
     found = {name: other.tensors[name] for name in base.tensors if name in other.tensors}
-    if len(found) == len(base.tensors) or not other.tensors:
+    weights = base.tensors.keys() - base.packing.parts.keys()
+    if weights <= found.keys() or not other.tensors:
         return found
     found |= _by_prefix(base, other, found)
-    if len(found) < len(base.tensors):
+    if not weights <= found.keys():
         found = {**_by_parameters(base, other), **found}
     return found
 
@@ -29,6 +30,7 @@ def _by_prefix(
 ) -> dict[str, StoredTensor]:
     """Match names that differ by one common prefix."""
     left = [name for name in base.tensors if name not in known]
+    left.sort(key=lambda name: name in base.packing.parts)
     free = {name for name in other.tensors if name not in known}
     best: dict[str, StoredTensor] = {}
     prefixes = {name[: -len(left[0])] for name in free if name.endswith(f".{left[0]}")}

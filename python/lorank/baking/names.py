@@ -200,6 +200,14 @@ class ModelNames:
         group = [name for name in skeleton.weights if skeleton.owners.get(name, name) == owner]
         return [skeleton.weights[name].module for name in group if name != parameter]
 
+    def live_module(self, stored: str) -> str | None:
+        """Return the module that a stored tensor is loaded into; None if that is unknown."""
+        if self._description is None:
+            return None
+        parameter = self._description.placement.renamed.get(stored, "")
+        weight = self._description.skeleton.weights.get(parameter)
+        return None if weight is None else weight.module
+
     def new_name(self, parameter: str) -> str:
         """Return the name for a parameter that the stored model lacks."""
         return self._shifted(parameter) if self._shift[1] else parameter

@@ -19,6 +19,7 @@ from lorank.baking.checkpoint import StoredModel, StoredTensor
 from lorank.baking.names import Destination, ModelNames
 from lorank.baking.saved_tensors import SavedTensors, TokenRows
 from lorank.baking.terms import Addition
+from lorank.baking.unpacking import Unpacking, unpacking
 from lorank.peft_format.names import BIAS
 from lorank.sources import arrays
 
@@ -71,7 +72,7 @@ class Change:
     @property
     def is_copy(self) -> bool:
         """True if the tensor only replaces the stored one."""
-        return not self.additions and not self.norms
+        return self.saved is not None and not self.additions and not self.norms
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -81,12 +82,19 @@ class Change:
         assert self.tensor is not None
         return self.tensor.shape
 
+    @property
+    def count(self) -> int:
+        """The number of matrices."""
+        rows, cols = self.shape
+        return math.prod(self.full_shape) // max(1, rows * cols)
+
+    def bases(self) -> Iterator[Matrix]:
+        """Yield the matrices of the tensor without their updates."""
+        return map(self._base, range(self.count))
+
     def matrices(self) -> Iterator[UpdatedMatrix]:
         """Yield the matrices of the tensor with their updates."""
-        rows, cols = self.shape
-        count = math.prod(self.full_shape) // max(1, rows * cols)
-        for index in range(count):
-            base = self._base(index)
+        for index, base in enumerate(self.bases()):
             loaded = [addition.load() for addition in self.additions.get(index, ())]
             norms = self.norms.get(index)
             yield UpdatedMatrix(base, loaded, (norms.values, norms.of_columns) if norms else None)
@@ -114,13 +122,16 @@ class Plan:
     notes
         Remarks for the user.
     settings
-        New values of the model's configuration, by key.
+        New values of the model's configuration, by key; those of a part are in a mapping.
+    unpacking
+        The packed weights that are stored plain.
     """
 
     changes: Mapping[str, Change]
     modules: Sequence[str]
     notes: Sequence[str]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unpacking: Unpacking = field(default_factory=Unpacking)
 
 
 def plan(model: StoredModel, adapters: Sequence[AdapterContent], weights: Sequence[float]) -> Plan:
@@ -144,8 +155,9 @@ def plan(model: StoredModel, adapters: Sequence[AdapterContent], weights: Sequen
         if weight:
             planner.add(adapter, weight)
     planner.replace_rows(saved.rows)
-    notes = [*names.notes, *saved.notes, *planner.notes]
-    return Plan(planner.changes, [module.name for module in modules], notes, planner.settings)
+    unpacked = unpacking(model, names, planner.changes)
+    notes = [*names.notes, *saved.notes, *planner.notes, *unpacked.notes()]
+    return Plan(planner.changes, [module.name for module in modules], notes, planner.settings, unpacked)
 
 
 def _acts(module: LoraModule) -> bool:
@@ -248,7 +260,7 @@ class _Planner:
                         f"{entry.label}: the trained tokens do not fit {name} of shape {list(tensor.shape)}"
                     )
                 change = self._change(Destination(tensor, 0, tensor.matrix_shape))
-                old = np.concatenate([tensor.matrix(1, tensor.shape[1], i).to_array() for i in entry.indices])
+                old = tensor.rows(entry.indices)
                 change.additions.setdefault(0, []).append(
                     terms.new_rows(entry.parameter, old, new, entry.indices, tensor.shape[0])
                 )
@@ -332,7 +344,7 @@ class _Planner:
         if content.get("vocab_size") == tensor.shape[0]:
             self.settings["vocab_size"] = shape[0]
         elif isinstance(text, Mapping) and text.get("vocab_size") == tensor.shape[0]:
-            self.settings["text_config"] = {**text, "vocab_size": shape[0]}
+            self.settings["text_config"] = {"vocab_size": shape[0]}
         self.notes.append(
             f"{tensor.name} grows from {tensor.shape[0]} to {shape[0]} rows"
             if shape[0] > tensor.shape[0]

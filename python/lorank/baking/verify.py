@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +18,18 @@ from lorank.baking.bake import checked_weights, loaded_adapters
 from lorank.baking.checkpoint import StoredModel, StoredTensor, open_model
 from lorank.baking.matching import matched
 from lorank.baking.plan import Change, plan
+from lorank.baking.rounding_limits import wrong_rows
 from lorank.sources import OPENING
 
 Status = Literal["holds", "lost", "differs", "unknown"]
 
-# Largest distance to the expected values, relative to the update, of a model that holds the update. Products
-# in 16 bits have errors of a hundredth.
+# Largest distance to the expected values, relative to the update, of a tensor that holds it. Products in 16
+# bits have errors of a hundredth. Each row has a limit of its own, too.
 _TOLERANCE = 0.1
 # Least share of the update's energy that rounding must leave, so that its absence is no effect of rounding.
 _VISIBLE = 1e-4
+# Largest difference of a packed weight in ulp, because libraries round scales and products to 16 bits.
+_DECODED = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,9 @@ class TensorCheck:
         The factor of the update that the tensor holds: 1 if it holds the update, 0 if the update is lost.
     reason
         The reason for a status other than ``"holds"``.
+    wrong_rows
+        Number of rows that differ from the expected values by more than rounding can; None if they were not
+        counted.
     """
 
     name: str
@@ -59,6 +65,7 @@ class TensorCheck:
     largest_error: float | None = None
     share: float | None = None
     reason: str = ""
+    wrong_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +132,15 @@ def verify(
     Notes
     -----
     A tensor holds an update if it differs from the base weight plus the update, rounded once to the stored
-    type, by at most a tenth of the update's norm. It has lost the update if it differs as little from
-    the base weight.
-    If rounding leaves nothing of the update, both are true, and the status is ``"unknown"``.
+    type, by at most a tenth of the update's norm, and no row differs by more than rounding can. An element
+    may differ from the exact sum by half a unit in the last place (ulp) of the weight for each adapter and
+    for the base weight, and by ``4 u + r 2^-24`` times ``sum |weight scaling| |B| |A|``; ``u`` is the
+    relative rounding of the stored type, and ``r`` the rank. A merge by PEFT in that type stays below this
+    limit. Where updates are smaller than an ulp, a row must also hold most of the changes that rounding
+    leaves, if there are at least 16. A tensor has lost the update if it differs from the base weight by at
+    most a tenth of the update's norm. If rounding leaves nothing of the update, the status is ``"unknown"``.
+
+    NumPy computes the limits, and repeats some rows of every tensor; this does not use the core's kernel.
 
     Examples
     --------
@@ -154,6 +167,8 @@ def verify(
         model, other = open_model(base), open_model(baked)
         changes = plan(model, loaded, shares)
         found = matched(model, other)
+    # Parts of packed weights that the other model stores plain.
+    lost = model.parts([w for w in model.codes if w in found and not found[w].is_decoded])
     checks: list[TensorCheck] = []
     others: list[TensorCheck] = []
     unchanged = 0
@@ -162,6 +177,8 @@ def verify(
         for name in [*model.tensors, *(name for name in changes.changes if name not in model.tensors)]:
             change = changes.changes.get(name)
             place = found.get(name) or other.tensors.get(name)
+            if place is None and name in lost:
+                continue
             if change is not None:
                 checks.append(_changed(name, change, place, other, count))
             elif (check := _unchanged(model.tensors[name], place, model, count)) is not None:
@@ -186,7 +203,16 @@ def _changed(
         return _replaced(name, change, found, threads)
     rows, cols = change.shape
     sums = _sums(change.matrices, found, (rows, cols), threads)
-    return _judged(name, modules, sums)
+    check = _judged(name, modules, sums)
+    if check.status not in ("holds", "differs") or not sums["update"] or check.largest_error is None:
+        return check
+    wrong = wrong_rows(change, found, sample=sums["exact"] == sums["elements"])
+    if not wrong.rows:
+        return replace(check, wrong_rows=0)
+    of = f"{wrong.rows} of {change.count * rows} rows"
+    reason = f"{of} differ by more than rounding can, the first at {wrong.first}"
+    reason = f"{check.reason}; {reason}" if check.reason else reason
+    return replace(check, status="differs", reason=reason, wrong_rows=wrong.rows)
 
 
 def _judged(name: str, modules: tuple[str, ...], sums: dict[str, float]) -> TensorCheck:
@@ -257,15 +283,16 @@ def _unchanged(
     if found.shape != tensor.shape:
         reason = f"the shape is {list(found.shape)}, not {list(tensor.shape)}"
         return TensorCheck(name, (), "differs", reason=reason)
-    if found.dtype == tensor.dtype and (not tensor.is_float or tensor.dtype.startswith("F8")):
+    is_exact = tensor.is_decoded or not tensor.is_float or tensor.dtype.startswith("F8")
+    if found.dtype == tensor.dtype and is_exact:
         same = tensor.content() == found.content()
         return None if same else TensorCheck(name, (), "differs", reason="the stored bytes differ")
-    if not (found.is_float and tensor.is_float) or found.dtype.startswith("F8"):
+    if not (found.is_float and tensor.is_float) or found.is_decoded or found.dtype.startswith("F8"):
         reason = f"{found.dtype} values are not compared with {tensor.dtype} values"
         return TensorCheck(name, (), "unknown", reason=reason)
     shape = tensor.matrix_shape
     sums = _sums(Change(tensor, shape=shape).matrices, found, shape, threads)
-    if sums["rounded_error"] == 0:
+    if sums["rounded_error"] == 0 or (tensor.is_decoded and sums["largest_error"] <= _DECODED):
         return None
     count = int(sums["elements"] - sums["exact"])
     reason = f"{count} of {int(sums['elements'])} values changed, although no adapter changes this tensor"
@@ -278,6 +305,8 @@ def _unreadable(found: StoredTensor | None, other: StoredModel, shape: tuple[int
         return "the model holds no such tensor"
     if (reason := other.packing.reason(found.name)) is not None:
         return f"the tensor is {reason}"
+    if found.is_decoded:
+        return f"the tensor is packed ({found.dtype}): compare the model before it is quantized"
     if not found.is_float or found.dtype.startswith("F8"):
         return f"{found.dtype} values are not compared"
     if found.shape != shape:

@@ -79,17 +79,18 @@ def write(
     stale = [path.name for pattern in _WEIGHTS for path in (folder.glob(pattern) if folder.is_dir() else ())]
     heads = (model_config.FILE_NAME, *([model.index.name] if model.index else []))
     total = sum(shard.path.stat().st_size for shard in model.shards)
+    changes = {**plan.changes, **dict(_plain(model, plan))}
     with staged_folder(folder, stale, heads, replaces=overwrite) as staging:
         with progress_bar("baking", total, enabled=progress) as advance:
             for number, shard in enumerate(model.shards):
                 added = plan_additions(model, plan) if number + 1 == len(model.shards) else {}
-                tensors = [*_tensors_of(model, shard, plan, dtype), *_added(added)]
+                tensors = [*_tensors_of(model, shard, changes, dtype), *_added(added)]
                 metadata = shard.checkpoint.metadata()
                 _core.write_safetensors(staging / shard.path.name, tensors, metadata, threads)
                 advance(shard.path.stat().st_size, shard.path.name)
         size = _write_index(model, plan, staging)
         _copy_files(model, staging)
-        _write_config(plan, staging)
+        _write_settings(plan, staging)
         files = tuple(sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()))
     return Written(files, size)
 
@@ -99,13 +100,26 @@ def plan_additions(model: StoredModel, plan: Plan) -> dict[str, Change]:
     return {name: change for name, change in plan.changes.items() if name not in model.tensors}
 
 
-def _tensors_of(model: StoredModel, shard: Shard, plan: Plan, dtype: str | None) -> Iterator[OutTensor]:
-    for position, (name, _, _) in enumerate(shard.checkpoint.tensors()):
-        change = plan.changes.get(name)
-        if change is None:
-            yield name, [], (shard.checkpoint, position), ""
-        else:
+def _plain(model: StoredModel, plan: Plan) -> Iterator[tuple[str, Change]]:
+    """Yield the packed weights that become plain ones without an update."""
+    for name in plan.unpacking.others:
+        tensor = model.tensors[name]
+        rows, cols = tensor.shape[-2:] if len(tensor.shape) == 3 else tensor.matrix_shape
+        yield name, Change(tensor, shape=(rows, cols))
+
+
+def _tensors_of(
+    model: StoredModel, shard: Shard, changes: Mapping[str, Change], dtype: str | None
+) -> Iterator[OutTensor]:
+    """Yield the tensors of a file; parts of packed weights that become plain ones are left out."""
+    dropped = model.parts(changes.keys() & model.codes.keys())
+    weights = {codes: weight for weight, codes in model.codes.items() if weight in changes}
+    for position, (stored, _, _) in enumerate(shard.checkpoint.tensors()):
+        name = weights.get(stored, stored)
+        if (change := changes.get(name)) is not None:
             yield _changed(name, change, model.tensors[name], dtype)
+        elif stored not in dropped:
+            yield stored, [], (shard.checkpoint, position), ""
 
 
 def _changed(name: str, change: Change, tensor: StoredTensor, dtype: str | None) -> OutTensor:
@@ -165,13 +179,15 @@ def _write_index(model: StoredModel, plan: Plan, staging: Path) -> int:
     content = read_json(model.index)
     if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
         raise FormatError(f"{model.index}: is no index of shards")
-    order = [*content["weight_map"], *plan_additions(model, plan)]
+    weights = {codes: weight for weight, codes in model.codes.items()}
+    order = [weights.get(name, name) if name not in weight_map else name for name in content["weight_map"]]
+    order += plan_additions(model, plan)
     metadata = content.get("metadata")
-    parameters = sum(math.prod(shape) for c in written.values() for _, _, shape in c.tensors())
     new = {"total_size": size}
     if isinstance(metadata, dict) and "total_parameters" in metadata:
-        before = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
-        new["total_parameters"] = metadata["total_parameters"] + parameters - before
+        before = sum(math.prod(model.tensors[name].shape) for name in plan.changes if name in model.tensors)
+        after = sum(math.prod(change.full_shape) for change in plan.changes.values())
+        new["total_parameters"] = metadata["total_parameters"] + after - before
     content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), **new}
     content["weight_map"] = {name: weight_map[name] for name in dict.fromkeys(order) if name in weight_map}
     text = json.dumps(content, indent=2) + "\n"
@@ -210,10 +226,24 @@ def _files_beside(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _write_config(plan: Plan, staging: Path) -> None:
+def _write_settings(plan: Plan, staging: Path) -> None:
     """Write the settings that the changes need."""
-    file = staging / model_config.FILE_NAME
-    if not plan.settings or not file.exists():
-        return
-    content: dict[str, Any] = read_json(file)
-    file.write_text(json.dumps({**content, **plan.settings}, indent=2) + "\n", "utf-8")
+    for name in (model_config.FILE_NAME, *model_config.QUANTIZATION_FILES):
+        file = staging / name
+        content = read_json(file) if file.exists() and (plan.settings or plan.unpacking.adapted) else None
+        if not isinstance(content, dict):
+            continue
+        new = plan.unpacking.edited(name, content)
+        if new is None:
+            file.unlink()
+            continue
+        if name == model_config.FILE_NAME:
+            new = _merged(new, plan.settings)
+        if new != content:
+            file.write_text(json.dumps(new, indent=2) + "\n", "utf-8")
+
+
+def _merged(settings: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with new values; those of a part of the model are merged into its settings."""
+    parts = {key: {**settings[key], **value} for key, value in new.items() if isinstance(value, Mapping)}
+    return {**settings, **new, **parts}

@@ -32,7 +32,8 @@ def bake(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Type of the changed tensors: float32, float16, bfloat16 or float64 (default: unchanged)."
+            help="Type of the changed tensors: float32, float16, bfloat16 or float64 (default: unchanged; "
+            "bfloat16 for packed weights)."
         ),
     ] = None,
     threads: Threads = None,

@@ -17,8 +17,8 @@ FILE_NAME = "config.json"
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files beside `config.json` in which older libraries store the settings of a quantization."""
 
-# Keys under which libraries keep the settings of a quantization.
-_QUANTIZATION = ("quantization_config", "compression_config", "quantization")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Keys under which libraries keep the settings of a quantization."""
 
 # Keys of numbers that decide how many modules are built.
 _DEPTHS = re.compile(
@@ -63,7 +63,7 @@ class ModelConfig:
             return config
         for name in QUANTIZATION_FILES:
             if (settings := _object_in(folder / name)) is not None:
-                return cls({**config.content, _QUANTIZATION[0]: settings}, folder)
+                return cls({**config.content, QUANTIZATION_KEYS[0]: settings}, folder)
         return config
 
     @property
@@ -110,7 +110,7 @@ class ModelConfig:
         """The settings of a quantization; empty if there are none."""
         for place in (self.content, self.content.get("text_config")):
             if isinstance(place, Mapping):
-                for key in _QUANTIZATION:
+                for key in QUANTIZATION_KEYS:
                     found = place.get(key)
                     if isinstance(found, Mapping) and found:
                         return found
@@ -118,10 +118,10 @@ class ModelConfig:
 
     def without_quantization(self) -> ModelConfig:
         """Return the configuration without the settings of a quantization."""
-        content = {key: value for key, value in self.content.items() if key not in _QUANTIZATION}
+        content = {key: value for key, value in self.content.items() if key not in QUANTIZATION_KEYS}
         text = content.get("text_config")
         if isinstance(text, Mapping):
-            content["text_config"] = {k: v for k, v in text.items() if k not in _QUANTIZATION}
+            content["text_config"] = {k: v for k, v in text.items() if k not in QUANTIZATION_KEYS}
         return replace(self, content=content)
 
     def excess(self, num_tensors: int) -> str:
