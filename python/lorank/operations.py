@@ -12,6 +12,7 @@ from lorank.adapters.content import AdapterContent
 from lorank.adapters.conversion import Layout
 from lorank.compression import extraction, merging, truncation
 from lorank.compression.knobs import KnobArguments, Knobs, checked_knobs
+from lorank.compression.merge_methods import Election, MergeMethod, Method
 from lorank.modules import naming
 from lorank.runtimes.base_model import base_weights
 from lorank.sources import AnySource
@@ -155,30 +156,47 @@ def merge(
     adapters: Sequence[LoraAdapter | str | Path],
     weights: Sequence[float] | None = None,
     *,
+    method: Method = "sum",
+    density: float | None = None,
+    seed: int = 0,
+    election: Election = "total",
     force: bool = False,
     threads: int | None = None,
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
-    """Compute the best adapter of given ranks for ``sum_j weight_j * dW_j``.
+    """Compute the best adapter of given ranks for ``sum_j weight_j * dW_j``, or for another merge.
 
     Parameters
     ----------
     adapters
         Adapters of one base model, or their paths. Ranks, scalings and adapted modules may differ.
     weights
-        A weight for each adapter; negative weights subtract (default: equal weights with sum 1).
+        A weight for each adapter; negative weights subtract (default: equal weights with sum 1; weights of 1
+        for the updates of ``"ties"`` and ``"dare-ties"``, which divide by the number of updates).
+    method
+        ``"sum"``; or, element by element, as PEFT's `add_weighted_adapter` defines them: ``"magnitude"``
+        (sum of the largest elements of each update), ``"ties"`` (the mean of those that have the majority's
+        sign), ``"dare"`` (sum of randomly chosen elements, divided by the density), ``"dare-ties"``.
+    density
+        Share of the elements of each update that methods other than ``"sum"`` keep.
+    seed
+        Seed of ``"dare"`` and ``"dare-ties"``.
+    election
+        Majority's sign: of the sum of all updates (``"total"``), or of most updates (``"frequency"``).
     force
         True to merge adapters whose base models have different names, or that share no module.
     threads, progress
         As in `compress`.
     **knobs
-        As in `compress`. `rank_ratio` refers to the sum of all ranks.
+        As in `compress`. `rank_ratio` refers to the sum of all ranks; methods other than ``"sum"`` do not
+        take it, and their `max_rank` (default 128) also bounds the computed values.
 
     Returns
     -------
     LoraAdapter
-        The adapter with its `certificate`, which compares it with the exact weighted sum.
+        The adapter with its `certificate`, which compares it with the exact merged update and names the
+        method.
 
     Raises
     ------
@@ -198,7 +216,9 @@ def merge(
     Notes
     -----
     The terms are stacked, ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, and decomposed by
-    QR and a small SVD. The dense update is never formed.
+    QR and a small SVD. The dense update is never formed. Methods other than ``"sum"`` form it for one module
+    per thread, in float64; each expert of a stack is pruned separately. Biases and modules that are saved
+    whole are always summed.
 
     Examples
     --------
@@ -210,12 +230,18 @@ def merge(
     >>> a, b = (lorank.LoraAdapter.from_model(model, name) for name in "ab")
     >>> lorank.merge([a, b], [0.7, 0.3], avg_rank=5, progress=False).ranks
     {'0': 5}
+    >>> merged = lorank.merge([a, b], method="ties", density=0.5, energy=1, progress=False)
+    >>> merged.certificate.action.split(" by ")[1]
+    'ties (density 0.5, signs by total), energy=1, global scope, max_rank=128'
     """
     chosen = checked_knobs(knobs)
     if isinstance(adapters, (str, Path, LoraAdapter)):
         raise TypeError("merge takes a list of adapters, not one")
+    chosen_method = MergeMethod(method, density, seed, election)
     loaded = [_loaded(adapter) for adapter in adapters]
-    return merging.merge(loaded, weights, chosen, force=force, threads=threads, progress=progress)
+    return merging.merge(
+        loaded, weights, chosen, method=chosen_method, force=force, threads=threads, progress=progress
+    )
 
 
 def extract(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorank.compression.extraction import DEFAULT_MAX_RANK
+from lorank.compression.difference import DEFAULT_MAX_RANK
 
 # A Path would turn an empty argument into the current folder.
 Adapter = Annotated[
