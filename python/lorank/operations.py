@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorank.adapter import LoraAdapter
 from lorank.adapters import conversion
 from lorank.adapters.content import AdapterContent
 from lorank.adapters.conversion import Layout
+from lorank.adapters.families import member_name
+from lorank.allocation.budget import Budget
 from lorank.compression import extraction, merging, truncation
+from lorank.compression.base_norms import base_norms
 from lorank.compression.knobs import KnobArguments, Knobs, checked_knobs
 from lorank.compression.merge_methods import Election, MergeMethod, Method
 from lorank.modules import naming
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 def compress(
     adapter: LoraAdapter | str | Path,
     *,
+    score: Literal["sigma", "relative"] = "sigma",
+    base: AnySource | None = None,
     threads: int | None = None,
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
@@ -34,6 +39,11 @@ def compress(
     ----------
     adapter
         An adapter, or its path.
+    score
+        ``"sigma"``: modules compete by singular values. ``"relative"``: by singular values divided by the
+        Frobenius norm of the module's base weight; this needs `base`, and `rank_ratio` or `avg_rank`.
+    base
+        The base model, in any form that `analyze` takes, for ``"relative"`` only.
     threads
         Largest number of threads (default: all that the process may use). The result does not depend on it.
     progress
@@ -75,36 +85,54 @@ def compress(
     True
     """
     chosen = checked_knobs(knobs)
-    return truncation.compress(_loaded(adapter), chosen, threads, progress)
+    _check_score(score, base, chosen)
+    source = _loaded(adapter)
+    norms = None if base is None else base_norms(base, [m.name for m in source.adapted], progress)
+    return truncation.compress(source, chosen, threads, progress, norms)
+
+
+def _check_score(score: str, base: AnySource | None, knobs: Knobs) -> None:
+    if score not in ("sigma", "relative"):
+        raise ValueError(f"score must be 'sigma' or 'relative', not {score!r}")
+    if (score == "relative") != (base is not None):
+        raise ValueError("score='relative' needs base, the base model, and no other score takes it")
+    if score == "relative" and knobs.scores is not None:
+        raise ValueError("give scores or score='relative', not both")
+    if score == "relative" and knobs.rank_ratio is None and knobs.avg_rank is None:
+        raise ValueError("score='relative' needs rank_ratio or avg_rank")
 
 
 def family(
     adapter: LoraAdapter | str | Path,
-    avg_ranks: Sequence[float],
+    avg_ranks: Sequence[float] = (),
     *,
+    rank_ratios: Sequence[float] = (),
+    energies: Sequence[float] = (),
+    budgets: Sequence[Budget] = (),
     threads: int | None = None,
     progress: bool = True,
-) -> dict[float, LoraAdapter]:
-    """Truncate an adapter to several average ranks, from one decomposition.
+) -> dict[float | str, LoraAdapter]:
+    """Truncate an adapter by several knobs, from one decomposition.
 
     Parameters
     ----------
     adapter
         An adapter, or its path.
-    avg_ranks
-        Average ranks of the results.
+    avg_ranks, rank_ratios, energies, budgets
+        Values of the knobs of `compress`; each gives a result.
     threads, progress
         As in `compress`.
 
     Returns
     -------
     dict
-        Average rank -> truncated adapter.
+        Average rank, or a name such as ``"ratio-0.25"``, ``"energy-0.9"`` or ``"budget-500k"`` -> truncated
+        adapter.
 
     Raises
     ------
     ValueError
-        If an average rank is negative, or `avg_ranks` is empty.
+        If a value is out of range, or no values are given.
 
     Examples
     --------
@@ -112,13 +140,17 @@ def family(
     >>> import lorank
     >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
     >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config)
-    >>> members = lorank.family(lorank.LoraAdapter.from_model(model), [1, 3], progress=False)
-    >>> {rank: member.ranks for rank, member in members.items()}
-    {1: {'0': 1}, 3: {'0': 3}}
+    >>> adapter = lorank.LoraAdapter.from_model(model)
+    >>> members = lorank.family(adapter, [1, 3], budgets=["30"], progress=False)
+    >>> {key: member.ranks for key, member in members.items()}
+    {1: {'0': 1}, 3: {'0': 3}, 'budget-30': {'0': 2}}
     """
-    if not avg_ranks:
-        raise ValueError("give at least one average rank")
-    knobs = {rank: Knobs(avg_rank=rank) for rank in avg_ranks}
+    knobs: dict[float | str, Knobs] = {rank: Knobs(avg_rank=rank) for rank in avg_ranks}
+    knobs |= {member_name("ratio", value): Knobs(rank_ratio=value) for value in rank_ratios}
+    knobs |= {member_name("energy", value): Knobs(energy=value) for value in energies}
+    knobs |= {member_name("budget", value): Knobs(budget=value) for value in budgets}
+    if not knobs:
+        raise ValueError("give at least one average rank, ratio, energy or budget")
     return truncation.family(_loaded(adapter), knobs, threads, progress)
 
 

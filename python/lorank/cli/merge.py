@@ -22,7 +22,7 @@ from lorank.cli.adapter_options import (
 )
 from lorank.cli.adapter_output import AdapterOutput
 from lorank.cli.errors import UsageError
-from lorank.cli.knobs import checked_knobs
+from lorank.cli.knobs import checked_knobs, with_parameters
 from lorank.cli.options import Json, Overwrite, Quiet, Threads
 from lorank.cli.spelling import spelled_as_options
 from lorank.cli.weights import weighted
@@ -102,6 +102,6 @@ def merge(
             force=force,
             threads=threads,
             progress=not quiet,
-            **knobs,
+            **with_parameters(knobs, dtype),
         )
     target.write(result)
