@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorank.adapter import LoraAdapter
 from lorank.adapters import conversion
 from lorank.adapters.content import AdapterContent
 from lorank.adapters.conversion import Layout
+from lorank.adapters.families import member_name
+from lorank.allocation.budget import Budget
 from lorank.compression import extraction, merging, truncation
+from lorank.compression.base_norms import base_norms
 from lorank.compression.knobs import KnobArguments, Knobs, checked_knobs
+from lorank.compression.merge_methods import Election, MergeMethod, Method
 from lorank.modules import naming
 from lorank.runtimes.base_model import base_weights
 from lorank.sources import AnySource
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 def compress(
     adapter: LoraAdapter | str | Path,
     *,
+    score: Literal["sigma", "relative"] = "sigma",
+    base: AnySource | None = None,
     threads: int | None = None,
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
@@ -33,6 +39,11 @@ def compress(
     ----------
     adapter
         An adapter, or its path.
+    score
+        ``"sigma"``: modules compete by singular values. ``"relative"``: by singular values divided by the
+        Frobenius norm of the module's base weight; this needs `base`, and `rank_ratio` or `avg_rank`.
+    base
+        The base model, in any form that `analyze` takes, for ``"relative"`` only.
     threads
         Largest number of threads (default: all that the process may use). The result does not depend on it.
     progress
@@ -74,36 +85,54 @@ def compress(
     True
     """
     chosen = checked_knobs(knobs)
-    return truncation.compress(_loaded(adapter), chosen, threads, progress)
+    _check_score(score, base, chosen)
+    source = _loaded(adapter)
+    norms = None if base is None else base_norms(base, [m.name for m in source.adapted], progress)
+    return truncation.compress(source, chosen, threads, progress, norms)
+
+
+def _check_score(score: str, base: AnySource | None, knobs: Knobs) -> None:
+    if score not in ("sigma", "relative"):
+        raise ValueError(f"score must be 'sigma' or 'relative', not {score!r}")
+    if (score == "relative") != (base is not None):
+        raise ValueError("score='relative' needs base, the base model, and no other score takes it")
+    if score == "relative" and knobs.scores is not None:
+        raise ValueError("give scores or score='relative', not both")
+    if score == "relative" and knobs.rank_ratio is None and knobs.avg_rank is None:
+        raise ValueError("score='relative' needs rank_ratio or avg_rank")
 
 
 def family(
     adapter: LoraAdapter | str | Path,
-    avg_ranks: Sequence[float],
+    avg_ranks: Sequence[float] = (),
     *,
+    rank_ratios: Sequence[float] = (),
+    energies: Sequence[float] = (),
+    budgets: Sequence[Budget] = (),
     threads: int | None = None,
     progress: bool = True,
-) -> dict[float, LoraAdapter]:
-    """Truncate an adapter to several average ranks, from one decomposition.
+) -> dict[float | str, LoraAdapter]:
+    """Truncate an adapter by several knobs, from one decomposition.
 
     Parameters
     ----------
     adapter
         An adapter, or its path.
-    avg_ranks
-        Average ranks of the results.
+    avg_ranks, rank_ratios, energies, budgets
+        Values of the knobs of `compress`; each gives a result.
     threads, progress
         As in `compress`.
 
     Returns
     -------
     dict
-        Average rank -> truncated adapter.
+        Average rank, or a name such as ``"ratio-0.25"``, ``"energy-0.9"`` or ``"budget-500k"`` -> truncated
+        adapter.
 
     Raises
     ------
     ValueError
-        If an average rank is negative, or `avg_ranks` is empty.
+        If a value is out of range, or no values are given.
 
     Examples
     --------
@@ -111,13 +140,17 @@ def family(
     >>> import lorank
     >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
     >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config)
-    >>> members = lorank.family(lorank.LoraAdapter.from_model(model), [1, 3], progress=False)
-    >>> {rank: member.ranks for rank, member in members.items()}
-    {1: {'0': 1}, 3: {'0': 3}}
+    >>> adapter = lorank.LoraAdapter.from_model(model)
+    >>> members = lorank.family(adapter, [1, 3], budgets=["30"], progress=False)
+    >>> {key: member.ranks for key, member in members.items()}
+    {1: {'0': 1}, 3: {'0': 3}, 'budget-30': {'0': 2}}
     """
-    if not avg_ranks:
-        raise ValueError("give at least one average rank")
-    knobs = {rank: Knobs(avg_rank=rank) for rank in avg_ranks}
+    knobs: dict[float | str, Knobs] = {rank: Knobs(avg_rank=rank) for rank in avg_ranks}
+    knobs |= {member_name("ratio", value): Knobs(rank_ratio=value) for value in rank_ratios}
+    knobs |= {member_name("energy", value): Knobs(energy=value) for value in energies}
+    knobs |= {member_name("budget", value): Knobs(budget=value) for value in budgets}
+    if not knobs:
+        raise ValueError("give at least one average rank, ratio, energy or budget")
     return truncation.family(_loaded(adapter), knobs, threads, progress)
 
 
@@ -155,30 +188,47 @@ def merge(
     adapters: Sequence[LoraAdapter | str | Path],
     weights: Sequence[float] | None = None,
     *,
+    method: Method = "sum",
+    density: float | None = None,
+    seed: int = 0,
+    election: Election = "total",
     force: bool = False,
     threads: int | None = None,
     progress: bool = True,
     **knobs: Unpack[KnobArguments],
 ) -> LoraAdapter:
-    """Compute the best adapter of given ranks for ``sum_j weight_j * dW_j``.
+    """Compute the best adapter of given ranks for ``sum_j weight_j * dW_j``, or for another merge.
 
     Parameters
     ----------
     adapters
         Adapters of one base model, or their paths. Ranks, scalings and adapted modules may differ.
     weights
-        A weight for each adapter; negative weights subtract (default: equal weights with sum 1).
+        A weight for each adapter; negative weights subtract (default: equal weights with sum 1; weights of 1
+        for the updates of ``"ties"`` and ``"dare-ties"``, which divide by the number of updates).
+    method
+        ``"sum"``; or, element by element, as PEFT's `add_weighted_adapter` defines them: ``"magnitude"``
+        (sum of the largest elements of each update), ``"ties"`` (the mean of those that have the majority's
+        sign), ``"dare"`` (sum of randomly chosen elements, divided by the density), ``"dare-ties"``.
+    density
+        Share of the elements of each update that methods other than ``"sum"`` keep.
+    seed
+        Seed of ``"dare"`` and ``"dare-ties"``.
+    election
+        Majority's sign: of the sum of all updates (``"total"``), or of most updates (``"frequency"``).
     force
         True to merge adapters whose base models have different names, or that share no module.
     threads, progress
         As in `compress`.
     **knobs
-        As in `compress`. `rank_ratio` refers to the sum of all ranks.
+        As in `compress`. `rank_ratio` refers to the sum of all ranks; methods other than ``"sum"`` do not
+        take it, and their `max_rank` (default 128) also bounds the computed values.
 
     Returns
     -------
     LoraAdapter
-        The adapter with its `certificate`, which compares it with the exact weighted sum.
+        The adapter with its `certificate`, which compares it with the exact merged update and names the
+        method.
 
     Raises
     ------
@@ -198,7 +248,9 @@ def merge(
     Notes
     -----
     The terms are stacked, ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]`` and ``[A_1; A_2; ...]``, and decomposed by
-    QR and a small SVD. The dense update is never formed.
+    QR and a small SVD. The dense update is never formed. Methods other than ``"sum"`` form it for one module
+    per thread, in float64; each expert of a stack is pruned separately. Biases and modules that are saved
+    whole are always summed.
 
     Examples
     --------
@@ -210,12 +262,18 @@ def merge(
     >>> a, b = (lorank.LoraAdapter.from_model(model, name) for name in "ab")
     >>> lorank.merge([a, b], [0.7, 0.3], avg_rank=5, progress=False).ranks
     {'0': 5}
+    >>> merged = lorank.merge([a, b], method="ties", density=0.5, energy=1, progress=False)
+    >>> merged.certificate.action.split(" by ")[1]
+    'ties (density 0.5, signs by total), energy=1, global scope, max_rank=128'
     """
     chosen = checked_knobs(knobs)
     if isinstance(adapters, (str, Path, LoraAdapter)):
         raise TypeError("merge takes a list of adapters, not one")
+    chosen_method = MergeMethod(method, density, seed, election)
     loaded = [_loaded(adapter) for adapter in adapters]
-    return merging.merge(loaded, weights, chosen, force=force, threads=threads, progress=progress)
+    return merging.merge(
+        loaded, weights, chosen, method=chosen_method, force=force, threads=threads, progress=progress
+    )
 
 
 def extract(

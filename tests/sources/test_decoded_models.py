@@ -72,3 +72,25 @@ def test_experts_of_llama4_with_a_scale_per_output(tmp_path: Path) -> None:
     (tmp_path / "plain" / "config.json").write_text(plain_config)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     assert_equal_reports(folder, model)
+
+
+def test_compare_takes_a_quantized_checkpoint_and_its_float_original(tmp_path: Path) -> None:
+    folders = [tmp_path / "float", tmp_path / "fp8"]
+    for folder in folders:
+        tensors = stored(transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**SIZES), folder)
+    settings = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    quantized = in_fp8_blocks(tensors)
+    with_settings(folders[1], quantized, settings)
+    report = lorank.compare(*folders, progress=False)
+    rows = {row.name: row.relative_change for row in report}
+    assert {f"{name}.weight" for name in rows} >= {name for name, x in tensors.items() if is_linear(name, x)}
+    for name, change in rows.items():
+        weight = tensors[f"{name}.weight"].double()
+        if is_linear(f"{name}.weight", weight):
+            scale = quantized[f"{name}.weight_scale_inv"]
+            blocks = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            decoded = (quantized[f"{name}.weight"].float() * blocks).double()
+            assert change == pytest.approx(float((decoded - weight).norm() / weight.norm()), rel=1e-6)
+            assert 0.001 < change < 0.1
+        else:
+            assert change == 0

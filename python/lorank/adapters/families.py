@@ -12,8 +12,15 @@ from lorank.adapters.reading import is_as_written
 from lorank.adapters.tensors import FileTensors
 from lorank.peft_format.names import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
 
-_MEMBER = re.compile(r"elastic|rank-[0-9.e+-]+")
+_MEMBER = re.compile(r"elastic|(rank|ratio|energy|budget)-[0-9.e+-]+[A-Za-z]{0,3}")
 _FILES = {CERTIFICATE_FILE, CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+
+
+def member_name(knob: str, value: float | str) -> str:
+    """Return the name of a member, such as ``"rank-4"`` or ``"budget-1.5M"``."""
+    if isinstance(value, str):
+        return f"{knob}-{re.sub('[ ,_]', '', value)}"
+    return f"{knob}-{value}" if isinstance(value, int) else f"{knob}-{value:g}"
 
 
 def stale_members(folder: Path, members: Collection[str]) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorank.compression.extraction import DEFAULT_MAX_RANK
+from lorank.compression.difference import DEFAULT_MAX_RANK
 
 # A Path would turn an empty argument into the current folder.
 Adapter = Annotated[
@@ -27,7 +27,10 @@ Energy = Annotated[
 ]
 Budget = Annotated[
     str | None,
-    typer.Option(help="Keep the singular values that fit into this many parameters, such as 500000 or 500k."),
+    typer.Option(
+        help="Keep the singular values that fit into this many parameters, such as 500000 or 500k, or into a "
+        "size such as 12MiB."
+    ),
 ]
 BudgetOrShare = Annotated[
     str | None,

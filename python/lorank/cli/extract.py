@@ -21,7 +21,7 @@ from lorank.cli.adapter_options import (
 )
 from lorank.cli.adapter_output import AdapterOutput
 from lorank.cli.checks import parse_targets
-from lorank.cli.knobs import checked_knobs
+from lorank.cli.knobs import checked_knobs, with_parameters
 from lorank.cli.options import Exclude, Guess, Include, Json, Overwrite, Quiet, Threads
 from lorank.cli.spelling import spelled_as_options
 
@@ -80,6 +80,6 @@ def extract(
             guess=guess,
             threads=threads,
             progress=not quiet,
-            **knobs,
+            **with_parameters(knobs, dtype),
         )
     target.write(result)

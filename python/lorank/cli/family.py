@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -10,7 +11,7 @@ import typer
 
 import lorank
 from lorank.adapters.content import Profile
-from lorank.adapters.families import check_replaceable
+from lorank.adapters.families import check_replaceable, member_name
 from lorank.adapters.profiles import nothing_left
 from lorank.adapters.writing import write_family
 from lorank.cli.adapter_options import Adapter, DtypeOption, ProfileOption
@@ -19,7 +20,9 @@ from lorank.cli.checks import check_output_folder
 from lorank.cli.errors import UsageError
 from lorank.cli.options import Json, Overwrite, Quiet, Threads
 from lorank.cli.output import console, print_json, print_message
+from lorank.cli.spelling import spelled_as_options
 from lorank.cli.tables import adapters as tables
+from lorank.compression.knobs import amount_of, in_parameters
 
 
 def family(
@@ -27,7 +30,18 @@ def family(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the children and the elastic parent.")
     ],
-    avg_ranks: Annotated[str, typer.Option(help="Average ranks of the children, such as 1,2,4,8.")],
+    avg_ranks: Annotated[
+        str | None, typer.Option(help="Average ranks of the children, such as 1,2,4,8.")
+    ] = None,
+    rank_ratios: Annotated[
+        str | None, typer.Option(help="Shares of the non-zero singular values to keep, such as 0.25,0.5.")
+    ] = None,
+    energies: Annotated[
+        str | None, typer.Option(help="Shares of the energy to keep, such as 0.9,0.99.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Numbers of parameters or sizes, such as 500k,12MiB.")
+    ] = None,
     profile: ProfileOption = "compact",
     dtype: DtypeOption = None,
     threads: Threads = None,
@@ -35,14 +49,39 @@ def family(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compress an adapter to several average ranks, and write the elastic parent of the results."""
-    ranks = _average_ranks(avg_ranks)
+    """Compress an adapter to several sizes, and write the elastic parent of the results.
+
+    Give at least one of --avg-ranks, --rank-ratios, --energies and --budgets.
+    """
+    ranks = _numbers("--avg-ranks", avg_ranks, math.inf)
+    ratios = _numbers("--rank-ratios", rank_ratios, 1.0)
+    shares = _numbers("--energies", energies, 1.0)
+    amounts = _amounts(budgets)
+    if not (ranks or ratios or shares or amounts):
+        raise UsageError("give at least one of --avg-ranks, --rank-ratios, --energies and --budgets")
     check_form(profile, dtype)
     check_output_folder(output, overwrite)
-    check_replaceable(output, ["elastic", *(f"rank-{rank:g}" for rank in ranks)])
+    names: dict[float | str, str] = {rank: f"rank-{rank:g}" for rank in ranks}
+    names |= {name: name for name in _named(ratios, shares)}
+    check_replaceable(
+        output, ["elastic", *names.values(), *(member_name("budget", amount) for amount in amounts)]
+    )
     parent = lorank.elastic(adapter, threads=threads, progress=not quiet)
-    children = lorank.family(parent, ranks, threads=threads, progress=False)
-    members = {"elastic": parent} | {f"rank-{rank:g}": child for rank, child in children.items()}
+    # The names hold the sizes as given; the budgets count parameters of the written type.
+    counted = {value: value if dtype is None else in_parameters(value, dtype) for value in amounts}
+    children = lorank.family(
+        parent,
+        ranks,
+        rank_ratios=ratios,
+        energies=shares,
+        budgets=list(counted.values()),
+        threads=threads,
+        progress=False,
+    )
+    members = {"elastic": parent} | {names[key]: children[key] for key in (*ranks, *_named(ratios, shares))}
+    members |= {
+        member_name("budget", given): children[member_name("budget", used)] for given, used in counted.items()
+    }
     for name, member in members.items():
         if reason := nothing_left(member):
             raise ValueError(f"{name}: {reason}")
@@ -65,12 +104,31 @@ def family(
     print_message(f"saved to {output}")
 
 
-def _average_ranks(text: str) -> list[float]:
+def _named(ratios: Sequence[float], energies: Sequence[float]) -> list[str]:
+    """Return the names of members that keep a share of the values or of the energy."""
+    return [
+        *(member_name("ratio", ratio) for ratio in ratios),
+        *(member_name("energy", energy) for energy in energies),
+    ]
+
+
+def _numbers(option: str, text: str | None, most: float) -> list[float]:
+    example = "1,2,4,8" if most == math.inf else "0.5,0.9"
     try:
-        ranks = [float(rank) for rank in text.split(",")]
+        numbers = [float(number) for number in text.split(",")] if text is not None else []
     except ValueError:
-        raise UsageError(f"--avg-ranks takes numbers such as 1,2,4,8, not {text!r}") from None
-    for rank in ranks:
-        if not 0 < rank < math.inf:
-            raise UsageError(f"--avg-ranks takes finite numbers above 0, not {rank:g}")
-    return ranks
+        raise UsageError(f"{option} takes numbers such as {example}, not {text!r}") from None
+    for number in numbers:
+        if not 0 < number <= most or number == math.inf:
+            limit = "finite numbers above 0" if most == math.inf else f"numbers above 0, at most {most:g}"
+            raise UsageError(f"{option} takes {limit}, not {number:g}")
+    return numbers
+
+
+def _amounts(text: str | None) -> list[str]:
+    amounts = [amount.strip() for amount in text.split(",")] if text is not None else []
+    for amount in amounts:
+        with spelled_as_options(UsageError):
+            if amount_of(amount) == 0:
+                raise UsageError(f"--budgets takes numbers and sizes above 0, not {amount}")
+    return amounts

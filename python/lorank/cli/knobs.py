@@ -6,9 +6,9 @@ from typing import Any
 
 from lorank.cli.errors import UsageError
 from lorank.cli.spelling import spelled_as_options
-from lorank.compression.knobs import Knobs, with_counted_budget
+from lorank.compression.knobs import Knobs, in_parameters, with_counted_budget
 
-_AMOUNTS = ("rank_ratio", "avg_rank", "energy", "budget", "auto")
+_AMOUNTS = ("rank_ratio", "avg_rank", "energy", "budget", "size", "auto")
 
 
 def checked_knobs(base_parameters: int | None = None, **given: Any) -> dict[str, Any]:
@@ -33,10 +33,20 @@ def checked_knobs(base_parameters: int | None = None, **given: Any) -> dict[str,
     if len(amounts) != 1:
         *most, last = options.values()
         raise UsageError(f"give exactly one of {', '.join(most)} and {last}")
+    option = options[amounts[0]]
+    given_as = chosen[amounts[0]]
+    if "size" in chosen:
+        chosen["budget"] = chosen.pop("size")
     with spelled_as_options(UsageError):
         counted = chosen if base_parameters is None else with_counted_budget(chosen, base_parameters)
         knobs = Knobs(**counted)
     if knobs.keep_nothing:
-        option = options[amounts[0]]
-        raise UsageError(f"{option} {chosen[amounts[0]]} keeps nothing: give a larger {option}")
+        raise UsageError(f"{option} {given_as} keeps nothing: give a larger {option}")
     return chosen
+
+
+def with_parameters(knobs: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Replace a budget that is a size by a number of parameters, if their written type is given."""
+    if dtype is None or knobs.get("budget") is None:
+        return knobs
+    return {**knobs, "budget": in_parameters(knobs["budget"], dtype)}

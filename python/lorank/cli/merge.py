@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -21,10 +21,12 @@ from lorank.cli.adapter_options import (
     Scope,
 )
 from lorank.cli.adapter_output import AdapterOutput
-from lorank.cli.knobs import checked_knobs
+from lorank.cli.errors import UsageError
+from lorank.cli.knobs import checked_knobs, with_parameters
 from lorank.cli.options import Json, Overwrite, Quiet, Threads
 from lorank.cli.spelling import spelled_as_options
 from lorank.cli.weights import weighted
+from lorank.compression.merge_methods import Election, MergeMethod, Method
 
 
 def merge(
@@ -35,6 +37,18 @@ def merge(
         ),
     ],
     output: Output,
+    method: Annotated[
+        str, typer.Option(help="sum, or by element of dense updates: ties, dare, dare-ties or magnitude.")
+    ] = "sum",
+    density: Annotated[
+        float | None,
+        typer.Option(help="Share of the elements of each update that methods other than sum keep."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of dare and dare-ties.")] = 0,
+    election: Annotated[
+        str,
+        typer.Option(help="Sign that ties keeps: of the sum of updates (total), or of most (frequency)."),
+    ] = "total",
     rank_ratio: RankRatio = None,
     avg_rank: AvgRank = None,
     energy: Energy = None,
@@ -61,7 +75,7 @@ def merge(
 
     Exactly one of --rank-ratio, --avg-rank, --energy, --budget and --auto selects the size of the result.
 
-    --energy 1 keeps the exact sum.
+    --energy 1 keeps the exact sum. Methods other than sum prune each update to --density first.
     """
     knobs = checked_knobs(
         rank_ratio=rank_ratio,
@@ -72,9 +86,22 @@ def merge(
         max_rank=max_rank,
         scope=scope,
     )
+    with spelled_as_options(UsageError):
+        MergeMethod(cast(Method, method), density, seed, cast(Election, election))
     paths, weights = weighted(adapters)
     target = AdapterOutput(output, profile, dtype, overwrite, threads, json_output, modules)
     target.check()
     with spelled_as_options():
-        result = lorank.merge(paths, weights, force=force, threads=threads, progress=not quiet, **knobs)
+        result = lorank.merge(
+            paths,
+            weights,
+            method=cast(Method, method),
+            density=density,
+            seed=seed,
+            election=cast(Election, election),
+            force=force,
+            threads=threads,
+            progress=not quiet,
+            **with_parameters(knobs, dtype),
+        )
     target.write(result)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 # The lookbehind excludes parts of paths.
 _ARGUMENT = re.compile(
-    r"(?<![\w./-])(?:(?P<given>rank_ratio|avg_rank|max_rank|energy|budget|scope|keep|exclude|prefix)=(?=\S)"
+    r"(?<![\w./-])(?:(?P<given>rank_ratio|avg_rank|max_rank|energy|budget|scope|keep|exclude|prefix|"
+    r"method|density|seed|election)=(?=\S)"
     r"|(?P<named>rank_ratio|avg_rank|max_rank|r_min|r_max)\b|(?P<flag>force|guess)=True)"
 )
 

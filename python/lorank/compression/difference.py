@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from lorank.compression.spectral_form import SpectralForm, Triplets
 from lorank.modules import naming
 from lorank.sources import SourceMatrix
 
+# Largest number of singular values of a dense difference that are computed, unless a knob sets it.
+DEFAULT_MAX_RANK = 128
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixPair:
@@ -28,7 +31,7 @@ class MatrixPair:
 
 
 @dataclass(frozen=True, slots=True)
-class _Leading:
+class Leading:
     """The leading triplets of a difference, the energy of the difference, and the next singular value."""
 
     part: Triplets
@@ -54,7 +57,7 @@ def difference_forms(
     progress
         True to draw a progress bar.
     """
-    found: dict[int, _Leading] = {}
+    found: dict[int, Leading] = {}
     work = sum(math.prod(pair.base.info.shape) for pair in pairs)
     with progress_bar("subtracting", work, enabled=progress) as advance:
         direct = [i for i, pair in enumerate(pairs) if not (pair.base.lazy or pair.tuned.lazy)]
@@ -72,22 +75,52 @@ def difference_forms(
 
 def _subtracted(
     pairs: Sequence[MatrixPair], max_rank: int, threads: int, advance: Callable[[int, str], object]
-) -> list[_Leading]:
+) -> list[Leading]:
     """Return the leading triplets of each pair's difference."""
     loaded = [(pair.tuned.load(), pair.base.load()) for pair in pairs]
-    infos = [pair.base.info for pair in pairs]
-    most = min(max_rank, max((side for info in infos for side in info.shape), default=0))
+    names = [pair.base.info.name for pair in pairs]
+    results = leading(loaded, names, max_rank, threads, advance)
+    return [
+        replace(result, part=_transposed(result.part)) if _is_swapped(pair.base) else result
+        for pair, result in zip(pairs, results, strict=True)
+    ]
+
+
+def leading(
+    pairs: Sequence[tuple[_core.Matrix, _core.Matrix]],
+    names: Sequence[str],
+    max_rank: int,
+    threads: int,
+    advance: Callable[[int, str], object],
+) -> list[Leading]:
+    """Return the leading triplets of differences.
+
+    Parameters
+    ----------
+    pairs
+        The minuend and the subtrahend of each difference.
+    names
+        Names of the differences, for errors and progress.
+    max_rank
+        Largest number of singular values to compute for each difference.
+    threads
+        Number of threads.
+    advance
+        Function that receives the number of elements and the name of each finished difference.
+    """
+    most = min(max_rank, max((side for pair in pairs for side in pair[0].shape), default=0))
     results = core_calls.collect(
-        lambda receive: _core.subtract(loaded, most, threads, receive),
-        lambda index: infos[index].name,
-        lambda index: advance(math.prod(infos[index].shape), infos[index].name),
+        lambda receive: _core.subtract(pairs, most, threads, receive),
+        lambda index: names[index],
+        lambda index: advance(math.prod(pairs[index][0].shape), names[index]),
     )
     return [
-        _Leading(
-            Triplets(a, values, b) if _is_swapped(pair.base) else Triplets(b, values, a), energy, following
-        )
-        for pair, ((b, values, a), energy, following) in zip(pairs, results, strict=True)
+        Leading(Triplets(b, values, a), energy, following) for (b, values, a), energy, following in results
     ]
+
+
+def _transposed(part: Triplets) -> Triplets:
+    return Triplets(part.a_rows, part.singular_values, part.b_columns)
 
 
 def _is_swapped(matrix: SourceMatrix) -> bool:
@@ -95,11 +128,9 @@ def _is_swapped(matrix: SourceMatrix) -> bool:
     return matrix.transposed != (matrix.info.kind == "embedding")
 
 
-def _form(matrix: SourceMatrix, results: Sequence[_Leading]) -> SpectralForm:
-    parts = [result.part for result in results]
-    shape = (parts[0].b_columns.shape[1], parts[0].a_rows.shape[1])
-    energy = math.fsum(result.energy for result in results)
-    kept = math.fsum(float(np.square(part.singular_values).sum()) for part in parts)
+def _form(matrix: SourceMatrix, results: Sequence[Leading]) -> SpectralForm:
+    part = results[0].part
+    shape = (part.b_columns.shape[1], part.a_rows.shape[1])
     info = matrix.info
     module = LoraModule(
         info.module,
@@ -109,11 +140,19 @@ def _form(matrix: SourceMatrix, results: Sequence[_Leading]) -> SpectralForm:
         scaling=1.0,
         dtype="float32",
         factors=MatrixFactors(()),
-        copies=len(parts),
+        copies=len(results),
         a_tail=matrix.kernel or shape[1:],
         b_tail=(1,) * (len(matrix.kernel) - 1),
     )
+    return dense_form(module, results)
+
+
+def dense_form(module: LoraModule, results: Sequence[Leading]) -> SpectralForm:
+    """Return the form of a module from the leading triplets of all its copies."""
+    parts = [result.part for result in results]
+    energy = math.fsum(result.energy for result in results)
+    kept = math.fsum(float(np.square(part.singular_values).sum()) for part in parts)
     # If all values were computed, the two energies differ only by rounding.
-    unseen = energy - kept if len(parts[0].singular_values) < min(shape) else 0.0
+    unseen = energy - kept if len(parts[0].singular_values) < min(module.shape) else 0.0
     following = max(result.following for result in results)
     return SpectralForm(module, parts, max(unseen, 0.0), following, is_dense=True)

@@ -15,7 +15,7 @@ from lorank._internal.progress import waiting
 from lorank._internal.threads import thread_count
 from lorank.adapters.content import AdapterContent
 from lorank.compression import twins
-from lorank.compression.difference import MatrixPair, difference_forms
+from lorank.compression.difference import DEFAULT_MAX_RANK, MatrixPair, difference_forms
 from lorank.compression.knobs import checked_knobs, with_counted_budget
 from lorank.compression.spectral_form import SpectralForm
 from lorank.compression.truncation import truncated
@@ -24,8 +24,6 @@ from lorank.peft_format.target_expressions import accidental_matches
 from lorank.sources import OPENING, AnySource, Source, open_source
 from lorank.sources.guesses import doubtful
 from lorank.sources.shared_weights import by_name
-
-DEFAULT_MAX_RANK = 128
 
 
 def extract(

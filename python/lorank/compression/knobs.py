@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any, Literal, TypedDict, cast
 
 import numpy.typing as npt
 
 from lorank.allocation.budget import Budget, parse_budget
+
+_BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SIZE = re.compile(rf"([0-9]{{1,15}}(?:\.[0-9]{{1,15}})?)\s*({'|'.join(_BYTES)})")
+
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
+"""Number of bytes of an element, by the name of its type."""
 
 Scores = Mapping[str, npt.ArrayLike]
 
@@ -28,8 +43,8 @@ class Knobs:
         Share of the energy to keep with as few values as possible, from 0 to 1: epsilon of [PARA]. The
         total includes values that `max_rank` forbids.
     budget
-        Number of parameters to keep, such as ``500_000`` or ``"1.5M"``; values with the most energy per
-        parameter come first.
+        Number of parameters to keep, such as ``500_000`` or ``"1.5M"``, or the size of the factors in their
+        types, such as ``"12MiB"``; values with the most energy per parameter or byte come first.
     auto
         True to keep the values above each module's own noise: a heuristic without a parameter.
     max_rank
@@ -66,7 +81,7 @@ class Knobs:
         _check_range("energy", self.energy, 1.0)
         _check_range("avg_rank", self.avg_rank, math.inf)
         if self.budget is not None:
-            parameters_of(self.budget)
+            amount_of(self.budget)
         if self.max_rank is not None and self.max_rank < 0:
             raise ValueError(f"max_rank={self.max_rank} cannot be negative")
         if self.scope not in ("global", "module"):
@@ -82,7 +97,7 @@ class Knobs:
     @property
     def keep_nothing(self) -> bool:
         """True if no value of any adapter is kept."""
-        parameters = None if self.budget is None else parameters_of(self.budget)
+        parameters = None if self.budget is None else amount_of(self.budget)
         return 0 in (self.rank_ratio, self.avg_rank, self.energy, parameters, self.max_rank)
 
     def __str__(self) -> str:
@@ -147,8 +162,20 @@ def checked_knobs(knobs: Mapping[str, object]) -> Knobs:
     return Knobs(**cast("dict[str, Any]", dict(knobs)))
 
 
-def parameters_of(budget: Budget) -> int:
-    """Return the number of parameters of a budget.
+def size_of(budget: Budget) -> int | None:
+    """Return the number of bytes of a budget such as ``"12MiB"``; None for a number of parameters."""
+    found = _SIZE.fullmatch(budget.strip()) if isinstance(budget, str) else None
+    return math.floor(Fraction(found[1]) * _BYTES[found[2]]) if found else None
+
+
+def in_parameters(budget: Budget, dtype: str) -> Budget:
+    """Return the number of parameters of a type that fit into a size; other budgets are returned as given."""
+    size = size_of(budget)
+    return budget if size is None else size // ITEM_BYTES[dtype]
+
+
+def amount_of(budget: Budget) -> int:
+    """Return the number of parameters of a budget, or the number of bytes of a size.
 
     Raises
     ------
@@ -159,9 +186,12 @@ def parameters_of(budget: Budget) -> int:
         raise ValueError(
             f"budget={budget}: an adapter does not store the size of its base model: give a number"
         )
+    if (size := size_of(budget)) is not None:
+        return size
     try:
         return parse_budget(budget, None)
     except ValueError:
         raise ValueError(
-            f"budget={budget} is not a number of parameters: give one such as 500000, 500k or 1.5M"
+            f"budget={budget} is not a number of parameters: give one such as 500000, 500k or 1.5M, "
+            "or a size such as 12MiB"
         ) from None

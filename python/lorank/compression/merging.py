@@ -16,7 +16,10 @@ from lorank.adapters.content import Adapter, AdapterContent
 from lorank.adapters.formats.registry import format_of
 from lorank.adapters.module import LoraModule
 from lorank.compression.carried_sum import carried_sum
+from lorank.compression.dense_merging import Sources, merged_forms
+from lorank.compression.difference import DEFAULT_MAX_RANK
 from lorank.compression.knobs import Knobs
+from lorank.compression.merge_methods import MergeMethod
 from lorank.compression.mergeable import check_one_model, ties_tables
 from lorank.compression.spectral_form import Term, Update, spectral_form
 from lorank.compression.truncation import truncated
@@ -31,11 +34,14 @@ def merge(
     weights: Sequence[float] | None,
     knobs: Knobs,
     *,
+    method: MergeMethod,
     force: bool,
     threads: int | None,
     progress: bool,
 ) -> Adapter:
-    """Return the best adapter of given ranks for the weighted sum of updates; see `lorank.merge`."""
+    """Return the best adapter of given ranks for the merged updates; see `lorank.merge`."""
+    if not method.is_sum:
+        knobs = _dense_knobs(knobs, method)
     parts = list(adapters)
     shares = _checked_weights(parts, weights)
     check_one_model(parts, force=force)
@@ -43,16 +49,24 @@ def merge(
     # An adapter of weight 0 gives neither settings nor carried tensors, unless all weights are 0.
     acting = [adapter for adapter, weight in weighted if weight] or parts
     ties = ties_tables(acting)
-    updates = [
-        _update(name, [(a.modules[name], w) for a, w in weighted if _has(a, name)]) for name in _names(parts)
-    ]
+    by_name = {name: [(a.modules[name], w) for a, w in weighted if _has(a, name)] for name in _names(parts)}
+    updates = [_update(name, sources) for name, sources in by_name.items()]
     modules = {update.module.name: update.module for update in updates}
     settings = format_of(parts[0]).sum_fields(parts, acting, ties_tables=ties)
     others, other_notes = carried_sum(weighted, modules.values())
     _check_layers(settings["config"], others, modules)
-    forms = spectral_form(
-        [u for u in updates if u.module.rank], thread_count(threads), progress, label="merging"
-    )
+    low_rank = [update for update in updates if update.module.rank]
+    if method.is_sum:
+        forms = spectral_form(low_rank, thread_count(threads), progress, label="merging")
+    else:
+        assert knobs.max_rank is not None
+        # A method that divides by the number of updates takes the mean if all weights are 1.
+        is_mean = weights is None and method.divides
+        sources = [
+            Sources(u.module, [(m, 1.0 if is_mean else w) for m, w in by_name[u.module.name] if m.rank])
+            for u in low_rank
+        ]
+        forms = merged_forms(sources, method, knobs.max_rank, thread_count(threads), progress)
     total = replace(
         parts[0],
         modules=modules,
@@ -63,7 +77,17 @@ def merge(
         label=" + ".join(f"{weight:g} {a.label}" for a, weight in zip(parts, shares, strict=True)),
         **settings,
     )
-    return truncated(total, forms, knobs, f"merge of {total.label}, {knobs}", threads)
+    by = "" if method.is_sum else f" by {method}"
+    return truncated(total, forms, knobs, f"merge of {total.label}{by}, {knobs}", threads)
+
+
+def _dense_knobs(knobs: Knobs, method: MergeMethod) -> Knobs:
+    if knobs.rank_ratio is not None:
+        raise ValueError(
+            f"rank_ratio has no meaning for the dense updates of method={method.name!r}: "
+            "use avg_rank, energy or budget"
+        )
+    return knobs if knobs.max_rank is not None else replace(knobs, max_rank=DEFAULT_MAX_RANK)
 
 
 def _has(adapter: AdapterContent, name: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorank import _core
-from lorank.compression.knobs import Knobs, Scores, parameters_of
+from lorank.compression.knobs import ITEM_BYTES, Knobs, Scores, amount_of, size_of
 from lorank.compression.spectral_form import SpectralForm
 from lorank.peft_format.rank_groups import group_indices
 
@@ -42,6 +42,11 @@ class _Pool:
     @property
     def cost(self) -> int:
         return sum(form.module.cost for form in self.forms)
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of one rank in the stored types."""
+        return sum(form.module.cost * ITEM_BYTES[form.module.dtype] for form in self.forms)
 
     @property
     def unseen_energy(self) -> float:
@@ -84,9 +89,9 @@ def _selected(pools: Sequence[_Pool], knobs: Knobs) -> list[Mask]:
         masks = [_above_noise(pool) for pool in pools]
         return [mask & (part > 0) for mask, part in zip(masks, _split(scores, lengths), strict=True)]
     if knobs.budget is not None:
-        costs = [pool.cost for pool in pools]
-        parameters = min(parameters_of(knobs.budget), int(np.dot(lengths, costs)))
-        kept = _core.select_budget(scores, lengths, costs, parameters)
+        costs = [pool.cost if size_of(knobs.budget) is None else pool.num_bytes for pool in pools]
+        amount = min(amount_of(knobs.budget), int(np.dot(lengths, costs)))
+        kept = _core.select_budget(scores, lengths, costs, amount)
     elif knobs.scope == "module":
         parts = _split(scores, lengths)
         if knobs.energy is not None:

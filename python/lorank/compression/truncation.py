@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,11 +21,32 @@ from lorank.compression.selection import Mask, notes, select
 from lorank.compression.spectral_form import SpectralForm, Update, spectral_form, truncate
 from lorank.peft_format.rank_groups import rank_groups
 
+Key = TypeVar("Key", bound="float | str")
 
-def compress(adapter: Adapter, knobs: Knobs, threads: int | None, progress: bool) -> Adapter:
-    """Truncate the updates of an adapter to most of their energy; see `lorank.compress`."""
+
+def compress(
+    adapter: Adapter,
+    knobs: Knobs,
+    threads: int | None,
+    progress: bool,
+    norms: Mapping[str, float] | None = None,
+) -> Adapter:
+    """Truncate the updates of an adapter to most of their energy; see `lorank.compress`.
+
+    Parameters
+    ----------
+    adapter, knobs, threads, progress
+        As in `lorank.compress`.
+    norms
+        The norm of each module's base weight, by which singular values are divided before they compete; None
+        to compare the values themselves.
+    """
     forms = decomposed(adapter, threads, progress)
-    result = truncated(adapter, forms, knobs, f"compress, {knobs}", threads)
+    action = f"compress, {knobs}"
+    if norms is not None:
+        knobs = replace(knobs, scores={f.module.name: f.values / norms[f.module.name] for f in forms})
+        action += ", values relative to the base weights' Frobenius norms"
+    result = truncated(adapter, forms, knobs, action, threads)
     return replace(result, notes=[*result.notes, *_zeros(forms)])
 
 
@@ -38,13 +60,12 @@ def _zeros(forms: Sequence[SpectralForm]) -> list[str]:
 
 
 def family(
-    adapter: Adapter, knobs: Mapping[float, Knobs], threads: int | None, progress: bool
-) -> dict[float, Adapter]:
+    adapter: Adapter, knobs: Mapping[Key, Knobs], threads: int | None, progress: bool
+) -> dict[Key, Adapter]:
     """Truncate an adapter by several knobs from one decomposition; see `lorank.family`."""
     forms = decomposed(adapter, threads, progress)
     return {
-        rank: truncated(adapter, forms, chosen, f"family, {chosen}", threads)
-        for rank, chosen in knobs.items()
+        key: truncated(adapter, forms, chosen, f"family, {chosen}", threads) for key, chosen in knobs.items()
     }
 
 
