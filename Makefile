@@ -10,7 +10,7 @@ LOWEST := .venv-lowest
 WITHOUT_TORCH := tests/core tests/internal tests/task_spectra \
 	tests/analysis/test_journals.py tests/analysis/test_memory_limits.py tests/cli/test_streams.py \
 	tests/report/test_files.py tests/report/test_foreign_names.py tests/report/test_pickles.py
-# Tests of every part that uses torch, transformers and PEFT; `tests.support.releases` marks those that need later releases.
+# Tests of every part that uses torch, transformers and PEFT.
 WITH_TORCH := tests/allocation tests/training tests/modules/test_roles.py tests/modules/test_skeleton.py \
 	tests/analysis/test_spectra.py tests/sources/test_files.py tests/sources/test_live.py \
 	tests/adapters/test_reading.py tests/adapters/test_writing.py tests/adapters/test_live_models.py \

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lorank
-from tests.support import releases, tiny_models
+from tests.support import tiny_models
 from tests.support.profiled_models import text_batches
 from tests.support.report_rows import gradient_row, task_row
 
@@ -63,7 +63,6 @@ def test_modules_without_gradients_get_equal_ranks() -> None:
     assert list(lorank.allocate(report, "gard", r_min=1, r_max=9, avg_rank=3).ranks.values()) == [3, 3, 3]
 
 
-@releases.stacked_experts
 def test_stacks_without_ranks_are_flagged(tmp_path: Path) -> None:
     model = tiny_models.mixtral()
     experts = [
@@ -80,7 +79,6 @@ def test_stacks_without_ranks_are_flagged(tmp_path: Path) -> None:
         assert lorank.RankAllocation.load(tmp_path / "ranks.json") == allocation
 
 
-@releases.safe_pickles
 def test_method_with_the_wrong_report_raises(tmp_path: Path) -> None:
     gradients = lorank.GradientReport([gradient_row("a", (4, 4), 2)])
     tasks = lorank.TaskReport([task_row("a", 1, 1)])

@@ -76,6 +76,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     base, tuned, adapter = (
         str(folder / name) for name in ("base.safetensors", "tuned.safetensors", "adapter")
     )
+    baked = str(lorank.bake(base, adapter, folder / "baked", progress=False).path)
     amount = ["--avg-rank", "1", "-o", "out", "--overwrite", "-q"]
     return {
         "analyze": [base, "-q"],
@@ -87,6 +88,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "merge": [adapter, adapter, *amount],
         "compare": [base, tuned, "-q"],
         "extract": [base, tuned, "--guess", *amount],
+        "bake": [base, adapter, "-o", "out", "--overwrite", "-q"],
+        "verify": [base, adapter, baked, "-q"],
+        "convert": [adapter, "--to", "mlx", "-o", "out", "--overwrite"],
         "check": [adapter],
         "info": [adapter],
     }

@@ -194,7 +194,7 @@ def test_errors_exit_with_status_one(adapter: Path, tmp_path: Path) -> None:
         ("no module has any rank left: give", ("compress", adapter, *output, "--avg-rank", 0.01)),
         ("no module has any rank left: give", ("family", adapter, *output, "--avg-ranks", "0.01")),
         (f"{tmp_path / 'none'}: no such file", ("info", tmp_path / "none")),
-        ("an empty path names no adapter", ("info", "")),
+        ("an empty path names no model or adapter", ("info", "")),
         ("no such file", ("merge", tmp_path / "none", adapter, *output, "--avg-rank", 2)),
     ]
     for message, arguments in cases:

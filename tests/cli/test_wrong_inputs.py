@@ -90,7 +90,7 @@ DIFFUSERS = {"transformer.a.lora_A.weight": (2, 8), "transformer.a.lora_B.weight
 LOHA = {f"lora_unet_a.hada_{w}": (2, 8) for w in ("w1_a", "w1_b", "w2_a", "w2_b")}
 LOKR = {"lora_unet_a.lokr_w1": (2, 2), "lora_unet_a.lokr_w2": (4, 4)}
 
-LORA_ADAPTERS = {
+READABLE_ADAPTERS = {
     "peft folder": peft_folder,
     "peft file": peft_file,
     "renamed file": renamed_file,
@@ -98,14 +98,14 @@ LORA_ADAPTERS = {
     "checkpoint": trainer_checkpoint,
     "kohya": one_file(KOHYA),
     "diffusers": one_file(DIFFUSERS),
-}
-OTHER_ADAPTERS = {
-    "ia3": other_method(IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
     "loha": other_method(LoHaConfig(r=2, target_modules=["q_proj"])),
     "lokr": other_method(LoKrConfig(r=2, target_modules=["q_proj"])),
     "loha file": one_file(LOHA),
     "lokr file": one_file(LOKR),
     "mlx": mlx,
+}
+OTHER_ADAPTERS = {
+    "ia3": other_method(IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
 }
 
 
@@ -116,9 +116,9 @@ def refused(*arguments: Any) -> str:
     return str(result.exception)
 
 
-@pytest.mark.parametrize("kind", [*LORA_ADAPTERS, *OTHER_ADAPTERS])
+@pytest.mark.parametrize("kind", [*READABLE_ADAPTERS, *OTHER_ADAPTERS])
 def test_commands_on_models_refuse_adapters(kind: str, tmp_path: Path) -> None:
-    path = (LORA_ADAPTERS | OTHER_ADAPTERS)[kind](tmp_path / "given")
+    path = (READABLE_ADAPTERS | OTHER_ADAPTERS)[kind](tmp_path / "given")
     model = tmp_path / "model"
     tiny_models.llama().save_pretrained(model)
     for call in (
@@ -132,7 +132,7 @@ def test_commands_on_models_refuse_adapters(kind: str, tmp_path: Path) -> None:
         with pytest.raises(lorank.FormatError, match="not a model") as error:
             call()
         assert str(path) in str(error.value)
-        assert ("lorank compress" in str(error.value)) == (kind in LORA_ADAPTERS)
+        assert ("lorank compress" in str(error.value)) == (kind in READABLE_ADAPTERS)
     assert "not a model" in refused("analyze", path)
     assert "not a model" in refused("allocate", path, "--budget", "50%", "--r-min", "1")
 

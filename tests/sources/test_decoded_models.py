@@ -13,10 +13,13 @@ import transformers
 import lorank
 from tests.support.decoded_matrices import write_model
 from tests.support.quantized_models import (
+    BLOCK,
     FP8,
     SIZES,
     deepseek_v3,
     gpt_oss,
+    in_fp8_blocks,
+    is_linear,
     kimi,
     loaded,
     qwen3,
