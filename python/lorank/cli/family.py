@@ -78,7 +78,7 @@ def family(
         threads=threads,
         progress=False,
     )
-    members = {"elastic": parent} | {names[key]: children[key] for key in (*ranks, *_named(ratios, shares))}
+    members = {"elastic": parent} | {name: children[key] for key, name in names.items()}
     members |= {
         member_name("budget", given): children[member_name("budget", used)] for given, used in counted.items()
     }
