@@ -252,7 +252,7 @@ def merge(
     >>> lorank.merge([a, b], [0.7, 0.3], avg_rank=5, progress=False).ranks
     {'0': 5}
     >>> merged = lorank.merge([a, b], method="ties", density=0.5, energy=1, progress=False)
-    >>> merged.certificate.action.split(" by ")[1]
+    >>> merged.certificate.action.partition(" by ")[2]
     'ties (density 0.5, signs by total), energy=1, global scope, max_rank=128'
     """
     chosen = checked_knobs(knobs)
