@@ -162,6 +162,24 @@ def checked_knobs(knobs: Mapping[str, object]) -> Knobs:
     return Knobs(**cast("dict[str, Any]", dict(knobs)))
 
 
+def check_score(score: str, knobs: Knobs, *, has_base: bool) -> None:
+    """Check the score of `lorank.compress` against its other arguments.
+
+    Raises
+    ------
+    ValueError
+        If the score is unknown, or contradicts the base model or a knob.
+    """
+    if score not in ("sigma", "relative"):
+        raise ValueError(f"score must be 'sigma' or 'relative', not {score!r}")
+    if (score == "relative") != has_base:
+        raise ValueError("score='relative' needs base, the base model, and no other score takes it")
+    if score == "relative" and knobs.scores is not None:
+        raise ValueError("give scores or score='relative', not both")
+    if score == "relative" and knobs.rank_ratio is None and knobs.avg_rank is None:
+        raise ValueError("score='relative' needs rank_ratio or avg_rank")
+
+
 def size_of(budget: Budget) -> int | None:
     """Return the number of bytes of a budget such as ``"12MiB"``; None for a number of parameters."""
     found = _SIZE.fullmatch(budget.strip()) if isinstance(budget, str) else None
