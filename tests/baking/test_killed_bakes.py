@@ -69,6 +69,7 @@ def test_new_bake_killed_at_every_step_is_whole(program: tuple[str, Path, Path],
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow  # Kills at every step run with all tests.
 def test_bake_killed_at_random_moments_is_whole(program: tuple[str, Path, Path], tmp_path: Path) -> None:
     text, new, old = program
     target = tmp_path / "target"
