@@ -19,7 +19,14 @@ import lorank
 from lorank import cli
 from lorank._internal.printable import printable, printable_name
 from lorank.cli import task
-from tests.support.foreign_text import TEXTS, foreign_texts, unprintable, write_adapter, write_model
+from tests.support.foreign_text import (
+    TEXTS,
+    foreign_names,
+    foreign_texts,
+    unprintable,
+    write_adapter,
+    write_model,
+)
 
 few = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -51,7 +58,7 @@ def in_column(name: str, out: str) -> bool:
 
 
 @few
-@given(name=foreign_texts)
+@given(name=foreign_names)
 def test_models(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("models")
     name = f"{name}.q_proj"
@@ -70,7 +77,7 @@ def test_models(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @few
-@given(name=foreign_texts, base=foreign_texts)
+@given(name=foreign_names, base=foreign_texts)
 def test_adapters(name: str, base: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("adapters")
     names = [f"{name}.q_proj", "layers.0.q_proj"]
